@@ -1,0 +1,40 @@
+"""Where prompts come from and what is done with rows that cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from alignlab.config.base import Frozen
+
+
+class DataSettings(Frozen):
+    """One source of prompts: exactly one of `path` and `task`."""
+
+    path: str | None = None
+    """A Hub dataset id, or a local .jsonl, .json, .parquet or .csv file."""
+    task: str | None = None
+    """A reasoning_gym task, such as chain_sum."""
+    task_options: dict[str, Any] = {}
+    """Arguments of the task's generator."""
+    config_name: str | None = None
+    """A Hub dataset's configuration."""
+    split: str = "train"
+    """A Hub dataset's split. For a task: "train" or "eval", disjoint by question."""
+    size: int | None = Field(None, ge=1)
+    """Rows to take; default all (for a task, 1000)."""
+    eval_frac: float = Field(0.2, gt=0, lt=1)
+    """For a task: the fraction of distinct questions that belongs to the split "eval"."""
+    seed: int = 0
+    """For a task: seed of its generator."""
+    prompt_column: str = "prompt"
+    """A string, or a list of chat messages."""
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    """Text with `{prompt}` in it, put around a plain prompt."""
+    chat: bool | None = None
+    """Render through the tokenizer's chat template; default: where the tokenizer has one."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Bad rows and over-long prompts: stop with the row's number, or skip and count."""

@@ -1,0 +1,107 @@
+"""What each trainer is told. A trainer's section is chosen by its `type` and holds only its own fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from alignlab.config.base import Frozen
+from alignlab.config.rewards import RewardLimits
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
+
+Recipe = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo"]
+Advantage = Literal["group_normalized", "group_centered", "leave_one_out", "batch_whitened"]
+Surrogate = Literal["ppo_clip", "gspo_clip", "cispo", "reinforce"]
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
+
+
+class TrainerConfig(Frozen):
+    """What every trainer has."""
+
+    output_dir: Path = Path("runs/alignlab")
+    seed: int = 0
+    num_steps: int = Field(100, ge=1)
+    """Batches of rollouts or of examples."""
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or decaying to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens in one forward and backward pass; changes memory and speed, never the gradient."""
+    logprob_chunk_tokens: int = Field(512, ge=1)
+    """Tokens whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or skip the update and count it."""
+    save_every_steps: int | None = Field(None, ge=1)
+    """None saves at the end and on interruption only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
+
+
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning on prompt and completion; the loss is on the completion alone."""
+
+    type: Literal["sft"] = "sft"
+    num_sequences: int = Field(32, ge=1)
+    """Examples a step, over all ranks."""
+
+
+class KLSettings(Frozen):
+    """KL to the reference. Estimators: Schulman, "Approximating KL Divergence" (2020)."""
+
+    coef: float = Field(0.0, ge=0)
+    """0: no reference is kept and no KL is computed."""
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    placement: Literal["loss", "reward"] = "loss"
+    target: float | None = Field(None, gt=0)
+    """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
+    horizon: int = Field(10_000, ge=1)
+    """Completions over which an adaptive coefficient moves."""
+
+
+class GRPOConfig(TrainerConfig):
+    """Critic-free reinforcement learning with a group baseline (GRPO, arXiv:2402.03300, and its family)."""
+
+    type: Literal["grpo"] = "grpo"
+    recipe: Recipe = "grpo"
+    """Sets the fields from `advantage` to `overlong_buffer_tokens` that are not given."""
+    num_prompts: int = Field(8, ge=1)
+    """Prompts a step, over all ranks."""
+    group_size: int = Field(8, ge=2)
+    """Completions a prompt."""
+    sampling: SamplingSettings = SamplingSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    num_epochs: int = Field(1, ge=1)
+    """Passes over each batch of rollouts."""
+    num_minibatches: int = Field(1, ge=1)
+    """Optimizer steps in each pass."""
+    advantage: Advantage = "group_normalized"
+    surrogate: Surrogate = "ppo_clip"
+    reduction: Reduction = "token_mean"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    """Bounds the loss of tokens with a negative advantage (arXiv:1912.09729); off unless given."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal, and sample others in their place (DAPO)."""
+    max_refills: int = Field(3, ge=1)
+    """Further rounds of sampling a step under `dynamic_sampling`."""
+    overlong_buffer_tokens: int | None = Field(None, ge=1)
+    """Length, below the limit, over which a completion is penalised (DAPO, Eq. 13)."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """The penalty at the limit."""
+    mask_truncated: bool = False
+    """Leave completions cut off by the length limit out of the loss."""
+    kl: KLSettings = KLSettings()
+    entropy_coef: float = Field(0.0, ge=0)
+    reward_limits: RewardLimits = RewardLimits()
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate during training too; before and after is always done where there is evaluation data."""
