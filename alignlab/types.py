@@ -224,8 +224,8 @@ class Experience:
 
     def to(self, device: torch.device | str) -> Experience:
         """The same pack on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Experience(**{k: v if v is None else v.to(device) for k, v in moved.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
 
 
 @runtime_checkable

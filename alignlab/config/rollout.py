@@ -40,4 +40,4 @@ class RolloutSettings(Frozen):
     prefill_tokens: int = Field(2048, ge=1)
     """Prompt tokens computed in one step; longer prompts are cut into chunks."""
     merge_lora: bool = True
-    """Roll out from a merged copy of the adapted weights, refreshed after each update; false applies the adapter live."""
+    """Roll out from a merged copy of the adapted weights, refreshed after each update; false applies it live."""

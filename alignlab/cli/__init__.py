@@ -1,0 +1,1 @@
+"""The command `alignlab`: one file for each of its sub-commands."""
