@@ -1,0 +1,154 @@
+"""The one seam between a model and how its tokens are laid out: the attention function "alignlab".
+
+`transformers` looks attention up by name, and hands keyword arguments of a model's forward down to it. A model whose
+`config._attn_implementation` is "alignlab" is told the layout of its flat tokens by the keyword `layout`:
+
+    Segments        packed sequences, some of which share a prompt: training          -> `packed_attention`
+    another object  its method `attend`: the rollout engine's paged batch             -> the engine
+    None            an ordinary padded batch, as in `model.generate()`                -> torch's own attention
+
+Shapes: N tokens, H heads, K kv heads, D head size, V vocabulary; the model's hidden size is D in `hidden_states`.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from alignlab.errors import ConfigError
+from alignlab.models.packed_attention import packed_attention
+from alignlab.types import Segments
+
+ATTENTION = "alignlab"
+
+
+class PagedLayout(Protocol):
+    """A layout that keeps keys and values of earlier tokens itself."""
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
+        *, scaling: float, sliding_window: int | None, softcap: float | None,
+    ) -> Tensor:
+        """Attention of `query` [1,H,N,D] to `key`, `value` [1,K,N,D] and to what is cached -> [1,N,H,D]."""
+        ...
+
+
+Layout = Segments | PagedLayout
+_calls = threading.local()
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    layout: Layout | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as `transformers` calls it.
+
+    Args:
+        module: the attention module; `layer_idx` tells a paged layout which layer's cache to use.
+        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
+        attention_mask: read only where there is no layout.
+        scaling: factor of the scores, before the cap.
+        sliding_window: a token sees this many tokens, itself included; None sees all.
+        softcap: scores become cap * tanh(score / cap).
+        layout: see the top of this module.
+
+    Returns:
+        ([1,N,H,D], None)
+    """
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ConfigError(
+            f"attention 'alignlab' knows neither attention sinks nor position biases, which {type(module).__name__} "
+            "uses; load this model with attn_implementation='eager'"
+        )
+    if layout is None:
+        return _padded(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs), None
+    if dropout:
+        raise ConfigError(f"attention_dropout is {dropout}, and packed attention has none; set it to 0")
+    _calls.count = getattr(_calls, "count", 0) + 1
+    if isinstance(layout, Segments):
+        return packed_attention(
+            query, key, value, layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        ), None
+    return layout.attend(
+        module.layer_idx, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+    ), None
+
+
+def _padded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    scaling: float, dropout: float, softcap: float | None, **kwargs: Any,
+) -> Tensor:
+    """Attention of an ordinary batch; the mask, which holds any window, is the one that `transformers` made."""
+    if softcap is None:
+        kwargs.pop("output_attentions", None)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = softcap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * scaling / softcap)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, whether or not adapters are wrapped around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(
+    model: nn.Module, tokens: Tensor, position_ids: Tensor, layout: Layout, **kwargs: Any
+) -> Tensor:
+    """Output of the final norm of the decoder under a causal language model.
+
+    Args:
+        model: ours, one of `transformers`', or a PeftModel around it.
+        tokens, position_ids: [N].
+        layout: how the tokens divide into sequences.
+        kwargs: handed to the decoder's forward.
+
+    Returns:
+        [N, hidden size]
+    """
+    lm = causal_lm(model)
+    unused_mask = torch.empty((1, 1, 1, 1), device=tokens.device)  # 4-D masks are not touched by `transformers`
+    before = getattr(_calls, "count", 0)
+    output = lm.get_decoder()(
+        input_ids=tokens[None], position_ids=position_ids[None], attention_mask=unused_mask, use_cache=False,
+        layout=layout, **kwargs,
+    )
+    _require_layout_used(lm, getattr(_calls, "count", 0) - before)
+    return output.last_hidden_state[0]
+
+
+def _require_layout_used(lm: PreTrainedModel, calls: int) -> None:
+    """A model that drops `layout`, or has layers without attention, would mix the packed sequences in silence."""
+    layers = lm.config.get_text_config().num_hidden_layers
+    if calls != layers:
+        raise ConfigError(
+            f"every layer must attend through attention 'alignlab' with its layout; in {type(lm).__name__} "
+            f"{calls} of {layers} did. Load it with attn_implementation='alignlab', and if that is done already, "
+            "this architecture cannot be packed: load it with attn_implementation='sdpa'"
+        )
+
+
+def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
+    """Weight [V, hidden size], bias [V] and soft-cap of the layer that gives the logits."""
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    return head.weight, getattr(head, "bias", None), softcap
