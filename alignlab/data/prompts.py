@@ -1,0 +1,271 @@
+"""Prompts from a Hub dataset, a local file, Python rows or a task, rendered and tokenised once."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.data.sources import load_rows
+from alignlab.errors import ConfigError, DataError
+from alignlab.types import Message, Prompt, Text
+
+logger = logging.getLogger(__name__)
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `reason` is counted, the message says what is wrong and how to mend it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class PromptDataset(Sequence[Prompt]):
+    """Prompts in the order of their rows.
+
+    Attributes:
+        prompts: those that can be used.
+        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long.
+        columns: names of the columns that rewards receive.
+    """
+
+    prompts: tuple[Prompt, ...]
+    skipped: Counter[str] = field(default_factory=Counter)
+    columns: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptDataset: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptDataset:
+        if isinstance(index, slice):
+            return PromptDataset(self.prompts[index], self.skipped, self.columns)
+        return self.prompts[index]
+
+
+def load_prompts(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+    """The prompts that `settings` describes.
+
+    Raises:
+        ConfigError: the settings contradict each other or the tokenizer.
+        DataError: the source cannot be read, a row cannot be used (with its number), or no row can.
+    """
+    return prompts_from_rows(load_rows(settings), settings, tokenizer)
+
+
+def prompts_from_rows(
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> PromptDataset:
+    """Render and tokenise rows: dicts, or a `datasets.Dataset`.
+
+    A row has the column `settings.prompt_column`, a string or a list of chat messages; or the column `messages`, whose
+    last message, if it is the assistant's, is the answer and no part of the prompt: it becomes the column `answer`
+    unless the row has one. All other columns are kept for the rewards.
+
+    Raises:
+        ConfigError, DataError: as `load_prompts`.
+    """
+    render = PromptRenderer(settings, tokenizer)
+    usable: list[tuple[int, Text, str, dict[str, Any]]] = []
+    skipped: Counter[str] = Counter()
+    for index, row in enumerate(itertools.islice(rows, settings.size)):
+        try:
+            text, columns = split_row(row, settings.prompt_column)
+            usable.append((index, text, render(text), columns))
+        except BadRow as error:
+            _count_or_raise(skipped, error, index, settings)
+    encoded = render.encode([rendered for _, _, rendered, _ in usable])
+    prompts = []
+    for (index, text, _, columns), token_ids in zip(usable, encoded, strict=True):
+        try:
+            _check_length(token_ids, settings.max_prompt_tokens)
+            prompts.append(Prompt(token_ids=token_ids, text=text, index=index, columns=columns))
+        except BadRow as error:
+            _count_or_raise(skipped, error, index, settings)
+    _report(prompts, skipped, settings)
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return PromptDataset(tuple(prompts), skipped, tuple(names))
+
+
+class PromptRenderer:
+    """Text or messages to the string and the token ids that a model is fed, by one group of settings.
+
+    A chat goes through the tokenizer's template, which writes the special tokens itself, so none is added to it. A
+    plain prompt gets those that the tokenizer adds: one at the beginning at most, and none at the end.
+    """
+
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.chat = has_template if settings.chat is None else settings.chat
+        if self.chat and not has_template:
+            raise ConfigError("data.chat is true, and the tokenizer has no chat template; set data.chat=false")
+        if settings.system_prompt is not None and not self.chat:
+            raise ConfigError(
+                "data.system_prompt needs a chat template, and prompts are plain here; "
+                "put the text into data.prompt_template instead"
+            )
+        if settings.prompt_template is not None and "{prompt}" not in settings.prompt_template:
+            raise ConfigError(
+                f"data.prompt_template must contain {{prompt}}, and is {settings.prompt_template!r}; add it"
+            )
+
+    def __call__(self, text: Text) -> str:
+        """The string that the model reads before it writes its completion."""
+        if isinstance(text, str):
+            if self.settings.prompt_template is not None:
+                text = self.settings.prompt_template.replace("{prompt}", text)
+            if not self.chat:
+                return text
+            text = [{"role": "user", "content": text}]
+        elif self.settings.prompt_template is not None:
+            raise ConfigError(
+                "data.prompt_template is put around plain prompts, and a row's prompt is a list of messages; remove it"
+            )
+        if not self.chat:
+            raise ConfigError(
+                "a row's prompt is a list of chat messages, and prompts are plain here (data.chat is false, or the "
+                "tokenizer has no chat template); use a tokenizer with one, or plain prompts"
+            )
+        return self.render_chat(self.with_system(text))
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with `system_prompt` before them, unless they begin with a system message of their own."""
+        if self.settings.system_prompt is None or messages[0]["role"] == "system":
+            return list(messages)
+        return [{"role": "system", "content": self.settings.system_prompt}, *messages]
+
+    def render_chat(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+        """The template's text; with `generation`, up to where the assistant goes on.
+
+        A last message of the assistant's is left open, so that the completion continues it.
+        """
+        open_ended = generation and messages[-1]["role"] == "assistant"
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=generation and not open_ended,
+                    continue_final_message=open_ended,
+                )
+            )
+        except Exception as error:
+            raise BadRow("wrong_type", f"the tokenizer's chat template refuses its messages: {error}") from error
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of rendered prompts."""
+        if not texts:
+            return []
+        ids = self.tokenizer(list(texts), add_special_tokens=not self.chat)["input_ids"]
+        if self.chat:
+            return [tuple(row) for row in ids]
+        return [self._plain_ids(text, row) for text, row in zip(texts, ids, strict=True)]
+
+    def _plain_ids(self, text: str, ids: list[int]) -> tuple[int, ...]:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+            ids = ids[:-1]
+        return tuple(ids)
+
+
+def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[str, Any]]:
+    """(prompt, other columns) of a row; see `prompts_from_rows`.
+
+    Raises:
+        BadRow: the prompt is missing, of another type, or empty.
+    """
+    columns = dict(row)
+    if columns.get(prompt_column) is not None:
+        return check_text(columns.pop(prompt_column), prompt_column), columns
+    if columns.get("messages") is None:
+        raise BadRow(
+            "missing_column",
+            f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set data.prompt_column",
+        )
+    columns.pop(prompt_column, None)
+    messages = check_text(columns.pop("messages"), "messages")
+    if isinstance(messages, str):
+        raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
+    if messages[-1]["role"] == "assistant":
+        columns.setdefault("answer", messages[-1]["content"])
+        messages = messages[:-1]
+    if not messages:
+        raise BadRow("empty", "has only the assistant's message in its column 'messages', and no prompt before it")
+    return messages, columns
+
+
+def check_text(value: Any, column: str) -> Text:
+    """A non-empty string, or chat messages, each with a role and a content; fields that are None are left out.
+
+    Raises:
+        BadRow: anything else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadRow("empty", f"has an empty string in the column {column!r}")
+        return value
+    if not isinstance(value, Sequence):
+        raise BadRow(
+            "wrong_type",
+            f"has {type(value).__name__} in the column {column!r}, which holds a string or a list of chat messages",
+        )
+    if not value:
+        raise BadRow("empty", f"has an empty list in the column {column!r}")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise BadRow(
+                "wrong_type",
+                f"has {message!r:.80} in the column {column!r}, where each chat message is a dict of role and content",
+            )
+        messages.append({key: part for key, part in message.items() if part is not None})
+    return messages
+
+
+def _check_length(token_ids: tuple[int, ...], max_prompt_tokens: int) -> None:
+    if not token_ids:
+        raise BadRow("empty", "has a prompt of no tokens")
+    if len(token_ids) > max_prompt_tokens:
+        raise BadRow(
+            "too_long",
+            f"has a prompt of {len(token_ids)} tokens, and data.max_prompt_tokens is {max_prompt_tokens}; raise it",
+        )
+
+
+def _count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: DataSettings) -> None:
+    if settings.on_bad_row == "error":
+        raise DataError(
+            f"{_source(settings)}: row {index} (the first is 0) {error}; "
+            "correct the row, or set data.on_bad_row=skip to leave such rows out"
+        ) from error
+    skipped[error.reason] += 1
+
+
+def _report(prompts: Sequence[Prompt], skipped: Counter[str], settings: DataSettings) -> None:
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+    if not prompts:
+        raise DataError(
+            f"{_source(settings)}: a dataset must hold at least one usable prompt, and this has none "
+            f"(skipped: {counts or 'no rows at all'}); check the file and data.prompt_column"
+        )
+    if skipped:
+        logger.warning("%s: skipped %d rows (%s)", _source(settings), skipped.total(), counts)
+
+
+def _source(settings: DataSettings) -> str:
+    return settings.path or settings.task or "the given rows"
