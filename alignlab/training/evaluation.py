@@ -1,0 +1,178 @@
+"""Held-out accuracy: how many problems the policy answers right, greedily and when it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from alignlab.config.rewards import RewardLimits
+from alignlab.config.rollout import SamplingSettings
+from alignlab.errors import ConfigError, RewardError
+from alignlab.functional.estimators import pass_at_k
+from alignlab.training.reward_functions import LoadedReward
+from alignlab.training.reward_runner import RewardRunner
+from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
+
+ANSWER_COLUMN = "answer"
+RIGHT = 1.0
+KEPT_TEXTS = 4
+
+
+@dataclass(frozen=True)
+class EvaluatedProblem:
+    """What the policy said to one problem.
+
+    Attributes:
+        prompt: the problem's text.
+        answer: the row's `answer` column; None where there is none.
+        greedy: the greedy completion's text.
+        greedy_correct: whether the scorer calls it right.
+        sampled: texts of the first few sampled completions.
+        num_correct: of all sampled completions, how many are right.
+    """
+
+    prompt: str
+    answer: str | None
+    greedy: str
+    greedy_correct: bool
+    sampled: tuple[str, ...]
+    num_correct: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Accuracy over a set of problems, each a fraction in [0, 1].
+
+    Attributes:
+        greedy: problems whose greedy completion the scorer values at exactly 1.
+        sampled: sampled completions that it values at exactly 1.
+        strict_greedy, strict_sampled: completions that are the answer and nothing else; None without an answer column.
+        pass_at: by k, the unbiased estimate that at least one of k sampled completions is right.
+        num_problems, num_samples: problems, and sampled completions of each.
+        samples: what was said to each problem, in the order of the problems.
+    """
+
+    greedy: float
+    sampled: float
+    strict_greedy: float | None
+    strict_sampled: float | None
+    pass_at: dict[int, float]
+    num_problems: int
+    num_samples: int
+    samples: tuple[EvaluatedProblem, ...] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self) | {"pass_at": {str(k): value for k, value in self.pass_at.items()}}
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, as they are logged: eval/greedy, eval/sampled, eval/pass@k and, where known, the strict ones."""
+        named = {
+            "eval/greedy": self.greedy,
+            "eval/sampled": self.sampled,
+            "eval/strict_greedy": self.strict_greedy,
+            "eval/strict_sampled": self.strict_sampled,
+        }
+        passes = {f"eval/pass@{k}": value for k, value in self.pass_at.items()}
+        return {name: value for name, value in named.items() if value is not None} | passes
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    scorer: LoadedReward,
+    *,
+    sampling: SamplingSettings,
+    num_samples: int,
+    seed: int,
+    pass_at: Sequence[int] = (1,),
+    time_limit_s: float = 300.0,
+) -> EvaluationResult:
+    """Answer every problem once greedily and `num_samples` times at random, and count what is right.
+
+    A completion is right where the scorer's value is exactly 1; partial credit is not right.
+
+    Args:
+        sampling: of the sampled pass; the greedy one differs in its temperature, 0, alone.
+        seed: of the sampled pass.
+        pass_at: the k of pass@k, each from 1 to `num_samples`.
+        time_limit_s: for one call of the scorer on all completions of a pass.
+
+    Raises:
+        ConfigError: there are no problems, or a k is out of range.
+        RewardError: the scorer fails, or has no opinion on a completion: an accuracy must not hide that.
+    """
+    if not prompts:
+        raise ConfigError("an evaluation needs at least one problem, and got 0; check eval_data")
+    wrong = [k for k in pass_at if not 1 <= k <= num_samples]
+    if wrong:
+        raise ConfigError(
+            f"evaluation.pass_at holds {wrong[0]}, and each k must be from 1 to num_samples ({num_samples}); "
+            "raise num_samples or lower k"
+        )
+    greedy_sampling = sampling.model_copy(update={"temperature": 0.0})
+    greedy = engine.generate(prompts, greedy_sampling.params(n=1, seed=seed))
+    sampled = engine.generate(prompts, sampling.params(n=num_samples, seed=seed))
+    greedy_right = _right(greedy, scorer, time_limit_s)
+    sampled_right = _right(sampled, scorer, time_limit_s)
+    num_correct = [sum(group) for group in sampled_right]
+    return EvaluationResult(
+        greedy=_mean(greedy_right),
+        sampled=_mean(sampled_right),
+        strict_greedy=_strict_accuracy(greedy),
+        strict_sampled=_strict_accuracy(sampled),
+        pass_at={k: fmean(pass_at_k(num_samples, count, k) for count in num_correct) for k in pass_at},
+        num_problems=len(prompts),
+        num_samples=num_samples,
+        samples=tuple(
+            _problem(one, many, right=right[0], num_correct=count)
+            for one, many, right, count in zip(greedy, sampled, greedy_right, num_correct, strict=True)
+        ),
+    )
+
+
+def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool]]:
+    """Whether each completion of each problem is right."""
+    runner = RewardRunner([scorer], RewardLimits(time_limit_s=time_limit_s, max_failures=0))
+    try:
+        scored = runner.score(rollouts)
+    finally:
+        runner.close()
+    return [[_is_right(value, rollout, scorer) for value in rollout.reward_parts[scorer.name]] for rollout in scored]
+
+
+def _is_right(value: float | None, rollout: Rollout, scorer: LoadedReward) -> bool:
+    if value is None:
+        raise RewardError(
+            f"the scorer of an evaluation must value every completion, and {scorer.name} gave none for a completion of "
+            f"row {rollout.prompt.index}; choose another evaluation.scorer, or leave such rows out of eval_data"
+        )
+    return value == RIGHT
+
+
+def _strict_accuracy(rollouts: Sequence[Rollout]) -> float | None:
+    if any(ANSWER_COLUMN not in rollout.prompt.columns for rollout in rollouts):
+        return None
+    return _mean([[_is_answer(rollout.prompt, c) for c in rollout.completions] for rollout in rollouts])
+
+
+def _is_answer(prompt: Prompt, completion: Completion) -> bool:
+    return completion.text.strip() == str(prompt.columns[ANSWER_COLUMN]).strip()
+
+
+def _mean(right: Sequence[Sequence[bool]]) -> float:
+    return fmean(value for group in right for value in group)
+
+
+def _problem(greedy: Rollout, sampled: Rollout, *, right: bool, num_correct: int) -> EvaluatedProblem:
+    answer = greedy.prompt.columns.get(ANSWER_COLUMN)
+    return EvaluatedProblem(
+        prompt=message_text(greedy.prompt.text),
+        answer=None if answer is None else str(answer),
+        greedy=greedy.completions[0].text,
+        greedy_correct=right,
+        sampled=tuple(completion.text for completion in sampled.completions[:KEPT_TEXTS]),
+        num_correct=num_correct,
+    )

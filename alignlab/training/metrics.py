@@ -1,0 +1,146 @@
+"""The metrics of a run: a line of JSON for each step, always, and accelerate's trackers beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from alignlab.errors import ConfigError
+from alignlab.training.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+# Names of packages that are not the tracker's own.
+PACKAGES = {"comet_ml": "comet-ml"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """See that every tracker exists and its package is installed.
+
+    Raises:
+        ConfigError: one does not, or is not.
+    """
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"trainer.trackers holds {name!r}, and must hold names of accelerate's trackers; "
+                f"use some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in installed:
+            raise ConfigError(
+                f"trainer.trackers holds {name!r}, and its package is not installed; "
+                f"pip install {PACKAGES.get(name, name)}, or leave it out (metrics.jsonl is always written)"
+            )
+
+
+class MetricsLogger:
+    """Writes metrics.jsonl and the trackers; on other processes than the main one it writes nothing.
+
+    A number that is not finite becomes null in the file, and its name and value stand under "nonfinite" in the same
+    line, so that every line is valid JSON.
+
+    Args:
+        folder: of the run.
+        trackers: names of accelerate's trackers.
+        accelerator: says which process is the main one; None where there is one process.
+        resume_step: lines of later steps are dropped, and so is a line that a crash cut short. None begins a new file.
+
+    Raises:
+        ConfigError: a tracker is unknown or its package missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trackers: Sequence[str] = (),
+        *,
+        accelerator: Accelerator | None = None,
+        resume_step: int | None = None,
+    ) -> None:
+        check_trackers(trackers)
+        self._is_main = accelerator is None or accelerator.is_main_process
+        self._trackers: list[GeneralTracker] = []
+        if not self._is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        kept = [] if resume_step is None or not path.exists() else _lines_until(path, resume_step)
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        for name in trackers:
+            tracker = _make_tracker(name, folder, resume_step)
+            tracker.start()
+            self._trackers.append(tracker)
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's."""
+        if not self._is_main:
+            return
+        self._file.write(metrics_line(step, metrics) + "\n")
+        self._file.flush()
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(finite, step=step)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if not self._is_main:
+            return
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def metrics_line(step: int, metrics: Mapping[str, float | int]) -> str:
+    """One step's metrics as one line of valid JSON."""
+    assert not {"step", "time", "nonfinite"} & metrics.keys(), "these names are the line's own"
+    values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+    nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+    line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+    line |= {name: None if name in nonfinite else value for name, value in values.items()}
+    if nonfinite:
+        line["nonfinite"] = nonfinite
+    return json.dumps(line, allow_nan=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; a last line that is being written, or was cut short, is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    text = path.read_text()
+    return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+
+
+def _make_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTracker:
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    options: dict[str, Any] = {}
+    if tracker_class.requires_logging_directory:
+        options["logging_dir"] = str(folder / "trackers")
+    if name == TENSORBOARD and resume_step is not None:
+        options["purge_step"] = resume_step + 1
+    tracker: GeneralTracker = tracker_class(folder.name, **options)
+    return tracker

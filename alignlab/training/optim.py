@@ -1,0 +1,95 @@
+"""The optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from alignlab.config.trainers import TrainerConfig
+from alignlab.errors import ConfigError
+
+FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over the parameters of `model` that require a gradient.
+
+    Matrices decay; norms and biases (fewer than two dimensions) do not. The fused kernel is used where every
+    parameter is on a device that has one.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            "training needs at least one parameter with requires_grad, and the model has 0; "
+            "set model.lora, or unfreeze what is to be trained"
+        )
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=all(parameter.device.type in FUSED_DEVICES for parameter in trained),
+    )
+
+
+def learning_rate_factor(update: int, *, schedule: str, warmup: int, total: int) -> float:
+    """What the learning rate is multiplied by at an update, counted from 0.
+
+        warm-up:  (update + 1) / (warmup + 1), so that the first update already moves
+        linear:   1 - x,  cosine:  (1 + cos(pi x)) / 2,  with x = (update - warmup) / (total - warmup)
+
+    Past the last update, x stays 1.
+    """
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    progress = min((update - warmup) / (total - warmup), 1.0)
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    assert schedule == "constant", schedule
+    return 1.0
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainerConfig, total_updates: int) -> LambdaLR:
+    """The schedule of a run of `total_updates` optimizer updates; step it once after each.
+
+    `config.warmup_steps` counts steps: where a step makes several updates, the warm-up takes as many times more.
+
+    Raises:
+        ConfigError: the warm-up takes the whole run.
+    """
+    if config.warmup_steps >= config.num_steps:
+        raise ConfigError(
+            f"trainer.warmup_steps must be less than trainer.num_steps ({config.num_steps}), and is "
+            f"{config.warmup_steps}; lower warmup_steps or train longer"
+        )
+    warmup = config.warmup_steps * total_updates // config.num_steps
+
+    def factor(update: int) -> float:
+        return learning_rate_factor(update, schedule=config.lr_schedule, warmup=warmup, total=total_updates)
+
+    return LambdaLR(optimizer, factor)
+
+
+def schedule_state(schedule: LambdaLR) -> dict[str, Any]:
+    """Where the schedule stands, as JSON."""
+    return {"update": schedule.last_epoch, "learning_rates": [float(rate) for rate in schedule.get_last_lr()]}
+
+
+def load_schedule_state(schedule: LambdaLR, state: dict[str, Any]) -> None:
+    """Go on where `schedule_state` stood: the schedule's position and the learning rates in its optimizer."""
+    schedule.last_epoch = state["update"]
+    schedule._last_lr = list(state["learning_rates"])
+    for group, rate in zip(schedule.optimizer.param_groups, state["learning_rates"], strict=True):
+        group["lr"] = rate

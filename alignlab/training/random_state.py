@@ -1,0 +1,61 @@
+"""The state of every random generator that a run draws from, as tensors and JSON, exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """States of the generators of one rank.
+
+    Attributes:
+        tensors: "torch", "numpy", "python", and "cuda.<device>" for each CUDA device in use.
+        state: what is not a tensor of numpy's and Python's states, as JSON.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def random_state() -> RandomState:
+    """The present state of torch's (CPU and CUDA), Python's and numpy's global generators."""
+    version, words, python_gauss = random.getstate()
+    name, keys, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_initialized():
+        states = torch.cuda.get_rng_state_all()
+        tensors |= {f"cuda.{device}": state for device, state in enumerate(states)}
+    state = {
+        "python": {"version": version, "gauss": python_gauss},
+        "numpy": {
+            "name": str(name),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(numpy_gauss),
+        },
+    }
+    return RandomState(tensors, state)
+
+
+def restore_random_state(saved: RandomState) -> None:
+    """Put the generators back to where `random_state` saw them."""
+    torch.set_rng_state(saved.tensors["torch"])
+    for name, tensor in saved.tensors.items():
+        if name.startswith("cuda."):
+            torch.cuda.set_rng_state(tensor, device=int(name.removeprefix("cuda.")))
+    python, numpy = saved.state["python"], saved.state["numpy"]
+    random.setstate((python["version"], tuple(saved.tensors["python"].tolist()), python["gauss"]))
+    keys = saved.tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
