@@ -1,11 +1,19 @@
-"""Attention over packed sequences, some of which share a prompt."""
+"""Attention over packed sequences, some of which share a prompt; the prompt's keys and values are never copied.
+
+Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size; b problems of M queries and S keys.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from alignlab.models.attention_plan import Block, attention_blocks
 from alignlab.types import Segments
 
 
@@ -13,12 +21,187 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     *, scaling: float, sliding_window: int | None = None, softcap: float | None = None,
 ) -> Tensor:
-    """[1,H,N,D], [1,K,N,D], [1,K,N,D] -> [1,N,H,D]."""
-    assert sliding_window is None and softcap is None
-    own = segments.segment_of_token
+    """Each token attends to its segment up to itself, and to all of the prompt that its segment hangs on.
+
+    Args:
+        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
+        segments: on the same device.
+        scaling: factor of the scores, before the cap.
+        sliding_window: a token sees this many tokens of its sequence, itself included; None sees all.
+        softcap: scores become cap * tanh(score / cap).
+
+    Returns:
+        [1,N,H,D]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
+    """
+    assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
+    if query.device.type == "cuda":
+        return flex_packed_attention(query, key, value, segments, scaling, sliding_window, softcap, _compiled_flex())
+    return _BlockAttention.apply(query, key, value, attention_blocks(segments, sliding_window), scaling, softcap)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Blocks merged by an online softmax; the backward pass computes each block's weights again.
+
+    Scores and softmax are float32; weights are rounded to the inputs' dtype for the products, as flash kernels do.
+    With P the softmax over all blocks and delta = sum(dO * O), each block's part is exact on its own:
+        dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K,  dK = dS^T Q    (Dao 2023, arXiv:2307.08691)
+
+    Inside, tensors are [K, N + 1, G, D] or [K, N + 1, D], their last token being the padding of the blocks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float, softcap: float | None
+    ) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        num_kv = key.shape[1]
+        q, k, v = _rows(query, num_kv, exact).mul_(scaling), _rows(key, num_kv, exact), _rows(value, num_kv)
+        out = query.new_empty(q.shape)
+        top, total = q.new_empty(q.shape[:3]), q.new_empty(q.shape[:3])
+        for block in blocks:
+            scores = _hide(_scores(q, k, block, softcap), block)
+            peak = scores.amax(-1).clamp_min_(torch.finfo(exact).min)  # finite where nothing is visible
+            weights = scores.sub_(peak[..., None]).exp_()
+            mass = weights.sum(-1)
+            part = torch.bmm(_flat(weights.to(v.dtype)), _take(v, block.keys))
+            _merge((out, top, total), block, (part, peak, mass))
+        logsumexp = top.add_(total.log())
+        logsumexp[:, -1] = torch.inf  # no weight, and so no gradient, for padded queries
+        out.div_(total[..., None])
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        ctx.blocks, ctx.scaling, ctx.softcap = blocks, scaling, softcap
+        return _heads(out, query.dtype).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        exact, num_kv = logsumexp.dtype, key.shape[1]
+        scaled_q, exact_k = _rows(query, num_kv, exact).mul_(ctx.scaling), _rows(key, num_kv, exact)
+        q, k, v = _rows(query, num_kv), _rows(key, num_kv), _rows(value, num_kv)
+        grad = _rows(grad.transpose(1, 2), num_kv)
+        delta = (grad.to(exact) * out).sum(-1)
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
+        for block in ctx.blocks:
+            scores = _scores(scaled_q, exact_k, block, ctx.softcap)
+            slope = None if ctx.softcap is None else (scores / ctx.softcap).square_().neg_().add_(1)
+            weights = _hide(scores, block).sub_(_per_query(logsumexp, block)).exp_()
+            block_grad = _take(grad, block.queries)
+            _add(grad_v, block.keys, torch.bmm(_flat(weights.to(v.dtype)).transpose(1, 2), block_grad))
+            slopes = torch.bmm(block_grad, _take(v, block.keys).transpose(1, 2)).view(weights.shape)
+            weights.mul_(slopes - _per_query(delta, block))
+            if slope is not None:
+                weights.mul_(slope)
+            grad_scores = _flat(weights.to(v.dtype))
+            _add(grad_q, block.queries, torch.bmm(grad_scores, _take(k, block.keys)))
+            _add(grad_k, block.keys, torch.bmm(grad_scores.transpose(1, 2), _take(q, block.queries)))
+        grad_q.mul_(ctx.scaling)
+        grad_k.mul_(ctx.scaling)
+        return _heads(grad_q, query.dtype), _heads(grad_k, key.dtype), _heads(grad_v, value.dtype), None, None, None
+
+
+def _rows(x: Tensor, num_kv: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[1, K*G, N, D] -> [K, N+1, G, D], the last token zero."""
+    _, heads, tokens, dim = x.shape
+    rows = torch.empty(num_kv, tokens + 1, heads // num_kv, dim, dtype=dtype or x.dtype, device=x.device)
+    rows[:, :tokens] = x.view(num_kv, -1, tokens, dim).transpose(1, 2)
+    rows[:, tokens] = 0
+    return rows
+
+
+def _heads(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, N+1, G, D] -> [1, K*G, N, D], laid out in memory as [N, K*G, D]."""
+    return rows[:, :-1].transpose(0, 1).to(dtype).flatten(1, 2).transpose(0, 1)[None]
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [K, N+1, G, D] of tokens [b, M] -> [K*b, M*G, D]."""
+    num_kv, _, _, dim = rows.shape
+    return rows.index_select(1, index.flatten()).view(num_kv * index.shape[0], -1, dim)
+
+
+def _per_query(rows: Tensor, block: Block) -> Tensor:
+    """One number a query and head, [K, N+1, G] -> [K, b, M, G, 1]."""
+    num_kv, _, groups = rows.shape
+    return rows.index_select(1, block.queries.flatten()).view(num_kv, *block.queries.shape, groups, 1)
+
+
+def _flat(scores: Tensor) -> Tensor:
+    """[K, b, M, G, S] -> [K*b, M*G, S]."""
+    return scores.flatten(2, 3).flatten(0, 1)
+
+
+def _add(total: Tensor, index: Tensor, part: Tensor) -> None:
+    """Add [K*b, M*G, D] to rows [K, N+1, G, D] of tokens [b, M]."""
+    total.index_add_(1, index.flatten(), part.view(total.shape[0], -1, *total.shape[2:]).to(total.dtype))
+
+
+def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> Tensor:
+    """Scores of a block, [K, b, M, G, S]."""
+    scores = torch.bmm(_take(q, block.queries), _take(k, block.keys).transpose(1, 2))
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores.view(q.shape[0], *block.queries.shape, q.shape[2], -1)
+
+
+def _hide(scores: Tensor, block: Block) -> Tensor:
+    """-inf, in place, where a query does not see a key."""
+    return scores if block.bias is None else scores.add_(block.bias[:, :, None])
+
+
+def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Online softmax: take a block's unnormalised (output, peak, mass) into those of its queries."""
+    index = block.queries.flatten()
+    out, top, total = state
+    part, peak, mass = (x.view(out.shape[0], len(index), *y.shape[2:]) for x, y in zip(new, state, strict=True))
+    if not block.first:
+        old_part, old_peak, old_mass = (x.index_select(1, index) for x in state)
+        new_peak = torch.maximum(peak, old_peak)
+        factor, old_factor = (peak - new_peak).exp_(), (old_peak - new_peak).exp_()
+        part = (old_part * old_factor[..., None]).add_(part * factor[..., None]).to(out.dtype)
+        peak, mass = new_peak, mass * factor + old_mass * old_factor
+    for old, value in zip(state, (part, peak, mass), strict=True):
+        old.index_copy_(1, index, value)
+
+
+def flex_packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+    scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor],
+) -> Tensor:
+    """The same by torch's FlexAttention, whose mask of blocks is made once for `segments` and a window."""
+    masks: dict[int | None, BlockMask] = segments.__dict__.setdefault("_flex_masks", {})
+    if sliding_window not in masks:
+        count = segments.num_tokens
+        rule = visibility(segments, sliding_window)
+        masks[sliding_window] = create_block_mask(rule, None, None, count, count, device=query.device)
+    out = flex(
+        query, key, value, score_mod=None if softcap is None else soft_capped(softcap),
+        block_mask=masks[sliding_window], scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def visibility(segments: Segments, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's `mask_mod`: whether token q sees token k."""
+    own, positions = segments.segment_of_token, segments.position_ids
     prefix = torch.tensor(segments.prefixes, device=own.device)[own]
-    index = torch.arange(segments.num_tokens, device=own.device)
-    mask = (own[:, None] == own[None, :]) & (index[:, None] >= index[None, :]) | (prefix[:, None] == own[None, :])
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    ).transpose(1, 2)
+
+    def rule(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = ((own[q] == own[k]) & (q >= k)) | (prefix[q] == own[k])
+        return seen if window is None else seen & (positions[q] - positions[k] < window)
+
+    return rule
+
+
+@cache
+def soft_capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's `score_mod`: cap * tanh(score / cap)."""
+
+    def rule(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return rule

@@ -1,0 +1,118 @@
+"""How packed attention is cut into dense blocks of queries and keys. Pure bookkeeping on `Segments`.
+
+A segment's queries see two runs of keys: its own, causally, and all of its prompt's. The first kind of block is batched
+over segments of similar length. The second takes the queries of *all* completions of a prompt as one long query, so
+that a prompt's keys are read where they are and never copied for each completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.types import Segments
+
+MAX_SCORES = 1 << 17
+"""Scores of one head in a block: bounds memory, and keeps what is computed in the cache."""
+MAX_ROWS = 128
+"""Queries in a block of a long segment: fewer skip more of the keys that causality hides."""
+SPARE_SCORES = 1 << 12
+"""Scores that may be wasted on padding to save a further block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A batch of b dense problems, M queries against S keys each.
+
+    Attributes:
+        queries: [b, M] token of each query; N, one past the last token, is padding.
+        keys: [b, S] likewise.
+        bias: [b or 1, M, S] float32, 0 where the query sees the key and -inf elsewhere; None if it sees all.
+        first: the queries were in no block before.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    first: bool
+
+
+Problem = tuple[Tensor, Tensor]
+"""Tokens that ask, tokens that are asked."""
+
+
+def attention_blocks(segments: Segments, window: int | None) -> list[Block]:
+    """The blocks that together hold every visible (query, key) pair once; remembered on `segments`.
+
+    Args:
+        segments: the packed sequences.
+        window: a token sees this many tokens, itself included; None sees all.
+    """
+    plans: dict[int | None, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
+    if window not in plans:
+        positions = torch.cat([segments.position_ids.cpu(), torch.tensor([-1])])
+        plans[window] = [
+            _block(batch, positions, window, first, segments.device)
+            for first, problems in ((True, _own_keys(segments)), (False, _prompt_keys(segments)))
+            for batch in _batches(list(problems))
+        ]
+    return plans[window]
+
+
+def _own_keys(segments: Segments) -> Iterator[Problem]:
+    """Each segment against itself; a long one in several runs of queries."""
+    for start, length in zip(segments.starts, segments.lengths, strict=True):
+        tokens = torch.arange(start, start + length)
+        rows = length if length * length <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // length))
+        for row in range(0, length, rows):
+            yield tokens[row : row + rows], tokens[: row + rows]
+
+
+def _prompt_keys(segments: Segments) -> Iterator[Problem]:
+    """The queries of all segments that hang on one prompt, against that prompt."""
+    children: dict[int, list[Tensor]] = {}
+    for start, length, prefix in zip(segments.starts, segments.lengths, segments.prefixes, strict=True):
+        if prefix >= 0:
+            children.setdefault(prefix, []).append(torch.arange(start, start + length))
+    for prefix, parts in children.items():
+        keys = torch.arange(segments.lengths[prefix]) + segments.starts[prefix]
+        for queries in torch.cat(parts).split(max(1, MAX_SCORES // len(keys))):
+            yield queries, keys
+
+
+def _batches(problems: list[Problem]) -> Iterator[list[Problem]]:
+    """Problems of similar size together, within the limits on scores and padding."""
+    batch: list[Problem] = []
+    used = rows = columns = 0
+    for queries, keys in sorted(problems, key=lambda problem: (len(problem[1]), len(problem[0]))):
+        size = len(queries) * len(keys)
+        padded = (len(batch) + 1) * max(rows, len(queries)) * max(columns, len(keys))
+        if batch and (padded > MAX_SCORES or padded > 1.25 * (used + size) + SPARE_SCORES):
+            yield batch
+            batch, used, rows, columns = [], 0, 0, 0
+        batch.append((queries, keys))
+        used, rows, columns = used + size, max(rows, len(queries)), max(columns, len(keys))
+    if batch:
+        yield batch
+
+
+def _block(batch: list[Problem], positions: Tensor, window: int | None, first: bool, device: Any) -> Block:
+    """Pad a batch of problems; `positions` holds one of -1 for the padding."""
+    padding = len(positions) - 1
+    queries = torch.nn.utils.rnn.pad_sequence([q for q, _ in batch], batch_first=True, padding_value=padding)
+    keys = torch.nn.utils.rnn.pad_sequence([k for _, k in batch], batch_first=True, padding_value=padding)
+    distance = positions[queries][:, :, None] - positions[keys][:, None, :]
+    visible = (distance >= 0) & (keys != padding)[:, None, :]
+    if window is not None:
+        visible &= distance < window
+    visible |= (queries == padding)[:, :, None]
+    if bool((visible == visible[:1]).all()):
+        visible = visible[:1]
+    bias = None
+    if not bool(visible.all()):
+        bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf).to(device)
+    return Block(queries.to(device), keys.to(device), bias, first)
