@@ -131,9 +131,7 @@ def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoi
     return Checkpoint(
         path=newest,
         step=manifest["step"],
-        tensors={
-            name: load_file(newest / f"{name}.safetensors") for name in names if not name.startswith("random-")
-        },
+        tensors={name: load_file(newest / f"{name}.safetensors") for name in names if not name.startswith("random-")},
         state=json.loads((newest / STATE).read_text()),
         random=RandomState(
             load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())

@@ -1,0 +1,135 @@
+"""The curves of a run, from its metrics file to a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignlab.training.files import publish
+from alignlab.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EXPERT_LOAD = "expert_load/"
+EVALUATED = {"eval/greedy": ("held out, greedy", "o"), "eval/sampled": ("held out, sampled", "s")}
+MAX_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve: which metric, the panel's title, the label of its vertical axis."""
+
+    metric: str
+    title: str
+    label: str
+
+
+PANELS = (
+    Panel("reward", "Reward", "mean reward"),
+    Panel("accuracy", "Accuracy", "fraction right"),
+    Panel("kl", "KL to the reference", "nats / token"),
+    Panel("completion_tokens", "Completion length", "tokens"),
+    Panel("entropy", "Entropy", "nats / token"),
+    Panel("loss", "Loss", "loss"),
+    Panel("grad_norm", "Gradient norm", "norm before clipping"),
+)
+
+
+def plot_curves(
+    metrics_file: Path,
+    png: Path,
+    *,
+    title: str = "",
+    evaluations: Mapping[int, Mapping[str, float]] | None = None,
+) -> bool:
+    """Draw what the metrics file holds of the known curves; raw values and their running mean.
+
+    Args:
+        evaluations: by step, held-out metrics (`eval/greedy`, `eval/sampled`) beside those in the file.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    lines = read_metrics(metrics_file)
+    lines += [{"step": step, **metrics} for step, metrics in (evaluations or {}).items()]
+    panels = [panel for panel in PANELS if _series(lines, panel.metric)[0]]
+    loads = expert_loads(lines)
+    count = len(panels) + bool(loads)
+    if count == 0:
+        return False
+    # The object interface, not pyplot: no global state, no window, the Agg canvas.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(MAX_COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.8 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=14)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for panel, axis in zip(panels, axes, strict=False):
+        _draw(axis, panel, lines)
+    if loads:
+        _draw_loads(axes[-1], loads)
+    temporary = png.with_name(f".{png.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    publish(temporary, png)
+    return True
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the up to `window - 1` before it."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def expert_loads(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last known fraction of choices of each expert, by what follows `expert_load/` in its name."""
+    loads: dict[str, float] = {}
+    for line in lines:
+        loads |= {
+            k.removeprefix(EXPERT_LOAD): v for k, v in line.items() if k.startswith(EXPERT_LOAD) and v is not None
+        }
+    return loads
+
+
+def _series(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    """Steps and finite values of a metric, in the order of steps."""
+    points = sorted((line["step"], line[metric]) for line in lines if line.get(metric) is not None)
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw(axis: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
+    steps, values = _series(lines, panel.metric)
+    axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(steps) < 3 else None)
+    window = max(1, len(values) // 10)
+    mean_label = f"mean of {window} steps" if window > 1 else "each step"
+    axis.plot(steps, running_mean(values, window), color="tab:blue", linewidth=2, label=mean_label)
+    if panel.metric == "accuracy":
+        for i, (metric, (label, marker)) in enumerate(EVALUATED.items()):
+            at, accuracy = _series(lines, metric)
+            if at:
+                axis.plot(at, accuracy, marker, color=("tab:red", "tab:orange")[i], markersize=7, label=label)
+        axis.set_ylim(-0.03, 1.03)
+    axis.legend(fontsize=8, loc="best")
+    axis.set_title(panel.title)
+    axis.set_xlabel("step")
+    axis.set_ylabel(panel.label)
+    axis.grid(alpha=0.3)
+
+
+def _draw_loads(axis: Axes, loads: Mapping[str, float]) -> None:
+    names = list(loads)
+    # Names are "expert" or "layer/expert"; an even share is one over the experts of a layer.
+    layers = {name.rpartition("/")[0] for name in names}
+    axis.bar(range(len(names)), list(loads.values()), color="tab:green")
+    axis.axhline(len(layers) / len(names), color="black", linewidth=1, linestyle="--", label="even share")
+    stride = -(-len(names) // 16)
+    axis.set_xticks(range(0, len(names), stride), names[::stride], fontsize=8)
+    axis.legend(fontsize=8, loc="best")
+    axis.set_title("Expert load at the last step")
+    axis.set_xlabel("expert")
+    axis.set_ylabel("fraction of choices")

@@ -1,0 +1,168 @@
+"""What a training shows while it runs: a live display on a terminal, one line a step elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+# Metric -> how it is called and written, in the order of the display.
+SHOWN = {
+    "reward": ("reward", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "loss": ("loss", "{:.4f}"),
+    "kl": ("KL", "{:.4f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "completion_tokens": ("length", "{:.1f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "eval/greedy": ("held-out greedy", "{:.3f}"),
+    "eval/sampled": ("held-out sampled", "{:.3f}"),
+}
+TREND = ("reward", "loss")
+SPARKS = "▁▂▃▄▅▆▇█"
+TREND_STEPS = 40
+RECENT_STEPS = 20
+
+
+class TrainingProgress:
+    """Step, metrics, phase and time left of a training.
+
+    Args:
+        total_steps: of the whole training.
+        title: shown before the steps.
+        done_steps: done before this start, by a run that is resumed.
+        enabled: False shows nothing (ranks other than the first).
+        console: default: stderr.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        title: str = "",
+        done_steps: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self.phase_seconds: dict[str, float] = {}
+        self._total, self._done, self._title = total_steps, done_steps, title
+        self._enabled = enabled
+        self._console = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._phases: list[str] = []
+        self._phase_sums: dict[str, float] = {}
+        self._metrics: Mapping[str, float] = {}
+        self._trend: deque[float] = deque(maxlen=TREND_STEPS)
+        self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._started = self._last = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._started = self._last = time.perf_counter()
+        if self._enabled and self._console.is_terminal:
+            # Standard output is left alone: it belongs to the run's result.
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4, redirect_stdout=False
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the block is doing ("generate", "score", "update"): shown, and its seconds counted."""
+        start = time.perf_counter()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._phase_sums[name] = self._phase_sums.get(name, 0.0) + time.perf_counter() - start
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+        now = time.perf_counter()
+        self._durations.append(now - self._last)
+        self._last, self._done = now, step
+        self.phase_seconds, self._phase_sums = self._phase_sums, {}
+        self._metrics = {**{k: v for k, v in self._metrics.items() if k.startswith("eval/")}, **metrics}
+        trend = next((metrics[name] for name in TREND if name in metrics), None)
+        if trend is not None:
+            self._trend.append(trend)
+        if self._enabled and self._live is None:
+            self._print(self._line(metrics))
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the display."""
+        if self._enabled:
+            self._print(text)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the last steps; None before the first."""
+        if not self._durations:
+            return None
+        return sum(self._durations) / len(self._durations) * (self._total - self._done)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        title = f"{self._title} " if self._title else ""
+        values = "".join(f"  {label} {value}" for label, value in shown(metrics))
+        phases = "".join(f"  {name} {seconds:.1f}s" for name, seconds in self.phase_seconds.items())
+        return f"{title}step {self._done}/{self._total}{values}{phases}  left {clock(self.seconds_left)}"
+
+    def _render(self) -> Group:
+        head = Table.grid(padding=(0, 1))
+        elapsed = clock(time.perf_counter() - self._started)
+        head.add_row(
+            Text(f"{self._title} step {self._done}/{self._total}".strip(), style="bold"),
+            ProgressBar(total=self._total, completed=self._done, width=30),
+            Text(f"{elapsed} gone, {clock(self.seconds_left)} left"),
+            Text(self._phases[-1] if self._phases else "", style="cyan"),
+        )
+        cells = shown(self._metrics)
+        body = Table.grid(padding=(0, 2))
+        body.add_row(*[Text(label, style="dim") for label, _ in cells])
+        body.add_row(*[Text(value, style="bold") for _, value in cells])
+        spent = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phase_seconds.items())
+        return Group(head, body, Text(f"{sparkline(self._trend)}  {spent}".strip(), style="green"))
+
+
+def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and text of the metrics that the display shows, in its order."""
+    return [(label, form.format(metrics[name])) for name, (label, form) in SHOWN.items() if name in metrics]
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as h:mm:ss or m:ss; `?` where it is not known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: deque[float]) -> str:
+    """The values as a row of bars, from the least to the greatest of them; those that are not finite are left out."""
+    finite = [value for value in values if abs(value) < float("inf")]
+    if len(finite) < 2:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] for value in finite)

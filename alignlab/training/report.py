@@ -1,0 +1,154 @@
+"""The closing report: accuracy before and after, what was said before and after, curves, how to use the result."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignlab.training.curves import plot_curves
+from alignlab.training.evaluation import EvaluatedProblem, EvaluationResult
+from alignlab.training.files import write_atomically
+from alignlab.training.run_folder import RunFolder
+
+NUM_EXAMPLES = 4
+MAX_SHOWN_CHARS = 300
+MEASURES = {
+    "greedy": "extracted answer right, greedy",
+    "sampled": "extracted answer right, sampled",
+    "strict_greedy": "answer and nothing else, greedy",
+    "strict_sampled": "answer and nothing else, sampled",
+}
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run has to say at its end.
+
+    Attributes:
+        title: the run's name, such as its task.
+        before, after: held-out accuracy before and after the training; None where there is no held-out data.
+        train_seconds: spent in steps.
+        num_steps: done.
+        adapter: folder of the saved adapter; None where all weights were trained.
+        model: folder of the saved model; None where an adapter was trained.
+        base_model: what the adapter belongs on.
+        summary: more entries for report.json.
+    """
+
+    title: str
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    train_seconds: float
+    num_steps: int
+    adapter: Path | None = None
+    model: Path | None = None
+    base_model: str | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str | None:
+        """The command that tries the trained model on the first held-out problem."""
+        problem = self.after.samples[0].prompt if self.after and self.after.samples else "Hello"
+        if self.adapter is not None and self.base_model is not None:
+            return shlex.join(["alignlab", "generate", self.base_model, "--adapter", str(self.adapter), problem])
+        if self.model is not None:
+            return shlex.join(["alignlab", "generate", str(self.model), problem])
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json holds."""
+        return {
+            "title": self.title,
+            "num_steps": self.num_steps,
+            "train_seconds": self.train_seconds,
+            "before": None if self.before is None else self.before.to_json(),
+            "after": None if self.after is None else self.after.to_json(),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "model": None if self.model is None else str(self.model),
+            "base_model": self.base_model,
+            "command": self.command,
+            **self.summary,
+        }
+
+
+def write_report(run: RunFolder, report: RunReport, *, console: Console | None = None) -> None:
+    """Write report.json and curves.png, and show the report on stderr."""
+    console = console or Console(stderr=True)
+    evaluations = {
+        step: result.metrics()
+        for step, result in ((0, report.before), (report.num_steps, report.after))
+        if result is not None
+    }
+    drawn = plot_curves(run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations)
+    write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
+    if report.before is not None and report.after is not None:
+        console.print(accuracy_table(report.before, report.after, title=report.title))
+        console.print(examples_table(report.before.samples, report.after.samples))
+    _show(console, "trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s")
+    if drawn:
+        _show(console, "curves", str(run.curves_file))
+    for name, path in (("adapter", report.adapter), ("model", report.model)):
+        if path is not None:
+            _show(console, name, str(path))
+    if report.command is not None:
+        _show(console, "use it", report.command)
+
+
+def accuracy_table(before: EvaluationResult, after: EvaluationResult, *, title: str = "") -> Table:
+    """Accuracy on the held-out problems, before and after."""
+    samples = f"{before.num_problems} held-out problems, {before.num_samples} samples each"
+    table = Table(title=f"{title}: {samples}" if title else samples, title_justify="left")
+    table.add_column("accuracy")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    rows = [(label, getattr(before, name), getattr(after, name)) for name, label in MEASURES.items()]
+    rows += [(f"pass@{k}", before.pass_at[k], after.pass_at[k]) for k in before.pass_at if k > 1 and k in after.pass_at]
+    for label, old, new in rows:
+        if old is not None and new is not None:
+            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    return table
+
+
+def examples_table(before: Sequence[EvaluatedProblem], after: Sequence[EvaluatedProblem]) -> Table:
+    """Greedy completions of the same problems before and after: four, evenly spaced over all, not picked."""
+    table = Table(title="greedy completions of the same problems", title_justify="left", show_lines=True)
+    for column, ratio in (("problem", 3), ("answer", 1), ("before", 3), ("after", 3)):
+        table.add_column(column, ratio=ratio, overflow="fold")
+    for i in evenly_spaced(min(len(before), len(after)), NUM_EXAMPLES):
+        old, new = before[i], after[i]
+        assert old.prompt == new.prompt, "both evaluations are of the same problems"
+        table.add_row(
+            Text(_cut(old.prompt)),
+            Text(old.answer or ""),
+            _verdict(old),
+            _verdict(new),
+        )
+    return table
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """At most `count` indices below `size`, evenly spaced from the first."""
+    count = min(size, count)
+    return [i * size // count for i in range(count)]
+
+
+def _verdict(problem: EvaluatedProblem) -> Text:
+    mark, style = ("right", "green") if problem.greedy_correct else ("wrong", "red")
+    return Text(f"{mark}: ", style=style).append(_cut(problem.greedy), style="default")
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]} ..."
+
+
+def _show(console: Console, name: str, value: str) -> None:
+    console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)

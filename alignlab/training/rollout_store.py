@@ -1,0 +1,118 @@
+"""Every rollout of a run in Parquet, a row for each completion, to be read with any tool at any time.
+
+    import duckdb
+    duckdb.sql("select step, avg(reward) from 'runs/alignlab/rollouts/*.parquet' group by step order by step")
+
+A step is one file, complete from the moment it has its name. The columns: step, prompt_index (row of the dataset),
+sample_index (in its group), prompt, completion (texts), row (the dataset's other columns, JSON), prompt_ids, token_ids,
+logprobs (of the distribution sampled from), raw_logprobs (of the model's own), reward, reward/<name> for each reward
+function, advantage, finish_reason, policy_version (of the weights that sampled the first token).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from alignlab.training.files import publish
+from alignlab.types import Rollout, message_text
+
+PATTERN = "step-*.parquet"
+COLUMNS = {
+    "step": pa.int64(),
+    "prompt_index": pa.int64(),
+    "sample_index": pa.int64(),
+    "prompt": pa.string(),
+    "completion": pa.string(),
+    "row": pa.string(),
+    "prompt_ids": pa.list_(pa.int32()),
+    "token_ids": pa.list_(pa.int32()),
+    "logprobs": pa.list_(pa.float32()),
+    "raw_logprobs": pa.list_(pa.float32()),
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "finish_reason": pa.string(),
+    "policy_version": pa.int64(),
+}
+
+
+class RolloutStore:
+    """Writes the rollouts of one rank.
+
+    Args:
+        folder: holds the files; created if absent.
+        resume_step: rollouts of later steps are removed, for they come again. None begins anew.
+        rank: of this process; each writes, and on resuming removes, its own files.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None, rank: int = 0) -> None:
+        self._folder, self._rank = folder, rank
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"step-*-rank{rank}.parquet"):
+            if resume_step is None or int(path.name.split("-")[1]) > resume_step:
+                path.unlink()
+
+    def append(
+        self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float]] | None = None
+    ) -> Path:
+        """Write the rollouts of a step; called once a step.
+
+        Args:
+            advantages: of each completion, by rollout; null in the file where there are none.
+        """
+        names = {name: None for rollout in rollouts for name in rollout.reward_parts}
+        types = COLUMNS | {f"reward/{name}": pa.float64() for name in names}
+        rows = [
+            row
+            for i, rollout in enumerate(rollouts)
+            for row in _rows(step, rollout, None if advantages is None else advantages[i])
+        ]
+        table = pa.Table.from_pylist(rows, schema=pa.schema(types.items()))
+        path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
+        temporary = path.with_name(f".{path.name}.tmp")
+        pq.write_table(table, temporary, compression="zstd")
+        publish(temporary, path)
+        return path
+
+
+def read_rollouts(folder: Path) -> pa.Table:
+    """All rollouts in a folder, in the order of steps."""
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        return pa.schema(COLUMNS.items()).empty_table()
+    schema = pa.unify_schemas([pq.read_schema(path) for path in paths])
+    return ds.dataset([str(path) for path in paths], schema=schema).to_table()
+
+
+def _rows(step: int, rollout: Rollout, advantages: Sequence[float] | None) -> Iterator[dict[str, Any]]:
+    """One row for each completion of a group."""
+    prompt = rollout.prompt
+    group = {
+        "step": step,
+        "prompt_index": prompt.index,
+        "prompt": message_text(prompt.text),
+        "row": json.dumps(dict(prompt.columns), default=str),
+        "prompt_ids": list(prompt.token_ids),
+    }
+    for j, completion in enumerate(rollout.completions):
+        yield (
+            group
+            | {
+                "sample_index": j,
+                "completion": completion.text,
+                "token_ids": list(completion.token_ids),
+                "logprobs": list(completion.logprobs),
+                "raw_logprobs": list(completion.raw_logprobs),
+                "reward": rollout.rewards[j] if rollout.rewards else None,
+                "advantage": None if advantages is None else float(advantages[j]),
+                "finish_reason": completion.finish_reason,
+                "policy_version": completion.policy_versions[0] if completion.policy_versions else None,
+            }
+            | {f"reward/{name}": values[j] for name, values in rollout.reward_parts.items()}
+        )
