@@ -1,0 +1,22 @@
+"""1 where the completion has a given form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from alignlab.types import Text, message_text
+
+
+def regex_format(*, completions: Sequence[Text], pattern: str, **columns: Any) -> list[float | None]:
+    r"""1.0 where the whole completion matches `pattern`, else 0.0.
+
+    Args:
+        completions: strings or chat messages; white space around them does not count.
+        pattern: a regular expression in which `.` matches line breaks too, such as
+            `<think>.*</think>\s*<answer>.*</answer>`. Mind patterns that backtrack without an end.
+        columns: unused.
+    """
+    form = re.compile(pattern, re.DOTALL)
+    return [float(form.fullmatch(message_text(completion).strip()) is not None) for completion in completions]
