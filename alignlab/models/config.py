@@ -1,0 +1,178 @@
+"""The configuration of an in-house policy: one transformer whose layers are chosen one at a time.
+
+Field names are Hugging Face's, where it has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from alignlab.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class PolicyConfig(PreTrainedConfig):
+    """Shape of a `PolicyForCausalLM`.
+
+    Attributes:
+        num_key_value_heads: None is multi-head attention, 1 is multi-query, between is grouped-query.
+        head_dim: None is hidden_size / num_attention_heads.
+        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options.
+        attention_bias: biases of the query, key and value projections.
+        attention_out_bias: bias of the output projection; None follows `attention_bias`.
+        use_qk_norm: RMSNorm of each head's queries and keys before the rotation, as in Qwen3.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None is full everywhere.
+        sliding_window: tokens that a sliding layer sees, itself included.
+        attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
+        mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
+        num_experts: routed experts of a sparse layer; 0 is a dense model.
+        n_shared_experts: experts of `moe_intermediate_size` that every token passes.
+        scoring_func: "softmax" or "sigmoid" of the router's logits.
+        norm_topk_prob: gates of a token's experts sum to 1.
+        routed_scaling_factor: multiplies the gates.
+        router_aux_loss_coef, router_z_loss_coef: weights of each token's and layer's Switch balance loss and z-loss.
+        router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664); 0 has no bias.
+        hub_config: config.json of the Hub checkpoint that this was made from, to write it back as it came.
+    """
+
+    model_type = "alignlab_policy"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    mlp_layer_types: list[str] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    n_shared_experts: int = 0
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
+    hub_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        _require(
+            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size is {self.hidden_size}, and must be a multiple of num_attention_heads "
+            f"({self.num_attention_heads}) where head_dim is not given; give head_dim",
+        )
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        _check_attention(self)
+        _check_layers(self)
+        _check_experts(self)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Indices of the layers with experts, in order."""
+        return [index for index, kind in enumerate(self.mlp_layer_types or ()) if kind == "sparse"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _check_attention(config: PolicyConfig) -> None:
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    rope = config.rope_parameters
+    assert kv_heads is not None and head_dim is not None and rope is not None
+    _require(
+        kv_heads >= 1 and heads % kv_heads == 0,
+        f"num_attention_heads is {heads}, and must be a multiple of num_key_value_heads ({kv_heads}); "
+        f"use 1 or {heads}, or a divisor between",
+    )
+    _require(head_dim % 2 == 0, f"head_dim is {head_dim}, and must be even for the rotation; use {head_dim + 1}")
+    _require(
+        rope["rope_type"] in ROPE_TYPES,
+        f"rope_type is {rope['rope_type']!r}, and must not depend on the batch; use one of {', '.join(ROPE_TYPES)}",
+    )
+    partial = rope.get("partial_rotary_factor", 1.0)
+    _require(partial == 1.0, f"partial_rotary_factor is {partial}, and all of a head is rotated; leave it out")
+    _require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r}, and must be silu (SwiGLU)")
+    dropout = config.attention_dropout
+    _require(0 <= dropout < 1, f"attention_dropout is {dropout}, and must be in [0, 1); use 0")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = getattr(config, name)
+        _require(cap is None or cap > 0, f"{name} is {cap}, and must be positive; leave it out for no cap")
+
+
+def _check_layers(config: PolicyConfig) -> None:
+    allowed = {"layer_types": ("full_attention", "sliding_attention"), "mlp_layer_types": ("dense", "sparse")}
+    for name, kinds in allowed.items():
+        layers = getattr(config, name)
+        _require(
+            len(layers) == config.num_hidden_layers,
+            f"{name} has {len(layers)} entries, and must have one for each of the {config.num_hidden_layers} layers",
+        )
+        wrong = sorted(set(layers) - set(kinds))
+        _require(not wrong, f"{name} holds {', '.join(wrong)}; each entry must be {' or '.join(kinds)}")
+    window = config.sliding_window
+    sliding = "sliding_attention" in (config.layer_types or ())
+    _require(
+        (window is not None) == sliding,
+        f"sliding_window is {window}, and must be given exactly where layer_types holds sliding_attention; "
+        + ("give it" if sliding else "leave it out"),
+    )
+    _require(window is None or window >= 1, f"sliding_window is {window}, and must be at least 1")
+
+
+def _check_experts(config: PolicyConfig) -> None:
+    count, chosen, size = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    if not config.sparse_layers:
+        _require(count == 0, f"num_experts is {count}, but no layer is sparse; make one sparse or leave it out")
+        _require(not config.n_shared_experts, "n_shared_experts is given, but no layer is sparse; leave it out")
+        return
+    _require(count >= 1, f"num_experts is {count}, and must be at least 1 where a layer is sparse; use 8")
+    _require(
+        1 <= chosen <= count,
+        f"num_experts_per_tok is {chosen}, and must be from 1 to num_experts ({count}); use {min(2, count)}",
+    )
+    _require(
+        size is not None and size >= 1,
+        f"moe_intermediate_size is {size}, and must be given where a layer is sparse; use {config.intermediate_size}",
+    )
+    _require(
+        config.scoring_func in ("softmax", "sigmoid"),
+        f"scoring_func is {config.scoring_func!r}, and must be softmax or sigmoid",
+    )
+    for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate", "n_shared_experts"):
+        value = getattr(config, name)
+        _require(value >= 0, f"{name} is {value}, and must not be negative; use 0 to turn it off")
