@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
 
 
 class DataSettings(Frozen):
@@ -38,3 +39,17 @@ class DataSettings(Frozen):
     max_prompt_tokens: int = Field(1024, ge=1)
     on_bad_row: Literal["error", "skip"] = "error"
     """Bad rows and over-long prompts: stop with the row's number, or skip and count."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path is not None and self.task is not None:
+            raise BrokenRule("path", self.path, f"not be given beside task ({self.task!r})", "keep one of the two")
+        if self.task is None and self.task_options:
+            raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
+        if self.task is not None and self.split not in ("train", "eval"):
+            raise BrokenRule("split", self.split, 'be "train" or "eval" for a task', "use train")
+        if self.task is not None and self.config_name is not None:
+            raise BrokenRule("config_name", self.config_name, "stay null for a task", "use task_options")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
+        return self

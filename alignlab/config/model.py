@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -39,6 +40,31 @@ class ModelSettings(Frozen):
     tokenizer: str | TokenizerTraining | None = None
     """Default: the one beside `name`."""
     dtype: Dtype = "auto"
-    """auto: bfloat16 for a checkpoint, float32 for a new model."""
+    """auto: bfloat16 under an adapter, float32 where all weights train."""
     lora: LoraSettings | None = None
     """None trains all weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name is None and self.architecture is None:
+            must = "be given where there is no architecture"
+            raise BrokenRule("name", None, must, "use a Hub id, a folder or a packaged model, or give architecture")
+        if self.name is not None and self.architecture is not None:
+            raise BrokenRule("name", self.name, "not be given beside architecture", "keep one of the two")
+        if self.architecture is not None:
+            self._check_new_model()
+        elif isinstance(self.tokenizer, TokenizerTraining):
+            must = "be a name for an existing model, whose weights mean nothing under other tokens"
+            raise BrokenRule("tokenizer", "a training", must, "remove it to use the model's own")
+        if self.dtype == "bfloat16" and self.lora is None:
+            must = "be float32 where all weights train: bfloat16 rounds an optimizer's small updates away"
+            raise BrokenRule("dtype", self.dtype, must, "use auto or float32, or train an adapter (lora)")
+        return self
+
+    def _check_new_model(self) -> None:
+        if self.tokenizer is None:
+            must = "be given for a new model (architecture)"
+            raise BrokenRule("tokenizer", None, must, "use {vocab_size: 512} to train one, or a tokenizer's name")
+        if self.lora is not None:
+            must = "be null for a new model: an adapter on random weights leaves them random"
+            raise BrokenRule("lora", f"rank {self.lora.rank}", must, "remove lora")

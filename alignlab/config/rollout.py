@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
 from alignlab.types import SamplingParams
 
 
@@ -21,6 +22,13 @@ class SamplingSettings(Frozen):
     max_new_tokens: int = Field(64, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     stop: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            must = f"be at most max_new_tokens ({self.max_new_tokens})"
+            raise BrokenRule("min_new_tokens", self.min_new_tokens, must, f"use {self.max_new_tokens} or less")
+        return self
 
     def params(self, *, n: int, seed: int | None) -> SamplingParams:
         """The engine's parameters for `n` completions a prompt."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.data import DataSettings
+from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
@@ -28,6 +30,14 @@ class EvaluationSettings(Frozen):
     scorer: str | None = None
     """The reward function whose value 1 means a right answer; default: the first of `rewards`."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wrong = [k for k in self.pass_at if not 1 <= k <= self.num_samples]
+        if wrong:
+            must = f"hold numbers from 1 to num_samples ({self.num_samples}) only"
+            raise BrokenRule("pass_at", list(self.pass_at), must, f"remove {wrong[0]}, or use num_samples {max(wrong)}")
+        return self
+
 
 class WarmStart(Frozen):
     """Supervised fine-tuning before reinforcement learning, on the training data's prompts and answers."""
@@ -37,6 +47,12 @@ class WarmStart(Frozen):
     """Default: the run's training data."""
     answer_column: str = "answer"
     answer_template: str = "{answer}"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "{answer}" not in self.answer_template:
+            raise BrokenRule("answer_template", self.answer_template, "contain {answer}", 'use "{answer}"')
+        return self
 
 
 class RunConfig(Frozen):
@@ -50,3 +66,30 @@ class RunConfig(Frozen):
     trainer: Annotated[GRPOConfig | SFTConfig, Field(discriminator="type")]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_data()
+        self._check_rewards()
+        if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
+            raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
+        return self
+
+    def _check_data(self) -> None:
+        for name, data in (("data", self.data), ("eval_data", self.eval_data)):
+            if data is not None and data.path is None and data.task is None:
+                raise BrokenRule(f"{name}.path", None, "be given where there is no task", "give a path or a task")
+        held_out = self.eval_data or self.data.model_copy(update={"split": "eval"})
+        if held_out.task is not None and (held_out.task, held_out.split) == (self.data.task, self.data.split):
+            blamed = "data.split" if self.eval_data is None else "eval_data.split"
+            must = "be a split that is not trained on" if self.eval_data else "leave problems for evaluation"
+            raise BrokenRule(blamed, held_out.split, must, f"use {'train' if self.eval_data is None else 'eval'}")
+
+    def _check_rewards(self) -> None:
+        twice = [name for name, count in Counter(each.name for each in self.rewards).items() if count > 1]
+        if twice:
+            names = [each.name for each in self.rewards]
+            raise BrokenRule("rewards", names, "name each function once", f"keep one {twice[0]}")
+        if isinstance(self.trainer, GRPOConfig) and not self.rewards:
+            must = "name at least one reward function for reinforcement learning"
+            raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
+from alignlab.config.grpo_rules import RULES
+from alignlab.config.messages import BrokenRule
+from alignlab.config.recipes import fill_recipe
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
 
@@ -66,13 +69,23 @@ class KLSettings(Frozen):
     horizon: int = Field(10_000, ge=1)
     """Completions over which an adaptive coefficient moves."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            must = f"be above 0 with kl.target ({self.target}): a coefficient of 0 cannot adapt"
+            raise BrokenRule("coef", self.coef, must, "use coef 0.05, or remove target")
+        if self.estimator == "k1" and self.placement == "loss":
+            must = "be k2 or k3 in the loss: the gradient of k1 is zero in expectation"
+            raise BrokenRule("estimator", self.estimator, must, "use k2, or placement: reward")
+        return self
+
 
 class GRPOConfig(TrainerConfig):
     """Critic-free reinforcement learning with a group baseline (GRPO, arXiv:2402.03300, and its family)."""
 
     type: Literal["grpo"] = "grpo"
     recipe: Recipe = "grpo"
-    """Sets the fields from `advantage` to `overlong_buffer_tokens` that are not given."""
+    """Sets the fields from `advantage` to `overlong_buffer_tokens` that are not given; see `recipes`."""
     num_prompts: int = Field(8, ge=1)
     """Prompts a step, over all ranks."""
     group_size: int = Field(8, ge=2)
@@ -85,8 +98,8 @@ class GRPOConfig(TrainerConfig):
     """Optimizer steps in each pass."""
     advantage: Advantage = "group_normalized"
     surrogate: Surrogate = "ppo_clip"
-    reduction: Reduction = "token_mean"
-    clip_low: float = Field(0.2, gt=0)
+    reduction: Reduction = "sequence_mean"
+    clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
     """Bounds the loss of tokens with a negative advantage (arXiv:1912.09729); off unless given."""
@@ -105,3 +118,20 @@ class GRPOConfig(TrainerConfig):
     reward_limits: RewardLimits = RewardLimits()
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_recipe(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        sampling = given.get("sampling", SamplingSettings())
+        sampling = dict(sampling) if isinstance(sampling, dict | SamplingSettings) else {}
+        limit = sampling.get("max_new_tokens")
+        default = SamplingSettings.model_fields["max_new_tokens"].default
+        return fill_recipe(given, limit if isinstance(limit, int) else default)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for rule in RULES:
+            rule(self)
+        return self

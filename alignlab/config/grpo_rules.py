@@ -1,0 +1,94 @@
+"""The rules between GRPOConfig's fields. Each function checks one, and raises BrokenRule with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignlab.config.messages import BrokenRule
+
+if TYPE_CHECKING:
+    from alignlab.config.trainers import GRPOConfig
+
+# A sequence's ratio is a mean over its tokens and stays within about 1e-3 of 1: a wider clip never acts.
+MAX_GSPO_CLIP = 0.05
+
+# Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
+IGNORED_BY = {
+    "reinforce": ("clip_low", "clip_high", "dual_clip"),
+    "cispo": ("clip_low", "dual_clip"),
+    "gspo_clip": ("dual_clip",),
+    "ppo_clip": (),
+}
+
+
+def check_minibatches(config: GRPOConfig) -> None:
+    """Mini-batches are cut between groups, and must be equal."""
+    prompts, parts = config.num_prompts, config.num_minibatches
+    if prompts % parts:
+        multiples = [n for n in (prompts // parts * parts, (prompts // parts + 1) * parts) if n]
+        fix = f"use {' or '.join(str(n) for n in multiples)}"
+        raise BrokenRule("num_prompts", prompts, f"be a multiple of num_minibatches ({parts})", fix)
+
+
+def check_gspo_clip(config: GRPOConfig) -> None:
+    """A token's clip never acts on a sequence's ratio."""
+    if config.surrogate != "gspo_clip":
+        return
+    for name in ("clip_low", "clip_high"):
+        value = getattr(config, name)
+        if value > MAX_GSPO_CLIP:
+            must = f"be at most {MAX_GSPO_CLIP} with gspo_clip: it clips a mean over a sequence, and this never acts"
+            raise BrokenRule(name, value, must, "use recipe: gspo, or clip_low 3e-4 and clip_high 4e-4")
+
+
+def check_ignored_fields(config: GRPOConfig) -> None:
+    """A field that the surrogate does not read keeps its default."""
+    for name in IGNORED_BY[config.surrogate]:
+        value, default = getattr(config, name), type(config).model_fields[name].default
+        if value != default:
+            default = "null" if default is None else default
+            must = f"stay {default} with surrogate {config.surrogate}, which does not read it"
+            raise BrokenRule(name, value, must, f"remove {name}, or use surrogate: ppo_clip")
+
+
+def check_on_policy(config: GRPOConfig) -> None:
+    """The plain policy gradient has no ratio, so it is right for one update a batch only."""
+    updates = config.num_epochs * config.num_minibatches
+    if config.surrogate == "reinforce" and updates > 1:
+        name = "num_epochs" if config.num_epochs > 1 else "num_minibatches"
+        must = "be 1 with surrogate reinforce, which has no ratio to correct later, off-policy updates"
+        raise BrokenRule(name, getattr(config, name), must, f"use {name} 1, or surrogate: ppo_clip")
+
+
+def check_overlong(config: GRPOConfig) -> None:
+    """The overlong penalty starts inside the length limit."""
+    buffer, limit = config.overlong_buffer_tokens, config.sampling.max_new_tokens
+    if buffer is not None and buffer >= limit:
+        fix = f"use {max(1, limit // 5)}, or null for no penalty" if limit > 1 else "use null for no penalty"
+        raise BrokenRule("overlong_buffer_tokens", buffer, f"be less than sampling.max_new_tokens ({limit})", fix)
+
+
+def check_temperature(config: GRPOConfig) -> None:
+    """Greedy completions of one prompt are all equal."""
+    if config.sampling.temperature == 0:
+        must = f"be above 0: {config.group_size} greedy completions of a prompt are identical and teach nothing"
+        raise BrokenRule("sampling.temperature", config.sampling.temperature, must, "use 1.0")
+
+
+def check_warmup(config: GRPOConfig) -> None:
+    """The warm-up ends within the run."""
+    updates = config.num_steps * config.num_epochs * config.num_minibatches
+    if config.warmup_steps >= updates:
+        must = f"be less than the run's {updates} updates (num_steps x num_epochs x num_minibatches)"
+        raise BrokenRule("warmup_steps", config.warmup_steps, must, f"use {updates // 10}")
+
+
+RULES = (
+    check_minibatches,
+    check_gspo_clip,
+    check_ignored_fields,
+    check_on_policy,
+    check_overlong,
+    check_temperature,
+    check_warmup,
+)

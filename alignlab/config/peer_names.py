@@ -1,0 +1,74 @@
+"""What TRL and PEFT call our settings: an unknown key that is theirs is answered with ours."""
+
+from __future__ import annotations
+
+_SHARED = {
+    "max_steps": "num_steps",
+    "num_train_epochs": "num_steps, which counts batches",
+    "per_device_train_batch_size": "num_prompts (completions a step = num_prompts x group_size; memory is bounded by "
+    "tokens_per_microbatch)",
+    "gradient_accumulation_steps": "tokens_per_microbatch, which cuts a step to fit in memory and never changes it",
+    "lr_scheduler_type": "lr_schedule",
+    "warmup_ratio": "warmup_steps",
+    "save_steps": "save_every_steps",
+    "save_total_limit": "keep_checkpoints",
+    "report_to": "trackers",
+    "logging_steps": "not needed: metrics.jsonl holds every step",
+    "bf16": "dtype of the section model",
+    "fp16": "dtype of the section model",
+    "use_cpu": "not needed: a GPU is used where there is one",
+    "max_prompt_length": "max_prompt_tokens of the section data",
+    "use_liger_kernel": "logprob_chunk_tokens; the logits are always computed in chunks",
+    "model_init_kwargs": "dtype and architecture of the section model",
+}
+
+_GRPO = {
+    "num_generations": "group_size",
+    "generation_batch_size": "num_prompts x group_size",
+    "steps_per_generation": "num_minibatches",
+    "eval_steps": "eval_every_steps",
+    "num_iterations": "num_epochs",
+    "max_completion_length": "sampling.max_new_tokens",
+    "beta": "kl.coef",
+    "epsilon": "clip_low and clip_high",
+    "epsilon_high": "clip_high",
+    "delta": "dual_clip",
+    "loss_type": "recipe, or reduction alone",
+    "scale_rewards": "advantage: group_normalized divides by the standard deviation, group_centered does not",
+    "importance_sampling_level": "surrogate: ppo_clip is by token, gspo_clip by sequence",
+    "mask_truncated_completions": "mask_truncated",
+    "reward_weights": "the weight of each of rewards",
+    "use_vllm": "rollout.engine",
+    "num_generations_eval": "num_samples of the section evaluation",
+    "generation_kwargs": "sampling",
+    "router_aux_loss_coef": "a field of architecture, in the section model",
+}
+
+_SFT = {
+    "per_device_train_batch_size": "num_sequences, over all ranks",
+    "packing": "not needed: examples are always packed, without attending to each other",
+    "padding_free": "not needed: nothing is padded",
+    "completion_only_loss": "not needed: the loss is always on the completion alone",
+    "max_length": "max_prompt_tokens of the section data",
+}
+
+# By the name of our class: their key -> ours.
+PEER_NAMES: dict[str, dict[str, str]] = {
+    "GRPOConfig": _SHARED | _GRPO,
+    "SFTConfig": _SHARED | _SFT,
+    "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+    "ModelSettings": {
+        "model_name_or_path": "name",
+        "torch_dtype": "dtype",
+        "peft_config": "lora",
+        "use_peft": "lora",
+    },
+    "DataSettings": {
+        "dataset_name": "path",
+        "dataset_config": "config_name",
+        "dataset_train_split": "split",
+        "max_prompt_length": "max_prompt_tokens",
+    },
+    "SamplingSettings": {"max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens"},
+    "KLSettings": {"beta": "coef"},
+}

@@ -1,0 +1,180 @@
+"""The rules between fields: each is broken once, and holds on its boundary."""
+
+import pytest
+
+from alignlab.config.recipes import RECIPES
+from alignlab.config.run import RunConfig
+from alignlab.config.trainers import GRPOConfig
+from alignlab.errors import ConfigError
+from tests.config.test_errors import RUN, message, run_message
+
+
+def grpo_message(**fields) -> str:
+    return message(GRPOConfig, **fields)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("grpo", ("group_normalized", "ppo_clip", "sequence_mean", 0.2, 0.2)),
+        ("dr_grpo", ("group_centered", "ppo_clip", "constant", 0.2, 0.2)),
+        ("dapo", ("group_normalized", "ppo_clip", "token_mean", 0.2, 0.28)),
+        ("rloo", ("leave_one_out", "reinforce", "constant", 0.2, 0.2)),
+        ("reinforce_pp", ("batch_whitened", "ppo_clip", "token_mean", 0.2, 0.2)),
+        ("gspo", ("group_normalized", "gspo_clip", "sequence_mean", 3e-4, 4e-4)),
+        ("cispo", ("group_normalized", "cispo", "token_mean", 0.2, 4.0)),
+    ],
+)
+def test_recipe_is_the_combination_of_its_paper(recipe, expected):
+    config = GRPOConfig(recipe=recipe)
+    assert (config.advantage, config.surrogate, config.reduction, config.clip_low, config.clip_high) == expected
+
+
+def test_every_recipe_is_known_to_the_table():
+    assert set(RECIPES) == set(GRPOConfig.model_fields["recipe"].annotation.__args__)
+
+
+def test_dapo_samples_dynamically_and_penalises_a_fifth_of_the_limit():
+    config = GRPOConfig(recipe="dapo", sampling={"max_new_tokens": 100})
+    assert config.dynamic_sampling and config.overlong_buffer_tokens == 20
+    assert GRPOConfig(recipe="dapo", overlong_buffer_tokens=None).overlong_buffer_tokens is None
+
+
+def test_what_is_given_wins_over_the_recipe():
+    assert GRPOConfig(recipe="dapo", clip_high=0.3, dynamic_sampling=False).clip_high == 0.3
+    assert GRPOConfig(recipe="dr_grpo", reduction="token_mean").advantage == "group_centered"
+
+
+def test_minibatches_divide_the_prompts():
+    assert grpo_message(num_prompts=6, num_minibatches=4) == (
+        "num_prompts is 6, and must be a multiple of num_minibatches (4); use 4 or 8"
+    )
+    assert "use 8" in grpo_message(num_prompts=4, num_minibatches=8)
+    assert GRPOConfig(num_prompts=6, num_minibatches=3).num_minibatches == 3
+
+
+def test_token_clip_on_a_sequence_ratio_is_refused_with_the_reason():
+    assert "never acts" in grpo_message(surrogate="gspo_clip")
+    assert "clip_high is 0.2" in grpo_message(recipe="gspo", clip_high=0.2)
+    assert GRPOConfig(recipe="gspo", clip_low=0.05, clip_high=0.05).clip_low == 0.05
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "field", "value"),
+    [
+        ("cispo", "dual_clip", 3.0),
+        ("cispo", "clip_low", 0.1),
+        ("gspo_clip", "dual_clip", 3.0),
+        ("reinforce", "clip_high", 0.3),
+    ],
+)
+def test_a_field_that_the_surrogate_ignores_is_refused(surrogate, field, value):
+    recipe = {"gspo_clip": "gspo"}.get(surrogate, "grpo")
+    text = grpo_message(**{"recipe": recipe, "surrogate": surrogate, field: value})
+    assert text.startswith(f"{field} is {value}") and "does not read it" in text
+
+
+def test_plain_policy_gradient_updates_once_a_batch():
+    assert grpo_message(recipe="rloo", num_epochs=2).startswith("num_epochs is 2, and must be 1")
+    assert grpo_message(recipe="rloo", num_minibatches=2).startswith("num_minibatches is 2, and must be 1")
+    assert GRPOConfig(recipe="rloo", surrogate="ppo_clip", num_epochs=2).num_epochs == 2
+
+
+def test_overlong_buffer_is_inside_the_limit():
+    assert "use 6" in grpo_message(overlong_buffer_tokens=32, sampling={"max_new_tokens": 32})
+    assert GRPOConfig(overlong_buffer_tokens=31, sampling={"max_new_tokens": 32}).overlong_buffer_tokens == 31
+
+
+def test_greedy_rollouts_are_refused():
+    assert "8 greedy completions of a prompt are identical" in grpo_message(sampling={"temperature": 0})
+
+
+def test_warmup_ends_within_the_run():
+    assert grpo_message(num_steps=10, num_epochs=2, warmup_steps=20).startswith("warmup_steps is 20")
+    assert GRPOConfig(num_steps=10, num_epochs=2, warmup_steps=19).warmup_steps == 19
+
+
+def test_adaptive_kl_needs_a_coefficient():
+    assert "kl.coef is 0.0" in grpo_message(kl={"target": 0.1})
+    assert GRPOConfig(kl={"target": 0.1, "coef": 0.01}).kl.target == 0.1
+
+
+def test_k1_in_the_loss_is_refused_and_in_the_reward_is_not():
+    assert "gradient of k1 is zero in expectation" in grpo_message(kl={"coef": 0.1, "estimator": "k1"})
+    assert GRPOConfig(kl={"coef": 0.1, "estimator": "k1", "placement": "reward"}).kl.estimator == "k1"
+
+
+def test_clip_low_stays_below_one():
+    assert "be less than 1" in grpo_message(clip_low=1.0)
+
+
+def test_shortest_completion_is_at_most_the_longest():
+    assert "sampling.min_new_tokens is 9" in grpo_message(sampling={"min_new_tokens": 9, "max_new_tokens": 8})
+
+
+@pytest.mark.parametrize(
+    ("data", "blamed"),
+    [
+        ({}, "data.path"),
+        ({"path": "a.jsonl", "task": "chain_sum"}, "data.path"),
+        ({"path": "a.jsonl", "task_options": {"x": 1}}, "data.task_options"),
+        ({"task": "chain_sum", "split": "test"}, "data.split"),
+        ({"task": "chain_sum", "split": "eval"}, "data.split"),
+        ({"task": "chain_sum", "config_name": "main"}, "data.config_name"),
+        ({"task": "chain_sum", "prompt_template": "Solve this."}, "data.prompt_template"),
+    ],
+)
+def test_data_is_one_source_with_settings_of_its_own(data, blamed):
+    assert run_message(data=data).startswith(f"{blamed} is ")
+
+
+def test_evaluation_on_the_training_split_of_a_task_is_refused():
+    assert run_message(eval_data={"task": "chain_sum"}).endswith("use eval")
+    assert RunConfig.model_validate(RUN | {"eval_data": {"task": "chain_sum", "split": "eval"}}).eval_data is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "blamed"),
+    [
+        ({}, "model.name"),
+        ({"name": "m", "architecture": {}}, "model.name"),
+        ({"architecture": {"hidden_size": 8}}, "model.tokenizer"),
+        ({"name": "m", "tokenizer": {"vocab_size": 300}}, "model.tokenizer"),
+        ({"architecture": {}, "tokenizer": "t", "lora": {}}, "model.lora"),
+        ({"name": "m", "dtype": "bfloat16"}, "model.dtype"),
+    ],
+)
+def test_model_is_a_checkpoint_or_a_new_one(model, blamed):
+    assert run_message(model=model).startswith(f"{blamed} is ")
+
+
+def test_reinforcement_learning_needs_rewards_and_fine_tuning_does_not():
+    assert run_message(rewards=[]).startswith("rewards is []")
+    assert RunConfig.model_validate(RUN | {"rewards": [], "trainer": {"type": "sft"}}).rewards == ()
+
+
+def test_a_reward_is_named_once():
+    assert "keep one r" in run_message(rewards=[{"name": "r"}, {"name": "r", "weight": 2}])
+
+
+def test_pass_at_k_needs_k_samples():
+    assert "use num_samples 8" in run_message(evaluation={"pass_at": [1, 8]})
+    assert run_message(evaluation={"pass_at": [0]}).startswith("evaluation.pass_at is [0]")
+    assert RunConfig.model_validate(RUN | {"evaluation": {"pass_at": [4]}}).evaluation.pass_at == (4,)
+
+
+def test_warm_start_before_fine_tuning_is_refused():
+    assert run_message(warm_start={}, trainer={"type": "sft"}).startswith("warm_start is ")
+
+
+def test_answer_template_holds_the_answer():
+    assert run_message(warm_start={"answer_template": "yes"}).startswith("warm_start.answer_template is 'yes'")
+
+
+def test_a_live_config_is_taken_as_it_is():
+    trainer = GRPOConfig(recipe="dapo", clip_high=0.5)
+    assert RunConfig.model_validate(RUN | {"trainer": trainer}).trainer is trainer
+
+
+def test_config_errors_are_not_value_errors():
+    assert not issubclass(ConfigError, ValueError)
