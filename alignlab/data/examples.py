@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report, split_row
+from alignlab.data.sources import load_rows
+from alignlab.errors import ConfigError
+from alignlab.types import Message, Text
 
 
 @dataclass(frozen=True)
@@ -21,3 +33,183 @@ class Example:
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.completion_mask) >= 1
         assert not self.completion_mask[0], "the first token of a sequence has no predecessor"
+
+
+@dataclass(frozen=True)
+class ExampleDataset(Sequence[Example]):
+    """Examples in the order of their rows.
+
+    Attributes:
+        examples: those that can be used.
+        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template.
+    """
+
+    examples: tuple[Example, ...]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> ExampleDataset: ...
+    def __getitem__(self, index: int | slice) -> Example | ExampleDataset:
+        if isinstance(index, slice):
+            return ExampleDataset(self.examples[index], self.skipped)
+        return self.examples[index]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a rendered example."""
+
+    text: str
+    taught: bool
+
+
+def load_examples(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answer_column: str = "answer",
+    answer_template: str = "{answer}",
+) -> ExampleDataset:
+    """The examples of the source that `settings` names; see `examples_from_rows`."""
+    return examples_from_rows(
+        load_rows(settings), settings, tokenizer, answer_column=answer_column, answer_template=answer_template
+    )
+
+
+def examples_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answer_column: str = "answer",
+    answer_template: str = "{answer}",
+) -> ExampleDataset:
+    """Render and tokenise rows of one of three forms.
+
+    - `messages`, and no prompt: every message of the assistant's is taught, nothing else.
+    - a prompt and `completion` (TRL's form; a string, or chat messages): the completion is taught.
+    - a prompt and `answer_column`: `answer_template` with the answer in place of `{answer}` is taught.
+
+    The prompt is rendered as for rollouts, so that what is taught follows the very tokens that rollouts start from.
+    The end-of-sequence token closes each example, once, and is taught.
+
+    Raises:
+        ConfigError: the settings contradict each other or the tokenizer.
+        DataError: a row cannot be used (with its number), or no row can. Among the reasons: a chat template that
+            renders a conversation's beginning in another way once the assistant's message follows.
+    """
+    if "{answer}" not in answer_template:
+        raise ConfigError(f"answer_template must contain {{answer}}, and is {answer_template!r}; add it")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("supervised examples end with the tokenizer's eos token, and it has none; set eos_token")
+    render = PromptRenderer(settings, tokenizer)
+    examples: list[Example] = []
+    skipped: Counter[str] = Counter()
+    for index, row in enumerate(itertools.islice(rows, settings.size)):
+        try:
+            pieces = _pieces(row, render, answer_column, answer_template)
+            examples.append(_example(pieces, render))
+        except BadRow as error:
+            count_or_raise(skipped, error, index, settings)
+    report(len(examples), skipped, settings)
+    return ExampleDataset(tuple(examples), skipped)
+
+
+def _pieces(row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str) -> list[_Piece]:
+    if row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
+        messages = check_text(row["messages"], "messages")
+        if isinstance(messages, str):
+            raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
+        return _chat_pieces(render.messages(messages), render, first_taught=0)
+    prompt, columns = split_row(row, render.settings.prompt_column)
+    completion = _completion(columns, answer_column, answer_template)
+    if render.chat:
+        before = render.messages(prompt)
+        after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return _chat_pieces([*before, *after], render, first_taught=len(before))
+    if not isinstance(completion, str):
+        raise BadRow("wrong_type", "has chat messages in the column 'completion', and prompts are plain here")
+    return [_Piece(render(prompt), False), _Piece(completion, True)]
+
+
+def _completion(columns: Mapping[str, Any], answer_column: str, answer_template: str) -> Text:
+    if columns.get("completion") is not None:
+        return check_text(columns["completion"], "completion")
+    answer = columns.get(answer_column)
+    if answer is None:
+        raise BadRow("missing_column", f"has no column 'completion' and no column {answer_column!r}")
+    if not str(answer).strip():
+        raise BadRow("empty", f"has an empty string in the column {answer_column!r}")
+    return answer_template.replace("{answer}", str(answer))
+
+
+def _chat_pieces(messages: Sequence[Message], render: PromptRenderer, *, first_taught: int) -> list[_Piece]:
+    """The rendered chat, cut where the assistant begins and ends; its turns from `first_taught` on are taught.
+
+    A turn is what the template adds for the message to the beginning that a rollout would start from, without the
+    white space after it.
+    """
+    pieces: list[_Piece] = []
+    done = ""
+    for i in range(first_taught, len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
+        if i == 0:
+            raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
+        before = render.render_chat(messages[:i], continue_last=False)
+        through = render.render_chat(messages[: i + 1], generation=False)
+        if not before.startswith(done) or not through.startswith(before):
+            raise BadRow(
+                "unstable_template",
+                f"is rendered by the chat template so that the text before message {i} changes once the message "
+                "follows, and what the assistant wrote cannot be told apart; give fewer turns, or another template",
+            )
+        turn = through[len(before) :].rstrip()
+        pieces += [_Piece(before[len(done) :], False), _Piece(turn, True)]
+        done = before + turn
+    if not pieces:
+        raise BadRow("empty", "has no message of the assistant's, so there is nothing to teach")
+    return pieces
+
+
+def _example(pieces: Sequence[_Piece], render: PromptRenderer) -> Example:
+    eos = render.tokenizer.eos_token_id
+    ids: list[int] = []
+    mask: list[bool] = []
+    text = ""
+    for piece in pieces:
+        if not piece.text:
+            continue
+        text += piece.text
+        added = _continuation(ids, text, piece.text, render)
+        if piece.taught and True not in mask:
+            render.check_length(ids)
+        ids += added
+        mask += [piece.taught] * len(added)
+    if ids[-1] != eos or not mask[-1]:
+        ids.append(eos)
+        mask.append(True)
+    mask[0] = False
+    return Example(tuple(ids), tuple(mask))
+
+
+def _continuation(ids: Sequence[int], whole: str, piece: str, render: PromptRenderer) -> list[int]:
+    """Tokens of `piece` after `ids`, which are those of the rest of `whole` and stay as they are.
+
+    They are the tokens that the whole text has there. Where a token of the whole text would reach over the boundary,
+    which a rollout's prompt does not allow, the piece is tokenised alone.
+    """
+    together = list(render.encode([whole])[0])
+    if together[: len(ids)] == list(ids) and len(together) > len(ids):
+        return together[len(ids) :]
+    alone = list(render.tokenizer(piece, add_special_tokens=False)["input_ids"])
+    if render.tokenizer.decode([*ids, *alone]) != render.tokenizer.decode(together):
+        raise BadRow(
+            "wrong_type", f"has a text that the tokenizer cannot cut before {piece[:40]!r} without changing it"
+        )
+    return alone

@@ -18,6 +18,11 @@ from alignlab.types import Message, Prompt, Text
 
 logger = logging.getLogger(__name__)
 
+_NOT_CHAT = (
+    "a row's prompt is a list of chat messages, and prompts are plain here (data.chat is false, or the tokenizer has "
+    "no chat template); use a tokenizer with one, or plain prompts"
+)
+
 
 class BadRow(Exception):
     """A row that cannot be used: `reason` is counted, the message says what is wrong and how to mend it."""
@@ -84,16 +89,16 @@ def prompts_from_rows(
             text, columns = split_row(row, settings.prompt_column)
             usable.append((index, text, render(text), columns))
         except BadRow as error:
-            _count_or_raise(skipped, error, index, settings)
+            count_or_raise(skipped, error, index, settings)
     encoded = render.encode([rendered for _, _, rendered, _ in usable])
     prompts = []
     for (index, text, _, columns), token_ids in zip(usable, encoded, strict=True):
         try:
-            _check_length(token_ids, settings.max_prompt_tokens)
+            render.check_length(token_ids)
             prompts.append(Prompt(token_ids=token_ids, text=text, index=index, columns=columns))
         except BadRow as error:
-            _count_or_raise(skipped, error, index, settings)
-    _report(prompts, skipped, settings)
+            count_or_raise(skipped, error, index, settings)
+    report(len(prompts), skipped, settings)
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return PromptDataset(tuple(prompts), skipped, tuple(names))
 
@@ -123,36 +128,35 @@ class PromptRenderer:
             )
 
     def __call__(self, text: Text) -> str:
-        """The string that the model reads before it writes its completion."""
+        """The string that the model reads before it writes its completion.
+
+        A last message of the assistant's is left open, so that the completion continues it.
+        """
+        return self.render_chat(self.messages(text)) if self.chat else self._plain(text)
+
+    def messages(self, text: Text) -> list[Message]:
+        """The prompt as chat messages, with `system_prompt` first unless it has a system message of its own."""
+        if not self.chat:
+            raise ConfigError(_NOT_CHAT)
         if isinstance(text, str):
-            if self.settings.prompt_template is not None:
-                text = self.settings.prompt_template.replace("{prompt}", text)
-            if not self.chat:
-                return text
-            text = [{"role": "user", "content": text}]
+            text = [{"role": "user", "content": self._plain(text)}]
         elif self.settings.prompt_template is not None:
             raise ConfigError(
                 "data.prompt_template is put around plain prompts, and a row's prompt is a list of messages; remove it"
             )
-        if not self.chat:
-            raise ConfigError(
-                "a row's prompt is a list of chat messages, and prompts are plain here (data.chat is false, or the "
-                "tokenizer has no chat template); use a tokenizer with one, or plain prompts"
-            )
-        return self.render_chat(self.with_system(text))
+        if self.settings.system_prompt is None or text[0]["role"] == "system":
+            return list(text)
+        return [{"role": "system", "content": self.settings.system_prompt}, *text]
 
-    def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with `system_prompt` before them, unless they begin with a system message of their own."""
-        if self.settings.system_prompt is None or messages[0]["role"] == "system":
-            return list(messages)
-        return [{"role": "system", "content": self.settings.system_prompt}, *messages]
+    def render_chat(self, messages: Sequence[Message], *, generation: bool = True, continue_last: bool = True) -> str:
+        """The template's text of the messages; with `generation`, up to where the assistant goes on.
 
-    def render_chat(self, messages: Sequence[Message], *, generation: bool = True) -> str:
-        """The template's text; with `generation`, up to where the assistant goes on.
-
-        A last message of the assistant's is left open, so that the completion continues it.
+        Args:
+            messages: the chat, at least one message.
+            generation: add what begins the assistant's turn.
+            continue_last: where the last message is the assistant's, go on with it instead of beginning another turn.
         """
-        open_ended = generation and messages[-1]["role"] == "assistant"
+        open_ended = generation and continue_last and messages[-1]["role"] == "assistant"
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -162,8 +166,25 @@ class PromptRenderer:
                     continue_final_message=open_ended,
                 )
             )
-        except Exception as error:
-            raise BadRow("wrong_type", f"the tokenizer's chat template refuses its messages: {error}") from error
+        except Exception as error:  # templates raise what they like
+            raise BadRow("wrong_type", f"has messages that the chat template refuses: {error}") from error
+
+    def check_length(self, token_ids: Sequence[int]) -> None:
+        """Refuse a prompt of no tokens, or of more than `max_prompt_tokens`."""
+        if not token_ids:
+            raise BadRow("empty", "has a prompt of no tokens")
+        if len(token_ids) > self.settings.max_prompt_tokens:
+            raise BadRow(
+                "too_long",
+                f"has a prompt of {len(token_ids)} tokens, and data.max_prompt_tokens is "
+                f"{self.settings.max_prompt_tokens}; raise it",
+            )
+
+    def _plain(self, text: Text) -> str:
+        if not isinstance(text, str):
+            raise ConfigError(_NOT_CHAT)
+        template = self.settings.prompt_template
+        return text if template is None else template.replace("{prompt}", text)
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of rendered prompts."""
@@ -237,17 +258,8 @@ def check_text(value: Any, column: str) -> Text:
     return messages
 
 
-def _check_length(token_ids: tuple[int, ...], max_prompt_tokens: int) -> None:
-    if not token_ids:
-        raise BadRow("empty", "has a prompt of no tokens")
-    if len(token_ids) > max_prompt_tokens:
-        raise BadRow(
-            "too_long",
-            f"has a prompt of {len(token_ids)} tokens, and data.max_prompt_tokens is {max_prompt_tokens}; raise it",
-        )
-
-
-def _count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: DataSettings) -> None:
+def count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: DataSettings) -> None:
+    """Do with a bad row what `settings.on_bad_row` says."""
     if settings.on_bad_row == "error":
         raise DataError(
             f"{_source(settings)}: row {index} (the first is 0) {error}; "
@@ -256,11 +268,12 @@ def _count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: 
     skipped[error.reason] += 1
 
 
-def _report(prompts: Sequence[Prompt], skipped: Counter[str], settings: DataSettings) -> None:
+def report(num_usable: int, skipped: Counter[str], settings: DataSettings) -> None:
+    """Say how many rows were left out; refuse a dataset of which nothing remains."""
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    if not prompts:
+    if not num_usable:
         raise DataError(
-            f"{_source(settings)}: a dataset must hold at least one usable prompt, and this has none "
+            f"{_source(settings)}: a dataset must hold at least one usable row, and this has none "
             f"(skipped: {counts or 'no rows at all'}); check the file and data.prompt_column"
         )
     if skipped:

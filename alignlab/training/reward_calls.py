@@ -1,0 +1,144 @@
+"""Calls of plug-ins that may hang: in a thread or on an event loop, waited for no longer than a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+_GRACE_S = 1.0
+
+
+class RewardFailure(Exception):
+    """What went wrong in one call: its kind, which is counted, and the sample it is shown on."""
+
+    def __init__(self, kind: str, message: str, sample: int = 0) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.sample = sample
+
+
+class RewardCall:
+    """A call that is under way, or is over."""
+
+    def __init__(self, future: Future[Any], limit_s: float) -> None:
+        self.future = future
+        self.limit_s = limit_s
+        self._deadline = time.monotonic() + limit_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def join(self) -> None:
+        """Wait until the call or its time is over."""
+        wait([self.future], timeout=self.remaining_s)
+
+    def result(self) -> Any:
+        """What the function returned.
+
+        Raises:
+            RewardFailure: it raised, or its time was over.
+        """
+        self.join()
+        if not self.future.done():
+            self.future.cancel()
+            raise RewardFailure("timeout", f"took longer than time_limit_s ({self.limit_s:g})")
+        if self.future.cancelled():
+            raise RewardFailure("raised", "was cancelled")
+        error = self.future.exception()
+        if error is None:
+            return self.future.result()
+        if isinstance(error, RewardFailure):
+            raise error
+        raise RewardFailure("raised", f"{type(error).__name__}: {error}") from error
+
+
+def failed(error: RewardFailure) -> Future[Any]:
+    """A call that failed before it began."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Run `function` in a new daemon thread; a pool would lose a worker to each function that hangs."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # whatever it is, the waiting thread must learn of it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=work, name="alignlab-reward", daemon=True).start()
+    return future
+
+
+class LoopThread:
+    """An event loop in a daemon thread; it lives on between calls, so that a reward may keep its connections open."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, awaitable: Awaitable[Any]) -> Future[Any]:
+        """Run `awaitable` on the loop."""
+        return asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._running())
+
+    def replace_if_blocked(self) -> None:
+        """Abandon the loop where something on it does not give way; the next call starts another."""
+        if self._loop is not None:
+            probe = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop)
+            if not wait([probe], timeout=_GRACE_S).done:
+                self._abandon()
+
+    def close(self) -> None:
+        """Cancel what is still running, and end the thread."""
+        thread = self._abandon()
+        if thread is not None:
+            thread.join(timeout=_GRACE_S)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+            async def serve() -> None:
+                stop = asyncio.Event()
+                ready.set_result((asyncio.get_running_loop(), stop))
+                await stop.wait()
+
+            self._thread = threading.Thread(
+                target=lambda: asyncio.run(serve()), name="alignlab-reward-loop", daemon=True
+            )
+            self._thread.start()
+            self._loop, self._stop = ready.result()
+        return self._loop
+
+    def _abandon(self) -> threading.Thread | None:
+        """Tell the loop to end when it can."""
+        thread = self._thread
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._loop = self._stop = self._thread = None
+        return thread
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine: an async function, or an object whose `__call__` is one."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable

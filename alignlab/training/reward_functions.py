@@ -1,0 +1,160 @@
+"""Reward functions found by name: an installed plug-in, a dotted path, a file, or a live callable."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from alignlab.config.rewards import RewardSettings
+from alignlab.errors import ConfigError
+
+ENTRY_POINT_GROUP = "alignlab.rewards"
+_GIVEN = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function, ready to be called.
+
+    Attributes:
+        name: what it is called in metrics and reports.
+        function: with TRL's signature, sync or async; see `alignlab.types.RewardFunction`.
+        weight: of its values in the total.
+        options: keyword arguments, passed on every call; they take the place of a column of the same name.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
+    """Find a reward function and check its options against its signature.
+
+    A name is looked up, in this order, as `file.py:function` (relative to the working directory), as an installed
+    plug-in (entry points of the group "alignlab.rewards"), and as `package.module.function`.
+
+    Raises:
+        ConfigError: there is no such function, it cannot be imported, or an option is unknown to it.
+    """
+    if not isinstance(reward, RewardSettings):
+        if not callable(reward):
+            raise ConfigError(f"a reward must be a callable or RewardSettings, and is {reward!r}; pass one of these")
+        return LoadedReward(_callable_name(reward), reward)
+    function = _find(reward.name)
+    if not callable(function):
+        raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
+    _check_options(reward.name, function, reward.options)
+    return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options))
+
+
+def installed_rewards() -> dict[str, EntryPoint]:
+    """The plug-ins that are installed, by name."""
+    return {entry.name: entry for entry in sorted(entry_points(group=ENTRY_POINT_GROUP))}
+
+
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Named parameters of a function; None where Python cannot know them, as of some built-in functions."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def accepts_any(known: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether there is a `**columns` among the parameters."""
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+
+
+def _find(name: str) -> Any:
+    path, separator, attribute = name.rpartition(":")
+    if separator and path.endswith(".py"):
+        return _from_file(path, attribute)
+    installed = installed_rewards()
+    if name in installed:
+        return _imported(name, installed[name].load)
+    if "." in name or separator:
+        return _imported(name, lambda: pkgutil.resolve_name(name))
+    near = difflib.get_close_matches(name, installed, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    raise ConfigError(
+        f"a reward must be an installed plug-in, package.module.function or file.py:function, and {name!r} is none; "
+        f"{hint}Installed: {', '.join(installed) or 'none'}"
+    )
+
+
+def _imported(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"reward {name!r} must be importable, and is not: {error}; "
+            "correct the name, install its package, or give file.py:function"
+        ) from error
+
+
+def _from_file(path: str, attribute: str) -> Any:
+    """A function of a Python file, which is run once a process."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ConfigError(f"the file of a reward must exist, and {path} does not (working directory: {Path.cwd()})")
+    module_name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError(
+                f"the file of a reward must run, and {path} raised {error!r}; correct the file"
+            ) from error
+    found = vars(sys.modules[module_name])
+    if attribute not in found:
+        functions = [name for name, value in found.items() if inspect.isfunction(value)]
+        raise ConfigError(f"{path} must hold the reward {attribute!r}, and does not; it has: {', '.join(functions)}")
+    return found[attribute]
+
+
+def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """An option must be a parameter that the function names: `**columns` takes the dataset's columns alone."""
+    known = parameters(function)
+    if known is None:
+        return
+    named = [
+        key
+        for key, parameter in known.items()
+        if key not in _GIVEN
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    ]
+    for option in options:
+        if option not in named:
+            near = difflib.get_close_matches(option, named, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"reward {name!r} has no option {option!r}; {hint}"
+                f"Its options, and the columns it reads: {', '.join(named) or 'none'}"
+            )
+
+
+def _short_name(name: str) -> str:
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def _callable_name(function: Callable[..., Any]) -> str:
+    if isinstance(function, functools.partial):
+        return _callable_name(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
