@@ -138,6 +138,10 @@ def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: floa
     runner = RewardRunner([scorer], RewardLimits(time_limit_s=time_limit_s, max_failures=0))
     try:
         scored = runner.score(rollouts)
+    except RewardError as error:
+        raise RewardError(
+            f"the scorer of an evaluation must not fail, whatever reward_limits allows: {error}"
+        ) from error
     finally:
         runner.close()
     return [[_is_right(value, rollout, scorer) for value in rollout.reward_parts[scorer.name]] for rollout in scored]

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate import tracking
+
+from alignlab.errors import ConfigError
+from alignlab.training.metrics import MetricsLogger, check_trackers, read_metrics
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path) as logger:
+        logger.log(1, {"reward": 0.25, "num_groups": 8})
+        (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["reward"], line["num_groups"]) == (1, 0.25, 8)
+    assert line["time"] > 1.7e9 and "nonfinite" not in line
+
+
+def test_numbers_that_are_not_finite_leave_valid_json(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, ("tensorboard",)) as logger:
+        logger.log(1, {"kl": float("nan"), "loss": float("-inf"), "reward": 1.0})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line["kl"] is None and line["loss"] is None and line["reward"] == 1.0
+    assert line["nonfinite"] == {"kl": "nan", "loss": "-inf"}
+
+
+def test_resuming_drops_later_steps_and_a_cut_line(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path) as logger:
+        for step in range(1, 6):
+            logger.log(step, {"reward": float(step)})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "rew')
+    with MetricsLogger(tmp_path, resume_step=3) as logger:
+        assert steps_in(tmp_path) == [1, 2, 3]
+        logger.log(4, {"reward": 40.0})
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert read_metrics(path)[-1]["reward"] == 40.0
+
+
+def test_readers_leave_out_a_line_that_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_beginning_anew_starts_an_empty_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        with MetricsLogger(tmp_path) as logger:
+            logger.log(1, {})
+    assert steps_in(tmp_path) == [1]
+
+
+def test_tensorboard_gets_the_values(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    with MetricsLogger(folder, ("tensorboard",)) as logger:
+        logger.log(1, {"reward": 0.25})
+        logger.log(2, {"reward": 0.5, "kl": float("nan")})
+        logger.log(3, {"reward": 0.75})
+    with MetricsLogger(folder, ("tensorboard",), resume_step=2) as logger:
+        logger.log(3, {"reward": 1.0})
+    events = EventAccumulator(str(folder / "trackers" / "run"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.25), (2, 0.5), (3, 1.0)]
+    assert "kl" not in events.Tags()["scalars"]
+
+
+def test_unknown_tracker_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'tensorbord'.*tensorboard"):
+        check_trackers(("tensorbord",))
+
+
+def test_tracker_without_its_package_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ConfigError, match=r"'comet_ml'.*not installed; pip install comet-ml"):
+        MetricsLogger(tmp_path, ("comet_ml",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    accelerator = SimpleNamespace(is_main_process=False)
+    with MetricsLogger(tmp_path, ("tensorboard",), accelerator=accelerator) as logger:  # type: ignore[arg-type]
+        logger.log(1, {"reward": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reserved_names_are_not_taken(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path) as logger, pytest.raises(AssertionError):
+        logger.log(1, {"time": 1.0})

@@ -1,0 +1,102 @@
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.dataset as ds
+import pytest
+
+from alignlab.training.rollout_store import RolloutStore, read_rollouts
+from alignlab.types import Rollout
+
+MakeRollout = Callable[..., Rollout]
+
+
+def test_every_field_of_a_rollout_comes_back(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    rollout = make_rollout(index=7)
+    RolloutStore(tmp_path).append(5, [rollout], advantages=[[0.5, -0.5]])
+    first, second = read_rollouts(tmp_path).to_pylist()
+    assert json.loads(first.pop("row")) == {"answer": "4"}
+    assert first == {
+        "step": 5,
+        "prompt_index": 7,
+        "sample_index": 0,
+        "prompt": "2 + 2 =",
+        "completion": "4",
+        "prompt_ids": [1, 2, 3],
+        "token_ids": [10, 11],
+        "logprobs": [-0.5, -1.0],
+        "raw_logprobs": [-0.25, -0.5],
+        "reward": 1.0,
+        "advantage": 0.5,
+        "finish_reason": "stop",
+        "policy_version": 3,
+        "reward/exact": 1.0,
+        "reward/length": 1.0,
+    }
+    assert (second["sample_index"], second["completion"], second["advantage"]) == (1, "five", -0.5)
+    assert second["reward/exact"] is None and second["finish_reason"] == "length"
+
+
+def test_any_reader_queries_the_folder(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    store = RolloutStore(tmp_path)
+    for step in (1, 2):
+        store.append(step, [make_rollout(index=i) for i in range(3)])
+    dataset = ds.dataset(tmp_path, format="parquet")
+    assert dataset.to_table(filter=ds.field("step") == 2).num_rows == 6
+    frame = pd.read_parquet(tmp_path)
+    assert frame.groupby("step")["reward/length"].mean().to_dict() == {1: 2.5, 2: 2.5}
+    assert frame["advantage"].isna().all()
+
+
+def test_nan_rewards_and_unscored_rollouts(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    scored = replace(make_rollout(), rewards=(1.0, float("nan")))
+    bare = replace(make_rollout(), rewards=(), reward_parts={})
+    RolloutStore(tmp_path).append(1, [scored, bare])
+    rows = read_rollouts(tmp_path).to_pylist()
+    assert rows[0]["reward"] == 1.0 and rows[1]["reward"] != rows[1]["reward"]
+    assert rows[2]["reward"] is None and rows[2]["reward/exact"] is None
+
+
+def test_resuming_removes_later_steps_of_this_rank(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    stores = [RolloutStore(tmp_path, rank=rank) for rank in (0, 1)]
+    for step in (1, 2, 3):
+        for store in stores:
+            store.append(step, [make_rollout()])
+    store = RolloutStore(tmp_path, resume_step=2)
+    RolloutStore(tmp_path, resume_step=2, rank=1)
+    assert read_rollouts(tmp_path)["step"].to_pylist() == [1] * 4 + [2] * 4
+    store.append(3, [make_rollout()])
+    assert read_rollouts(tmp_path)["step"].to_pylist() == [1] * 4 + [2] * 4 + [3] * 2
+
+
+def test_beginning_anew_removes_what_an_unsaved_start_left(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    RolloutStore(tmp_path).append(1, [make_rollout()])
+    RolloutStore(tmp_path)
+    assert read_rollouts(tmp_path).num_rows == 0
+
+
+def test_a_crash_while_writing_leaves_no_half_file(
+    tmp_path: Path, make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RolloutStore(tmp_path)
+    store.append(1, [make_rollout()])
+
+    def crash(source: object, target: object) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        store.append(2, [make_rollout()])
+    monkeypatch.undo()
+    assert read_rollouts(tmp_path)["step"].to_pylist() == [1, 1]
+    assert ds.dataset(tmp_path, format="parquet").to_table().num_rows == 2, "hidden files are not read"
+
+
+def test_steps_with_other_rewards_are_read_together(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    store = RolloutStore(tmp_path)
+    store.append(1, [replace(make_rollout(), reward_parts={})])
+    store.append(2, [make_rollout()])
+    assert read_rollouts(tmp_path)["reward/length"].to_pylist() == [None, None, 1.0, 4.0]
