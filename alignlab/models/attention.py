@@ -13,10 +13,11 @@ Shapes: N tokens, H heads, K kv heads, D head size, V vocabulary; the model's hi
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -77,8 +78,9 @@ def attention(
         return packed_attention(
             query, key, value, layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
         ), None
+    layer_idx = cast(int, module.layer_idx)
     return layout.attend(
-        module.layer_idx, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        layer_idx, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
     ), None
 
 
@@ -107,7 +109,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal language model itself, whether or not adapters are wrapped around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def hidden_states(
@@ -116,15 +118,23 @@ def hidden_states(
     """Output of the final norm of the decoder under a causal language model.
 
     Args:
-        model: ours, one of `transformers`', or a PeftModel around it.
+        model: ours, one of `transformers`', or a PeftModel around it. If its attention is "alignlab" the tokens are
+            computed as they are packed; under any other, a slower path makes an ordinary padded batch of them, in
+            which each sequence has its own copy of its prompt.
         tokens, position_ids: [N].
         layout: how the tokens divide into sequences.
         kwargs: handed to the decoder's forward.
 
     Returns:
         [N, hidden size]
+
+    Raises:
+        ConfigError: the model cannot be computed with this layout.
     """
     lm = causal_lm(model)
+    if lm.config._attn_implementation != ATTENTION:
+        return _padded_hidden_states(lm, tokens, layout, **kwargs)
+    _check_layer_types(lm)
     unused_mask = torch.empty((1, 1, 1, 1), device=tokens.device)  # 4-D masks are not touched by `transformers`
     before = getattr(_calls, "count", 0)
     output = lm.get_decoder()(
@@ -135,20 +145,65 @@ def hidden_states(
     return output.last_hidden_state[0]
 
 
+def _padded_hidden_states(lm: PreTrainedModel, tokens: Tensor, layout: Layout, **kwargs: Any) -> Tensor:
+    """The same through a model's own attention. A prompt's states are those of its first completion's copy."""
+    if not isinstance(layout, Segments):
+        raise ConfigError(
+            f"the embedded engine needs attention 'alignlab', and {type(lm).__name__} was loaded with "
+            f"{lm.config._attn_implementation!r}; load it with attn_implementation='alignlab'"
+        )
+    if kwargs.get("routing") is not None:
+        raise ConfigError("expert choices can only be recorded on packed tokens; use attn_implementation='alignlab'")
+    runs = [torch.arange(a, a + n) for a, n in zip(layout.starts, layout.lengths, strict=True)]
+    shared = set(layout.prefixes)
+    sequences = [
+        torch.cat([runs[prefix], run]) if prefix >= 0 else run
+        for i, (run, prefix) in enumerate(zip(runs, layout.prefixes, strict=True)) if i not in shared
+    ]
+    index = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(tokens.device)
+    present = index >= 0
+    output = lm.get_decoder()(
+        input_ids=tokens[index.clamp_min(0)], attention_mask=present.long(), use_cache=False, **kwargs
+    )
+    slots = present.flatten().nonzero()[:, 0]
+    where = torch.full_like(tokens, index.numel()).scatter_reduce_(0, index.flatten()[slots], slots, "amin")
+    return output.last_hidden_state.flatten(0, 1)[where]
+
+
+def _check_layer_types(lm: PreTrainedModel) -> None:
+    """Masks of other kinds of layers would be lost: a layout replaces the mask."""
+    kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ConfigError(
+            f"{type(lm).__name__} has layers of type {', '.join(unknown)}, which cannot be packed; "
+            "load it with attn_implementation='sdpa'"
+        )
+
+
 def _require_layout_used(lm: PreTrainedModel, calls: int) -> None:
     """A model that drops `layout`, or has layers without attention, would mix the packed sequences in silence."""
     layers = lm.config.get_text_config().num_hidden_layers
     if calls != layers:
         raise ConfigError(
             f"every layer must attend through attention 'alignlab' with its layout; in {type(lm).__name__} "
-            f"{calls} of {layers} did. Load it with attn_implementation='alignlab', and if that is done already, "
-            "this architecture cannot be packed: load it with attn_implementation='sdpa'"
+            f"{calls} of {layers} did, so it cannot be packed; load it with attn_implementation='sdpa'"
         )
 
 
 def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
-    """Weight [V, hidden size], bias [V] and soft-cap of the layer that gives the logits."""
+    """Weight [V, hidden size], bias [V] and soft-cap of the layer that gives the logits.
+
+    Raises:
+        ConfigError: the logits are more than that: adapted, or scaled.
+    """
     lm = causal_lm(model)
-    head = lm.get_output_embeddings()
-    softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-    return head.weight, getattr(head, "bias", None), softcap
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    if isinstance(head, BaseTunerLayer):
+        raise ConfigError("an adapter is on the output head, which must be frozen; take it out of target_modules")
+    for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, 1) not in (1, None):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, and logits must not be scaled; fold it into the head's weight"
+            )
+    return head.weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None)

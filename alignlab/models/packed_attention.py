@@ -6,11 +6,12 @@ Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size; b
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from alignlab.models.attention_plan import Block, attention_blocks
@@ -36,7 +37,21 @@ def packed_attention(
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
     if query.device.type == "cuda":
         return flex_packed_attention(query, key, value, segments, scaling, sliding_window, softcap, _compiled_flex())
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     return _BlockAttention.apply(query, key, value, attention_blocks(segments, sliding_window), scaling, softcap)
+
+
+def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast must not round what is meant to be float32."""
+
+    @wraps(function)
+    def wrapped(ctx: Any, first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *args)
+
+    return wrapped
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -50,6 +65,7 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @_in_own_precision
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float, softcap: float | None
     ) -> Tensor:
@@ -73,6 +89,8 @@ class _BlockAttention(torch.autograd.Function):
         return _heads(out, query.dtype).transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
+    @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, logsumexp = ctx.saved_tensors
         exact, num_kv = logsumexp.dtype, key.shape[1]
@@ -151,13 +169,13 @@ def _hide(scores: Tensor, block: Block) -> Tensor:
 def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor, Tensor, Tensor]) -> None:
     """Online softmax: take a block's unnormalised (output, peak, mass) into those of its queries."""
     index = block.queries.flatten()
-    out, top, total = state
-    part, peak, mass = (x.view(out.shape[0], len(index), *y.shape[2:]) for x, y in zip(new, state, strict=True))
+    num_kv = len(state[0])
+    part, peak, mass = (x.view(num_kv, len(index), *y.shape[2:]) for x, y in zip(new, state, strict=True))
     if not block.first:
         old_part, old_peak, old_mass = (x.index_select(1, index) for x in state)
         new_peak = torch.maximum(peak, old_peak)
         factor, old_factor = (peak - new_peak).exp_(), (old_peak - new_peak).exp_()
-        part = (old_part * old_factor[..., None]).add_(part * factor[..., None]).to(out.dtype)
+        part = (old_part * old_factor[..., None]).add_(part * factor[..., None]).to(old_part.dtype)
         peak, mass = new_peak, mass * factor + old_mass * old_factor
     for old, value in zip(state, (part, peak, mass), strict=True):
         old.index_copy_(1, index, value)

@@ -1,0 +1,168 @@
+"""LoRA adapters, PEFT's own, computed in the base model's dtype.
+
+PEFT keeps the adapter's weights in float32, as an optimizer's small updates need, and then multiplies in float32 too,
+which is several times slower than bfloat16. `ComputeDtypeLinear` casts the two small matrices instead, in one function
+that saves only the layer's input and the rank-sized product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from alignlab.config.model import LoraSettings
+from alignlab.errors import ConfigError
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W^T + bias + scale * (x A^T) B^T, products in the dtype of W; W and its bias are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low_down, low_up = down.to(weight.dtype), up.to(weight.dtype)
+        inner = rows @ low_down.T
+        y = linear(rows, weight, bias).addmm_(inner, low_up.T, alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, down, up)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, weight, down, up = ctx.saved_tensors
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_inner = (grad_rows @ up.to(weight.dtype)).mul_(ctx.scale)
+        grad_down = (grad_inner.T @ rows).to(down.dtype)
+        grad_up = (grad_rows.T @ inner).to(up.dtype).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_rows @ weight).addmm_(grad_inner, down.to(weight.dtype)).view(*grad.shape[:-1], -1)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class ComputeDtypeLinear(LoraLinear):
+    """PEFT's LoRA layer around a frozen `nn.Linear`; whatever is not plain LoRA goes PEFT's way."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self._plain_adapter(x)
+        if name is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base, down, up = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoraProduct.apply(x, base.weight, base.bias, down, up, self.scaling[name])
+
+    def _plain_adapter(self, x: Tensor) -> str | None:
+        """The one active adapter, if it is plain LoRA."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return None
+        name, base = names[0], self.get_base_layer()
+        dropped = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        plain = not (dropped or self.lora_variant or self.lora_bias[name] or self.fan_in_fan_out)
+        frozen = type(base) is nn.Linear and not base.weight.requires_grad and x.dtype == base.weight.dtype
+        return name if plain and frozen else None
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftModel:
+    """Put a fresh LoRA adapter on a model, whose own weights are frozen.
+
+    Args:
+        model: any causal language model.
+        lora: our settings, or PEFT's own for everything else that PEFT can do.
+
+    Returns:
+        PEFT's model; the adapter's weights are float32, its products are computed in the model's dtype.
+
+    Raises:
+        ConfigError: a target module is not in the model.
+    """
+    if isinstance(lora, LoraSettings):
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        _check_targets(model, targets)
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", target_modules=targets, r=lora.rank, lora_dropout=lora.dropout,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int; a fraction is as good
+        )
+    return compute_in_base_dtype(get_peft_model(model, lora))
+
+
+def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
+    """PEFT passes over names that match nothing as long as another one matches."""
+    if targets == "all-linear":
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(targets, str):
+        unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if unknown:
+        available = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ConfigError(
+            f"target_modules names {', '.join(unknown)}, and no linear layer of {type(model).__name__} is called so; "
+            f"use all-linear, or some of {', '.join(available)}"
+        )
+
+
+def compute_in_base_dtype(model: PeftModel) -> PeftModel:
+    """Let the LoRA layers of any PeftModel, such as a loaded one, compute in the base's dtype; returns the model."""
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = ComputeDtypeLinear
+    return model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters are wrapped around the model."""
+    return isinstance(model, PeftModel)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is its frozen base, exactly: the reference policy."""
+    assert isinstance(model, PeftModel), "only a model with adapters has a base to go back to"
+    with model.disable_adapter():
+        yield
+
+
+@torch.no_grad()
+def merged_weights(model: PeftModel) -> dict[nn.Linear, Tensor]:
+    """Weights that do without the adapter what the model does with it.
+
+    Returns:
+        By base linear layer, W + scale * B A in the dtype of W, rounded once.
+
+    Raises:
+        ConfigError: an adapter is more than a low-rank term on the weight of a linear layer.
+    """
+    merged = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear) or not _mergeable(layer):
+            raise ConfigError(
+                f"the adapter on {name} cannot be merged into one weight: it must be plain LoRA on a linear layer; "
+                "set rollout.merge_lora to false"
+            )
+        weight = base.weight.float()
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                up, down = (matrices[adapter].get_parameter("weight") for matrices in (layer.lora_B, layer.lora_A))
+                weight = weight.addmm(up, down, alpha=layer.scaling[adapter])
+        merged[base] = weight.to(base.weight.dtype)
+    return merged
+
+
+def _mergeable(layer: LoraLinear) -> bool:
+    return not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))

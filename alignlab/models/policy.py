@@ -1,0 +1,94 @@
+"""The policy: a causal language model that answers with log-probs of given tokens, and never with logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from alignlab.errors import ConfigError, DataError
+from alignlab.functional.logprobs import chunked_logprobs
+from alignlab.models.attention import causal_lm, hidden_states, output_head
+from alignlab.models.moe import RoutingRecord
+from alignlab.types import Segments
+
+
+class PolicyOutput(NamedTuple):
+    """What is known of each of N tokens; 0 where the mask is False.
+
+    Attributes:
+        logprobs: [N] float32, log-prob of the token given what precedes it, nats.
+        entropy: [N] float32, of the distribution that the token was drawn from, nats.
+        router_loss: [N] float32, weighted balance and z-losses of the token's routing, summed over the MoE layers;
+            None without them.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    router_loss: Tensor | None
+
+
+class Policy(nn.Module):
+    """A causal language model over packed tokens.
+
+    All parameters are used inside `forward`, so that accelerate may wrap this module (DDP and its like).
+
+    Args:
+        model: ours, one of `transformers`', or a PeftModel around it.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int = 512) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self, tokens: Tensor, segments: Segments, mask: Tensor,
+        *, temperature: float = 1.0, entropy_grad: bool = False, routing: Tensor | None = None,
+    ) -> PolicyOutput:
+        """Log-prob and entropy of the masked tokens; the head sees their predecessors alone.
+
+        Args:
+            tokens: [N] ids.
+            segments: how they divide into sequences.
+            mask: [N] bool, tokens that are asked about; none may be the first of a sequence.
+            temperature: > 0, of the distribution asked about.
+            entropy_grad: whether the entropy carries a gradient.
+            routing: [N, L, K] experts to replay, -1 where there is no record; for an in-house MoE.
+
+        Raises:
+            DataError: a masked token has no predecessor.
+            ConfigError: the model cannot be computed with this layout, or has no experts to replay.
+        """
+        asked = mask.nonzero()[:, 0]
+        predecessors = segments.predecessors[asked]
+        if bool((predecessors < 0).any()):
+            raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
+        record = self._routing_record(routing)
+        options = {} if record is None else {"routing": record}
+        hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
+        weight, bias, softcap = output_head(self.model)
+        logprobs, entropy = chunked_logprobs(
+            hidden[predecessors], weight, tokens[asked], bias=bias, temperature=temperature, softcap=softcap,
+            chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
+        )
+        zeros = logprobs.new_zeros(len(tokens))
+        router_loss = None if record is None else record.total_loss()
+        return PolicyOutput(
+            zeros.index_put((asked,), logprobs),
+            zeros.index_put((asked,), entropy),
+            None if router_loss is None else router_loss * mask,
+        )
+
+    def _routing_record(self, routing: Tensor | None) -> RoutingRecord | None:
+        """A fresh record for a model with experts of ours."""
+        lm = causal_lm(self.model)
+        if getattr(lm.config, "sparse_layers", None):
+            return RoutingRecord(replay=routing)
+        if routing is not None:
+            raise ConfigError(
+                f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "
+                "in-house MoE model only"
+            )
+        return None
