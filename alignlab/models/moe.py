@@ -25,14 +25,16 @@ class RoutingRecord:
     Attributes:
         replay: [N, L, K] int16, choices to use; -1 where a token has no record and makes its own. Their gates come from
             the live router, so that it keeps its gradient (R3, arXiv:2510.11370).
+        counted: [N] bool, tokens whose choices are counted in training; None counts all.
         chosen: by layer, [N, K] int64, the choices made.
         losses: by layer, [N] float32, weighted router losses of each token, with gradient.
-        counting: the choices are added to the layers' counts.
+        counting: this pass trains, so its choices are added to the layers' counts; set by the decoder.
 
     Activation checkpointing runs a layer again within the same pass: it finds its choices here and repeats them.
     """
 
     replay: Tensor | None = None
+    counted: Tensor | None = None
     chosen: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     counting: bool = False
@@ -122,7 +124,7 @@ class Router(nn.Module):
 
 
 class _Regroup(torch.autograd.Function):
-    """rows[order // copies]: rows sorted by expert, or back. The backward gathers too: its order of addition is fixed."""
+    """rows[order // copies]: rows sorted by expert, or back. The backward gathers too, so its sums keep one order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
@@ -245,7 +247,7 @@ class SparseFeedForward(nn.Module):
         if losses is not None:
             routing.losses[self.moe_index] = losses
         if routing.counting:
-            self.gate.count(choices)
+            self.gate.count(choices if routing.counted is None else choices[routing.counted])
         return choices
 
 

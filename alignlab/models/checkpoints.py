@@ -1,0 +1,188 @@
+"""Models from checkpoints and back: Hub families unchanged in both directions, our own shapes, adapters.
+
+`transformers` reads and writes every Hub checkpoint, with its conversions of names: in memory, its weights of the
+families in `families.py` have our names, and are handed over without a copy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.attention import ATTENTION
+from alignlab.models.config import PolicyConfig
+from alignlab.models.families import read_hub_config, write_hub_config
+from alignlab.models.packaged import resolve_checkpoint
+from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
+
+AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
+AutoModel.register(PolicyConfig, PolicyModel, exist_ok=True)
+AutoModelForCausalLM.register(PolicyConfig, PolicyForCausalLM, exist_ok=True)
+
+_log = logging.getLogger(__name__)
+_OPTIONS = {"trust_remote_code": False}
+_ROPE_KEYS = ("rope_theta", "rope_scaling")
+_CHOSEN_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+    """The model of a checkpoint, in evaluation mode, its attention set to "alignlab".
+
+    Known Hub families and our own shapes become a `PolicyForCausalLM`; any other architecture is `transformers`' own.
+
+    Args:
+        name: a Hub id, a local folder, or a packaged model. The folder of an adapter gives its base with it on top.
+
+    Raises:
+        CheckpointError: it cannot be found, has no safetensors, or needs code of its own.
+    """
+    path = resolve_checkpoint(name)
+    if _is_adapter(path):
+        base = load_model(_base_of(path), dtype=dtype, device=device)
+        return PeftModel.from_pretrained(base, path).eval()
+    options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "attn_implementation": ATTENTION}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
+            "safetensors, of an architecture that transformers knows"
+        ) from error
+    return _adopted(loaded).to(device).eval()
+
+
+def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
+    """`hub` as a `PolicyForCausalLM` over the same tensors, where its family is known."""
+    try:
+        config = read_hub_config(hub.config)
+    except ConfigError as error:
+        _log.warning("%s is used as transformers has it: %s", type(hub).__name__, error)
+        return hub
+    if config is None:
+        return hub
+    config.hub_config = hub.config.to_diff_dict()
+    config.dtype = hub.dtype
+    config.name_or_path = hub.config.name_or_path
+    config._attn_implementation = ATTENTION
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = PolicyForCausalLM(config)
+    result = model.load_state_dict(hub.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    missing = [key for key in result.missing_keys if not key.endswith(".expert_load")]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"weights of {hub.config.name_or_path} do not fit its config: missing {missing[:4]}, "
+            f"unexpected {result.unexpected_keys[:4]}; the checkpoint is damaged or of another architecture"
+        )
+    model.generation_config = hub.generation_config
+    return model
+
+
+def new_model(
+    architecture: dict[str, Any], *, vocab_size: int, dtype: torch.dtype = torch.float32,
+    pad_token_id: int | None = None, bos_token_id: int | None = None, eos_token_id: int | None = None,
+) -> PolicyForCausalLM:
+    """A model with random weights, from torch's global generator.
+
+    Args:
+        architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
+
+    Raises:
+        ConfigError: a field is unknown, or the combination is impossible.
+    """
+    _check_names(architecture)
+    tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    try:
+        config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)
+    except StrictDataclassError as error:
+        raise ConfigError(f"model.architecture: {error}") from error
+    config.dtype = dtype
+    config._attn_implementation = ATTENTION
+    model = PolicyForCausalLM(config).to(dtype=dtype)
+    for key, value in tokens.items():
+        setattr(model.generation_config, key, value)
+    return model.eval()
+
+
+def _check_names(architecture: dict[str, Any]) -> None:
+    known = [name for name in PolicyConfig.__annotations__ if name not in _CHOSEN_ELSEWHERE]
+    for name in architecture:
+        if name in _CHOSEN_ELSEWHERE:
+            raise ConfigError(f"model.architecture.{name} is set, and comes from the tokenizer; leave it out")
+        if name not in known and name not in _ROPE_KEYS:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"model.architecture.{name} is not a field of PolicyConfig{hint}")
+
+
+def save_model(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+    """Write a model so that plain `transformers` (and `peft`, for an adapter) loads it.
+
+    A `PolicyForCausalLM` is written as the Hub family that it is isomorphic to, or under its own model type where there
+    is none; that one loads wherever `alignlab.models.checkpoints` was imported.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+        return
+    hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
+    (model if hub is None else _as_family(model, hub)).save_pretrained(folder)
+
+
+def _as_family(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """The family's own class over the same tensors."""
+    config.dtype = model.dtype
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    weights = {key: value for key, value in model.state_dict().items() if not key.endswith(".expert_load")}
+    twin.load_state_dict(weights, assign=True)
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    return twin
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint, or beside the base of an adapter. Without a padding token, the end token pads.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = resolve_checkpoint(name)
+    if _is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(_base_of(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_OPTIONS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} has no tokenizer that can be loaded: {error}\nGive model.tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def _base_of(path: str) -> str:
+    """The checkpoint that an adapter belongs on."""
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise CheckpointError(f"{path} does not name its base model; set base_model_name_or_path in its config")
+    return base
