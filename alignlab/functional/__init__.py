@@ -1,0 +1,16 @@
+"""Pure math on tensors: each function takes tensors first and numbers by keyword, writes nothing in place, computes in
+float32 (float64 stays float64), and returns one value a token or a sequence. Averaging is `reduction`'s alone.
+
+    reduction        sequence_sum; weights that turn a per-token loss into the step's loss, however it is cut into packs
+    logprobs         head_logits, chunked_logprobs: log-probs and entropy without the full logits
+    kl               kl_k1, kl_k2, kl_k3, kl_loss, adapt_kl_coef
+    advantages       group_normalized, group_centered, leave_one_out, batch_whitened, mixed_groups
+    policy_losses    ppo_clip, gspo_clip, cispo, reinforce, ratio_metrics
+    moe_losses       load balance, router z-loss, router bias
+    shaping          overlong_penalty
+    estimators       pass_at_k
+    precision        float32 inside, the exponent's limit
+
+Shapes: N tokens of one pack, M tokens whose log-prob is wanted, B sequences of the optimizer step, P prompts, G group,
+V vocabulary, D hidden. A loss of a pack is `(loss * weights).sum()`; the step's loss is the sum over packs and ranks.
+"""

@@ -1,0 +1,103 @@
+"""Advantages of whole completions, without a critic: each reward against a baseline made of other rewards.
+
+Shapes: P prompts, G completions of each. A nan reward (no reward function applied) takes no part in any mean or
+deviation and gets advantage 0; so does every completion of a group with fewer than 2 rewards, which has no baseline.
+Equal rewards give exactly 0, not rounding noise divided by a small epsilon: rewards are first taken relative to the
+smallest, which makes equal ones exactly 0.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from alignlab.functional.precision import at_least_float32
+
+
+def group_normalized(rewards: Float[Tensor, "P G"], *, eps: float = 1e-4) -> Float[Tensor, "P G"]:
+    """Distance from the group's mean in units of its standard deviation.
+
+        A = (r - mean) / (std + eps)        std unbiased, over n - 1
+
+    Args:
+        rewards: of each completion; nan where there is none.
+        eps: > 0, in units of reward; shrinks the advantages of groups whose rewards barely differ.
+
+    Reference: Shao et al. (2024), GRPO, arXiv:2402.03300, Sec. 4.1.2.
+    """
+    centered, count, valid = _centered(rewards)
+    return torch.where(valid, centered / (_std(centered, count) + eps), 0.0)
+
+
+def group_centered(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Distance from the group's mean, in units of reward: no group counts more for agreeing with itself.
+
+        A = r - mean
+
+    Args:
+        rewards: of each completion; nan where there is none.
+
+    Reference: Liu et al. (2025), Dr. GRPO, arXiv:2503.20783, Sec. 3.2.
+    """
+    return _centered(rewards)[0]
+
+
+def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Distance from the mean of the *other* rewards of the group: a baseline independent of the completion.
+
+        A = r - (sum - r) / (n - 1) = (r - mean) * n / (n - 1)
+
+    Args:
+        rewards: of each completion; nan where there is none.
+
+    Reference: Ahmadian et al. (2024), RLOO, arXiv:2402.14740, Sec. 2.2.
+    """
+    centered, count, _ = _centered(rewards)
+    return centered * (count / (count - 1).clamp(min=1))
+
+
+def batch_whitened(rewards: Float[Tensor, "P G"], *, eps: float = 1e-4) -> Float[Tensor, "P G"]:
+    """Distance from the mean of the whole batch in units of its standard deviation; prompts are not told apart.
+
+        A = (r - mean) / (std + eps)        mean and unbiased std over all P * G rewards
+
+    Args:
+        rewards: of each completion of the whole step, over all ranks; nan where there is none.
+        eps: > 0, in units of reward.
+
+    Reference: Hu et al. (2025), REINFORCE++, arXiv:2501.03262, Sec. 3 (advantage normalisation over the batch).
+    """
+    return group_normalized(rewards.reshape(1, -1), eps=eps).reshape(rewards.shape)
+
+
+def mixed_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, "P"]:
+    """Groups that carry signal: at least two of their rewards differ. Dynamic sampling keeps these.
+
+    Args:
+        rewards: of each completion; nan where there is none.
+
+    Reference: Yu et al. (2025), DAPO, arXiv:2503.14476, Eq. 11.
+    """
+    return (_relative(rewards)[0] > 0).any(dim=1)
+
+
+def _relative(rewards: Float[Tensor, "P G"]) -> tuple[Float[Tensor, "P G"], Bool[Tensor, "P G"]]:
+    """Rewards less the group's smallest, 0 where there is none; and which there are."""
+    rewards = at_least_float32(rewards)
+    valid = ~rewards.isnan()
+    smallest = torch.where(valid, rewards, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(valid, rewards - smallest, 0.0), valid
+
+
+def _centered(
+    rewards: Float[Tensor, "P G"],
+) -> tuple[Float[Tensor, "P G"], Float[Tensor, "P 1"], Bool[Tensor, "P G"]]:
+    """Rewards less the group's mean, 0 where there is none; rewards of each group; and which there are."""
+    relative, valid = _relative(rewards)
+    count = valid.sum(dim=1, keepdim=True).to(relative.dtype)
+    mean = relative.sum(dim=1, keepdim=True) / count.clamp(min=1)
+    return torch.where(valid, relative - mean, 0.0), count, valid
+
+
+def _std(centered: Float[Tensor, "P G"], count: Float[Tensor, "P 1"]) -> Float[Tensor, "P 1"]:
+    """Unbiased standard deviation of each group; 0 with fewer than 2 rewards."""
+    return (centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

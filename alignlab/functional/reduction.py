@@ -1,0 +1,90 @@
+"""From one loss a token to one loss a step, in a way that no cut into packs, micro-batches or ranks can change.
+
+    loss of a pack = (per_token_loss * weights).sum()
+    loss of a step = sum over all packs and ranks
+
+The weights hold numbers counted over the whole step, so the sum is the same however the step is cut. Shapes: N tokens
+of one pack, B sequences of the step.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from alignlab.functional.precision import at_least_float32
+
+
+def sequence_sum(
+    x: Float[Tensor, "N"], sequence_ids: Int[Tensor, "N"], *, num_sequences: int
+) -> Float[Tensor, "{num_sequences}"]:
+    """Sum of `x` over the tokens of each sequence.
+
+        out[b] = sum of x[t] over t with sequence_ids[t] = b
+
+    Args:
+        x: one value a token.
+        sequence_ids: which sequence each token belongs to, 0..num_sequences-1; tokens with -1 are left out.
+        num_sequences: B, also counting sequences without a token here.
+    """
+    x = at_least_float32(x)
+    kept = sequence_ids >= 0
+    sums = x.new_zeros(num_sequences)
+    return sums.index_add(0, sequence_ids.clamp(min=0).long(), torch.where(kept, x, 0.0))
+
+
+def token_mean_weights(mask: Bool[Tensor, "N"], *, num_tokens: int) -> Float[Tensor, "N"]:
+    """Weights of a mean over all tokens of the step: every token counts the same.
+
+        weight[t] = mask[t] / num_tokens
+
+    Args:
+        mask: tokens that we train on.
+        num_tokens: masked tokens of the whole step, over all packs and ranks.
+
+    Reference: Yu et al. (2025), DAPO, arXiv:2503.14476, Eq. 12.
+    """
+    _require_positive(num_tokens=num_tokens)
+    return mask.float() / num_tokens
+
+
+def sequence_mean_weights(
+    mask: Bool[Tensor, "N"], sequence_ids: Int[Tensor, "N"], sequence_tokens: Int[Tensor, "B"], *, num_sequences: int
+) -> Float[Tensor, "N"]:
+    """Weights of a mean over sequences of each sequence's token mean: every sequence counts the same.
+
+        weight[t] = mask[t] / (sequence_tokens[sequence_ids[t]] * num_sequences)
+
+    Args:
+        mask: tokens that we train on.
+        sequence_ids: which sequence each token belongs to; -1 on shared prompts.
+        sequence_tokens: masked tokens of each sequence of the step, over all packs and ranks.
+        num_sequences: sequences to average over; one without a masked token adds 0 to the mean if it is counted here.
+
+    Reference: Shao et al. (2024), GRPO, arXiv:2402.03300, Eq. 3.
+    """
+    _require_positive(num_sequences=num_sequences)
+    tokens = sequence_tokens[sequence_ids.clamp(min=0).long()]
+    kept = mask & (sequence_ids >= 0)
+    return torch.where(kept, 1.0 / (tokens.clamp(min=1).float() * num_sequences), 0.0)
+
+
+def constant_weights(mask: Bool[Tensor, "N"], *, num_sequences: int, max_tokens: int) -> Float[Tensor, "N"]:
+    """Weights of a sum over tokens divided by a constant: no length, neither a sequence's nor the batch's, has a say.
+
+        weight[t] = mask[t] / (num_sequences * max_tokens)
+
+    Args:
+        mask: tokens that we train on.
+        num_sequences: sequences of the whole step, over all packs and ranks.
+        max_tokens: the completion limit, a constant of the run.
+
+    Reference: Liu et al. (2025), Dr. GRPO, arXiv:2503.20783, Sec. 3.2.
+    """
+    _require_positive(num_sequences=num_sequences, max_tokens=max_tokens)
+    return mask.float() / (num_sequences * max_tokens)
+
+
+def _require_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}, and must be at least 1: a step without it has no mean; skip the step")
