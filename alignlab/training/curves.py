@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 EXPERT_LOAD = "expert_load/"
 EVALUATED = {"eval/greedy": ("held out, greedy", "o"), "eval/sampled": ("held out, sampled", "s")}
+ACCURACY = "accuracy"
 MAX_COLUMNS = 3
+SMOOTHING = 10  # the running mean is over one step in this many of the run
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Panel:
 
 PANELS = (
     Panel("reward", "Reward", "mean reward"),
-    Panel("accuracy", "Accuracy", "fraction right"),
+    Panel(ACCURACY, "Accuracy", "fraction right"),
     Panel("kl", "KL to the reference", "nats / token"),
     Panel("completion_tokens", "Completion length", "tokens"),
     Panel("entropy", "Entropy", "nats / token"),
@@ -55,7 +57,7 @@ def plot_curves(
     """
     lines = read_metrics(metrics_file)
     lines += [{"step": step, **metrics} for step, metrics in (evaluations or {}).items()]
-    panels = [panel for panel in PANELS if _series(lines, panel.metric)[0]]
+    panels = [panel for panel in PANELS if any(_series(lines, metric)[0] for metric in _metrics_of(panel))]
     loads = expert_loads(lines)
     count = len(panels) + bool(loads)
     if count == 0:
@@ -96,6 +98,10 @@ def expert_loads(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return loads
 
 
+def _metrics_of(panel: Panel) -> tuple[str, ...]:
+    return (panel.metric, *EVALUATED) if panel.metric == ACCURACY else (panel.metric,)
+
+
 def _series(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Steps and finite values of a metric, in the order of steps."""
     points = sorted((line["step"], line[metric]) for line in lines if line.get(metric) is not None)
@@ -104,11 +110,13 @@ def _series(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int],
 
 def _draw(axis: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
     steps, values = _series(lines, panel.metric)
-    axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(steps) < 3 else None)
-    window = max(1, len(values) // 10)
-    mean_label = f"mean of {window} steps" if window > 1 else "each step"
-    axis.plot(steps, running_mean(values, window), color="tab:blue", linewidth=2, label=mean_label)
-    if panel.metric == "accuracy":
+    if values:
+        window = max(1, len(values) // SMOOTHING)
+        label = "training rollouts" if panel.metric == ACCURACY else "training"
+        mean_label = f"{label}, mean of {window} steps" if window > 1 else label
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(steps) < 3 else None)
+        axis.plot(steps, running_mean(values, window), color="tab:blue", linewidth=2, label=mean_label)
+    if panel.metric == ACCURACY:
         for i, (metric, (label, marker)) in enumerate(EVALUATED.items()):
             at, accuracy = _series(lines, metric)
             if at:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -66,6 +66,12 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
         return asdict(self) | {"pass_at": {str(k): value for k, value in self.pass_at.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EvaluationResult:
+        """Take back what `to_json` gave."""
+        samples = tuple(EvaluatedProblem(**sample | {"sampled": tuple(sample["sampled"])}) for sample in value["samples"])
+        return cls(**dict(value) | {"pass_at": {int(k): v for k, v in value["pass_at"].items()}, "samples": samples})
 
     def metrics(self) -> dict[str, float]:
         """The numbers, as they are logged: eval/greedy, eval/sampled, eval/pass@k and, where known, the strict ones."""

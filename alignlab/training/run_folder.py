@@ -103,13 +103,13 @@ class RunFolder:
         self.close()
 
     def _check(self, resume: bool) -> None:
-        holds_run = (self.path / STARTS_FILE).exists()
-        if holds_run and not resume:
+        held = holds_run(self.path)
+        if held and not resume:
             raise ConfigError(
                 f"output_dir must not hold another run's results, and {self.path} does; go on with that run by "
                 "--resume, or choose another trainer.output_dir (nothing was overwritten)"
             )
-        if resume and not holds_run:
+        if resume and not held:
             raise ConfigError(
                 f"--resume needs a run to go on with, and {self.path} holds none; leave --resume out to start one, "
                 "or correct trainer.output_dir"
@@ -123,6 +123,11 @@ class RunFolder:
             write_atomically(self.path / name, config_text)
         with (self.path / STARTS_FILE).open("a") as file:
             file.write(json.dumps(_start(resume)) + "\n")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in this folder."""
+    return (folder / STARTS_FILE).exists()
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -115,7 +115,7 @@ def test_a_failing_scorer_is_an_error_and_not_a_zero(caplog: pytest.LogCaptureFi
     def broken(**columns: Any) -> list[float]:
         raise KeyError("oops")
 
-    with caplog.at_level(logging.CRITICAL), pytest.raises(RewardError, match="must not fail.*'last_number'.*oops"):
+    with caplog.at_level(logging.CRITICAL), pytest.raises(RewardError, match=r"must not fail.*'last_number'.*oops"):
         run(ScriptedEngine(), broken)
 
 
@@ -123,7 +123,7 @@ def test_a_scorer_without_an_opinion_is_an_error() -> None:
     def shy(completions: list[str], **columns: Any) -> list[float | None]:
         return [None, *[1.0] * (len(completions) - 1)]
 
-    with pytest.raises(RewardError, match="must value every completion, and last_number gave none .* row 0"):
+    with pytest.raises(RewardError, match=r"must value every completion, and last_number gave none .* row 0"):
         run(ScriptedEngine(), shy)
 
 

@@ -91,7 +91,7 @@ def test_tracker_without_its_package_is_refused_before_anything_is_written(
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     accelerator = SimpleNamespace(is_main_process=False)
-    with MetricsLogger(tmp_path, ("tensorboard",), accelerator=accelerator) as logger:  # type: ignore[arg-type]
+    with MetricsLogger(tmp_path, ("tensorboard",), accelerator=accelerator) as logger:
         logger.log(1, {"reward": 1.0})
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from alignlab.training.optim import (
 )
 
 
-def small_model() -> nn.Module:
+def small_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
 
 

@@ -48,7 +48,7 @@ def test_the_report_says_all_that_was_promised(tmp_path: Path) -> None:
     shown = report_of(tmp_path / "run one", report)
     assert "single-digit sums: 8 held-out problems, 4 samples each" in shown
     greedy = next(line for line in shown.splitlines() if "extracted answer right, greedy" in line)
-    assert ["0.250", "0.875", "+0.625"] == [cell.strip() for cell in greedy.split("│")[2:5]]
+    assert [cell.strip() for cell in greedy.split("│")[2:5]] == ["0.250", "0.875", "+0.625"]
     assert "answer and nothing else, sampled" in shown and "pass@4" in shown and "pass@1" not in shown
     assert shown.count("wrong: I think") == shown.count("right: Surely") == 4
     assert [f"I think {i}" in shown for i in range(8)] == [True, False] * 4

@@ -62,7 +62,8 @@ def test_a_forked_child_that_outlives_a_killed_run_does_not_keep_the_lock(tmp_pa
     try:
         process.kill()
         process.wait()
-        RunFolder(tmp_path, resume=True).close()
+        with RunFolder(tmp_path, resume=True) as run:
+            assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
         process.communicate()
 
