@@ -1,0 +1,71 @@
+"""alignlab: post-training and alignment of language models with reinforcement learning.
+
+The public names below are imported when they are first used: `import alignlab` itself is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignlab.config.data import DataSettings as DataSettings
+    from alignlab.config.loader import load_config as load_config
+    from alignlab.config.model import LoraSettings as LoraSettings
+    from alignlab.config.rewards import RewardSettings as RewardSettings
+    from alignlab.config.rollout import RolloutSettings as RolloutSettings
+    from alignlab.config.rollout import SamplingSettings as SamplingSettings
+    from alignlab.config.run import EvaluationSettings as EvaluationSettings
+    from alignlab.config.run import RunConfig as RunConfig
+    from alignlab.config.trainers import GRPOConfig as GRPOConfig
+    from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import SFTConfig as SFTConfig
+    from alignlab.errors import AlignlabError as AlignlabError
+    from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
+    from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.run import run as run
+    from alignlab.trainers.sft import SFTTrainer as SFTTrainer
+    from alignlab.types import Completion as Completion
+    from alignlab.types import Prompt as Prompt
+    from alignlab.types import Rollout as Rollout
+    from alignlab.types import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it.
+_HOMES = {
+    "AlignlabError": "alignlab.errors",
+    "Completion": "alignlab.types",
+    "DataSettings": "alignlab.config.data",
+    "EmbeddedEngine": "alignlab.rollout.engine",
+    "EvaluationSettings": "alignlab.config.run",
+    "GRPOConfig": "alignlab.config.trainers",
+    "GRPOTrainer": "alignlab.trainers.grpo",
+    "KLSettings": "alignlab.config.trainers",
+    "LoraSettings": "alignlab.config.model",
+    "Prompt": "alignlab.types",
+    "RewardSettings": "alignlab.config.rewards",
+    "Rollout": "alignlab.types",
+    "RolloutSettings": "alignlab.config.rollout",
+    "RunConfig": "alignlab.config.run",
+    "SFTConfig": "alignlab.config.trainers",
+    "SFTTrainer": "alignlab.trainers.sft",
+    "SamplingParams": "alignlab.types",
+    "SamplingSettings": "alignlab.config.rollout",
+    "load_config": "alignlab.config.loader",
+    "run": "alignlab.trainers.run",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'alignlab' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

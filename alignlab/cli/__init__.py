@@ -1,1 +1,84 @@
-"""The command `alignlab`: one file for each of its sub-commands."""
+"""The command `alignlab`: one file for each of its sub-commands.
+
+Nothing heavy is imported here: a sub-command imports what it needs when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import alignlab
+from alignlab.cli import check, evaluate, generate, merge, train
+from alignlab.errors import AlignlabError
+
+COMMANDS = (train, check, evaluate, generate, merge)
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error that has a name, 130 after Ctrl-C."""
+    prepare_environment()
+    args = parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        status: int = args.command(args)
+        return status
+    except AlignlabError as error:
+        if args.debug:
+            raise
+        print(f"alignlab {args.name}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"alignlab {args.name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def prepare_environment() -> None:
+    """Set what must be in the environment before torch is imported; whatever the user set stays.
+
+    A thread of a parallel region that waits passively is woken by the kernel, which takes longer than one small matrix
+    product: spinning halves the time of a step. Spinning for ever, the default, makes threads that share a core with
+    another process wait for each other. A bounded spin (about 0.1 ms) has neither fault.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; overrides (`key=value`) may also come after options."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args:
+        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in args.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; see alignlab {args.name} --help")
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="alignlab",
+        description="Post-train and align language models with reinforcement learning.",
+        epilog="Example: alignlab train configs/grpo_smollm2_cpu.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"alignlab {alignlab.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        sub = commands.add_parser(
+            module.NAME,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            epilog=f"Example: {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(command=module.run, name=module.NAME)
+    return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -84,12 +83,12 @@ class RunConfig(Frozen):
             blamed = "data.split" if self.eval_data is None else "eval_data.split"
             must = "be a split that is not trained on" if self.eval_data else "leave problems for evaluation"
             raise BrokenRule(blamed, held_out.split, must, f"use {'train' if self.eval_data is None else 'eval'}")
+        frac = self.data.eval_frac
+        if held_out.task is not None and held_out.task == self.data.task and held_out.eval_frac != frac:
+            must = f"be data.eval_frac ({frac}): it decides which questions are trained on"
+            raise BrokenRule("eval_data.eval_frac", held_out.eval_frac, must, f"use {frac}")
 
     def _check_rewards(self) -> None:
-        twice = [name for name, count in Counter(each.name for each in self.rewards).items() if count > 1]
-        if twice:
-            names = [each.name for each in self.rewards]
-            raise BrokenRule("rewards", names, "name each function once", f"keep one {twice[0]}")
         if isinstance(self.trainer, GRPOConfig) and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

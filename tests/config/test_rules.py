@@ -130,7 +130,11 @@ def test_data_is_one_source_with_settings_of_its_own(data, blamed):
 
 def test_evaluation_on_the_training_split_of_a_task_is_refused():
     assert run_message(eval_data={"task": "chain_sum"}).endswith("use eval")
-    assert RunConfig.model_validate(RUN | {"eval_data": {"task": "chain_sum", "split": "eval"}}).eval_data is not None
+    held_out = {"task": "chain_sum", "split": "eval", "eval_frac": 0.5}
+    assert run_message(eval_data=held_out) == (
+        "eval_data.eval_frac is 0.5, and must be data.eval_frac (0.2): it decides which questions are trained on; use 0.2"
+    )
+    assert RunConfig.model_validate(RUN | {"eval_data": held_out | {"eval_frac": 0.2}}).eval_data is not None
 
 
 @pytest.mark.parametrize(
@@ -151,10 +155,6 @@ def test_model_is_a_checkpoint_or_a_new_one(model, blamed):
 def test_reinforcement_learning_needs_rewards_and_fine_tuning_does_not():
     assert run_message(rewards=[]).startswith("rewards is []")
     assert RunConfig.model_validate(RUN | {"rewards": [], "trainer": {"type": "sft"}}).rewards == ()
-
-
-def test_a_reward_is_named_once():
-    assert "keep one r" in run_message(rewards=[{"name": "r"}, {"name": "r", "weight": 2}])
 
 
 def test_pass_at_k_needs_k_samples():

@@ -1,0 +1,52 @@
+"""Merge a LoRA adapter into its base model's weights, and save the result as the base's Hub family, with its tokenizer.
+
+The sum is taken in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from alignlab.cli.policy import ADAPTER_FILE, is_adapter
+from alignlab.errors import CheckpointError, ConfigError
+
+NAME = "merge"
+SUMMARY = "merge a LoRA adapter into its model's weights"
+EXAMPLE = "alignlab merge runs/grpo_smollm2_cpu/adapter merged/smollm2-sums --dtype bfloat16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder that a run or PEFT wrote")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist or be empty")
+    parser.add_argument("--model", metavar="MODEL", help="the base; default: the one that the adapter names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, merge, save."""
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
+    if not is_adapter(args.adapter):
+        raise CheckpointError(f"ADAPTER must be a folder that PEFT wrote, and {args.adapter} has no {ADAPTER_FILE}")
+
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+
+    if args.model is None:
+        model = load_model(args.adapter, dtype=torch.float32)
+    else:
+        model = PeftModel.from_pretrained(load_model(args.model, dtype=torch.float32), args.adapter)
+    assert isinstance(model, PeftModel)
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    torch.nn.Module.to(merged, getattr(torch, args.dtype))
+    save_model(merged, output)
+    load_tokenizer(args.model or args.adapter).save_pretrained(output)
+    print(f"alignlab merge: wrote {output}", file=sys.stderr)
+    return 0

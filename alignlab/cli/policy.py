@@ -1,0 +1,82 @@
+"""A trained or untrained policy from the command line: MODEL, --adapter, --dtype; and sampling flags."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignlab.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from alignlab.config.rollout import SamplingSettings
+
+ADAPTER_FILE = "adapter_config.json"
+DTYPES = ("auto", "float32", "bfloat16")
+# Command-line flags of the fields of SamplingSettings; their defaults are the class's.
+SAMPLING_FLAGS = {
+    "temperature": (float, "0 is greedy"),
+    "top_k": (int, "keep the k likeliest tokens; 0 keeps all"),
+    "top_p": (float, "keep the smallest set of tokens with this probability"),
+    "min_p": (float, "drop tokens less likely than this fraction of the likeliest"),
+    "repetition_penalty": (float, "above 1 discourages tokens seen before"),
+    "max_new_tokens": (int, "limit of the completion's length"),
+}
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds an adapter of PEFT's."""
+    return (Path(folder) / ADAPTER_FILE).is_file()
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """--adapter and --dtype."""
+    parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter to put on the model")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 under an adapter, float32 without"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of SamplingSettings, and --stop."""
+    for name, (kind, text) in SAMPLING_FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends a completion; repeatable")
+
+
+def sampling_settings(args: argparse.Namespace, **defaults: Any) -> SamplingSettings:
+    """The sampling that the flags describe; `defaults` for those not given."""
+    from alignlab.config.rollout import SamplingSettings
+
+    given = {name: getattr(args, name) for name in (*SAMPLING_FLAGS, "stop") if getattr(args, name) is not None}
+    return SamplingSettings(**{**defaults, **given})
+
+
+def load_policy(
+    model: str, adapter: str | None, dtype: str = "auto"
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A model, with an adapter if one is given, in evaluation mode on the GPU where there is one; and its tokenizer.
+
+    Raises:
+        CheckpointError: one of them cannot be loaded.
+    """
+    import torch
+    from peft import PeftModel
+
+    from alignlab.models.adapters import compute_in_base_dtype
+    from alignlab.models.checkpoints import load_model, load_tokenizer
+
+    if adapter is not None and not is_adapter(adapter):
+        raise CheckpointError(f"--adapter must be a folder that PEFT wrote, and {adapter} has no {ADAPTER_FILE}")
+    adapted = adapter is not None or is_adapter(model)
+    chosen = ("bfloat16" if adapted else "float32") if dtype == "auto" else dtype
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_model(model, dtype=getattr(torch, chosen), device=device)
+    if adapter is not None:
+        policy = PeftModel.from_pretrained(policy, adapter)
+    if isinstance(policy, PeftModel):
+        policy = compute_in_base_dtype(policy)
+    return policy.eval(), load_tokenizer(model)

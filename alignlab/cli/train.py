@@ -1,0 +1,42 @@
+"""Train as a config file says.
+
+Progress and the closing report go to standard error; the last line of standard output is the result as JSON.
+Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with status 130; --resume goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+NAME = "train"
+SUMMARY = "train as a config file says"
+EXAMPLE = "alignlab train configs/grpo_smollm2_cpu.yaml trainer.num_steps=20 trainer.output_dir=runs/short"
+EXIT_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in trainer.output_dir")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """A config file and overrides of its settings."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then print the summary."""
+    from alignlab.config.loader import load_config
+
+    config = load_config(args.config, args.overrides)
+
+    from alignlab.trainers.run import run as train
+
+    summary = train(config, resume=args.resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(summary.to_json()), flush=True)
+    return EXIT_INTERRUPTED if summary.result.interrupted else 0
