@@ -98,7 +98,8 @@ def _padded(
     if mask is None and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        lowest = torch.finfo(scores.dtype).min  # and not -inf: padded queries see nothing
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2)
 
