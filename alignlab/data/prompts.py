@@ -122,10 +122,6 @@ class PromptRenderer:
                 "data.system_prompt needs a chat template, and prompts are plain here; "
                 "put the text into data.prompt_template instead"
             )
-        if settings.prompt_template is not None and "{prompt}" not in settings.prompt_template:
-            raise ConfigError(
-                f"data.prompt_template must contain {{prompt}}, and is {settings.prompt_template!r}; add it"
-            )
 
     def __call__(self, text: Text) -> str:
         """The string that the model reads before it writes its completion.

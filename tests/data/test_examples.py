@@ -1,0 +1,129 @@
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from alignlab.config.data import DataSettings
+from alignlab.data.examples import Example, examples_from_rows, load_examples
+from alignlab.data.prompts import prompts_from_rows
+from alignlab.data.sources import load_rows
+from alignlab.errors import ConfigError, DataError
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+
+def taught(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+    pairs = zip(example.token_ids, example.completion_mask, strict=True)
+    return str(tokenizer.decode([token for token, kept in pairs if kept]))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "1 + 2 =", "answer": 3}, " 3!<|endoftext|>"),
+        ({"prompt": "1 + 2 =", "completion": "three", "answer": 3}, "three<|endoftext|>"),
+        ({"prompt": "1 + 2 =", "completion": "three<|endoftext|>"}, "three<|endoftext|>"),
+    ],
+)
+def test_plain_examples(plain_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], expected: str) -> None:
+    (example,) = examples_from_rows([row], DataSettings(), plain_tokenizer, answer_template=" {answer}!")
+    assert plain_tokenizer.decode(example.token_ids) == "1 + 2 =" + expected
+    assert taught(example, plain_tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "answer": "yo"},
+        {"prompt": "hi", "completion": "yo"},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"messages": [USER, ANSWER]},
+    ],
+)
+def test_a_chat_in_each_form(chat_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> None:
+    settings = DataSettings(system_prompt="Be brief.")
+    (example,) = examples_from_rows([row], settings, chat_tokenizer)
+    (prompt,) = prompts_from_rows([{"prompt": "hi"}], settings, chat_tokenizer)
+    cut = len(prompt.token_ids)
+    assert example.token_ids[:cut] == prompt.token_ids, "what is taught follows a rollout's prompt"
+    assert not any(example.completion_mask[:cut]) and all(example.completion_mask[cut:])
+    assert chat_tokenizer.decode(example.token_ids[cut:]) == "yo<|im_end|>"
+
+
+def test_every_turn_of_the_assistant_is_taught(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [USER, ANSWER, {"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}, USER]
+    (example,) = examples_from_rows([{"messages": messages}], DataSettings(), chat_tokenizer)
+    assert taught(example, chat_tokenizer) == "yo<|im_end|>b<|im_end|>"
+    whole = chat_tokenizer.apply_chat_template(messages[:4], tokenize=False).rstrip()
+    assert chat_tokenizer.decode(example.token_ids) == whole
+    assert example.token_ids == tuple(chat_tokenizer(whole)["input_ids"])
+
+
+def test_of_prompt_and_completion_only_the_completion_is_taught(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": [USER, ANSWER, USER], "completion": [{"role": "assistant", "content": "b"}]}
+    (example,) = examples_from_rows([row], DataSettings(), chat_tokenizer)
+    assert taught(example, chat_tokenizer) == "b<|im_end|>"
+
+
+def test_a_template_that_ends_no_turn_gets_one_eos(framing_tokenizer: PreTrainedTokenizerFast) -> None:
+    (example,) = examples_from_rows([{"prompt": "hi", "answer": "yo"}], DataSettings(), framing_tokenizer)
+    assert framing_tokenizer.decode(example.token_ids) == "<bos>[user]hi[assistant]yo<|endoftext|>"
+    assert taught(example, framing_tokenizer) == "yo<|endoftext|>"
+
+
+def test_plain_text_is_framed_once(framing_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "hi", "answer": "yo"}
+    (example,) = examples_from_rows([row], DataSettings(chat=False), framing_tokenizer)
+    assert framing_tokenizer.decode(example.token_ids) == "<bos>hiyo<|endoftext|>"
+    assert taught(example, framing_tokenizer) == "yo<|endoftext|>"
+
+
+def test_a_token_is_not_merged_over_the_end_of_the_prompt(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(plain_tokenizer("at")["input_ids"]) == 1
+    (example,) = examples_from_rows([{"prompt": "What is a", "answer": "t"}], DataSettings(), plain_tokenizer)
+    assert taught(example, plain_tokenizer) == "t<|endoftext|>"
+    assert example.token_ids[:-2] == tuple(plain_tokenizer("What is a")["input_ids"])
+
+
+def test_an_unstable_template_is_refused(
+    chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages | length }}" + str(chat_tokenizer.chat_template))
+    with pytest.raises(DataError, match=r"row 0 .*cannot be told apart"):
+        examples_from_rows([{"messages": [USER, ANSWER]}], DataSettings(), chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "named"),
+    [
+        ({"prompt": "hi"}, "missing_column", "no column 'completion' and no column 'answer'"),
+        ({"prompt": "hi", "answer": " "}, "empty", "empty string in the column 'answer'"),
+        ({"prompt": "hi", "completion": ""}, "empty", "empty string in the column 'completion'"),
+        ({"messages": [USER]}, "empty", "no message of the assistant's"),
+        ({"messages": [ANSWER]}, "empty", "begins with the assistant's message"),
+        ({"prompt": "1" * 99, "answer": "3"}, "too_long", "max_prompt_tokens is 60"),
+    ],
+)
+def test_bad_rows(chat_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], reason: str, named: str) -> None:
+    rows = [{"prompt": "hi", "answer": "yo"}, row]
+    with pytest.raises(DataError, match=f"row 1 .*{named}"):
+        examples_from_rows(rows, DataSettings(max_prompt_tokens=60), chat_tokenizer)
+    dataset = examples_from_rows(rows, DataSettings(max_prompt_tokens=60, on_bad_row="skip"), chat_tokenizer)
+    assert len(dataset) == 1 and dataset.skipped == {reason: 1}
+
+
+def test_a_chat_completion_needs_a_chat_prompt(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="prompts are plain here"):
+        examples_from_rows([{"prompt": "hi", "completion": [ANSWER]}], DataSettings(), plain_tokenizer)
+
+
+def test_the_answer_template_needs_its_place(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"must contain \{answer\}"):
+        examples_from_rows([], DataSettings(), plain_tokenizer, answer_template="x")
+
+
+def test_a_task_teaches_its_answers(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = DataSettings(task="chain_sum", size=3)
+    dataset = load_examples(settings, plain_tokenizer, answer_template=" {answer}")
+    answers = [row["answer"] for row in load_rows(settings)]
+    assert [taught(example, plain_tokenizer) for example in dataset] == [f" {a}<|endoftext|>" for a in answers]
