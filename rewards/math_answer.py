@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from alignlab.types import Text, message_text
 # Its own time limits are signals, which fail in a thread: they are off, the caller keeps the time, the warning is moot.
 for _name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())
+
+
+# Marked LaTeX, or words: math-verify finds the answer in it. Anything else is one expression, and is marked as such.
+_PROSE = re.compile(r"\$|\\boxed|(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
 def math_answer(
@@ -46,8 +51,7 @@ def math_answer(
 
 
 def _value(gold: str, completion: str) -> float | None:
-    # Bare LaTeX is found between dollars only.
-    read = parse(gold, parsing_timeout=None) or parse(f"${gold}$", parsing_timeout=None)
+    read = parse(gold if _PROSE.search(gold) else f"${gold}$", parsing_timeout=None)
     if not read:
         return None
     try:
