@@ -66,7 +66,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"
         ) from error
-    return _adopted(loaded).to(device).eval()
+    model: Any = _adopted(loaded)
+    return model.to(device).eval()
 
 
 def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
@@ -81,7 +82,6 @@ def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
     config.hub_config = hub.config.to_diff_dict()
     config.dtype = hub.dtype
     config.name_or_path = hub.config.name_or_path
-    config._attn_implementation = ATTENTION
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = PolicyForCausalLM(config)
     result = model.load_state_dict(hub.state_dict(), strict=False, assign=True)
@@ -115,8 +115,8 @@ def new_model(
     except StrictDataclassError as error:
         raise ConfigError(f"model.architecture: {error}") from error
     config.dtype = dtype
-    config._attn_implementation = ATTENTION
-    model = PolicyForCausalLM(config).to(dtype=dtype)
+    model: Any = PolicyForCausalLM(config)
+    model.to(dtype)
     for key, value in tokens.items():
         setattr(model.generation_config, key, value)
     return model.eval()

@@ -1,12 +1,11 @@
 """The configuration of an in-house policy: one transformer whose layers are chosen one at a time.
 
-Field names are Hugging Face's, where it has one.
+Field names are Hugging Face's, where it has one. Annotations here must be types, not strings: `strict` checks them.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from alignlab.errors import ConfigError
@@ -14,6 +13,7 @@ from alignlab.errors import ConfigError
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+@strict
 class PolicyConfig(PreTrainedConfig):
     """Shape of a `PolicyForCausalLM`.
 
@@ -50,8 +50,8 @@ class PolicyConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -65,8 +65,8 @@ class PolicyConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     mlp_layer_types: list[str] | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 2
@@ -74,10 +74,10 @@ class PolicyConfig(PreTrainedConfig):
     n_shared_experts: int = 0
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    router_aux_loss_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
-    router_bias_update_rate: float = 0.0
+    routed_scaling_factor: float | int = 1.0
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    router_bias_update_rate: float | int = 0.0
     hub_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -94,6 +94,7 @@ class PolicyConfig(PreTrainedConfig):
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        kwargs.setdefault("attn_implementation", "alignlab")
         super().__post_init__(**kwargs)
         _check_attention(self)
         _check_layers(self)

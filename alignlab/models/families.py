@@ -190,23 +190,25 @@ def write_hub_config(config: PolicyConfig) -> PreTrainedConfig | None:
 
     The checkpoint that the model came from is preferred, with all it says beside the shape.
     """
-    origin = config.hub_config or {}
+    origin = dict(config.hub_config or {})
     if origin:
-        hub = _written(config, origin["model_type"], origin)
+        name = origin.pop("model_type")
+        hub = _written(config, name, {**origin, **{field: getattr(config, field) for field in _TOKENS}})
         if hub is not None:
             return hub
-    return next((hub for name in FAMILIES if (hub := _written(config, name, {})) is not None), None)
-
-
-def _written(config: PolicyConfig, name: str, origin: Fields) -> PreTrainedConfig | None:
-    """`config` as the named family's, kept as `origin` has it; None if its shape is not that family's."""
-    family = FAMILIES[name]
     shared = {field: getattr(config, field) for field in _SHARED}
-    fields = {**shared, "rope_parameters": dict(config.rope_parameters or {}), **family.write(config), **origin}
-    fields.update({field: shared[field] for field in _TOKENS})
-    fields.pop("model_type", None)
+    shared["rope_parameters"] = dict(config.rope_parameters or {})
+    for name, family in FAMILIES.items():
+        hub = _written(config, name, {**shared, **family.write(config)})
+        if hub is not None:
+            return hub
+    return None
+
+
+def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfig | None:
+    """The named family's config with these fields; None if `config` is of another shape."""
     try:
-        hub = family.config_class(**fields)
+        hub = FAMILIES[name].config_class(**fields)
         read = read_hub_config(hub)
     except (StrictDataclassError, ConfigError):
         return None

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+import alignlab.models.attention  # noqa: F401  registers the attention function
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.layers import FeedForward, RMSNorm

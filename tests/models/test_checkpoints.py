@@ -1,0 +1,194 @@
+"""Checkpoints in and out: what `transformers` and `peft` wrote we load, and what we write they load."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from alignlab.config.model import LoraSettings
+from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.adapters import add_lora
+from alignlab.models.checkpoints import load_model, load_tokenizer, new_model, save_model
+from alignlab.models.families import FAMILIES
+from alignlab.models.transformer import PolicyForCausalLM
+from tests.models.test_parity import HUB, SIZES
+
+TINY: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+TOKENS = torch.arange(3, 21).view(2, 9)
+
+
+def hub_folder(name: str, folder: Path) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HUB[name]()).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_hub_checkpoint_is_written_back_as_it_came(name: str, tmp_path: Path) -> None:
+    theirs = hub_folder(name, tmp_path / "hub")
+    ours = load_model(str(tmp_path / "hub"), dtype=torch.float32)
+    assert type(ours) is PolicyForCausalLM and not ours.training
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    save_model(ours, tmp_path / "back")
+    before, after = weights(tmp_path / "hub"), weights(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hub", "back")]
+    assert configs[0] == configs[1]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(again) is type(theirs)
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_type"),
+    [
+        ({}, "llama"),
+        ({"attention_bias": True, "attention_out_bias": False}, "qwen2"),
+        ({"use_qk_norm": True, "head_dim": 12}, "qwen3"),
+        (MOE, "mixtral"),
+        ({**MOE, "use_qk_norm": True, "mlp_layer_types": ["dense", "sparse"]}, "qwen3_moe"),
+        ({**MOE, "norm_topk_prob": False, "use_qk_norm": True}, "qwen3_moe"),
+        ({**MOE, "router_bias_update_rate": 0.1, "n_shared_experts": 1, "scoring_func": "sigmoid"}, "alignlab_policy"),
+        ({"attn_logit_softcapping": 4.0}, "alignlab_policy"),
+        ({"use_qk_norm": True, "mlp_bias": True}, "alignlab_policy"),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}, "alignlab_policy"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3, "use_qk_norm": True}, "qwen3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_new_model_is_written_as_its_family(changes: dict[str, Any], model_type: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = new_model({**TINY, **changes}, vocab_size=30, eos_token_id=2, pad_token_id=0)
+    for router in (module for module in model.modules() if hasattr(module, "e_score_correction_bias")):
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.normal_()
+    save_model(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (type(theirs) is PolicyForCausalLM) == (model_type not in FAMILIES)
+    ours = load_model(str(tmp_path), dtype=torch.float32)
+    assert type(ours) is PolicyForCausalLM and ours.generation_config.eos_token_id == 2
+    for other in (ours, theirs):
+        torch.testing.assert_close(logits(other), logits(model))
+
+
+def test_weights_come_in_the_dtype_asked_for_and_rotary_and_router_stay_float32(tmp_path: Path) -> None:
+    save_model(new_model({**TINY, **MOE, "router_bias_update_rate": 0.1}, vocab_size=30), tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert model(TOKENS).logits.dtype == torch.bfloat16
+
+
+def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
+    hub_folder("llama-multi-query-tied", tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_adapter_is_read_by_plain_peft(tmp_path: Path) -> None:
+    hub_folder("llama", tmp_path / "base")
+    torch.manual_seed(1)
+    base: Any = load_model(str(tmp_path / "base"), dtype=torch.float32)
+    tuned = add_lora(base, LoraSettings(rank=4))
+    for key, parameter in tuned.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.eval()
+    save_model(tuned, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert type(plain.get_base_model()).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(logits(plain), logits(tuned))
+    assert (logits(tuned) - logits(tuned.get_base_model())).abs().max() == 0, "adapters sit inside the base"
+    reloaded = load_model(str(tmp_path / "adapter"), dtype=torch.float32)
+    assert isinstance(reloaded, PeftModel)
+    torch.testing.assert_close(logits(reloaded), logits(tuned))
+    with tuned.disable_adapter():
+        assert (logits(tuned) - logits(reloaded)).abs().max() > 1e-3
+
+
+def test_a_resized_vocabulary_is_written_back(tmp_path: Path) -> None:
+    hub_folder("llama", tmp_path / "hub")
+    model = load_model(str(tmp_path / "hub"), dtype=torch.float32)
+    model.resize_token_embeddings(64)
+    save_model(model, tmp_path / "back")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.config.vocab_size == 64
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_an_unknown_architecture_is_transformers_own(tmp_path: Path) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "initializer_range"}
+    theirs = AutoModelForCausalLM.from_config(MistralConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32)
+    assert type(model).__name__ == "MistralForCausalLM" and model.config._attn_implementation == "alignlab"
+    torch.testing.assert_close(logits(model), logits(theirs))
+
+
+def test_a_known_family_with_an_unknown_option_is_transformers_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu")).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="alignlab.models.checkpoints"):
+        model = load_model(str(tmp_path), dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM" and "gelu" in caplog.text
+
+
+def test_pickled_weights_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
+    model = hub_folder("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load_model(str(tmp_path), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_model(str(tmp_path / "nowhere"), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    words = WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<end>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"hiden_size": 16}, "did you mean hidden_size"),
+        ({"vocab_size": 16}, "comes from the tokenizer"),
+        ({"zzz": 1}, "known are"),
+        ({"hidden_size": "16"}, "hidden_size"),
+    ],
+)
+def test_wrong_architectures_are_named(architecture: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        new_model(architecture, vocab_size=30)

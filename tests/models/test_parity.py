@@ -1,0 +1,145 @@
+"""The in-house decoder against `transformers`' own classes: logits, gradients, generation, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from alignlab.models.checkpoints import load_model, load_tokenizer
+from alignlab.models.families import read_hub_config
+from alignlab.models.packaged import resolve_checkpoint
+from alignlab.models.transformer import PolicyForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+HUB: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama-multi-query-tied": lambda: LlamaConfig(**{**SIZES, "num_key_value_heads": 1}, tie_word_embeddings=True),
+    "llama-multi-head-biases": lambda: LlamaConfig(
+        **{**SIZES, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True, head_dim=12
+    ),
+    "llama-llama3-rope": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama-linear-rope": lambda: LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    ),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2-window": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen2-yarn": lambda: Qwen2Config(**SIZES, rope_parameters=YARN),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=12),
+    "qwen3-window": lambda: Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "mixtral-window": lambda: MixtralConfig(**SIZES, num_local_experts=4, sliding_window=5),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=12, norm_topk_prob=True),
+    "qwen3-moe-mixed": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=False, mlp_only_layers=[1]),
+}
+
+
+def pair(name: str, attention: str = "alignlab") -> tuple[PreTrainedModel, PolicyForCausalLM]:
+    """A random Hub model, norms and biases included, and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(HUB[name]()).eval()
+    for key, parameter in theirs.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in key else 0.0, std=0.3)
+    config = read_hub_config(theirs.config)
+    assert config is not None
+    config._attn_implementation = attention
+    ours = PolicyForCausalLM(config).eval()
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not unexpected and all(key.endswith("expert_load") for key in missing)
+    return theirs, ours
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("attention", ["alignlab", "eager", "sdpa"])
+@pytest.mark.parametrize("name", HUB)
+def test_logits(name: str, attention: str) -> None:
+    theirs, ours = pair(name, attention)
+    tokens = torch.randint(3, 61, (2, 40))
+    with torch.no_grad():
+        assert relative(ours(tokens).logits, theirs(tokens).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_gradients(name: str) -> None:
+    theirs, ours = pair(name)
+    tokens = torch.randint(3, 61, (2, 24))
+    losses = [model(tokens, labels=tokens).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    known = dict(theirs.named_parameters())
+    assert set(dict(ours.named_parameters())) == set(known)
+    for key, parameter in ours.named_parameters():
+        assert parameter.grad is not None and relative(parameter.grad, known[key].grad) <= 1e-4, key
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3-moe"])
+def test_padded_batch(name: str) -> None:
+    theirs, ours = pair(name)
+    tokens, mask = torch.randint(3, 61, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :5], mask[1, :2] = 0, 0
+    with torch.no_grad():
+        logits = [model(tokens, attention_mask=mask).logits[mask.bool()] for model in (ours, theirs)]
+    assert relative(*logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3", "mixtral"])
+def test_greedy_generation_of_a_padded_batch(name: str) -> None:
+    theirs, ours = pair(name)
+    tokens, mask = torch.randint(3, 61, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(ours.generate(tokens, **options), theirs.generate(tokens, **options))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedModel, Tensor]:
+    """SmolLM2-135M-Instruct, ours and theirs in float32, and a chat prompt."""
+    name = "smollm2-135m-instruct"
+    theirs = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(name), dtype=torch.float32)
+    messages = [{"role": "user", "content": "What is 7 + 5? Reply with only the final answer."}]
+    prompt = load_tokenizer(name).apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    return load_model(name, dtype=torch.float32), theirs.eval(), prompt["input_ids"]
+
+
+def test_smollm2_logits_gradients_and_generation(
+    smollm2: tuple[PreTrainedModel, PreTrainedModel, Tensor],
+) -> None:
+    ours, theirs, prompt = smollm2
+    assert isinstance(ours, PolicyForCausalLM)
+    logits = [model(prompt).logits for model in (ours, theirs)]
+    assert relative(*logits) <= 1e-4
+    for each in logits:
+        each.log_softmax(-1)[..., 7].sum().backward()
+    # transformers keeps the padding token's embedding from learning; here that is the end token too.
+    ours.model.embed_tokens.weight.grad[2], theirs.model.embed_tokens.weight.grad[2] = 0, 0
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert relative(one.grad, other.grad) <= 1e-3
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(prompt, **options), theirs.generate(prompt, **options))
