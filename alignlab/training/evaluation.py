@@ -70,7 +70,9 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EvaluationResult:
         """Take back what `to_json` gave."""
-        samples = tuple(EvaluatedProblem(**sample | {"sampled": tuple(sample["sampled"])}) for sample in value["samples"])
+        samples = tuple(
+            EvaluatedProblem(**sample | {"sampled": tuple(sample["sampled"])}) for sample in value["samples"]
+        )
         return cls(**dict(value) | {"pass_at": {int(k): v for k, v in value["pass_at"].items()}, "samples": samples})
 
     def metrics(self) -> dict[str, float]:

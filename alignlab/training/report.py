@@ -40,6 +40,8 @@ class RunReport:
         adapter: folder of the saved adapter; None where all weights were trained.
         model: folder of the saved model; None where an adapter was trained.
         base_model: what the adapter belongs on.
+        generate_options: of `alignlab generate`, so that it renders a prompt as the training did: --system-prompt TEXT,
+            --plain.
         summary: more entries for report.json.
     """
 
@@ -51,17 +53,20 @@ class RunReport:
     adapter: Path | None = None
     model: Path | None = None
     base_model: str | None = None
+    generate_options: tuple[str, ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def command(self) -> str | None:
-        """The command that tries the trained model on the first held-out problem."""
+        """The command that tries the trained model, greedily, on the first held-out problem."""
         problem = self.after.samples[0].prompt if self.after and self.after.samples else "Hello"
         if self.adapter is not None and self.base_model is not None:
-            return shlex.join(["alignlab", "generate", self.base_model, "--adapter", str(self.adapter), problem])
-        if self.model is not None:
-            return shlex.join(["alignlab", "generate", str(self.model), problem])
-        return None
+            policy = [self.base_model, problem, "--adapter", str(self.adapter)]
+        elif self.model is not None:
+            policy = [str(self.model), problem]
+        else:
+            return None
+        return shlex.join(["alignlab", "generate", *policy, *self.generate_options, "--temperature", "0"])
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""

@@ -85,6 +85,7 @@ def test_json_and_metrics() -> None:
     result = run(ScriptedEngine())
     loaded = json.loads(json.dumps(result.to_json()))
     assert loaded["pass_at"].keys() == {"1", "2"} and loaded["samples"][1]["greedy"] == "6"
+    assert EvaluationResult.from_json(loaded) == result
     assert result.metrics() == {
         "eval/greedy": result.greedy,
         "eval/sampled": result.sampled,

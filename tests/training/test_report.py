@@ -43,6 +43,7 @@ def test_the_report_says_all_that_was_promised(tmp_path: Path) -> None:
         num_steps=20,
         adapter=adapter,
         base_model="some/model",
+        generate_options=("--system-prompt", "Be brief."),
         summary={"hardware": "two cores"},
     )
     shown = report_of(tmp_path / "run one", report)
@@ -55,7 +56,8 @@ def test_the_report_says_all_that_was_promised(tmp_path: Path) -> None:
     assert "trained: 20 steps in 61 s" in shown and f"adapter: {adapter}" in shown
     command = shown.split("use it: ")[1].strip()
     assert shlex.split(command) == [
-        "alignlab", "generate", "some/model", "--adapter", str(adapter), "What is 0 + 1?",
+        "alignlab", "generate", "some/model", "What is 0 + 1?", "--adapter", str(adapter),
+        "--system-prompt", "Be brief.", "--temperature", "0",
     ]  # fmt: skip
     saved = json.loads((tmp_path / "run one" / "report.json").read_text())
     assert saved["before"]["greedy"] == 0.25 and saved["after"]["samples"][0]["greedy"] == "Surely 0"
@@ -67,7 +69,7 @@ def test_a_run_without_held_out_data_has_a_report(tmp_path: Path) -> None:
     report = RunReport("sft", None, None, train_seconds=1.0, num_steps=20, model=tmp_path / "model")
     shown = report_of(tmp_path, report)
     assert "accuracy" not in shown and f"model: {tmp_path / 'model'}" in shown
-    assert shown.strip().endswith(f"use it: alignlab generate {tmp_path / 'model'} Hello")
+    assert shown.strip().endswith(f"use it: alignlab generate {tmp_path / 'model'} Hello --temperature 0")
 
 
 def test_strict_rows_are_left_out_without_an_answer_column(tmp_path: Path) -> None:
