@@ -1,0 +1,131 @@
+"""Turning what a user passes to a trainer (names, paths, live objects) into what the loops work with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.config.model import LoraSettings
+from alignlab.config.rewards import RewardSettings
+from alignlab.data.examples import Example, examples_from_rows, load_examples
+from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
+from alignlab.errors import ConfigError
+from alignlab.models.adapters import add_lora, has_adapters
+from alignlab.models.checkpoints import load_model, load_tokenizer
+from alignlab.models.policy import Policy
+from alignlab.training.reward_functions import LoadedReward, load_reward
+from alignlab.types import Prompt
+
+Model = str | PreTrainedModel | PeftModel
+Reward = str | RewardSettings | Callable[..., Any]
+Dataset = str | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
+
+
+def make_accelerator() -> Accelerator:
+    """The ranks and the device of this process: a GPU where there is one, else the CPU."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def check_shares(name: str, count: int, ranks: int) -> None:
+    """Every rank takes the same share of a step.
+
+    Raises:
+        ConfigError: it cannot be shared out evenly.
+    """
+    if count % ranks:
+        below, above = count // ranks * ranks, (count // ranks + 1) * ranks
+        raise ConfigError(
+            f"{name} is {count}, and must be a multiple of the number of ranks ({ranks}); "
+            f"use {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def resolve_model(
+    model: Model,
+    tokenizer: str | PreTrainedTokenizerBase | None,
+    peft_config: LoraSettings | LoraConfig | None,
+    device: torch.device,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model with its adapter, on `device`, and its tokenizer.
+
+    A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train: bfloat16 weights
+    would lose most of an optimizer's small updates.
+
+    Raises:
+        ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained.
+    """
+    if tokenizer is None:
+        tokenizer = model if isinstance(model, str) else model.config.name_or_path or None
+    if tokenizer is None:
+        raise ConfigError("tokenizer is not given, and the model has no name to find it by; pass tokenizer=")
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
+    if isinstance(model, str):
+        model = load_model(model, dtype=torch.float32 if peft_config is None else torch.bfloat16)
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
+        model = add_lora(model, peft_config)
+    low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        raise ConfigError(
+            f"{len(low)} weights would be trained in {model.dtype}, first {low[0]}, and an optimizer's small updates "
+            "are lost in its rounding; load the model in float32, or train an adapter (lora)"
+        )
+    model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
+    return model, tokenizer
+
+
+def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
+    """One reward function or several, each by name, settings or as a callable.
+
+    Raises:
+        ConfigError: there is none, or one cannot be found.
+    """
+    if isinstance(rewards, str | RewardSettings) or callable(rewards):
+        rewards = [rewards]
+    if not rewards:
+        raise ConfigError("reward_funcs is empty; reinforcement learning needs at least one reward function")
+    return [load_reward(RewardSettings(name=r) if isinstance(r, str) else r) for r in rewards]
+
+
+def make_reference(policy: Policy) -> Policy | None:
+    """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off."""
+    if has_adapters(policy.model):
+        return None
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
+    """Supervised examples from a path, settings, rows as `examples_from_rows` reads them, or examples made already."""
+    if isinstance(dataset, str):
+        dataset = DataSettings(path=dataset)
+    if isinstance(dataset, DataSettings):
+        return load_examples(dataset, tokenizer)
+    rows = list(dataset)
+    if all(isinstance(row, Example) for row in rows):
+        return rows
+    return examples_from_rows(rows, DataSettings(path="rows"), tokenizer)
+
+
+def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
+    """Prompts from a path, settings, rows with TRL's `prompt` or `messages` columns, or prompts made already."""
+    if dataset is None:
+        return ()
+    if isinstance(dataset, str):
+        dataset = DataSettings(path=dataset)
+    if isinstance(dataset, DataSettings):
+        return load_prompts(dataset, tokenizer)
+    if isinstance(dataset, PromptDataset):
+        return dataset
+    rows: list[Any] = list(dataset)
+    if all(isinstance(row, Prompt) for row in rows):
+        return rows
+    return prompts_from_rows(rows, DataSettings(path="rows"), tokenizer)

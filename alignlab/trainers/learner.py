@@ -1,0 +1,236 @@
+"""The learner: three verbs over packs of tokens. `score` (no gradient), `update` (forward, backward, step), `state`.
+
+Loops decide what to train on and which loss; the learner knows micro-batches, ranks, the optimizer and MoE routers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignlab.config.trainers import TrainerConfig
+from alignlab.errors import CheckpointError, NumericsError
+from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.attention import causal_lm
+from alignlab.models.moe import expert_counts, finish_router_step, routers
+from alignlab.models.policy import Policy, PolicyOutput
+from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
+from alignlab.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
+from alignlab.types import Experience
+
+# (output of the policy, pack) -> loss of each token [N], and metrics of each token [N], averaged over trained tokens.
+TokenLoss = Callable[[PolicyOutput, Experience], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+class Learner:
+    """Owns the policy in training and its optimizer.
+
+    Args:
+        policy: the policy; its parameters that require a gradient are trained.
+        config: optimizer, schedule and micro-batch settings.
+        accelerator: devices and ranks.
+        total_updates: optimizer steps of the whole run, for the schedule.
+        temperature: that the policy is sampled at; log-probs are of the policy at this temperature.
+        entropy_grad: whether the loss uses the entropy with a gradient.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainerConfig,
+        accelerator: Accelerator,
+        *,
+        total_updates: int,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.policy = policy
+        self.temperature, self.entropy_grad = temperature, entropy_grad
+        self.has_routers = bool(routers(policy.model))
+        if config.gradient_checkpointing:
+            exact = {"use_reentrant": False}
+            causal_lm(policy.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=exact)
+        optimizer = make_optimizer(policy, config)
+        self.prepared, self.optimizer = accelerator.prepare(policy, optimizer)
+        # The schedule is stepped by hand, once an update: accelerate would step it once a rank.
+        self.schedule = make_schedule(optimizer, config, total_updates)
+        self.num_skipped = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The language model in training."""
+        model: PreTrainedModel | PeftModel = self.policy.model  # type: ignore[assignment]  # a Module to torch
+        return model
+
+    def reduce_sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        reduced: Tensor = self.accelerator.reduce(value.to(self.device), reduction="sum")
+        return reduced
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum of a number over all ranks."""
+        return float(self.reduce_sum(torch.tensor(value, dtype=torch.float64)))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, and not the model's own weights."""
+        return has_adapters(self.policy.model)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters in training, by name."""
+        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps of the policy and its optimizer; frozen weights are left out."""
+        buffers = {name: b for name, b in self.policy.named_buffers() if name in self.policy.state_dict()}
+        policy = {name: p.detach() for name, p in self.trained.items()} | buffers
+        return {"policy": policy, "optimizer": optimizer_tensors(self.optimizer, self.trained)}
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON."""
+        return {"schedule": schedule_state(self.schedule), "num_skipped": self.num_skipped}
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take back what `tensors` and `state` gave.
+
+        Raises:
+            CheckpointError: the checkpoint holds other parameters than are trained now.
+        """
+        missing = sorted(set(self.trained) ^ (set(tensors["policy"]) - {n for n, _ in self.policy.named_buffers()}))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint and the model train different parameters, first {missing[0]} ({len(missing)} in all); "
+                "resume with the model and LoRA settings that the run was started with"
+            )
+        self.policy.load_state_dict(dict(tensors["policy"]), strict=False)
+        load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
+        load_schedule_state(self.schedule, state["schedule"])
+        self.num_skipped = state["num_skipped"]
+
+    def score(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[Tensor]:
+        """Log-probs [N] of each pack's trained tokens, without a gradient; of the policy in training by default."""
+        policy = policy or self.policy
+        was_training = policy.training
+        policy.eval()
+        try:
+            with torch.no_grad():
+                return [self._forward(policy, pack).logprobs for pack in packs]
+        finally:
+            policy.train(was_training)
+
+    def score_base(self, packs: Sequence[Experience]) -> list[Tensor]:
+        """The same under the frozen base: the policy with its adapters off."""
+        with adapters_disabled(self.policy.model):
+            return self.score(packs)
+
+    def update(self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh) -> dict[str, float]:
+        """One optimizer step on all of `packs`; every rank must call it together.
+
+        The loss is `sum(token_loss * weights)` over all packs and ranks, with denominators of the whole step.
+
+        Raises:
+            NumericsError: a gradient is not finite and the config says stop.
+        """
+        assert packs, "an update needs at least one pack on every rank"
+        self.policy.train()
+        packs = [pack.to(self.device) for pack in packs]
+        totals = count_step(packs, self.reduce_sum)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for i, pack in enumerate(packs):
+            with self._synchronised(last=i == len(packs) - 1):
+                self._backward(pack, loss, weigh, totals, sums)
+        metrics = self._step(packs)
+        names = sorted(sums)
+        values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
+        return metrics | dict(zip(names, values, strict=True))
+
+    def _forward(self, policy: torch.nn.Module, pack: Experience) -> PolicyOutput:
+        output: PolicyOutput = policy(
+            pack.tokens,
+            pack.segments,
+            pack.completion_mask,
+            temperature=self.temperature,
+            entropy_grad=self.entropy_grad,
+            routing=pack.routing,
+        )
+        return output
+
+    def _backward(
+        self, pack: Experience, loss: TokenLoss, weigh: Weigh, totals: StepTotals, sums: dict[str, Tensor]
+    ) -> None:
+        output = self._forward(self.prepared, pack)
+        token_loss, metrics = loss(output, pack)
+        weights, mean = weigh(pack, totals), token_mean(pack, totals)
+        total = (token_loss * weights).sum()
+        sums["loss"] += total.detach()
+        if output.router_loss is not None:
+            router = (output.router_loss * mean).sum()
+            sums["router_loss"] += router.detach()
+            total = total + router
+        for name, values in metrics.items():
+            sums[name] += (values.detach() * mean).sum()
+        sums["entropy"] += (output.entropy.detach() * mean).sum()
+        # DDP averages gradients over ranks; the loss is divided by counts over all ranks already. Undone here only.
+        self.accelerator.backward(total * self.accelerator.num_processes)
+
+    def _synchronised(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients cross ranks in the last backward pass only; ranks may hold different numbers of packs."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
+
+    def _step(self, packs: Sequence[Experience]) -> dict[str, float]:
+        trained = list(self.trained.values())
+        grad_norm = float(self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm))
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            self._nonfinite(packs)
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if self.config.on_nonfinite == "skip":
+            metrics["skipped_updates"] = float(self.num_skipped)
+        return metrics | self._finish_routers() if self.has_routers else metrics
+
+    def _nonfinite(self, packs: Sequence[Experience]) -> None:
+        self.num_skipped += 1
+        if self.config.on_nonfinite == "skip":
+            return
+        bad = [n for n, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        where = [
+            f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
+            for number, (pack, logprobs) in enumerate(zip(packs, self.score(packs), strict=True))
+            for i in (~logprobs.isfinite()).nonzero()[:1].flatten().tolist()
+        ]
+        raise NumericsError(
+            f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
+            f"log-probs not finite in {where or 'no sequence'}; lower learning_rate, or set on_nonfinite: skip"
+        )
+
+    def _finish_routers(self) -> dict[str, float]:
+        counts = self.reduce_sum(expert_counts(self.policy.model))
+        finish_router_step(self.policy.model, counts)
+        load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean_load = load.mean(dim=0)
+        return {
+            "expert_load_min": float(load.min()) * load.shape[-1],
+            "expert_load_max": float(load.max()) * load.shape[-1],
+            **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
+        }
+

@@ -1,0 +1,260 @@
+"""What the online and the offline loop share: the run folder, the steps, checkpoints, interruption, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+
+from alignlab.config.trainers import TrainerConfig
+from alignlab.errors import CheckpointError
+from alignlab.models.attention import causal_lm
+from alignlab.models.checkpoints import save_model
+from alignlab.trainers.learner import Learner
+from alignlab.training.checkpoint import load_latest, save_checkpoint
+from alignlab.training.evaluation import EvaluationResult
+from alignlab.training.interrupt import Interrupt, catch_interrupts
+from alignlab.training.metrics import MetricsLogger
+from alignlab.training.progress import TrainingProgress
+from alignlab.training.random_state import restore_random_state
+from alignlab.training.report import RunReport, write_report
+from alignlab.training.run_folder import RunFolder
+
+Callback = Callable[[Any, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        num_steps: steps done, those before a resumption counted.
+        train_seconds: time in steps, evaluation and set-up left out.
+        model_path: the saved adapter, or the saved model where all weights were trained.
+        interrupted: a signal stopped it early; `train(resume=True)` goes on.
+        metrics: of the last step.
+        before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
+        folder: everything the run made.
+    """
+
+    num_steps: int
+    train_seconds: float
+    model_path: Path
+    interrupted: bool
+    metrics: Mapping[str, float]
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    folder: Path
+
+
+class TrainingLoop(ABC):
+    """Runs `train_step` from the first or the resumed step to the last, and keeps what it makes.
+
+    Args:
+        config: the trainer's section.
+        learner: policy and optimizer.
+        tokenizer: saved beside the model.
+        callbacks: each is called as `callback(trainer, step, metrics)` after every step.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainerConfig,
+        learner: Learner,
+        tokenizer: Any,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config, self.learner, self.tokenizer = config, learner, tokenizer
+        self.callbacks = tuple(callbacks)
+        self.config_text = config.model_dump_json(indent=2)
+        self.title = type(self).__name__
+        self.step = 0
+        self.train_seconds = 0.0
+        self.before: EvaluationResult | None = None
+        self.progress = TrainingProgress(config.num_steps, enabled=False)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.learner.accelerator
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return bool(self.accelerator.is_main_process)
+
+    @abstractmethod
+    def train_step(self, step: int) -> dict[str, float]:
+        """One step, counted from 1, over all ranks; returns its metrics."""
+
+    def evaluate(self) -> EvaluationResult | None:
+        """Accuracy on held-out data; None where there is none."""
+        return None
+
+    def evaluate_at(self, step: int) -> bool:
+        """Whether held-out data is evaluated after this step."""
+        return False
+
+    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027
+        """Open what a trainer writes in its run folder, to be closed with `stack`; nothing by default."""
+
+    def state(self) -> dict[str, Any]:
+        """What a trainer needs to go on, as JSON."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what `state` gave."""
+
+    def train(self, *, resume: bool = False) -> TrainResult:
+        """Train to `num_steps`; SIGINT or SIGTERM finishes the step, saves and returns.
+
+        Args:
+            resume: go on from the newest checkpoint in `output_dir`.
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is false, or another process is using it.
+            CheckpointError: the newest checkpoint is damaged, or there is none to resume from.
+            NumericsError, RewardError: see `Learner.update`, `RewardRunner.score`.
+        """
+        rank = self.accelerator.process_index
+        with ExitStack() as stack:
+            folder = stack.enter_context(
+                RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
+            )
+            self.accelerator.wait_for_everyone()
+            resume_step = self._restore(folder) if resume else None
+            logger = stack.enter_context(
+                MetricsLogger(
+                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step
+                )
+            )
+            self.open(stack, folder, resume_step)
+            result = self._train(folder, logger)
+            if self.is_main and not result.interrupted:
+                write_report(folder, self._report(result))
+        return result
+
+    def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
+        self.progress = TrainingProgress(
+            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main
+        )
+        with catch_interrupts() as interrupt, self.progress:
+            if self.step == 0:
+                self.before = self._evaluate(logger)
+            metrics = self._steps(folder, logger, interrupt)
+            interrupted = self.step < self.config.num_steps
+            after = None if interrupted else self._evaluate(logger)
+            path = self._save_model(folder)
+        return TrainResult(
+            self.step, self.train_seconds, path, interrupted, metrics, self.before, after, folder.path
+        )
+
+    def _report(self, result: TrainResult) -> RunReport:
+        adapters = self.learner.has_adapters
+        return RunReport(
+            title=self.title,
+            before=result.before,
+            after=result.after,
+            train_seconds=result.train_seconds,
+            num_steps=result.num_steps,
+            adapter=result.model_path if adapters else None,
+            model=None if adapters else result.model_path,
+            base_model=causal_lm(self.learner.model).config.name_or_path or None,
+        )
+
+    def _evaluate(self, logger: MetricsLogger) -> EvaluationResult | None:
+        with self.progress.phase("evaluate"):
+            result = self.evaluate()
+        if result is not None:
+            logger.log(self.step, result.metrics())
+        return result
+
+    def _steps(self, folder: RunFolder, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        while self.step < self.config.num_steps:
+            step, start = self.step + 1, time.perf_counter()
+            metrics = self.train_step(step)
+            self.train_seconds += time.perf_counter() - start
+            self.step = step
+            logger.log(step, metrics)
+            self.progress.step(step, metrics)
+            for callback in self.callbacks:
+                callback(self, step, metrics)
+            last = step == self.config.num_steps
+            if self.evaluate_at(step) and not last:
+                self._evaluate(logger)
+            stop = self._any_rank(interrupt.requested)
+            if stop or last or self._save_at(step):
+                self.save(folder)
+            if stop and not last:
+                self.progress.note(f"stopped by {interrupt.signal} after step {step}; go on with --resume")
+                break
+        return metrics
+
+    def save(self, folder: RunFolder) -> Path:
+        """Write a checkpoint from which `train(resume=True)` goes on exactly; every rank calls it together."""
+        return save_checkpoint(
+            folder.checkpoints,
+            self.step,
+            tensors=self.learner.tensors(),
+            state={
+                "trainer": type(self).__name__,
+                "train_seconds": self.train_seconds,
+                "before": self.before and self.before.to_json(),
+                "learner": self.learner.state(),
+                "loop": self.state(),
+            },
+            keep=self.config.keep_checkpoints,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+
+    def _restore(self, folder: RunFolder) -> int:
+        checkpoint = load_latest(
+            folder.checkpoints, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
+        )
+        if checkpoint is None:
+            return 0
+        if checkpoint.state["trainer"] != type(self).__name__:
+            raise CheckpointError(
+                f"{checkpoint.path} was written by {checkpoint.state['trainer']}, not {type(self).__name__}; "
+                "resume with the configuration it was started with"
+            )
+        self.step = checkpoint.step
+        self.train_seconds = checkpoint.state["train_seconds"]
+        before = checkpoint.state["before"]
+        self.before = before and EvaluationResult.from_json(before)
+        self.learner.load(checkpoint.tensors, checkpoint.state["learner"])
+        self.load_state(checkpoint.state["loop"])
+        restore_random_state(checkpoint.random)
+        return checkpoint.step
+
+    def _save_model(self, folder: RunFolder) -> Path:
+        path = folder.adapter if self.learner.has_adapters else folder.model
+        if self.is_main:
+            save_model(self.learner.model, path)
+            self.tokenizer.save_pretrained(path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _save_at(self, step: int) -> bool:
+        every = self.config.save_every_steps
+        return every is not None and step % every == 0
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so; every rank calls it together."""
+        return self.learner.sum_over_ranks(float(flag)) > 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[Self]:
+        """Show what the step is doing."""
+        with self.progress.phase(name):
+            yield self

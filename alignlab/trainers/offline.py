@@ -1,0 +1,100 @@
+"""The loop of every trainer that learns from a fixed set of examples."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.utils import set_seed
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import SFTConfig
+from alignlab.data.examples import Example
+from alignlab.data.packing import pack_examples
+from alignlab.data.sampler import IndexSampler
+from alignlab.errors import DataError
+from alignlab.models.policy import Policy, PolicyOutput
+from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
+from alignlab.trainers.learner import Learner
+from alignlab.trainers.loop import Callback, TrainingLoop
+from alignlab.trainers.reduction import Weigh
+from alignlab.types import Experience
+
+
+class OfflineTrainer(TrainingLoop):
+    """Examples -> packs -> update, step by step.
+
+    A trainer derives from it and decides how examples are made (`examples`), how tokens are weighed and the loss.
+
+    Args:
+        model: a name or path, or a live model, with or without a PEFT adapter.
+        config: the trainer's section.
+        train_dataset: what `examples` understands.
+        tokenizer: default: the one beside the model.
+        peft_config: a LoRA adapter to train; None trains what the model marks as trainable.
+        callbacks: each is called as `callback(trainer, step, metrics)` after every step.
+    """
+
+    config: SFTConfig
+
+    def __init__(
+        self,
+        model: Model,
+        config: SFTConfig,
+        train_dataset: Any,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft_config: LoraSettings | LoraConfig | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        accelerator = make_accelerator()
+        check_shares("num_sequences", config.num_sequences, accelerator.num_processes)
+        set_seed(config.seed)
+        model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+        learner = Learner(
+            Policy(model, chunk_tokens=config.logprob_chunk_tokens),
+            config,
+            accelerator,
+            total_updates=config.num_steps,
+        )
+        super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
+        self.train_examples = self.examples(train_dataset)
+        if not self.train_examples:
+            raise DataError("the training data holds no example; check its path and its columns")
+        self.sampler = IndexSampler(len(self.train_examples), config.num_sequences, config.seed)
+
+    @property
+    @abstractmethod
+    def weigh(self) -> Weigh:
+        """How token losses are averaged."""
+
+    @abstractmethod
+    def examples(self, dataset: Any) -> Sequence[Example]:
+        """Token ids and masks of a dataset."""
+
+    @abstractmethod
+    def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss [N] of each token, and metrics [N] to average over trained tokens."""
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on `num_sequences` examples, shared out over the ranks."""
+        start = time.perf_counter()
+        rows = self.sampler.next()[self.accelerator.process_index :: self.accelerator.num_processes]
+        packs = pack_examples([self.train_examples[i] for i in rows], budget=self.config.tokens_per_microbatch)
+        with self.phase("update"):
+            metrics = self.learner.update(packs, self.loss, self.weigh)
+        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
+        return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
+
+    def state(self) -> dict[str, Any]:
+        """Position in the data."""
+        return {"sampler": self.sampler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.sampler.load_state_dict(state["sampler"])

@@ -1,0 +1,258 @@
+"""The loop of every trainer that learns from its own rollouts.
+
+A trainer derives from `OnlineTrainer` and makes three decisions: what it `needs` scored before the update, how
+completions are credited (`credit`), and the loss of a token (`loss`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.rewards import RewardSettings
+from alignlab.config.run import EvaluationSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.data.packing import pack_rollouts
+from alignlab.data.sampler import IndexSampler
+from alignlab.models.policy import Policy, PolicyOutput
+from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.trainers.assemble import (
+    Dataset,
+    Model,
+    Reward,
+    check_shares,
+    make_accelerator,
+    make_reference,
+    resolve_model,
+    resolve_prompts,
+    resolve_rewards,
+)
+from alignlab.trainers.learner import Learner
+from alignlab.trainers.loop import Callback, TrainingLoop
+from alignlab.trainers.reduction import Weigh
+from alignlab.trainers.rollout_metrics import rollout_metrics
+from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.reward_functions import load_reward
+from alignlab.training.reward_runner import RewardRunner
+from alignlab.training.rollout_store import RolloutStore
+from alignlab.training.run_folder import RunFolder
+from alignlab.types import Experience, Prompt, Rollout, RolloutEngine
+
+
+class OnlineTrainer(TrainingLoop):
+    """Prompts -> rollouts -> rewards -> packs -> scores -> experience -> update -> sync, step by step.
+
+    Args:
+        model: a name or path, or a live model, with or without a PEFT adapter.
+        reward_funcs: plug-in names, settings or callables; the first one's value 1 means a right answer.
+        config: the trainer's section.
+        train_dataset: a path, settings, rows with a `prompt` or `messages` column, or prompts.
+        eval_dataset: the same, held out.
+        tokenizer: default: the one beside the model.
+        peft_config: a LoRA adapter to train; None trains what the model marks as trainable.
+        evaluation: how held-out accuracy is measured.
+        callbacks: each is called as `callback(trainer, step, metrics)` after every step.
+    """
+
+    config: GRPOConfig
+
+    def __init__(
+        self,
+        model: Model,
+        reward_funcs: Reward | Sequence[Reward],
+        config: GRPOConfig,
+        train_dataset: Dataset,
+        *,
+        eval_dataset: Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft_config: LoraSettings | LoraConfig | None = None,
+        evaluation: EvaluationSettings | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        accelerator = make_accelerator()
+        check_shares("num_prompts", config.num_prompts, accelerator.num_processes)
+        set_seed(config.seed)
+        rewards = RewardRunner(resolve_rewards(reward_funcs), config.reward_limits)
+        model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+        self.prompts = resolve_prompts(train_dataset, tokenizer)
+        self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
+        policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
+        self.reference = make_reference(policy) if config.kl.coef > 0 else None
+        learner = Learner(
+            policy,
+            config,
+            accelerator,
+            total_updates=config.num_steps * config.num_epochs * config.num_minibatches,
+            temperature=config.sampling.temperature,
+            entropy_grad=config.entropy_coef > 0,
+        )
+        super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
+        self.rewards = rewards
+        self.evaluation = evaluation or EvaluationSettings()
+        self.scorer = rewards.rewards[0]
+        if self.evaluation.scorer is not None:
+            self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
+        self.engine: RolloutEngine = EmbeddedEngine(model, tokenizer, config.rollout)
+        self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
+        self.store: RolloutStore | None = None
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Which log-probs are scored before the update: any of "old", "ref"."""
+
+    @property
+    @abstractmethod
+    def weigh(self) -> Weigh:
+        """How token losses are averaged."""
+
+    @abstractmethod
+    def credit(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:
+        """Advantage [P, G] of each completion, from its reward and the scored packs."""
+
+    @abstractmethod
+    def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss [N] of each token, and metrics [N] to average over trained tokens."""
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One batch of rollouts, learnt from."""
+        start = time.perf_counter()
+        with self.phase("generate"):
+            rollouts = self.collect(step)
+        generated = time.perf_counter()
+        with self.phase("score"):
+            minibatches = self.make_experience(step, rollouts)
+        with self.phase("update"):
+            updates = [
+                self.learner.update(packs, self.loss, self.weigh)
+                for epoch in range(self.config.num_epochs)
+                for packs in random.Random(f"{self.config.seed}/{step}/{epoch}").sample(minibatches, len(minibatches))
+            ]
+        with self.phase("sync"):
+            self.engine.update_weights(self.engine.policy_version + 1)
+        finished = time.perf_counter()
+        metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        metrics |= rollout_metrics(rollouts, self.learner.reduce_sum)
+        return metrics | {
+            "tokens_per_s": metrics.pop("num_completion_tokens") / (generated - start),
+            "generate_s": generated - start,
+            "train_s": finished - generated,
+            "reward_failures": float(self.rewards.num_failures),
+        }
+
+    def collect(self, step: int) -> list[Rollout]:
+        """This rank's scored rollouts of one step; under dynamic sampling, groups that teach nothing are replaced."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        wanted = self.config.num_prompts // ranks
+        kept: list[Rollout] = []
+        dull: list[Rollout] = []
+        for attempt in range(1 + (self.config.max_refills if self.config.dynamic_sampling else 0)):
+            rows = self.sampler.next()[rank::ranks]
+            seed = random.Random(f"{self.config.seed}/{step}/{attempt}/{rank}").getrandbits(62)
+            for rollout in self.generate([self.prompts[row] for row in rows], seed):
+                teaches = not self.config.dynamic_sampling or len(set(rollout.rewards)) > 1
+                (kept if teaches else dull).append(rollout)
+            if not self._any_rank(len(kept) < wanted):
+                break
+        # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.
+        return (kept + dull)[:wanted]
+
+    def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        """Sample and score one group for each prompt."""
+        sampling = self.config.sampling.params(n=self.config.group_size, seed=seed)
+        return self.rewards.score(self.engine.generate(prompts, sampling))
+
+    def make_experience(self, step: int, rollouts: Sequence[Rollout]) -> list[list[Experience]]:
+        """The packs of each mini-batch, with all that the loss needs. Mini-batches are cut between groups."""
+        size = -(-len(rollouts) // self.config.num_minibatches)
+        parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+        scored = [self._score(pack_rollouts(part, budget=self.config.tokens_per_microbatch)) for part in parts]
+        advantages = self.credit(rollouts, scored).to(self.learner.device)
+        if self.store is not None:
+            self.store.append(step, rollouts, advantages=advantages.tolist())
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        parts_of = [slice(i * size, (i + 1) * size) for i in range(len(parts))]
+        return [
+            [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
+            for part, packs in zip(parts_of, scored, strict=True)
+        ]
+
+    def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which completions [P, G] are trained on: those with a reward and, under `mask_truncated`, an end."""
+        return torch.tensor(
+            [
+                [
+                    not math.isnan(reward) and not (self.config.mask_truncated and completion.finish_reason == "length")
+                    for reward, completion in zip(rollout.rewards, rollout.completions, strict=True)
+                ]
+                for rollout in rollouts
+            ]
+        )
+
+    def _score(self, packs: Sequence[Experience]) -> list[Experience]:
+        scored = [pack.to(self.learner.device) for pack in packs]
+        if "old" in self.needs:
+            scored = [replace(p, old_logprobs=x) for p, x in zip(scored, self.learner.score(scored), strict=True)]
+        if "ref" in self.needs and self.reference is None:
+            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(scored), strict=True)]
+        elif "ref" in self.needs:
+            values = self.learner.score(scored, self.reference)
+            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, values, strict=True)]
+        return scored
+
+    def evaluate_at(self, step: int) -> bool:
+        """Every `eval_every_steps`, where there is held-out data."""
+        every = self.config.eval_every_steps
+        return bool(self.eval_prompts) and every is not None and step % every == 0
+
+    def evaluate(self) -> EvaluationResult | None:
+        """Greedy and sampled accuracy on the held-out prompts."""
+        if not self.eval_prompts:
+            return None
+        settings = self.evaluation
+        return evaluate(
+            self.engine,
+            self.eval_prompts[: settings.num_problems],
+            self.scorer,
+            sampling=settings.sampled or self.config.sampling.model_copy(update={"temperature": 1.0}),
+            num_samples=settings.num_samples,
+            seed=self.config.seed,
+            pass_at=settings.pass_at,
+        )
+
+    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
+        """Open the store of rollouts."""
+        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
+        stack.callback(self._close_store)
+
+    def _close_store(self) -> None:
+        self.store = None
+
+    def state(self) -> dict[str, Any]:
+        """Position in the data and the version of the policy."""
+        return {"sampler": self.sampler.state_dict(), "policy_version": self.engine.policy_version}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; the engine takes over the restored weights."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.engine.update_weights(state["policy_version"])
+
+
+def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:
+    """The pack with each sequence's advantage [B] on its tokens; sequences that do not teach [B] are masked out."""
+    sequences = pack.segments.sequence_of_token.clamp(min=0)
+    mask = pack.completion_mask & teaches[sequences]
+    return replace(pack, completion_mask=mask, advantages=torch.where(mask, advantages[sequences], 0.0))

@@ -1,0 +1,72 @@
+"""The weight of each token in an optimizer step's loss, fixed before the step is cut into micro-batches.
+
+A pack's loss is `(token_loss * weights).sum()`, and the weights hold the denominators of the whole step: over all packs
+and all ranks. The gradient is a plain sum, whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignlab.functional.reduction import constant_weights, sequence_mean_weights, sequence_sum, token_mean_weights
+from alignlab.types import Experience
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over every pack of an optimizer step.
+
+    Attributes:
+        num_tokens: trained tokens, over all ranks.
+        num_sequences: sequences with at least one trained token, over all ranks.
+        sequence_tokens: [B] trained tokens of each of this rank's sequences.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    sequence_tokens: Tensor
+
+
+def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tensor]) -> StepTotals:
+    """Count what a step trains on. `reduce_sum` adds a tensor over ranks; every rank must call this together."""
+    num_local = 1 + max((max(pack.segments.sequence_ids) for pack in packs), default=-1)
+    device = packs[0].tokens.device if packs else torch.device("cpu")
+    sequence_tokens = torch.zeros(num_local, device=device)
+    for pack in packs:
+        sequence_tokens += sequence_sum(
+            pack.completion_mask.float(), pack.segments.sequence_of_token, num_sequences=num_local
+        )
+    totals = reduce_sum(torch.stack([sequence_tokens.sum(), (sequence_tokens > 0).sum()]).double())
+    num_tokens, num_sequences = (max(1, round(total)) for total in totals.tolist())
+    return StepTotals(num_tokens, num_sequences, sequence_tokens)
+
+
+Weigh = Callable[[Experience, StepTotals], Tensor]
+
+
+def token_mean(pack: Experience, totals: StepTotals) -> Tensor:
+    """Every trained token of the step weighs the same."""
+    return token_mean_weights(pack.completion_mask, num_tokens=totals.num_tokens)
+
+
+def sequence_mean(pack: Experience, totals: StepTotals) -> Tensor:
+    """Every sequence of the step weighs the same, its tokens share its weight."""
+    return sequence_mean_weights(
+        pack.completion_mask,
+        pack.segments.sequence_of_token,
+        totals.sequence_tokens,
+        num_sequences=totals.num_sequences,
+    )
+
+
+def constant(max_tokens: int) -> Weigh:
+    """Every token weighs 1 / (sequences * completion limit), as in Dr. GRPO."""
+
+    def weigh(pack: Experience, totals: StepTotals) -> Tensor:
+        return constant_weights(pack.completion_mask, num_sequences=totals.num_sequences, max_tokens=max_tokens)
+
+    return weigh

@@ -1,0 +1,50 @@
+"""What a batch of rollouts looks like: rewards, lengths, endings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from alignlab.types import Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Means over the completions of all ranks; `reduce_sum` adds over ranks, and every rank calls this together.
+
+    `accuracy` is the fraction of completions to which the first reward function gave exactly 1, of those it applied
+    to; `mixed_groups` the fraction of groups whose rewards differ, which are those that teach.
+    """
+    completions = [c for rollout in rollouts for c in rollout.completions]
+    rewards = [r for rollout in rollouts for r in rollout.rewards if not math.isnan(r)]
+    names = list(rollouts[0].reward_parts)
+    parts = {n: [v for rollout in rollouts for v in rollout.reward_parts[n] if v is not None] for n in names}
+    first = parts[names[0]]
+    sums = {
+        "completions": len(completions),
+        "num_completion_tokens": sum(len(c.token_ids) for c in completions),
+        "truncated": sum(c.finish_reason == "length" for c in completions),
+        "groups": len(rollouts),
+        "mixed": sum(len(set(rollout.rewards)) > 1 for rollout in rollouts),
+        "rewarded": len(rewards),
+        "reward": sum(rewards),
+        "reward_squared": sum(r * r for r in rewards),
+        "right": sum(value == 1.0 for value in first),
+        **{f"count/{name}": len(values) for name, values in parts.items()},
+        **{f"sum/{name}": sum(values) for name, values in parts.items()},
+    }
+    totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    t = dict(zip(sums, totals, strict=True))
+    mean = t["reward"] / max(t["rewarded"], 1)
+    return {
+        "reward": mean,
+        "reward_std": math.sqrt(max(t["reward_squared"] / max(t["rewarded"], 1) - mean * mean, 0.0)),
+        "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
+        "completion_tokens": t["num_completion_tokens"] / max(t["completions"], 1),
+        "truncated_frac": t["truncated"] / max(t["completions"], 1),
+        "mixed_groups": t["mixed"] / max(t["groups"], 1),
+        "num_completion_tokens": t["num_completion_tokens"],
+        **{f"reward/{name}": t[f"sum/{name}"] / max(t[f"count/{name}"], 1) for name in names},
+    }

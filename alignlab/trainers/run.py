@@ -1,0 +1,173 @@
+"""A whole run from one config: model, data, warm start, training, closing report."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.config.loader import dump_resolved
+from alignlab.config.model import ModelSettings, TokenizerTraining
+from alignlab.config.run import RunConfig, WarmStart
+from alignlab.config.trainers import SFTConfig
+from alignlab.data.examples import load_examples
+from alignlab.data.sources import load_rows
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.loop import TrainResult
+from alignlab.trainers.sft import SFTTrainer
+from alignlab.training.evaluation import EvaluationResult
+from alignlab.training.run_folder import holds_run
+from alignlab.types import message_text
+
+WARM_START = "warm_start"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to.
+
+    Attributes:
+        task: the data it was trained on.
+        result: of the training.
+        trains_adapter: whether it made an adapter, and not a whole model.
+    """
+
+    task: str
+    result: TrainResult
+    trains_adapter: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The closing line of `alignlab train`."""
+        kind = "adapter" if self.trains_adapter else "model"
+        return {
+            "task": self.task,
+            "before": _accuracy(self.result.before),
+            "after": _accuracy(self.result.after),
+            "train_seconds": round(self.result.train_seconds, 1),
+            "num_steps": self.result.num_steps,
+            "interrupted": self.result.interrupted,
+            kind: str(self.result.model_path),
+        }
+
+
+def _accuracy(result: EvaluationResult | None) -> dict[str, float] | None:
+    return {"greedy": round(result.greedy, 4), "sampled": round(result.sampled, 4)} if result else None
+
+
+def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
+    """Train as the config says, and write the closing report.
+
+    Args:
+        resume: go on from the newest checkpoint in the output folder, in the warm start too.
+
+    Raises:
+        AlignlabError: any of its kinds, each before work is lost.
+    """
+    tokenizer = make_tokenizer(config)
+    model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer)
+    if config.warm_start is not None:
+        warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
+        if warm.interrupted:
+            return RunSummary(_task(config.data), warm, trains_adapter=False)
+        model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
+        resume = resume and holds_run(config.trainer.output_dir)
+    trainer = make_trainer(config, model, tokenizer)
+    trainer.config_text = dump_resolved(config)
+    trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
+    result = trainer.train(resume=resume)
+    return RunSummary(_task(config.data), result, trainer.learner.has_adapters)
+
+
+def model_dtype(settings: ModelSettings) -> torch.dtype:
+    """The dtype of a run's weights: "auto" is bfloat16 under an adapter, float32 where all weights are trained."""
+    if settings.dtype == "auto":
+        return torch.float32 if settings.lora is None else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+
+
+def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, or one trained from the training data's prompts and answers."""
+    settings = config.model
+    if not isinstance(settings.tokenizer, TokenizerTraining):
+        name = settings.tokenizer or settings.name
+        assert name is not None, "the config's rules ask for one of the two"
+        return load_tokenizer(name)
+    column = config.warm_start.answer_column if config.warm_start else "answer"
+    texts = [
+        f"{message_text(row[config.data.prompt_column])}{row.get(column, '')}"
+        for row in itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)
+    ]
+    return train_tokenizer(texts, vocab_size=settings.tokenizer.vocab_size)
+
+
+def make_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """The model that the config names, or a new one with random weights."""
+    if settings.name is not None:
+        return load_model(settings.name, dtype=model_dtype(settings))
+    assert settings.architecture is not None
+    return new_model(
+        settings.architecture,
+        vocab_size=len(tokenizer),
+        dtype=model_dtype(settings),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def warm_start(
+    config: RunConfig,
+    settings: WarmStart,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    resume: bool,
+) -> TrainResult:
+    """Supervised fine-tuning of all weights on prompts and answers; the result is in `warm_start/model`."""
+    examples = load_examples(
+        settings.data or config.data,
+        tokenizer,
+        answer_column=settings.answer_column,
+        answer_template=settings.answer_template,
+    )
+    folder = config.trainer.output_dir / WARM_START
+    trainer = SFTTrainer(
+        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer
+    )
+    return trainer.train(resume=resume and holds_run(folder))
+
+
+def make_trainer(
+    config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> GRPOTrainer | SFTTrainer:
+    """The trainer that the config's `trainer.type` names."""
+    lora = config.model.lora
+    if isinstance(config.trainer, SFTConfig):
+        return SFTTrainer(model, config.trainer, config.data, tokenizer=tokenizer, peft_config=lora)
+    return GRPOTrainer(
+        model,
+        config.rewards,
+        config.trainer,
+        config.data,
+        eval_dataset=evaluation_data(config),
+        tokenizer=tokenizer,
+        peft_config=lora,
+        evaluation=config.evaluation,
+    )
+
+
+def evaluation_data(config: RunConfig) -> DataSettings | None:
+    """The held-out data: as given, or the questions of the same task that training never sees."""
+    if config.eval_data is not None or config.data.task is None:
+        return config.eval_data
+    return config.data.model_copy(update={"split": "eval"})
+
+
+def _task(data: DataSettings) -> str:
+    return data.task or str(data.path)

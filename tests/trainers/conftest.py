@@ -1,0 +1,71 @@
+"""A tiny policy, a tokenizer of its own and a task that it can learn within seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.config.rollout import SamplingSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.models.checkpoints import new_model
+
+DENSE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SPARSE = DENSE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"]}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+
+
+@pytest.fixture
+def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
+    def make(architecture: dict[str, Any] = DENSE, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return new_model(
+            architecture,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., GRPOConfig]:
+    def make(**changes: Any) -> GRPOConfig:
+        base: dict[str, Any] = {
+            "output_dir": tmp_path / "run",
+            "num_steps": 4,
+            "learning_rate": 1e-2,
+            "num_prompts": 2,
+            "group_size": 4,
+            "sampling": SamplingSettings(max_new_tokens=6),
+            "trackers": (),
+        }
+        return GRPOConfig(**base | changes)
+
+    return make
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [{"prompt": f"ab{i}", "answer": str(i)} for i in range(8)]
+
+
+def even_ids(*, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The fraction of tokens with an even id: about a half for a random policy, 1 for one that has learnt it."""
+    return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
