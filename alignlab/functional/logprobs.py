@@ -11,8 +11,8 @@ a few rows at a time that stay in the cache. What a gradient needs is computed w
 Shapes: M tokens whose log-prob is wanted, D hidden, V vocabulary, C tokens of one chunk, R rows of one block.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,17 +83,23 @@ def chunked_logprobs(
         raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, and must be at least 1; 512 is usual")
-    options = _Options(temperature, softcap, chunk_tokens, entropy_grad, torch.is_grad_enabled())
-    return _ChunkedLogprobs.apply(hidden, weight, bias, targets.long(), options)
+    options = _Options(temperature, softcap, chunk_tokens, num_gradients=2 if entropy_grad else 1)
+    head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
+        logprobs, entropy, _ = _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))
+        return logprobs, entropy
+    function = _TrainedHead if head_in_training else _FrozenHead
+    return function.apply(hidden, weight, bias, targets.long(), options)
 
 
 @dataclass(frozen=True)
 class _Options:
+    """`num_gradients`: 0, 1 (of the log-probs), or 2 (of the entropy too)."""
+
     temperature: float
     softcap: float | None
     chunk_tokens: int
-    entropy_grad: bool
-    grad_enabled: bool
+    num_gradients: int
 
 
 @dataclass(frozen=True)
@@ -107,98 +113,125 @@ class _Rows:
     slope: Float[Tensor, "R V"] | float
     """d z / d (product with the head)."""
 
-    def logprob_gradient(self, targets: Int[Tensor, "R"]) -> Float[Tensor, "R V"]:
-        """d logprobs / d (product with the head); overwrites `probs`."""
-        onehot_less_probs = self.probs.neg_().scatter_add_(1, targets[:, None], self.probs.new_ones(len(targets), 1))
-        return onehot_less_probs.mul_(self.slope)
+    def gradients(self, targets: Int[Tensor, "R"], count: int) -> list[Float[Tensor, "R V"]]:
+        """Of the log-probs, then of the entropy, by the product with the head: the first `count`. Spends `probs`."""
+        found = []
+        if count == 2:
+            found.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
+        if count >= 1:
+            ones = self.probs.new_ones(len(targets), 1)
+            found.insert(0, self.probs.neg_().scatter_add_(1, targets[:, None], ones).mul_(self.slope))
+        return found
 
-    def entropy_gradient(self) -> Float[Tensor, "R V"]:
-        """d entropy / d (product with the head)."""
-        return (self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_()
 
-
-class _ChunkedLogprobs(torch.autograd.Function):
-    """`chunked_logprobs`; see the module's docstring for what is saved when."""
+class _FrozenHead(torch.autograd.Function):
+    """Gradient of the hidden states alone: made in the forward pass, up to a factor a token."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
-        head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-        hidden_only = options.grad_enabled and hidden.requires_grad and not head_grad
-        logprobs = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
-        entropy = torch.empty_like(logprobs)
-        by_logprob = torch.empty_like(hidden) if hidden_only else None
-        by_entropy = torch.empty_like(hidden) if hidden_only and options.entropy_grad else None
-        weight_cast = weight.to(hidden.dtype)
-        for chunk in _slices(len(targets), options.chunk_tokens):
-            products = hidden[chunk] @ weight_cast.T
-            entropy_products = torch.empty_like(products) if by_entropy is not None else None
-            for rows in _blocks(products):
-                token = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                block = _distributions(products[rows], targets[token], bias, options)
-                logprobs[token], entropy[token] = block.logprobs, block.entropy
-                if entropy_products is not None:
-                    entropy_products[rows] = block.entropy_gradient()
-                if hidden_only:
-                    products[rows] = block.logprob_gradient(targets[token])
-            if by_logprob is not None:
-                torch.mm(products, weight_cast, out=by_logprob[chunk])
-            if by_entropy is not None and entropy_products is not None:
-                torch.mm(entropy_products, weight_cast, out=by_entropy[chunk])
-        ctx.options, ctx.head_grad = options, head_grad
-        if head_grad:
-            ctx.save_for_backward(hidden, weight, bias, targets)
-        else:
-            ctx.save_for_backward(by_logprob, by_entropy)
-        if not options.entropy_grad:
+        """Log-probs and entropy; saves their derivatives by each hidden state."""
+        logprobs, entropy, by_hidden = _measure(hidden, weight, bias, targets, options)
+        ctx.save_for_backward(*by_hidden)
+        if options.num_gradients == 1:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.head_grad:
-            return (*_head_backward(ctx, grad_logprobs, grad_entropy), None, None)
-        by_logprob, by_entropy = ctx.saved_tensors
-        grad_hidden = grad_logprobs[:, None] * by_logprob
-        if by_entropy is not None:
-            grad_hidden += grad_entropy[:, None] * by_entropy
-        return grad_hidden.to(by_logprob.dtype), None, None, None, None
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """Each saved derivative times the gradient that comes in."""
+        by_hidden = ctx.saved_tensors
+        total = sum(d * g[:, None] for d, g in zip(by_hidden, incoming, strict=False))
+        return total.to(by_hidden[0].dtype), None, None, None, None
 
 
-def _head_backward(
-    ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, from logits computed again."""
-    hidden, weight, bias, targets = ctx.saved_tensors
-    options, (needs_hidden, needs_weight, needs_bias) = ctx.options, ctx.needs_input_grad[:3]
-    dtype = _statistics_dtype(hidden)
-    grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-    grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-    weight_cast = weight.to(hidden.dtype)
+class _TrainedHead(torch.autograd.Function):
+    """Gradients of the head too: the logits are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy; saves the inputs."""
+        logprobs, entropy, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
+        ctx.options = options
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        if options.num_gradients == 1:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """The logits once more, chunk by chunk, and from them all gradients."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        dtype = _statistics_dtype(hidden)
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        head = weight.to(hidden.dtype)
+
+        def weighted(block: _Rows, tokens: slice) -> list[Tensor]:
+            first, *rest = block.gradients(targets[tokens], ctx.options.num_gradients)
+            first.mul_(incoming[0][tokens, None])
+            return [first.addcmul_(more, incoming[1][tokens, None]) for more in rest] or [first]
+
+        for chunk, (by_products,) in _chunks(hidden, head, bias, targets, ctx.options, weighted, num_kept=1):
+            by_hidden[chunk] = by_products @ head
+            if by_weight is not None:
+                by_weight += by_products.T @ hidden[chunk]
+            if by_bias is not None:
+                by_bias += by_products.sum(0, dtype=dtype)
+        return by_hidden, _cast(by_weight, weight), _cast(by_bias, bias), None, None
+
+
+def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient in its tensor's dtype, where both exist."""
+    return None if gradient is None or like is None else gradient.to(like.dtype)
+
+
+def _measure(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Log-probs, entropy, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
+    logprobs = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
+    entropy = torch.empty_like(logprobs)
+    by_hidden = [torch.empty_like(hidden) for _ in range(options.num_gradients)]
+    head = weight.to(hidden.dtype)
+
+    def record(block: _Rows, tokens: slice) -> list[Tensor]:
+        logprobs[tokens], entropy[tokens] = block.logprobs, block.entropy
+        return block.gradients(targets[tokens], options.num_gradients)
+
+    for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_kept=len(by_hidden)):
+        for out, gradient in zip(by_hidden, by_products, strict=True):
+            out[chunk] = gradient @ head
+    return logprobs, entropy, by_hidden
+
+
+def _chunks(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: _Options,
+    visit: Callable[[_Rows, slice], list[Tensor]],
+    *,
+    num_kept: int,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Each chunk with `num_kept` tensors [C, V] in the dtype of `hidden`, put together from what `visit` returns of
+    each block. The first takes the place of the chunk's logits, so that those are held once."""
     for chunk in _slices(len(targets), options.chunk_tokens):
-        products = hidden[chunk] @ weight_cast.T
+        products = hidden[chunk] @ head.T
+        kept = [products if i == 0 else torch.empty_like(products) for i in range(num_kept)]
         for rows in _blocks(products):
-            token = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            block = _distributions(products[rows], targets[token], bias, options)
-            by_entropy = block.entropy_gradient() if options.entropy_grad else None
-            gradient = block.logprob_gradient(targets[token]).mul_(grad_logprobs[token, None])
-            if by_entropy is not None:
-                gradient.addcmul_(by_entropy, grad_entropy[token, None])
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            products[rows] = gradient
-        if grad_hidden is not None:
-            torch.mm(products, weight_cast, out=grad_hidden[chunk])
-        if grad_weight is not None:
-            grad_weight += products.T @ hidden[chunk]
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
-    )
+            tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
+            block = _distributions(products[rows], targets[tokens], bias, options)
+            for whole, part in zip(kept, visit(block, tokens), strict=True):
+                whole[rows] = part
+        yield chunk, kept
 
 
 def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: _Options) -> _Rows:

@@ -126,12 +126,15 @@ def test_bfloat16_is_as_close_as_autograd_and_statistics_are_float32(head_in_tra
 
 
 def test_confident_tokens_keep_their_small_gradient_in_bfloat16():
-    """p(y) = 0.9997: the gradient is the rounded small difference, not the difference of rounded numbers."""
+    """p(y) = 0.9997: the rounded small difference, not the difference of rounded numbers, which would be 0.
+
+    Two roundings to bfloat16, of 2^-9 each, are all that is lost.
+    """
     hidden = torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[1.0, 1.0], [0.0, -1.0]], dtype=torch.bfloat16)
     logprobs.chunked_logprobs(hidden, weight, torch.tensor([0]))[0].sum().backward()
     other = 1 / (1 + math.exp(8.0))
-    assert hidden.grad[0].float().tolist() == pytest.approx([other, 2 * other], rel=0.01)
+    assert hidden.grad[0].float().tolist() == pytest.approx([other, 2 * other], rel=2**-7)
 
 
 def test_entropy_carries_no_gradient_unless_asked():
