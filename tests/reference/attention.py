@@ -16,7 +16,7 @@ def visible(segments: Segments, window: int | None = None) -> Tensor:
     mask = torch.zeros(count, count, dtype=torch.bool)
     for q in range(count):
         for k in range(count):
-            mask[q, k] = own[q] == own[k] and k <= q or segments.prefixes[own[q]] == own[k]
+            mask[q, k] = (own[q] == own[k] and k <= q) or segments.prefixes[own[q]] == own[k]
             if window is not None and positions[q] - positions[k] >= window:
                 mask[q, k] = False
     return mask

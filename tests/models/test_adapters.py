@@ -1,0 +1,174 @@
+"""LoRA in the base's dtype against PEFT's own layers."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alignlab.config.model import LoraSettings
+from alignlab.errors import ConfigError
+from alignlab.models.adapters import (
+    ComputeDtypeLinear,
+    adapters_disabled,
+    add_lora,
+    compute_in_base_dtype,
+    has_adapters,
+    merged_weights,
+)
+from tests.models.conftest import SIZES
+
+TOKENS = torch.tensor([[3, 9, 4, 7, 22, 5]])
+
+
+@pytest.fixture
+def base() -> LlamaForCausalLM:
+    """With biases, so that they are seen to be kept."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def randomise(model: PeftModel) -> PeftModel:
+    """lora_B starts at zero, where an adapter does nothing."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def stock(base: LlamaForCausalLM, **options) -> PeftModel:
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return randomise(get_peft_model(copy.deepcopy(base), config)).eval()
+
+
+def ours(base: LlamaForCausalLM, **options) -> PeftModel:
+    return randomise(add_lora(copy.deepcopy(base), LoraSettings(rank=4, alpha=6, **options))).eval()
+
+
+def run(model: PeftModel) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(logits, gradient of the embeddings' output, gradients of the adapter)."""
+    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.dtype)
+    (logits * weights).sum().backward()
+    return logits, embedded.grad, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_equals_peft_in_float32(base):
+    model = ours(base)
+    assert sum(isinstance(m, ComputeDtypeLinear) for m in model.modules()) == 14
+    assert all(m._plain_adapter(torch.zeros(1)) for m in model.modules() if isinstance(m, ComputeDtypeLinear))
+    (logits, grad_x, grads), (logits_twin, grad_x_twin, grads_twin) = run(model), run(stock(base))
+    torch.testing.assert_close(logits, logits_twin)
+    torch.testing.assert_close(grad_x, grad_x_twin)
+    assert grads.keys() == grads_twin.keys() and all("lora_" in name for name in grads)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, grads_twin[name], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_base_has_float32_adapters_and_gradients(base):
+    model, twin = ours(base.bfloat16()), stock(base.bfloat16())
+    (logits, _, grads), (logits_twin, _, grads_twin) = run(model), run(twin)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, logits_twin, rtol=0.05, atol=0.02)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    flat, flat_twin = (torch.cat([g.flatten() for g in each.values()]) for each in (grads, grads_twin))
+    assert (flat - flat_twin).norm() < 0.02 * flat_twin.norm()
+
+
+def test_dropout_goes_peft_s_way(base):
+    model, twin = ours(base, dropout=0.5).train(), stock(base, lora_dropout=0.5).train()
+    outputs = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        outputs.append(each(TOKENS).logits)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], model.eval()(TOKENS).logits)
+
+
+def test_disabled_adapters_leave_the_base_exactly(base):
+    before = base(TOKENS).logits
+    model = ours(base)
+    adapted = model(TOKENS).logits
+    with adapters_disabled(model):
+        assert torch.equal(model(TOKENS).logits, before)
+    assert torch.equal(model(TOKENS).logits, adapted) and not torch.equal(adapted, before)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_a_fresh_adapter_changes_nothing(base):
+    torch.testing.assert_close(add_lora(copy.deepcopy(base), LoraSettings())(TOKENS).logits, base(TOKENS).logits)
+
+
+def test_saved_adapter_loads_in_plain_peft(base, tmp_path):
+    model = ours(base)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert any(type(m) is LoraLinear for m in loaded.modules())
+    assert not any(isinstance(m, ComputeDtypeLinear) for m in loaded.modules())
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(compute_in_base_dtype(loaded)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_all_linear_leaves_the_head_alone(base):
+    untied = LlamaForCausalLM(LlamaConfig(**SIZES))
+    for model in (base, untied):
+        adapted = {n for n, m in add_lora(model, LoraSettings()).named_modules() if isinstance(m, LoraLinear)}
+        assert adapted and not any("lm_head" in name for name in adapted)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "qproj"), ".*no_such"])
+def test_unknown_target_modules_are_named(base, targets):
+    with pytest.raises(ConfigError, match=r"(qproj|no_such), and no linear layer .* down_proj, gate_proj, k_proj"):
+        add_lora(base, LoraSettings(target_modules=targets))
+
+
+def test_target_modules_choose_the_layers(base):
+    model = add_lora(base, LoraSettings(target_modules=("q_proj", "v_proj")))
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert names == {"q_proj", "v_proj"}
+
+
+def test_merged_weights_do_what_the_adapter_does(base):
+    model = ours(base)
+    expected = model(TOKENS).logits
+    merged = merged_weights(model)
+    assert len(merged) == 14
+    for linear, weight in merged.items():
+        linear.weight.data = weight
+    with adapters_disabled(model):
+        torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
+def test_merged_weights_are_rounded_once(base):
+    model = ours(base.bfloat16())
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    up, down = (matrices["default"].weight.double() for matrices in (layer.lora_B, layer.lora_A))
+    exact = layer.weight.double() + 1.5 * up @ down
+    merged = merged_weights(model)[layer.get_base_layer()]
+    assert merged.dtype == torch.bfloat16
+    assert (merged != exact.bfloat16()).double().mean() < 0.01, "up to ties broken by float32 rounding"
+
+
+def test_what_cannot_be_merged_is_refused(base):
+    with pytest.raises(ConfigError, match=r"q_proj cannot be merged .* set rollout.merge_lora to false"):
+        merged_weights(add_lora(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
+
+
+def test_variants_of_lora_go_peft_s_way(base):
+    config = {"r": 2, "target_modules": ["q_proj", "up_proj"], "use_dora": True}
+    model, twin = randomise(add_lora(copy.deepcopy(base), LoraConfig(**config))), copy.deepcopy(base)
+    twin = randomise(get_peft_model(twin, LoraConfig(**config)))
+    assert torch.equal(model(TOKENS).logits, twin(TOKENS).logits)
+
+
+def test_has_adapters(base):
+    assert not has_adapters(base)
+    assert has_adapters(ours(base))
