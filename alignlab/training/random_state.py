@@ -17,7 +17,7 @@ class RandomState:
     """States of the generators of one rank.
 
     Attributes:
-        tensors: "torch", "numpy", "python", and "cuda.<device>" for each CUDA device in use.
+        tensors: "torch", "numpy", "python", and "cuda", of the rank's own device, where CUDA is in use.
         state: what is not a tensor of numpy's and Python's states, as JSON.
     """
 
@@ -35,8 +35,7 @@ def random_state() -> RandomState:
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
     }
     if torch.cuda.is_initialized():
-        states = torch.cuda.get_rng_state_all()
-        tensors |= {f"cuda.{device}": state for device, state in enumerate(states)}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     state = {
         "python": {"version": version, "gauss": python_gauss},
         "numpy": {
@@ -52,9 +51,8 @@ def random_state() -> RandomState:
 def restore_random_state(saved: RandomState) -> None:
     """Put the generators back to where `random_state` saw them."""
     torch.set_rng_state(saved.tensors["torch"])
-    for name, tensor in saved.tensors.items():
-        if name.startswith("cuda."):
-            torch.cuda.set_rng_state(tensor, device=int(name.removeprefix("cuda.")))
+    if "cuda" in saved.tensors:
+        torch.cuda.set_rng_state(saved.tensors["cuda"])
     python, numpy = saved.state["python"], saved.state["numpy"]
     random.setstate((python["version"], tuple(saved.tensors["python"].tolist()), python["gauss"]))
     keys = saved.tensors["numpy"].numpy().astype(np.uint32)

@@ -2,6 +2,7 @@ import json
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from alignlab.training.random_state import RandomState, random_state, restore_random_state
@@ -35,3 +36,13 @@ def test_a_saved_state_does_not_move_with_the_generator() -> None:
     restore_random_state(saved)
     assert torch.equal(torch.rand(4), first)
     assert not torch.equal(torch.rand(4), first)
+
+
+@pytest.mark.gpu
+def test_the_cuda_generator_goes_on_exactly() -> None:
+    torch.cuda.manual_seed(0)
+    torch.rand(1, device="cuda")
+    saved = random_state()
+    expected = torch.rand(4, device="cuda")
+    restore_random_state(saved)
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
