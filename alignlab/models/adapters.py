@@ -31,6 +31,7 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
+        """x [..., in], weight [out, in], bias [out], down [rank, in], up [out, rank] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
         low_down, low_up = down.to(weight.dtype), up.to(weight.dtype)
         inner = rows @ low_down.T
@@ -41,6 +42,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, down and up; the last two in float32, as the adapter's weights."""
         rows, inner, weight, down, up = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad_rows @ up.to(weight.dtype)).mul_(ctx.scale)
@@ -56,6 +58,7 @@ class ComputeDtypeLinear(LoraLinear):
     """PEFT's LoRA layer around a frozen `nn.Linear`; whatever is not plain LoRA goes PEFT's way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]."""
         name = self._plain_adapter(x)
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
@@ -63,15 +66,21 @@ class ComputeDtypeLinear(LoraLinear):
         return _LoraProduct.apply(x, base.weight, base.bias, down, up, self.scaling[name])
 
     def _plain_adapter(self, x: Tensor) -> str | None:
-        """The one active adapter, if it is plain LoRA."""
+        """The one active adapter, if it is plain LoRA on a frozen layer of the input's dtype."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1:
+        if self.disable_adapters or self.merged or len(names) != 1 or not _is_plain(self):
             return None
-        name, base = names[0], self.get_base_layer()
-        dropped = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
-        plain = not (dropped or self.lora_variant or self.lora_bias[name] or self.fan_in_fan_out)
-        frozen = type(base) is nn.Linear and not base.weight.requires_grad and x.dtype == base.weight.dtype
-        return name if plain and frozen else None
+        dropped = self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)
+        return None if dropped or not _is_frozen_linear(self.get_base_layer(), x.dtype) else names[0]
+
+
+def _is_frozen_linear(base: nn.Module, dtype: torch.dtype) -> bool:
+    return type(base) is nn.Linear and not base.weight.requires_grad and base.weight.dtype == dtype
+
+
+def _is_plain(layer: LoraLinear) -> bool:
+    """Whether the adapters are low-rank terms and nothing else."""
+    return not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftModel:
@@ -89,7 +98,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftMod
     """
     if isinstance(lora, LoraSettings):
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        _check_targets(model, targets)
+        if targets != "all-linear":
+            _check_targets(model, targets)
         lora = LoraConfig(
             task_type="CAUSAL_LM", target_modules=targets, r=lora.rank, lora_dropout=lora.dropout,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int; a fraction is as good
@@ -99,13 +109,10 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftMod
 
 def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     """PEFT passes over names that match nothing as long as another one matches."""
-    if targets == "all-linear":
-        return
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(targets, str):
-        unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    # PEFT takes a string for a pattern of the whole name, and names of a list for the name's end.
+    patterns = {targets: targets} if isinstance(targets, str) else {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
+    unknown = [target for target, pattern in patterns.items() if not any(re.fullmatch(pattern, n) for n in names)]
     if unknown:
         available = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ConfigError(
@@ -136,7 +143,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: PeftModel) -> dict[nn.Linear, Tensor]:
+def merged_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:
     """Weights that do without the adapter what the model does with it.
 
     Returns:
@@ -150,7 +157,7 @@ def merged_weights(model: PeftModel) -> dict[nn.Linear, Tensor]:
         if not isinstance(layer, BaseTunerLayer):
             continue
         base = layer.get_base_layer()
-        if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear) or not _mergeable(layer):
+        if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear) or not _is_plain(layer):
             raise ConfigError(
                 f"the adapter on {name} cannot be merged into one weight: it must be plain LoRA on a linear layer; "
                 "set rollout.merge_lora to false"
@@ -162,7 +169,3 @@ def merged_weights(model: PeftModel) -> dict[nn.Linear, Tensor]:
                 weight = weight.addmm(up, down, alpha=layer.scaling[adapter])
         merged[base] = weight.to(base.weight.dtype)
     return merged
-
-
-def _mergeable(layer: LoraLinear) -> bool:
-    return not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))

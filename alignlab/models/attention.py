@@ -70,7 +70,9 @@ def attention(
             "uses; load this model with attn_implementation='eager'"
         )
     if layout is None:
-        return _padded(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs), None
+        return _padded(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
+        ), None
     if dropout:
         raise ConfigError(f"attention_dropout is {dropout}, and packed attention has none; set it to 0")
     _calls.count = getattr(_calls, "count", 0) + 1
@@ -86,7 +88,7 @@ def attention(
 
 def _padded(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    scaling: float, dropout: float, softcap: float | None, **kwargs: Any,
+    *, scaling: float, dropout: float, softcap: float | None, **kwargs: Any,
 ) -> Tensor:
     """Attention of an ordinary batch; the mask, which holds any window, is the one that `transformers` made."""
     if softcap is None:

@@ -36,7 +36,10 @@ def packed_attention(
     """
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
     if query.device.type == "cuda":
-        return flex_packed_attention(query, key, value, segments, scaling, sliding_window, softcap, _compiled_flex())
+        return flex_packed_attention(
+            query, key, value, segments,
+            scaling=scaling, sliding_window=sliding_window, softcap=softcap, flex=_compiled_flex(),
+        )
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -69,6 +72,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float, softcap: float | None
     ) -> Tensor:
+        """As `packed_attention`, but [1,K*G,N,D] and [1,K,N,D] -> [1,N,K*G,D] by the blocks of a plan."""
         exact = torch.promote_types(query.dtype, torch.float32)
         num_kv = key.shape[1]
         q, k, v = _rows(query, num_kv, exact).mul_(scaling), _rows(key, num_kv, exact), _rows(value, num_kv)
@@ -92,6 +96,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of query, key and value, in their layout and dtype, from that of the output."""
         query, key, value, out, logsumexp = ctx.saved_tensors
         exact, num_kv = logsumexp.dtype, key.shape[1]
         scaled_q, exact_k = _rows(query, num_kv, exact).mul_(ctx.scaling), _rows(key, num_kv, exact)
@@ -183,7 +188,7 @@ def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor
 
 def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-    scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor],
+    *, scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor],
 ) -> Tensor:
     """The same by torch's FlexAttention, whose mask of blocks is made once for `segments` and a window."""
     masks: dict[int | None, BlockMask] = segments.__dict__.setdefault("_flex_masks", {})

@@ -77,7 +77,7 @@ def test_bfloat16_base_has_float32_adapters_and_gradients(base):
     model, twin = ours(base.bfloat16()), stock(base.bfloat16())
     (logits, _, grads), (logits_twin, _, grads_twin) = run(model), run(twin)
     assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits, logits_twin, rtol=0.05, atol=0.02)
+    assert (logits - logits_twin).norm() < 0.02 * logits_twin.norm()
     assert all(grad.dtype == torch.float32 for grad in grads.values())
     flat, flat_twin = (torch.cat([g.flatten() for g in each.values()]) for each in (grads, grads_twin))
     assert (flat - flat_twin).norm() < 0.02 * flat_twin.norm()

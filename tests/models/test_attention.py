@@ -43,21 +43,22 @@ def bloom(**options):
     return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, **options))
 
 
-def compare_with_each_alone(model, twin, pack, tokens):
-    """Outputs and gradients of packed tokens are those of each sequence computed alone by `twin`."""
+def error_against_each_alone(model, twin, pack, tokens) -> float:
+    """Largest difference of outputs and gradients from those of each sequence computed alone by `twin`."""
     packed = hidden_states(model, tokens, pack.position_ids, pack)
     weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2))
-    loss, reference = (packed * weights)[pack.sequence_of_token >= 0].sum(), torch.zeros(())
+    loss, reference, errors = (packed * weights)[pack.sequence_of_token >= 0].sum(), torch.zeros(()), []
     for index in sequences_of(pack):
         alone = twin.get_decoder()(input_ids=tokens[index][None]).last_hidden_state[0]
         own = pack.sequence_of_token[index] >= 0
-        torch.testing.assert_close(packed[index][own], alone[own], rtol=1e-4, atol=1e-5)
+        errors.append((packed[index][own] - alone[own]).detach().abs().max())
         reference = reference + (alone * weights[index])[own].sum()
     loss.backward()
     reference.backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+            errors.append((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max().clamp_min(1))
+    return max(float(error) for error in errors)
 
 
 def twin_of(model, implementation="eager"):
@@ -69,21 +70,21 @@ def twin_of(model, implementation="eager"):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_packed_equals_each_sequence_alone(name, pack, tokens, request):
     model = request.getfixturevalue(name)
-    compare_with_each_alone(model, twin_of(model), pack, tokens)
+    assert error_against_each_alone(model, twin_of(model), pack, tokens) < 1e-5
 
 
 @pytest.mark.parametrize("make", [mistral, gemma2], ids=lambda make: make.__name__)
 def test_window_and_soft_cap_reach_across_the_prompt(make, pack, tokens):
     torch.manual_seed(0)
     model = make(attn_implementation="alignlab").eval()
-    compare_with_each_alone(model, twin_of(model), pack, tokens)
+    assert error_against_each_alone(model, twin_of(model), pack, tokens) < 1e-5
 
 
 @pytest.mark.parametrize("make", [gpt2, bloom], ids=lambda make: make.__name__)
 def test_any_other_model_is_computed_on_padded_sequences(make, pack, tokens):
     torch.manual_seed(0)
     model = make(attn_implementation="eager").eval()
-    compare_with_each_alone(model, twin_of(model), pack, tokens)
+    assert error_against_each_alone(model, twin_of(model), pack, tokens) < 1e-5
 
 
 def test_padded_path_equals_the_packed_one_for_prompts_too(llama, pack, tokens):

@@ -137,6 +137,8 @@ def test_flex_rule_is_the_mask(groups, window):
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 1.5)])
 def test_flex_attention_equals_the_dense_mask(pack, window, softcap):
     x = [t.detach() for t in inputs(pack, (4, 2), torch.float32)]
-    out = flex_packed_attention(*x, pack, 0.4, window, softcap, flex_attention)
+    out = flex_packed_attention(
+        *x, pack, scaling=0.4, sliding_window=window, softcap=softcap, flex=flex_attention
+    )
     twin = dense_attention(*x, pack, scaling=0.4, sliding_window=window, softcap=softcap)
     torch.testing.assert_close(out.double(), twin, rtol=1e-5, atol=1e-5)
