@@ -199,9 +199,9 @@ class Learner:
         learning_rate = float(self.schedule.get_last_lr()[0])
         if math.isfinite(grad_norm):
             self.optimizer.step()
+            self.schedule.step()
         else:
             self._nonfinite(packs)
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if self.config.on_nonfinite == "skip":

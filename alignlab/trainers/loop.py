@@ -76,6 +76,7 @@ class TrainingLoop(ABC):
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
         self.title = type(self).__name__
+        self.generate_options: tuple[str, ...] = ()
         self.step = 0
         self.train_seconds = 0.0
         self.before: EvaluationResult | None = None
@@ -166,6 +167,7 @@ class TrainingLoop(ABC):
             num_steps=result.num_steps,
             adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path,
+            generate_options=self.generate_options,
             base_model=causal_lm(self.learner.model).config.name_or_path or None,
         )
 
@@ -217,12 +219,13 @@ class TrainingLoop(ABC):
             barrier=self.accelerator.wait_for_everyone,
         )
 
-    def _restore(self, folder: RunFolder) -> int:
+    def _restore(self, folder: RunFolder) -> int | None:
+        """Take back the newest checkpoint and return its step; None where the run stopped before its first."""
         checkpoint = load_latest(
             folder.checkpoints, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
         )
         if checkpoint is None:
-            return 0
+            return None
         if checkpoint.state["trainer"] != type(self).__name__:
             raise CheckpointError(
                 f"{checkpoint.path} was written by {checkpoint.state['trainer']}, not {type(self).__name__}; "

@@ -35,13 +35,12 @@ def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tenso
     """Count what a step trains on. `reduce_sum` adds a tensor over ranks; every rank must call this together."""
     num_local = 1 + max((max(pack.segments.sequence_ids) for pack in packs), default=-1)
     device = packs[0].tokens.device if packs else torch.device("cpu")
-    sequence_tokens = torch.zeros(num_local, device=device)
+    counts = torch.zeros(num_local, device=device)
     for pack in packs:
-        sequence_tokens += sequence_sum(
-            pack.completion_mask.float(), pack.segments.sequence_of_token, num_sequences=num_local
-        )
-    totals = reduce_sum(torch.stack([sequence_tokens.sum(), (sequence_tokens > 0).sum()]).double())
-    num_tokens, num_sequences = (max(1, round(total)) for total in totals.tolist())
+        counts += sequence_sum(pack.completion_mask.float(), pack.segments.sequence_of_token, num_sequences=num_local)
+    sequence_tokens = counts.long()
+    totals = reduce_sum(torch.stack([sequence_tokens.sum(), (sequence_tokens > 0).sum()]))
+    num_tokens, num_sequences = (max(1, total) for total in totals.tolist())
     return StepTotals(num_tokens, num_sequences, sequence_tokens)
 
 

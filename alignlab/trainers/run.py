@@ -80,6 +80,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         resume = resume and holds_run(config.trainer.output_dir)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
+    trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
     result = trainer.train(resume=resume)
     return RunSummary(_task(config.data), result, trainer.learner.has_adapters)
@@ -167,6 +168,12 @@ def evaluation_data(config: RunConfig) -> DataSettings | None:
     if config.eval_data is not None or config.data.task is None:
         return config.eval_data
     return config.data.model_copy(update={"split": "eval"})
+
+
+def generate_options(data: DataSettings) -> tuple[str, ...]:
+    """Flags with which `alignlab generate` renders a prompt as the training did."""
+    plain = ("--plain",) if data.chat is False else ()
+    return plain if data.system_prompt is None else (*plain, "--system-prompt", data.system_prompt)
 
 
 def _task(data: DataSettings) -> str:

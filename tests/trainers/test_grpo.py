@@ -1,0 +1,205 @@
+"""GRPO as a user runs it: it learns, resumes exactly, survives interruption, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.errors import CheckpointError, ConfigError, RewardError
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.training.rollout_store import read_rollouts
+from tests.trainers.conftest import SPARSE, even_ids
+
+Make = Callable[..., Any]
+
+
+def trained(trainer: GRPOTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.learner.trained.items()}
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)], ids=["full", "lora"])
+def test_learns_a_trivial_task(lora: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    rewards: list[float] = []
+    config = make_config(num_steps=30, group_size=16, learning_rate=3e-2 if lora else 1e-2)
+    model = make_model()
+    with torch.no_grad():  # a random head's logits are so small that an adapter under it could not move them
+        model.get_output_embeddings().weight.mul_(20)
+    trainer = GRPOTrainer(
+        model, even_ids, config, rows, tokenizer=tokenizer, peft_config=lora,
+        callbacks=[lambda _, __, metrics: rewards.append(metrics["reward"])],
+    )
+    trainer.train()
+    assert sum(rewards[:3]) / 3 < 0.65
+    assert sum(rewards[-3:]) / 3 > 0.85
+
+
+def test_first_update_is_on_policy(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """Same weights, same numbers: ratio 1, no KL, and the engine's log-probs are the trainer's."""
+    config = make_config(num_steps=1, num_epochs=1, kl={"coef": 0.1, "placement": "reward"})
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
+    metrics = trainer.train().metrics
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-7)
+    assert metrics["rollout_gap"] < 1e-5
+    assert metrics["clip_frac"] == 0
+    assert metrics["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "num_epochs": 2, "kl": {"coef": 0.1, "target": 0.01}}])
+@pytest.mark.parametrize("architecture", [None, SPARSE], ids=["lora", "moe"])
+def test_resumed_equals_uninterrupted(
+    options: dict[str, Any], architecture: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
+) -> None:
+    lora = None if architecture else LoraSettings(rank=4)
+
+    def trainer(folder: str, **changes: Any) -> GRPOTrainer:
+        config = make_config(output_dir=tmp_path / folder, num_steps=4, lr_schedule="linear", **options, **changes)
+        model = make_model(architecture) if architecture else make_model()
+        return GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
+
+    whole = trainer("whole")
+    whole.train()
+
+    class Stop(Exception):
+        pass
+
+    def crash(_: Any, step: int, __: Any) -> None:
+        if step == 3:
+            raise Stop
+
+    first = trainer("cut", save_every_steps=2)
+    first.callbacks = (crash,)
+    with pytest.raises(Stop):
+        first.train()
+    second = trainer("cut", save_every_steps=2)
+    assert second.train(resume=True).num_steps == 4
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(second)[name]), name
+    tables = [read_rollouts(tmp_path / folder / "rollouts") for folder in ("whole", "cut")]
+    assert tables[0]["token_ids"].to_pylist() == tables[1]["token_ids"].to_pylist()
+
+
+def test_signal_saves_and_resume_goes_on(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    def interrupt(_: Any, step: int, __: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = make_config(num_steps=3)
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=[interrupt])
+    result = trainer.train()
+    assert result.interrupted
+    assert result.num_steps == 2
+    with pytest.raises(ConfigError, match="--resume"):
+        GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train()
+    again = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train(resume=True)
+    assert not again.interrupted
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_resume_with_other_weights_is_refused(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(num_steps=1)
+    GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train()
+    other = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
+    with pytest.raises(CheckpointError, match="train different parameters"):
+        other.train(resume=True)
+
+
+def test_dynamic_sampling_refills_with_groups_that_teach(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """Rows 0-3 always score the same: their groups are dropped for others."""
+
+    def flat_for_some(*, completion_ids: list[list[int]], flat: list[bool], **_: Any) -> list[float]:
+        return [0.5 if same else float(ids[0]) for ids, same in zip(completion_ids, flat, strict=True)]
+
+    data = [row | {"flat": i < 4} for i, row in enumerate(rows)]
+    config = make_config(num_steps=2, dynamic_sampling=True, max_refills=4)
+    trainer = GRPOTrainer(make_model(), flat_for_some, config, data, tokenizer=tokenizer)
+    for step in (1, 2):
+        kept = trainer.collect(step)
+        assert len(kept) == config.num_prompts
+        assert all(len(set(rollout.rewards)) > 1 for rollout in kept)
+
+
+def test_completions_that_do_not_teach_are_masked(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    def some(*, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [None if i % 4 == 0 else float(i) for i in range(len(completion_ids))]
+
+    config = make_config(mask_truncated=True, num_minibatches=2)
+    trainer = GRPOTrainer(make_model(), some, config, rows, tokenizer=tokenizer)
+    rollouts = trainer.collect(1)
+    packs = [pack for packs in trainer.make_experience(1, rollouts) for pack in packs]
+    trained_tokens = sum(
+        len(c.token_ids)
+        for r in rollouts
+        for i, c in enumerate(r.completions)
+        if i % 4 and c.finish_reason != "length"
+    )
+    assert sum(int(pack.completion_mask.sum()) for pack in packs) == trained_tokens
+    assert all(pack.advantages is not None and not pack.advantages[~pack.completion_mask].any() for pack in packs)
+    trainer.learner.update(packs, trainer.loss, trainer.weigh)
+
+
+def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(overlong_buffer_tokens=4, overlong_penalty=2.0, advantage="group_centered")
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
+    rollouts = trainer.collect(1)
+    lengths = torch.tensor([[len(c.token_ids) for c in r.completions] for r in rollouts], dtype=torch.float32)
+    rewards = torch.tensor([r.rewards for r in rollouts]) - (lengths - 2).clamp(min=0) / 4 * 2
+    torch.testing.assert_close(trainer.credit(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
+
+
+def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    kl = {"coef": 1.0, "target": 1e-6, "horizon": 8}
+    trainer = GRPOTrainer(make_model(), even_ids, make_config(num_steps=4, kl=kl), rows, tokenizer=tokenizer)
+    trainer.train()
+    assert trainer.kl_coef > 1.2
+
+
+def test_failing_rewards_stop_the_run_at_their_limit(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    def broken(**_: Any) -> list[float]:
+        raise RuntimeError("no")
+
+    config = make_config(num_steps=4, reward_limits={"max_failures": 1})
+    trainer = GRPOTrainer(make_model(), [even_ids, broken], config, rows, tokenizer=tokenizer)
+    with pytest.raises(RewardError, match="broken"):
+        trainer.train()
+
+
+def test_bfloat16_weights_are_not_trained(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    with pytest.raises(ConfigError, match=r"small updates are lost"):
+        GRPOTrainer(make_model().bfloat16(), even_ids, make_config(), rows, tokenizer=tokenizer)
+
+
+def test_adapter_loads_in_plain_peft(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from alignlab.models.checkpoints import load_model, save_model
+
+    base = tmp_path / "base"
+    save_model(make_model(), base)
+    tokenizer.save_pretrained(base)
+    config = make_config(num_steps=2)
+    model = load_model(str(base), dtype=torch.float32)
+    trainer = GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
+    result = trainer.train()
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.model_path)
+    ids = torch.tensor([[5, 9, 40, 77]])
+    ours, theirs = trainer.learner.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(theirs, AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits, atol=1e-4)
