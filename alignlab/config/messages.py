@@ -84,15 +84,21 @@ def _explain_one(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str
     names, owners = _walk(detail["loc"], model)
     path = ".".join(names)
     if kind == "value_error":
-        separator = "." if isinstance(context["error"], BrokenRule) else ": "
-        return path, f"{path}{separator}{context['error']}" if path else str(context["error"])
+        return path, _joined(path, context["error"])
     if kind == "missing":
-        return path, f"{path} is missing, and must be given{_purpose(names, model)}"
+        return path, f"{path} is missing{MUST}be given{_purpose(names, model)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         found = show(context["tag"]) if "tag" in context else "missing"
         return f"{path}.type", f"{path}.type is {found}{MUST}be {' or '.join(str(_tag(each)) for each in owners)}"
     must = RULES[kind].format(**context) if kind in RULES else f"satisfy: {detail['msg']}"
     return path, f"{path or model.__name__} is {show(value)}{MUST}{must}{_fix(kind, value, context)}"
+
+
+def _joined(path: str, cause: ValueError) -> str:
+    """A validator's message, which names fields relative to the section at `path`."""
+    if not path:
+        return str(cause)
+    return f"{path}.{cause}" if isinstance(cause, BrokenRule) else f"{path}: {cause}"
 
 
 def _fix(kind: str, value: object, context: Mapping[str, Any]) -> str:

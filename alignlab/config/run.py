@@ -78,15 +78,21 @@ class RunConfig(Frozen):
         for name, data in (("data", self.data), ("eval_data", self.eval_data)):
             if data is not None and data.path is None and data.task is None:
                 raise BrokenRule(f"{name}.path", None, "be given where there is no task", "give a path or a task")
+        self._check_disjoint("data", self.data)
+        if self.warm_start is not None and self.warm_start.data is not None:
+            self._check_disjoint("warm_start.data", self.warm_start.data)
+
+    def _check_disjoint(self, name: str, trained_on: DataSettings) -> None:
+        """A task's questions are divided by `split` and `eval_frac`: evaluation must be on the other side."""
         held_out = self.eval_data or self.data.model_copy(update={"split": "eval"})
-        if held_out.task is not None and (held_out.task, held_out.split) == (self.data.task, self.data.split):
-            blamed = "data.split" if self.eval_data is None else "eval_data.split"
-            must = "be a split that is not trained on" if self.eval_data else "leave problems for evaluation"
-            raise BrokenRule(blamed, held_out.split, must, f"use {'train' if self.eval_data is None else 'eval'}")
-        frac = self.data.eval_frac
-        if held_out.task is not None and held_out.task == self.data.task and held_out.eval_frac != frac:
-            must = f"be data.eval_frac ({frac}): it decides which questions are trained on"
-            raise BrokenRule("eval_data.eval_frac", held_out.eval_frac, must, f"use {frac}")
+        if held_out.task is None or held_out.task != trained_on.task:
+            return
+        if held_out.split == trained_on.split:
+            must = "not be the split that accuracy is measured on"
+            raise BrokenRule(f"{name}.split", trained_on.split, must, "use train, and eval for eval_data")
+        if held_out.eval_frac != trained_on.eval_frac:
+            must = f"be the evaluation data's ({held_out.eval_frac}): it decides which questions are trained on"
+            raise BrokenRule(f"{name}.eval_frac", trained_on.eval_frac, must, f"use {held_out.eval_frac}")
 
     def _check_rewards(self) -> None:
         if isinstance(self.trainer, GRPOConfig) and not self.rewards:

@@ -129,11 +129,11 @@ def test_data_is_one_source_with_settings_of_its_own(data, blamed):
 
 
 def test_evaluation_on_the_training_split_of_a_task_is_refused():
-    assert run_message(eval_data={"task": "chain_sum"}).endswith("use eval")
+    assert run_message(eval_data={"task": "chain_sum"}).endswith("use train, and eval for eval_data")
+    warm_start = {"data": {"task": "chain_sum", "split": "eval"}}
+    assert run_message(warm_start=warm_start).startswith("warm_start.data.split is 'eval', and must not be")
     held_out = {"task": "chain_sum", "split": "eval", "eval_frac": 0.5}
-    assert run_message(eval_data=held_out) == (
-        "eval_data.eval_frac is 0.5, and must be data.eval_frac (0.2): it decides which questions are trained on; use 0.2"
-    )
+    assert run_message(eval_data=held_out).startswith("data.eval_frac is 0.2, and must be the evaluation data's (0.5)")
     assert RunConfig.model_validate(RUN | {"eval_data": held_out | {"eval_frac": 0.2}}).eval_data is not None
 
 
