@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: Rotation, attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden states [B,N,hidden size], and its weights where the attention function gives them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.use_qk_norm:
@@ -179,7 +180,7 @@ class PolicyModel(PolicyPreTrainedModel):
     @capture_outputs
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        *, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
         routing: RoutingRecord | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Final hidden states.
@@ -199,11 +200,7 @@ class PolicyModel(PolicyPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
         masks = self._masks(attention_mask, hidden_states, past_key_values, position_ids, kwargs.get("layout"))
-        counting = bool(self.config.sparse_layers) and self.training and torch.is_grad_enabled()
-        if counting and routing is None:
-            routing = RoutingRecord()
-        if routing is not None:
-            routing.begin(counting=counting)
+        routing = self._begin_routing(routing)
         rotation = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
@@ -211,6 +208,15 @@ class PolicyModel(PolicyPreTrainedModel):
                 past_key_values=past_key_values, use_cache=use_cache, routing=routing, **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _begin_routing(self, routing: RoutingRecord | None) -> RoutingRecord | None:
+        """The pass's record. Training always has one: activation checkpointing must find the choices it made."""
+        counting = self.training and torch.is_grad_enabled() and bool(self.config.sparse_layers)
+        if routing is None and not counting:
+            return None
+        routing = RoutingRecord() if routing is None else routing
+        routing.begin(counting=counting)
+        return routing
 
     def _masks(
         self, mask: Any, hidden_states: Tensor, cache: Cache | None, position_ids: Tensor, layout: Any
@@ -248,7 +254,7 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        *, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B,N,V] (of the last `logits_to_keep` tokens), and the cross-entropy where `labels` are given."""
