@@ -5,7 +5,7 @@ float32 (float64 stays float64), and returns one value a token or a sequence. Av
     logprobs         head_logits, chunked_logprobs: log-probs and entropy without the full logits
     kl               kl_k1, kl_k2, kl_k3, kl_loss, adapt_kl_coef
     advantages       group_normalized, group_centered, leave_one_out, batch_whitened, mixed_groups
-    policy_losses    ppo_clip, gspo_clip, cispo, reinforce, ratio_metrics
+    policy_losses    ppo_clip, gspo_clip, cispo, reinforce, clip_acts
     moe_losses       load balance, router z-loss, router bias
     shaping          overlong_penalty
     estimators       pass_at_k

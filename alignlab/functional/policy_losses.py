@@ -146,48 +146,11 @@ def reinforce(logprobs: Float[Tensor, "N"], advantages: Float[Tensor, "N"]) -> L
 
 
 @torch.no_grad()
-def ratio_metrics(
-    logprobs: Float[Tensor, "N"],
-    old_logprobs: Float[Tensor, "N"],
-    ratio: Float[Tensor, "N"],
-    advantages: Float[Tensor, "N"],
-    mask: Bool[Tensor, "N"],
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> dict[str, Float[Tensor, ""]]:
-    """How far an update has moved from the policy that sampled, as numbers that can be added over packs and ranks.
-
-    Args:
-        logprobs, old_logprobs: of each token, nats.
-        ratio: what the surrogate returned.
-        advantages: of each token.
-        mask: tokens that count.
-        clip_low, clip_high: the surrogate's bounds.
-
-    Returns:
-        tokens: masked tokens, to divide the other sums by.
-        ratio: sum of the ratio.
-        clipped_low: tokens whose gradient the lower bound stopped: A < 0 and ratio < 1 - clip_low.
-        clipped_high: tokens that the upper bound acted on: A > 0 and ratio > 1 + clip_high.
-        old_kl: sum of exp(d) - 1 - d, d = logprobs - old_logprobs: estimates KL(old || policy), nats.
-        ratio_max: largest ratio, 0 without tokens; not a sum: take the maximum over packs and ranks.
-    """
-    ratio = at_least_float32(ratio)
-    counted = mask.to(ratio.dtype)
-    low = (advantages < 0) & (ratio < 1.0 - clip_low)
-    high = (advantages > 0) & (ratio > 1.0 + clip_high)
-    log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
-    old_kl = clamped_exp(log_ratio) - 1.0 - log_ratio
-    masked_ratio = torch.where(mask, ratio, 0.0)
-    return {
-        "tokens": counted.sum(),
-        "ratio": masked_ratio.sum(),
-        "clipped_low": (low & mask).to(ratio.dtype).sum(),
-        "clipped_high": (high & mask).to(ratio.dtype).sum(),
-        "old_kl": torch.where(mask, old_kl, 0.0).sum(),
-        "ratio_max": masked_ratio.amax() if masked_ratio.numel() else masked_ratio.sum(),
-    }
+def clip_acts(
+    ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"], *, clip_low: float, clip_high: float
+) -> Bool[Tensor, "N"]:
+    """Where the bounds of `ppo_clip` and `gspo_clip` stop the gradient: A < 0 below the lower, A > 0 above the upper."""
+    return ((advantages < 0) & (ratio < 1.0 - clip_low)) | ((advantages > 0) & (ratio > 1.0 + clip_high))
 
 
 def _clipped(

@@ -16,7 +16,7 @@ from torch import Tensor
 from alignlab.config.trainers import GRPOConfig
 from alignlab.functional import advantages as advantage_functions
 from alignlab.functional.kl import adapt_kl_coef, kl_k1, kl_k3, kl_loss
-from alignlab.functional.policy_losses import cispo, gspo_clip, ppo_clip, reinforce
+from alignlab.functional.policy_losses import cispo, clip_acts, gspo_clip, ppo_clip, reinforce
 from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.shaping import overlong_penalty
 from alignlab.models.policy import PolicyOutput
@@ -104,7 +104,8 @@ class GRPOTrainer(OnlineTrainer):
         logprobs, config = output.logprobs, self.config
         old = logprobs.detach() if experience.old_logprobs is None else experience.old_logprobs
         token_loss, ratio = self._surrogate(logprobs, old, experience)
-        metrics = {"ratio": ratio, "clip_frac": self._clipped(ratio).float()}
+        metrics = {"ratio": ratio, "clip_frac": self._clipped(ratio, experience).float()}
+        metrics["approx_kl"] = kl_k3(old, logprobs)
         if experience.rollout_logprobs is not None:
             metrics["rollout_gap"] = (logprobs - experience.rollout_logprobs).abs()
         if experience.ref_logprobs is not None:
@@ -147,9 +148,17 @@ class GRPOTrainer(OnlineTrainer):
             case "reinforce":
                 return reinforce(logprobs, advantages)
 
-    def _clipped(self, ratio: Tensor) -> Tensor:
-        ratio = ratio.detach()
-        return (ratio < 1 - self.config.clip_low) | (ratio > 1 + self.config.clip_high)
+    def _clipped(self, ratio: Tensor, experience: Experience) -> Tensor:
+        """Tokens [N] on which a bound of the surrogate acts."""
+        assert experience.advantages is not None
+        low, high = self.config.clip_low, self.config.clip_high
+        match self.config.surrogate:
+            case "reinforce":
+                return torch.zeros_like(experience.completion_mask)
+            case "cispo":
+                return ratio > 1 + high
+            case _:
+                return clip_acts(ratio, experience.advantages, clip_low=low, clip_high=high)
 
     def state(self) -> dict[str, Any]:
         """The loop's state and the KL coefficient."""

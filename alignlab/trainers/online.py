@@ -27,6 +27,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
+from alignlab.functional.advantages import mixed_groups
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import (
@@ -163,8 +164,8 @@ class OnlineTrainer(TrainingLoop):
             rows = self.sampler.next()[rank::ranks]
             seed = random.Random(f"{self.config.seed}/{step}/{attempt}/{rank}").getrandbits(62)
             for rollout in self.generate([self.prompts[row] for row in rows], seed):
-                teaches = not self.config.dynamic_sampling or len(set(rollout.rewards)) > 1
-                (kept if teaches else dull).append(rollout)
+                mixed = bool(mixed_groups(torch.tensor([rollout.rewards])))
+                (kept if mixed or not self.config.dynamic_sampling else dull).append(rollout)
             if not self._any_rank(len(kept) < wanted):
                 break
         # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.

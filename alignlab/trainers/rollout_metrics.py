@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from alignlab.functional.advantages import mixed_groups
 from alignlab.types import Rollout
 
 
@@ -27,7 +28,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
         "num_completion_tokens": sum(len(c.token_ids) for c in completions),
         "truncated": sum(c.finish_reason == "length" for c in completions),
         "groups": len(rollouts),
-        "mixed": sum(len(set(rollout.rewards)) > 1 for rollout in rollouts),
+        "mixed": int(mixed_groups(torch.tensor([rollout.rewards for rollout in rollouts])).sum()),
         "rewarded": len(rewards),
         "reward": sum(rewards),
         "reward_squared": sum(r * r for r in rewards),

@@ -182,40 +182,10 @@ def test_old_logprobs_get_no_gradient_and_half_precision_becomes_float32():
     assert old.grad is None
 
 
-def test_metrics_by_hand():
-    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 9.0])
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
-    mask = torch.tensor([True, True, True, True, False])
-    metrics = policy_losses.ratio_metrics(ratio.log(), torch.zeros(5), ratio, advantages, mask, **CLIP)
-    kl = 2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5))
-    expected = dict(tokens=4, ratio=4.0, clipped_low=1, clipped_high=1, old_kl=kl, ratio_max=1.5)
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
-
-
-def test_metrics_add_up_over_packs_and_survive_an_empty_one():
-    generator = torch.Generator().manual_seed(0)
-    logprobs, old, advantages = (torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(3))
-    mask = torch.rand(12, generator=generator) > 0.3
-    ratio = (logprobs - old).exp()
-
-    def metrics(part):
-        return policy_losses.ratio_metrics(logprobs[part], old[part], ratio[part], advantages[part], mask[part], **CLIP)
-
-    whole, parts = metrics(slice(0, 12)), [metrics(slice(0, 5)), metrics(slice(5, 5)), metrics(slice(5, 12))]
-    for name, value in whole.items():
-        combine = max if name == "ratio_max" else sum
-        assert combine(p[name].item() for p in parts) == pytest.approx(value.item())
-
-
-def test_old_kl_is_the_divergence_from_the_old_policy():
-    """Exactly, in expectation over the old policy's tokens."""
-    old, new = (torch.log_softmax(torch.tensor(z, dtype=torch.float64), -1) for z in ([0.0, 1, 2], [1.0, 0, 1]))
-    expected = twin.kl(old.exp().tolist(), new.exp().tolist())
-    mask = torch.ones(1, dtype=torch.bool)
-    total = 0.0
-    for a in range(3):
-        one = slice(a, a + 1)
-        ratio = (new[one] - old[one]).exp()
-        metrics = policy_losses.ratio_metrics(new[one], old[one], ratio, torch.ones(1), mask, **CLIP)
-        total += old[a].exp().item() * metrics["old_kl"].item()
-    assert total == pytest.approx(expected)
+def test_clip_acts_by_hand():
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 0.9])
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])
+    assert policy_losses.clip_acts(ratio, advantages, **CLIP).tolist() == [True, True, False, False, False, False]
+    logprobs = ratio.log().requires_grad_()
+    policy_losses.ppo_clip(logprobs, torch.zeros(6), advantages, **CLIP)[0].sum().backward()
+    assert (logprobs.grad == 0).tolist() == [True, True, False, False, False, False]
