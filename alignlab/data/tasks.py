@@ -82,24 +82,29 @@ def _distinct(
     task: str, options: Mapping[str, Any], split: str, wanted: int, eval_frac: float, seed: int
 ) -> list[dict[str, Any]]:
     """Up to `wanted` rows; stops early once a long run of draws has brought nothing new."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     draws_since_new = 0
     for entry in _draws(task, options, seed):
         if len(rows) >= wanted or draws_since_new >= max(_PATIENCE, 10 * len(seen)):
             break
         question = entry["question"]
-        draws_since_new = 0 if question not in seen else draws_since_new + 1
-        if question not in seen and split_of(question, eval_frac=eval_frac) == split:
-            rows[question] = {
-                "prompt": question,
-                "answer": str(entry["answer"]),
-                "task": task,
-                "task_options": dict(options),
-                "metadata": entry["metadata"],
-            }
+        if question in seen:
+            draws_since_new += 1
+            continue
+        draws_since_new = 0
         seen.add(question)
-    return list(rows.values())
+        if split_of(question, eval_frac=eval_frac) == split:
+            rows.append(
+                {
+                    "prompt": question,
+                    "answer": str(entry["answer"]),
+                    "task": task,
+                    "task_options": dict(options),
+                    "metadata": entry["metadata"],
+                }
+            )
+    return rows
 
 
 def _draws(task: str, options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,13 +47,7 @@ class _Batch:
         known = parameters(reward.function)
         if known is None:
             return given
-        missing = [
-            name
-            for name, parameter in known.items()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            and name not in given
-        ]
+        missing = [name for name in _required(known) if name not in given]
         if missing:
             raise RewardFailure(
                 "missing column",
@@ -217,17 +211,29 @@ def _as_number(value: Any, sample: int) -> float | None:
 
 def _batch(rollouts: Sequence[Rollout]) -> _Batch:
     """One entry a completion. A column that a row lacks is None there."""
-    names = dict.fromkeys(name for rollout in rollouts for name in rollout.prompt.columns if name not in _RESERVED)
     pairs = [(rollout.prompt, completion) for rollout in rollouts for completion in rollout.completions]
+    names = dict.fromkeys(name for prompt, _ in pairs for name in prompt.columns if name not in _RESERVED)
     return _Batch(
         prompts=[prompt.text for prompt, _ in pairs],
-        completions=[
-            completion.text if isinstance(prompt.text, str) else [{"role": "assistant", "content": completion.text}]
-            for prompt, completion in pairs
-        ],
+        completions=[_like_prompt(prompt.text, completion.text) for prompt, completion in pairs],
         completion_ids=[list(completion.token_ids) for _, completion in pairs],
         columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
     )
+
+
+def _like_prompt(prompt: Text, completion: str) -> str | list[Message]:
+    """A string after a string, a chat message after a chat."""
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
+
+def _required(known: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names of the parameters that a call must give."""
+    return [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
 
 
 def _with_distinct_names(rewards: Sequence[LoadedReward]) -> tuple[LoadedReward, ...]:

@@ -80,9 +80,9 @@ def test_plain_text_is_framed_once(framing_tokenizer: PreTrainedTokenizerFast) -
 
 def test_a_token_is_not_merged_over_the_end_of_the_prompt(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(plain_tokenizer("at")["input_ids"]) == 1
-    (example,) = examples_from_rows([{"prompt": "What is a", "answer": "t"}], DataSettings(), plain_tokenizer)
-    assert taught(example, plain_tokenizer) == "t<|endoftext|>"
-    assert example.token_ids[:-2] == tuple(plain_tokenizer("What is a")["input_ids"])
+    (example,) = examples_from_rows([{"prompt": "What is a", "answer": "t 1"}], DataSettings(), plain_tokenizer)
+    assert taught(example, plain_tokenizer) == "t 1<|endoftext|>"
+    assert example.token_ids[:-4] == tuple(plain_tokenizer("What is a")["input_ids"])
 
 
 def test_an_unstable_template_is_refused(

@@ -75,6 +75,7 @@ def test_bins_hold_each_item_once_and_are_half_full_on_average(sizes: list[int],
 
 
 def test_bins_are_few_and_even() -> None:
+    assert balanced_bins([4, 4, 6, 6], 10) == [[0, 2], [1, 3]]
     assert balanced_bins([6, 4, 3, 3, 2, 2], 10) == [[0, 1], [2, 3, 4, 5]]
     assert balanced_bins([1] * 12, 10) == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
 

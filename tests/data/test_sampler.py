@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab.data.sampler import IndexSampler
@@ -10,6 +10,7 @@ from alignlab.errors import CheckpointError, ConfigError
 sizes = st.integers(1, 20)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 7), st.integers(0, 5), st.integers(1, 4))
 def test_every_item_once_an_epoch(num_items: int, batch_size: int, seed: int, epochs: int) -> None:
     sampler = IndexSampler(num_items, batch_size, seed)
@@ -22,6 +23,7 @@ def test_every_item_once_an_epoch(num_items: int, batch_size: int, seed: int, ep
         assert sorted(drawn[epoch * num_items : (epoch + 1) * num_items]) == list(range(num_items))
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 7), st.integers(0, 5), st.integers(0, 15))
 def test_resumed_equals_uninterrupted(num_items: int, batch_size: int, seed: int, batches: int) -> None:
     whole = IndexSampler(num_items, batch_size, seed)
