@@ -64,15 +64,18 @@ def test_sharing_a_prompt_equals_copying_it(groups, heads):
     assert max(relative_errors(ours, x, alone, y)) < 1e-5
 
 
-@settings(max_examples=15, deadline=None)
-@given(packs(max_length=20), WINDOWS)
-def test_bfloat16_is_off_by_its_rounding(groups, window):
-    segments = make_segments(groups)
+@pytest.mark.parametrize("window", [None, 12])
+def test_bfloat16_is_off_by_its_rounding(window):
+    segments = make_segments([(30, [40, 25]), (50, [])])
     x = inputs(segments, (4, 2), torch.bfloat16)
     y = [t.detach().double().requires_grad_() for t in x]
     options = {"scaling": 0.35, "sliding_window": window}
-    errors = relative_errors(packed_attention(*x, segments, **options), x, dense_attention(*y, segments, **options), y)
-    assert max(errors) < 0.03
+    ours, twin = packed_attention(*x, segments, **options), dense_attention(*y, segments, **options)
+    grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours.backward(grad)
+    twin.backward(grad.double())
+    for mine, exact in [(ours, twin), *((a.grad, b.grad) for a, b in zip(x, y, strict=True))]:
+        assert (mine.double() - exact).norm() < 0.01 * exact.norm()  # half a unit in the last place is 0.002
 
 
 @pytest.mark.parametrize("window", [None, 10])
