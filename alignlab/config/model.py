@@ -25,7 +25,7 @@ class LoraSettings(Frozen):
 class TokenizerTraining(Frozen):
     """A byte-pair tokenizer trained from the text of the training task."""
 
-    vocab_size: int = Field(512, ge=64)
+    vocab_size: int = Field(512, ge=258)
     num_texts: int = Field(2000, ge=1)
     """Prompts and answers to read."""
 

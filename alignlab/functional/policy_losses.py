@@ -149,7 +149,7 @@ def reinforce(logprobs: Float[Tensor, "N"], advantages: Float[Tensor, "N"]) -> L
 def clip_acts(
     ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"], *, clip_low: float, clip_high: float
 ) -> Bool[Tensor, "N"]:
-    """Where the bounds of `ppo_clip` and `gspo_clip` stop the gradient: A < 0 below the lower, A > 0 above the upper."""
+    """Where the bounds of `ppo_clip` and `gspo_clip` act: on A < 0 below the lower, on A > 0 above the upper."""
     return ((advantages < 0) & (ratio < 1.0 - clip_low)) | ((advantages > 0) & (ratio > 1.0 + clip_high))
 
 

@@ -237,18 +237,24 @@ class OnlineTrainer(TrainingLoop):
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
         self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
-        stack.callback(self._close_store)
+        stack.callback(self._close)
 
-    def _close_store(self) -> None:
+    def _close(self) -> None:
         self.store = None
+        self.rewards.close()
 
     def state(self) -> dict[str, Any]:
-        """Position in the data and the version of the policy."""
-        return {"sampler": self.sampler.state_dict(), "policy_version": self.engine.policy_version}
+        """Position in the data, version of the policy, failures of rewards so far."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "policy_version": self.engine.policy_version,
+            "reward_failures": [[*key, count] for key, count in self.rewards.failures.items()],
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; the engine takes over the restored weights."""
         self.sampler.load_state_dict(state["sampler"])
+        self.rewards.failures.update({(name, kind): count for name, kind, count in state["reward_failures"]})
         self.engine.update_weights(state["policy_version"])
 
 

@@ -1,0 +1,92 @@
+"""A whole run from one YAML file: tokenizer, warm start, reinforcement learning, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from alignlab.config.loader import load_config
+from alignlab.data.prompts import load_prompts
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import ConfigError
+from alignlab.trainers.run import evaluation_data, generate_options, run
+
+CONFIG = """
+model:
+  architecture:
+    {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
+     num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 32, mlp_layer_types: [sparse, sparse]}
+  tokenizer: {vocab_size: 300, num_texts: 50}
+data: {task: chain_sum, task_options: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}, size: 60}
+rewards: [{name: reasoning_gym_answer}]
+warm_start: {trainer: {num_steps: 3, num_sequences: 8, learning_rate: 1e-2, trackers: []}}
+trainer:
+  type: grpo
+  num_steps: 2
+  num_prompts: 4
+  group_size: 4
+  learning_rate: 1e-3
+  trackers: []
+  sampling: {max_new_tokens: 4}
+evaluation: {num_problems: 6, num_samples: 2}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_whole_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    summary = run(load_config(config_file, [f"trainer.output_dir={folder}"])).to_json()
+    assert summary["task"] == "chain_sum"
+    assert set(summary["before"]) == set(summary["after"]) == {"greedy", "sampled"}
+    assert summary["num_steps"] == 2
+    assert summary["model"] == str(folder / "model")
+    assert json.loads((folder / "report.json").read_text())["num_steps"] == 2
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((folder / "rollouts").glob("*.parquet"))) == 2
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    loads = [value for name, value in metrics[-2].items() if name.startswith("expert_load/")]
+    assert len(loads) == 4
+    assert sum(loads) == pytest.approx(1)
+    import alignlab.models.checkpoints  # noqa: F401  # registers the model type
+
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    with pytest.raises(ConfigError, match="nothing was overwritten"):
+        run(load_config(config_file, [f"trainer.output_dir={folder}"]))
+
+
+def test_resume_skips_a_finished_warm_start(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changes = [f"trainer.output_dir={folder}", "trainer.save_every_steps=1"]
+    run(load_config(config_file, changes))
+    warm = (folder / "warm_start" / "metrics.jsonl").read_text()
+    again = run(load_config(config_file, [*changes, "trainer.num_steps=3"]), resume=True)
+    assert again.result.num_steps == 3
+    assert (folder / "warm_start" / "metrics.jsonl").read_text() == warm
+
+
+def test_training_and_evaluation_problems_are_disjoint(config_file: Path) -> None:
+    config = load_config(config_file, [])
+    tokenizer = train_tokenizer(["1 + 2"], vocab_size=262)
+    held_out = evaluation_data(config)
+    assert held_out is not None
+    for seed in (0, 1):
+        training = load_prompts(config.data.model_copy(update={"seed": seed}), tokenizer)
+        evaluation = load_prompts(held_out, tokenizer)
+        assert len(evaluation) >= 6
+        assert {p.text for p in training}.isdisjoint(p.text for p in evaluation)
+
+
+def test_generate_options_render_as_training_did(config_file: Path) -> None:
+    data: Any = load_config(config_file, ["data.system_prompt=Be brief.", "data.chat=false"]).data
+    assert generate_options(data) == ("--plain", "--system-prompt", "Be brief.")
+    assert generate_options(load_config(config_file, []).data) == ()
