@@ -233,4 +233,3 @@ class Learner:
             "expert_load_max": float(load.max()) * load.shape[-1],
             **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
         }
-

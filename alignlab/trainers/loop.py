@@ -132,9 +132,7 @@ class TrainingLoop(ABC):
             self.accelerator.wait_for_everyone()
             resume_step = self._restore(folder) if resume else None
             logger = stack.enter_context(
-                MetricsLogger(
-                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step
-                )
+                MetricsLogger(folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step)
             )
             self.open(stack, folder, resume_step)
             result = self._train(folder, logger)
@@ -153,9 +151,7 @@ class TrainingLoop(ABC):
             interrupted = self.step < self.config.num_steps
             after = None if interrupted else self._evaluate(logger)
             path = self._save_model(folder)
-        return TrainResult(
-            self.step, self.train_seconds, path, interrupted, metrics, self.before, after, folder.path
-        )
+        return TrainResult(self.step, self.train_seconds, path, interrupted, metrics, self.before, after, folder.path)
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters

@@ -10,6 +10,7 @@ memory is its own; the first step of each is warm-up and left out. TRL generates
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, GROUP, NEW_TOKENS, STEPS = 4, 8, 64, 3
-WORDS = "river stone paper glass winter summer light garden window bridge market letter".split()
+WORDS = ["river", "stone", "paper", "glass", "winter", "summer", "light", "garden", "window", "bridge", "market"]
 
 
 def rows(prompt_tokens: int) -> list[dict[str, str]]:
     """Distinct prompts of about this many tokens."""
-    return [{"prompt": f"{i}: " + " ".join(WORDS[(i + j) % len(WORDS)] for j in range(prompt_tokens - 3))} for i in range(16)]
+    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(prompt_tokens - 3)) for i in range(16)]
+    return [{"prompt": f"{i}: {text}"} for i, text in enumerate(texts)]
 
 
 def length_reward(completions: list[str], **_: Any) -> list[float]:
@@ -60,7 +62,7 @@ def ours(prompt_tokens: int) -> list[float]:
             callbacks=[lambda *_: times.append(time.perf_counter())],
         )
         trainer.train()
-        return [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times[1:])]
 
 
 def peer(prompt_tokens: int) -> list[float]:
@@ -104,13 +106,14 @@ def peer(prompt_tokens: int) -> list[float]:
             callbacks=[Clock()],
         )
         trainer.train()
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def measure(who: str, prompt_tokens: int) -> dict[str, Any]:
     """Run one side in a process of its own."""
     command = [sys.executable, __file__, "--only", who, "--prompt-tokens", str(prompt_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-4000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

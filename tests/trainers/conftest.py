@@ -22,7 +22,12 @@ DENSE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-SPARSE = DENSE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"]}
+SPARSE = DENSE | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "mlp_layer_types": ["dense", "sparse"],
+}
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.trainers import GRPOConfig
 from alignlab.errors import CheckpointError, ConfigError, RewardError
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.training.rollout_store import read_rollouts
@@ -36,7 +34,12 @@ def test_learns_a_trivial_task(lora: Any, make_model: Make, make_config: Make, t
     with torch.no_grad():  # a random head's logits are so small that an adapter under it could not move them
         model.get_output_embeddings().weight.mul_(20)
     trainer = GRPOTrainer(
-        model, even_ids, config, rows, tokenizer=tokenizer, peft_config=lora,
+        model,
+        even_ids,
+        config,
+        rows,
+        tokenizer=tokenizer,
+        peft_config=lora,
         callbacks=[lambda _, __, metrics: rewards.append(metrics["reward"])],
     )
     trainer.train()
@@ -59,7 +62,13 @@ def test_first_update_is_on_policy(make_model: Make, make_config: Make, tokenize
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "num_epochs": 2, "kl": {"coef": 0.1, "target": 0.01}}])
 @pytest.mark.parametrize("architecture", [None, SPARSE], ids=["lora", "moe"])
 def test_resumed_equals_uninterrupted(
-    options: dict[str, Any], architecture: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
+    options: dict[str, Any],
+    architecture: Any,
+    make_model: Make,
+    make_config: Make,
+    tokenizer: Any,
+    rows: Any,
+    tmp_path: Path,
 ) -> None:
     lora = None if architecture else LoraSettings(rank=4)
 
@@ -133,7 +142,9 @@ def test_dynamic_sampling_refills_with_groups_that_teach(
         assert all(len(set(rollout.rewards)) > 1 for rollout in kept)
 
 
-def test_completions_that_do_not_teach_are_masked(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+def test_completions_that_do_not_teach_are_masked(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
     def some(*, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [None if i % 4 == 0 else float(i) for i in range(len(completion_ids))]
 
@@ -142,10 +153,7 @@ def test_completions_that_do_not_teach_are_masked(make_model: Make, make_config:
     rollouts = trainer.collect(1)
     packs = [pack for packs in trainer.make_experience(1, rollouts) for pack in packs]
     trained_tokens = sum(
-        len(c.token_ids)
-        for r in rollouts
-        for i, c in enumerate(r.completions)
-        if i % 4 and c.finish_reason != "length"
+        len(c.token_ids) for r in rollouts for i, c in enumerate(r.completions) if i % 4 and c.finish_reason != "length"
     )
     assert sum(int(pack.completion_mask.sum()) for pack in packs) == trained_tokens
     assert all(pack.advantages is not None and not pack.advantages[~pack.completion_mask].any() for pack in packs)
@@ -168,7 +176,9 @@ def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, toke
     assert trainer.kl_coef > 1.2
 
 
-def test_failing_rewards_stop_the_run_at_their_limit(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+def test_failing_rewards_stop_the_run_at_their_limit(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
     def broken(**_: Any) -> list[float]:
         raise RuntimeError("no")
 

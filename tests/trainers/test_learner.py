@@ -45,7 +45,9 @@ def random_rollouts(seed: int, groups: int = 3, size: int = 4) -> list[Rollout]:
         return Completion(tokens, "", zeros, zeros, "length", (0,) * len(tokens))
 
     return [
-        Rollout(Prompt(ids(1, 8), "p"), tuple(completion() for _ in range(size)), tuple(draw.random() for _ in range(size)))
+        Rollout(
+            Prompt(ids(1, 8), "p"), tuple(completion() for _ in range(size)), tuple(draw.random() for _ in range(size))
+        )
         for _ in range(groups)
     ]
 
@@ -61,7 +63,9 @@ def experience(
         shift = torch.sin(pack.tokens.float()) * pack.completion_mask
         per_token = advantages.flatten()[pack.segments.sequence_of_token.clamp(min=0)] * pack.completion_mask
         made.append(
-            replace(pack, old_logprobs=logprobs + 0.1 * shift, ref_logprobs=logprobs - 0.2 * shift, advantages=per_token)
+            replace(
+                pack, old_logprobs=logprobs + 0.1 * shift, ref_logprobs=logprobs - 0.2 * shift, advantages=per_token
+            )
         )
     return made
 
