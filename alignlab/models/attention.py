@@ -137,7 +137,7 @@ def hidden_states(
     lm = causal_lm(model)
     if lm.config._attn_implementation != ATTENTION:
         return _padded_hidden_states(lm, tokens, layout, **kwargs)
-    _check_layer_types(lm)
+    _check_architecture(lm)
     unused_mask = torch.empty((1, 1, 1, 1), device=tokens.device)  # 4-D masks are not touched by `transformers`
     before = getattr(_calls, "count", 0)
     output = lm.get_decoder()(
@@ -173,14 +173,19 @@ def _padded_hidden_states(lm: PreTrainedModel, tokens: Tensor, layout: Layout, *
     return output.last_hidden_state.flatten(0, 1)[where]
 
 
-def _check_layer_types(lm: PreTrainedModel) -> None:
-    """Masks of other kinds of layers would be lost: a layout replaces the mask."""
+def _check_architecture(lm: PreTrainedModel) -> None:
+    """Attention of a class's own would not see the layout; masks of other kinds of layers would be lost to it."""
+    if not lm._supports_attention_backend:
+        raise ConfigError(
+            f"{type(lm).__name__} has an attention of its own, which cannot be packed; "
+            "load it with attn_implementation='eager'"
+        )
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
     unknown = sorted(kinds - {"full_attention", "sliding_attention"})
     if unknown:
         raise ConfigError(
             f"{type(lm).__name__} has layers of type {', '.join(unknown)}, which cannot be packed; "
-            "load it with attn_implementation='sdpa'"
+            "load it with attn_implementation='eager'"
         )
 
 
@@ -190,7 +195,7 @@ def _require_layout_used(lm: PreTrainedModel, calls: int) -> None:
     if calls != layers:
         raise ConfigError(
             f"every layer must attend through attention 'alignlab' with its layout; in {type(lm).__name__} "
-            f"{calls} of {layers} did, so it cannot be packed; load it with attn_implementation='sdpa'"
+            f"{calls} of {layers} did, so it cannot be packed; load it with attn_implementation='eager'"
         )
 
 

@@ -139,6 +139,11 @@ def test_a_model_that_drops_the_layout_is_refused(llama, pack, tokens):
         hidden_states(llama, tokens, pack.position_ids, pack)
 
 
+def test_a_model_with_its_own_attention_is_refused(pack, tokens):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM has an attention of its own.* 'eager'"):
+        hidden_states(bloom(attn_implementation="alignlab"), tokens, pack.position_ids, pack)
+
+
 def test_other_kinds_of_layers_are_refused(llama, pack, tokens):
     llama.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ConfigError, match="chunked_attention, which cannot be packed"):
