@@ -140,7 +140,7 @@ def test_a_model_that_drops_the_layout_is_refused(llama, pack, tokens):
 
 
 def test_a_model_with_its_own_attention_is_refused(pack, tokens):
-    with pytest.raises(ConfigError, match=r"BloomForCausalLM has an attention of its own.* 'eager'"):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM has an attention of its own.*'eager'"):
         hidden_states(bloom(attn_implementation="alignlab"), tokens, pack.position_ids, pack)
 
 
