@@ -170,6 +170,13 @@ def _check_experts(config: PolicyConfig) -> None:
         size is not None and size >= 1,
         f"moe_intermediate_size is {size}, and must be given where a layer is sparse; use {config.intermediate_size}",
     )
+    assert size is not None
+    for name, width in (("moe_intermediate_size", size), ("hidden_size", config.hidden_size)):
+        _require(
+            width % 8 == 0,
+            f"{name} is {width}, and must be a multiple of 8 where a layer is sparse, for the grouped product of the "
+            f"experts; use {-(-width // 8) * 8}",
+        )
     _require(
         config.scoring_func in ("softmax", "sigmoid"),
         f"scoring_func is {config.scoring_func!r}, and must be softmax or sigmoid",

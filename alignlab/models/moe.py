@@ -140,37 +140,12 @@ class _Regroup(torch.autograd.Function):
         return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """rows [M, I] sorted by expert, weight [E, O, I] -> [M, O]: one product for each expert's own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        output = rows.new_empty(rows.shape[0], weight.shape[1])
-        for expert, (given, taken) in enumerate(zip(rows.split(counts), output.split(counts), strict=True)):
-            if len(given):
-                torch.mm(given, weight[expert].t(), out=taken)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            part, start = slice(start, start + count), start + count
-            if count and grad_rows is not None:
-                torch.mm(grad[part], weight[expert], out=grad_rows[part])
-            if count and grad_weight is not None:
-                torch.mm(grad[part].t(), rows[part], out=grad_weight[expert])
-        return grad_rows, grad_weight, None
-
-
 class Experts(nn.Module):
-    """SwiGLU experts, weights stacked: gate_up_proj [E, 2I, H], down_proj [E, H, I]."""
+    """SwiGLU experts, weights stacked: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+
+    Rows are sorted by expert, and each projection is one grouped product: no expert sees another's tokens, and the
+    counts never leave the device.
+    """
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -190,21 +165,12 @@ class Experts(nn.Module):
         copies = topk_ids.shape[1]
         order = topk_ids.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.bincount(topk_ids.flatten(), minlength=self.num_experts)
-        multiply = self._multiplier(counts)
-        gate, up = multiply(_Regroup.apply(hidden, order, inverse, copies), self.gate_up_proj).chunk(2, dim=-1)
-        rows = multiply(F.silu(gate) * up, self.down_proj)
+        ends = torch.bincount(topk_ids.flatten(), minlength=self.num_experts).cumsum(0, dtype=torch.int32)
+        rows = _Regroup.apply(hidden, order, inverse, copies)
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        rows = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
         outputs = _Regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
-
-    @staticmethod
-    def _multiplier(counts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Grouped product: one kernel on a GPU, where the counts stay on the device; elsewhere a product a group."""
-        if counts.device.type == "cuda":
-            ends = counts.cumsum(0, dtype=torch.int32)
-            return lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-        sizes = counts.tolist()
-        return lambda rows, weight: _GroupedLinear.apply(rows, weight, sizes)
 
 
 class SparseFeedForward(nn.Module):

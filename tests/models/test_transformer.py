@@ -84,6 +84,20 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_it_answers_as_any_model_of_transformers_does() -> None:
+    policy, tokens = model("eager"), torch.randint(0, 50, (2, 7))
+    output = policy(tokens, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 4 and len(output.attentions) == 3
+    torch.testing.assert_close(policy.lm_head(output.hidden_states[-1]), output.logits)
+    torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(2, 4, 7))
+    assert torch.equal(policy.model(tokens, return_dict=False)[0], output.hidden_states[-1])
+    assert torch.equal(policy(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
+    embeddings = policy.get_input_embeddings()(tokens)
+    torch.testing.assert_close(policy(inputs_embeds=embeddings).logits, output.logits)
+    with pytest.raises(ValueError, match="exactly one"):
+        policy.model()
+
+
 def test_a_window_hides_what_lies_before_it() -> None:
     policy = model(num_hidden_layers=1, layer_types=["sliding_attention"], sliding_window=3)
     tokens = torch.randint(0, 50, (1, 8))
@@ -159,6 +173,7 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
         ({"mlp_layer_types": ["sparse"] * 3}, "num_experts is 0"),
         ({"num_experts": 4}, "moe_intermediate_size"),
         ({"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({"num_experts": 4, "moe_intermediate_size": 12}, "multiple of 8"),
         ({"num_experts": 4, "moe_intermediate_size": 8, "scoring_func": "relu"}, "softmax or sigmoid"),
         ({"num_experts": 4, "moe_intermediate_size": 8, "router_z_loss_coef": -0.1}, "router_z_loss_coef"),
     ],
