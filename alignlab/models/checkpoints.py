@@ -27,6 +27,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.adapters import compute_in_base_dtype
 from alignlab.models.attention import ATTENTION
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
@@ -57,7 +58,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     path = resolve_checkpoint(name)
     if _is_adapter(path):
         base = load_model(_base_of(path), dtype=dtype, device=device)
-        return PeftModel.from_pretrained(base, path).eval()
+        return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "attn_implementation": ATTENTION}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, **options)
@@ -67,6 +68,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
             "safetensors, of an architecture that transformers knows"
         ) from error
     model: Any = _adopted(loaded)
+    if not model._supports_attention_backend:  # its attention is its own: packs are computed padded
+        model.set_attn_implementation("eager")
     return model.to(device).eval()
 
 

@@ -65,7 +65,7 @@ class Policy(nn.Module):
         predecessors = segments.predecessors[asked]
         if bool((predecessors < 0).any()):
             raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
-        record = self._routing_record(routing)
+        record = self._routing_record(routing, mask)
         options = {} if record is None else {"routing": record}
         hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
         weight, bias, softcap = output_head(self.model)
@@ -81,11 +81,11 @@ class Policy(nn.Module):
             None if router_loss is None else router_loss * mask,
         )
 
-    def _routing_record(self, routing: Tensor | None) -> RoutingRecord | None:
-        """A fresh record for a model with experts of ours."""
+    def _routing_record(self, routing: Tensor | None, mask: Tensor) -> RoutingRecord | None:
+        """A fresh record for a model with experts of ours; expert loads are counted on the masked tokens."""
         lm = causal_lm(self.model)
         if getattr(lm.config, "sparse_layers", None):
-            return RoutingRecord(replay=routing)
+            return RoutingRecord(replay=routing, counted=mask)
         if routing is not None:
             raise ConfigError(
                 f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+_MAX_BLOCK_DIAGONAL_HEADS = 8
+
 
 class KVCache:
     """Keys, values and expert choices of every cached token; a layer's tensors are made when it first writes."""
@@ -114,6 +116,7 @@ class PagedBatch:
         self._slots = slots
         self._groups = groups
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._rooms: dict[str, Tensor] = {}
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
@@ -125,14 +128,22 @@ class PagedBatch:
         parts = []
         for index, group in enumerate(self._groups):
             rows = group.positions.shape[0]
-            attended = _grouped_attention(
+            attended = _attention(
                 group.queries(flat),
-                keys.index_select(0, group.blocks).view(rows, -1, key.shape[1], key.shape[3]),
-                values.index_select(0, group.blocks).view(rows, -1, value.shape[1], value.shape[3]),
+                self._gathered("key", keys, group).view(rows, -1, key.shape[1], key.shape[3]),
+                self._gathered("value", values, group).view(rows, -1, value.shape[1], value.shape[3]),
                 self._mask(index, sliding_window, flat.dtype), scaling=scaling, softcap=softcap,
             )
             parts.append(group.unpadded(attended))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _gathered(self, name: str, store: Tensor, group: RowGroup) -> Tensor:
+        """The group's blocks of `store`, in memory that all layers use in turn: it stays in the processor's cache."""
+        shape = (group.blocks.shape[0], store.shape[1])
+        room = self._rooms.get(name)
+        if room is None or room.shape != shape:
+            room = self._rooms[name] = store.new_empty(shape)
+        return torch.index_select(store, 0, group.blocks, out=room)
 
     def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """[R,1,Q,L], 0 where a query sees a key and -inf elsewhere; the same for all layers with this window."""
@@ -149,27 +160,55 @@ class PagedBatch:
         return self._masks[index, window]
 
 
-def _grouped_attention(
+def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention of query [R,Q,H,D] to key, value [R,L,K,D] -> [R,Q,H,D].
+    """Attention of query [R,Q,H,D] to key, value [R,L,K,D] under mask [R,1,Q,L] -> [R,Q,H,D]."""
+    narrow = query.shape[1] == 1 and key.shape[2] <= _MAX_BLOCK_DIAGONAL_HEADS
+    if narrow and key.dtype == torch.bfloat16 and not key.is_cuda:
+        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
+    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
 
-    The G heads that share a kv head become G more queries of it, so that keys are read once and never repeated.
-    """
+
+def _folded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+) -> Tensor:
+    """The G heads that share a kv head become G more queries of it: keys are read once and never repeated."""
     rows, count, heads, size = query.shape
     kv_heads = key.shape[2]
     shared = heads // kv_heads
     folded = query.view(rows, count, kv_heads, shared, size).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, shared * count, size)
-    if count == 1:
-        mask = mask.expand(rows, 1, shared, key.shape[1])
-    else:
-        mask = mask.repeat(1, 1, shared, 1)
+    mask = mask.expand(rows, 1, shared, -1) if count == 1 else mask.repeat(1, 1, shared, 1)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     if softcap is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
-        scores = softcap * torch.tanh(folded.float() @ key.float().transpose(-1, -2) * (scaling / softcap)) + mask
-        output = scores.softmax(-1).to(value.dtype) @ value
+        scores = _capped(folded.float() @ key.float().transpose(-1, -2) * scaling, softcap)
+        output = (scores + mask).softmax(-1).to(value.dtype) @ value
     output = output.view(rows, kv_heads, shared, count, size).permute(0, 3, 1, 2, 4)
     return output.reshape(rows, count, heads, size)
+
+
+def _block_diagonal_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+) -> Tensor:
+    """One query a row, all its heads in one product: each is put beside zeros for the other heads' keys.
+
+    K times the arithmetic, in one matrix product a row where torch's attention on a CPU does K * R tiny ones in a
+    bfloat16 layout of their own: 1.3 to 8 times as fast for up to 8 kv heads.
+    """
+    rows, _, heads, size = query.shape
+    kv_heads = key.shape[2]
+    diagonal = torch.eye(kv_heads, dtype=query.dtype)[:, None, :, None]
+    spread = (query.view(rows, kv_heads, -1, 1, size) * diagonal).view(rows, heads, kv_heads * size)
+    scores = torch.bmm(spread, key.flatten(2).transpose(1, 2)).float().mul_(scaling)
+    if softcap is not None:
+        scores = _capped(scores, softcap)
+    weights = scores.add_(mask[:, 0]).softmax(-1).to(value.dtype)
+    mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, size)
+    return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, size)
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap)

@@ -76,6 +76,7 @@ class TrainingLoop(ABC):
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
         self.title = type(self).__name__
+        self.base_model = causal_lm(learner.model).config.name_or_path or None
         self.generate_options: tuple[str, ...] = ()
         self.step = 0
         self.train_seconds = 0.0
@@ -164,7 +165,7 @@ class TrainingLoop(ABC):
             adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path,
             generate_options=self.generate_options,
-            base_model=causal_lm(self.learner.model).config.name_or_path or None,
+            base_model=self.base_model,
         )
 
     def _evaluate(self, logger: MetricsLogger) -> EvaluationResult | None:

@@ -80,6 +80,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         resume = resume and holds_run(config.trainer.output_dir)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
+    if config.warm_start is None:
+        trainer.base_model = config.model.name
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
     result = trainer.train(resume=resume)
