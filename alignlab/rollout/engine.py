@@ -54,8 +54,8 @@ class EmbeddedEngine:
         self._settings = settings
         self._share = share_prefixes
         self._lm = causal_lm(model)
-        self._weights = EngineWeights(model, merge=settings.merge_lora)
-        self._runner = Runner(model, settings.block_size)
+        self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
+        self._runner = Runner(model, self._weights, settings.block_size)
         self._blocks = BlockManager(0, settings.block_size)
         self._table: tuple[list[TokenSequence], SamplingTable] | None = None
         self._busy = False
@@ -125,7 +125,10 @@ class EmbeddedEngine:
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Check everything, make the cache large enough, and return the sequences in order."""
         if len(sampling) != len(prompts):
-            raise RolloutError(f"{len(sampling)} sampling parameters were given for {len(prompts)} prompts; give one each")
+            raise RolloutError(
+                f"sampling has {len(sampling)} parameters, and must have one for each of {len(prompts)} prompts; "
+                "give one for all, or as many as prompts"
+            )
         for params in set(sampling):
             check_sampling(params)
         self._require_idle()
@@ -181,14 +184,14 @@ class EmbeddedEngine:
     def _reserve(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> None:
         """Have cache blocks for as much of the batch as runs together, within the limit."""
         size, running = self._settings.block_size, self._settings.max_running
-        own, shared = [], []
+        own, shared, least = [], [], 0
         for prompt, params in zip(prompts, sampling, strict=True):
             common = len(prompt.token_ids) // size if self._share else 0
             total = self._blocks.blocks_for(len(prompt.token_ids) + params.max_new_tokens)
             own += [total - common] * params.n
             shared.append(common)
+            least = max(least, total)
         wanted = sum(sorted(own)[-running:]) + sum(sorted(shared)[-running:])
-        least = max((self._blocks.blocks_for(len(p.token_ids) + s.max_new_tokens) for p, s in zip(prompts, sampling)), default=0)
         limit = self._block_limit()
         if least > limit:
             raise RolloutError(

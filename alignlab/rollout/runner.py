@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from alignlab.models.attention import causal_lm, hidden_states, output_head
 from alignlab.models.config import PolicyConfig
@@ -15,6 +14,7 @@ from alignlab.rollout.paged_attention import KVCache, PagedBatch
 from alignlab.rollout.scheduler import Step
 from alignlab.rollout.sequence import TokenSequence
 from alignlab.rollout.step_plan import plan_step
+from alignlab.rollout.weights import EngineWeights
 
 
 class Runner:
@@ -24,9 +24,10 @@ class Runner:
         cache: keys and values; grown by the engine.
     """
 
-    def __init__(self, model: nn.Module, block_size: int) -> None:
+    def __init__(self, model: nn.Module, weights: EngineWeights, block_size: int) -> None:
         self.cache = KVCache(block_size)
         self._model = model
+        self._weights = weights
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
 
@@ -61,17 +62,17 @@ class Runner:
         hidden = hidden_states(self._model, tokens, positions, layout, **extra)
         if routing is not None:
             self.cache.write_routing(slots, routing.stacked_choices())
-        weight, bias, softcap = output_head(self._model)
-        rows = torch.tensor([plan.last[index] for index in wanted], device=hidden.device)
-        logits = linear(hidden.index_select(0, rows), weight, bias)
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        rows = torch.tensor([plan.last[index] for index in wanted], dtype=torch.int64, device=hidden.device)
+        return self._weights.logits(hidden.index_select(0, rows))
 
+    @torch.inference_mode(False)  # what leaves the engine is an ordinary tensor
     def routing(self, sequence: TokenSequence) -> Tensor | None:
         """Experts chosen for each token of a sequence, -1 for the last, which was not computed; on the CPU."""
         if self.cache.routing is None:
             return None
-        blocks = self.cache.routing.unflatten(0, (self.cache.num_blocks, -1))
-        index = torch.tensor(sequence.blocks, device=blocks.device)
-        record = blocks.index_select(0, index).flatten(0, 1)[: len(sequence.token_ids)].clone().cpu()
-        record[sequence.num_computed :] = -1
+        stored = self.cache.routing.unflatten(0, (self.cache.num_blocks, -1))
+        blocks = torch.tensor(sequence.blocks, device=stored.device)
+        computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
+        record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)
+        record[: len(computed)] = computed
         return record

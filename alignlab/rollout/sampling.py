@@ -3,9 +3,9 @@
 Shapes: B rows, V vocabulary. A token is drawn by inverting the cumulative distribution at one uniform number, which
 is a function of the row's key and the token's position alone: the same request gives the same tokens in any batch.
 
-Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of what top-k left), min-p. Tokens that
-tie with the last one kept are kept too, so that no step depends on the order of equal logits. A truncation is a floor
-under the probabilities, found by bisection: on a CPU a sort of the vocabulary costs ten times as much.
+Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of what top-k left), min-p. Tokens
+that tie with the last one kept are kept too, so that no step depends on the order of equal logits. A truncation is a
+floor under the probabilities, found by bisection: on a CPU a sort of the vocabulary costs ten times as much.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class SamplingTable:
 
     def rows(self, block: slice) -> SamplingTable:
         """The rows of `block` alone; the flags stay those of the whole table."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: t[block] for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
@@ -261,7 +262,7 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     chunks, then inside one chunk. A token of weight 0 is never picked.
 
     Args:
-        weights: [B,V] float32, >= 0, not all 0 in a row; need not sum to 1.
+        weights: [B,V] float32, >= 0, not all 0 in a row; need not sum to 1. Rows with nan give some token.
         uniform: [B] float64 in [0, 1).
 
     Returns:
@@ -271,12 +272,12 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = chunks.sum(-1).double().cumsum(-1)
     totals = cumulative[:, -1]
     target = torch.minimum(uniform * totals, _just_below(totals))[:, None]
-    chunk = torch.searchsorted(cumulative, target, right=True)
+    chunk = torch.searchsorted(cumulative, target, right=True).clamp(max=chunks.shape[1] - 1)  # nan is past the end
     before = torch.where(chunk > 0, cumulative.gather(1, (chunk - 1).clamp(min=0)), 0.0)
     inside = _chunk_of(chunks, chunk[:, 0]).double().cumsum(-1)
     target = torch.minimum(target - before, _just_below(inside[:, -1:]))
-    token = torch.searchsorted(inside, target, right=True)
-    return (chunk * _CHUNK + token)[:, 0], totals
+    token = torch.searchsorted(inside, target, right=True).clamp(max=_CHUNK - 1)
+    return (chunk * _CHUNK + token)[:, 0].clamp(max=weights.shape[1] - 1), totals
 
 
 def argmax(values: Tensor) -> Tensor:

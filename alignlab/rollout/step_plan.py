@@ -55,7 +55,8 @@ class StepPlan:
         groups = [
             RowGroup(
                 group.start, group.end,
-                padding=None if group.padding is None else next(moved), kept=None if group.kept is None else next(moved),
+                padding=None if group.padding is None else next(moved),
+                kept=None if group.kept is None else next(moved),
                 blocks=next(moved), positions=next(moved),
             )
             for group in self.groups
@@ -80,7 +81,8 @@ def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
     groups, row = [], 0
     for _, members in groupby(ordered, key=_size_class):
         end = row + len(list(members))
-        groups.append(_plan_group(counts[row:end], starts[row:end], table[row:end], ends[row] - counts[row], block_size))
+        first = int(ends[row] - counts[row])
+        groups.append(_plan_group(counts[row:end], starts[row:end], table[row:end], first, block_size))
         row = end
     last = np.empty(len(order), np.int64)
     last[order] = ends - 1
@@ -112,7 +114,7 @@ def _plan_group(counts: _Ints, starts: _Ints, table: _Ints, first: int, block_si
         kept = np.flatnonzero(np.arange(num_queries) < counts[:, None])
         padding = padding.ravel()
     return GroupPlan(
-        int(first), int(first + counts.sum()), padding, kept, table[:, :width].ravel(), starts[:, None] + offsets
+        first, first + int(counts.sum()), padding, kept, table[:, :width].ravel(), starts[:, None] + offsets
     )
 
 

@@ -1,4 +1,9 @@
-"""The weights that the engine runs on: the policy's own, or a merged copy of its adapted layers."""
+"""The weights that the engine runs on: the policy's own, merged copies of adapted layers, or packed copies.
+
+While the engine runs, other linear layers stand in the places of those that have a copy. On a CPU in bfloat16 a copy is
+packed, in the order in which the processor's matrix products read it: the same results to the bit, 1.1 to 1.4 times as
+fast for up to 64 rows.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +12,109 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from alignlab.models.adapters import has_adapters, merged_weights
+from alignlab.models.attention import causal_lm, output_head
+from alignlab.models.transformer import PolicyForCausalLM
+
+_PACKED_ROWS = 64  # a hint; packings for 1 to 512 rows were equally fast at all sizes
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer with its weight in oneDNN's own order."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS)
+        self._bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
 class EngineWeights:
-    """Puts merged linear layers in the places of the adapted ones while the engine runs, and puts those back.
+    """Puts copies of linear layers in their places while the engine runs, and puts the policy's own back.
 
-    Without adapters, or with `merge` false, the policy runs as it is and nothing is copied.
+    Args:
+        model: the policy.
+        merge: give adapted layers copies with the adapter merged in; otherwise adapters run as they are.
+        pack: pack copies where that helps, and make them for layers without an adapter too.
     """
 
-    def __init__(self, model: nn.Module, *, merge: bool) -> None:
+    def __init__(self, model: nn.Module, *, merge: bool, pack: bool) -> None:
         self._model = model
         self._merge = merge and has_adapters(model)
-        self._merged: dict[nn.Module, nn.Linear] = {}
+        self._pack = pack and (self._merge or not has_adapters(model)) and _packing_helps(model)
+        self._stand_ins: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name, own layer, stand-in
+        self._packed_head: PackedLinear | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Merge the adapter's present weights."""
-        if not self._merge:
-            return
-        for base, weight in merged_weights(self._model).items():
-            if base in self._merged:
-                self._merged[base].weight.data.copy_(weight)
-            else:
-                self._merged[base] = _linear_like(base, weight)
+        """Take the policy's present weights."""
+        merged: dict[nn.Linear, Tensor] = merged_weights(self._model) if self._merge else {}
+        head = causal_lm(self._model).get_output_embeddings()
+        self._stand_ins = []
+        for parent, name, layer in self._places(head):
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            assert isinstance(base, nn.Linear)
+            weight = merged.get(base, base.weight)
+            packed = self._pack and layer is not head
+            stand_in = PackedLinear(weight, base.bias) if packed else _linear_like(base, weight)
+            self._stand_ins.append((parent, name, layer, stand_in))
+        if self._pack:
+            with self.in_use():
+                weight, bias, _ = output_head(self._model)
+            self._packed_head = PackedLinear(weight, bias)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within this context the model runs on these weights, in evaluation mode."""
         trained = [module for module in self._model.modules() if module.training]
-        swapped = list(self._places())
         try:
             for module in trained:
                 module.training = False
-            for parent, name, layer in swapped:
-                parent._modules[name] = self._merged[layer.get_base_layer()]
+            for parent, name, _, stand_in in self._stand_ins:
+                parent._modules[name] = stand_in
             yield
         finally:
-            for parent, name, layer in swapped:
+            for parent, name, layer, _ in self._stand_ins:
                 parent._modules[name] = layer
             for module in trained:
                 module.training = True
 
-    def _places(self) -> Iterator[tuple[nn.Module, str, BaseTunerLayer]]:
-        """(parent, name of the child, adapted layer) of every layer that has a merged copy."""
-        if not self._merge:
-            return
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, hidden size] of the decoder -> [B,V]; to be called in `in_use`."""
+        weight, bias, softcap = output_head(self._model)
+        logits = linear(hidden, weight, bias) if self._packed_head is None else self._packed_head(hidden)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _places(self, head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """(parent, name of the child, layer) of every layer that is to have a stand-in."""
+        adapted = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        inside = {id(module) for layer in adapted for module in layer.modules()}
         for parent in self._model.modules():
+            if id(parent) in inside:
+                continue
             for name, child in parent.named_children():
-                if isinstance(child, BaseTunerLayer) and child.get_base_layer() in self._merged:
+                plain = self._pack and type(child) is nn.Linear and child is not head
+                if plain or (self._merge and isinstance(child, BaseTunerLayer)):
                     yield parent, name, child
 
 
-def _linear_like(base: nn.Linear, weight: torch.Tensor) -> nn.Linear:
+def _packing_helps(model: nn.Module) -> bool:
+    """Known to: bfloat16 on a CPU that multiplies it, in our own models, which call their linear layers."""
+    lm = causal_lm(model)
+    weight = output_head(model)[0]
+    if not isinstance(lm, PolicyForCausalLM) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
     """A linear layer with `weight`, and with the bias of `base` itself."""
-    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    merged.bias = base.bias
-    return merged.eval()
+    layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = base.bias
+    return layer.eval()

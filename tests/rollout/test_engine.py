@@ -1,0 +1,318 @@
+"""What comes out of the engine is what the model says, whatever the engine does to be fast."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from alignlab.errors import RolloutError
+from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.types import Prompt, RolloutEngine, SamplingParams
+from tests.reference import sampling as slow
+from tests.rollout.conftest import END, VOCAB, MakeEngine, flat, full_logprobs, make_prompts
+
+MODELS = ("llama", "dense", "sparse")
+WAYS: dict[str, dict] = {
+    "blocks of 1": {"block_size": 1},
+    "blocks of 7": {"block_size": 7},
+    "prefill by 3": {"prefill_tokens": 3},
+    "prefill by 1": {"prefill_tokens": 1, "block_size": 5},
+    "few at a time": {"max_running": 3},
+    "one at a time": {"max_running": 1},
+    "tiny cache": {"cache_tokens": 64, "block_size": 4},
+    "tiny cache, nothing shared": {"cache_tokens": 60, "block_size": 4, "share_prefixes": False},
+    "nothing shared": {"share_prefixes": False},
+    "all at once": {"cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_the_argmax_of_the_full_forward(
+    name: str, make_engine: MakeEngine, request: pytest.FixtureRequest
+) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name)
+    prompts = make_prompts(1, 6, 16, 23)
+    rollouts = make_engine(model).generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=20, ignore_eos=True))
+    for prompt, completion in zip(prompts, flat(rollouts), strict=True):
+        expected = list(prompt.token_ids)
+        for _ in range(20):
+            expected.append(int(full_logprobs(model, expected)[-1].argmax()))
+        assert completion.token_ids == tuple(expected[len(prompt.token_ids) :])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sampled_tokens_and_logprobs_are_those_of_the_full_forward(
+    name: str, make_engine: MakeEngine, request: pytest.FixtureRequest
+) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name)
+    sampling = SamplingParams(n=3, temperature=0.7, top_p=0.95, max_new_tokens=12, ignore_eos=True, seed=5)
+    engine = make_engine(model)
+    for rollout in engine.generate(make_prompts(4, 9), sampling):
+        for completion in rollout.completions:
+            known = (*rollout.prompt.token_ids, *completion.token_ids)
+            logprobs = full_logprobs(model, known)[len(rollout.prompt.token_ids) - 1 : -1]
+            for row, token, logprob, raw in zip(
+                logprobs, completion.token_ids, completion.logprobs, completion.raw_logprobs, strict=True
+            ):
+                assert raw == pytest.approx(float(row[token]), abs=1e-5)
+                expected = slow.distribution(row.tolist(), sampling)[token]
+                assert logprob == pytest.approx(float(torch.tensor(expected).log()), abs=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_way_there_does_not_change_the_result(
+    name: str, way: str, make_engine: MakeEngine, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    prompts = make_prompts(5, 17, 32, 1, 17)
+    sampling = SamplingParams(n=4, max_new_tokens=14, seed=3, ignore_eos=True)
+    expected = make_engine(model).generate(prompts, sampling)
+    engine = make_engine(model, **WAYS[way])
+    for one, other in zip(flat(expected), flat(engine.generate(prompts, sampling)), strict=True):
+        assert one.token_ids == other.token_ids
+        torch.testing.assert_close(one.raw_logprobs, other.raw_logprobs, atol=1e-5, rtol=0)
+        if one.routing is not None:
+            assert other.routing is not None and torch.equal(one.routing, other.routing)
+    assert (engine.num_preempted > 0) == ("cache" in way or way == "all at once")
+    assert engine._blocks.num_free == engine._blocks.num_blocks
+
+
+def test_company_does_not_change_the_result(make_engine: MakeEngine) -> None:
+    prompts = make_prompts(5, 17, 30, 9)
+    kinds = [
+        SamplingParams(n=2, seed=1, max_new_tokens=20), SamplingParams(temperature=0.0, max_new_tokens=7),
+        SamplingParams(n=3, seed=1, top_p=0.8, repetition_penalty=1.3),
+        SamplingParams(seed=9, top_k=4, min_new_tokens=30),
+    ]
+    together = make_engine().generate(prompts, kinds)
+    for prompt, sampling, rollout in zip(prompts, kinds, together, strict=True):
+        alone = make_engine().generate([prompt], sampling)[0]
+        assert [c.token_ids for c in alone.completions] == [c.token_ids for c in rollout.completions]
+
+
+def test_a_prompt_is_computed_once_for_its_group(make_engine: MakeEngine) -> None:
+    prompts = make_prompts(30, 21)
+    engine = make_engine(block_size=8)
+    engine.generate(prompts, SamplingParams(n=6, max_new_tokens=1))
+    assert engine.num_computed == 30 + 21
+    engine.generate(prompts, SamplingParams(n=6, max_new_tokens=1))
+    assert engine.num_computed == 30 + 21 + (30 - 24) + (21 - 16)  # full blocks were found again
+    alone = make_engine(block_size=8, share_prefixes=False)
+    alone.generate(prompts, SamplingParams(n=6, max_new_tokens=1))
+    assert alone.num_computed == 6 * (30 + 21)
+
+
+def test_what_was_sampled_is_found_again_as_a_prompt(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    first = make_prompts(10)[0]
+    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True, seed=0)
+    completion = flat(engine.generate([first], sampling))[0]
+    before = engine.num_computed
+    engine.generate([Prompt((*first.token_ids, *completion.token_ids), "")], replace(sampling, max_new_tokens=1))
+    assert engine.num_computed == before + 3  # of 19 tokens 18 were cached, 16 of them in full blocks
+
+
+def test_new_weights_drop_the_prefix_cache(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    engine = make_engine(block_size=4)
+    prompts, sampling = make_prompts(20), SamplingParams(temperature=0.0, max_new_tokens=5, ignore_eos=True)
+    engine.generate(prompts, sampling)
+    with torch.no_grad():
+        for weight in llama.parameters():
+            weight.mul_(1.1)
+    engine.update_weights(4)
+    after = flat(engine.generate(prompts, sampling))[0]
+    assert engine.num_computed == 2 * (20 + 4)
+    assert after.token_ids == flat(make_engine().generate(prompts, sampling))[0].token_ids
+    assert after.policy_versions == (4,) * 5
+
+
+def test_versions_must_advance(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.update_weights(2)
+    for version in (2, 1):
+        with pytest.raises(RolloutError, match=f"policy_version is {version}, and must be over the present one"):
+            engine.update_weights(version)
+
+
+def test_seeds(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompts = make_prompts(6, 6)
+
+    def draw(seed: int | None, prompts: list[Prompt] = prompts, n: int = 3) -> list[tuple[int, ...]]:
+        sampling = SamplingParams(n=n, seed=seed, max_new_tokens=8, ignore_eos=True)
+        return [c.token_ids for c in flat(engine.generate(prompts, sampling))]
+
+    assert draw(7) == draw(7)
+    assert len(set(draw(7) + draw(8))) == 12
+    assert draw(7, prompts[1:], n=2) == draw(7)[3:5]
+    twice = draw(7, [prompts[0], prompts[0]])
+    assert twice == draw(7, [prompts[0]], n=6)  # a repeated prompt goes on with further completions
+    assert draw(None) != draw(None)
+    torch.manual_seed(3)
+    first = draw(None)
+    torch.manual_seed(3)
+    assert draw(None) == first
+
+
+def test_different_prompts_get_different_random_numbers(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        llama.lm_head.weight.zero_()  # every token equally likely after every prompt
+    completions = flat(make_engine().generate(make_prompts(5, 5, 5), SamplingParams(seed=0, max_new_tokens=6)))
+    assert len({c.token_ids for c in completions}) == 3
+    assert all(lp == pytest.approx(-float(torch.tensor(float(VOCAB)).log())) for c in completions for lp in c.logprobs)
+
+
+@pytest.mark.parametrize("minimum", [0, 5])
+def test_end_tokens_stop_but_not_too_early(minimum: int, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    sampling = SamplingParams(n=40, temperature=3.0, seed=1, max_new_tokens=40, stop_token_ids=tuple(range(60)))
+    completions = flat(engine.generate(make_prompts(4), replace(sampling, min_new_tokens=minimum)))
+    lengths = [len(c.token_ids) for c in completions]
+    assert min(lengths) == minimum + 1 if minimum else min(lengths) < 5
+    for completion in completions:
+        ended = [token < 60 or token == END for token in completion.token_ids]
+        assert not any(ended[:-1])
+        assert completion.finish_reason == ("stop" if ended[-1] else "length")
+
+
+def test_the_models_own_end_tokens(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    llama.generation_config.eos_token_id = [3, 5]
+    llama.config.eos_token_id = 7
+    engine = make_engine()
+    sampling = SamplingParams(n=60, temperature=3.0, seed=2, max_new_tokens=60)
+    stopped = [c.token_ids[-1] for c in flat(engine.generate(make_prompts(4), sampling)) if c.finish_reason == "stop"]
+    assert set(stopped) == {3, 5, 7, END}
+    ignoring = flat(engine.generate(make_prompts(4), replace(sampling, ignore_eos=True)))
+    assert all(len(c.token_ids) == 60 and c.finish_reason == "length" for c in ignoring)
+    assert any(END in c.token_ids for c in ignoring)
+
+
+def test_lengths_and_order(make_engine: MakeEngine) -> None:
+    prompts = make_prompts(3, 40, 8)
+    rollouts = make_engine().generate(prompts, SamplingParams(n=2, max_new_tokens=9, ignore_eos=True))
+    assert [r.prompt for r in rollouts] == prompts
+    for completion in flat(rollouts):
+        lengths = {len(completion.token_ids), len(completion.logprobs), len(completion.raw_logprobs)}
+        assert lengths | {len(completion.policy_versions)} == {9}
+        assert completion.routing is None
+    assert make_engine().generate([], SamplingParams()) == []
+
+
+def test_it_is_the_protocol(make_engine: MakeEngine) -> None:
+    assert isinstance(make_engine(), RolloutEngine)
+
+
+def test_routing_is_that_of_the_full_forward(make_engine: MakeEngine, sparse: PreTrainedModel) -> None:
+    from alignlab.models.attention import hidden_states
+    from alignlab.models.moe import RoutingRecord
+    from alignlab.types import Segments
+
+    engine = make_engine(sparse, block_size=4)
+    sampling = SamplingParams(n=2, max_new_tokens=6, ignore_eos=True, seed=0)
+    for rollout in engine.generate(make_prompts(9, 14), sampling) + engine.generate(make_prompts(9), sampling):
+        for completion in rollout.completions:
+            tokens = torch.tensor(rollout.prompt.token_ids + completion.token_ids)
+            segments, record = Segments.single(len(tokens)), RoutingRecord()
+            with torch.no_grad():
+                hidden_states(sparse, tokens, segments.position_ids, segments, routing=record)
+            assert completion.routing is not None
+            assert torch.equal(completion.routing[:-1], record.stacked_choices()[:-1])
+            assert (completion.routing[-1] == -1).all()
+            assert not completion.routing.is_inference()
+
+
+def test_progress_is_told(make_engine: MakeEngine) -> None:
+    told: list[tuple[int, int]] = []
+    make_engine().generate(
+        make_prompts(4, 4), SamplingParams(n=2, max_new_tokens=3, ignore_eos=True), on_step=lambda *p: told.append(p)
+    )
+    assert told == [(4, 0), (8, 0), (12, 4)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings", "message"),
+    [
+        ((5, 100), {}, r"prompt 1 has 100 tokens, and with max_new_tokens \(64\) must not exceed the model"),
+        ((60,), {"cache_tokens": 100}, r"prompt 0 has 60 .* must not exceed rollout.cache_tokens \(100\); raise"),
+        ((4, 0), {}, "prompt 1 has 0 tokens, and must have at least one"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_work(
+    lengths: tuple[int, ...], settings: dict, message: str, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(**settings)
+    with pytest.raises(RolloutError, match=message):
+        engine.generate(make_prompts(*lengths), SamplingParams())
+    assert engine.num_computed == 0
+
+
+def test_too_little_memory_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    monkeypatch.setattr(EmbeddedEngine, "_block_limit", lambda self: 2)
+    with pytest.raises(RolloutError, match="needs 80 tokens of cache, and half of the free memory holds 32"):
+        engine.generate(make_prompts(10), SamplingParams())
+
+
+def test_logits_that_are_not_finite_are_named(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        llama.lm_head.weight[3, 0] = torch.nan
+    engine = make_engine()
+    with pytest.raises(RolloutError, match="the model's logits must be finite"):
+        engine.generate(make_prompts(10), SamplingParams())
+
+
+def test_an_interrupted_engine_is_usable(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    prompts, sampling = make_prompts(9, 20), SamplingParams(n=3, seed=1, max_new_tokens=10, ignore_eos=True)
+    expected = [c.token_ids for c in flat(engine.generate(prompts, sampling))]
+
+    def interrupt(tokens: int, sequences: int) -> None:
+        if tokens > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, sampling, on_step=interrupt)
+    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert [c.token_ids for c in flat(engine.generate(prompts, sampling))] == expected
+
+
+def test_the_cache_grows_and_is_released(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
+    small = flat(engine.generate(make_prompts(8), sampling))[0]
+    computed, blocks = engine.num_computed, engine._blocks.num_blocks
+    engine.generate(make_prompts(50, 40, seed=1), sampling)
+    assert engine._blocks.num_blocks > blocks
+    again = flat(engine.generate(make_prompts(8), sampling))[0]
+    assert again.token_ids == small.token_ids
+    engine.release()
+    assert engine._blocks.num_blocks == 0 and not engine._runner.cache.layers
+    computed = engine.num_computed
+    assert flat(engine.generate(make_prompts(8), sampling))[0].token_ids == small.token_ids
+    assert engine.num_computed == computed + 8 + 7
+
+
+def test_the_policy_trains_on_after_generating(make_engine: MakeEngine, dense: PreTrainedModel) -> None:
+    dense.train()
+    make_engine(dense).generate(make_prompts(5), SamplingParams(max_new_tokens=4))
+    assert dense.training and dense.model.layers[0].training
+    dense(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(weight.grad is not None for weight in dense.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16(name: str, make_engine: MakeEngine, request: pytest.FixtureRequest) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name).to(torch.bfloat16)
+    sampling = SamplingParams(n=4, max_new_tokens=20, seed=0, ignore_eos=True)
+    gaps = []
+    for rollout in make_engine(model).generate(make_prompts(7, 30), sampling):
+        for completion in rollout.completions:
+            known = (*rollout.prompt.token_ids, *completion.token_ids)
+            logprobs = full_logprobs(model, known)[len(rollout.prompt.token_ids) - 1 : -1]
+            exact = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            gaps.append((exact - torch.tensor(completion.raw_logprobs)).abs())
+    assert torch.cat(gaps).mean() < 0.08

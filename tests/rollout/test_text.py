@@ -1,0 +1,140 @@
+"""Stop strings, streaming, and text whose characters are several tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from alignlab.errors import RolloutError
+from alignlab.rollout.detokenizer import Detokenizer, decode
+from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.types import Prompt, SamplingParams
+from tests.rollout.conftest import END, MakeEngine, flat, make_prompts
+
+TEXT = "Größe 日本 👍🏽 – end? é\nSTOP here"
+
+
+@pytest.fixture
+def scripted(make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> EmbeddedEngine:
+    """An engine whose model says TEXT byte after byte, and then ends."""
+    script = [*TEXT.encode(), END]
+    engine = make_engine()
+    logits = type(engine._runner).logits
+
+    def saying(runner: object, step: object, wanted: list[int]) -> torch.Tensor:
+        output = logits(runner, step, wanted)  # type: ignore[arg-type]
+        at = step.work[0].sequence.num_sampled  # type: ignore[attr-defined]
+        return torch.zeros_like(output).index_fill(1, torch.tensor(script[at]), 50.0)
+
+    monkeypatch.setattr(type(engine._runner), "logits", saying)
+    return engine
+
+
+@given(st.text(max_size=30), st.data())
+def test_pieces_join_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str, data: st.DataObject) -> None:
+    tokens = list(text.encode(errors="replace"))
+    tokens = tokens[: data.draw(st.integers(0, len(tokens)))]  # may end inside a character
+    detokenizer = Detokenizer(tokenizer)
+    for token in tokens:
+        before = detokenizer.text
+        detokenizer.push(token)
+        assert detokenizer.text.startswith(before)
+        assert "�" not in detokenizer.text
+    whole = decode(tokenizer, tokens)
+    assert whole.startswith(detokenizer.text)
+    assert whole[len(detokenizer.text) :].strip("�") == ""
+
+
+@given(st.lists(st.integers(0, 255), max_size=30))
+def test_any_bytes_decode_as_the_whole_does(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    for token in tokens:
+        detokenizer.push(token)
+    assert decode(tokenizer, tokens).startswith(detokenizer.text)
+
+
+def test_the_text_leaves_special_tokens_out(scripted: EmbeddedEngine) -> None:
+    completion = flat(scripted.generate(make_prompts(3), SamplingParams(max_new_tokens=99)))[0]
+    assert completion.text == TEXT
+    assert completion.token_ids == (*TEXT.encode(), END)
+    assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"),
+    [
+        (("STOP",), TEXT[: TEXT.index("STOP")], TEXT[: TEXT.index("STOP") + 4]),
+        (("本",), TEXT[: TEXT.index("本")], TEXT[: TEXT.index("本") + 1]),
+        (("nowhere", "d?"), TEXT[: TEXT.index("d?")], TEXT[: TEXT.index("d?") + 2]),
+        (("end", "nd"), TEXT[: TEXT.index("end")], TEXT[: TEXT.index("end") + 3]),  # both complete at once: the longer
+        (("G",), "", "G"),
+    ],
+)
+def test_text_is_cut_before_a_stop_string(
+    stop: tuple[str, ...], text: str, tokens: str, scripted: EmbeddedEngine
+) -> None:
+    completion = flat(scripted.generate(make_prompts(3), SamplingParams(stop=stop, max_new_tokens=99)))[0]
+    assert completion.text == text
+    assert completion.token_ids == tuple(tokens.encode())
+    assert completion.finish_reason == "stop"
+
+
+def test_a_stop_string_that_is_complete_too_early_does_not_count(scripted: EmbeddedEngine) -> None:
+    sampling = SamplingParams(stop=("e",), min_new_tokens=10, max_new_tokens=99)
+    completion = flat(scripted.generate(make_prompts(3), sampling))[0]
+    assert completion.text == TEXT[: TEXT.index("end")]
+
+
+def test_a_stop_string_cut_by_the_limit_stays_in_the_text(scripted: EmbeddedEngine) -> None:
+    limit = len(TEXT[: TEXT.index("STOP") + 3].encode())
+    completion = flat(scripted.generate(make_prompts(3), SamplingParams(stop=("STOP",), max_new_tokens=limit)))[0]
+    assert (completion.text[-3:], completion.finish_reason) == ("STO", "length")
+
+
+@pytest.mark.parametrize("stop", [(), ("STOP",), ("here!",), ("日本 X", "nothing")])
+def test_the_stream_joins_to_the_completion(stop: tuple[str, ...], scripted: EmbeddedEngine) -> None:
+    sampling = SamplingParams(stop=stop, max_new_tokens=99)
+    prompt = make_prompts(3)[0]
+    pieces = list(scripted.stream(prompt, sampling))
+    assert "".join(pieces) == flat(scripted.generate([prompt], sampling))[0].text
+    assert len(pieces) > 10
+    assert not any("�" in piece for piece in pieces)
+
+
+def test_the_stream_is_the_sampled_text(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    sampling = SamplingParams(max_new_tokens=60, seed=2, temperature=1.5, stop=("a",))
+    for prompt in make_prompts(4, 9, 30):
+        text = flat(engine.generate([prompt], sampling))[0].text
+        assert "".join(engine.stream(prompt, sampling)) == text
+
+
+def test_one_call_at_a_time(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt = make_prompts(4)[0]
+    stream = engine.stream(prompt, SamplingParams(max_new_tokens=60, seed=2))
+    next(stream)
+    for call in (
+        lambda: engine.generate([prompt], SamplingParams()), lambda: engine.update_weights(1), engine.release,
+        lambda: next(iter(engine.stream(prompt, SamplingParams()))),
+    ):
+        with pytest.raises(RolloutError, match="read the stream to its end or close it"):
+            call()
+    stream.close()  # type: ignore[attr-defined]
+    engine.generate([prompt], SamplingParams())
+    assert engine._blocks.num_free == engine._blocks.num_blocks
+
+
+def test_the_policy_has_its_own_weights_between_pieces(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    llama.train()
+    stream = make_engine().stream(Prompt((1, 2), ""), SamplingParams(max_new_tokens=60, seed=2))
+    next(stream)
+    assert llama.training
+
+
+def test_only_one_completion_is_streamed(make_engine: MakeEngine) -> None:
+    with pytest.raises(RolloutError, match=r"sampling\.n is 2, and must be 1 to stream"):
+        make_engine().stream(make_prompts(4)[0], SamplingParams(n=2))
