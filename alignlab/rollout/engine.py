@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -261,18 +261,10 @@ class EmbeddedEngine:
             params, keys = [s.request.sampling for s in sequences], [s.key for s in sequences]
             table = SamplingTable.build(params, keys, vocab_size=logits.shape[1], device=device)
             self._table = (sequences, table)
-        seen = [
-            (row, token) for row, s in enumerate(sequences)
-            if s.request.sampling.repetition_penalty != 1 for token in set(s.token_ids)
-        ]
-        banned = [
-            (row, token) for row, s in enumerate(sequences)
-            if s.num_sampled < s.request.sampling.min_new_tokens for token in s.request.end_token_ids
-        ]
         return sample(
             logits, self._table[1], torch.tensor([s.num_sampled for s in sequences], device=device),
-            seen=torch.tensor(seen, device=device) if seen else None,
-            banned=torch.tensor(banned, device=device) if banned else None,
+            seen=_pairs([s.penalised_ids for s in sequences], device),
+            banned=_pairs([s.banned_ids for s in sequences], device),
         )
 
     def _take(self, sequences: list[TokenSequence], sampled: Sampled) -> None:
@@ -304,3 +296,9 @@ class EmbeddedEngine:
         rest = self._completion(sequence, None).text[emitted:]
         if rest:
             yield rest
+
+
+def _pairs(tokens: Sequence[Collection[int]], device: torch.device) -> Tensor | None:
+    """[M,2] int64, (row, token) for every token of every row; None where there are none."""
+    pairs = [(row, token) for row, ids in enumerate(tokens) for token in ids]
+    return torch.tensor(pairs, device=device) if pairs else None

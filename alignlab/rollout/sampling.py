@@ -134,7 +134,8 @@ class SamplingTable:
     def rows(self, block: slice) -> SamplingTable:
         """The rows of `block` alone; the flags stay those of the whole table."""
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[block] for name, t in tensors.items() if isinstance(t, Tensor)})
+        tensors = {name: t[block] for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

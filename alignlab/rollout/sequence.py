@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from alignlab.rollout.detokenizer import Detokenizer
@@ -65,6 +66,16 @@ class TokenSequence:
     @property
     def sampled_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
+
+    @property
+    def penalised_ids(self) -> Collection[int]:
+        """Distinct tokens that the repetition penalty applies to."""
+        return set(self.token_ids) if self.request.sampling.repetition_penalty != 1 else ()
+
+    @property
+    def banned_ids(self) -> Collection[int]:
+        """Tokens that must not be sampled next, because the completion would be too short."""
+        return self.request.end_token_ids if self.num_sampled < self.request.sampling.min_new_tokens else ()
 
     def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> None:
         """Take a sampled token, and finish where it ends the completion."""

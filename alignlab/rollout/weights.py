@@ -93,14 +93,12 @@ class EngineWeights:
     def _places(self, head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """(parent, name of the child, layer) of every layer that is to have a stand-in."""
         adapted = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
-        inside = {id(module) for layer in adapted for module in layer.modules()}
+        inside = {module for layer in adapted for module in layer.modules()}
+        wanted: set[nn.Module] = set(adapted) if self._merge else set()
+        if self._pack:
+            wanted |= {module for module in self._model.modules() if type(module) is nn.Linear} - inside - {head}
         for parent in self._model.modules():
-            if id(parent) in inside:
-                continue
-            for name, child in parent.named_children():
-                plain = self._pack and type(child) is nn.Linear and child is not head
-                if plain or (self._merge and isinstance(child, BaseTunerLayer)):
-                    yield parent, name, child
+            yield from ((parent, name, child) for name, child in parent.named_children() if child in wanted)
 
 
 def _packing_helps(model: nn.Module) -> bool:

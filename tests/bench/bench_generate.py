@@ -12,11 +12,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.models.checkpoints import load_model, load_tokenizer
@@ -71,28 +71,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _race(case: Case, ours: EmbeddedEngine, peer: torch.nn.Module, args: argparse.Namespace) -> dict[str, float]:
+def _race(case: Case, ours: EmbeddedEngine, peer: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
     """Median tokens a second of both, after one round that is not counted."""
     num_tokens = case.num_prompts * case.group_size * args.new_tokens
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for round_number in range(args.rounds + 1):
         ids = torch.randint(5, 40_000, (case.num_prompts, case.prompt_tokens))  # new ones: no prefix is known already
-        elapsed = {
-            "ours": _timed(lambda ids=ids: _ours(ours, ids, case, args.new_tokens), args.cpu_time),
-            "peer": _timed(lambda ids=ids: _peer(peer, ids, case, args.new_tokens), args.cpu_time),
-        }
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        marks = [clock()]
+        _ours(ours, ids, case, args.new_tokens)
+        marks.append(clock())
+        _peer(peer, ids, case, args.new_tokens)
+        marks.append(clock())
         if round_number:
-            for name, seconds in elapsed.items():
-                times[name].append(seconds)
+            times["ours"].append(marks[1] - marks[0])
+            times["peer"].append(marks[2] - marks[1])
     speeds = {name: num_tokens / statistics.median(seconds) for name, seconds in times.items()}
     return {**speeds, "ratio": speeds["ours"] / speeds["peer"]}
-
-
-def _timed(run: Callable[[], None], cpu_time: bool) -> float:
-    clock = time.process_time if cpu_time else time.perf_counter
-    start = clock()
-    run()
-    return clock() - start
 
 
 def _ours(engine: EmbeddedEngine, ids: torch.Tensor, case: Case, new_tokens: int) -> None:
@@ -100,7 +95,7 @@ def _ours(engine: EmbeddedEngine, ids: torch.Tensor, case: Case, new_tokens: int
     engine.generate(prompts, SamplingParams(n=case.group_size, max_new_tokens=new_tokens, ignore_eos=True))
 
 
-def _peer(model: torch.nn.Module, ids: torch.Tensor, case: Case, new_tokens: int) -> None:
+def _peer(model: Any, ids: torch.Tensor, case: Case, new_tokens: int) -> None:
     model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_return_sequences=case.group_size, pad_token_id=2,
