@@ -61,13 +61,15 @@ class KLSettings(Frozen):
     """KL to the reference. Estimators: Schulman, "Approximating KL Divergence" (2020)."""
 
     coef: float = Field(0.0, ge=0)
-    """0: no reference is kept and no KL is computed."""
+    """0: the KL is not priced; `measure_every_steps` may still show it."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
     placement: Literal["loss", "reward"] = "loss"
     target: float | None = Field(None, gt=0)
     """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
     horizon: int = Field(10_000, ge=1)
     """Completions over which an adaptive coefficient moves."""
+    measure_every_steps: int | None = Field(None, ge=1)
+    """With a coefficient of 0: steps at which the KL is measured all the same, at the cost of scoring the reference."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

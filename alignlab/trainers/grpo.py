@@ -35,12 +35,18 @@ class GRPOTrainer(OnlineTrainer):
         self.kl_coef = self.config.kl.coef
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Old log-probs where the policy moves before they are used again; reference log-probs where KL is priced."""
-        config, kl = self.config, self.config.kl
-        moves = config.num_epochs * config.num_minibatches > 1
-        old = moves or (kl.coef > 0 and (kl.placement == "reward" or kl.target is not None))
-        return frozenset(name for name, needed in (("old", old), ("ref", kl.coef > 0)) if needed)
+    def prices_kl(self) -> bool:
+        """Whether the KL of whole completions is known before the update: it is part of the reward, or steers."""
+        kl = self.config.kl
+        return kl.coef > 0 and (kl.placement == "reward" or kl.target is not None)
+
+    def needs(self, step: int) -> frozenset[str]:
+        """Old log-probs where the policy moves before they are used again; the reference's where KL counts or shows."""
+        kl = self.config.kl
+        moves = self.config.num_epochs * self.config.num_minibatches > 1
+        shown = kl.measure_every_steps is not None and step % kl.measure_every_steps == 0
+        wanted = {"old": moves or self.prices_kl, "ref": kl.coef > 0 or shown}
+        return frozenset(name for name, needed in wanted.items() if needed)
 
     @property
     def weigh(self) -> Weigh:
@@ -61,7 +67,7 @@ class GRPOTrainer(OnlineTrainer):
                 factor=self.config.overlong_penalty,
             )
             rewards = rewards + penalty.view_as(rewards)
-        if {"old", "ref"} <= self.needs:
+        if self.prices_kl:
             rewards = rewards - self._price_of_kl(minibatches).view_as(rewards)
         if self.config.advantage == "batch_whitened":
             everyone = self.accelerator.gather(rewards.to(self.learner.device)).cpu()
@@ -111,7 +117,7 @@ class GRPOTrainer(OnlineTrainer):
         if experience.ref_logprobs is not None:
             metrics["kl"] = kl_k3(logprobs, experience.ref_logprobs)
             metrics["kl_coef"] = torch.full_like(ratio, self.kl_coef)
-            if config.kl.placement == "loss":
+            if config.kl.coef > 0 and config.kl.placement == "loss":
                 kl = kl_loss(logprobs, experience.ref_logprobs, old, estimator=config.kl.estimator)
                 token_loss = token_loss + self.kl_coef * kl
         if config.entropy_coef > 0:

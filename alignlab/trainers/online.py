@@ -91,7 +91,7 @@ class OnlineTrainer(TrainingLoop):
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
         policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
-        self.reference = make_reference(policy) if config.kl.coef > 0 else None
+        self.reference = make_reference(policy) if config.kl.coef > 0 or config.kl.measure_every_steps else None
         learner = Learner(
             policy,
             config,
@@ -110,10 +110,9 @@ class OnlineTrainer(TrainingLoop):
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
 
-    @property
     @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """Which log-probs are scored before the update: any of "old", "ref"."""
+    def needs(self, step: int) -> frozenset[str]:
+        """Which log-probs a step's packs are scored for before the update: any of "old", "ref"."""
 
     @property
     @abstractmethod
@@ -180,7 +179,8 @@ class OnlineTrainer(TrainingLoop):
         """The packs of each mini-batch, with all that the loss needs. Mini-batches are cut between groups."""
         size = -(-len(rollouts) // self.config.num_minibatches)
         parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        scored = [self._score(pack_rollouts(part, budget=self.config.tokens_per_microbatch)) for part in parts]
+        needs, budget = self.needs(step), self.config.tokens_per_microbatch
+        scored = [self._score(pack_rollouts(part, budget=budget), needs) for part in parts]
         advantages = self.credit(rollouts, scored).to(self.learner.device)
         if self.store is not None:
             self.store.append(step, rollouts, advantages=advantages.tolist())
@@ -203,13 +203,13 @@ class OnlineTrainer(TrainingLoop):
             ]
         )
 
-    def _score(self, packs: Sequence[Experience]) -> list[Experience]:
+    def _score(self, packs: Sequence[Experience], needs: frozenset[str]) -> list[Experience]:
         scored = [pack.to(self.learner.device) for pack in packs]
-        if "old" in self.needs:
+        if "old" in needs:
             scored = [replace(p, old_logprobs=x) for p, x in zip(scored, self.learner.score(scored), strict=True)]
-        if "ref" in self.needs and self.reference is None:
+        if "ref" in needs and self.reference is None:
             scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(scored), strict=True)]
-        elif "ref" in self.needs:
+        elif "ref" in needs:
             values = self.learner.score(scored, self.reference)
             scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, values, strict=True)]
         return scored

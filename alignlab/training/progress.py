@@ -27,6 +27,7 @@ SHOWN = {
     "eval/greedy": ("held-out greedy", "{:.3f}"),
     "eval/sampled": ("held-out sampled", "{:.3f}"),
 }
+RARE = ("eval/", "kl")  # not measured at every step: the last value stays on show
 TREND = ("reward", "loss")
 SPARKS = "▁▂▃▄▅▆▇█"
 TREND_STEPS = 40
@@ -99,7 +100,7 @@ class TrainingProgress:
         self._durations.append(now - self._last)
         self._last, self._done = now, step
         self.phase_seconds, self._phase_sums = self._phase_sums, {}
-        self._metrics = {**{k: v for k, v in self._metrics.items() if k.startswith("eval/")}, **metrics}
+        self._metrics = {**{k: v for k, v in self._metrics.items() if k.startswith(RARE)}, **metrics}
         trend = next((metrics[name] for name in TREND if name in metrics), None)
         if trend is not None:
             self._trend.append(trend)

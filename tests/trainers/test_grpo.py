@@ -176,6 +176,26 @@ def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, toke
     assert trainer.kl_coef > 1.2
 
 
+def test_measuring_kl_changes_nothing_else(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    seen: dict[int, float | None] = {}
+
+    def keep(_: Any, step: int, metrics: Any) -> None:
+        seen[step] = metrics.get("kl")
+
+    def weights(name: str, **kl: Any) -> dict[str, Tensor]:
+        base = make_config()
+        config = make_config(output_dir=base.output_dir / name, kl=kl)
+        trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=[keep])
+        trainer.train()
+        return trained(trainer)
+
+    without, measured = weights("without"), weights("measured", measure_every_steps=2)
+    assert all(torch.equal(without[name], value) for name, value in measured.items())
+    assert [step for step, value in seen.items() if value is not None] == [2, 4]
+    assert seen[4] is not None
+    assert seen[4] > 0
+
+
 def test_failing_rewards_stop_the_run_at_their_limit(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
