@@ -75,12 +75,20 @@ def check_temperature(config: GRPOConfig) -> None:
         raise BrokenRule("sampling.temperature", config.sampling.temperature, must, "use 1.0")
 
 
-def check_warmup(config: GRPOConfig) -> None:
-    """The warm-up ends within the run."""
-    updates = config.num_steps * config.num_epochs * config.num_minibatches
-    if config.warmup_steps >= updates:
-        must = f"be less than the run's {updates} updates (num_steps x num_epochs x num_minibatches)"
-        raise BrokenRule("warmup_steps", config.warmup_steps, must, f"use {updates // 10}")
+def check_kl_horizon(config: GRPOConfig) -> None:
+    """A step of more completions than the horizon would move the coefficient past 20 %, and even below 0."""
+    num_completions = config.num_prompts * config.group_size
+    if config.kl.target is not None and config.kl.horizon < num_completions:
+        must = f"be at least the step's {num_completions} completions (num_prompts x group_size)"
+        raise BrokenRule("kl.horizon", config.kl.horizon, must, f"use {num_completions} or more")
+
+
+def check_overlong_penalty(config: GRPOConfig) -> None:
+    """The penalty needs a buffer to be applied in."""
+    default = type(config).model_fields["overlong_penalty"].default
+    if config.overlong_buffer_tokens is None and config.overlong_penalty != default:
+        must = f"stay {default} without overlong_buffer_tokens, where nothing is penalised"
+        raise BrokenRule("overlong_penalty", config.overlong_penalty, must, "give overlong_buffer_tokens")
 
 
 RULES = (
@@ -89,6 +97,7 @@ RULES = (
     check_ignored_fields,
     check_on_policy,
     check_overlong,
+    check_overlong_penalty,
     check_temperature,
-    check_warmup,
+    check_kl_horizon,
 )

@@ -31,6 +31,7 @@ class TrainerConfig(Frozen):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: constant, or decaying to 0 at the last step."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps, of however many updates each."""
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -48,6 +49,13 @@ class TrainerConfig(Frozen):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
 
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_steps >= self.num_steps:
+            must = f"be less than num_steps ({self.num_steps})"
+            raise BrokenRule("warmup_steps", self.warmup_steps, must, f"use {self.num_steps // 10}")
+        return self
+
 
 class SFTConfig(TrainerConfig):
     """Supervised fine-tuning on prompt and completion; the loss is on the completion alone."""
@@ -63,6 +71,7 @@ class KLSettings(Frozen):
     coef: float = Field(0.0, ge=0)
     """0: the KL is not priced; `measure_every_steps` may still show it."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
+    """Of the loss; in the reward it is always k1."""
     placement: Literal["loss", "reward"] = "loss"
     target: float | None = Field(None, gt=0)
     """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
@@ -79,6 +88,9 @@ class KLSettings(Frozen):
         if self.estimator == "k1" and self.placement == "loss":
             must = "be k2 or k3 in the loss: the gradient of k1 is zero in expectation"
             raise BrokenRule("estimator", self.estimator, must, "use k2, or placement: reward")
+        if self.estimator == "k3" and self.placement == "reward":
+            must = "be k1 in the reward, which takes no other: a reward is a fixed number, and k1 is unbiased"
+            raise BrokenRule("estimator", self.estimator, must, "remove it, or use placement: loss")
         return self
 
 

@@ -65,15 +65,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainerConfig, total
     """The schedule of a run of `total_updates` optimizer updates; step it once after each.
 
     `config.warmup_steps` counts steps: where a step makes several updates, the warm-up takes as many times more.
-
-    Raises:
-        ConfigError: the warm-up takes the whole run.
     """
-    if config.warmup_steps >= config.num_steps:
-        raise ConfigError(
-            f"trainer.warmup_steps must be less than trainer.num_steps ({config.num_steps}), and is "
-            f"{config.warmup_steps}; lower warmup_steps or train longer"
-        )
     warmup = config.warmup_steps * total_updates // config.num_steps
 
     def factor(update: int) -> float:

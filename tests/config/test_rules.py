@@ -4,7 +4,7 @@ import pytest
 
 from alignlab.config.recipes import RECIPES
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import GRPOConfig
+from alignlab.config.trainers import GRPOConfig, SFTConfig
 from alignlab.errors import ConfigError
 from tests.config.test_errors import RUN, message, run_message
 
@@ -90,8 +90,22 @@ def test_greedy_rollouts_are_refused():
 
 
 def test_warmup_ends_within_the_run():
-    assert grpo_message(num_steps=10, num_epochs=2, warmup_steps=20).startswith("warmup_steps is 20")
-    assert GRPOConfig(num_steps=10, num_epochs=2, warmup_steps=19).warmup_steps == 19
+    assert grpo_message(num_steps=10, num_epochs=2, warmup_steps=10).startswith("warmup_steps is 10")
+    assert "less than num_steps (5)" in message(SFTConfig, num_steps=5, warmup_steps=5)
+    assert GRPOConfig(num_steps=10, num_epochs=2, warmup_steps=9).warmup_steps == 9
+
+
+def test_adaptive_kl_cannot_turn_negative():
+    """A fifth of more than five horizons would make the coefficient less than nothing."""
+    kl = {"coef": 0.1, "target": 0.1, "horizon": 15}
+    assert "use 16 or more" in grpo_message(num_prompts=4, group_size=4, kl=kl)
+    assert GRPOConfig(num_prompts=4, group_size=4, kl=kl | {"horizon": 16}).kl.horizon == 16
+    assert GRPOConfig(kl={"coef": 0.1, "horizon": 1}).kl.target is None
+
+
+def test_options_that_would_do_nothing_are_refused():
+    assert "be k1 in the reward" in grpo_message(kl={"coef": 0.1, "estimator": "k3", "placement": "reward"})
+    assert "give overlong_buffer_tokens" in grpo_message(overlong_penalty=0.5)
 
 
 def test_adaptive_kl_needs_a_coefficient():

@@ -98,12 +98,6 @@ def test_warm_up_counts_steps_where_a_step_makes_several_updates() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 9)
 
 
-def test_warm_up_as_long_as_the_run_is_refused() -> None:
-    optimizer = make_optimizer(small_model(), SFTConfig())
-    with pytest.raises(ConfigError, match=r"warmup_steps must be less than trainer.num_steps \(5\), and is 5"):
-        make_schedule(optimizer, SFTConfig(num_steps=5, warmup_steps=5), 5)
-
-
 def test_schedule_state_goes_on_where_it_stood() -> None:
     config = SFTConfig(learning_rate=1.0, num_steps=8, warmup_steps=2, lr_schedule="cosine")
     expected = learning_rates(config, total_updates=8)
