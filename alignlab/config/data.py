@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
 
+FILES = (".jsonl", ".json", ".parquet", ".csv")
+
 
 class DataSettings(Frozen):
     """One source of prompts: exactly one of `path` and `task`."""
@@ -48,9 +50,19 @@ class DataSettings(Frozen):
             self._check_task()
         elif self.task_options:
             raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
+        if self.path is not None and self.path.lower().endswith(FILES):
+            self._check_file()
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
+
+    def _check_file(self) -> None:
+        """Whoever names a split of a file must not get all of it, training rows among them."""
+        if self.split != "train":
+            fix = "give the other rows in a file of their own, and remove split"
+            raise BrokenRule("split", self.split, "stay train for a file, which has no splits", fix)
+        if self.config_name is not None:
+            raise BrokenRule("config_name", self.config_name, "stay null for a file", "remove it")
 
     def _check_task(self) -> None:
         if self.split not in ("train", "eval"):

@@ -86,8 +86,14 @@ def _hub_rows(path: str, settings: DataSettings) -> Iterable[Mapping[str, Any]]:
     """A dataset of the Hub, or a local folder that `datasets` understands."""
     from datasets import load_dataset, load_from_disk
 
+    saved = (Path(path) / "dataset_info.json").is_file()
+    if saved and settings.split != "train":
+        raise ConfigError(
+            f"data.split is {settings.split!r}, and {path} is a folder of one split's rows; give the folder of that "
+            "split as data.path, and remove split"
+        )
     try:
-        if (Path(path) / "dataset_info.json").is_file():
+        if saved:
             return load_from_disk(path)
         return load_dataset(path, settings.config_name, split=settings.split)
     except Exception as error:

@@ -132,6 +132,8 @@ def test_shortest_completion_is_at_most_the_longest():
         ({}, "data.path"),
         ({"path": "a.jsonl", "task": "chain_sum"}, "data.path"),
         ({"path": "a.jsonl", "task_options": {"x": 1}}, "data.task_options"),
+        ({"path": "a.jsonl", "split": "test"}, "data.split"),
+        ({"path": "a.csv", "config_name": "main"}, "data.config_name"),
         ({"task": "chain_sum", "split": "test"}, "data.split"),
         ({"task": "chain_sum", "split": "eval"}, "data.split"),
         ({"task": "chain_sum", "config_name": "main"}, "data.config_name"),

@@ -175,6 +175,8 @@ def test_a_folder_that_datasets_wrote(plain_tokenizer: PreTrainedTokenizerFast, 
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     dataset = load_prompts(DataSettings(path=str(tmp_path / "saved")), plain_tokenizer)
     assert dataset == prompts_from_rows(ROWS, DataSettings(), plain_tokenizer)
+    with pytest.raises(ConfigError, match="a folder of one split's rows"):
+        load_prompts(DataSettings(path=str(tmp_path / "saved"), split="test"), plain_tokenizer)
 
 
 @pytest.mark.parametrize(
