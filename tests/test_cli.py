@@ -168,6 +168,24 @@ def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
     assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
 
 
+def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
+    """The one it was trained with, and not its base's, whether or not the base is named."""
+    import shutil
+
+    from alignlab.cli.policy import load_policy
+    from alignlab.models.checkpoints import load_tokenizer
+
+    base, own = str(run_file.parent / "model"), tmp_path / "own"
+    shutil.copytree(adapter, own)
+    tokenizer = load_tokenizer(str(own))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(own)
+    assert load_policy(base, str(own))[1].chat_template == tokenizer.chat_template
+    assert main(["merge", str(own), str(tmp_path / "merged"), "--model", base]) == 0
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template == tokenizer.chat_template
+    assert load_policy(base, adapter)[1].chat_template is None
+
+
 def test_merge_refuses_what_is_no_adapter(run_file, tmp_path, capsys):
     assert main(["merge", str(run_file.parent / "model"), str(tmp_path / "merged")]) == 2
     assert "no adapter_config.json" in capsys.readouterr().err

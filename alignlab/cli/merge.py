@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from alignlab.cli.policy import ADAPTER_FILE, is_adapter
+from alignlab.cli.policy import ADAPTER_FILE, is_adapter, tokenizer_source
 from alignlab.errors import CheckpointError, ConfigError
 
 NAME = "merge"
@@ -47,6 +47,6 @@ def run(args: argparse.Namespace) -> int:
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     torch.nn.Module.to(merged, getattr(torch, args.dtype))
     save_model(merged, output)
-    load_tokenizer(args.model or args.adapter).save_pretrained(output)
+    load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter)).save_pretrained(output)
     print(f"alignlab merge: wrote {output}", file=sys.stderr)
     return 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alignlab.config.rollout import SamplingSettings
 
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 DTYPES = ("auto", "float32", "bfloat16")
 # Command-line flags of the fields of SamplingSettings; their defaults are the class's.
 SAMPLING_FLAGS = {
@@ -55,6 +56,11 @@ def sampling_settings(args: argparse.Namespace, **defaults: Any) -> SamplingSett
     return SamplingSettings(**{**defaults, **given})
 
 
+def tokenizer_source(model: str, adapter: str | None) -> str:
+    """Where the tokenizer that an adapter was trained with lies: beside it, or else beside its base."""
+    return adapter if adapter is not None and (Path(adapter) / TOKENIZER_FILE).is_file() else model
+
+
 def load_policy(
     model: str, adapter: str | None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -79,4 +85,4 @@ def load_policy(
         policy = PeftModel.from_pretrained(policy, adapter)
     if isinstance(policy, PeftModel):
         policy = compute_in_base_dtype(policy)
-    return policy.eval(), load_tokenizer(model)
+    return policy.eval(), load_tokenizer(tokenizer_source(model, adapter))

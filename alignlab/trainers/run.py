@@ -175,7 +175,8 @@ def evaluation_data(config: RunConfig) -> DataSettings | None:
 def generate_options(data: DataSettings) -> tuple[str, ...]:
     """Flags with which `alignlab generate` renders a prompt as the training did."""
     plain = ("--plain",) if data.chat is False else ()
-    return plain if data.system_prompt is None else (*plain, "--system-prompt", data.system_prompt)
+    named = {"--system-prompt": data.system_prompt, "--prompt-template": data.prompt_template}
+    return plain + tuple(word for flag, text in named.items() if text is not None for word in (flag, text))
 
 
 def _task(data: DataSettings) -> str:

@@ -41,7 +41,7 @@ class RunReport:
         model: folder of the saved model; None where an adapter was trained.
         base_model: what the adapter belongs on.
         generate_options: of `alignlab generate`, so that it renders a prompt as the training did: --system-prompt TEXT,
-            --plain.
+            --prompt-template TEXT, --plain.
         summary: more entries for report.json.
     """
 

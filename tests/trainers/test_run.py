@@ -89,4 +89,6 @@ def test_training_and_evaluation_problems_are_disjoint(config_file: Path) -> Non
 def test_generate_options_render_as_training_did(config_file: Path) -> None:
     data: Any = load_config(config_file, ["data.system_prompt=Be brief.", "data.chat=false"]).data
     assert generate_options(data) == ("--plain", "--system-prompt", "Be brief.")
+    data = load_config(config_file, ["data.prompt_template='Q: {prompt} A:'"]).data
+    assert generate_options(data) == ("--prompt-template", "Q: {prompt} A:")
     assert generate_options(load_config(config_file, []).data) == ()
