@@ -132,7 +132,8 @@ class PagedBatch:
                 group.queries(flat),
                 self._gathered("key", keys, group).view(rows, -1, key.shape[1], key.shape[3]),
                 self._gathered("value", values, group).view(rows, -1, value.shape[1], value.shape[3]),
-                self._mask(index, sliding_window, flat.dtype), scaling=scaling, softcap=softcap,
+                self._mask(index, sliding_window, flat.dtype, query.shape[1] // key.shape[1]),
+                scaling=scaling, softcap=softcap,
             )
             parts.append(group.unpadded(attended))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
@@ -145,8 +146,8 @@ class PagedBatch:
             room = self._rooms[name] = store.new_empty(shape)
         return torch.index_select(store, 0, group.blocks, out=room)
 
-    def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[R,1,Q,L], 0 where a query sees a key and -inf elsewhere; the same for all layers with this window."""
+    def _mask(self, index: int, window: int | None, dtype: torch.dtype, shared: int) -> Tensor:
+        """[R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; the same for all layers with this window."""
         if (index, window) not in self._masks:
             group = self._groups[index]
             positions = group.positions[:, None, :, None]
@@ -155,15 +156,16 @@ class PagedBatch:
             seen = keys <= positions
             if window is not None:
                 seen &= keys > positions - window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
-            self._masks[index, window] = mask.masked_fill_(~seen, -torch.inf)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, -torch.inf)
+            single = mask.shape[2] == 1
+            self._masks[index, window] = mask.expand(-1, -1, shared, -1) if single else mask.repeat(1, 1, shared, 1)
         return self._masks[index, window]
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention of query [R,Q,H,D] to key, value [R,L,K,D] under mask [R,1,Q,L] -> [R,Q,H,D]."""
+    """Attention of query [R,Q,H,D] to key, value [R,L,K,D] under mask [R,1,G*Q,L] -> [R,Q,H,D]."""
     narrow = query.shape[1] == 1 and key.shape[2] <= _MAX_BLOCK_DIAGONAL_HEADS
     if narrow and key.dtype == torch.bfloat16 and not key.is_cuda:
         return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
@@ -179,7 +181,6 @@ def _folded_attention(
     shared = heads // kv_heads
     folded = query.view(rows, count, kv_heads, shared, size).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, shared * count, size)
-    mask = mask.expand(rows, 1, shared, -1) if count == 1 else mask.repeat(1, 1, shared, 1)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     if softcap is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
@@ -200,12 +201,12 @@ def _block_diagonal_attention(
     """
     rows, _, heads, size = query.shape
     kv_heads = key.shape[2]
-    diagonal = torch.eye(kv_heads, dtype=query.dtype)[:, None, :, None]
-    spread = (query.view(rows, kv_heads, -1, 1, size) * diagonal).view(rows, heads, kv_heads * size)
-    scores = torch.bmm(spread, key.flatten(2).transpose(1, 2)).float().mul_(scaling)
+    spread = query.new_zeros(rows, kv_heads, heads // kv_heads, kv_heads, size)
+    spread.diagonal(dim1=1, dim2=3).copy_(query.view(rows, kv_heads, -1, size).permute(0, 2, 3, 1))
+    scores = torch.bmm(spread.view(rows, heads, -1), key.flatten(2).transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         scores = _capped(scores, softcap)
-    weights = scores.add_(mask[:, 0]).softmax(-1).to(value.dtype)
+    weights = scores.add_(mask[:, 0, :1]).softmax(-1).to(value.dtype)
     mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, size)
     return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, size)
 
