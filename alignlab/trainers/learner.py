@@ -24,7 +24,7 @@ from alignlab.models.attention import causal_lm
 from alignlab.models.moe import expert_counts, finish_router_step, routers
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
-from alignlab.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from alignlab.training.checkpoint import fingerprint, load_optimizer_tensors, optimizer_tensors
 from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.types import Experience
 
@@ -104,19 +104,32 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The rest of a checkpoint, as JSON."""
-        return {"schedule": schedule_state(self.schedule), "num_skipped": self.num_skipped}
+        return {
+            "schedule": schedule_state(self.schedule),
+            "num_skipped": self.num_skipped,
+            "frozen": self._frozen_fingerprint(),
+        }
+
+    def _frozen_fingerprint(self) -> str:
+        """Of the weights that are not trained and so in no checkpoint, such as an adapter's base."""
+        return fingerprint((name, p) for name, p in self.policy.named_parameters() if not p.requires_grad)
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take back what `tensors` and `state` gave.
 
         Raises:
-            CheckpointError: the checkpoint holds other parameters than are trained now.
+            CheckpointError: the checkpoint holds other parameters than are trained now, or the frozen ones are others.
         """
         missing = sorted(set(self.trained) ^ (set(tensors["policy"]) - {n for n, _ in self.policy.named_buffers()}))
         if missing:
             raise CheckpointError(
                 f"the checkpoint and the model train different parameters, first {missing[0]} ({len(missing)} in all); "
                 "resume with the model and LoRA settings that the run was started with"
+            )
+        if state["frozen"] != self._frozen_fingerprint():
+            raise CheckpointError(
+                "the weights that are not trained, such as an adapter's base, are not those that the run was started "
+                "with; resume with the same model.name and model.dtype"
             )
         self.policy.load_state_dict(dict(tensors["policy"]), strict=False)
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +28,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
+from alignlab.errors import CheckpointError
 from alignlab.functional.advantages import mixed_groups
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engine import EmbeddedEngine
@@ -45,6 +47,7 @@ from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
+from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.reward_functions import load_reward
 from alignlab.training.reward_runner import RewardRunner
@@ -244,18 +247,30 @@ class OnlineTrainer(TrainingLoop):
         self.rewards.close()
 
     def state(self) -> dict[str, Any]:
-        """Position in the data, version of the policy, failures of rewards so far."""
+        """Position in the data, version of the policy, failures of rewards so far, which reference."""
         return {
             "sampler": self.sampler.state_dict(),
             "policy_version": self.engine.policy_version,
             "reward_failures": [[*key, count] for key, count in self.rewards.failures.items()],
+            "reference": self.reference and fingerprint(self.reference.named_parameters()),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; the engine takes over the restored weights."""
+        """Go on where `state` was taken; the engine takes over the restored weights.
+
+        Raises:
+            CheckpointError: the frozen copy that the KL is measured to is not the policy that the run began with.
+        """
+        reference = self.reference and fingerprint(self.reference.named_parameters())
+        if reference and state["reference"] and reference != state["reference"]:
+            raise CheckpointError(
+                "the reference of the KL is a copy of the policy that the run began with, and the model given now is "
+                "another; resume with the model that the run was started with"
+            )
         self.sampler.load_state_dict(state["sampler"])
-        self.rewards.failures.update({(name, kind): count for name, kind, count in state["reward_failures"]})
-        self.engine.update_weights(state["policy_version"])
+        self.rewards.failures = Counter({(name, kind): count for name, kind, count in state["reward_failures"]})
+        # An engine that has run already, as after an interruption in the same process, only counts upwards.
+        self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
 
 
 def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,7 +72,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         AlignlabError: any of its kinds, each before work is lost.
     """
     tokenizer = make_tokenizer(config)
-    model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer)
+    set_seed(config.trainer.seed)  # a new model's weights are the run's too
+    # A warm start trains all weights, whatever is put on them afterwards.
+    dtype = model_dtype(config.model) if config.warm_start is None else torch.float32
+    model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer, dtype)
     if config.warm_start is not None:
         warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
         if warm.interrupted:
@@ -110,15 +114,17 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return train_tokenizer(texts, vocab_size=settings.tokenizer.vocab_size)
 
 
-def make_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """The model that the config names, or a new one with random weights."""
+def make_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel | PeftModel:
+    """The model that the config names, or a new one with random weights from torch's global generator."""
     if settings.name is not None:
-        return load_model(settings.name, dtype=model_dtype(settings))
+        return load_model(settings.name, dtype=dtype)
     assert settings.architecture is not None
     return new_model(
         settings.architecture,
         vocab_size=len(tokenizer),
-        dtype=model_dtype(settings),
+        dtype=dtype,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -33,6 +33,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+FINGERPRINT_VALUES = 16
+"""Of each tensor: enough to tell two models apart, few enough for models of any size."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,17 @@ def load_optimizer_tensors(
         on_host = key == "step" and not fused[parameter]
         device = torch.device("cpu") if on_host else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)
+
+
+@torch.no_grad()
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of names, shapes, dtypes and a few values of each tensor: tells other weights, not a flipped bit."""
+    digest = hashlib.sha256()
+    for name, tensor in parameters:
+        stride = max(1, tensor.numel() // FINGERPRINT_VALUES)
+        values = tensor.detach().flatten()[::stride][:FINGERPRINT_VALUES].double().tolist()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype), values]).encode())
+    return digest.hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -125,6 +125,39 @@ def test_resume_with_other_weights_is_refused(make_model: Make, make_config: Mak
         other.train(resume=True)
 
 
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
+def test_resume_with_another_starting_policy_is_refused(
+    lora: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """The start is the reference, or an adapter's base; neither is in a checkpoint."""
+
+    def train(seed: int, num_steps: int, resume: bool) -> None:
+        config = make_config(num_steps=num_steps, kl={"coef": 0.1})
+        trainer = GRPOTrainer(make_model(seed=seed), even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
+        trainer.train(resume=resume)
+
+    train(0, 1, resume=False)
+    with pytest.raises(CheckpointError, match="was started with"):
+        train(1, 2, resume=True)
+    train(0, 2, resume=True)
+
+
+def test_the_same_trainer_goes_on_after_an_interruption(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    def interrupt(_: Any, step: int, __: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = make_config(num_steps=3, output_dir=make_config().output_dir / "cut")
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=[interrupt])
+    assert trainer.train().interrupted
+    assert trainer.train(resume=True).num_steps == 3
+    whole = GRPOTrainer(make_model(), even_ids, make_config(num_steps=3), rows, tokenizer=tokenizer)
+    whole.train()
+    assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(trainer).items())
+
+
 def test_dynamic_sampling_refills_with_groups_that_teach(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from alignlab.config.loader import load_config
@@ -14,6 +15,7 @@ from alignlab.data.prompts import load_prompts
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.trainers.run import evaluation_data, generate_options, run
+from alignlab.training.rollout_store import read_rollouts
 
 CONFIG = """
 model:
@@ -62,6 +64,26 @@ def test_whole_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     AutoModelForCausalLM.from_pretrained(folder / "model")
     with pytest.raises(ConfigError, match="nothing was overwritten"):
         run(load_config(config_file, [f"trainer.output_dir={folder}"]))
+
+
+def test_a_new_model_s_weights_are_those_of_the_seed(config_file: Path, tmp_path: Path) -> None:
+    """Else two runs of one config differ, and a resumed run's reference is not the policy that it began with."""
+    texts = []
+    for draws in (1, 2):
+        torch.rand(draws)
+        folder = tmp_path / str(draws)
+        run(load_config(config_file, [f"trainer.output_dir={folder}", "trainer.num_steps=1", "warm_start=null"]))
+        texts.append(read_rollouts(folder / "rollouts")["token_ids"].to_pylist())
+    assert texts[0] == texts[1]
+
+
+def test_warm_start_under_an_adapter(config_file: Path, tmp_path: Path) -> None:
+    """The warm start trains all weights in float32; the adapter's base is its result in bfloat16."""
+    first = run(load_config(config_file, [f"trainer.output_dir={tmp_path / 'first'}", "trainer.num_steps=1"]))
+    changes = [f"model={{name: {first.result.model_path}, lora: {{rank: 2}}}}", f"trainer.output_dir={tmp_path / 'on'}"]
+    summary = run(load_config(config_file, changes))
+    assert summary.trains_adapter
+    assert (tmp_path / "on" / "warm_start" / "model").is_dir()
 
 
 def test_resume_skips_a_finished_warm_start(config_file: Path, tmp_path: Path) -> None:
