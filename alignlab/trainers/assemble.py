@@ -33,16 +33,18 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
-def check_shares(name: str, count: int, ranks: int) -> None:
-    """Every rank takes the same share of a step.
+def check_shares(name: str, count: int, ranks: int, num_minibatches: int = 1) -> None:
+    """Every rank takes the same share of a step, and cuts it into equal mini-batches.
 
     Raises:
         ConfigError: it cannot be shared out evenly.
     """
-    if count % ranks:
-        below, above = count // ranks * ranks, (count // ranks + 1) * ranks
+    shares = ranks * num_minibatches
+    if count % shares:
+        below, above = count // shares * shares, (count // shares + 1) * shares
+        parts = f" x num_minibatches ({num_minibatches}) = {shares}" if num_minibatches > 1 else ""
         raise ConfigError(
-            f"{name} is {count}, and must be a multiple of the number of ranks ({ranks}); "
+            f"{name} is {count}, and must be a multiple of the number of ranks ({ranks}){parts}; "
             f"use {f'{below} or ' if below else ''}{above}"
         )
 

@@ -87,7 +87,7 @@ class OnlineTrainer(TrainingLoop):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         accelerator = make_accelerator()
-        check_shares("num_prompts", config.num_prompts, accelerator.num_processes)
+        check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
         rewards = RewardRunner(resolve_rewards(reward_funcs), config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
@@ -134,10 +134,10 @@ class OnlineTrainer(TrainingLoop):
         """One batch of rollouts, learnt from."""
         start = time.perf_counter()
         with self.phase("generate"):
-            rollouts = self.collect(step)
+            rollouts, left_out = self.collect(step)
         generated = time.perf_counter()
         with self.phase("score"):
-            minibatches = self.make_experience(step, rollouts)
+            minibatches = self.make_experience(step, rollouts, left_out)
         with self.phase("update"):
             updates = [
                 self.learner.update(packs, self.loss, self.weigh)
@@ -148,7 +148,7 @@ class OnlineTrainer(TrainingLoop):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
         metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        metrics |= rollout_metrics(rollouts, self.learner.reduce_sum)
+        metrics |= rollout_metrics([*rollouts, *left_out], self.learner.reduce_sum)
         return metrics | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / (generated - start),
             "generate_s": generated - start,
@@ -156,8 +156,12 @@ class OnlineTrainer(TrainingLoop):
             "reward_failures": float(self.rewards.num_failures),
         }
 
-    def collect(self, step: int) -> list[Rollout]:
-        """This rank's scored rollouts of one step; under dynamic sampling, groups that teach nothing are replaced."""
+    def collect(self, step: int) -> tuple[list[Rollout], list[Rollout]]:
+        """This rank's scored rollouts of one step: those to learn from, and those left out.
+
+        Under dynamic sampling, groups that teach nothing are replaced. What was left out is still what the policy does:
+        metrics and the store of rollouts hold it too.
+        """
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         wanted = self.config.num_prompts // ranks
         kept: list[Rollout] = []
@@ -171,22 +175,29 @@ class OnlineTrainer(TrainingLoop):
             if not self._any_rank(len(kept) < wanted):
                 break
         # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.
-        return (kept + dull)[:wanted]
+        sampled = kept + dull
+        return sampled[:wanted], sampled[wanted:]
 
     def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         """Sample and score one group for each prompt."""
         sampling = self.config.sampling.params(n=self.config.group_size, seed=seed)
         return self.rewards.score(self.engine.generate(prompts, sampling))
 
-    def make_experience(self, step: int, rollouts: Sequence[Rollout]) -> list[list[Experience]]:
-        """The packs of each mini-batch, with all that the loss needs. Mini-batches are cut between groups."""
+    def make_experience(
+        self, step: int, rollouts: Sequence[Rollout], left_out: Sequence[Rollout] = ()
+    ) -> list[list[Experience]]:
+        """The packs of each mini-batch, with all that the loss needs. Mini-batches are cut between groups.
+
+        Stores the rollouts, and those left out without an advantage.
+        """
         size = -(-len(rollouts) // self.config.num_minibatches)
         parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
         needs, budget = self.needs(step), self.config.tokens_per_microbatch
         scored = [self._score(pack_rollouts(part, budget=budget), needs) for part in parts]
         advantages = self.credit(rollouts, scored).to(self.learner.device)
         if self.store is not None:
-            self.store.append(step, rollouts, advantages=advantages.tolist())
+            known = [*advantages.tolist(), *[None] * len(left_out)]
+            self.store.append(step, [*rollouts, *left_out], advantages=known)
         teaches = self.teaches(rollouts).to(self.learner.device)
         parts_of = [slice(i * size, (i + 1) * size) for i in range(len(parts))]
         return [

@@ -59,12 +59,13 @@ class RolloutStore:
                 path.unlink()
 
     def append(
-        self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float]] | None = None
+        self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float] | None] | None = None
     ) -> Path:
         """Write the rollouts of a step; called once a step.
 
         Args:
-            advantages: of each completion, by rollout; null in the file where there are none.
+            advantages: of each completion, by rollout; null in the file where there are none, as of rollouts that were
+                not learnt from.
         """
         names = {name: None for rollout in rollouts for name in rollout.reward_parts}
         types = COLUMNS | {f"reward/{name}": pa.float64() for name in names}

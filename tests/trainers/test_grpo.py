@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
+from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError, ConfigError, RewardError
+from alignlab.trainers.assemble import check_shares
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.training.rollout_store import read_rollouts
 from tests.trainers.conftest import SPARSE, even_ids
@@ -170,9 +172,35 @@ def test_dynamic_sampling_refills_with_groups_that_teach(
     config = make_config(num_steps=2, dynamic_sampling=True, max_refills=4)
     trainer = GRPOTrainer(make_model(), flat_for_some, config, data, tokenizer=tokenizer)
     for step in (1, 2):
-        kept = trainer.collect(step)
+        kept, left_out = trainer.collect(step)
         assert len(kept) == config.num_prompts
         assert all(len(set(rollout.rewards)) > 1 for rollout in kept)
+        assert (len(kept) + len(left_out)) % config.num_prompts == 0
+
+
+def test_what_dynamic_sampling_leaves_out_is_measured_and_stored(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """Accuracy over the groups that were kept would be about a half, whatever the policy can do."""
+    mixed = f"ab{IndexSampler(len(rows), 1, seed=0).take(3)[-1]}"
+
+    def mostly_right(*, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(ids[0] % 2) if p == mixed else 1.0 for p, ids in zip(prompts, completion_ids, strict=True)]
+
+    config = make_config(num_steps=1, num_prompts=1, group_size=8, dynamic_sampling=True, max_refills=7)
+    trainer = GRPOTrainer(make_model(), mostly_right, config, rows, tokenizer=tokenizer)
+    metrics = trainer.train().metrics
+    table = read_rollouts(config.output_dir / "rollouts").to_pylist()
+    assert len(table) == 3 * 8
+    assert metrics["mixed_groups"] == pytest.approx(1 / 3)
+    assert metrics["accuracy"] == pytest.approx(sum(row["reward"] for row in table) / len(table))
+    assert {row["prompt"] for row in table if row["advantage"] is not None} == {mixed}
+
+
+def test_mini_batches_are_equal_on_every_rank() -> None:
+    check_shares("num_prompts", 12, 2, 3)
+    with pytest.raises(ConfigError, match=r"num_prompts is 8, and .* ranks \(4\) x num_minibatches \(4\) = 16; use 16"):
+        check_shares("num_prompts", 8, 4, 4)
 
 
 def test_completions_that_do_not_teach_are_masked(
@@ -183,7 +211,7 @@ def test_completions_that_do_not_teach_are_masked(
 
     config = make_config(mask_truncated=True, num_minibatches=2)
     trainer = GRPOTrainer(make_model(), some, config, rows, tokenizer=tokenizer)
-    rollouts = trainer.collect(1)
+    rollouts, _ = trainer.collect(1)
     packs = [pack for packs in trainer.make_experience(1, rollouts) for pack in packs]
     trained_tokens = sum(
         len(c.token_ids) for r in rollouts for i, c in enumerate(r.completions) if i % 4 and c.finish_reason != "length"
@@ -196,7 +224,7 @@ def test_completions_that_do_not_teach_are_masked(
 def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     config = make_config(overlong_buffer_tokens=4, overlong_penalty=2.0, advantage="group_centered")
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
-    rollouts = trainer.collect(1)
+    rollouts, _ = trainer.collect(1)
     lengths = torch.tensor([[len(c.token_ids) for c in r.completions] for r in rollouts], dtype=torch.float32)
     rewards = torch.tensor([r.rewards for r in rollouts]) - (lengths - 2).clamp(min=0) / 4 * 2
     torch.testing.assert_close(trainer.credit(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
