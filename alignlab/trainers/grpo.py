@@ -113,7 +113,8 @@ class GRPOTrainer(OnlineTrainer):
         metrics = {"ratio": ratio, "clip_frac": self._clipped(ratio, experience).float()}
         metrics["approx_kl"] = kl_k3(old, logprobs)
         if experience.rollout_logprobs is not None:
-            metrics["rollout_gap"] = (logprobs - experience.rollout_logprobs).abs()
+            # Of the weights that sampled: later updates of a batch move the policy, and that is no gap.
+            metrics["rollout_gap"] = (old - experience.rollout_logprobs).abs()
         if experience.ref_logprobs is not None:
             metrics["kl"] = kl_k3(logprobs, experience.ref_logprobs)
             metrics["kl_coef"] = torch.full_like(ratio, self.kl_coef)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import load_examples
+from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
@@ -107,10 +109,13 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         assert name is not None, "the config's rules ask for one of the two"
         return load_tokenizer(name)
     column = config.warm_start.answer_column if config.warm_start else "answer"
-    texts = [
-        f"{message_text(row[config.data.prompt_column])}{row.get(column, '')}"
-        for row in itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)
-    ]
+    texts = []
+    for index, row in enumerate(itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)):
+        try:
+            text, columns = split_row(row, config.data.prompt_column)
+            texts.append(f"{message_text(text)}{columns.get(column, '')}")
+        except BadRow as error:
+            count_or_raise(Counter(), error, index, config.data)
     return train_tokenizer(texts, vocab_size=settings.tokenizer.vocab_size)
 
 

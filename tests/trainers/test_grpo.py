@@ -61,6 +61,15 @@ def test_first_update_is_on_policy(make_model: Make, make_config: Make, tokenize
     assert metrics["grad_norm"] > 1e-3
 
 
+def test_rollout_gap_is_not_the_policy_s_own_movement(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    config = make_config(num_steps=1, num_epochs=4, learning_rate=3e-2)
+    metrics = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train().metrics
+    assert metrics["approx_kl"] > 1e-3
+    assert metrics["rollout_gap"] < 1e-5
+
+
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "num_epochs": 2, "kl": {"coef": 0.1, "target": 0.01}}])
 @pytest.mark.parametrize("architecture", [None, SPARSE], ids=["lora", "moe"])
 def test_resumed_equals_uninterrupted(

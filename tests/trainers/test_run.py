@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from alignlab.config.loader import load_config
 from alignlab.data.prompts import load_prompts
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.errors import ConfigError
-from alignlab.trainers.run import evaluation_data, generate_options, run
+from alignlab.errors import ConfigError, DataError
+from alignlab.trainers.run import evaluation_data, generate_options, make_tokenizer, run
 from alignlab.training.rollout_store import read_rollouts
 
 CONFIG = """
@@ -64,6 +64,17 @@ def test_whole_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     AutoModelForCausalLM.from_pretrained(folder / "model")
     with pytest.raises(ConfigError, match="nothing was overwritten"):
         run(load_config(config_file, [f"trainer.output_dir={folder}"]))
+
+
+def test_tokenizer_from_rows_of_messages(config_file: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "zebra"}, {"role": "assistant", "content": "zebra"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"messages": chat}) + "\n")
+    changes = [f"data={{path: {data}}}", f"eval_data={{path: {data}}}"]
+    assert len(make_tokenizer(load_config(config_file, changes)).tokenize("zebra")) == 1
+    data.write_text(json.dumps({"question": "zebra"}) + "\n")
+    with pytest.raises(DataError, match="row 0"):
+        make_tokenizer(load_config(config_file, changes))
 
 
 def test_a_new_model_s_weights_are_those_of_the_seed(config_file: Path, tmp_path: Path) -> None:
