@@ -49,6 +49,7 @@ class EngineWeights:
         self._pack = pack and (self._merge or not has_adapters(model)) and _packing_helps(model)
         self._stand_ins: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name, own layer, stand-in
         self._packed_head: PackedLinear | None = None
+        self._modules = list(model.modules())  # walking them takes longer than a token does
         self.refresh()
 
     def refresh(self) -> None:
@@ -71,7 +72,7 @@ class EngineWeights:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within this context the model runs on these weights, in evaluation mode."""
-        trained = [module for module in self._model.modules() if module.training]
+        trained = [module for module in self._modules if module.training]
         try:
             for module in trained:
                 module.training = False
@@ -92,12 +93,12 @@ class EngineWeights:
 
     def _places(self, head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """(parent, name of the child, layer) of every layer that is to have a stand-in."""
-        adapted = [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        adapted = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         inside = {module for layer in adapted for module in layer.modules()}
         wanted: set[nn.Module] = set(adapted) if self._merge else set()
         if self._pack:
-            wanted |= {module for module in self._model.modules() if type(module) is nn.Linear} - inside - {head}
-        for parent in self._model.modules():
+            wanted |= {module for module in self._modules if type(module) is nn.Linear} - inside - {head}
+        for parent in self._modules:
             yield from ((parent, name, child) for name, child in parent.named_children() if child in wanted)
 
 

@@ -101,6 +101,8 @@ def test_a_prompt_is_computed_once_for_its_group(make_engine: MakeEngine) -> Non
     assert engine.num_computed == 30 + 21
     engine.generate(prompts, SamplingParams(n=6, max_new_tokens=1))
     assert engine.num_computed == 30 + 21 + (30 - 24) + (21 - 16)  # full blocks were found again
+    engine.generate(make_prompts(19, seed=1), SamplingParams(n=6, max_new_tokens=3, ignore_eos=True))
+    assert engine.num_computed == 51 + 11 + 19 + 6 * 2
     alone = make_engine(block_size=8, share_prefixes=False)
     alone.generate(prompts, SamplingParams(n=6, max_new_tokens=1))
     assert alone.num_computed == 6 * (30 + 21)
@@ -116,6 +118,18 @@ def test_what_was_sampled_is_found_again_as_a_prompt(make_engine: MakeEngine) ->
     assert engine.num_computed == before + 3  # of 19 tokens 18 were cached, 16 of them in full blocks
 
 
+def test_blocks_are_found_by_all_that_precedes_them(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    first, second, third = (prompt.token_ids for prompt in make_prompts(4, 4, 4))
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+    engine.generate([Prompt(first + second + third, "")], sampling)
+    for tokens in (second + third, third + second + first, first + third + second):
+        cached = flat(engine.generate([Prompt(tokens, "")], sampling))[0]
+        fresh = flat(make_engine(share_prefixes=False).generate([Prompt(tokens, "")], sampling))[0]
+        assert cached.token_ids == fresh.token_ids
+        torch.testing.assert_close(cached.raw_logprobs, fresh.raw_logprobs, atol=1e-5, rtol=0)
+
+
 def test_new_weights_drop_the_prefix_cache(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
     engine = make_engine(block_size=4)
     prompts, sampling = make_prompts(20), SamplingParams(temperature=0.0, max_new_tokens=5, ignore_eos=True)
@@ -124,6 +138,7 @@ def test_new_weights_drop_the_prefix_cache(make_engine: MakeEngine, llama: PreTr
         for weight in llama.parameters():
             weight.mul_(1.1)
     engine.update_weights(4)
+    assert engine._blocks.num_published == 0
     after = flat(engine.generate(prompts, sampling))[0]
     assert engine.num_computed == 2 * (20 + 4)
     assert after.token_ids == flat(make_engine().generate(prompts, sampling))[0].token_ids
