@@ -243,7 +243,7 @@ def test_wrong_usage_is_status_2(words, capsys):
 def test_threads_spin_for_a_bounded_time_unless_the_user_chose(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     main(["train", "nowhere.yaml"])
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     main(["train", "nowhere.yaml"])

@@ -45,7 +45,7 @@ def prepare_environment() -> None:
     (beside one busy process, a small product took 20 times as long). A short spin has neither fault.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # a log file is no place for progress bars
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

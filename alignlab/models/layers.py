@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 _TORCH_IS_FASTER = 2**18  # elements: on a CPU torch's own norm wins on the few rows of a decoding step, not beyond
 
 
