@@ -143,7 +143,8 @@ def save_model(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     is none; that one loads wherever `alignlab.models.checkpoints` was imported.
     """
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
+        # Embeddings are never resized here, and PEFT's own look for that would read the base's config as another class.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         return
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
     (model if hub is None else _as_family(model, hub)).save_pretrained(folder)

@@ -63,26 +63,33 @@ def resolve_model(
     Raises:
         ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained.
     """
-    if tokenizer is None:
-        tokenizer = model if isinstance(model, str) else model.config.name_or_path or None
-    if tokenizer is None:
-        raise ConfigError("tokenizer is not given, and the model has no name to find it by; pass tokenizer=")
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer)
+    tokenizer = _resolve_tokenizer(model, tokenizer)
     if isinstance(model, str):
         model = load_model(model, dtype=torch.float32 if peft_config is None else torch.bfloat16)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
         model = add_lora(model, peft_config)
+    _check_trained_dtype(model)
+    model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
+    return model, tokenizer
+
+
+def _resolve_tokenizer(model: Model, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        tokenizer = model if isinstance(model, str) else model.config.name_or_path or None
+    if tokenizer is None:
+        raise ConfigError("tokenizer is not given, and the model has no name to find it by; pass tokenizer=")
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
+def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
     low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if low:
         raise ConfigError(
             f"{len(low)} weights would be trained in {model.dtype}, first {low[0]}, and an optimizer's small updates "
             "are lost in its rounding; load the model in float32, or train an adapter (lora)"
         )
-    model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
-    return model, tokenizer
 
 
 def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:

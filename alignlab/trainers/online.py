@@ -6,6 +6,7 @@ completions are credited (`credit`), and the loss of a token (`loss`).
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
+from alignlab.config.rollout import SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
@@ -54,6 +56,8 @@ from alignlab.training.reward_runner import RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout, RolloutEngine
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineTrainer(TrainingLoop):
@@ -89,6 +93,7 @@ class OnlineTrainer(TrainingLoop):
         accelerator = make_accelerator()
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
+        warn_of_truncation(config.sampling)
         rewards = RewardRunner(resolve_rewards(reward_funcs), config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
@@ -282,6 +287,21 @@ class OnlineTrainer(TrainingLoop):
         self.rewards.failures = Counter({(name, kind): count for name, kind, count in state["reward_failures"]})
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
+
+
+def warn_of_truncation(sampling: SamplingSettings) -> None:
+    """Say so where completions are not drawn from the distribution that is trained."""
+    truncating = [
+        name
+        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0))
+        if getattr(sampling, name) != off
+    ]
+    if truncating:
+        logger.warning(
+            "sampling.%s changes the distribution that rollouts are drawn from, and the loss is of the whole one: "
+            "the gradient is biased and rollout_gap is large by construction; leave it out, unless that is meant",
+            ", sampling.".join(truncating),
+        )
 
 
 def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:

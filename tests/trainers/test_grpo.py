@@ -266,6 +266,16 @@ def test_measuring_kl_changes_nothing_else(make_model: Make, make_config: Make, 
     assert seen[4] > 0
 
 
+def test_truncated_sampling_is_named(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    GRPOTrainer(make_model(), even_ids, make_config(), rows, tokenizer=tokenizer)
+    assert not caplog.records
+    config = make_config(sampling={"max_new_tokens": 4, "top_p": 0.9, "min_p": 0.1})
+    GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
+    assert "sampling.top_p, sampling.min_p changes the distribution" in caplog.text
+
+
 def test_failing_rewards_stop_the_run_at_their_limit(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
