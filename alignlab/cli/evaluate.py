@@ -17,7 +17,7 @@ from alignlab.errors import ConfigError
 if TYPE_CHECKING:
     from alignlab.config.data import DataSettings
     from alignlab.config.rewards import RewardSettings
-    from alignlab.config.rollout import RolloutSettings, SamplingSettings
+    from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMSettings
     from alignlab.config.run import EvaluationSettings, RunConfig
     from alignlab.training.evaluation import EvaluationResult
 
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     data: DataSettings
     scorer: RewardSettings
     sampling: SamplingSettings
-    rollout: RolloutSettings
+    rollout: RolloutSettings | VLLMSettings
     evaluation: EvaluationSettings
     seed: int
 
@@ -123,7 +123,7 @@ def _changed(evaluation: EvaluationSettings, args: argparse.Namespace) -> Evalua
 def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> EvaluationResult:
     """Load the policy, its problems and its scorer, and count."""
     from alignlab.data.prompts import load_prompts
-    from alignlab.rollout.engine import EmbeddedEngine
+    from alignlab.rollout.engines import make_engine
     from alignlab.training.evaluation import evaluate
     from alignlab.training.reward_functions import load_reward
 
@@ -131,7 +131,7 @@ def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> 
     policy, tokenizer = load_policy(model, adapter, dtype)
     prompts = load_prompts(plan.data, tokenizer)
     return evaluate(
-        EmbeddedEngine(policy, tokenizer, plan.rollout),
+        make_engine(policy, tokenizer, plan.rollout),
         prompts[: plan.evaluation.num_problems],
         scorer,
         sampling=plan.sampling,

@@ -89,7 +89,8 @@ def _explain_one(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str
         return path, f"{path} is missing{MUST}be given{_purpose(names, model)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         found = show(context["tag"]) if "tag" in context else "missing"
-        return f"{path}.type", f"{path}.type is {found}{MUST}be {' or '.join(str(_tag(each)) for each in owners)}"
+        path = f"{path}.{context['discriminator'].strip(chr(39))}"
+        return path, f"{path} is {found}{MUST}be {' or '.join(str(_tag(each)) for each in owners)}"
     must = RULES[kind].format(**context) if kind in RULES else f"satisfy: {detail['msg']}"
     return path, f"{path or model.__name__} is {show(value)}{MUST}{must}{_fix(kind, value, context)}"
 
@@ -174,7 +175,9 @@ def _walk(loc: Iterable[int | str], model: type[BaseModel]) -> tuple[list[str], 
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    return model.model_fields["type"].default if "type" in model.model_fields else None
+    """The value of the field by which a class is chosen among the alternatives of a section."""
+    names = [name for name in ("type", "engine") if name in model.model_fields]
+    return model.model_fields[names[0]].default if names else None
 
 
 def _purpose(names: list[str], model: type[BaseModel]) -> str:

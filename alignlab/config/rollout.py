@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -52,3 +52,38 @@ class RolloutSettings(Frozen):
     pack_weights: bool = True
     """On a CPU in bfloat16: roll out from a copy of the linear layers laid out for its matrix products. Faster, the
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
+
+
+class VLLMSettings(Frozen):
+    """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
+
+    engine: Literal["vllm"] = "vllm"
+    max_running: int = Field(128, ge=1)
+    """Sequences decoded together."""
+    prefill_tokens: int = Field(2048, ge=1)
+    """Tokens computed in one step."""
+    block_size: int | None = Field(None, ge=1)
+    """Tokens in a block of the KV cache, and of the prompts that are shared; default: vLLM's own."""
+    memory_frac: float = Field(0.4, gt=0, lt=1)
+    """Of the device's memory (of the machine's, on a CPU): weights and KV cache of vLLM."""
+    cache_gib: float | None = Field(None, gt=0)
+    """Memory of the KV cache; default: what is left of `memory_frac`."""
+    eager: bool | None = None
+    """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
+    sync: Literal["auto", "merged", "adapter"] = "auto"
+    """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
+    there is one and a GPU; on a CPU vLLM generates half as fast with one."""
+    prove_every_updates: int = Field(1, ge=1)
+    """Every so many weight updates, digests of all tensors and the log-probs of a canary are compared."""
+    canary_prompts: int = Field(4, ge=1)
+    canary_tokens: int = Field(8, ge=1)
+    canary_gate: float | None = Field(None, gt=0)
+    """Nats that any canary token may be off; default: by dtype, see `weight_proof.GATES`."""
+
+
+RolloutEngineSettings = Annotated[RolloutSettings | VLLMSettings, Field(discriminator="engine")]
+
+
+def fill_engine(given: Any) -> Any:
+    """Settings that name no engine are the embedded one's."""
+    return {"engine": "embedded"} | given if isinstance(given, dict) else given

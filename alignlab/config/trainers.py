@@ -12,7 +12,7 @@ from alignlab.config.grpo_rules import RULES
 from alignlab.config.messages import BrokenRule
 from alignlab.config.recipes import fill_recipe
 from alignlab.config.rewards import RewardLimits
-from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
 
 Recipe = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo"]
 Advantage = Literal["group_normalized", "group_centered", "leave_one_out", "batch_whitened"]
@@ -70,9 +70,10 @@ class KLSettings(Frozen):
 
     coef: float = Field(0.0, ge=0)
     """0: the KL is not priced; `measure_every_steps` may still show it."""
-    estimator: Literal["k1", "k2", "k3"] = "k2"
-    """Of the loss; in the reward it is always k1."""
     placement: Literal["loss", "reward"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    """In the loss: all three have the KL's gradient, see `kl_loss`, and differ in the value that is reported. In the
+    reward: k1, which is then the default."""
     target: float | None = Field(None, gt=0)
     """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
     horizon: int = Field(10_000, ge=1)
@@ -80,16 +81,18 @@ class KLSettings(Frozen):
     measure_every_steps: int | None = Field(None, ge=1)
     """With a coefficient of 0: steps at which the KL is measured all the same, at the cost of scoring the reference."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_estimator(cls, given: Any) -> Any:
+        return {"estimator": "k1"} | given if isinstance(given, dict) and given.get("placement") == "reward" else given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.target is not None and self.coef == 0:
             must = f"be above 0 with kl.target ({self.target}): a coefficient of 0 cannot adapt"
             raise BrokenRule("coef", self.coef, must, "use coef 0.05, or remove target")
-        if self.estimator == "k1" and self.placement == "loss":
-            must = "be k2 or k3 in the loss: the gradient of k1 is zero in expectation"
-            raise BrokenRule("estimator", self.estimator, must, "use k2, or placement: reward")
-        if self.estimator == "k3" and self.placement == "reward":
-            must = "be k1 in the reward, which takes no other: a reward is a fixed number, and k1 is unbiased"
+        if self.estimator != "k1" and self.placement == "reward":
+            must = "be k1 in the reward: as a fixed number, no other gives the KL's gradient"
             raise BrokenRule("estimator", self.estimator, must, "remove it, or use placement: loss")
         return self
 
@@ -105,7 +108,7 @@ class GRPOConfig(TrainerConfig):
     group_size: int = Field(8, ge=2)
     """Completions a prompt."""
     sampling: SamplingSettings = SamplingSettings()
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: RolloutEngineSettings = RolloutSettings()
     num_epochs: int = Field(1, ge=1)
     """Passes over each batch of rollouts."""
     num_minibatches: int = Field(1, ge=1)
@@ -138,6 +141,7 @@ class GRPOConfig(TrainerConfig):
     def _fill_recipe(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        given = given | {"rollout": fill_engine(given["rollout"])} if "rollout" in given else given
         sampling = given.get("sampling", SamplingSettings())
         sampling = dict(sampling) if isinstance(sampling, dict | SamplingSettings) else {}
         limit = sampling.get("max_new_tokens")

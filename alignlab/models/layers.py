@@ -19,6 +19,7 @@ class _CPUNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., D], weight [D] -> [..., D]."""
         normed = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         inverse_rms = torch.linalg.vecdot(normed, normed).unsqueeze_(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -27,6 +28,7 @@ class _CPUNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Gradients of x and, where it is trained, of the weight."""
         x, weight, inverse_rms = ctx.saved_tensors
         normed = x * inverse_rms
         scaled = grad.to(normed.dtype, copy=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +16,9 @@ from alignlab.errors import RolloutError
 from alignlab.models.attention import causal_lm
 from alignlab.rollout.block_manager import BlockManager
 from alignlab.rollout.detokenizer import Detokenizer, decode
+from alignlab.rollout.requests import check_lengths, completion_keys, end_token_ids, for_each
 from alignlab.rollout.runner import Runner
-from alignlab.rollout.sampling import Sampled, SamplingTable, check_sampling, sample, stream_key
+from alignlab.rollout.sampling import Sampled, SamplingTable, sample
 from alignlab.rollout.scheduler import Scheduler
 from alignlab.rollout.sequence import Request, TokenSequence
 from alignlab.rollout.weights import EngineWeights
@@ -74,7 +74,7 @@ class EmbeddedEngine:
             RolloutError: a prompt leaves no room for a completion, a parameter is out of range, or the model's
                 logits are not finite.
         """
-        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        each = for_each(prompts, sampling)
         sequences = self._prepare(prompts, each)
         routing: dict[TokenSequence, Tensor | None] = {}
         with self._running(sequences) as scheduler, self._weights.in_use():
@@ -97,7 +97,7 @@ class EmbeddedEngine:
         """
         if sampling.n != 1:
             raise RolloutError(f"sampling.n is {sampling.n}, and must be 1 to stream one completion; use generate")
-        sequences = self._prepare([prompt], [sampling])
+        sequences = self._prepare([prompt], for_each([prompt], sampling))
         return self._stream(sequences[0])
 
     def update_weights(self, policy_version: int) -> None:
@@ -123,63 +123,29 @@ class EmbeddedEngine:
         self._runner.cache.release()
 
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
-        """Check everything, make the cache large enough, and return the sequences in order."""
-        if len(sampling) != len(prompts):
-            raise RolloutError(
-                f"sampling has {len(sampling)} parameters, and must have one for each of {len(prompts)} prompts; "
-                "give one for all, or as many as prompts"
-            )
-        for params in set(sampling):
-            check_sampling(params)
+        """Check that all fits, make the cache large enough, and return the sequences in order."""
         self._require_idle()
-        self._require_fit(prompts, sampling)
+        longest = self._lm.config.get_text_config().max_position_embeddings
+        shorten = "shorten the prompt or lower max_new_tokens"
+        check_lengths(
+            prompts, sampling,
+            [
+                (longest, "the model's max_position_embeddings", shorten),
+                (self._settings.cache_tokens, "rollout.cache_tokens", f"raise cache_tokens, {shorten}"),
+            ],
+        )
         sequences: list[TokenSequence] = []
-        repeats: Counter[tuple[int, ...]] = Counter()
-        for prompt, params in zip(prompts, sampling, strict=True):
-            first = repeats[prompt.token_ids]  # a prompt given twice goes on with further completions
-            repeats[prompt.token_ids] += params.n
-            sequences += self._sequences(prompt, params, first)
+        for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
+            request = Request(prompt, params, end_token_ids(self._lm, self._tokenizer, params))
+            sequences += [
+                TokenSequence(
+                    request, key, list(prompt.token_ids),
+                    detokenizer=Detokenizer(self._tokenizer) if params.stop else None,
+                )
+                for key in keys
+            ]
         self._reserve(prompts, sampling)
         return sequences
-
-    def _sequences(self, prompt: Prompt, sampling: SamplingParams, first: int) -> list[TokenSequence]:
-        seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed
-        ends = set() if sampling.ignore_eos else self._end_token_ids() | set(sampling.stop_token_ids)
-        request = Request(prompt, sampling, frozenset(ends))
-        return [
-            TokenSequence(
-                request, stream_key(seed, prompt.token_ids, first + index), list(prompt.token_ids),
-                detokenizer=Detokenizer(self._tokenizer) if sampling.stop else None,
-            )
-            for index in range(sampling.n)
-        ]
-
-    def _end_token_ids(self) -> set[int]:
-        """The model's own end tokens."""
-        ids = {self._tokenizer.eos_token_id}
-        for config in (self._lm.config, self._lm.generation_config):
-            end = getattr(config, "eos_token_id", None)
-            ids |= set(end) if isinstance(end, list | tuple) else {end}
-        return {int(token) for token in ids if token is not None}
-
-    def _require_fit(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> None:
-        """Refuse what cannot be generated, before any work."""
-        longest = self._lm.config.get_text_config().max_position_embeddings
-        cache = self._settings.cache_tokens
-        for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-            length = len(prompt.token_ids)
-            named = f"prompt {number} has {length} tokens"
-            if length == 0:
-                raise RolloutError(f"{named}, and must have at least one; give it a beginning-of-text token")
-            for limit, name, fix in (
-                (longest, "the model's max_position_embeddings", "shorten the prompt or lower max_new_tokens"),
-                (cache, "rollout.cache_tokens", "raise cache_tokens, shorten the prompt or lower max_new_tokens"),
-            ):
-                if limit is not None and length + params.max_new_tokens > limit:
-                    raise RolloutError(
-                        f"{named}, and with max_new_tokens ({params.max_new_tokens}) must not exceed {name} ({limit}); "
-                        f"{fix}"
-                    )
 
     def _reserve(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> None:
         """Have cache blocks for as much of the batch as runs together, within the limit."""

@@ -33,7 +33,7 @@ from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError
 from alignlab.functional.advantages import mixed_groups
 from alignlab.models.policy import Policy, PolicyOutput
-from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.rollout.engines import make_engine
 from alignlab.trainers.assemble import (
     Dataset,
     Model,
@@ -55,7 +55,7 @@ from alignlab.training.reward_functions import load_reward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
-from alignlab.types import Experience, Prompt, Rollout, RolloutEngine
+from alignlab.types import Experience, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class OnlineTrainer(TrainingLoop):
         self.scorer = rewards.rewards[0]
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
-        self.engine: RolloutEngine = EmbeddedEngine(model, tokenizer, config.rollout)
+        self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
 

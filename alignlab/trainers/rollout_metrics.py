@@ -18,12 +18,28 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
     `accuracy` is the fraction of completions to which the first reward function gave exactly 1, of those it applied
     to; `mixed_groups` the fraction of groups whose rewards differ, which are those that teach.
     """
+    names = list(rollouts[0].reward_parts)
+    sums = _sums(rollouts) | _sums_of_parts(rollouts, names)
+    totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    t = dict(zip(sums, totals, strict=True))
+    completions, rewarded = max(t["completions"], 1), max(t["rewarded"], 1)
+    mean = t["reward"] / rewarded
+    return {
+        "reward": mean,
+        "reward_std": math.sqrt(max(t["reward_squared"] / rewarded - mean * mean, 0.0)),
+        "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
+        "completion_tokens": t["num_completion_tokens"] / completions,
+        "truncated_frac": t["truncated"] / completions,
+        "mixed_groups": t["mixed"] / max(t["groups"], 1),
+        "num_completion_tokens": t["num_completion_tokens"],
+        **{f"reward/{name}": t[f"sum/{name}"] / max(t[f"count/{name}"], 1) for name in names},
+    }
+
+
+def _sums(rollouts: Sequence[Rollout]) -> dict[str, float]:
     completions = [c for rollout in rollouts for c in rollout.completions]
     rewards = [r for rollout in rollouts for r in rollout.rewards if not math.isnan(r)]
-    names = list(rollouts[0].reward_parts)
-    parts = {n: [v for rollout in rollouts for v in rollout.reward_parts[n] if v is not None] for n in names}
-    first = parts[names[0]]
-    sums = {
+    return {
         "completions": len(completions),
         "num_completion_tokens": sum(len(c.token_ids) for c in completions),
         "truncated": sum(c.finish_reason == "length" for c in completions),
@@ -32,20 +48,14 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
         "rewarded": len(rewards),
         "reward": sum(rewards),
         "reward_squared": sum(r * r for r in rewards),
-        "right": sum(value == 1.0 for value in first),
-        **{f"count/{name}": len(values) for name, values in parts.items()},
-        **{f"sum/{name}": sum(values) for name, values in parts.items()},
     }
-    totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    t = dict(zip(sums, totals, strict=True))
-    mean = t["reward"] / max(t["rewarded"], 1)
-    return {
-        "reward": mean,
-        "reward_std": math.sqrt(max(t["reward_squared"] / max(t["rewarded"], 1) - mean * mean, 0.0)),
-        "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
-        "completion_tokens": t["num_completion_tokens"] / max(t["completions"], 1),
-        "truncated_frac": t["truncated"] / max(t["completions"], 1),
-        "mixed_groups": t["mixed"] / max(t["groups"], 1),
-        "num_completion_tokens": t["num_completion_tokens"],
-        **{f"reward/{name}": t[f"sum/{name}"] / max(t[f"count/{name}"], 1) for name in names},
-    }
+
+
+def _sums_of_parts(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:
+    """Of each reward function's values; and how many of the first one's are right."""
+    sums: dict[str, float] = {}
+    for name in names:
+        values = [v for rollout in rollouts for v in rollout.reward_parts[name] if v is not None]
+        sums |= {f"count/{name}": len(values), f"sum/{name}": sum(values)}
+        sums.setdefault("right", sum(value == 1.0 for value in values))
+    return sums

@@ -109,7 +109,7 @@ def _rows(step: int, rollout: Rollout, advantages: Sequence[float] | None) -> It
                 "completion": completion.text,
                 "token_ids": list(completion.token_ids),
                 "logprobs": list(completion.logprobs),
-                "raw_logprobs": list(completion.raw_logprobs),
+                "raw_logprobs": None if completion.raw_logprobs is None else list(completion.raw_logprobs),
                 "reward": rollout.rewards[j] if rollout.rewards else None,
                 "advantage": None if advantages is None else float(advantages[j]),
                 "finish_reason": completion.finish_reason,

@@ -113,9 +113,13 @@ def test_adaptive_kl_needs_a_coefficient():
     assert GRPOConfig(kl={"target": 0.1, "coef": 0.01}).kl.target == 0.1
 
 
-def test_k1_in_the_loss_is_refused_and_in_the_reward_is_not():
-    assert "gradient of k1 is zero in expectation" in grpo_message(kl={"coef": 0.1, "estimator": "k1"})
-    assert GRPOConfig(kl={"coef": 0.1, "estimator": "k1", "placement": "reward"}).kl.estimator == "k1"
+def test_kl_in_the_reward_is_k1_and_in_the_loss_any():
+    assert "be k1 in the reward" in grpo_message(kl={"coef": 0.1, "estimator": "k2", "placement": "reward"})
+    in_reward = GRPOConfig(kl={"coef": 0.1, "placement": "reward"})
+    assert in_reward.kl.estimator == "k1"
+    assert GRPOConfig(**in_reward.model_dump()) == in_reward
+    assert [GRPOConfig(kl={"coef": 0.1, "estimator": k}).kl.estimator for k in ("k1", "k2", "k3")] == ["k1", "k2", "k3"]
+    assert GRPOConfig().kl.estimator == "k2"
 
 
 def test_clip_low_stays_below_one():

@@ -1,0 +1,104 @@
+"""How new weights reach vLLM: its own interface for that, with tensors handed over in memory, and a note of what came.
+
+vLLM makes the engine in its worker and calls start, update and finish; the trainer's side is `offering`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from alignlab.rollout.vllm import mending
+from alignlab.rollout.weight_proof import digest
+
+BACKEND = "alignlab_memory"
+MEMORY = "memory:"
+Offer = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+_offers: dict[str, Offer] = {}
+
+
+@contextmanager
+def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Within this context a worker of this process finds the tensors, and an adapter's config, under the key."""
+    _offers[key] = (tensors, config or {})
+    try:
+        yield
+    finally:
+        del _offers[key]
+
+
+def offered(key: str) -> Offer:
+    """The tensors and config offered under a key."""
+    return _offers[key]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Under which key the tensors were offered."""
+
+    key: str
+
+
+class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads tensors of a checkpoint that this process holds.
+
+    Attributes:
+        arrived: digest of every tensor of the last update as the model's loader took it, by name.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.arrived: dict[str, str] = {}
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Nothing to do."""
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to be loaded again."""
+        self.arrived = {}
+        mending.before_update(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load all tensors."""
+        tensors, _ = offered(update_info.key)
+        self.model.load_weights(self._noted(tensors))
+
+    def finish_weight_update(self) -> None:
+        """Put what was loaded to use."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        mending.after_update(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    def _noted(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors, each digested when the loader takes it: what it never asks for is missing from the note."""
+        for name, tensor in tensors.items():
+            self.arrived[name] = digest(tensor)
+            yield name, tensor
+
+
+def register() -> None:
+    """Let vLLM find the engine by the name `BACKEND`; once a process is enough."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, MemoryTransferEngine)

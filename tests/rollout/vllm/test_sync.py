@@ -1,0 +1,237 @@
+"""Weight updates of the real vLLM: exact, proved, and stopped where anything goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config.model import LoraSettings
+from alignlab.errors import ConfigError, RolloutError
+from alignlab.models.adapters import add_lora
+from alignlab.types import SamplingParams
+from tests.rollout.conftest import flat, make_prompts
+from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, TIED, make_model
+
+pytestmark = pytest.mark.vllm
+Make = Callable[..., Any]
+SHAPES = {"dense": DENSE, "tied": TIED, "moe": QWEN3_MOE}
+
+
+def shake(model: torch.nn.Module, std: float = 0.1) -> None:
+    """Move every weight that trains."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * std)
+
+
+@pytest.fixture(scope="module")
+def engines(make_vllm: Make) -> Callable[[str], tuple[Any, Any]]:
+    """(engine, model) of a shape, made once."""
+    experts = make_model(QWEN3_MOE)
+    # First, because vLLM makes the groups of ranks that experts need for the first model of a process, or never.
+    made: dict[str, tuple[Any, Any]] = {"moe": (make_vllm(experts), experts)}
+
+    def of(shape: str) -> tuple[Any, Any]:
+        if shape not in made:
+            if shape == "adapter":
+                model: Any = add_lora(make_model(DENSE), LoraSettings(rank=4, alpha=12))
+                made[shape] = make_vllm(model, sync="adapter"), model
+            else:
+                model = make_model(SHAPES[shape])
+                made[shape] = make_vllm(model), model
+        return made[shape]
+
+    return of
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "adapter"])
+def test_repeated_updates_stay_exact(shape: str, engines: Any) -> None:
+    engine, model = engines(shape)
+    for _ in range(3):
+        shake(model)
+        engine.update_weights(engine.policy_version + 1)
+        assert engine.proof.gap.largest < 5e-5
+        assert engine.proof.gap.num_tokens == 32
+        assert engine.proof.num_tensors > 10
+
+
+def test_an_adapter_travels_alone_and_light(engines: Any) -> None:
+    (alone, model), (merged, _) = engines("adapter"), engines("dense")
+    assert alone.proof.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
+    assert alone.proof.num_bytes * 3 < merged.proof.num_bytes
+    name = alone._sync.request.lora_name
+    alone.update_weights(alone.policy_version + 1)
+    assert alone._sync.request.lora_name != name
+    assert len(alone._llm.llm_engine.list_loras()) == 1
+
+
+def test_a_merged_adapter_is_the_live_one(make_vllm: Make) -> None:
+    model = add_lora(make_model(TIED), LoraSettings(rank=4))
+    shake(model, 0.3)
+    assert make_vllm(model, sync="merged").proof.gap.largest < 5e-5
+
+
+def test_bfloat16_stays_near(make_vllm: Make) -> None:
+    engine = make_vllm(make_model(DENSE, dtype=torch.bfloat16))
+    assert engine.proof.gap.mean < 0.05
+
+
+def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let tensors be changed between the trainer's digests and vLLM's loader."""
+    from alignlab.rollout.vllm import transfer
+
+    offered = transfer.offered
+
+    def tampered(key: str) -> Any:
+        tensors, config = offered(key)
+        copy = {name: tensor.clone() for name, tensor in tensors.items()}
+        change(copy)
+        return copy, config
+
+    monkeypatch.setattr(transfer, "offered", tampered)
+    monkeypatch.setattr("alignlab.rollout.vllm.worker.offered", tampered)
+
+
+def assert_stopped(engine: Any, message: str) -> None:
+    """The update is refused, and nothing is generated until one succeeds."""
+    version = engine.policy_version
+    with pytest.raises(RolloutError, match=message):
+        engine.update_weights(version + 1)
+    assert engine.policy_version == version
+    with pytest.raises(RolloutError, match="in doubt since an update that failed"):
+        engine.generate(make_prompts(3), SamplingParams())
+
+
+def recovers(engine: Any) -> None:
+    engine.update_weights(engine.policy_version + 1)
+    assert flat(engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2)))
+
+
+def swap_experts(tensors: dict[str, Any]) -> None:
+    one, other = (f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (0, 2))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def transpose(tensors: dict[str, Any]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def skip(tensors: dict[str, Any]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def stale(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.input_layernorm.weight"].sub_(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        ("dense", skip, r"tensor model.layers.1.mlp.up_proj.weight did not arrive \(1 of"),
+        ("dense", transpose, r"tensor model.layers.0.self_attn.q_proj.weight arrived with another content \(1 of"),
+        ("dense", stale, "tensor model.layers.1.input_layernorm.weight arrived with another content"),
+        ("moe", swap_experts, r"model.layers.1.mlp.experts.0.down_proj.weight arrived with another content \(2 of"),
+    ],
+)
+def test_what_happens_on_the_way_is_caught_by_name(
+    shape: str, change: Any, message: str, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = engines(shape)
+    shake(model, 0.01)
+    with monkeypatch.context() as patch:
+        sent_wrongly(patch, change)
+        assert_stopped(engine, message)
+    recovers(engine)
+
+
+@pytest.mark.parametrize(("shape", "mending"), [("tied", "after_update"), ("moe", "before_update")])
+def test_vllms_own_silent_faults_are_caught_by_the_canary(
+    shape: str, mending: str, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor arrives whole, and without our mending vLLM goes on with a stale or a misread one."""
+    engine, model = engines(shape)
+    shake(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"alignlab.rollout.vllm.mending.{mending}", lambda model: None)
+        assert_stopped(engine, r"log-probs differ from the trainer's by up to [0-9.]+ nats .* every tensor arrived whole")
+    recovers(engine)
+
+
+def test_a_prefix_cache_that_is_kept_is_stale(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third fault of vLLM's: an update does not drop the keys of the old weights."""
+    engine, model = engines("dense")
+    shake(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+        patch.setattr(engine._settings.__class__, "canary_tokens", 40, raising=False)
+        engine._settings.__dict__["canary_tokens"] = 40  # longer than a block of 32
+        try:
+            recovers(engine)  # caches the canary's prompts
+            shake(model)
+            assert_stopped(engine, "log-probs differ from the trainer's")
+        finally:
+            engine._settings.__dict__["canary_tokens"] = 8
+    recovers(engine)
+
+
+def test_a_stale_adapter_is_caught(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, model = engines("adapter")
+    shake(model)
+    engine.update_weights(engine.policy_version + 1)
+    shake(model, 1e-4)
+    with monkeypatch.context() as patch:
+        sent_wrongly(patch, lambda tensors: tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].zero_())
+        assert_stopped(engine, r"tensor model.layers.0.mlp.up_proj.lora_B arrived with another content \(1 of")
+    recovers(engine)
+
+
+def test_a_reused_adapter_name_is_caught(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM goes on with what it has under the name, and says nothing."""
+    engine, model = engines("adapter")
+    shake(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._sync, "next_number", lambda: engine._sync.request.lora_int_id)
+        patch.setattr(engine._llm.llm_engine, "remove_lora", lambda number: True)
+        assert_stopped(engine, "arrived with another content")
+    recovers(engine)
+
+
+def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.rollout.vllm.transfer import MemoryTransferEngine
+
+    engine, _ = engines("dense")
+
+    def dies(self: Any, tensors: Any) -> Any:
+        for number, item in enumerate(tensors.items()):
+            if number == 7:
+                raise OSError("connection lost")
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryTransferEngine, "_noted", dies)
+        with pytest.raises(OSError, match="connection lost"):
+            engine.update_weights(engine.policy_version + 1)
+        with pytest.raises(RolloutError, match="in doubt since an update that failed: connection lost"):
+            engine.generate(make_prompts(3), SamplingParams())
+    recovers(engine)
+    assert engine.proof.gap.largest < 5e-5
+
+
+def test_an_adapter_that_is_not_there(make_vllm: Make) -> None:
+    with pytest.raises(ConfigError, match="rollout.sync is adapter, and the policy has none"):
+        make_vllm(make_model(DENSE), sync="adapter")
+
+
+def test_a_canary_can_be_rarer(make_vllm: Make) -> None:
+    model = make_model(DENSE)
+    engine = make_vllm(model, prove_every_updates=3)
+    proved = [engine.proof.gap is not None]
+    for version in range(1, 4):
+        engine.update_weights(version)
+        proved.append(engine.proof.gap is not None)
+    assert proved == [True, False, False, True]
