@@ -20,6 +20,11 @@ Surrogate = Literal["ppo_clip", "gspo_clip", "cispo", "reinforce"]
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
 
 
+MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "token_tis": (None, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.5, 2.0), "geometric_mask": (0.95, 1.05),
+}  # fmt: skip
+
+
 class TrainerConfig(Frozen):
     """What every trainer has."""
 
@@ -97,6 +102,25 @@ class KLSettings(Frozen):
         return self
 
 
+class MismatchSettings(Frozen):
+    """What is done about the gap between the engine's log-probs and the trainer's, which is always measured."""
+
+    correction: Literal["auto", "none", "token_tis", "icepop", "sequence_mask", "geometric_mask"] = "auto"
+    """auto: token_tis for vLLM in bfloat16, icepop there for a mixture of experts, else none; the log says which."""
+    low: float | None = Field(None, gt=0, lt=1)
+    high: float | None = Field(None, gt=1)
+    """Bounds of the ratio, see `functional.mismatch`; default: the correction's own, see `MISMATCH_BOUNDS`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bounds = MISMATCH_BOUNDS.get(self.correction, (None, None))
+        for name, usual in zip(("low", "high"), bounds, strict=True):
+            if usual is None and getattr(self, name) is not None:
+                must = f"stay null with correction {self.correction}, which does not read it"
+                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or name a correction that does")
+        return self
+
+
 class GRPOConfig(TrainerConfig):
     """Critic-free reinforcement learning with a group baseline (GRPO, arXiv:2402.03300, and its family)."""
 
@@ -132,6 +156,7 @@ class GRPOConfig(TrainerConfig):
     """Leave completions cut off by the length limit out of the loss."""
     kl: KLSettings = KLSettings()
     entropy_coef: float = Field(0.0, ge=0)
+    mismatch: MismatchSettings = MismatchSettings()
     reward_limits: RewardLimits = RewardLimits()
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""

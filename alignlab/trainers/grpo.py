@@ -19,7 +19,9 @@ from alignlab.functional.kl import adapt_kl_coef, kl_k1, kl_k3, kl_loss
 from alignlab.functional.policy_losses import cispo, clip_acts, gspo_clip, ppo_clip, reinforce
 from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.shaping import overlong_penalty
+from alignlab.models.attention import causal_lm
 from alignlab.models.policy import PolicyOutput
+from alignlab.trainers.mismatch import choose_correction, kept_by_length
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, constant, sequence_mean, token_mean
 from alignlab.types import Experience, Rollout
@@ -33,6 +35,9 @@ class GRPOTrainer(OnlineTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kl_coef = self.config.kl.coef
+        lm = causal_lm(self.learner.model)
+        sparse = bool(getattr(lm.config, "sparse_layers", None))
+        self.correction = choose_correction(self.config.mismatch, self.config.rollout, lm.dtype, sparse=sparse)
 
     @property
     def prices_kl(self) -> bool:
@@ -113,8 +118,11 @@ class GRPOTrainer(OnlineTrainer):
         metrics = {"ratio": ratio, "clip_frac": self._clipped(ratio, experience).float()}
         metrics["approx_kl"] = kl_k3(old, logprobs)
         if experience.rollout_logprobs is not None:
+            weights = self.correction.weights(old, experience)
+            token_loss = token_loss * weights
             # Of the weights that sampled: later updates of a batch move the policy, and that is no gap.
             metrics["rollout_gap"] = (old - experience.rollout_logprobs).abs()
+            metrics |= kept_by_length(weights, experience, config.sampling.max_new_tokens)
         if experience.ref_logprobs is not None:
             metrics["kl"] = kl_k3(logprobs, experience.ref_logprobs)
             metrics["kl_coef"] = torch.full_like(ratio, self.kl_coef)

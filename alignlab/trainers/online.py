@@ -47,6 +47,7 @@ from alignlab.trainers.assemble import (
 )
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
+from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
@@ -152,7 +153,7 @@ class OnlineTrainer(TrainingLoop):
         with self.phase("sync"):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
-        metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        metrics = kept_fractions({name: sum(u[name] for u in updates) / len(updates) for name in updates[0]})
         metrics |= rollout_metrics([*rollouts, *left_out], self.learner.reduce_sum)
         return metrics | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / (generated - start),

@@ -30,6 +30,8 @@ RECIPES: list[dict[str, Any]] = [
     {"recipe": "reinforce_pp", "entropy_coef": 0.1},
     {"recipe": "gspo"},
     {"recipe": "cispo"},
+    {"recipe": "grpo", "mismatch": {"correction": "token_tis", "high": 1.05}},
+    {"recipe": "dapo", "mismatch": {"correction": "geometric_mask", "low": 0.97, "high": 1.03}},
 ]
 
 
@@ -55,7 +57,7 @@ def random_rollouts(seed: int, groups: int = 3, size: int = 4) -> list[Rollout]:
 def experience(
     rollouts: list[Rollout], policy: Policy, advantages: Tensor, *, budget: int, share_prefix: bool
 ) -> list[Experience]:
-    """Packs whose old and reference log-probs differ from the policy's, the same for every cut."""
+    """Packs whose old, reference and rollout log-probs differ from the policy's, the same for every cut."""
     made = []
     for pack in pack_rollouts(rollouts, budget=budget, share_prefix=share_prefix):
         with torch.no_grad():
@@ -64,7 +66,8 @@ def experience(
         per_token = advantages.flatten()[pack.segments.sequence_of_token.clamp(min=0)] * pack.completion_mask
         made.append(
             replace(
-                pack, old_logprobs=logprobs + 0.1 * shift, ref_logprobs=logprobs - 0.2 * shift, advantages=per_token
+                pack, old_logprobs=logprobs + 0.1 * shift, ref_logprobs=logprobs - 0.2 * shift, advantages=per_token,
+                rollout_logprobs=logprobs + 0.2 * shift,
             )
         )
     return made
@@ -84,7 +87,7 @@ def gradients(trainer: GRPOTrainer, packs: list[Experience], monkeypatch: pytest
     return found
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r["recipe"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join([r["recipe"], *r.get("mismatch", {}).keys()]))
 @pytest.mark.parametrize("architecture", [DENSE, SPARSE], ids=["dense", "moe"])
 def test_gradient_does_not_depend_on_the_cut(
     recipe: dict[str, Any],

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput
 from vllm import SamplingParams as VLLMSamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError, RolloutError
@@ -101,6 +102,12 @@ class VLLMEngine:
                 "because what is cached and recorded is told apart by it; count versions up"
             )
         self._send(policy_version)
+
+    def close(self) -> None:
+        """End vLLM and free what it holds of the process, memory and groups of ranks; it generates no more."""
+        self._in_doubt = "it was closed"
+        self._llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
     def _send(self, policy_version: int) -> None:
         self._in_doubt = "it did not end"

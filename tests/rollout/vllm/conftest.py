@@ -42,9 +42,11 @@ def make_model(architecture: dict[str, Any], *, seed: int = 0, dtype: torch.dtyp
 
 @pytest.fixture(scope="module")
 def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
-    """vLLM on a model; other keywords are the settings'. Engines stay to the end of the file: vLLM's groups of ranks are
-    the process's, and go with the first engine that goes."""
-    made = []
+    """vLLM on a model; other keywords are the settings'.
+
+    Engines stay to the end of the file: vLLM's groups of ranks are the process's, and go with the first engine.
+    """
+    made: list[Any] = []
 
     def make(model: Any, **settings: Any) -> Any:
         from alignlab.rollout.engines import make_engine
@@ -57,3 +59,5 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
             return made[-1]
 
     yield make
+    for engine in made:
+        engine.close()

@@ -1,0 +1,90 @@
+"""Which correction of the engine's gap a run uses, its weights, and what it keeps of short and of long completions."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignlab.config.rollout import RolloutSettings, VLLMSettings
+from alignlab.config.trainers import MISMATCH_BOUNDS, MismatchSettings
+from alignlab.functional import mismatch
+from alignlab.functional.reduction import sequence_sum
+from alignlab.types import Experience
+
+_log = logging.getLogger(__name__)
+_PARTS = ("first", "second", "third", "fourth")
+_KEPT, _SHARE = "mismatch_kept_of/", "mismatch_share_of/"
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A named correction with its bounds; "none" weighs every token 1."""
+
+    name: str
+    low: float | None = None
+    high: float | None = None
+
+    def weights(self, old_logprobs: Tensor, pack: Experience) -> Tensor:
+        """Weight [N] of each token's policy-gradient loss."""
+        mu = pack.rollout_logprobs
+        assert mu is not None
+        if self.name == "token_tis":
+            assert self.high is not None
+            return mismatch.token_tis(old_logprobs, mu, cap=self.high)
+        if self.name == "none":
+            return torch.ones_like(old_logprobs)
+        assert self.low is not None and self.high is not None
+        if self.name == "icepop":
+            return mismatch.icepop(old_logprobs, mu, low=self.low, high=self.high)
+        function = {"sequence_mask": mismatch.sequence_mask, "geometric_mask": mismatch.geometric_mask}[self.name]
+        ids = pack.segments.sequence_of_token
+        return function(
+            old_logprobs, mu, mask=pack.completion_mask, sequence_ids=ids,
+            num_sequences=1 + max(pack.segments.sequence_ids), low=self.low, high=self.high,
+        )
+
+
+def choose_correction(
+    settings: MismatchSettings, rollout: RolloutSettings | VLLMSettings, dtype: torch.dtype, *, sparse: bool
+) -> Correction:
+    """The correction that the settings name or, by default, the one that fits engine, precision and model."""
+    name, reason = settings.correction, "as configured"
+    if name == "auto":
+        if isinstance(rollout, RolloutSettings):
+            name, reason = "none", "the embedded engine runs the trainer's own layers"
+        elif dtype == torch.float32:
+            name, reason = "none", "vLLM agrees with the trainer in float32"
+        elif sparse:
+            name, reason = "icepop", f"vLLM's routers choose other experts now and then in {dtype}"
+        else:
+            name, reason = "token_tis", f"vLLM rounds otherwise than the trainer in {dtype}"
+    usual_low, usual_high = MISMATCH_BOUNDS.get(name, (None, None))
+    low, high = (given or usual for given, usual in ((settings.low, usual_low), (settings.high, usual_high)))
+    _log.info("mismatch correction: %s (%s), bounds %s to %s", name, reason, low, high)
+    return Correction(name, low, high)
+
+
+def kept_by_length(weights: Tensor, pack: Experience, max_tokens: int) -> dict[str, Tensor]:
+    """For each quarter of the length limit, [N]: which tokens are in completions that long, and which of them count."""
+    ids = pack.segments.sequence_of_token
+    counts = sequence_sum(pack.completion_mask.float(), ids, num_sequences=1 + max(pack.segments.sequence_ids))
+    lengths = counts.long()[ids.clamp(min=0)]
+    quarter = ((lengths - 1) * len(_PARTS) // max_tokens).clamp(0, len(_PARTS) - 1)
+    found: dict[str, Tensor] = {}
+    for number, part in enumerate(_PARTS):
+        here = (quarter == number).float()
+        found |= {f"{_SHARE}{part}": here, f"{_KEPT}{part}": here * (weights > 0)}
+    return found
+
+
+def kept_fractions(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics in which the means of `kept_by_length` have become the kept fraction of each quarter that has tokens."""
+    plain = {name: value for name, value in metrics.items() if not name.startswith((_KEPT, _SHARE))}
+    for part in _PARTS:
+        share = metrics.get(f"{_SHARE}{part}", 0.0)
+        if share > 0:
+            plain[f"mismatch_kept/{part}_quarter"] = metrics[f"{_KEPT}{part}"] / share
+    return plain

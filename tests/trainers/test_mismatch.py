@@ -1,0 +1,85 @@
+"""The correction of the engine's gap in a run: chosen, weighed into the loss, and measured by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config.rollout import RolloutSettings, VLLMSettings
+from alignlab.config.trainers import GRPOConfig, MismatchSettings
+from alignlab.errors import ConfigError
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.mismatch import Correction, choose_correction, kept_by_length, kept_fractions
+from alignlab.types import Experience, Segments
+from tests.trainers.conftest import even_ids
+
+Make = Callable[..., Any]
+VLLM, OURS = VLLMSettings(), RolloutSettings()
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "sparse", "expected"),
+    [
+        (OURS, torch.bfloat16, True, Correction("none")),
+        (VLLM, torch.float32, True, Correction("none")),
+        (VLLM, torch.bfloat16, False, Correction("token_tis", None, 2.0)),
+        (VLLM, torch.bfloat16, True, Correction("icepop", 0.5, 5.0)),
+    ],
+)
+def test_the_default_fits_engine_precision_and_model(engine: Any, dtype: Any, sparse: bool, expected: Any) -> None:
+    assert choose_correction(MismatchSettings(), engine, dtype, sparse=sparse) == expected
+
+
+def test_what_is_configured_wins() -> None:
+    settings = MismatchSettings(correction="icepop", low=0.8)
+    assert choose_correction(settings, OURS, torch.float32, sparse=False) == Correction("icepop", 0.8, 5.0)
+    with pytest.raises(ConfigError, match=r"low is 0\.5, and must stay null with correction token_tis"):
+        MismatchSettings(correction="token_tis", low=0.5)
+    with pytest.raises(ConfigError, match=r"high is 3\.0, and must stay null with correction auto"):
+        MismatchSettings(high=3.0)
+
+
+@pytest.mark.parametrize("name", ["token_tis", "icepop", "sequence_mask", "geometric_mask"])
+def test_weights_multiply_the_policy_gradient(
+    name: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """The loss with the correction is, token by token, the loss without it times the weight; the KL is not weighed."""
+
+    def losses(correction: str) -> tuple[Any, Any]:
+        config: GRPOConfig = make_config(mismatch={"correction": correction}, kl={"coef": 0.5}, num_epochs=1)
+        trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
+        rollouts, _ = trainer.collect(1)
+        [[pack]] = trainer.make_experience(1, rollouts)
+        mu = pack.rollout_logprobs + torch.sin(pack.tokens.float()) * pack.completion_mask
+        pack = replace(pack, rollout_logprobs=mu)
+        output = trainer.learner.policy(pack.tokens, pack.segments, pack.completion_mask)
+        return trainer.loss(output, pack)[0].detach(), trainer.correction.weights(output.logprobs.detach(), pack)
+
+    (plain, _), (corrected, weights) = losses("none"), losses(name)
+    assert int((weights != 1).sum()) > 0
+    torch.testing.assert_close(corrected, plain * weights)  # the KL to the reference is 0 at the start
+
+
+def test_kept_fractions_by_length() -> None:
+    """Two completions, of 2 and of 8 of at most 8 tokens; of the long one half is kept."""
+    segments = Segments((3, 2, 8), (-1, 0, 0), (-1, 0, 1), (0, 0, 0))
+    mask = torch.tensor([False] * 3 + [True] * 10)
+    pack = Experience(torch.zeros(13, dtype=torch.long), segments, mask)
+    weights = torch.ones(13)
+    weights[-4:] = 0
+    found = kept_by_length(weights, pack, max_tokens=8)
+    means = {name: float(values[mask].mean()) for name, values in found.items()}
+    assert kept_fractions(means | {"loss": 3.0}) == {
+        "loss": 3.0, "mismatch_kept/first_quarter": 1.0, "mismatch_kept/fourth_quarter": 0.5,
+    }
+
+
+def test_a_run_shows_what_is_kept(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    metrics = GRPOTrainer(make_model(), even_ids, make_config(num_steps=1), rows, tokenizer=tokenizer).train().metrics
+    kept = [value for name, value in metrics.items() if name.startswith("mismatch_kept/")]
+    assert kept and kept == [1.0] * len(kept)
+    assert not any("_of/" in name for name in metrics)
