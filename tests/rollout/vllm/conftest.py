@@ -25,6 +25,15 @@ TIED = DENSE | {"tie_word_embeddings": True}
 QWEN3_MOE = DENSE | {
     "use_qk_norm": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }
+# Shapes that no Hub family has.
+OWN_DENSE = DENSE | {
+    "use_qk_norm": True, "attention_bias": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0,
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6,
+}
+OWN_MOE = QWEN3_MOE | {
+    "scoring_func": "sigmoid", "n_shared_experts": 1, "router_bias_update_rate": 0.01, "routed_scaling_factor": 1.5,
+    "mlp_layer_types": ["dense", "sparse"],
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

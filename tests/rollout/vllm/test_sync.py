@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.model import LoraSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.adapters import add_lora
+from alignlab.models.checkpoints import save_model
 from alignlab.types import SamplingParams
-from tests.rollout.conftest import flat, make_prompts
-from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, TIED, make_model
+from tests.rollout.conftest import flat, full_logprobs, make_prompts
+from tests.rollout.vllm.conftest import DENSE, OWN_DENSE, OWN_MOE, QWEN3_MOE, TIED, make_model
 
 pytestmark = pytest.mark.vllm
 Make = Callable[..., Any]
-SHAPES = {"dense": DENSE, "tied": TIED, "moe": QWEN3_MOE}
+KEPT: list[Any] = []  # to the end of the process: vLLM's groups of ranks would go with the first engine that goes
+SHAPES = {"dense": DENSE, "tied": TIED, "moe": QWEN3_MOE, "own-dense": OWN_DENSE, "own-moe": OWN_MOE}
 
 
 def shake(model: torch.nn.Module, std: float = 0.1) -> None:
-    """Move every weight that trains."""
+    """Move every weight that trains, and every router's bias."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * std)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +65,33 @@ def test_repeated_updates_stay_exact(shape: str, engines: Any) -> None:
         assert engine.proof.gap.largest < 5e-5
         assert engine.proof.gap.num_tokens == 32
         assert engine.proof.num_tensors > 10
+
+
+def test_a_checkpoint_of_a_shape_of_our_own_is_served_by_plain_vllm(
+    engines: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Nothing of ours is named: vLLM finds the plug-in, and the plug-in the architecture."""
+    from vllm import LLM
+    from vllm import SamplingParams as Plain
+
+    engines("own-moe")  # vLLM's groups of ranks are there, for experts too
+    model = make_model(OWN_MOE, seed=5)
+    shake(model)
+    save_model(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        llm = LLM(
+            str(tmp_path), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=10**8, block_size=32,
+            max_model_len=64, logprobs_mode="raw_logprobs",
+        )
+    prompt = list(make_prompts(9)[0].token_ids)
+    [request] = llm.generate([{"prompt_token_ids": prompt}], Plain(max_tokens=8, logprobs=0, ignore_eos=True))
+    ids = list(request.outputs[0].token_ids)
+    rows = full_logprobs(model, [*prompt, *ids])[len(prompt) - 1 : -1]
+    for row, step, token in zip(rows, request.outputs[0].logprobs, ids, strict=True):
+        assert step[token].logprob == pytest.approx(float(row[token]), abs=5e-5)
+    KEPT.append(llm)
 
 
 def test_an_adapter_travels_alone_and_light(engines: Any) -> None:
