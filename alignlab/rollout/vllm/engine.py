@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput
 from vllm import SamplingParams as VLLMSamplingParams
@@ -72,7 +73,11 @@ class VLLMEngine:
         self._sync = _make_sync(model, settings)
         self._num_updates = 0
         self._in_doubt: str | None = None
+        self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
+        self._device = next(model.parameters()).device
         self._llm = self._start()
+        if self._sparse_layers and self._device.type == "cpu":
+            self._llm.collective_rpc("alignlab_record_routing")
         self._send(policy_version)  # the weights it started with are the base's, and may be an old adapter's
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -132,8 +137,12 @@ class VLLMEngine:
     def _start(self) -> LLM:
         """vLLM on a checkpoint of the policy's base, which is deleted once it is loaded."""
         config, settings = self._lm.config.get_text_config(), self._settings
-        device = next(self._model.parameters()).device
         options: dict[str, Any] = dict(self._sync.options)
+        if self._device.type == "cpu":
+            # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
+            options["enable_chunked_prefill"] = False
+        elif self._sparse_layers:
+            options["enable_return_routed_experts"] = True
         if settings.block_size is not None:
             options["block_size"] = settings.block_size
         if settings.cache_gib is not None:
@@ -149,7 +158,7 @@ class VLLMEngine:
                     max_num_seqs=settings.max_running,
                     max_num_batched_tokens=max(settings.prefill_tokens, config.max_position_embeddings),
                     gpu_memory_utilization=settings.memory_frac,
-                    enforce_eager=device.type == "cpu" if settings.eager is None else settings.eager,
+                    enforce_eager=self._device.type == "cpu" if settings.eager is None else settings.eager,
                     enable_prefix_caching=True,
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
@@ -175,9 +184,10 @@ class VLLMEngine:
             # A request for each completion: vLLM takes a seed with n = 1 alone, and shares the prompt all the same.
             requests += [{"prompt_token_ids": list(prompt.token_ids)}] * len(keys)
             params += [_vllm_params(one, key, ends) for key in keys]
-        outputs = iter(self._run(requests, params) if requests else [])
+        outputs = self._run(requests, params) if requests else []
+        found = iter(zip(outputs, self._routing(outputs), strict=True))
         return [
-            Rollout(prompt, tuple(self._completion(next(outputs), one) for _ in range(one.n)))
+            Rollout(prompt, tuple(self._completion(*next(found), one) for _ in range(one.n)))
             for prompt, one in zip(prompts, each, strict=True)
         ]
 
@@ -185,7 +195,25 @@ class VLLMEngine:
         with _own_random_state():
             return self._llm.generate(requests, params, use_tqdm=False, lora_request=self._sync.request)
 
-    def _completion(self, request: RequestOutput, sampling: SamplingParams) -> Completion:
+    def _routing(self, outputs: Sequence[RequestOutput]) -> Sequence[Tensor | None]:
+        """Experts chosen for each request's tokens [tokens, L, K], -1 where unknown; None for a dense model."""
+        if not self._sparse_layers or not outputs:
+            return [None] * len(outputs)
+        if self._device.type == "cpu":
+            names = [request.request_id for request in outputs]
+            [records] = self._llm.collective_rpc("alignlab_take_routing", args=(names, self._sparse_layers))
+        else:
+            every_layer = [torch.from_numpy(request.outputs[0].routed_experts) for request in outputs]
+            records = [layers[:, self._sparse_layers].to(torch.int16) for layers in every_layer]
+        whole = []
+        for request, record in zip(outputs, records, strict=True):
+            num_tokens = len(request.prompt_token_ids) + len(request.outputs[0].token_ids)
+            filled = torch.full((num_tokens, *record.shape[1:]), -1, dtype=torch.int16)
+            filled[: len(record)] = record[:num_tokens]
+            whole.append(filled)
+        return whole
+
+    def _completion(self, request: RequestOutput, routing: Tensor | None, sampling: SamplingParams) -> Completion:
         [output] = request.outputs
         ids = tuple(output.token_ids)
         reported = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
@@ -200,6 +228,7 @@ class VLLMEngine:
             raw_logprobs=reported if _is_plain(sampling) else None,
             finish_reason=_FINISH[output.finish_reason],
             policy_versions=(self.policy_version,) * len(ids),
+            routing=routing,
         )
 
     def _canary(self) -> CanaryGap:

@@ -34,7 +34,7 @@ AutoModel.register(ServedConfig, ServedModel, exist_ok=True)
 class ServedPolicy(TransformersForCausalLM):
     """A policy without experts; making one of a policy with experts gives a `ServedSparsePolicy`."""
 
-    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self | ServedSparsePolicy:  # type: ignore[misc]
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self | ServedSparsePolicy:
         """The class that fits the config."""
         _serve(vllm_config)
         if vllm_config.model_config.hf_config.sparse_layers:

@@ -15,6 +15,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
+from alignlab.rollout.vllm.routing import RoutingRecorder
 from alignlab.rollout.vllm.transfer import MEMORY, offered
 from alignlab.rollout.weight_proof import digest
 
@@ -22,12 +23,21 @@ from alignlab.rollout.weight_proof import digest
 class Inspection:
     """Methods for `collective_rpc`."""
 
+    alignlab_recorder: RoutingRecorder
     weight_transfer_engine: Any
     model_runner: Any
 
     def alignlab_arrived(self) -> dict[str, str]:
         """Digest of every tensor that the last weight update loaded, by name."""
         return dict(self.weight_transfer_engine.arrived)
+
+    def alignlab_record_routing(self) -> None:
+        """Keep the experts chosen from now on."""
+        self.alignlab_recorder = RoutingRecorder(self.model_runner)
+
+    def alignlab_take_routing(self, request_ids: list[str], layers: list[int]) -> list[Tensor]:
+        """Experts chosen for the tokens of each request; they are forgotten."""
+        return self.alignlab_recorder.take(request_ids, layers)
 
     def alignlab_take_adapters_from_memory(self) -> None:
         """Let `add_lora` understand memory:KEY."""
