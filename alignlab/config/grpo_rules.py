@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # A sequence's ratio is a mean over its tokens and stays within about 1e-3 of 1: a wider clip never acts.
 MAX_GSPO_CLIP = 0.05
 
+MAX_VLLM_TEMPERATURE = 2.0
+
 # Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
 IGNORED_BY = {
     "reinforce": ("clip_low", "clip_high", "dual_clip"),
@@ -75,6 +77,14 @@ def check_temperature(config: GRPOConfig) -> None:
         raise BrokenRule("sampling.temperature", config.sampling.temperature, must, "use 1.0")
 
 
+def check_engine_temperature(config: GRPOConfig) -> None:
+    """vLLM refuses more than 2."""
+    temperature = config.sampling.temperature
+    if config.rollout.engine == "vllm" and temperature > MAX_VLLM_TEMPERATURE:
+        must = f"be at most {MAX_VLLM_TEMPERATURE:g} with rollout.engine vllm, which samples no hotter"
+        raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
+
+
 def check_kl_horizon(config: GRPOConfig) -> None:
     """A step of more completions than the horizon would move the coefficient past 20 %, and even below 0."""
     num_completions = config.num_prompts * config.group_size
@@ -99,5 +109,6 @@ RULES = (
     check_overlong,
     check_overlong_penalty,
     check_temperature,
+    check_engine_temperature,
     check_kl_horizon,
 )

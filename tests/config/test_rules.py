@@ -85,6 +85,19 @@ def test_overlong_buffer_is_inside_the_limit():
     assert GRPOConfig(overlong_buffer_tokens=31, sampling={"max_new_tokens": 32}).overlong_buffer_tokens == 31
 
 
+def test_vllm_samples_no_hotter_than_it_can():
+    hot = {"sampling": {"temperature": 2.5}}
+    assert "be at most 2 with rollout.engine vllm" in grpo_message(rollout={"engine": "vllm"}, **hot)
+    assert GRPOConfig(**hot).rollout.engine == "embedded"
+
+
+def test_the_engine_chooses_its_settings():
+    assert grpo_message(rollout={"engine": "vlm"}).startswith("rollout.engine is 'vlm', and must be embedded or vllm")
+    assert "rollout.merge_lora is not a setting" in grpo_message(rollout={"engine": "vllm", "merge_lora": True})
+    config = GRPOConfig(rollout={"engine": "vllm", "sync": "adapter"})
+    assert GRPOConfig(**config.model_dump()) == config
+
+
 def test_greedy_rollouts_are_refused():
     assert "8 greedy completions of a prompt are identical" in grpo_message(sampling={"temperature": 0})
 

