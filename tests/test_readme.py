@@ -65,7 +65,7 @@ def test_the_error_that_is_shown_is_the_error(capsys, monkeypatch):
 
 
 def test_every_script_and_config_that_is_named_exists():
-    named = set(re.findall(r"\b(?:launch|configs)/[\w.]+\.(?:sh|sbatch|yaml)", README))
+    named = set(re.findall(r"\b(?:launch|configs)/[\w.]+\.(?:sh|sbatch|yaml|py)", README))
     assert {f"launch/{path.name}" for path in (ROOT / "launch").iterdir()} <= named
     assert all((ROOT / name).is_file() for name in named)
 
