@@ -70,6 +70,8 @@ class ComputeDtypeLinear(LoraLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or not _is_plain(self):
             return None
+        if torch.is_autocast_enabled(x.device.type):  # casts as it likes; PEFT's products follow it
+            return None
         dropped = self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)
         return None if dropped or not _is_frozen_linear(self.get_base_layer(), x.dtype) else names[0]
 

@@ -59,18 +59,42 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     if _is_adapter(path):
         base = load_model(_base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
-    options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "attn_implementation": ATTENTION}
+    model: Any = _adopted(_from_hub(name, path, dtype))
+    return model.to(device).eval()
+
+
+def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """`transformers`' own model of a checkpoint, every weight of which is there and used."""
+    options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
+    attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"
         ) from error
-    model: Any = _adopted(loaded)
-    if not model._supports_attention_backend:  # its attention is its own: packs are computed padded
-        model.set_attn_implementation("eager")
-    return model.to(device).eval()
+    wrong = {
+        kind: sorted(str(key) for key in told[f"{kind}_keys"] if not str(key).endswith(".expert_load"))
+        for kind in ("missing", "unexpected", "mismatched")
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{kind} {', '.join(keys[:3])} ({len(keys)} in all)" for kind, keys in wrong.items() if keys)
+        raise CheckpointError(
+            f"the weights of {name} do not fit its config: {found}; "
+            "the checkpoint is damaged, or of another architecture"
+        )
+    return model
+
+
+def _takes_attention(path: str) -> bool:
+    """Whether the architecture looks its attention up by name."""
+    try:
+        config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        return bool(AutoModelForCausalLM._model_mapping[type(config)]._supports_attention_backend)
+    except (OSError, ValueError, KeyError):
+        return True  # what is wrong with it is said when it is loaded
 
 
 def _adopted(hub: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
+from alignlab.errors import ConfigError
 from alignlab.models.adapters import merged_weights
 from alignlab.models.attention import causal_lm
 from alignlab.models.families import write_hub_config
@@ -21,6 +22,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 
 Model = PreTrainedModel | PeftModel
 _ADAPTER_MARK = ".lora_"
+_COPIES = (".modules_to_save.", ".original_module.")
 
 
 def merged_tensors(model: Model) -> dict[str, Tensor]:
@@ -58,6 +60,12 @@ def write_base(model: Model, folder: Path) -> None:
 def _tensors(model: Model, replaced: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """Tensors by name in the checkpoint; `replaced` holds others for some, by the address of their memory."""
     lm = causal_lm(model)
+    names = [name for name in lm.state_dict() if any(mark in name for mark in _COPIES)]
+    if names:
+        raise ConfigError(
+            f"the adapter trains whole modules (modules_to_save), such as {names[0]}, which cannot be exported; "
+            "leave modules_to_save out of the adapter's config"
+        )
     tensors = {
         name.replace(".base_layer.", "."): replaced.get(tensor.data_ptr(), tensor)
         for name, tensor in lm.state_dict().items()

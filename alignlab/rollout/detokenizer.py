@@ -27,10 +27,19 @@ class Detokenizer:
         self._token_ids: list[int] = []  # those before `_num_certain` give context to those after it
         self._num_certain = 0
 
+    @property
+    def whole(self) -> str:
+        """The text with what the newest tokens leave unfinished, as it stands."""
+        return self.text + decode(self._tokenizer, self._token_ids)[len(self._certain) :]
+
+    @property
+    def _certain(self) -> str:
+        return decode(self._tokenizer, self._token_ids[: self._num_certain])
+
     def push(self, token: int) -> None:
         """Take the next token."""
         self._token_ids.append(token)
-        certain = decode(self._tokenizer, self._token_ids[: self._num_certain])
+        certain = self._certain
         text = decode(self._tokenizer, self._token_ids)
         if len(text) > len(certain) and not text.endswith(_UNFINISHED):
             self.text += text[len(certain) :]

@@ -16,7 +16,7 @@ from alignlab.errors import RolloutError
 from alignlab.models.attention import causal_lm
 from alignlab.rollout.block_manager import BlockManager
 from alignlab.rollout.detokenizer import Detokenizer, decode
-from alignlab.rollout.requests import check_lengths, completion_keys, end_token_ids, for_each
+from alignlab.rollout.requests import check_prompts, completion_keys, end_token_ids, for_each
 from alignlab.rollout.runner import Runner
 from alignlab.rollout.sampling import Sampled, SamplingTable, sample
 from alignlab.rollout.scheduler import Scheduler
@@ -125,10 +125,15 @@ class EmbeddedEngine:
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Check that all fits, make the cache large enough, and return the sequences in order."""
         self._require_idle()
+        if self._weights.is_stale:
+            raise RolloutError(
+                f"the policy's weights were changed since version {self.policy_version}, and what the engine cached or "
+                "merged is of the old ones; call update_weights with a new version before generating"
+            )
         longest = self._lm.config.get_text_config().max_position_embeddings
         shorten = "shorten the prompt or lower max_new_tokens"
-        check_lengths(
-            prompts, sampling,
+        check_prompts(
+            prompts, sampling, self._lm.config.get_text_config().vocab_size,
             [
                 (longest, "the model's max_position_embeddings", shorten),
                 (self._settings.cache_tokens, "rollout.cache_tokens", f"raise cache_tokens, {shorten}"),
@@ -165,8 +170,8 @@ class EmbeddedEngine:
                 f"{limit * size}; lower max_new_tokens or free memory"
             )
         num_blocks = max(min(wanted, limit), self._blocks.num_blocks)
+        self._runner.cache.grow(num_blocks)  # first: it may run out of memory
         self._blocks.grow(num_blocks)
-        self._runner.cache.grow(num_blocks)
 
     def _block_limit(self) -> int:
         """Blocks that the settings, or half of the free memory, allow."""
@@ -245,7 +250,10 @@ class EmbeddedEngine:
             sequence.append(int(token), logprob, raw_logprob, self.policy_version)
 
     def _completion(self, sequence: TokenSequence, routing: Tensor | None) -> Completion:
-        return replace(sequence.completion(decode(self._tokenizer, sequence.sampled_ids)), routing=routing)
+        # Offsets into the text as it came are offsets into that text alone: some tokenizers decode the whole otherwise.
+        came = sequence.detokenizer
+        text = decode(self._tokenizer, sequence.sampled_ids) if came is None else came.whole
+        return replace(sequence.completion(text), routing=routing)
 
     def _stream(self, sequence: TokenSequence) -> Iterator[str]:
         sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer)

@@ -33,11 +33,12 @@ class KVCache:
         """Have at least `num_blocks` blocks; what is cached is kept."""
         if num_blocks <= self.num_blocks:
             return
-        self.num_blocks = num_blocks
-        for index, (keys, values) in self.layers.items():
-            self.layers[index] = (self._enlarged(keys), self._enlarged(values))
-        if self.routing is not None:
-            self.routing = self._enlarged(self.routing)
+        layers = {
+            index: (self._enlarged(keys, num_blocks), self._enlarged(values, num_blocks))
+            for index, (keys, values) in self.layers.items()
+        }
+        routing = None if self.routing is None else self._enlarged(self.routing, num_blocks)
+        self.num_blocks, self.layers, self.routing = num_blocks, layers, routing
 
     def release(self) -> None:
         """Give the memory back."""
@@ -72,8 +73,8 @@ class KVCache:
             blocks = store.view(self.num_blocks, -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
 
-    def _enlarged(self, store: Tensor) -> Tensor:
-        larger = store.new_zeros(self.num_blocks * self.block_size, *store.shape[1:])
+    def _enlarged(self, store: Tensor, num_blocks: int) -> Tensor:
+        larger = store.new_zeros(num_blocks * self.block_size, *store.shape[1:])
         larger[: store.shape[0]] = store
         return larger
 

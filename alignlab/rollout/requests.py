@@ -30,10 +30,13 @@ def for_each(prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[Samp
     return each
 
 
-def check_lengths(
-    prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], limits: Sequence[tuple[int | None, str, str]]
+def check_prompts(
+    prompts: Sequence[Prompt],
+    sampling: Sequence[SamplingParams],
+    vocab_size: int,
+    limits: Sequence[tuple[int | None, str, str]],
 ) -> None:
-    """Refuse a prompt that is empty or leaves no room for its completion.
+    """Refuse a prompt that is empty, holds what is no token, or leaves no room for its completion.
 
     Args:
         limits: tokens of prompt and completion together, the limit's name, and how to mend it.
@@ -46,6 +49,11 @@ def check_lengths(
         named = f"prompt {number} has {length} tokens"
         if length == 0:
             raise RolloutError(f"{named}, and must have at least one; give it a beginning-of-text token")
+        if not (min(prompt.token_ids) >= 0 and max(prompt.token_ids) < vocab_size):
+            raise RolloutError(
+                f"prompt {number} holds token {max(prompt.token_ids)}, and each must be from 0 to {vocab_size - 1}; "
+                "use the model's own tokenizer"
+            )
         for limit, name, fix in limits:
             if limit is not None and length + params.max_new_tokens > limit:
                 raise RolloutError(
@@ -55,13 +63,16 @@ def check_lengths(
 
 
 def completion_keys(prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[list[int]]:
-    """A key of random numbers for each completion of each prompt; a prompt given twice goes on with further ones."""
-    repeats: Counter[tuple[int, ...]] = Counter()
+    """A key of random numbers for each completion of each prompt.
+
+    A prompt given twice with one seed goes on with further completions.
+    """
+    repeats: Counter[tuple[tuple[int, ...], int]] = Counter()
     keys = []
     for prompt, params in zip(prompts, sampling, strict=True):
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        first = repeats[prompt.token_ids]
-        repeats[prompt.token_ids] += params.n
+        first = repeats[prompt.token_ids, seed]
+        repeats[prompt.token_ids, seed] += params.n
         keys.append([stream_key(seed, prompt.token_ids, first + index) for index in range(params.n)])
     return keys
 
@@ -74,4 +85,5 @@ def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampl
     for config in (lm.config, lm.generation_config):
         end = getattr(config, "eos_token_id", None)
         ids |= set(end) if isinstance(end, list | tuple) else {end}
-    return frozenset(int(token) for token in ids if token is not None)
+    # A token beyond the vocabulary, as some configs name, can never be sampled.
+    return frozenset(int(t) for t in ids if t is not None and t < lm.config.get_text_config().vocab_size)

@@ -40,7 +40,8 @@ class Runner:
         """Bytes of one block, over all layers."""
         config, dtype = causal_lm(self._model).config.get_text_config(), output_head(self._model)[0].dtype
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * config.num_key_value_heads * head_dim
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = 2 * kv_heads * head_dim
         return int(config.num_hidden_layers * self.cache.block_size * width * dtype.itemsize)
 
     def logits(self, step: Step, wanted: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """From logits to tokens: every row with its own parameters, all rows in one pass.
 
-Shapes: B rows, V vocabulary. A token is drawn by inverting the cumulative distribution at one uniform number, which
-is a function of the row's key and the token's position alone: the same request gives the same tokens in any batch.
+Shapes: B rows, V vocabulary. A token is drawn by a race of exponential times, whose random numbers are functions of the
+row's key and the token's position alone: the same request gives the same tokens in any batch.
 
 Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of what top-k left), min-p. Tokens
 that tie with the last one kept are kept too, so that no step depends on the order of equal logits. A truncation is a
@@ -22,6 +22,7 @@ from alignlab.errors import RolloutError
 from alignlab.types import SamplingParams
 
 _CHUNK = 256  # tokens of the vocabulary reduced together where a row is searched on two levels
+_COLDEST = 1e-4  # logits divided by less overflow
 _BLOCK_ELEMENTS = 1 << 20  # on a CPU rows are sampled in blocks of this many logits, which stay in its cache
 _INCREMENT, _MIX_1, _MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -34,7 +35,10 @@ def check_sampling(sampling: SamplingParams) -> None:
     """
     rules = {
         "n": (sampling.n >= 1, "be at least 1"),
-        "temperature": (sampling.temperature >= 0, "be at least 0; 0 is greedy"),
+        "temperature": (
+            sampling.temperature == 0 or sampling.temperature >= _COLDEST,
+            f"be 0, which is greedy, or at least {_COLDEST:g}",
+        ),
         "top_k": (sampling.top_k >= 0, "be at least 0; 0 keeps all tokens"),
         "top_p": (0 < sampling.top_p <= 1, "be over 0 and at most 1; 1 keeps all tokens"),
         "min_p": (0 <= sampling.min_p < 1, "be at least 0 and under 1; 0 keeps all tokens"),
@@ -60,22 +64,36 @@ def stream_key(seed: int, token_ids: Sequence[int], index: int) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """One uniform number in [0, 1) for each (key, position), by SplitMix64.
+def row_keys(keys: Tensor, positions: Tensor) -> Tensor:
+    """A key of random numbers for each (completion, token), by SplitMix64.
 
     Args:
-        keys: [B] int64.
+        keys: [B] int64, of the completions.
         positions: [B] int64, the number of the token in its completion.
 
     Returns:
-        [B] float64, multiples of 2^-53.
+        [B] int64.
 
     Reference: Steele, Lea, Flood (2014), "Fast splittable pseudorandom number generators".
     """
     state = keys + (positions + 1) * _INCREMENT
     state = (state ^ _shift_right(state, 30)) * _MIX_1
     state = (state ^ _shift_right(state, 27)) * _MIX_2
-    return _shift_right(state ^ _shift_right(state, 31), 11).double() * 2.0**-53
+    return state ^ _shift_right(state, 31)
+
+
+def exponentials(keys: Tensor, first: int, count: int) -> Tensor:
+    """`count` exponentially distributed numbers for each key, from the `first`th of its stream on.
+
+    Args:
+        keys: [B] int64.
+
+    Returns:
+        [B, count] float64, > 0.
+    """
+    numbers = torch.arange(first, first + count, device=keys.device)
+    uniform = (_shift_right(row_keys(keys[:, None], numbers), 12).double() + 0.5) * 2.0**-52  # within (0, 1)
+    return -torch.log1p(-uniform)
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
@@ -164,12 +182,12 @@ def sample(
         Greedy rows draw from all the mass on one token: their `logprobs` are 0.
     """
     adjusted = adjust_logits(logits, table, seen, banned)
-    uniform = uniforms(table.keys, positions)
+    keys = row_keys(table.keys, positions)
     count = logits.shape[0]
     step = count if logits.is_cuda else max(1, _BLOCK_ELEMENTS // logits.shape[1])
     parts = [
         _sample_block(
-            logits[block], None if adjusted is None else adjusted[block], table.rows(block), uniform[block]
+            logits[block], None if adjusted is None else adjusted[block], table.rows(block), keys[block]
         )
         for block in (slice(start, start + step) for start in range(0, count, step))
     ]
@@ -192,7 +210,7 @@ def adjust_logits(logits: Tensor, table: SamplingTable, seen: Tensor | None, ban
 
 
 def _sample_block(
-    logits: Tensor, adjusted: Tensor | None, table: SamplingTable, uniform: Tensor
+    logits: Tensor, adjusted: Tensor | None, table: SamplingTable, keys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, logprobs, raw_logprobs) of a block of rows; `adjusted` is None where penalty and bans change nothing."""
     raw = logits.float()
@@ -205,7 +223,7 @@ def _sample_block(
         return tokens, torch.zeros_like(raw_logprobs), raw_logprobs
     probs = shaped.softmax(-1)
     weights = truncate(probs, table)
-    tokens, totals = invert_cdf(weights, uniform)
+    tokens, totals = race(weights, keys)
     if table.any_greedy:
         tokens = torch.where(table.greedy, argmax(shaped), tokens)
     logprobs = torch.where(table.greedy, 0.0, (_picked(weights, tokens).double() / totals).log().float())
@@ -218,8 +236,9 @@ def log_normalizer(logits: Tensor, probs: Tensor) -> Tensor:
     """log sum exp of `logits` [B,V] -> [B], from their softmax `probs`.
 
     The likeliest token's probability is 1 / sum exp(logits - peak), and the softmax kernel is the fastest way to it.
+    The kernel's own sum loses the small terms of a large vocabulary (1e-5 of 49,152), so it is divided by what is left.
     """
-    return logits.amax(-1) - probs.amax(-1).log()
+    return logits.amax(-1) - (probs.amax(-1) / probs.sum(-1)).log()
 
 
 def truncate(probs: Tensor, table: SamplingTable) -> Tensor:
@@ -256,29 +275,27 @@ def _floor(weights: Tensor, target: Tensor, *, count: bool) -> Tensor:
     return low.view(torch.float32)
 
 
-def invert_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token whose cumulative weight exceeds `uniform` times the total.
+def race(weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A token drawn by its weight: the first to arrive where arrival times are exponential, with the weights as rates.
 
-    The search has two levels, so that the cumulative sum is never held for the whole vocabulary: first over sums of
-    chunks, then inside one chunk. A token of weight 0 is never picked.
+    The draw changes only where two tokens arrive at about the same time, so that rounding of the weights, which no two
+    ways of computing them share, almost never changes it; inverting the cumulative distribution would move with every
+    rounding of every token before. The race has two levels, first between chunks of the vocabulary, then inside one,
+    and needs a random number for each of them alone. A token of weight 0 is never picked.
 
     Args:
         weights: [B,V] float32, >= 0, not all 0 in a row; need not sum to 1. Rows with nan give some token.
-        uniform: [B] float64 in [0, 1).
+        keys: [B] int64, of `row_keys`.
 
     Returns:
         (tokens [B] int64, totals [B] float64)
     """
     chunks = _chunked(weights, 0.0)
-    cumulative = chunks.sum(-1).double().cumsum(-1)
-    totals = cumulative[:, -1]
-    target = torch.minimum(uniform * totals, _just_below(totals))[:, None]
-    chunk = torch.searchsorted(cumulative, target, right=True).clamp(max=chunks.shape[1] - 1)  # nan is past the end
-    before = torch.where(chunk > 0, cumulative.gather(1, (chunk - 1).clamp(min=0)), 0.0)
-    inside = _chunk_of(chunks, chunk[:, 0]).double().cumsum(-1)
-    target = torch.minimum(target - before, _just_below(inside[:, -1:]))
-    token = torch.searchsorted(inside, target, right=True).clamp(max=_CHUNK - 1)
-    return (chunk * _CHUNK + token)[:, 0].clamp(max=weights.shape[1] - 1), totals
+    rates = chunks.sum(-1).double()
+    chunk = (rates / exponentials(keys, 0, chunks.shape[1])).argmax(-1)
+    inside = _chunk_of(chunks, chunk).double()
+    token = (inside / exponentials(keys, chunks.shape[1], _CHUNK)).argmax(-1)
+    return (chunk * _CHUNK + token).clamp(max=weights.shape[1] - 1), rates.sum(-1)
 
 
 def argmax(values: Tensor) -> Tensor:
@@ -297,10 +314,6 @@ def _chunked(values: Tensor, filler: float) -> Tensor:
 
 def _chunk_of(chunks: Tensor, index: Tensor) -> Tensor:
     return chunks[torch.arange(chunks.shape[0], device=chunks.device), index]
-
-
-def _just_below(values: Tensor) -> Tensor:
-    return torch.nextafter(values, torch.zeros_like(values))
 
 
 def _picked(values: Tensor, tokens: Tensor) -> Tensor:

@@ -50,17 +50,20 @@ class EngineWeights:
         self._stand_ins: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name, own layer, stand-in
         self._packed_head: PackedLinear | None = None
         self._modules = list(model.modules())  # walking them takes longer than a token does
+        self._parameters = list(model.parameters())
+        self._stamp: tuple[int, ...] = ()
         self.refresh()
 
     def refresh(self) -> None:
         """Take the policy's present weights."""
+        self._stand_ins, self._packed_head = [], None  # their memory goes before other copies are made
+        self._stamp = self._present()
         merged: dict[nn.Linear, Tensor] = merged_weights(self._model) if self._merge else {}
         head = causal_lm(self._model).get_output_embeddings()
-        self._stand_ins = []
         for parent, name, layer in self._places(head):
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
             assert isinstance(base, nn.Linear)
-            weight = merged.get(base, base.weight)
+            weight = merged.pop(base, base.weight)
             packed = self._pack and layer is not head
             stand_in = PackedLinear(weight, base.bias) if packed else _linear_like(base, weight)
             self._stand_ins.append((parent, name, layer, stand_in))
@@ -68,6 +71,15 @@ class EngineWeights:
             with self.in_use():
                 weight, bias, _ = output_head(self._model)
             self._packed_head = PackedLinear(weight, bias)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the policy's weights were written to, or its adapters switched, since `refresh`."""
+        return self._present() != self._stamp
+
+    def _present(self) -> tuple[int, ...]:
+        switched = sum(module.disable_adapters for module in self._modules if isinstance(module, BaseTunerLayer))
+        return (*(parameter._version for parameter in self._parameters), switched)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

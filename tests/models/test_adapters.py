@@ -169,6 +169,14 @@ def test_variants_of_lora_go_peft_s_way(base):
     assert torch.equal(model(TOKENS).logits, twin(TOKENS).logits)
 
 
+def test_autocast_goes_peft_s_way(base):
+    policy = add_lora(base, LoraSettings(rank=4))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = policy(torch.tensor([[1, 2, 3]])).logits
+    logits.float().sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
+
 def test_has_adapters(base):
     assert not has_adapters(base)
     assert has_adapters(ours(base))

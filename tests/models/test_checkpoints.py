@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -172,6 +173,27 @@ def test_pickled_weights_and_missing_checkpoints_are_refused(tmp_path: Path) -> 
         load_model(str(tmp_path / "nowhere"), dtype=torch.float32)
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", lambda w: w.pop("model.layers.1.mlp.down_proj.weight"), r"missing model\.layers\.1\.mlp\.down_proj"),
+        ("llama", lambda w: w.pop("lm_head.weight"), r"missing lm_head\.weight \(1 in all\)"),
+        ("qwen2", lambda w: w.pop("model.layers.0.self_attn.q_proj.bias"), r"missing model\.layers\.0\.self_attn"),
+        ("llama", lambda w: w.update({"model.layers.0.extra": torch.ones(3)}), r"unexpected model\.layers\.0\.extra"),
+        ("llama", lambda w: w.update({"model.norm.weight": torch.ones(3)}), "cannot be loaded|mismatched"),
+        ("qwen3-moe", lambda w: w.pop("model.layers.0.mlp.experts.2.up_proj.weight"), "cannot be loaded|missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    """`transformers` fills what is missing with random numbers, and leaves out what does not fit."""
+    hub_folder(name, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(str(tmp_path), dtype=torch.float32)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:

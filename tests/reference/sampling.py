@@ -42,19 +42,24 @@ def _normalised(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def pick(probs: Sequence[float], uniform: float) -> int:
-    """The first token whose cumulative probability exceeds `uniform`."""
-    cumulative = 0.0
-    for token, p in enumerate(probs):
-        cumulative += p
-        if cumulative > uniform:
-            return token
-    return max(token for token, p in enumerate(probs) if p > 0)
+def race(probs: Sequence[float], key: int, position: int, *, chunk: int) -> int:
+    """The token that arrives first: between chunks of the vocabulary by their sums, then inside the winner."""
+    own = hashed(key, position)
+    starts = range(0, len(probs), chunk)
+    speeds = [math.fsum(probs[start : start + chunk]) / exponential(own, i) for i, start in enumerate(starts)]
+    start = starts[speeds.index(max(speeds))]
+    inside = [p / exponential(own, len(starts) + i) for i, p in enumerate(probs[start : start + chunk])]
+    return start + inside.index(max(inside))
 
 
-def uniform(key: int, position: int) -> float:
-    """The (position + 1)th number of SplitMix64 started at `key`, from its upper 53 bits."""
+def exponential(key: int, number: int) -> float:
+    """The exponential number of the upper 52 bits."""
+    return -math.log1p(-((hashed(key, number) >> 12) + 0.5) / (1 << 52))
+
+
+def hashed(key: int, position: int) -> int:
+    """The (position + 1)th number of SplitMix64 started at `key`."""
     state = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((state ^ (state >> 31)) >> 11) / (1 << 53)
+    return state ^ (state >> 31)

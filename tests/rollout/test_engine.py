@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from alignlab.config.model import LoraSettings
+from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
+from alignlab.models.adapters import add_lora
 from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.rollout.paged_attention import KVCache
 from alignlab.types import Prompt, RolloutEngine, SamplingParams
 from tests.reference import sampling as slow
 from tests.rollout.conftest import END, VOCAB, MakeEngine, flat, full_logprobs, make_prompts
@@ -278,6 +282,55 @@ def test_logits_that_are_not_finite_are_named(make_engine: MakeEngine, llama: Pr
     engine = make_engine()
     with pytest.raises(RolloutError, match="the model's logits must be finite"):
         engine.generate(make_prompts(10), SamplingParams())
+
+
+def test_weights_that_changed_unannounced_are_noticed(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    engine, prompts = make_engine(), make_prompts(20)
+    engine.generate(prompts, SamplingParams(max_new_tokens=2))
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1.1)
+    with pytest.raises(RolloutError, match=r"changed since version 0, .* call update_weights with a new version"):
+        engine.generate(prompts, SamplingParams(max_new_tokens=2))
+    engine.update_weights(1)
+    engine.generate(prompts, SamplingParams(max_new_tokens=2))
+
+
+def test_a_merged_adapter_that_is_switched_off_is_noticed(
+    tokenizer: PreTrainedTokenizerFast, llama: PreTrainedModel
+) -> None:
+    policy = add_lora(llama, LoraSettings(rank=2))
+    engine = EmbeddedEngine(policy, tokenizer, RolloutSettings())
+    with policy.disable_adapter(), pytest.raises(RolloutError, match="changed since version 0"):
+        engine.generate(make_prompts(3), SamplingParams())
+    engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
+
+
+def test_seeds_of_one_prompt_do_not_move_each_other(make_engine: MakeEngine) -> None:
+    [prompt] = make_prompts(6)
+    kinds = [SamplingParams(seed=seed, max_new_tokens=8, ignore_eos=True) for seed in (3, 5)]
+    together = flat(make_engine().generate([prompt, prompt], kinds))
+    alone = [flat(make_engine().generate([prompt], kind))[0] for kind in kinds]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+
+def test_running_out_of_memory_leaves_the_engine_whole(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sampling = make_engine(block_size=4), SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
+    engine.generate(make_prompts(8), sampling)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_enlarged", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            engine.generate(make_prompts(50), sampling)
+    assert len(flat(engine.generate(make_prompts(50), sampling))[0].token_ids) == 8
+
+
+def test_a_token_beyond_the_vocabulary(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    engine = make_engine()
+    with pytest.raises(RolloutError, match=rf"prompt 0 holds token {VOCAB}, and each must be from 0 to {VOCAB - 1}"):
+        engine.generate([Prompt((1, VOCAB), "")], SamplingParams())
+    llama.generation_config.eos_token_id = VOCAB + 5
+    engine.generate(make_prompts(3), SamplingParams(max_new_tokens=4, min_new_tokens=4))
 
 
 def test_an_interrupted_engine_is_usable(make_engine: MakeEngine) -> None:

@@ -41,7 +41,7 @@ def random_logits(rows: int) -> torch.Tensor:
 
 
 def slow_draw(logits: torch.Tensor, params: SamplingParams, key: int, position: int, **options: list[int]) -> int:
-    return slow.pick(slow.distribution(logits.tolist(), params, **options), slow.uniform(key, position))
+    return slow.race(slow.distribution(logits.tolist(), params, **options), key, position, chunk=256)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,19 +132,46 @@ def test_top_p_takes_its_share_of_what_top_k_left() -> None:
     assert fast.truncate(probs, table)[0].nonzero()[:, 0].tolist() == [0]  # 0.4 / 0.7 is over a half
 
 
-def test_inverse_cdf_covers_each_token_by_its_probability() -> None:
-    weights = torch.tensor([0.25, 0.0, 0.5, 0.0, 0.25, 0.0])
-    grid = (torch.arange(1000).double() + 0.5) / 1000
-    tokens, totals = fast.invert_cdf(weights.expand(1000, 6) * 3, grid)
-    assert tokens.bincount(minlength=6).tolist() == [250, 0, 500, 0, 250, 0]
-    torch.testing.assert_close(totals, torch.full((1000,), 3.0, dtype=torch.float64))
+def test_each_token_is_drawn_as_often_as_its_weight_says() -> None:
+    weights = torch.zeros(700)
+    weights[[3, 4, 300, 699]] = torch.tensor([1.0, 2.0, 4.0, 1.0])
+    draws = 40_000
+    keys = fast.row_keys(torch.arange(draws), torch.zeros(draws, dtype=torch.int64))
+    tokens, totals = fast.race(weights.expand(draws, 700), keys)
+    counts = tokens.bincount(minlength=700)
+    assert int(counts.sum()) == int(counts[[3, 4, 300, 699]].sum()), "a token of weight 0 was drawn"
+    for token, expected in ((3, 1 / 8), (4, 2 / 8), (300, 4 / 8), (699, 1 / 8)):
+        deviation = math.sqrt(expected * (1 - expected) / draws)
+        assert abs(int(counts[token]) / draws - expected) < 4 * deviation
+    assert totals.unique().tolist() == [8.0]
 
 
-def test_inverse_cdf_at_the_edges_picks_a_token_with_weight() -> None:
-    weights = torch.zeros(2, 3 * 256)
-    weights[:, 300], weights[:, 301] = 1e-30, 1.0
-    edges = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert fast.invert_cdf(weights, edges)[0].tolist() == [300, 301]
+def test_draws_of_one_completion_are_independent() -> None:
+    """Of two equally likely tokens, each of the four pairs is as frequent."""
+    weights = torch.ones(10_000, 2)
+    keys = torch.arange(10_000)
+    first, second = (fast.race(weights, fast.row_keys(keys, torch.full((10_000,), i)))[0] for i in (0, 1))
+    assert (first * 2 + second).bincount().float().sub(2500).abs().max() < 4 * math.sqrt(10_000 * 3 / 16)
+
+
+def test_rounding_does_not_move_a_draw() -> None:
+    """In a large vocabulary every cumulative sum moves with rounding; who arrives first does not."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 49_152, generator=generator) * 2
+    noise = torch.randn(400, 49_152, generator=generator) * 1e-6
+    table = fast.SamplingTable.build([SamplingParams()] * 400, list(range(400)), vocab_size=49_152, device=CPU)
+    positions = torch.zeros(400, dtype=torch.int64)
+    plain, moved = (fast.sample(each, table, positions).tokens for each in (logits, logits + noise))
+    assert torch.equal(plain, moved)
+
+
+def test_logprobs_of_a_large_vocabulary_are_exact() -> None:
+    logits = torch.randn(20, 151_936, generator=torch.Generator().manual_seed(1)) * 3
+    for params in (SamplingParams(), SamplingParams(temperature=0.0)):
+        table = fast.SamplingTable.build([params] * 20, list(range(20)), vocab_size=151_936, device=CPU)
+        sampled = fast.sample(logits, table, torch.zeros(20, dtype=torch.int64))
+        exact = logits.double().log_softmax(-1).gather(1, sampled.tokens[:, None])[:, 0]
+        torch.testing.assert_close(sampled.raw_logprobs.double(), exact, atol=4e-6, rtol=0)
 
 
 def test_argmax_is_the_first_of_equals() -> None:
@@ -154,12 +181,12 @@ def test_argmax_is_the_first_of_equals() -> None:
     assert fast.argmax(values).tolist() == [40, 0]
 
 
-def test_uniforms_are_splitmix64() -> None:
+def test_keys_are_splitmix64() -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 1234567]
-    expected = [[slow.uniform(key, position) for position in range(5)] for key in keys]
-    found = [fast.uniforms(torch.tensor([key]).expand(5), torch.arange(5)).tolist() for key in keys]
-    assert found == expected
-    assert slow.uniform(1234567, 0) == (6457827717110365317 >> 11) / (1 << 53)  # the published test vector
+    expected = [[slow.hashed(key, position) for position in range(5)] for key in keys]
+    found = [fast.row_keys(torch.tensor([key]).expand(5), torch.arange(5)).tolist() for key in keys]
+    assert [[number % 2**64 for number in row] for row in found] == expected
+    assert slow.hashed(1234567, 0) == 6457827717110365317  # the published test vector
 
 
 def test_stream_keys_differ_by_seed_prompt_and_index() -> None:
@@ -171,7 +198,8 @@ def test_stream_keys_differ_by_seed_prompt_and_index() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"n": 0}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0},
+        {"n": 0}, {"temperature": -0.1}, {"temperature": 1e-39},
+        {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0},
         {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"min_new_tokens": 65}, {"stop": ("",)},
         {"ignore_eos": True, "stop": ("x",)}, {"ignore_eos": True, "stop_token_ids": (1,)},
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.errors import RolloutError
@@ -138,3 +139,16 @@ def test_the_policy_has_its_own_weights_between_pieces(make_engine: MakeEngine, 
 def test_only_one_completion_is_streamed(make_engine: MakeEngine) -> None:
     with pytest.raises(RolloutError, match=r"sampling\.n is 2, and must be 1 to stream"):
         make_engine().stream(make_prompts(4)[0], SamplingParams(n=2))
+
+
+def test_a_stop_string_after_broken_bytes(make_engine: MakeEngine) -> None:
+    """A tokenizer with byte fallback decodes a run of bytes as a whole, and spoils all of it for one that is bad."""
+    vocabulary = {f"<0x{b:02X}>": b for b in range(256)} | {"a": 256, ".": 257}
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token=None))
+    bare.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare)
+    detokenizer = Detokenizer(tokenizer)
+    for token in (*"👍".encode(), 0xF0, 256, 257):
+        detokenizer.push(token)
+    assert detokenizer.whole.startswith(detokenizer.text)
+    assert detokenizer.whole.index(".") == detokenizer.text.index(".")

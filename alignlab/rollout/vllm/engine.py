@@ -25,7 +25,7 @@ from alignlab.models.adapters import has_adapters
 from alignlab.models.attention import causal_lm
 from alignlab.models.export import Model, write_base
 from alignlab.rollout.detokenizer import decode
-from alignlab.rollout.requests import check_lengths, completion_keys, end_token_ids, for_each
+from alignlab.rollout.requests import check_prompts, completion_keys, end_token_ids, for_each
 from alignlab.rollout.vllm.requirement import require_vllm
 from alignlab.rollout.vllm.sync import AdapterSync, MergedSync, WeightSync
 from alignlab.rollout.weight_proof import GATES, CanaryGap, canary_gap, check_canary
@@ -178,7 +178,7 @@ class VLLMEngine:
         each = for_each(prompts, sampling)
         longest = self._lm.config.get_text_config().max_position_embeddings
         limit = (longest, "the model's max_position_embeddings", "shorten the prompt or lower max_new_tokens")
-        check_lengths(prompts, each, [limit])
+        check_prompts(prompts, each, self._lm.config.get_text_config().vocab_size, [limit])
         requests, params = [], []
         for prompt, one, keys in zip(prompts, each, completion_keys(prompts, each), strict=True):
             ends = sorted(end_token_ids(self._lm, self._tokenizer, one))
