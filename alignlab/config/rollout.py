@@ -73,10 +73,13 @@ class VLLMSettings(Frozen):
     sync: Literal["auto", "merged", "adapter"] = "auto"
     """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
     there is one and a GPU; on a CPU vLLM generates half as fast with one."""
-    prove_every_updates: int = Field(1, ge=1)
-    """Every so many weight updates, digests of all tensors and the log-probs of a canary are compared."""
+    digests_every_updates: int = Field(1, ge=1)
+    """Every so many weight updates, digests of all tensors are compared on both sides."""
+    canary_every_updates: int = Field(10, ge=1)
+    """Every so many, and at the first two, the log-probs of a canary are compared with the trainer's."""
     canary_prompts: int = Field(4, ge=1)
-    canary_tokens: int = Field(8, ge=1)
+    canary_prompt_tokens: int = Field(8, ge=1)
+    canary_new_tokens: int = Field(2, ge=1)
     canary_gate: float | None = Field(None, gt=0)
     """Nats that any canary token may be off; default: by dtype, see `weight_proof.GATES`."""
 

@@ -69,12 +69,13 @@ def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"
         ) from error
+    model, told = loaded
     wrong = {
         kind: sorted(str(key) for key in told[f"{kind}_keys"] if not str(key).endswith(".expert_load"))
         for kind in ("missing", "unexpected", "mismatched")
@@ -92,7 +93,8 @@ def _takes_attention(path: str) -> bool:
     """Whether the architecture looks its attention up by name."""
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
-        return bool(AutoModelForCausalLM._model_mapping[type(config)]._supports_attention_backend)
+        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        return bool(architecture._supports_attention_backend)
     except (OSError, ValueError, KeyError):
         return True  # what is wrong with it is said when it is loaded
 

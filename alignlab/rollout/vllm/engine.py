@@ -34,6 +34,7 @@ from alignlab.types import Completion, FinishReason, Prompt, Rollout, SamplingPa
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "aborted"}
 _SEED_BITS = 2**63 - 1
 _CANARY_SEED = 20_812
+_FIRST_UPDATES = 2
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -128,10 +129,11 @@ class VLLMEngine:
     def _replace_weights(self, policy_version: int) -> SyncProof:
         sent = self._sync.send(self._llm, policy_version)
         self._llm.reset_prefix_cache()
-        gap = None
-        if self._num_updates % self._settings.prove_every_updates == 0:
+        settings, number = self._settings, self._num_updates
+        if number % settings.digests_every_updates == 0:
             self._sync.check(self._llm, sent)
-            gap = self._canary()
+        # At the first two always: what vLLM does wrong at an update, it does at each but the one that it starts with.
+        gap = self._canary() if number < _FIRST_UPDATES or number % settings.canary_every_updates == 0 else None
         self._num_updates += 1
         return SyncProof(len(sent), sum(tensor.numel() * tensor.element_size() for tensor in sent.values()), gap)
 
@@ -234,11 +236,11 @@ class VLLMEngine:
 
     def _canary(self) -> CanaryGap:
         """Sample from a few prompts, and compare with the trainer's log-probs."""
-        settings, vocabulary = self._settings, len(self._tokenizer)
-        generator = torch.Generator().manual_seed(_CANARY_SEED)
-        ids = torch.randint(vocabulary, (settings.canary_prompts, settings.canary_tokens), generator=generator)
+        settings, generator = self._settings, torch.Generator().manual_seed(_CANARY_SEED)
+        shape = (settings.canary_prompts, settings.canary_prompt_tokens)
+        ids = torch.randint(len(self._tokenizer), shape, generator=generator)
         prompts = [Prompt(tuple(row), "") for row in ids.tolist()]
-        sampling = SamplingParams(max_new_tokens=settings.canary_tokens, ignore_eos=True, seed=_CANARY_SEED)
+        sampling = SamplingParams(max_new_tokens=settings.canary_new_tokens, ignore_eos=True, seed=_CANARY_SEED)
         gap = canary_gap(self._model, self._generate(prompts, sampling))
         gate = GATES[self._lm.dtype] if settings.canary_gate is None else settings.canary_gate
         check_canary(gap, gate)

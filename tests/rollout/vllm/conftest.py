@@ -56,6 +56,7 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
     Engines stay to the end of the file: vLLM's groups of ranks are the process's, and go with the first engine.
     """
     made: list[Any] = []
+    defaults = {"cache_gib": 0.1, "block_size": 32, "canary_every_updates": 1, "canary_new_tokens": 8}
 
     def make(model: Any, **settings: Any) -> Any:
         from alignlab.rollout.engines import make_engine
@@ -63,7 +64,7 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own, when it is imported and started
             made.append(
-                make_engine(model, tokenizer, VLLMSettings(**{"cache_gib": 0.1, "block_size": 32} | settings))
+                make_engine(model, tokenizer, VLLMSettings(**defaults | settings))
             )
             return made[-1]
 

@@ -203,14 +203,10 @@ def test_a_prefix_cache_that_is_kept_is_stale(engines: Any, monkeypatch: pytest.
     shake(model)
     with monkeypatch.context() as patch:
         patch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
-        patch.setattr(engine._settings.__class__, "canary_tokens", 40, raising=False)
-        engine._settings.__dict__["canary_tokens"] = 40  # longer than a block of 32
-        try:
-            recovers(engine)  # caches the canary's prompts
-            shake(model)
-            assert_stopped(engine, "log-probs differ from the trainer's")
-        finally:
-            engine._settings.__dict__["canary_tokens"] = 8
+        patch.setattr(engine, "_settings", engine._settings.model_copy(update={"canary_prompt_tokens": 40}))
+        recovers(engine)  # caches the canary's prompts, which are longer than a block of 32
+        shake(model)
+        assert_stopped(engine, "log-probs differ from the trainer's")
     recovers(engine)
 
 
@@ -265,9 +261,9 @@ def test_an_adapter_that_is_not_there(make_vllm: Make) -> None:
 
 def test_a_canary_can_be_rarer(make_vllm: Make) -> None:
     model = make_model(DENSE)
-    engine = make_vllm(model, prove_every_updates=3)
+    engine = make_vllm(model, canary_every_updates=4)
     proved = [engine.proof.gap is not None]
-    for version in range(1, 4):
+    for version in range(1, 6):
         engine.update_weights(version)
         proved.append(engine.proof.gap is not None)
-    assert proved == [True, False, False, True]
+    assert proved == [True, True, False, False, True, False]
