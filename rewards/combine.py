@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -22,7 +23,11 @@ def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **given: Any) -> 
     for name, part in parts.items():
         options = dict(part) if isinstance(part, Mapping) else {"weight": part}
         weight = float(options.pop("weight", 1.0))
-        values = _find(name)(**{**given, **options})
+        part_function = _find(name)
+        unknown = set(options) - set(inspect.signature(part_function).parameters)
+        if unknown:
+            raise ValueError(f"{name}, a part of combine, has no option {sorted(unknown)[0]!r}")
+        values = part_function(**{**given, **options})
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(
                 f"{name}, a part of combine, must return a list of {count} values, and returned {values!r:.200}"

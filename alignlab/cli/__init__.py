@@ -6,6 +6,7 @@ Nothing heavy is imported here: a sub-command imports what it needs when it runs
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error that has a name, 130 after Ctrl-C."""
     prepare_environment()
     args = parse(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what a terminal may not know
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         status: int = args.command(args)
@@ -31,6 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"alignlab {args.name}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except BrokenPipeError:  # whoever read standard output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except OSError as error:
+        if args.debug:
+            raise
+        print(f"alignlab {args.name}: {error}; correct the path, its permissions, or the disk", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"alignlab {args.name}: interrupted", file=sys.stderr)

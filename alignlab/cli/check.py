@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.train import add_config_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from alignlab.config.rewards import RewardLimits
     from alignlab.config.run import RunConfig
     from alignlab.config.trainers import TrainerConfig
     from alignlab.data.prompts import PromptDataset
+    from alignlab.training.reward_functions import LoadedReward
     from alignlab.types import Prompt, Rollout
 
 NAME = "check"
@@ -52,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     for line in try_rewards(config, prompts[0], tokenizer):
         tell("reward", line)
     tell("trainer", trainer_line(config.trainer))
+    check_training(config, tokenizer, prompts)
+    for line in answer_notes(config, prompts[0], tokenizer):
+        tell("note", line)
     for line in notes(config, prompts, eval_prompts):
         tell("note", line)
     print("ok: nothing was trained")
@@ -69,6 +74,52 @@ def check_engine(trainer: TrainerConfig) -> None:
 
     if isinstance(trainer, GRPOConfig) and trainer.rollout.engine == "vllm":
         require_vllm()
+
+
+def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
+    """What a training would refuse at its start: trackers, a new model's shape, a warm start's answers.
+
+    Raises:
+        ConfigError, DataError: one of them is wrong.
+    """
+    from accelerate import init_empty_weights
+
+    from alignlab.data.examples import load_examples
+    from alignlab.models.checkpoints import new_model
+    from alignlab.training.metrics import check_trackers
+
+    check_trackers(config.trainer.trackers)
+    if config.model.architecture is not None:
+        with init_empty_weights():
+            model = new_model(config.model.architecture, vocab_size=len(tokenizer))
+        check_room(model, prompts, config)
+    warm = config.warm_start
+    if warm is not None:
+        few = (warm.data or config.data).model_copy(update={"size": 8})
+        load_examples(few, tokenizer, answer_column=warm.answer_column, answer_template=warm.answer_template)
+
+
+def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
+    """See that completions fit the model's positions."""
+    from alignlab.config.trainers import GRPOConfig
+    from alignlab.trainers.online import check_room as check
+
+    if isinstance(config.trainer, GRPOConfig):
+        check(model, prompts, config.trainer.sampling.max_new_tokens)
+
+
+def answer_notes(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Whether the reward that says what is right takes a row's own answer for right."""
+    from alignlab.config.rewards import RewardSettings
+    from alignlab.training.reward_functions import load_reward
+
+    if not config.rewards:
+        return
+    named = config.evaluation.scorer
+    scorer = load_reward(RewardSettings(name=named) if named else config.rewards[0])
+    value = value_of_own_answer(scorer, prompt, tokenizer)
+    if value is not None and value != 1.0:
+        yield f"{scorer.name} gives {value} to the row's own answer: accuracy, which counts 1 alone, may stay 0"
 
 
 def tell(what: str, text: str) -> None:
@@ -103,21 +154,46 @@ def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenize
     from alignlab.config.rewards import RewardLimits, RewardSettings
     from alignlab.config.trainers import GRPOConfig
     from alignlab.training.reward_functions import load_reward
-    from alignlab.training.reward_runner import RewardRunner
 
     limits = config.trainer.reward_limits if isinstance(config.trainer, GRPOConfig) else RewardLimits()
     scorer = (RewardSettings(name=config.evaluation.scorer),) if config.evaluation.scorer else ()
-    runner = RewardRunner(
-        [load_reward(each) for each in (*config.rewards, *scorer)], limits.model_copy(update={"max_failures": 0})
-    )
+    rewards = [load_reward(each) for each in (*config.rewards, *scorer)]
     texts = [str(prompt.columns["answer"])] if "answer" in prompt.columns else []
-    try:
-        [scored] = runner.score([sample_rollout(prompt, [*texts, WRONG_ANSWER], tokenizer)])
-    finally:
-        runner.close()
+    scored = score_once(rewards, limits, sample_rollout(prompt, [*texts, WRONG_ANSWER], tokenizer))
     for name, values in scored.reward_parts.items():
         told = [f"{value} for {c.text!r}" for value, c in zip(values, scored.completions, strict=True)]
-        yield f"{name}: {', '.join(told)}"
+        silent = "; it applies to neither" if all(value is None for value in values) else ""
+        yield f"{name}: {', '.join(told)}{silent}"
+
+
+def score_once(rewards: Sequence[LoadedReward], limits: RewardLimits, rollout: Rollout) -> Rollout:
+    """The rollout with its rewards; that a reward does not apply to one row is no failure here.
+
+    Raises:
+        RewardError: a function fails.
+    """
+    from alignlab.errors import RewardError
+    from alignlab.training.reward_runner import RewardRunner
+
+    runner = RewardRunner(rewards, limits.model_copy(update={"max_failures": len(rewards)}))
+    try:
+        [scored] = runner.score([rollout])
+    finally:
+        runner.close()
+    wrong = [f"{name} ({kind})" for name, kind in runner.failures if kind != "only None"]
+    if wrong:
+        raise RewardError(f"rewards failed on the first row: {', '.join(wrong)}; see the warnings above")
+    return scored
+
+
+def value_of_own_answer(reward: LoadedReward, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """What a reward gives to the row's own answer; None where the row has none, or the reward does not apply."""
+    from alignlab.config.rewards import RewardLimits
+
+    if "answer" not in prompt.columns:
+        return None
+    rollout = sample_rollout(prompt, [str(prompt.columns["answer"])], tokenizer)
+    return score_once([reward], RewardLimits(), rollout).reward_parts[reward.name][0]
 
 
 def sample_rollout(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Rollout:

@@ -15,11 +15,15 @@ from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, lo
 from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from alignlab.config.data import DataSettings
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMSettings
     from alignlab.config.run import EvaluationSettings, RunConfig
     from alignlab.training.evaluation import EvaluationResult
+    from alignlab.training.reward_functions import LoadedReward
+    from alignlab.types import Prompt
 
 NAME = "eval"
 SUMMARY = "accuracy on held-out problems: greedy, sampled, pass@k"
@@ -49,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
     parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
     parser.add_argument("--system-prompt", metavar="TEXT", help="for --task")
+    ways = ("last_number", "tagged", "whole")
+    parser.add_argument("--extract", choices=ways, help="for --task: how the answer is taken from the text")
     parser.add_argument("--num-problems", type=int, metavar="N", help="default: all")
     parser.add_argument("--num-samples", type=int, metavar="N", help="sampled completions a problem")
     parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="the k of pass@k")
@@ -59,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
+    if args.model is not None and "=" in args.model:
+        raise ConfigError(f"MODEL is {args.model!r}, which is a setting; write --set {args.model}")
+    if args.config is not None and (args.system_prompt is not None or args.extract is not None):
+        raise ConfigError("--system-prompt and --extract are for --task; beside --config use --set data.system_prompt=X")
     if args.config is not None:
         from alignlab.config.loader import load_config
 
@@ -108,7 +118,7 @@ def plan_of_task(args: argparse.Namespace) -> Plan:
     if args.set:
         raise ConfigError(f"--set changes a config's settings, and there is no --config; remove --set {args.set[0]}")
     data = DataSettings(task=args.task, split="eval", size=args.num_problems, system_prompt=args.system_prompt)
-    scorer = RewardSettings(name="reasoning_gym_answer")
+    scorer = RewardSettings(name="reasoning_gym_answer", options={"extract": args.extract} if args.extract else {})
     evaluation = _changed(EvaluationSettings(), args)
     return Plan(data, scorer, sampling_settings(args), RolloutSettings(), evaluation, args.seed or 0)
 
@@ -130,6 +140,7 @@ def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> 
     scorer = load_reward(plan.scorer)
     policy, tokenizer = load_policy(model, adapter, dtype)
     prompts = load_prompts(plan.data, tokenizer)
+    refuse_deaf_scorer(scorer, prompts[0], tokenizer)
     return evaluate(
         make_engine(policy, tokenizer, plan.rollout),
         prompts[: plan.evaluation.num_problems],
@@ -139,6 +150,23 @@ def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> 
         seed=plan.seed,
         pass_at=plan.evaluation.pass_at,
     )
+
+
+def refuse_deaf_scorer(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say so where the scorer does not take a row's own answer for right: the accuracy would be 0 of anything.
+
+    Raises:
+        ConfigError: with what was tried.
+    """
+    from alignlab.cli.check import value_of_own_answer
+
+    value = value_of_own_answer(scorer, prompt, tokenizer)
+    if value is not None and value != 1.0:
+        raise ConfigError(
+            f"the scorer {scorer.name} gives {value} to the row's own answer {prompt.columns['answer']!r}, so nothing "
+            "could be right; choose how the answer is taken (--extract whole, or the reward's option extract), or "
+            "another scorer"
+        )
 
 
 def show(result: EvaluationResult, num_problems: int) -> None:

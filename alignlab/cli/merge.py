@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from alignlab.cli.policy import ADAPTER_FILE, is_adapter, tokenizer_source
+from alignlab.cli.policy import ADAPTER_FILE, is_adapter, put_adapter, tokenizer_source
 from alignlab.errors import CheckpointError, ConfigError
 
 NAME = "merge"
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         model = load_model(args.adapter, dtype=torch.float32)
     else:
-        model = PeftModel.from_pretrained(load_model(args.model, dtype=torch.float32), args.adapter)
+        model = put_adapter(load_model(args.model, dtype=torch.float32), args.adapter)
     assert isinstance(model, PeftModel)
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     torch.nn.Module.to(merged, getattr(torch, args.dtype))

@@ -61,6 +61,23 @@ def tokenizer_source(model: str, adapter: str | None) -> str:
     return adapter if adapter is not None and (Path(adapter) / TOKENIZER_FILE).is_file() else model
 
 
+def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
+    """The model with the adapter of a folder on it.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or of another model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"the adapter {adapter} does not fit {model.config.name_or_path}: {error}; give the model that it was "
+            "trained on, or another adapter"
+        ) from error
+
+
 def load_policy(
     model: str, adapter: str | None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -82,7 +99,7 @@ def load_policy(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model, dtype=getattr(torch, chosen), device=device)
     if adapter is not None:
-        policy = PeftModel.from_pretrained(policy, adapter)
+        policy = put_adapter(policy, adapter)
     if isinstance(policy, PeftModel):
         policy = compute_in_base_dtype(policy)
     return policy.eval(), load_tokenizer(tokenizer_source(model, adapter))

@@ -25,7 +25,10 @@ class ExplainedErrors(ModelMetaclass):
 class Frozen(BaseModel, metaclass=ExplainedErrors):
     """Immutable; an unknown key is an error. Every broken rule is a ConfigError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:

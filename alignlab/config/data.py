@@ -48,13 +48,22 @@ class DataSettings(Frozen):
             raise BrokenRule("path", self.path, f"not be given beside task ({self.task!r})", "keep one of the two")
         if self.task is not None:
             self._check_task()
-        elif self.task_options:
+        else:
+            self._check_no_task()
+        if self.task is None and self.task_options:
             raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
         if self.path is not None and self.path.lower().endswith(FILES):
             self._check_file()
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
+
+    def _check_no_task(self) -> None:
+        for name in ("eval_frac", "seed"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                must = f"stay {default} without task, whose questions alone it divides or draws"
+                raise BrokenRule(name, value, must, f"remove {name}; give held-out rows as eval_data")
 
     def _check_file(self) -> None:
         """Whoever names a split of a file must not get all of it, training rows among them."""

@@ -66,7 +66,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         there = sorted(str(each) for each in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"use one of {', '.join(there)}" if there else "correct the path"
         raise ConfigError(f"{path} must be a YAML file, and does not exist; {hint}")
-    settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from None
+    settings = parse_yaml(text, str(path))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must be a mapping of settings, and is {show(settings)}; see configs/")
     return settings

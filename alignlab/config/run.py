@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ class EvaluationSettings(Frozen):
     pass_at: tuple[int, ...] = (1,)
     """The k of pass@k, each at most num_samples."""
     sampled: SamplingSettings | None = None
-    """Default: the trainer's sampling at temperature 1."""
+    """Default, and default of each of its fields: the trainer's sampling at temperature 1."""
     scorer: str | None = None
     """The reward function whose value 1 means a right answer; default: the first of `rewards`."""
 
@@ -66,13 +66,37 @@ class RunConfig(Frozen):
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sampled(cls, given: Any) -> Any:
+        """What `evaluation.sampled` leaves out is as in training."""
+        if not isinstance(given, dict):
+            return given
+        evaluation, trainer = given.get("evaluation"), given.get("trainer")
+        sampled = evaluation.get("sampled") if isinstance(evaluation, dict) else None
+        trained = trainer.get("sampling") if isinstance(trainer, dict) else None
+        if not (isinstance(evaluation, dict) and isinstance(sampled, dict) and isinstance(trained, dict)):
+            return given
+        return given | {"evaluation": evaluation | {"sampled": trained | {"temperature": 1.0} | sampled}}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_warm_start()
         self._check_data()
         self._check_rewards()
-        if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
-            raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
         return self
+
+    def _check_warm_start(self) -> None:
+        supervised = isinstance(self.trainer, SFTConfig)
+        if self.warm_start is not None and supervised:
+            raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
+        if self.eval_data is not None and supervised:
+            must = "be null for supervised fine-tuning, which measures nothing on it"
+            raise BrokenRule("eval_data", "given", must, "remove it, and use alignlab eval")
+        default = SFTConfig.model_fields["output_dir"].default
+        if self.warm_start is not None and self.warm_start.trainer.output_dir != default:
+            given, must = str(self.warm_start.trainer.output_dir), "be left out: a warm start is in trainer.output_dir"
+            raise BrokenRule("warm_start.trainer.output_dir", given, must, "remove it")
 
     def _check_data(self) -> None:
         for name, data in (("data", self.data), ("eval_data", self.eval_data)):

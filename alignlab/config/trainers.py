@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.grpo_rules import RULES
@@ -29,7 +29,7 @@ class TrainerConfig(Frozen):
     """What every trainer has."""
 
     output_dir: Path = Path("runs/alignlab")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     num_steps: int = Field(100, ge=1)
     """Batches of rollouts or of examples."""
     learning_rate: float = Field(1e-5, gt=0)
@@ -53,6 +53,11 @@ class TrainerConfig(Frozen):
     keep_checkpoints: int = Field(2, ge=1)
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _at_home(cls, path: Path) -> Path:
+        return path.expanduser()
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

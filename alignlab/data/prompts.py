@@ -81,6 +81,11 @@ def prompts_from_rows(
     Raises:
         ConfigError, DataError: as `load_prompts`.
     """
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"{_source(settings)} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
+            "list of dicts"
+        )
     render = PromptRenderer(settings, tokenizer)
     usable: list[tuple[int, Text, str, dict[str, Any]]] = []
     skipped: Counter[str] = Counter()
@@ -206,6 +211,8 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     Raises:
         BadRow: the prompt is missing, of another type, or empty.
     """
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict such as {{{prompt_column!r}: ...}}")
     columns = dict(row)
     if columns.get(prompt_column) is not None:
         return check_text(columns.pop(prompt_column), prompt_column), columns
@@ -245,7 +252,8 @@ def check_text(value: Any, column: str) -> Text:
         raise BadRow("empty", f"has an empty list in the column {column!r}")
     messages = []
     for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        whole = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not whole or message.get("content") is None:
             raise BadRow(
                 "wrong_type",
                 f"has {message!r:.80} in the column {column!r}, where each chat message is a dict of role and content",

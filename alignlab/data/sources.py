@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from alignlab.config.data import DataSettings
 from alignlab.data.tasks import task_rows
@@ -38,9 +39,19 @@ def load_rows(settings: DataSettings) -> Iterable[Mapping[str, Any]]:
     return reader(settings.path)
 
 
+@contextmanager
+def _opened(path: str, **options: Any) -> Iterator[TextIO]:
+    """A text file in UTF-8, with or without a byte-order mark."""
+    try:
+        with open(path, encoding="utf-8-sig", **options) as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from error
+
+
 def _jsonl_rows(path: str) -> Iterator[Mapping[str, Any]]:
     """Line by line, because Arrow's reader refuses a whole file for one line and cannot say which."""
-    with open(path, encoding="utf-8") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _json_object(path, f"line {number}", line)
@@ -58,7 +69,8 @@ def _json_object(path: str, place: str, text: str) -> Mapping[str, Any]:
 
 def _json_rows(path: str) -> list[Mapping[str, Any]]:
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        with _opened(path) as file:
+            rows = json.load(file)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} must be a JSON list of objects, and is not JSON: {error}; correct the file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -68,9 +80,15 @@ def _json_rows(path: str) -> list[Mapping[str, Any]]:
 
 def _csv_rows(path: str) -> Iterator[Mapping[str, Any]]:
     """Every value is text, so that an answer "007" stays what it is."""
-    with open(path, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            yield {name: value for name, value in row.items() if name is not None}
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path, newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines)):
+            if None in row:
+                raise DataError(
+                    f"{path}: row {number} (the first is 0) has more fields than the header names; "
+                    "put fields that hold commas in quotes"
+                )
+            yield row
 
 
 def _parquet_rows(path: str) -> Iterable[Mapping[str, Any]]:

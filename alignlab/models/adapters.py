@@ -100,6 +100,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftMod
     """
     if isinstance(lora, LoraSettings):
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
+            targets = [targets]  # a name, and no pattern of whole names
         if targets != "all-linear":
             _check_targets(model, targets)
         lora = LoraConfig(

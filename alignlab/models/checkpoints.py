@@ -56,6 +56,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
         CheckpointError: it cannot be found, has no safetensors, or needs code of its own.
     """
     path = resolve_checkpoint(name)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
     if _is_adapter(path):
         base = load_model(_base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()

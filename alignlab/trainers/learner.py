@@ -68,6 +68,11 @@ class Learner:
         self.num_skipped = 0
 
     @property
+    def num_updates(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.schedule.last_epoch)
+
+    @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
@@ -131,7 +136,13 @@ class Learner:
                 "the weights that are not trained, such as an adapter's base, are not those that the run was started "
                 "with; resume with the same model.name and model.dtype"
             )
-        self.policy.load_state_dict(dict(tensors["policy"]), strict=False)
+        try:
+            self.policy.load_state_dict(dict(tensors["policy"]), strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit the model: {error}; resume with the model and LoRA settings that "
+                "the run was started with"
+            ) from error
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped = state["num_skipped"]

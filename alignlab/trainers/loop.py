@@ -21,9 +21,9 @@ from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
 from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.interrupt import Interrupt, catch_interrupts
-from alignlab.training.metrics import MetricsLogger
+from alignlab.training.metrics import MetricsLogger, check_trackers
 from alignlab.training.progress import TrainingProgress
-from alignlab.training.random_state import restore_random_state
+from alignlab.training.random_state import random_state, restore_random_state
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder
 
@@ -126,6 +126,7 @@ class TrainingLoop(ABC):
             NumericsError, RewardError: see `Learner.update`, `RewardRunner.score`.
         """
         rank = self.accelerator.process_index
+        check_trackers(self.config.trackers)  # before the folder is taken
         with ExitStack() as stack:
             folder = stack.enter_context(
                 RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
@@ -179,7 +180,8 @@ class TrainingLoop(ABC):
         metrics: dict[str, float] = {}
         while self.step < self.config.num_steps:
             step, start = self.step + 1, time.perf_counter()
-            metrics = self.train_step(step)
+            with self._kept_on_error(folder):
+                metrics = self.train_step(step)
             self.train_seconds += time.perf_counter() - start
             self.step = step
             logger.log(step, metrics)
@@ -197,8 +199,29 @@ class TrainingLoop(ABC):
                 break
         return metrics
 
-    def save(self, folder: RunFolder) -> Path:
-        """Write a checkpoint from which `train(resume=True)` goes on exactly; every rank calls it together."""
+    @contextlib.contextmanager
+    def _kept_on_error(self, folder: RunFolder) -> Iterator[None]:
+        """A step that fails before it has changed the policy, as by a reward, loses no step before it.
+
+        Not on several ranks: those that did not fail would wait for each other.
+        """
+        position, random, updates = self.state(), random_state(), self.learner.num_updates
+        try:
+            yield
+        except Exception:
+            alone = self.accelerator.num_processes == 1
+            if alone and self.step > 0 and self.learner.num_updates == updates:
+                restore_random_state(random)
+                self.save(folder, position)
+                self.progress.note(f"step {self.step + 1} failed; go on after step {self.step} with --resume")
+            raise
+
+    def save(self, folder: RunFolder, position: Mapping[str, Any] | None = None) -> Path:
+        """Write a checkpoint from which `train(resume=True)` goes on exactly; every rank calls it together.
+
+        Args:
+            position: what `state` gave when the last step was done; default: as it is now.
+        """
         return save_checkpoint(
             folder.checkpoints,
             self.step,
@@ -208,7 +231,7 @@ class TrainingLoop(ABC):
                 "train_seconds": self.train_seconds,
                 "before": self.before and self.before.to_json(),
                 "learner": self.learner.state(),
-                "loop": self.state(),
+                "loop": self.state() if position is None else position,
             },
             keep=self.config.keep_checkpoints,
             rank=self.accelerator.process_index,

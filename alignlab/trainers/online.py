@@ -30,8 +30,9 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
-from alignlab.errors import CheckpointError
+from alignlab.errors import CheckpointError, ConfigError
 from alignlab.functional.advantages import mixed_groups
+from alignlab.models.attention import causal_lm
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.trainers.assemble import (
@@ -99,6 +100,7 @@ class OnlineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
+        check_room(model, self.prompts, config.sampling.max_new_tokens)
         policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
         self.reference = make_reference(policy) if config.kl.coef > 0 or config.kl.measure_every_steps else None
         learner = Learner(
@@ -288,6 +290,21 @@ class OnlineTrainer(TrainingLoop):
         self.rewards.failures = Counter({(name, kind): count for name, kind, count in state["reward_failures"]})
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
+
+
+def check_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    """See that the longest prompt leaves room for its completion.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ConfigError(
+            f"sampling.max_new_tokens is {max_new_tokens}, and with the longest prompt ({longest} tokens) must fit the "
+            f"model's {limit} positions; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
+        )
 
 
 def warn_of_truncation(sampling: SamplingSettings) -> None:

@@ -21,6 +21,7 @@ from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
@@ -73,6 +74,12 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     Raises:
         AlignlabError: any of its kinds, each before work is lost.
     """
+    folder = config.trainer.output_dir
+    if resume and not (holds_run(folder) or holds_run(folder / WARM_START)):
+        raise ConfigError(
+            f"--resume needs a run to go on with, and {folder} holds none; leave --resume out to start one, or correct "
+            "trainer.output_dir"
+        )
     tokenizer = make_tokenizer(config)
     set_seed(config.trainer.seed)  # a new model's weights are the run's too
     # A warm start trains all weights, whatever is put on them afterwards.
@@ -83,7 +90,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         if warm.interrupted:
             return RunSummary(_task(config.data), warm, trains_adapter=False)
         model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
-        resume = resume and holds_run(config.trainer.output_dir)
+        resume = resume and holds_run(folder)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
     if config.warm_start is None:

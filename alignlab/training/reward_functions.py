@@ -97,9 +97,9 @@ def _find(name: str) -> Any:
 def _imported(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a module may raise anything, and even end the process
         raise ConfigError(
-            f"reward {name!r} must be importable, and is not: {error}; "
+            f"reward {name!r} must be importable, and is not: {type(error).__name__}: {error}; "
             "correct the name, install its package, or give file.py:function"
         ) from error
 
@@ -117,7 +117,7 @@ def _from_file(path: str, attribute: str) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise ConfigError(
                 f"the file of a reward must run, and {path} raised {error!r}; correct the file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -20,6 +21,7 @@ from alignlab.types import Message, Rollout, Text
 logger = logging.getLogger(__name__)
 
 _CLIP = 200
+_OF_TRL = ("trainer_state", "log_extra", "log_metric")
 _RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
@@ -42,12 +44,17 @@ class _Batch:
             RewardFailure: it requires an argument that neither the dataset nor the options have.
         """
         given: dict[str, Any] = {name: list(values) for name, values in self.columns.items()}
-        given |= {"prompts": list(self.prompts), "completions": list(self.completions)}
+        given |= {"prompts": [_copied(text) for text in self.prompts], "completions": list(self.completions)}
         given |= {"completion_ids": [list(ids) for ids in self.completion_ids], **reward.options}
         known = parameters(reward.function)
         if known is None:
             return given
         missing = [name for name in _required(known) if name not in given]
+        of_trl = [name for name in missing if name in _OF_TRL]
+        if of_trl:
+            raise RewardFailure(
+                "missing column", f"requires {of_trl[0]}, which TRL passes and alignlab does not; give it a default"
+            )
         if missing:
             raise RewardFailure(
                 "missing column",
@@ -198,15 +205,18 @@ def _as_list(result: Any, count: int) -> list[Any]:
 
 
 def _as_number(value: Any, sample: int) -> float | None:
-    if hasattr(value, "item"):
-        value = value.item()
-    if value is None:
-        return None
-    if not isinstance(value, numbers.Real):
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        if plain is None:
+            return None
+        number = float(plain) if isinstance(plain, numbers.Real) else None
+    except (RuntimeError, ValueError, OverflowError):  # an array of several, an integer beyond a float
+        number = None
+    if number is None:
         raise RewardFailure("not a number", f"returned {_clip(value)} ({type(value).__name__})", sample)
-    if not math.isfinite(value):
+    if not math.isfinite(number):
         raise RewardFailure("not finite", f"returned {value}", sample)
-    return float(value)
+    return number
 
 
 def _batch(rollouts: Sequence[Rollout]) -> _Batch:
@@ -219,6 +229,11 @@ def _batch(rollouts: Sequence[Rollout]) -> _Batch:
         completion_ids=[list(completion.token_ids) for _, completion in pairs],
         columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
     )
+
+
+def _copied(text: Text) -> Text:
+    """A prompt that a reward may write into."""
+    return text if isinstance(text, str) else copy.deepcopy(list(text))
 
 
 def _like_prompt(prompt: Text, completion: str) -> str | list[Message]:

@@ -45,3 +45,22 @@ def test_works_in_a_thread_without_a_warning(caplog: pytest.LogCaptureFixture) -
     thread.join()
     assert values == [1.0]
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "completion", [r"\boxed{10^{10^{10}}}", "12 ** 9999999999", "$9^{9^{9^9}}$", "2^3^4", "99999!", "(100!)!"]
+)
+def test_what_would_be_computed_for_ever_is_wrong_at_once(completion):
+    assert math_answer(completions=[completion], answer=["4"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"\$18.90", r"\text{Evelyn}", "even", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\text{June 20}", "x^{2}y^{3}"],
+)
+def test_an_answer_equals_itself_in_a_box(answer):
+    assert math_answer(completions=[rf"So it is $\boxed{{{answer}}}$."], answer=[answer]) == [1.0]
+
+
+def test_words_are_compared_as_words():
+    assert math_answer(completions=["odd", r"\boxed{\text{Even}}", "even."], answer=["even"] * 3) == [0.0, 1.0, 1.0]

@@ -240,10 +240,17 @@ def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, t
 
 
 def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
-    kl = {"coef": 1.0, "target": 1e-6, "horizon": 8}
-    trainer = GRPOTrainer(make_model(), even_ids, make_config(num_steps=4, kl=kl), rows, tokenizer=tokenizer)
-    trainer.train()
-    assert trainer.kl_coef > 1.2
+    """Down while the policy is the reference, up once it has clearly left it."""
+    coefs: list[float] = []
+    kl = {"coef": 1e-3, "target": 1e-3, "horizon": 64}
+    config = make_config(num_steps=12, group_size=16, num_prompts=4, learning_rate=3e-2, kl=kl)
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    keep = [lambda trainer, *_: coefs.append(trainer.kl_coef)]
+    GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, callbacks=keep).train()
+    assert coefs[0] == pytest.approx(0.8e-3)
+    assert coefs[-1] > 1.2 * coefs[-3]
 
 
 def test_measuring_kl_changes_nothing_else(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
@@ -313,3 +320,36 @@ def test_adapter_loads_in_plain_peft(
     ours, theirs = trainer.learner.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(theirs, AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits, atol=1e-4)
+
+
+def test_a_failing_reward_loses_no_step(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """What was done before it is saved, and resuming goes on as if it had not happened."""
+    failing = {"on": True}
+
+    def sometimes(**given: Any) -> list[float]:
+        calls.append(len(given["completions"]))
+        if failing["on"] and len(calls) == 3:
+            raise RuntimeError("service is down")
+        return even_ids(**given)
+
+    calls: list[int] = []
+    base = make_config(num_steps=4, reward_limits={"max_failures": 0})
+    cut = base.model_copy(update={"output_dir": base.output_dir / "cut"})
+    with pytest.raises(RewardError, match="service is down"):
+        GRPOTrainer(make_model(), sometimes, cut, rows, tokenizer=tokenizer).train()
+    failing["on"] = False
+    resumed = GRPOTrainer(make_model(), sometimes, cut, rows, tokenizer=tokenizer)
+    assert resumed.train(resume=True).num_steps == 4
+    whole = GRPOTrainer(make_model(), even_ids, base, rows, tokenizer=tokenizer)
+    whole.train()
+    assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(resumed).items())
+
+
+def test_a_refused_start_leaves_the_folder_free(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(trackers=("nonsense",))
+    with pytest.raises(ConfigError, match="nonsense"):
+        GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train()
+    long = make_config(sampling={"max_new_tokens": 100_000})
+    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens is 100000, and with the longest prompt"):
+        GRPOTrainer(make_model(), even_ids, long, rows, tokenizer=tokenizer)
+    GRPOTrainer(make_model(), even_ids, make_config(num_steps=1), rows, tokenizer=tokenizer).train()
