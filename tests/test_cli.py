@@ -255,3 +255,57 @@ def test_the_module_runs_as_the_command(run_file):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.endswith("trainer.group_size is 1, and must be at least 2; use 2 or more\n")
+
+
+def test_an_unwritable_place_is_named(run_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["train", str(run_file), f"trainer.output_dir={tmp_path / 'file' / 'run'}"]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_resuming_where_there_is_no_run(run_file, tmp_path, capsys):
+    warm = "warm_start={trainer: {num_steps: 1}}"
+    assert main(["train", str(run_file), "--resume", f"trainer.output_dir={tmp_path / 'typo'}", warm]) == 2
+    assert "holds none" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_setting_in_the_place_of_a_model_is_named(run_file, capsys):
+    assert main(["eval", "trainer.seed=1", "--config", str(run_file)]) == 2
+    assert "write --set trainer.seed=1" in capsys.readouterr().err
+
+
+def test_eval_refuses_a_scorer_that_nothing_satisfies(run_file, capsys):
+    model = str(run_file.parent / "model")
+    assert main(["eval", model, "--task", "spell_backward", "--num-problems", "2"]) == 2
+    assert "gives 0.0 to the row's own answer" in capsys.readouterr().err
+    words = ["--num-problems", "2", "--num-samples", "1", "--max-new-tokens", "2"]
+    assert main(["eval", model, "--task", "spell_backward", "--extract", "whole", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.trackers=[nonsense]", "trainer.trackers holds 'nonsense'"),
+        ("warm_start={answer_column: nope}", "no column 'nope'"),
+        ("trainer.sampling.max_new_tokens=2", None),
+    ],
+)
+def test_check_refuses_what_train_would(run_file, change, message, capsys):
+    assert main(["check", str(run_file), change]) == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err
+
+
+def test_check_says_where_a_row_s_own_answer_is_not_right(run_file, capsys):
+    data = "data={task: spell_backward, size: 20}"
+    changes = [data, "rewards=[{name: reasoning_gym_answer}]", "eval_data=null"]
+    assert main(["check", str(run_file), *changes]) == 0
+    assert "gives 0.0 to the row's own answer" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_refused(run_file, adapter, tmp_path, capsys):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_model(new_model(shape, vocab_size=300), tmp_path)
+    assert main(["generate", str(tmp_path), "hi", "--adapter", str(adapter), "--plain"]) == 2
+    assert "does not fit" in capsys.readouterr().err

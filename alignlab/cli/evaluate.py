@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and "=" in args.model:
         raise ConfigError(f"MODEL is {args.model!r}, which is a setting; write --set {args.model}")
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
-        raise ConfigError("--system-prompt and --extract are for --task; beside --config use --set data.system_prompt=X")
+        raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
     if args.config is not None:
         from alignlab.config.loader import load_config
 

@@ -216,3 +216,43 @@ def test_a_task(plain_tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_source_is_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="exactly one of path and task"):
         load_prompts(DataSettings(), plain_tokenizer)
+
+
+def test_a_csv_row_with_a_field_too_many_is_named(plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,answer\none,1\nWhat is 2,3 rounded?,2\n")
+    with pytest.raises(DataError, match=r"row 1 .* has more fields than the header names; put fields that hold commas"):
+        load_prompts(DataSettings(path=str(path)), plain_tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_a_byte_order_mark_is_no_part_of_the_data(
+    suffix: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    texts = {"csv": "prompt\none\n", "jsonl": '{"prompt": "one"}\n', "json": '[{"prompt": "one"}]'}
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + texts[suffix].encode())
+    assert [p.text for p in load_prompts(DataSettings(path=str(path)), plain_tokenizer)] == ["one"]
+    path.write_bytes(b"prompt\n\xff\xfe\n")
+    with pytest.raises(DataError, match="must be text in UTF-8"):
+        load_prompts(DataSettings(path=str(path)), plain_tokenizer)
+
+
+def test_a_message_without_content_is_a_bad_row(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}, {"prompt": "ok"}]
+    settings = DataSettings(path="rows", on_bad_row="skip")
+    assert prompts_from_rows(rows, settings, chat_tokenizer).skipped == {"wrong_type": 1}
+
+
+def test_rows_of_another_kind_are_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    wrong: Any = ["one", "two"]
+    with pytest.raises(DataError, match=r"row 0 .* is str, and must be a dict"):
+        prompts_from_rows(wrong, DataSettings(path="rows"), plain_tokenizer)
+    splits: Any = {"train": [], "test": []}
+    with pytest.raises(DataError, match="must be rows, and is a mapping of train, test"):
+        prompts_from_rows(splits, DataSettings(path="rows"), plain_tokenizer)
+
+
+def test_a_split_of_a_file_s_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"eval_frac is 0\.5, and must stay 0\.2 without task"):
+        DataSettings(path="rows.jsonl", eval_frac=0.5)
