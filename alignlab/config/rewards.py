@@ -25,4 +25,4 @@ class RewardLimits(Frozen):
     time_limit_s: float = Field(30.0, gt=0)
     """For one call on a whole batch."""
     max_failures: int = Field(10, ge=0)
-    """Failed calls, counted over the run and over all functions, before it stops."""
+    """Failed calls on one rank, counted over the run and over all functions, before it stops."""

@@ -142,8 +142,13 @@ def has_adapters(model: nn.Module) -> bool:
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is its frozen base, exactly: the reference policy."""
     assert isinstance(model, PeftModel), "only a model with adapters has a base to go back to"
-    with model.disable_adapter():
-        yield
+    training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trained in training:  # PEFT lets all of an adapter train afterwards
+            parameter.requires_grad = trained
 
 
 @torch.no_grad()

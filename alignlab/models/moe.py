@@ -223,7 +223,7 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def expert_counts(model: nn.Module) -> Tensor:
-    """Choices of each expert in training passes since the last `finish_router_step`: [L, E] int64; [0, 0] if dense."""
+    """Choices of each expert in training passes since the last `take_loads`: [L, E] int64; [0, 0] if dense."""
     counts = [
         torch.zeros_like(router.expert_load, dtype=torch.int64) if router.expert_counts is None
         else router.expert_counts
@@ -233,22 +233,31 @@ def expert_counts(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def finish_router_step(model: nn.Module, counts: Tensor) -> None:
-    """Once an optimizer step: loads for the next step's balance loss, the balancing bias, counts back to zero.
+def take_loads(model: nn.Module, counts: Tensor) -> None:
+    """Once an optimizer step: loads for the next step's balance loss, and counts back to zero.
 
     Args:
-        counts: [L, E], `expert_counts` summed over all ranks. A layer that counted nothing keeps its load and bias.
+        counts: [L, E], `expert_counts` summed over all ranks. A layer that counted nothing keeps its load.
     """
     for router, layer_counts in zip(routers(model), counts, strict=True):
         router.expert_counts = None
         layer_counts = layer_counts.to(router.expert_load.device)
         total = layer_counts.sum()
         router.expert_load.copy_(torch.where(total > 0, layer_counts / total.clamp(min=1), router.expert_load))
-        if router.e_score_correction_bias is not None:
+
+
+@torch.no_grad()
+def move_biases(model: nn.Module, counts: Tensor) -> None:
+    """Once an optimizer step that trains the model itself: every balancing bias.
+
+    Args:
+        counts: as of `take_loads`. A layer that counted nothing keeps its bias.
+    """
+    for router, layer_counts in zip(routers(model), counts, strict=True):
+        bias = router.e_score_correction_bias
+        if bias is not None:
             rate = router.config.router_bias_update_rate
-            router.e_score_correction_bias.copy_(
-                router_bias_update(router.e_score_correction_bias, layer_counts, rate=rate)
-            )
+            bias.copy_(router_bias_update(bias, layer_counts.to(bias.device), rate=rate))
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:

@@ -73,16 +73,21 @@ class GRPOTrainer(OnlineTrainer):
             )
             rewards = rewards + penalty.view_as(rewards)
         if self.prices_kl:
-            rewards = rewards - self._price_of_kl(minibatches).view_as(rewards)
+            count = rewards.numel() // len(minibatches)
+            rewards = rewards - self._price_of_kl(minibatches, count).view_as(rewards)
         if self.config.advantage == "batch_whitened":
             everyone = self.accelerator.gather(rewards.to(self.learner.device)).cpu()
             first = self.accelerator.process_index * len(rollouts)
             return advantage_functions.batch_whitened(everyone)[first : first + len(rollouts)]
         return getattr(advantage_functions, self.config.advantage)(rewards)
 
-    def _price_of_kl(self, minibatches: Sequence[Sequence[Experience]]) -> Tensor:
-        """What each completion's KL costs in reward [P * G]; moves an adaptive coefficient afterwards."""
-        per_sequence = [self._sequence_kl(packs) for packs in minibatches]
+    def _price_of_kl(self, minibatches: Sequence[Sequence[Experience]], count: int) -> Tensor:
+        """What each completion's KL costs in reward [P * G]; moves an adaptive coefficient afterwards.
+
+        Args:
+            count: completions of a mini-batch, those of no tokens included.
+        """
+        per_sequence = [self._sequence_kl(packs, count) for packs in minibatches]
         kl = torch.cat([values for values, _ in per_sequence])
         tokens = torch.cat([counts for _, counts in per_sequence])
         price = kl * self.kl_coef if self.config.kl.placement == "reward" else torch.zeros_like(kl)
@@ -98,9 +103,8 @@ class GRPOTrainer(OnlineTrainer):
             )
         return price
 
-    def _sequence_kl(self, packs: Sequence[Experience]) -> tuple[Tensor, Tensor]:
+    def _sequence_kl(self, packs: Sequence[Experience], num_sequences: int) -> tuple[Tensor, Tensor]:
         """KL to the reference (k1) and trained tokens of each sequence [B], on the host."""
-        num_sequences = self.config.group_size * len({g for pack in packs for g in pack.segments.group_ids})
         kl, tokens = torch.zeros(num_sequences), torch.zeros(num_sequences)
         for pack in packs:
             assert pack.old_logprobs is not None and pack.ref_logprobs is not None

@@ -21,7 +21,7 @@ from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import CheckpointError, NumericsError
 from alignlab.models.adapters import adapters_disabled, has_adapters
 from alignlab.models.attention import causal_lm
-from alignlab.models.moe import expert_counts, finish_router_step, routers
+from alignlab.models.moe import expert_counts, move_biases, routers, take_loads
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
 from alignlab.training.checkpoint import fingerprint, load_optimizer_tensors, optimizer_tensors
@@ -66,6 +66,7 @@ class Learner:
         # The schedule is stepped by hand, once an update: accelerate would step it once a rank.
         self.schedule = make_schedule(optimizer, config, total_updates)
         self.num_skipped = 0
+        self.num_empty = 0
 
     @property
     def num_updates(self) -> int:
@@ -112,6 +113,7 @@ class Learner:
         return {
             "schedule": schedule_state(self.schedule),
             "num_skipped": self.num_skipped,
+            "num_empty": self.num_empty,
             "frozen": self._frozen_fingerprint(),
         }
 
@@ -145,7 +147,7 @@ class Learner:
             ) from error
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
         load_schedule_state(self.schedule, state["schedule"])
-        self.num_skipped = state["num_skipped"]
+        self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
 
     def score(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[Tensor]:
         """Log-probs [N] of each pack's trained tokens, without a gradient; of the policy in training by default."""
@@ -166,7 +168,8 @@ class Learner:
     def update(self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh) -> dict[str, float]:
         """One optimizer step on all of `packs`; every rank must call it together.
 
-        The loss is `sum(token_loss * weights)` over all packs and ranks, with denominators of the whole step.
+        The loss is `sum(token_loss * weights)` over all packs and ranks, with denominators of the whole step. A step
+        without a trained token on any rank changes nothing, and is counted.
 
         Raises:
             NumericsError: a gradient is not finite and the config says stop.
@@ -179,7 +182,7 @@ class Learner:
         for i, pack in enumerate(packs):
             with self._synchronised(last=i == len(packs) - 1):
                 self._backward(pack, loss, weigh, totals, sums)
-        metrics = self._step(packs)
+        metrics = self._step(packs, totals)
         names = sorted(sums)
         values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
         return metrics | dict(zip(names, values, strict=True))
@@ -217,17 +220,21 @@ class Learner:
         """Gradients cross ranks in the last backward pass only; ranks may hold different numbers of packs."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
-    def _step(self, packs: Sequence[Experience]) -> dict[str, float]:
+    def _step(self, packs: Sequence[Experience], totals: StepTotals) -> dict[str, float]:
         trained = list(self.trained.values())
         grad_norm = float(self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm))
         learning_rate = float(self.schedule.get_last_lr()[0])
-        if math.isfinite(grad_norm):
+        if totals.is_empty:
+            self.num_empty += 1  # an optimizer would go on by its momentum
+        elif math.isfinite(grad_norm):
             self.optimizer.step()
             self.schedule.step()
         else:
             self._nonfinite(packs)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if self.num_empty:
+            metrics["empty_updates"] = float(self.num_empty)
         if self.config.on_nonfinite == "skip":
             metrics["skipped_updates"] = float(self.num_skipped)
         return metrics | self._finish_routers() if self.has_routers else metrics
@@ -249,7 +256,9 @@ class Learner:
 
     def _finish_routers(self) -> dict[str, float]:
         counts = self.reduce_sum(expert_counts(self.policy.model))
-        finish_router_step(self.policy.model, counts)
+        take_loads(self.policy.model, counts)
+        if not self.has_adapters:  # a bias is the base's, which an adapter leaves as it is
+            move_biases(self.policy.model, counts)
         load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
         mean_load = load.mean(dim=0)
         return {

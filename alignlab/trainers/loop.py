@@ -39,6 +39,7 @@ class TrainResult:
         train_seconds: time in steps, evaluation and set-up left out.
         model_path: the saved adapter, or the saved model where all weights were trained.
         interrupted: a signal stopped it early; `train(resume=True)` goes on.
+        signal: that came, if one did; in the last step it stops nothing.
         metrics: of the last step.
         before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
         folder: everything the run made.
@@ -48,6 +49,7 @@ class TrainResult:
     train_seconds: float
     model_path: Path
     interrupted: bool
+    signal: str | None
     metrics: Mapping[str, float]
     before: EvaluationResult | None
     after: EvaluationResult | None
@@ -134,7 +136,10 @@ class TrainingLoop(ABC):
             self.accelerator.wait_for_everyone()
             resume_step = self._restore(folder) if resume else None
             logger = stack.enter_context(
-                MetricsLogger(folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step)
+                MetricsLogger(
+                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
+                    last_step=self.config.num_steps,
+                )
             )
             self.open(stack, folder, resume_step)
             result = self._train(folder, logger)
@@ -153,7 +158,9 @@ class TrainingLoop(ABC):
             interrupted = self.step < self.config.num_steps
             after = None if interrupted else self._evaluate(logger)
             path = self._save_model(folder)
-        return TrainResult(self.step, self.train_seconds, path, interrupted, metrics, self.before, after, folder.path)
+        return TrainResult(
+            self.step, self.train_seconds, path, interrupted, interrupt.signal, metrics, self.before, after, folder.path
+        )
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters
@@ -195,7 +202,8 @@ class TrainingLoop(ABC):
             if stop or last or self._save_at(step):
                 self.save(folder)
             if stop and not last:
-                self.progress.note(f"stopped by {interrupt.signal} after step {step}; go on with --resume")
+                who = interrupt.signal or "another rank"
+                self.progress.note(f"stopped by {who} after step {step}; go on with --resume")
                 break
         return metrics
 
@@ -205,12 +213,14 @@ class TrainingLoop(ABC):
 
         Not on several ranks: those that did not fail would wait for each other.
         """
+        if self.accelerator.num_processes > 1:
+            yield
+            return
         position, random, updates = self.state(), random_state(), self.learner.num_updates
         try:
             yield
         except Exception:
-            alone = self.accelerator.num_processes == 1
-            if alone and self.step > 0 and self.learner.num_updates == updates:
+            if self.step > 0 and self.learner.num_updates == updates:
                 restore_random_state(random)
                 self.save(folder, position)
                 self.progress.note(f"step {self.step + 1} failed; go on after step {self.step} with --resume")

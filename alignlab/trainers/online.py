@@ -54,12 +54,14 @@ from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.reward_functions import load_reward
-from alignlab.training.reward_runner import RewardRunner
+from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
+TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+"""Settings that change the distribution sampled from, and where they do not."""
 
 
 class OnlineTrainer(TrainingLoop):
@@ -161,7 +163,7 @@ class OnlineTrainer(TrainingLoop):
             "tokens_per_s": metrics.pop("num_completion_tokens") / (generated - start),
             "generate_s": generated - start,
             "train_s": finished - generated,
-            "reward_failures": float(self.rewards.num_failures),
+            "reward_failures": self.learner.sum_over_ranks(self.rewards.num_failures),
         }
 
     def collect(self, step: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -270,9 +272,16 @@ class OnlineTrainer(TrainingLoop):
         return {
             "sampler": self.sampler.state_dict(),
             "policy_version": self.engine.policy_version,
-            "reward_failures": [[*key, count] for key, count in self.rewards.failures.items()],
+            "reward_failures": self._failures_of_ranks(),
             "reference": self.reference and fingerprint(self.reference.named_parameters()),
         }
+
+    def _failures_of_ranks(self) -> list[list[tuple[str, str, int]]]:
+        """Failed calls of each rank's rewards; every rank calls this together."""
+        keys = [(name, kind) for name in self.rewards.names for kind in FAILURE_KINDS]
+        own = torch.tensor([[self.rewards.failures[key] for key in keys]], device=self.learner.device)
+        counts = self.accelerator.gather(own).tolist()
+        return [[(*key, n) for key, n in zip(keys, row, strict=True) if n] for row in counts]
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; the engine takes over the restored weights.
@@ -287,7 +296,8 @@ class OnlineTrainer(TrainingLoop):
                 "another; resume with the model that the run was started with"
             )
         self.sampler.load_state_dict(state["sampler"])
-        self.rewards.failures = Counter({(name, kind): count for name, kind, count in state["reward_failures"]})
+        own = state["reward_failures"][self.accelerator.process_index]
+        self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
 
@@ -311,7 +321,7 @@ def warn_of_truncation(sampling: SamplingSettings) -> None:
     """Say so where completions are not drawn from the distribution that is trained."""
     truncating = [
         name
-        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("repetition_penalty", 1.0))
+        for name, off in TRUNCATES.items()
         if getattr(sampling, name) != off
     ]
     if truncating:

@@ -24,11 +24,13 @@ class StepTotals:
         num_tokens: trained tokens, over all ranks.
         num_sequences: sequences with at least one trained token, over all ranks.
         sequence_tokens: [B] trained tokens of each of this rank's sequences.
+        is_empty: no token is trained, on any rank; the numbers are 1 then, so that means are 0.
     """
 
     num_tokens: int
     num_sequences: int
     sequence_tokens: Tensor
+    is_empty: bool = False
 
 
 def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tensor]) -> StepTotals:
@@ -40,8 +42,8 @@ def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tenso
         counts += sequence_sum(pack.completion_mask.float(), pack.segments.sequence_of_token, num_sequences=num_local)
     sequence_tokens = counts.long()
     totals = reduce_sum(torch.stack([sequence_tokens.sum(), (sequence_tokens > 0).sum()]))
-    num_tokens, num_sequences = (max(1, total) for total in totals.tolist())
-    return StepTotals(num_tokens, num_sequences, sequence_tokens)
+    num_tokens, num_sequences = totals.tolist()
+    return StepTotals(max(1, num_tokens), max(1, num_sequences), sequence_tokens, is_empty=num_tokens == 0)
 
 
 Weigh = Callable[[Experience, StepTotals], Tensor]

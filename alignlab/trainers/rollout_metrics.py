@@ -23,10 +23,10 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
     totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     t = dict(zip(sums, totals, strict=True))
     completions, rewarded = max(t["completions"], 1), max(t["rewarded"], 1)
-    mean = t["reward"] / rewarded
+    mean = t["reward"] / rewarded if t["rewarded"] else math.nan  # none is not 0
     return {
         "reward": mean,
-        "reward_std": math.sqrt(max(t["reward_squared"] / rewarded - mean * mean, 0.0)),
+        "reward_std": math.sqrt(max(t["reward_squared"] / rewarded - mean * mean, 0.0)) if t["rewarded"] else math.nan,
         "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
         "completion_tokens": t["num_completion_tokens"] / completions,
         "truncated_frac": t["truncated"] / completions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,8 +87,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer, dtype)
     if config.warm_start is not None:
         warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
-        if warm.interrupted:
-            return RunSummary(_task(config.data), warm, trains_adapter=False)
+        if warm.interrupted or warm.signal:  # also where it came in the last step: the run is not over
+            return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
         model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
         resume = resume and holds_run(folder)
     trainer = make_trainer(config, model, tokenizer)

@@ -53,6 +53,7 @@ class MetricsLogger:
         trackers: names of accelerate's trackers.
         accelerator: says which process is the main one; None where there is one process.
         resume_step: lines of later steps are dropped, and so is a line that a crash cut short. None begins a new file.
+        last_step: of the run; its evaluation comes again, and is dropped.
 
     Raises:
         ConfigError: a tracker is unknown or its package missing.
@@ -65,6 +66,7 @@ class MetricsLogger:
         *,
         accelerator: Accelerator | None = None,
         resume_step: int | None = None,
+        last_step: int | None = None,
     ) -> None:
         check_trackers(trackers)
         self._is_main = accelerator is None or accelerator.is_main_process
@@ -73,7 +75,7 @@ class MetricsLogger:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        kept = [] if resume_step is None or not path.exists() else _lines_until(path, resume_step)
+        kept = [] if resume_step is None or not path.exists() else _lines_until(path, resume_step, last_step)
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         for name in trackers:
@@ -131,8 +133,10 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    return [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+def _lines_until(path: Path, step: int, last_step: int | None) -> list[str]:
+    read = [(line, json.loads(line)) for line in _whole_lines(path)]
+    comes_again = [at["step"] == last_step and any(name.startswith("eval/") for name in at) for _, at in read]
+    return [line for (line, at), again in zip(read, comes_again, strict=True) if at["step"] <= step and not again]
 
 
 def _make_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTracker:
@@ -140,7 +144,7 @@ def _make_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTr
     options: dict[str, Any] = {}
     if tracker_class.requires_logging_directory:
         options["logging_dir"] = str(folder / "trackers")
-    if name == TENSORBOARD and resume_step is not None:
-        options["purge_step"] = resume_step + 1
+    if name == TENSORBOARD:
+        options["purge_step"] = (resume_step or 0) + 1  # of a run that stopped before its first checkpoint, all
     tracker: GeneralTracker = tracker_class(folder.name, **options)
     return tracker

@@ -20,6 +20,9 @@ from alignlab.types import Message, Rollout, Text
 
 logger = logging.getLogger(__name__)
 
+FAILURE_KINDS = (
+    "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "only None", "missing column",
+)  # fmt: skip
 _CLIP = 200
 _OF_TRL = ("trainer_state", "log_extra", "log_metric")
 _RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
@@ -75,8 +78,7 @@ class RewardRunner:
     of its own.
 
     Attributes:
-        failures: failed calls by (name of the reward, kind): raised, timeout, wrong count, not a list, not a number,
-            not finite, only None, missing column.
+        failures: failed calls by (name of the reward, kind), the kind one of `FAILURE_KINDS`.
         names: of the rewards, in order, made distinct by a number where two are the same.
     """
 
@@ -177,6 +179,7 @@ class RewardRunner:
         return checked
 
     def _count(self, name: str, failure: RewardFailure, batch: _Batch) -> None:
+        assert failure.kind in FAILURE_KINDS
         self.failures[name, failure.kind] += 1
         report = (
             f"reward {name!r} failed ({failure.kind}): {failure}; sample {failure.sample}: "

@@ -12,6 +12,7 @@ function, advantage, finish_reason, policy_version (of the weights that sampled 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,11 @@ def read_rollouts(folder: Path) -> pa.Table:
     return ds.dataset([str(path) for path in paths], schema=schema).to_table()
 
 
+def _number(value: float) -> float | None:
+    """Null where no reward function gave one: a mean over the column leaves nulls out, and not nan."""
+    return None if math.isnan(value) else value
+
+
 def _rows(step: int, rollout: Rollout, advantages: Sequence[float] | None) -> Iterator[dict[str, Any]]:
     """One row for each completion of a group."""
     prompt = rollout.prompt
@@ -110,7 +116,7 @@ def _rows(step: int, rollout: Rollout, advantages: Sequence[float] | None) -> It
                 "token_ids": list(completion.token_ids),
                 "logprobs": list(completion.logprobs),
                 "raw_logprobs": None if completion.raw_logprobs is None else list(completion.raw_logprobs),
-                "reward": rollout.rewards[j] if rollout.rewards else None,
+                "reward": _number(rollout.rewards[j]) if rollout.rewards else None,
                 "advantage": None if advantages is None else float(advantages[j]),
                 "finish_reason": completion.finish_reason,
                 "policy_version": completion.policy_versions[0] if completion.policy_versions else None,

@@ -13,9 +13,10 @@ from alignlab.models.moe import (
     RoutingRecord,
     SparseFeedForward,
     expert_counts,
-    finish_router_step,
     load_router_state,
+    move_biases,
     router_state,
+    take_loads,
 )
 from alignlab.models.transformer import PolicyForCausalLM
 from tests.reference.moe import mixture, route
@@ -213,7 +214,10 @@ def test_only_training_passes_count_and_only_counted_tokens() -> None:
 def test_finishing_a_step_sets_load_and_bias_and_clears_counts() -> None:
     policy = model(router_bias_update_rate=0.125, num_experts=4)
     policy.train()(torch.randint(0, 32, (1, 5)))
-    finish_router_step(policy, torch.tensor([[6, 2, 2, 2], [0, 0, 0, 0]]))
+    counts = torch.tensor([[6, 2, 2, 2], [0, 0, 0, 0]])
+    take_loads(policy, counts)
+    assert all(b.abs().sum() == 0 for n, b in policy.named_buffers() if n.endswith("correction_bias"))
+    move_biases(policy, counts)
     first, second = policy.model.layers[0].mlp.gate, policy.model.layers[2].mlp.gate
     torch.testing.assert_close(first.expert_load, torch.tensor([0.5, 1 / 6, 1 / 6, 1 / 6]))
     torch.testing.assert_close(first.e_score_correction_bias, torch.tensor([-0.125, 0.125, 0.125, 0.125]))
@@ -226,7 +230,7 @@ def test_balance_gradient_does_not_depend_on_the_split() -> None:
     tokens, grads = torch.randint(0, 32, (6, 5)), []
     for pieces in ([6], [1, 3, 2]):
         policy = model(router_aux_loss_coef=0.3).train()
-        finish_router_step(policy, torch.tensor([[5, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 5]]))
+        take_loads(policy, torch.tensor([[5, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 5]]))
         for piece in tokens.split(pieces):
             record = RoutingRecord()
             policy(piece, routing=record)
@@ -240,7 +244,9 @@ def test_balance_gradient_does_not_depend_on_the_split() -> None:
 
 def test_router_state_survives_bfloat16_and_a_round_trip() -> None:
     policy = model(router_bias_update_rate=0.001)
-    finish_router_step(policy, torch.tensor([[3, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 3]]))
+    counts = torch.tensor([[3, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 3]])
+    take_loads(policy, counts)
+    move_biases(policy, counts)
     state = router_state(policy)
     other = model(router_bias_update_rate=0.001).bfloat16()
     load_router_state(other, state)
@@ -261,4 +267,4 @@ def test_a_record_serves_one_pass() -> None:
 def test_dense_models_have_no_counts() -> None:
     dense = model(num_experts=0, mlp_layer_types=None)
     assert expert_counts(dense).shape == (0, 0)
-    finish_router_step(dense, expert_counts(dense))
+    take_loads(dense, expert_counts(dense))

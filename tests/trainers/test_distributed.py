@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from alignlab.training.rollout_store import read_rollouts
 from tests.trainers.rank_gradients import gradients
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,27 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def test_ranks_train_in_step_on_prompts_of_their_own(tmp_path: Path) -> None:
+    """Three steps, stopped after two and resumed: the same weights on both ranks, no prompt on two of them."""
+    script = str(ROOT / "tests/trainers/rank_training.py")
+    for steps in ("2", "3"):
+        done = torchrun(script, str(tmp_path), steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    rollouts = read_rollouts(tmp_path / "run" / "rollouts").to_pylist()
+    assert sorted({row["step"] for row in rollouts}) == [1, 2, 3]
+    for step in (1, 2, 3):
+        prompts = [row["prompt_index"] for row in rollouts if row["step"] == step]
+        assert len(prompts) == 4 * 4 and len(set(prompts)) == 4
+        advantages = [row["advantage"] for row in rollouts if row["step"] == step]
+        assert sum(advantages) == pytest.approx(0, abs=1e-4), "whitened over both ranks"
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "of the second rank, which alone fails"
 
 
 def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:

@@ -1,0 +1,249 @@
+"""That a run uses what it computes: signs, adapters off, temperature, schedule, routers, and steps without a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.config.model import LoraSettings
+from alignlab.models.adapters import adapters_disabled
+from alignlab.models.moe import routers
+from alignlab.models.policy import Policy
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.training.optim import learning_rate_factor
+from tests.trainers.conftest import SPARSE, even_ids
+
+Make = Callable[..., Any]
+BIASED = SPARSE | {"router_bias_update_rate": 0.05, "router_aux_loss_coef": 0.5}
+
+
+def same(**given: Any) -> list[float]:
+    """No advantage for anybody: what moves the policy is the rest of the loss."""
+    return [0.5] * len(given["completions"])
+
+
+def sharpen(model: torch.nn.Module, factor: float = 30.0) -> None:
+    """A random head's logits are so small that nothing could be seen to move."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(factor)  # type: ignore[operator]
+
+
+def series(name: str, found: list[float]) -> Callable[..., None]:
+    return lambda _, __, metrics: found.append(metrics[name])
+
+
+@pytest.mark.parametrize(
+    "kl", [{"placement": "loss", "estimator": "k3"}, {"placement": "loss"}, {"placement": "reward"}], ids=str
+)
+def test_the_kl_is_priced_and_not_paid(
+    kl: dict[str, Any], make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """With nothing else to gain, a policy that was moved away goes back to its reference."""
+    found: list[float] = []
+    config = make_config(
+        num_steps=40, num_prompts=4, group_size=8, learning_rate=3e-3, advantage="group_centered",
+        kl={"coef": 1.0, **kl},
+    )
+    model = make_model()
+    sharpen(model, 10)
+    trainer = GRPOTrainer(model, same, config, rows, tokenizer=tokenizer, callbacks=[series("kl", found)])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.learner.trained.values():
+            weight.add_(0.05 * torch.randn_like(weight))
+    trainer.engine.update_weights(1)
+    trainer.train()
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+def test_entropy_is_a_bonus(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    found: list[float] = []
+    config = make_config(num_steps=15, learning_rate=3e-3, entropy_coef=1.0)
+    model = make_model()
+    sharpen(model)
+    GRPOTrainer(model, same, config, rows, tokenizer=tokenizer, callbacks=[series("entropy", found)]).train()
+    assert found[-1] > found[0] + 0.3
+
+
+def test_the_reference_of_an_adapter_is_its_base(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    config = make_config(num_steps=3, learning_rate=0.1, kl={"coef": 0.1})
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
+    trainer.train()
+    [[pack]] = trainer.make_experience(9, trainer.collect(9)[0])
+    base = Policy(make_model())(pack.tokens, pack.segments, pack.completion_mask).logprobs
+    assert pack.ref_logprobs is not None
+    torch.testing.assert_close(pack.ref_logprobs, base.detach(), atol=1e-6, rtol=0)
+    own = trainer.learner.score([pack])[0]
+    assert (own - base).abs().max() > 1e-3
+
+
+def test_what_a_user_froze_stays_frozen(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(num_steps=2, kl={"coef": 0.1})
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
+    for name, parameter in trainer.learner.policy.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = set(trainer.learner.trained)
+    with adapters_disabled(trainer.learner.policy.model):
+        pass
+    assert set(trainer.learner.trained) == before
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_the_trainer_scores_at_the_temperature_of_the_rollouts(
+    temperature: float, make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    config = make_config(num_steps=1, sampling={"max_new_tokens": 6, "temperature": temperature})
+    model = make_model()
+    sharpen(model)
+    assert GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer).train().metrics["rollout_gap"] < 2e-5
+
+
+def test_scores_are_without_dropout(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    lora = LoraSettings(rank=4, dropout=0.5)
+    trainer = GRPOTrainer(make_model(), even_ids, make_config(num_steps=2), rows, tokenizer=tokenizer, peft_config=lora)
+    trainer.train()
+    [[pack]] = trainer.make_experience(9, trainer.collect(9)[0])
+    trainer.learner.policy.train()
+    assert torch.equal(trainer.learner.score([pack])[0], trainer.learner.score([pack])[0])
+    assert trainer.learner.policy.training
+
+
+def test_random_numbers_go_on_where_they_stood(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """Dropout draws from the global generator."""
+
+    def make(folder: str, steps: int) -> GRPOTrainer:
+        base = make_config()
+        config = make_config(output_dir=base.output_dir / folder, num_steps=steps)
+        lora = LoraSettings(rank=4, dropout=0.3)
+        return GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
+
+    whole = make("whole", 4)
+    whole.train()
+    make("cut", 2).train()
+    torch.manual_seed(99)
+    resumed = make("cut", 4)
+    torch.rand(7)
+    resumed.train(resume=True)
+    for name, value in whole.learner.trained.items():
+        assert torch.equal(value, resumed.learner.trained[name]), name
+
+
+def test_the_learning_rate_follows_its_schedule(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    found: list[float] = []
+    config = make_config(num_steps=5, lr_schedule="cosine", warmup_steps=2)
+    keep = [series("learning_rate", found)]
+    GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=keep).train()
+    expected = [1e-2 * learning_rate_factor(i, schedule="cosine", warmup=2, total=5) for i in range(5)]
+    assert found == pytest.approx(expected)
+    assert len(set(found)) == 5
+
+
+def test_routers_are_balanced_as_they_train(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    trainer = GRPOTrainer(make_model(BIASED), even_ids, make_config(num_steps=3), rows, tokenizer=tokenizer)
+    metrics = trainer.train().metrics
+    [router] = routers(trainer.learner.policy.model)
+    assert router.e_score_correction_bias is not None
+    assert router.e_score_correction_bias.abs().max() > 0.04
+    loads = [metrics[f"expert_load/{i}"] for i in range(4)]
+    torch.testing.assert_close(router.expert_load, torch.tensor(loads))
+    assert metrics["router_loss"] > 0.4
+
+
+def test_router_losses_reach_the_gradient(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """Without an advantage nothing else does."""
+
+    def moved(architecture: dict[str, Any]) -> Tensor:
+        model = make_model(architecture)
+        before = routers(model)[0].weight.detach().clone()
+        base = make_config(num_steps=1)
+        config = base.model_copy(update={"output_dir": base.output_dir / str(len(architecture))})
+        GRPOTrainer(model, same, config, rows, tokenizer=tokenizer).train()
+        return (routers(model)[0].weight - before).abs().max()
+
+    assert moved(SPARSE | {"router_aux_loss_coef": 0.5}) > 1e-3
+    assert moved(SPARSE) < 1e-6
+
+
+def test_an_adapter_leaves_the_routers_biases_alone(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """They are the base's: the saved adapter and the reference would not be what was trained."""
+    lora = LoraSettings(rank=2)
+    trainer = GRPOTrainer(
+        make_model(BIASED), even_ids, make_config(num_steps=2), rows, tokenizer=tokenizer, peft_config=lora
+    )
+    trainer.train()
+    [router] = routers(trainer.learner.policy.model)
+    assert router.e_score_correction_bias is not None
+    assert router.e_score_correction_bias.abs().max() == 0
+    assert (router.expert_load - 0.25).abs().max() > 1e-3
+
+
+def test_the_rollouts_experts_are_replayed(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    trainer = GRPOTrainer(make_model(SPARSE), even_ids, make_config(), rows, tokenizer=tokenizer)
+    [[pack]] = trainer.make_experience(1, trainer.collect(1)[0])
+    assert pack.routing is not None
+    other = replace(pack, routing=torch.where(pack.routing >= 0, (pack.routing + 1) % 4, pack.routing))
+    own, replayed = trainer.learner.score([replace(pack, routing=None), pack])
+    torch.testing.assert_close(own, replayed, atol=1e-6, rtol=0)
+    assert (trainer.learner.score([other])[0] - own).abs().max() > 1e-5
+
+
+def test_a_step_without_a_reward_moves_nothing(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """Momentum and weight decay would."""
+    seen: list[dict[str, Tensor]] = []
+    calls: list[int] = []
+
+    def at_first(**given: Any) -> list[float | None]:
+        calls.append(1)
+        return list(even_ids(**given)) if len(calls) <= 2 else [None] * len(given["completions"])
+
+    def keep(trainer: GRPOTrainer, step: int, metrics: Any) -> None:
+        seen.append({name: p.detach().clone() for name, p in trainer.learner.trained.items()})
+
+    config = make_config(num_steps=4, weight_decay=0.1)
+    trainer = GRPOTrainer(make_model(), at_first, config, rows, tokenizer=tokenizer, callbacks=[keep])
+    assert trainer.train().metrics["empty_updates"] == 2
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    assert all(torch.equal(seen[1][name], seen[3][name]) for name in seen[0])
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward"] is None for line in lines] == [False, False, True, True]
+
+
+def test_resuming_a_finished_run_writes_no_line_twice(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    config = make_config(num_steps=2)
+
+    def exactly(**given: Any) -> list[float]:
+        return [float(len(ids) > 3) for ids in given["completion_ids"]]
+
+    for resume in (False, True):
+        trainer = GRPOTrainer(make_model(), exactly, config, rows, eval_dataset=rows[:2], tokenizer=tokenizer)
+        trainer.train(resume=resume)
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+
+
+def test_a_signal_in_the_last_step_is_told(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    def interrupt(_: Any, step: int, __: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = make_config(num_steps=2)
+    result = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=[interrupt]).train()
+    assert result.signal == "SIGTERM"
+    assert not result.interrupted
