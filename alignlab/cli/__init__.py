@@ -30,18 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.command(args)
         return status
-    except AlignlabError as error:
-        if args.debug:
-            raise
-        print(f"alignlab {args.name}: {error}", file=sys.stderr)
-        return EXIT_ERROR
     except BrokenPipeError:  # whoever read standard output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
-    except OSError as error:
+    except (AlignlabError, OSError) as error:
         if args.debug:
             raise
-        print(f"alignlab {args.name}: {error}; correct the path, its permissions, or the disk", file=sys.stderr)
+        fix = "; correct the path, its permissions, or the disk" if isinstance(error, OSError) else ""
+        print(f"alignlab {args.name}: {error}{fix}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"alignlab {args.name}: interrupted", file=sys.stderr)

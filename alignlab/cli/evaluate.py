@@ -65,10 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    if args.model is not None and "=" in args.model:
-        raise ConfigError(f"MODEL is {args.model!r}, which is a setting; write --set {args.model}")
-    if args.config is not None and (args.system_prompt is not None or args.extract is not None):
-        raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
+    check_arguments(args)
     if args.config is not None:
         from alignlab.config.loader import load_config
 
@@ -84,6 +81,14 @@ def run(args: argparse.Namespace) -> int:
     name = plan.data.task or plan.data.path
     print(json.dumps({"task": name, **numbers, "num_problems": result.num_problems, "num_samples": result.num_samples}))
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that would be ignored, or taken for others."""
+    if args.model is not None and "=" in args.model:
+        raise ConfigError(f"MODEL is {args.model!r}, which is a setting; write --set {args.model}")
+    if args.config is not None and (args.system_prompt is not None or args.extract is not None):
+        raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
 
 
 def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import GRPOConfig
 from alignlab.functional import advantages as advantage_functions
@@ -48,7 +48,11 @@ class GRPOTrainer(OnlineTrainer):
     def needs(self, step: int) -> frozenset[str]:
         """Old log-probs where the policy moves before they are used again; the reference's where KL counts or shows."""
         kl = self.config.kl
-        moves = self.config.num_epochs * self.config.num_minibatches > 1
+        # A correction compares with the engine, which has no dropout; the loss's own log-probs have.
+        drops = self.correction.name != "none" and any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in self.learner.model.modules()
+        )
+        moves = drops or self.config.num_epochs * self.config.num_minibatches > 1
         shown = kl.measure_every_steps is not None and step % kl.measure_every_steps == 0
         wanted = {"old": moves or self.prices_kl, "ref": kl.coef > 0 or shown}
         return frozenset(name for name, needed in wanted.items() if needed)

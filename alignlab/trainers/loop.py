@@ -191,10 +191,7 @@ class TrainingLoop(ABC):
                 metrics = self.train_step(step)
             self.train_seconds += time.perf_counter() - start
             self.step = step
-            logger.log(step, metrics)
-            self.progress.step(step, metrics)
-            for callback in self.callbacks:
-                callback(self, step, metrics)
+            self._tell(logger, metrics)
             last = step == self.config.num_steps
             if self.evaluate_at(step) and not last:
                 self._evaluate(logger)
@@ -206,6 +203,13 @@ class TrainingLoop(ABC):
                 self.progress.note(f"stopped by {who} after step {step}; go on with --resume")
                 break
         return metrics
+
+    def _tell(self, logger: MetricsLogger, metrics: dict[str, float]) -> None:
+        """The step just done, to the metrics file, the display and the callbacks."""
+        logger.log(self.step, metrics)
+        self.progress.step(self.step, metrics)
+        for callback in self.callbacks:
+            callback(self, self.step, metrics)
 
     @contextlib.contextmanager
     def _kept_on_error(self, folder: RunFolder) -> Iterator[None]:

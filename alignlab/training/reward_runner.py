@@ -52,19 +52,21 @@ class _Batch:
         known = parameters(reward.function)
         if known is None:
             return given
-        missing = [name for name in _required(known) if name not in given]
-        of_trl = [name for name in missing if name in _OF_TRL]
+        self._refuse_missing([name for name in _required(known) if name not in given])
+        return given if accepts_any(known) else {name: given[name] for name in known if name in given}
+
+    def _refuse_missing(self, names: Sequence[str]) -> None:
+        of_trl = [name for name in names if name in _OF_TRL]
         if of_trl:
             raise RewardFailure(
                 "missing column", f"requires {of_trl[0]}, which TRL passes and alignlab does not; give it a default"
             )
-        if missing:
+        if names:
             raise RewardFailure(
                 "missing column",
-                f"requires {', '.join(missing)}, and the dataset has only {', '.join(self.columns) or 'no columns'}; "
+                f"requires {', '.join(names)}, and the dataset has only {', '.join(self.columns) or 'no columns'}; "
                 "add the column, or set the reward's option of that name",
             )
-        return given if accepts_any(known) else {name: given[name] for name in known if name in given}
 
 
 class RewardRunner:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings, VLLMSettings
 from alignlab.config.trainers import GRPOConfig, MismatchSettings
 from alignlab.errors import ConfigError
@@ -83,3 +84,17 @@ def test_a_run_shows_what_is_kept(make_model: Make, make_config: Make, tokenizer
     kept = [value for name, value in metrics.items() if name.startswith("mismatch_kept/")]
     assert kept and kept == [1.0] * len(kept)
     assert not any("_of/" in name for name in metrics)
+
+
+def test_dropout_is_no_mismatch(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(num_steps=1, mismatch={"correction": "icepop", "low": 0.999, "high": 1.001})
+    lora = LoraSettings(rank=4, dropout=0.5)
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
+    with torch.no_grad():
+        for name, weight in trainer.learner.trained.items():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    trainer.engine.update_weights(1)
+    metrics = trainer.train().metrics
+    assert metrics["rollout_gap"] < 1e-5
+    assert all(value == 1.0 for name, value in metrics.items() if name.startswith("mismatch_kept/"))

@@ -65,7 +65,10 @@ class Inspection:
 
 
 def _from_memory(manager: Any, from_disk: Callable[[LoRARequest], LoRAModel]) -> Callable[[LoRARequest], LoRAModel]:
+    """A loader that takes memory:KEY from this process's offers, and hands every other path to `from_disk`."""
+
     def load(request: LoRARequest) -> LoRAModel:
+        """The adapter that a request names."""
         if not request.lora_path.startswith(MEMORY):
             return from_disk(request)
         tensors, config = offered(request.lora_path.removeprefix(MEMORY))
