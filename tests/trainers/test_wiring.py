@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import SFTConfig
+from alignlab.data.examples import Example
+from alignlab.data.sampler import IndexSampler
 from alignlab.models.adapters import adapters_disabled
 from alignlab.models.moe import routers
 from alignlab.models.policy import Policy
+from alignlab.trainers import offline
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.optim import learning_rate_factor
 from tests.trainers.conftest import SPARSE, even_ids
 
@@ -62,6 +68,28 @@ def test_the_kl_is_priced_and_not_paid(
     trainer.engine.update_weights(1)
     trainer.train()
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+def test_the_price_of_kl_sums_over_packs(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """A completion's KL is the same wherever the batch is cut."""
+    config = make_config(kl={"coef": 1.0, "placement": "reward"}, advantage="group_centered")
+    trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.learner.trained.values():
+            weight.add_(0.05 * torch.randn_like(weight))
+    trainer.engine.update_weights(1)
+    rollouts, _ = trainer.collect(1)
+    found = []
+    for budget in (4096, 16, 1):
+        trainer.config = config.model_copy(update={"tokens_per_microbatch": budget})
+        [packs] = trainer.make_experience(1, rollouts)
+        found.append((len(packs), trainer.credit(rollouts, [packs])))
+    assert len({count for count, _ in found}) == 3
+    for _, advantages in found[1:]:
+        torch.testing.assert_close(advantages, found[0][1], atol=1e-5, rtol=0)
+    rewards = torch.tensor([r.rewards for r in rollouts])
+    assert (found[0][1] - (rewards - rewards.mean(dim=1, keepdim=True))).abs().max() > 0.01
 
 
 def test_entropy_is_a_bonus(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
@@ -247,3 +275,28 @@ def test_a_signal_in_the_last_step_is_told(make_model: Make, make_config: Make, 
     result = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=[interrupt]).train()
     assert result.signal == "SIGTERM"
     assert not result.interrupted
+
+
+def test_ranks_share_out_the_examples(
+    make_model: Make, tokenizer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [Example((1, 2 + i), (False, True)) for i in range(8)]
+    taken: list[list[int]] = []
+
+    class Stop(Exception):
+        pass
+
+    def keep(chosen: list[Example], **_: Any) -> None:
+        taken.append([example.token_ids[1] - 2 for example in chosen])
+        raise Stop
+
+    monkeypatch.setattr(offline, "pack_examples", keep)
+    for rank in (0, 1):
+        config = SFTConfig(output_dir=tmp_path, num_sequences=6, trackers=())
+        trainer = SFTTrainer(make_model(), config, examples, tokenizer=tokenizer)
+        ranks = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(SFTTrainer, "accelerator", property(lambda _, ranks=ranks: ranks))
+        with pytest.raises(Stop):
+            trainer.train_step(1)
+    assert len(taken[0]) == len(taken[1]) == 3
+    assert sorted(taken[0] + taken[1]) == sorted(IndexSampler(8, 6, 0).next())
