@@ -155,14 +155,19 @@ def test_draws_of_one_completion_are_independent() -> None:
 
 
 def test_rounding_does_not_move_a_draw() -> None:
-    """In a large vocabulary every cumulative sum moves with rounding; who arrives first does not."""
+    """Hidden states that are rounded otherwise move all logits a little, and with them every cumulative sum.
+
+    Inverting the cumulative distribution changes 60 of these 400 draws; who arrives first changes in none.
+    """
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(400, 49_152, generator=generator) * 2
-    noise = torch.randn(400, 49_152, generator=generator) * 1e-6
+    head = torch.randn(49_152, 64, generator=generator)
+    hidden = torch.randn(400, 64, generator=generator) * 0.3
+    moved = hidden + 1e-4 * torch.randn(400, 64, generator=generator)
     table = fast.SamplingTable.build([SamplingParams()] * 400, list(range(400)), vocab_size=49_152, device=CPU)
     positions = torch.zeros(400, dtype=torch.int64)
-    plain, moved = (fast.sample(each, table, positions).tokens for each in (logits, logits + noise))
-    assert torch.equal(plain, moved)
+    one, other = (fast.sample(states @ head.T, table, positions).tokens for states in (hidden, moved))
+    assert torch.equal(one, other)
+    assert len(one.unique()) > 50
 
 
 def test_logprobs_of_a_large_vocabulary_are_exact() -> None:
@@ -171,7 +176,7 @@ def test_logprobs_of_a_large_vocabulary_are_exact() -> None:
         table = fast.SamplingTable.build([params] * 20, list(range(20)), vocab_size=151_936, device=CPU)
         sampled = fast.sample(logits, table, torch.zeros(20, dtype=torch.int64))
         exact = logits.double().log_softmax(-1).gather(1, sampled.tokens[:, None])[:, 0]
-        torch.testing.assert_close(sampled.raw_logprobs.double(), exact, atol=4e-6, rtol=0)
+        torch.testing.assert_close(sampled.raw_logprobs.double(), exact, atol=3e-6, rtol=0)
 
 
 def test_argmax_is_the_first_of_equals() -> None:
