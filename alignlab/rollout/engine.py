@@ -21,7 +21,7 @@ from alignlab.rollout.runner import Runner
 from alignlab.rollout.sampling import Sampled, SamplingTable, sample
 from alignlab.rollout.scheduler import Scheduler
 from alignlab.rollout.sequence import Request, TokenSequence
-from alignlab.rollout.weights import EngineWeights
+from alignlab.rollout.weights import EngineWeights, changed_weights
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -126,10 +126,7 @@ class EmbeddedEngine:
         """Check that all fits, make the cache large enough, and return the sequences in order."""
         self._require_idle()
         if self._weights.is_stale:
-            raise RolloutError(
-                f"the policy's weights were changed since version {self.policy_version}, and what the engine cached or "
-                "merged is of the old ones; call update_weights with a new version before generating"
-            )
+            raise changed_weights(self.policy_version)
         longest = self._lm.config.get_text_config().max_position_embeddings
         shorten = "shorten the prompt or lower max_new_tokens"
         check_prompts(

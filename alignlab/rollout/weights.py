@@ -7,7 +7,7 @@ fast for up to 64 rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignlab.errors import RolloutError
 from alignlab.models.adapters import has_adapters, merged_weights
 from alignlab.models.attention import causal_lm, output_head
 from alignlab.models.transformer import PolicyForCausalLM
@@ -32,6 +33,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+
+def weights_stamp(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """Differs once a parameter was written to or an adapter switched on or off."""
+    switched = sum(module.disable_adapters for module in modules if isinstance(module, BaseTunerLayer))
+    return (*(parameter._version for parameter in parameters), switched)
+
+
+def changed_weights(policy_version: int) -> RolloutError:
+    """The refusal to generate from weights that are not the policy's any more."""
+    return RolloutError(
+        f"the policy's weights were changed since version {policy_version}, and what the engine cached or took over is "
+        "of the old ones; call update_weights with a new version before generating"
+    )
 
 
 class EngineWeights:
@@ -78,8 +93,7 @@ class EngineWeights:
         return self._present() != self._stamp
 
     def _present(self) -> tuple[int, ...]:
-        switched = sum(module.disable_adapters for module in self._modules if isinstance(module, BaseTunerLayer))
-        return (*(parameter._version for parameter in self._parameters), switched)
+        return weights_stamp(self._parameters, self._modules)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -63,7 +63,9 @@ def choose_correction(
             name, reason = "token_tis", f"vLLM rounds otherwise than the trainer in {dtype}"
     usual_low, usual_high = MISMATCH_BOUNDS.get(name, (None, None))
     low, high = (given or usual for given, usual in ((settings.low, usual_low), (settings.high, usual_high)))
-    _log.info("mismatch correction: %s (%s), bounds %s to %s", name, reason, low, high)
+    # What the user did not choose and what changes the loss is shown at the level that the command prints.
+    level = logging.WARNING if settings.correction == "auto" and name != "none" else logging.INFO
+    _log.log(level, "mismatch correction: %s (%s), bounds %s to %s", name, reason, low, high)
     return Correction(name, low, high)
 
 

@@ -179,6 +179,8 @@ def test_new_weights_are_used_and_their_version_is_on_every_token(engine: Any, m
         for weight in model.parameters():
             weight.mul_(1.15)
     try:
+        with pytest.raises(RolloutError, match=f"changed since version {version}, .* call update_weights with a new"):
+            engine.generate(prompts, sampling)
         engine.update_weights(version + 3)
         after = flat(engine.generate(prompts, sampling))[0]  # the prompt's cached keys are of the old weights
         assert after.policy_versions == (version + 3,) * 12

@@ -284,17 +284,6 @@ def test_logits_that_are_not_finite_are_named(make_engine: MakeEngine, llama: Pr
         engine.generate(make_prompts(10), SamplingParams())
 
 
-def test_weights_that_changed_unannounced_are_noticed(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
-    engine, prompts = make_engine(), make_prompts(20)
-    engine.generate(prompts, SamplingParams(max_new_tokens=2))
-    with torch.no_grad():
-        llama.lm_head.weight.mul_(1.1)
-    with pytest.raises(RolloutError, match=r"changed since version 0, .* call update_weights with a new version"):
-        engine.generate(prompts, SamplingParams(max_new_tokens=2))
-    engine.update_weights(1)
-    engine.generate(prompts, SamplingParams(max_new_tokens=2))
-
-
 def test_a_merged_adapter_that_is_switched_off_is_noticed(
     tokenizer: PreTrainedTokenizerFast, llama: PreTrainedModel
 ) -> None:

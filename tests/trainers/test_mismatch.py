@@ -31,8 +31,13 @@ VLLM, OURS = VLLMSettings(), RolloutSettings()
         (VLLM, torch.bfloat16, True, Correction("icepop", 0.5, 5.0)),
     ],
 )
-def test_the_default_fits_engine_precision_and_model(engine: Any, dtype: Any, sparse: bool, expected: Any) -> None:
+def test_the_default_fits_engine_precision_and_model(
+    engine: Any, dtype: Any, sparse: bool, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a default that changes the loss is logged at the level that a command prints."""
     assert choose_correction(MismatchSettings(), engine, dtype, sparse=sparse) == expected
+    shown = [f"mismatch correction: {expected.name}" in record.message for record in caplog.records]
+    assert shown == ([] if expected.name == "none" else [True])
 
 
 def test_what_is_configured_wins() -> None:

@@ -29,6 +29,7 @@ from alignlab.rollout.requests import check_prompts, completion_keys, end_token_
 from alignlab.rollout.vllm.requirement import require_vllm
 from alignlab.rollout.vllm.sync import AdapterSync, MergedSync, WeightSync
 from alignlab.rollout.weight_proof import GATES, CanaryGap, canary_gap, check_canary
+from alignlab.rollout.weights import changed_weights, weights_stamp
 from alignlab.types import Completion, FinishReason, Prompt, Rollout, SamplingParams
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -75,6 +76,7 @@ class VLLMEngine:
         self._sync = _make_sync(model, settings)
         self._num_updates = 0
         self._in_doubt: str | None = None
+        self._stamp: tuple[int, ...] = ()
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._device = next(model.parameters()).device
         self._llm = self._start()
@@ -86,14 +88,16 @@ class VLLMEngine:
         """`sampling.n` completions of each prompt, in the order of `prompts`.
 
         Raises:
-            RolloutError: a prompt leaves no room for a completion, a parameter is out of range, or the last weight
-                update failed.
+            RolloutError: a prompt leaves no room for a completion, a parameter is out of range, the last weight update
+                failed, or the policy's weights were changed since.
         """
         if self._in_doubt is not None:
             raise RolloutError(
                 f"the rollout engine's weights are in doubt since an update that failed: {self._in_doubt}; "
                 "update them before generating"
             )
+        if self._present() != self._stamp:
+            raise changed_weights(self.policy_version)
         return self._generate(prompts, sampling)
 
     def update_weights(self, policy_version: int) -> None:
@@ -120,11 +124,14 @@ class VLLMEngine:
         self._in_doubt = "it did not end"
         try:
             self.proof = self._replace_weights(policy_version)
-            self.policy_version = policy_version
+            self.policy_version, self._stamp = policy_version, self._present()
         except BaseException as error:
             self._in_doubt = str(error) or type(error).__name__
             raise
         self._in_doubt = None
+
+    def _present(self) -> tuple[int, ...]:
+        return weights_stamp(self._model.parameters(), self._model.modules())
 
     def _replace_weights(self, policy_version: int) -> SyncProof:
         sent = self._sync.send(self._llm, policy_version)
