@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import alignlab
-from alignlab.cli import check, evaluate, generate, merge, train
+from alignlab.cli import check, evaluate, generate, merge, serve, train
 from alignlab.errors import AlignlabError
 
-COMMANDS = (train, check, evaluate, generate, merge)
+COMMANDS = (train, check, evaluate, generate, merge, serve)
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 

@@ -73,7 +73,7 @@ def check_engine(trainer: TrainerConfig) -> None:
     from alignlab.rollout.vllm.requirement import require_vllm
 
     if isinstance(trainer, GRPOConfig) and trainer.rollout.engine == "vllm":
-        require_vllm()
+        require_vllm(trainer.rollout.engine)
 
 
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from alignlab.config.data import DataSettings
     from alignlab.config.rewards import RewardSettings
-    from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMSettings
+    from alignlab.config.rollout import EngineSettings, SamplingSettings
     from alignlab.config.run import EvaluationSettings, RunConfig
     from alignlab.training.evaluation import EvaluationResult
     from alignlab.training.reward_functions import LoadedReward
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     data: DataSettings
     scorer: RewardSettings
     sampling: SamplingSettings
-    rollout: RolloutSettings | VLLMSettings
+    rollout: EngineSettings
     evaluation: EvaluationSettings
     seed: int
 

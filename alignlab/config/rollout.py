@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -54,14 +55,15 @@ class RolloutSettings(Frozen):
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
 
 
-class VLLMSettings(Frozen):
-    """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
+class _VLLMSettings(Frozen):
+    """What vLLM is told, wherever it runs, and how the weights it was given are proved to be the policy's."""
 
-    engine: Literal["vllm"] = "vllm"
     max_running: int = Field(128, ge=1)
     """Sequences decoded together."""
     prefill_tokens: int = Field(2048, ge=1)
     """Tokens computed in one step."""
+    context_tokens: int | None = Field(None, ge=2)
+    """Limit of prompt and completion together, for which the KV cache must have room; default: the model's own."""
     block_size: int | None = Field(None, ge=1)
     """Tokens in a block of the KV cache, and of the prompts that are shared; default: vLLM's own."""
     memory_frac: float = Field(0.4, gt=0, lt=1)
@@ -72,7 +74,7 @@ class VLLMSettings(Frozen):
     """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
     sync: Literal["auto", "merged", "adapter"] = "auto"
     """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
-    there is one and a GPU; on a CPU vLLM generates half as fast with one."""
+    there is one and vLLM has a GPU; on a CPU it generates half as fast with one."""
     digests_every_updates: int = Field(1, ge=1)
     """Every so many weight updates, digests of all tensors are compared on both sides."""
     canary_every_updates: int = Field(10, ge=1)
@@ -84,7 +86,52 @@ class VLLMSettings(Frozen):
     """Nats that any canary token may be off; default: by dtype, see `weight_proof.GATES`."""
 
 
-RolloutEngineSettings = Annotated[RolloutSettings | VLLMSettings, Field(discriminator="engine")]
+class VLLMSettings(_VLLMSettings):
+    """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
+
+    engine: Literal["vllm"] = "vllm"
+
+
+class VLLMServerSettings(_VLLMSettings):
+    """vLLM in processes of its own, on this or on other machines; `alignlab serve` starts them from the same file."""
+
+    engine: Literal["vllm_server"] = "vllm_server"
+    servers: tuple[str, ...] = Field(("http://127.0.0.1:8000",), min_length=1)
+    """Addresses. Requests go to the server that has the fewest; those of a server that is lost go to the others."""
+    memory_frac: float = Field(0.9, gt=0, lt=1)
+    """Of the server's device: weights and KV cache."""
+    max_staleness: int = Field(0, ge=0)
+    """Updates that the policy may be ahead of the weights that sampled a token. 0: a step's rollouts are generated,
+    then learnt from. k: those of up to k later steps are generated meanwhile."""
+    health_every_s: float = Field(2.0, gt=0)
+    """While requests run, every so many seconds each server is asked whether it lives; after three times without an
+    answer it is lost."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """A server that has not answered a request by then is lost."""
+    reconnect_s: float = Field(120.0, ge=0)
+    """How long to wait for a server to come (back) where there is none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for address in self.servers:
+            if not _is_address(address):
+                must = "hold addresses of the form http://HOST:PORT"
+                raise BrokenRule("servers", list(self.servers), must, f"correct {address}")
+        if len(set(self.servers)) < len(self.servers):
+            raise BrokenRule("servers", list(self.servers), "name each server once", "remove the second")
+        return self
+
+
+def _is_address(text: str) -> bool:
+    parts = urlsplit(text)
+    try:
+        return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and parts.path in ("", "/")
+    except ValueError:  # the port is no number
+        return False
+
+
+EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings
+RolloutEngineSettings = Annotated[EngineSettings, Field(discriminator="engine")]
 
 
 def fill_engine(given: Any) -> Any:

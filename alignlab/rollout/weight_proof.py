@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import xxhash
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from alignlab.errors import RolloutError
@@ -43,6 +45,19 @@ def digest(tensor: Tensor) -> str:
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Digest of each tensor, by name."""
     return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Digests by name of what vLLM holds of the adapter: rounded to its dtype, the scale in the second matrix."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    expected = {}
+    for name, tensor in sent.items():
+        module, _, matrix = name.removesuffix(".weight").rpartition(".")
+        value = tensor.detach().to(dtype)
+        if matrix == "lora_B":
+            value = value * layers[module].scaling[model.active_adapter]
+        expected[f"{module.removeprefix('base_model.model.')}.{matrix}"] = digest(value)
+    return expected
 
 
 def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.config.rollout import RolloutSettings, VLLMSettings
+from alignlab.config.rollout import EngineSettings, RolloutSettings
 from alignlab.config.trainers import MISMATCH_BOUNDS, MismatchSettings
 from alignlab.functional import mismatch
 from alignlab.functional.reduction import sequence_sum
@@ -48,7 +48,7 @@ class Correction:
 
 
 def choose_correction(
-    settings: MismatchSettings, rollout: RolloutSettings | VLLMSettings, dtype: torch.dtype, *, sparse: bool
+    settings: MismatchSettings, rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool
 ) -> Correction:
     """The correction that the settings name or, by default, the one that fits engine, precision and model."""
     name, reason = settings.correction, "as configured"

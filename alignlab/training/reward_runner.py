@@ -14,7 +14,8 @@ from typing import Any
 
 from alignlab.config.rewards import RewardLimits
 from alignlab.errors import RewardError
-from alignlab.training.reward_calls import LoopThread, RewardCall, RewardFailure, failed, in_thread, is_async
+from alignlab.rollout.loop_thread import LoopThread
+from alignlab.training.reward_calls import RewardCall, RewardFailure, failed, in_thread, is_async
 from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters
 from alignlab.types import Message, Rollout, Text
 
@@ -88,7 +89,7 @@ class RewardRunner:
         self.rewards = _with_distinct_names(rewards)
         self.limits = limits
         self.failures: Counter[tuple[str, str]] = Counter()
-        self._loop = LoopThread()
+        self._loop = LoopThread("alignlab-reward-loop")
 
     @property
     def names(self) -> tuple[str, ...]:

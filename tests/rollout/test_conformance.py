@@ -17,9 +17,9 @@ from alignlab.rollout.engines import make_engine
 from alignlab.types import RolloutEngine, SamplingParams
 from tests.reference import sampling as slow
 from tests.rollout.conftest import END, flat, full_logprobs, make_prompts
-from tests.rollout.vllm.conftest import DENSE, INSTALLED, make_model, make_vllm
+from tests.rollout.vllm.conftest import DENSE, INSTALLED, make_client, make_model, make_vllm, serve
 
-__all__ = ["make_vllm"]  # a fixture, used by name
+__all__ = ["make_client", "make_vllm", "serve"]  # fixtures, used by name
 NEEDS_VLLM = pytest.mark.skipif(not INSTALLED, reason="needs vLLM")
 SHAPED = {
     "plain": {}, "cold": {"temperature": 0.6}, "hot": {"temperature": 1.7}, "top_k": {"top_k": 5},
@@ -33,12 +33,18 @@ def model() -> PreTrainedModel:
     return make_model(DENSE)
 
 
-@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.vllm, NEEDS_VLLM])])
+WITH_VLLM = [pytest.param(name, marks=[pytest.mark.vllm, NEEDS_VLLM]) for name in ("vllm", "vllm_server")]
+
+
+@pytest.fixture(scope="module", params=["embedded", *WITH_VLLM])
 def engine(
     request: pytest.FixtureRequest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Any]:
     if request.param == "vllm":
         yield request.getfixturevalue("make_vllm")(model)
+    elif request.param == "vllm_server":
+        settings, _ = request.getfixturevalue("serve")(model)
+        yield request.getfixturevalue("make_client")(model, settings)
     else:
         yield make_engine(model, tokenizer, RolloutSettings())
 

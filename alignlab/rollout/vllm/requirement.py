@@ -12,18 +12,22 @@ from alignlab.errors import ConfigError
 OLDEST, BEFORE = Version("0.32"), Version("0.33")
 
 
-def require_vllm() -> None:
-    """See that a tested vLLM is installed, and prepare the environment for running it in this process.
+def require_vllm(engine: str) -> None:
+    """See that a tested vLLM is installed, and prepare the environment for it.
+
+    Args:
+        engine: "vllm", which runs in this process, or "vllm_server".
 
     Raises:
         ConfigError: there is none, or one of another version.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine is vllm, which is not installed; run: bash launch/setup_env.sh vllm, "
+            f"rollout.engine is {engine}, and vLLM is not installed; run: bash launch/setup_env.sh vllm, "
             "or use rollout.engine: embedded"
         )
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if engine == "vllm":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Nothing is reported to anybody, standard output belongs to a run's result, and every reload warns of nothing.
     defaults = {
         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR",

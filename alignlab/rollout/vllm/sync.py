@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from alignlab.errors import ConfigError
-from alignlab.models.adapters import has_adapters
 from alignlab.models.export import Model, adapter_tensors, merged_tensors
 from alignlab.rollout.vllm import transfer
-from alignlab.rollout.weight_proof import check_arrived, digest, digests
-
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+from alignlab.rollout.vllm.options import adapter_options, check_adapter, merged_options
+from alignlab.rollout.weight_proof import adapter_digests, check_arrived, digests
 
 
 class WeightSync(Protocol):
@@ -47,7 +42,7 @@ class MergedSync:
 
     def __init__(self, model: Model) -> None:
         self.request: LoRARequest | None = None
-        self.options: dict[str, Any] = {"weight_transfer_config": {"backend": transfer.BACKEND}}
+        self.options: dict[str, Any] = merged_options()
         self._model = model
         transfer.register()
 
@@ -74,17 +69,10 @@ class AdapterSync:
     """
 
     def __init__(self, model: Model) -> None:
-        if not isinstance(model, PeftModel) or not has_adapters(model):
-            raise ConfigError("rollout.sync is adapter, and the policy has none; use merged, or give model.lora")
+        rank = check_adapter(model)
+        assert isinstance(model, PeftModel)
         self._model = model
-        config: Any = model.peft_config[model.active_adapter]
-        if config.r > _RANKS[-1] or config.rank_pattern:
-            raise ConfigError(
-                f"the adapter has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one rank of at "
-                f"most {_RANKS[-1]} to travel alone; use rollout.sync: merged"
-            )
-        room = next(rank for rank in _RANKS if rank >= config.r)
-        self.options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 2}
+        self.options: dict[str, Any] = adapter_options(rank, num_versions=1)
         self.request: LoRARequest | None = None
         self._prepared = False
 
@@ -115,17 +103,4 @@ class AdapterSync:
         assert self.request is not None
         [arrived] = llm.collective_rpc("alignlab_adapter_arrived", args=(self.request.lora_int_id,))
         dtype = llm.llm_engine.vllm_config.lora_config.lora_dtype
-        check_arrived(_expected(self._model, sent, dtype), arrived)
-
-
-def _expected(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Digests by name of what vLLM holds of the adapter: rounded to its dtype, the scale in the second matrix."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    expected = {}
-    for name, tensor in sent.items():
-        module, _, matrix = name.removesuffix(".weight").rpartition(".")
-        value = tensor.detach().to(dtype)
-        if matrix == "lora_B":
-            value = value * layers[module].scaling[model.active_adapter]
-        expected[f"{module.removeprefix('base_model.model.')}.{matrix}"] = digest(value)
-    return expected
+        check_arrived(adapter_digests(self._model, sent, dtype), arrived)

@@ -1,6 +1,7 @@
 """How new weights reach vLLM: its own interface for that, with tensors handed over in memory, and a note of what came.
 
-vLLM makes the engine in its worker and calls start, update and finish; the trainer's side is `offering`.
+vLLM makes the engine in its worker and calls start, update and finish. In the trainer's process the other side is
+`offering`; in a server, whose worker is a process of its own, it is a file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -20,10 +22,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from alignlab.rollout.vllm import mending
+from alignlab.rollout.vllm.options import BACKEND
 from alignlab.rollout.weight_proof import digest
 
-BACKEND = "alignlab_memory"
 MEMORY = "memory:"
+FILE = "file:"
 Offer = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 _offers: dict[str, Offer] = {}
 
@@ -39,8 +42,8 @@ def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
 
 
 def offered(key: str) -> Offer:
-    """The tensors and config offered under a key."""
-    return _offers[key]
+    """The tensors and config offered under a key; those of a safetensors file under file:PATH."""
+    return (load_file(key.removeprefix(FILE)), {}) if key.startswith(FILE) else _offers[key]
 
 
 @dataclass
@@ -56,7 +59,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads tensors of a checkpoint that this process holds.
+    """Loads tensors of a checkpoint that this process holds, or a file.
 
     Attributes:
         arrived: digest of every tensor of the last update as the model's loader took it, by name.

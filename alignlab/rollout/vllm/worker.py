@@ -16,6 +16,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 from alignlab.rollout.vllm.routing import RoutingRecorder
+from alignlab.rollout.vllm.server.wire import encode_routing
 from alignlab.rollout.vllm.transfer import MEMORY, offered
 from alignlab.rollout.weight_proof import digest
 
@@ -38,6 +39,10 @@ class Inspection:
     def alignlab_take_routing(self, request_ids: list[str], layers: list[int]) -> list[Tensor]:
         """Experts chosen for the tokens of each request; they are forgotten."""
         return self.alignlab_recorder.take(request_ids, layers)
+
+    def alignlab_send_routing(self, request_id: str, layers: list[int]) -> str:
+        """The same of one request, as text."""
+        return encode_routing(self.alignlab_recorder.take([request_id], layers)[0])
 
     def alignlab_take_adapters_from_memory(self) -> None:
         """Let `add_lora` understand memory:KEY."""

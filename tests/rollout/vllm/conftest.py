@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+import signal
+import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from alignlab.config.rollout import VLLMSettings
+from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.models.checkpoints import new_model
+from alignlab.models.export import write_base
 from tests.rollout.conftest import VOCAB
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -67,6 +71,73 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
                 make_engine(model, tokenizer, VLLMSettings(**defaults | settings))
             )
             return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+SMALL: dict[str, Any] = {
+    "cache_gib": 0.1, "block_size": 32, "canary_every_updates": 1, "canary_new_tokens": 8, "memory_frac": 0.2,
+}
+PATIENCE: dict[str, Any] = {"health_every_s": 0.1, "request_timeout_s": 60, "reconnect_s": 60}
+
+
+def free_address() -> str:
+    """An address of this machine at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def serve(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Any]]:
+    """Servers of a model, each in processes of its own, up; their settings, and the processes."""
+    from alignlab.rollout.vllm.server.process import ServerProcess, end_all
+
+    started: list[ServerProcess] = []
+
+    def start(model: Any, *, count: int = 1, lora_rank: int = 0, **settings: Any) -> tuple[Any, list[ServerProcess]]:
+        from alignlab.models.attention import causal_lm
+        from alignlab.rollout.vllm.options import adapter_options, engine_options, merged_options
+        from alignlab.rollout.vllm.server.process import make_server, wait_until_up
+
+        addresses = tuple(free_address() for _ in range(count))
+        asked = VLLMServerSettings(servers=addresses, **SMALL | PATIENCE | settings)
+        folder = Path(tmp_path_factory.mktemp("served"))
+        write_base(model, folder)
+        tokenizer.save_pretrained(folder)
+        lm = causal_lm(model)
+        sparse = bool(getattr(lm.config, "sparse_layers", ()))
+        options = engine_options(asked, dtype=lm.dtype, context_tokens=128, on_cpu=True, sparse=sparse)
+        versions = asked.max_staleness + 1
+        options |= adapter_options(lora_rank, num_versions=versions) if lora_rank else merged_options()
+        servers = [make_server(address, folder, options) for address in addresses]
+        for server in servers:
+            server.start()
+        started.extend(servers)
+        for server in servers:
+            wait_until_up(server)
+        return asked, servers
+
+    yield start
+    for server in started:
+        server.stop(signal.SIGKILL)
+    end_all(started)
+
+
+@pytest.fixture(scope="module")
+def make_client(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
+    """The rollout engine of some servers."""
+    made: list[Any] = []
+
+    def make(model: Any, settings: VLLMServerSettings) -> Any:
+        from alignlab.rollout.engines import make_engine
+
+        made.append(make_engine(model, tokenizer, settings))
+        return made[-1]
 
     yield make
     for engine in made:

@@ -1,0 +1,125 @@
+"""What vLLM is asked for one completion, and what its answer becomes; the same in this process and over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.config.grpo_rules import MAX_VLLM_TEMPERATURE
+from alignlab.errors import RolloutError
+from alignlab.rollout.detokenizer import decode
+from alignlab.rollout.requests import completion_keys, end_token_ids
+from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "aborted"}
+_SEED_BITS = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion asked for.
+
+    Attributes:
+        token_ids: of the prompt.
+        params: of vLLM's SamplingParams, by name, as JSON has them.
+    """
+
+    token_ids: tuple[int, ...]
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion as vLLM gave it.
+
+    Attributes:
+        token_ids: sampled, the end token included.
+        logprobs: of each under the distribution sampled from; at temperature 0, under the model's own.
+        finish_reason: vLLM's word for it.
+        stop_text: the stop string that ended it.
+        policy_versions: of the weights that sampled each token.
+        routing: see `Completion`.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    stop_text: str | None
+    policy_versions: tuple[int, ...]
+    routing: Tensor | None
+
+
+def padded(record: Tensor, num_tokens: int) -> Tensor:
+    """A record [tokens, L, K] as int16, cut or lengthened by -1 to `num_tokens`."""
+    whole = torch.full((num_tokens, *record.shape[1:]), -1, dtype=torch.int16)
+    whole[: len(record)] = record[:num_tokens].to(torch.int16)
+    return whole
+
+
+def make_requests(
+    prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Request]:
+    """A request for each completion of each prompt: vLLM takes a seed with n = 1 alone, and shares the prompt anyway.
+
+    Raises:
+        RolloutError: a temperature is higher than vLLM takes.
+    """
+    requests = []
+    for prompt, one, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
+        ends = sorted(end_token_ids(lm, tokenizer, one))
+        requests += [Request(prompt.token_ids, _params(one, key, ends)) for key in keys]
+    return requests
+
+
+def make_completion(answer: Answer, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams) -> Completion:
+    """The answer with its text, and with the log-probs that the sampling gives it."""
+    text = decode(tokenizer, answer.token_ids)
+    if answer.stop_text is not None:
+        text = text[: text.rfind(answer.stop_text)]
+    greedy = sampling.temperature == 0
+    return Completion(
+        token_ids=answer.token_ids,
+        text=text,
+        logprobs=(0.0,) * len(answer.token_ids) if greedy else answer.logprobs,
+        raw_logprobs=answer.logprobs if _is_plain(sampling) else None,
+        finish_reason=_FINISH[answer.finish_reason],
+        policy_versions=answer.policy_versions,
+        routing=answer.routing,
+    )
+
+
+def _is_plain(sampling: SamplingParams) -> bool:
+    """Whether the distribution sampled from is the model's own; at temperature 0 vLLM reports that one too."""
+    shaping = (sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+    return sampling.temperature in (0, 1) and shaping == (0, 1.0, 0.0, 1.0) and sampling.min_new_tokens == 0
+
+
+def _params(sampling: SamplingParams, key: int, ends: list[int]) -> dict[str, Any]:
+    if sampling.temperature > MAX_VLLM_TEMPERATURE:
+        raise RolloutError(
+            f"sampling.temperature is {sampling.temperature}, and vLLM takes at most {MAX_VLLM_TEMPERATURE:g}; lower "
+            "it, or use rollout.engine: embedded"
+        )
+    return {
+        "n": 1,
+        "seed": key & _SEED_BITS,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "stop": list(sampling.stop),
+        "stop_token_ids": ends,
+        "ignore_eos": True,  # all end tokens are named
+        "logprobs": 0,
+        "detokenize": bool(sampling.stop),
+        "skip_special_tokens": True,
+    }

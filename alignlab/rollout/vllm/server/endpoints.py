@@ -1,0 +1,177 @@
+"""What a server answers beside vLLM's own endpoints, added by vLLM's plug-in entry point for endpoints.
+
+    GET  /alignlab/about              who this server is, and of which version its weights are
+    PUT  /alignlab/weights/{version}  new weights, in use and digested when it returns
+    POST /alignlab/routing            experts chosen for a request, where vLLM does not tell (on a CPU)
+
+An update is one call, so that a trainer that dies in the middle leaves nothing half done: the file is whole before
+anything is touched. Requests that are running wait, and go on under the new weights, their earlier tokens computed
+again; under an adapter they go on with the adapter that they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import uuid
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from transformers import AutoTokenizer
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.platforms import current_platform
+
+from alignlab.rollout.vllm.server.identity import model_identity
+from alignlab.rollout.vllm.server.wire import adapter_config, memory_folder
+from alignlab.rollout.vllm.transfer import FILE
+
+router = APIRouter(prefix="/alignlab")
+
+
+class Endpoints:
+    """The plug-in."""
+
+    name = "alignlab"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes."""
+        app.include_router(router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Make what the routes use."""
+        assert engine_client is not None
+        state.alignlab = Weights(engine_client, state, args)
+        await state.alignlab.start()
+
+
+class Weights:
+    """The weights that this server was given.
+
+    Attributes:
+        instance: another for each process.
+        version: of the weights in use; None before the first update, and since one that failed.
+    """
+
+    def __init__(self, engine: EngineClient, state: State, args: Namespace) -> None:
+        self.instance = uuid.uuid4().hex
+        self.version: str | None = None
+        self._engine, self._models = engine, state.openai_serving_models
+        self._config: Any = engine.model_config
+        self._lora: Any = state.vllm_config.lora_config
+        self._folder = tempfile.TemporaryDirectory(prefix="alignlab-server-", dir=memory_folder())
+        self._adapters: list[str] = []
+        self._turn = asyncio.Lock()
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        dtype = str(self._config.dtype).removeprefix("torch.")
+        self._identity = model_identity(self._config.hf_config, tokenizer, dtype)
+
+    @property
+    def records_routing(self) -> bool:
+        """Whether experts chosen are asked for here, and not sent with each answer."""
+        return bool(current_platform.is_cpu() and getattr(self._config.hf_config, "num_experts", 0))
+
+    async def start(self) -> None:
+        """Begin to record, where that is done here."""
+        if self.records_routing:
+            await self._engine.collective_rpc("alignlab_record_routing")
+
+    def about(self) -> dict[str, Any]:
+        """What a trainer must know."""
+        return {
+            "instance": self.instance,
+            "version": self.version,
+            "identity": self._identity,
+            "context_tokens": self._config.max_model_len,
+            "lora_rank": self._lora.max_lora_rank if self._lora else 0,
+            "records_routing": self.records_routing,
+        }
+
+    async def take(self, version: str, request: Request) -> dict[str, str]:
+        """Receive weights and put them to use; returns the digest of each tensor as it arrived."""
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            path = Path(folder) / "adapter_model.safetensors"
+            with path.open("wb") as file:
+                async for chunk in request.stream():
+                    file.write(chunk)
+            async with self._turn:
+                self.version = None
+                adapter = adapter_config(path)
+                if adapter is None:
+                    arrived = await self._take_all(version, path)
+                else:
+                    arrived = await self._take_adapter(version, path, adapter)
+                self.version = version
+        return arrived
+
+    async def routing(self, name: str, layers: list[int]) -> str:
+        """Experts chosen for a request, which are forgotten here."""
+        [text] = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
+        return str(text)
+
+    async def _take_all(self, version: str, path: Path) -> dict[str, str]:
+        engine = self._engine
+        await engine.pause_generation(mode="keep")
+        try:
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info={"key": f"{FILE}{path}"}))
+            await engine.finish_weight_update(version)
+            if not await engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("the prefix cache could not be dropped")
+            [arrived] = await engine.collective_rpc("alignlab_arrived")
+        except BaseException:
+            await engine.pause_generation(mode="abort")  # what waits would wait for ever
+            raise
+        await engine.resume_generation()
+        return dict(arrived)
+
+    async def _take_adapter(self, version: str, path: Path, config: dict[str, Any]) -> dict[str, str]:
+        (path.parent / "adapter_config.json").write_text(json.dumps(config))
+        await self._done(self._models.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=version, lora_path=str(path.parent))
+        ))
+        self._adapters.append(version)
+        while len(self._adapters) > self._lora.max_loras:  # no request is older: trainers pace themselves
+            oldest = self._adapters.pop(0)
+            number = self._models.lora_requests[oldest].lora_int_id
+            await self._done(self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=oldest)))
+            await self._engine.remove_lora(number)
+        number = self._models.lora_requests[version].lora_int_id
+        [arrived] = await self._engine.collective_rpc("alignlab_adapter_arrived", args=(number,))
+        return dict(arrived)
+
+    @staticmethod
+    async def _done(call: Any) -> None:
+        result = await call
+        if isinstance(result, ErrorResponse):
+            raise RuntimeError(result.error.message)
+
+
+@router.get("/about")
+async def about(request: Request) -> JSONResponse:
+    """Who this server is."""
+    return JSONResponse(request.app.state.alignlab.about())
+
+
+@router.put("/weights/{version}")
+async def put_weights(version: str, request: Request) -> JSONResponse:
+    """New weights; the body is a safetensors file."""
+    try:
+        return JSONResponse({"arrived": await request.app.state.alignlab.take(version, request)})
+    except Exception as error:  # told to the trainer, which stops
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=422)
+
+
+@router.post("/routing")
+async def post_routing(request: Request) -> JSONResponse:
+    """Experts chosen for one request."""
+    asked = await request.json()
+    return JSONResponse({"routed_experts": await request.app.state.alignlab.routing(asked["name"], asked["layers"])})

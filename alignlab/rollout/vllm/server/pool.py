@@ -1,0 +1,359 @@
+"""Several servers as one: requests balanced, servers watched, their losses survived and counted.
+
+Every server offers as many places as sequences that it decodes together, and a request takes the first free place, so
+that a slow server gets fewer. A server is lost where a connection breaks, a request times out, or it does not say that
+it lives: what it was asked is asked again elsewhere, under the same seed. It is back once it answers with the weights
+of the last update, which it is sent again where it was started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+
+from alignlab.config.rollout import VLLMServerSettings
+from alignlab.errors import ConfigError, RolloutError
+from alignlab.rollout.loop_thread import LoopThread
+from alignlab.rollout.vllm.completions import Answer, Request
+from alignlab.rollout.vllm.server.access import server_token
+from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
+from alignlab.rollout.vllm.server.identity import check_identity
+from alignlab.rollout.weight_proof import check_arrived
+
+logger = logging.getLogger(__name__)
+MAX_MISSED = 3
+MAX_ATTEMPTS = 8
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SentWeights:
+    """What servers were given last, to be given to one that comes back.
+
+    Attributes:
+        version: this run's name, a dash, the policy's version.
+        path: a safetensors file; None on a rank that does not send.
+        digests: of its tensors, as they must arrive.
+        adapter: they are an adapter's.
+    """
+
+    version: str
+    path: Path | None
+    digests: Mapping[str, str]
+    adapter: bool
+
+
+class ServerPool:
+    """The servers of a run. Its methods may be called from any thread.
+
+    Args:
+        settings: addresses and patience.
+        identity: what each server must have alike, see `identity`.
+        sparse_layers: whose experts are to be told.
+        run: tells this run's weights from others'.
+
+    Attributes:
+        counts: "lost", "returned" servers and "reissued" requests.
+    """
+
+    def __init__(
+        self, settings: VLLMServerSettings, identity: Mapping[str, Any], sparse_layers: list[int], *, run: str
+    ) -> None:
+        self.run = run
+        self.counts: Counter[str] = Counter()
+        self._settings, self._identity, self._sparse_layers = settings, identity, sparse_layers
+        timeout = httpx2.Timeout(settings.request_timeout_s, connect=CONNECT_S, pool=None)
+        self._http = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {server_token()}"}, timeout=timeout, trust_env=False,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
+        )
+        self._servers = [VLLMServer(address, self._http) for address in settings.servers]
+        self._places: asyncio.PriorityQueue[tuple[int, int, int]] = asyncio.PriorityQueue()
+        self._sent: SentWeights | None = None
+        self._number = 0
+        self._loop = LoopThread("alignlab-servers")
+        self._running: set[Future[Any]] = set()
+
+    @property
+    def alive(self) -> list[VLLMServer]:
+        """Servers that requests go to."""
+        return [server for server in self._servers if server.alive]
+
+    def open(self) -> list[dict[str, Any]]:
+        """Wait until all servers answer, or some and the patience is over; returns what each says of itself.
+
+        Raises:
+            ConfigError: none answers, or one is not what it must be.
+        """
+        return self._wait_for(self._open())
+
+    def put(self, sent: SentWeights, *, check: bool) -> None:
+        """Give all servers new weights; those that were lost get another chance. `sent.path` must last until the next.
+
+        Raises:
+            RolloutError: with `check`, something did not arrive whole; or no server is left.
+        """
+        self._wait_for(self._put(sent, check=check))
+
+    def expect(self, sent: SentWeights) -> None:
+        """Take note of weights that another rank has sent."""
+        self._sent = sent
+        self._wait_for(self._look_at_all())
+
+    def name_of(self, policy_version: int) -> str:
+        """The version as servers know it."""
+        return f"{self.run}-{policy_version}"
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """One completion for each request, in order.
+
+        Raises:
+            RolloutError: a server refuses a request, a request finds no server that does it, or there is none left.
+        """
+        return self._wait_for(self._answers(requests))
+
+    def answers_of(self, server: VLLMServer, requests: Sequence[Request]) -> list[Answer]:
+        """The same from one server.
+
+        Raises:
+            ServerLost: it is.
+        """
+        return self._wait_for(self._answers_of(server, requests))
+
+    def abandon(self) -> None:
+        """Give up what is running; its callers get a RolloutError."""
+        for future in list(self._running):
+            future.cancel()
+
+    def close(self) -> None:
+        """Give up what is running and end all connections."""
+        self.abandon()
+        self._wait_for(self._http.aclose())
+        self._loop.close()
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        future: Future[T] = self._loop.submit(work)
+        self._running.add(future)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise RolloutError("generation was abandoned, because the run ends") from error
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            self._running.discard(future)
+
+    async def _open(self) -> list[dict[str, Any]]:
+        until = time.monotonic() + self._settings.reconnect_s
+        found: dict[str, dict[str, Any]] = {}
+        while True:
+            for server in self._servers:
+                if server.address not in found:
+                    try:
+                        found[server.address] = await self._introduce(server)
+                    except ServerLost as error:
+                        reason = str(error)
+            missing = [server.address for server in self._servers if server.address not in found]
+            if not missing or time.monotonic() >= until:
+                break
+            await asyncio.sleep(min(self._settings.health_every_s, 1.0))
+        if not found:
+            raise ConfigError(
+                f"no vLLM server answers at {', '.join(missing)} ({reason}); start them in another terminal: "
+                "bash launch/serve_vllm.sh CONFIG, or correct trainer.rollout.servers"
+            )
+        for address in missing:
+            logger.warning("the server %s does not answer; going on without it until the next weight update", address)
+        return list(found.values())
+
+    async def _introduce(self, server: VLLMServer) -> dict[str, Any]:
+        about = await server.about()
+        check_identity(self._identity, about["identity"], server.address)
+        return about
+
+    async def _put(self, sent: SentWeights, *, check: bool) -> None:
+        first, self._sent = self._sent is None, sent
+        results = await asyncio.gather(
+            *(self._give_in_turn(server, first=first, check=check) for server in self._servers), return_exceptions=True
+        )
+        for server, error in zip(self._servers, results, strict=True):
+            if isinstance(error, ServerLost):
+                self._lose(server, error)
+            elif isinstance(error, BaseException):
+                raise error
+        if not self.alive:
+            raise RolloutError(
+                f"no server took the weights of version {sent.version} ({results[0]}); see what they say, start them "
+                "again, and go on with --resume"
+            )
+
+    async def _give_in_turn(self, server: VLLMServer, *, first: bool, check: bool) -> None:
+        async with server.turn:
+            await self._give(server, first=first, check=check)
+            self._admit(server)
+
+    async def _give(self, server: VLLMServer, *, first: bool, check: bool) -> None:
+        """Send the weights; `first` may take them over from another run."""
+        sent = self._sent
+        assert sent is not None and sent.path is not None
+        held = (await self._introduce(server))["version"]
+        if not first and held is not None and held.partition("-")[0] != self.run:
+            raise RolloutError(
+                f"the server {server.address} holds the weights of another run ({held}); give each run its own servers"
+            )
+        arrived = await server.put(sent.version, sent.path)
+        if check:
+            try:
+                check_arrived(sent.digests, arrived)
+            except RolloutError as error:
+                raise RolloutError(f"server {server.address}: {error}") from error
+
+    async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        tasks = [asyncio.create_task(self._answer(request)) for request in requests]
+        watch = asyncio.create_task(self._watch())
+        everything: asyncio.Future[list[Answer]] = asyncio.gather(*tasks)
+        either: set[asyncio.Future[Any]] = {everything, watch}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not everything.done():
+                watch.result()  # raises: it ends by that alone
+            return list(await everything)
+        finally:
+            everything.cancel()
+            for task in (*tasks, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, watch, everything, return_exceptions=True)
+
+    async def _answers_of(self, server: VLLMServer, requests: Sequence[Request]) -> list[Answer]:
+        try:
+            return list(await asyncio.gather(*(self._call(server, request) for request in requests)))
+        except ServerLost as error:
+            self._lose(server, error)
+            raise
+
+    async def _answer(self, request: Request) -> Answer:
+        for attempt in range(MAX_ATTEMPTS):
+            place = await self._take_place()
+            server = self._servers[place[1]]
+            try:
+                return await self._call(server, request)
+            except ServerLost as error:
+                self._lose(server, error)
+                last = f"{server.address}: {error}"
+                self.counts["reissued"] += 1
+            finally:
+                self._places.put_nowait(place)
+            longest = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S)
+            await asyncio.sleep(random.Random(attempt).uniform(0, longest))
+        raise RolloutError(
+            f"a request of {len(request.token_ids)} prompt tokens was lost {MAX_ATTEMPTS} times, last by {last}; look "
+            "at the server's messages, and go on with --resume"
+        )
+
+    async def _call(self, server: VLLMServer, request: Request) -> Answer:
+        """Ask a server, and stop waiting once it is lost."""
+        assert self._sent is not None
+        self._number += 1
+        call = asyncio.create_task(
+            server.complete(
+                request, f"{self.run}-{self._number}", weights=self._sent.version, adapter=self._sent.adapter,
+                exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
+            )
+        )
+        server.calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if server.alive or (task is not None and task.cancelling()):
+                raise
+            raise ServerLost("it is lost") from None
+        finally:
+            server.calls.discard(call)
+            call.cancel()
+
+    async def _take_place(self) -> tuple[int, int, int]:
+        """A free place of a living server: number of the place, of the server, and its generation."""
+        while True:
+            place = await self._places.get()
+            server = self._servers[place[1]]
+            if server.alive and server.generation == place[2]:
+                return place
+
+    def _admit(self, server: VLLMServer) -> None:
+        if not server.alive:
+            server.alive, server.missed = True, 0
+            server.generation += 1
+            if server.generation > 1:
+                self.counts["returned"] += 1
+                logger.warning("the server %s is back", server.address)
+            index = self._servers.index(server)
+            for number in range(self._settings.max_running):
+                self._places.put_nowait((number, index, server.generation))
+
+    def _lose(self, server: VLLMServer, reason: Exception) -> None:
+        if server.alive:
+            server.alive = False
+            self.counts["lost"] += 1
+            logger.warning("lost the server %s (%s); its requests go to the others", server.address, reason)
+            for call in list(server.calls):
+                call.cancel()
+
+    async def _watch(self) -> None:
+        """Look after the servers while requests run.
+
+        Raises:
+            RolloutError: none is left, and none came back in time.
+        """
+        since: float | None = None
+        while True:
+            await self._look_at_all()
+            if self.alive:
+                since = None
+            elif since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since > self._settings.reconnect_s:
+                raise RolloutError(
+                    f"all {len(self._servers)} vLLM servers are lost, and none came back within reconnect_s "
+                    f"({self._settings.reconnect_s:g} s); start them again, and go on with --resume"
+                )
+            await asyncio.sleep(self._settings.health_every_s)
+
+    async def _look_at_all(self) -> None:
+        await asyncio.gather(*(self._look(server) for server in self._servers))
+
+    async def _look(self, server: VLLMServer) -> None:
+        if not server.alive:
+            await self._try_again(server)
+        elif await server.lives():
+            server.missed = 0
+        else:
+            server.missed += 1
+            if server.missed >= MAX_MISSED:
+                self._lose(server, ServerLost(f"it did not say that it lives, {MAX_MISSED} times"))
+
+    async def _try_again(self, server: VLLMServer) -> None:
+        async with server.turn:
+            sent = self._sent
+            assert sent is not None
+            try:
+                held = (await self._introduce(server))["version"]
+                if held != sent.version:
+                    if sent.path is None:
+                        return  # the rank that sends gives it the weights
+                    await self._give(server, first=False, check=True)
+            except ServerLost:
+                return
+            self._admit(server)
