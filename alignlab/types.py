@@ -246,6 +246,10 @@ class RolloutEngine(Protocol):
         """Take over the policy's present weights under a new version; drops what was cached under the old one."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What there is to see of its work so far, by name."""
+        ...
+
 
 class RewardFunction(Protocol):
     """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from alignlab.config.messages import BrokenRule
+from alignlab.config.rollout import max_staleness
 
 if TYPE_CHECKING:
     from alignlab.config.trainers import GRPOConfig
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 MAX_GSPO_CLIP = 0.05
 
 MAX_VLLM_TEMPERATURE = 2.0
+
+# One update behind is what PPO's own later mini-batches are.
+MIN_CORRECTED_STALENESS = 2
 
 # Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
 IGNORED_BY = {
@@ -80,9 +84,19 @@ def check_temperature(config: GRPOConfig) -> None:
 def check_engine_temperature(config: GRPOConfig) -> None:
     """vLLM refuses more than 2."""
     temperature = config.sampling.temperature
-    if config.rollout.engine == "vllm" and temperature > MAX_VLLM_TEMPERATURE:
-        must = f"be at most {MAX_VLLM_TEMPERATURE:g} with rollout.engine vllm, which samples no hotter"
+    if config.rollout.engine != "embedded" and temperature > MAX_VLLM_TEMPERATURE:
+        engine = config.rollout.engine
+        must = f"be at most {MAX_VLLM_TEMPERATURE:g} with rollout.engine {engine}: vLLM samples no hotter"
         raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
+
+
+def check_staleness(config: GRPOConfig) -> None:
+    """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
+    that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
+    behind, correction = max_staleness(config.rollout), config.mismatch.correction
+    if behind >= MIN_CORRECTED_STALENESS and correction not in ("auto", "token_tis", "icepop"):
+        must = f"be token_tis or icepop with rollout.max_staleness {behind}: tokens of older weights must be weighted"
+        raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 1")
 
 
 def check_kl_horizon(config: GRPOConfig) -> None:
@@ -110,5 +124,6 @@ RULES = (
     check_overlong_penalty,
     check_temperature,
     check_engine_temperature,
+    check_staleness,
     check_kl_horizon,
 )

@@ -134,6 +134,11 @@ EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings
 RolloutEngineSettings = Annotated[EngineSettings, Field(discriminator="engine")]
 
 
+def max_staleness(settings: EngineSettings) -> int:
+    """How far a policy may be ahead of the weights that its rollouts come from."""
+    return settings.max_staleness if isinstance(settings, VLLMServerSettings) else 0
+
+
 def fill_engine(given: Any) -> Any:
     """Settings that name no engine are the embedded one's."""
     return {"engine": "embedded"} | given if isinstance(given, dict) else given

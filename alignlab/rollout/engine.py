@@ -116,6 +116,10 @@ class EmbeddedEngine:
         self._blocks.forget_all()
         self.policy_version = policy_version
 
+    def metrics(self) -> dict[str, float]:
+        """Sequences that had to give their blocks up, so far."""
+        return {"engine/preempted": float(self.num_preempted)}
+
     def release(self) -> None:
         """Give the cache's memory back; the next call allocates it again."""
         self._require_idle()

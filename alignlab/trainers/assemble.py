@@ -33,6 +33,14 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
+def make_rank_group() -> torch.distributed.ProcessGroup | None:
+    """A group of all ranks of its own, for messages from another thread than the training's; None for one rank."""
+    if not torch.distributed.is_initialized():
+        return None
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
+    return group
+
+
 def check_shares(name: str, count: int, ranks: int, num_minibatches: int = 1) -> None:
     """Every rank takes the same share of a step, and cuts it into equal mini-batches.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.config.rollout import EngineSettings, RolloutSettings
+from alignlab.config.rollout import EngineSettings, RolloutSettings, max_staleness
 from alignlab.config.trainers import MISMATCH_BOUNDS, MismatchSettings
 from alignlab.functional import mismatch
 from alignlab.functional.reduction import sequence_sum
@@ -53,7 +53,10 @@ def choose_correction(
     """The correction that the settings name or, by default, the one that fits engine, precision and model."""
     name, reason = settings.correction, "as configured"
     if name == "auto":
-        if isinstance(rollout, RolloutSettings):
+        behind = max_staleness(rollout)
+        if behind:
+            name, reason = "icepop" if sparse else "token_tis", f"tokens may be from weights {behind} updates old"
+        elif isinstance(rollout, RolloutSettings):
             name, reason = "none", "the embedded engine runs the trainer's own layers"
         elif dtype == torch.float32:
             name, reason = "none", "vLLM agrees with the trainer in float32"

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
-from alignlab.config.rollout import SamplingSettings
+from alignlab.config.rollout import SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
@@ -35,12 +35,15 @@ from alignlab.functional.advantages import mixed_groups
 from alignlab.models.attention import causal_lm
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
+from alignlab.rollout.vllm.server.engine import VLLMServerEngine
+from alignlab.trainers.ahead import Collected, RolloutsAhead, check_age
 from alignlab.trainers.assemble import (
     Dataset,
     Model,
     Reward,
     check_shares,
     make_accelerator,
+    make_rank_group,
     make_reference,
     resolve_model,
     resolve_prompts,
@@ -122,6 +125,10 @@ class OnlineTrainer(TrainingLoop):
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
+        self.max_staleness = max_staleness(config.rollout)
+        self._collecting_ranks = make_rank_group() if self.max_staleness else None
+        self._position = self._position_now()
+        self.ahead = self._make_ahead()
 
     @abstractmethod
     def needs(self, step: int) -> frozenset[str]:
@@ -144,7 +151,10 @@ class OnlineTrainer(TrainingLoop):
         """One batch of rollouts, learnt from."""
         start = time.perf_counter()
         with self.phase("generate"):
-            rollouts, left_out = self.collect(step)
+            batch = self.ahead.take(step)
+            rollouts, left_out, self._position = batch.rollouts, batch.left_out, batch.position
+            check_age(rollouts, self.engine.policy_version, self.max_staleness)
+        version = self.engine.policy_version
         generated = time.perf_counter()
         with self.phase("score"):
             minibatches = self.make_experience(step, rollouts, left_out)
@@ -158,20 +168,22 @@ class OnlineTrainer(TrainingLoop):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
         metrics = kept_fractions({name: sum(u[name] for u in updates) / len(updates) for name in updates[0]})
-        metrics |= rollout_metrics([*rollouts, *left_out], self.learner.reduce_sum)
-        return metrics | {
-            "tokens_per_s": metrics.pop("num_completion_tokens") / (generated - start),
-            "generate_s": generated - start,
+        metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
+        return metrics | self.engine.metrics() | {
+            "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
+            "generate_s": batch.seconds,
+            "wait_s": generated - start,
             "train_s": finished - generated,
             "reward_failures": self.learner.sum_over_ranks(self.rewards.num_failures),
         }
 
-    def collect(self, step: int) -> tuple[list[Rollout], list[Rollout]]:
+    def collect(self, step: int) -> Collected:
         """This rank's scored rollouts of one step: those to learn from, and those left out.
 
-        Under dynamic sampling, groups that teach nothing are replaced. What was left out is still what the policy does:
-        metrics and the store of rollouts hold it too.
+        With `rollout.max_staleness` it runs in a thread of its own. Under dynamic sampling, groups that teach nothing
+        are replaced. What was left out is still what the policy does: metrics and the store of rollouts hold it too.
         """
+        start = time.perf_counter()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         wanted = self.config.num_prompts // ranks
         kept: list[Rollout] = []
@@ -182,11 +194,30 @@ class OnlineTrainer(TrainingLoop):
             for rollout in self.generate([self.prompts[row] for row in rows], seed):
                 mixed = bool(mixed_groups(torch.tensor([rollout.rewards])))
                 (kept if mixed or not self.config.dynamic_sampling else dull).append(rollout)
-            if not self._any_rank(len(kept) < wanted):
+            if not self._any_rank_collects(len(kept) < wanted):
                 break
         # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.
         sampled = kept + dull
-        return sampled[:wanted], sampled[wanted:]
+        seconds = time.perf_counter() - start
+        return Collected(sampled[:wanted], sampled[wanted:], seconds, self._position_now())
+
+    def _any_rank_collects(self, flag: bool) -> bool:
+        """`_any_rank` from the collecting thread, whose messages between ranks must not meet the training's."""
+        if self._collecting_ranks is None:
+            return self._any_rank(flag)
+        value = torch.tensor(float(flag))
+        torch.distributed.all_reduce(value, group=self._collecting_ranks)
+        return bool(value > 0)
+
+    def _make_ahead(self) -> RolloutsAhead:
+        abandon = self.engine.abandon if isinstance(self.engine, VLLMServerEngine) else lambda: None
+        return RolloutsAhead(
+            self.collect, abandon=abandon, max_staleness=self.max_staleness, last_step=self.config.num_steps
+        )
+
+    def _position_now(self) -> dict[str, Any]:
+        """Where this rank is in the data, and what its rewards have failed at."""
+        return {"sampler": self.sampler.state_dict(), "failures": Counter(self.rewards.failures)}
 
     def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         """Sample and score one group for each prompt."""
@@ -264,13 +295,14 @@ class OnlineTrainer(TrainingLoop):
         stack.callback(self._close)
 
     def _close(self) -> None:
+        self.ahead.close()
         self.store = None
         self.rewards.close()
 
     def state(self) -> dict[str, Any]:
         """Position in the data, version of the policy, failures of rewards so far, which reference."""
         return {
-            "sampler": self.sampler.state_dict(),
+            "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
             "reward_failures": self._failures_of_ranks(),
             "reference": self.reference and fingerprint(self.reference.named_parameters()),
@@ -279,7 +311,7 @@ class OnlineTrainer(TrainingLoop):
     def _failures_of_ranks(self) -> list[list[tuple[str, str, int]]]:
         """Failed calls of each rank's rewards; every rank calls this together."""
         keys = [(name, kind) for name in self.rewards.names for kind in FAILURE_KINDS]
-        own = torch.tensor([[self.rewards.failures[key] for key in keys]], device=self.learner.device)
+        own = torch.tensor([[self._position["failures"][key] for key in keys]], device=self.learner.device)
         counts = self.accelerator.gather(own).tolist()
         return [[(*key, n) for key, n in zip(keys, row, strict=True) if n] for row in counts]
 
@@ -298,6 +330,8 @@ class OnlineTrainer(TrainingLoop):
         self.sampler.load_state_dict(state["sampler"])
         own = state["reward_failures"][self.accelerator.process_index]
         self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})
+        self._position = self._position_now()
+        self.ahead = self._make_ahead()
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
 

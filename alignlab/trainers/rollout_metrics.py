@@ -12,14 +12,17 @@ from alignlab.functional.advantages import mixed_groups
 from alignlab.types import Rollout
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def rollout_metrics(
+    rollouts: Sequence[Rollout], policy_version: int, reduce_sum: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
     """Means over the completions of all ranks; `reduce_sum` adds over ranks, and every rank calls this together.
 
     `accuracy` is the fraction of completions to which the first reward function gave exactly 1, of those it applied
-    to; `mixed_groups` the fraction of groups whose rewards differ, which are those that teach.
+    to; `mixed_groups` the fraction of groups whose rewards differ, which are those that teach; `staleness` by how many
+    versions the weights that sampled a token are behind `policy_version`.
     """
     names = list(rollouts[0].reward_parts)
-    sums = _sums(rollouts) | _sums_of_parts(rollouts, names)
+    sums = _sums(rollouts, policy_version) | _sums_of_parts(rollouts, names)
     totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     t = dict(zip(sums, totals, strict=True))
     completions, rewarded = max(t["completions"], 1), max(t["rewarded"], 1)
@@ -29,6 +32,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
         "reward_std": math.sqrt(max(t["reward_squared"] / rewarded - mean * mean, 0.0)) if t["rewarded"] else math.nan,
         "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
         "completion_tokens": t["num_completion_tokens"] / completions,
+        "staleness": t["behind"] / max(t["num_completion_tokens"], 1),
         "truncated_frac": t["truncated"] / completions,
         "mixed_groups": t["mixed"] / max(t["groups"], 1),
         "num_completion_tokens": t["num_completion_tokens"],
@@ -36,12 +40,13 @@ def rollout_metrics(rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], 
     }
 
 
-def _sums(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _sums(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
     completions = [c for rollout in rollouts for c in rollout.completions]
     rewards = [r for rollout in rollouts for r in rollout.rewards if not math.isnan(r)]
     return {
         "completions": len(completions),
         "num_completion_tokens": sum(len(c.token_ids) for c in completions),
+        "behind": sum(policy_version - version for c in completions for version in c.policy_versions),
         "truncated": sum(c.finish_reason == "length" for c in completions),
         "groups": len(rollouts),
         "mixed": int(mixed_groups(torch.tensor([rollout.rewards for rollout in rollouts])).sum()),

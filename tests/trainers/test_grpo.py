@@ -181,7 +181,8 @@ def test_dynamic_sampling_refills_with_groups_that_teach(
     config = make_config(num_steps=2, dynamic_sampling=True, max_refills=4)
     trainer = GRPOTrainer(make_model(), flat_for_some, config, data, tokenizer=tokenizer)
     for step in (1, 2):
-        kept, left_out = trainer.collect(step)
+        batch = trainer.collect(step)
+        kept, left_out = batch.rollouts, batch.left_out
         assert len(kept) == config.num_prompts
         assert all(len(set(rollout.rewards)) > 1 for rollout in kept)
         assert (len(kept) + len(left_out)) % config.num_prompts == 0
@@ -220,7 +221,7 @@ def test_completions_that_do_not_teach_are_masked(
 
     config = make_config(mask_truncated=True, num_minibatches=2)
     trainer = GRPOTrainer(make_model(), some, config, rows, tokenizer=tokenizer)
-    rollouts, _ = trainer.collect(1)
+    rollouts = trainer.collect(1).rollouts
     packs = [pack for packs in trainer.make_experience(1, rollouts) for pack in packs]
     trained_tokens = sum(
         len(c.token_ids) for r in rollouts for i, c in enumerate(r.completions) if i % 4 and c.finish_reason != "length"
@@ -233,7 +234,7 @@ def test_completions_that_do_not_teach_are_masked(
 def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     config = make_config(overlong_buffer_tokens=4, overlong_penalty=2.0, advantage="group_centered")
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
-    rollouts, _ = trainer.collect(1)
+    rollouts = trainer.collect(1).rollouts
     lengths = torch.tensor([[len(c.token_ids) for c in r.completions] for r in rollouts], dtype=torch.float32)
     rewards = torch.tensor([r.rewards for r in rollouts]) - (lengths - 2).clamp(min=0) / 4 * 2
     torch.testing.assert_close(trainer.credit(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))

@@ -58,7 +58,7 @@ def test_weights_multiply_the_policy_gradient(
     def losses(correction: str) -> tuple[Any, Any]:
         config: GRPOConfig = make_config(mismatch={"correction": correction}, kl={"coef": 0.5}, num_epochs=1)
         trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
-        rollouts, _ = trainer.collect(1)
+        rollouts = trainer.collect(1).rollouts
         [[pack]] = trainer.make_experience(1, rollouts)
         mu = pack.rollout_logprobs + torch.sin(pack.tokens.float()) * pack.completion_mask
         pack = replace(pack, rollout_logprobs=mu)

@@ -79,7 +79,7 @@ def test_the_price_of_kl_sums_over_packs(make_model: Make, make_config: Make, to
         for weight in trainer.learner.trained.values():
             weight.add_(0.05 * torch.randn_like(weight))
     trainer.engine.update_weights(1)
-    rollouts, _ = trainer.collect(1)
+    rollouts = trainer.collect(1).rollouts
     found = []
     for budget in (4096, 16, 1):
         trainer.config = config.model_copy(update={"tokens_per_microbatch": budget})
@@ -107,7 +107,7 @@ def test_the_reference_of_an_adapter_is_its_base(
     config = make_config(num_steps=3, learning_rate=0.1, kl={"coef": 0.1})
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
     trainer.train()
-    [[pack]] = trainer.make_experience(9, trainer.collect(9)[0])
+    [[pack]] = trainer.make_experience(9, trainer.collect(9).rollouts)
     base = Policy(make_model())(pack.tokens, pack.segments, pack.completion_mask).logprobs
     assert pack.ref_logprobs is not None
     torch.testing.assert_close(pack.ref_logprobs, base.detach(), atol=1e-6, rtol=0)
@@ -141,7 +141,7 @@ def test_scores_are_without_dropout(make_model: Make, make_config: Make, tokeniz
     lora = LoraSettings(rank=4, dropout=0.5)
     trainer = GRPOTrainer(make_model(), even_ids, make_config(num_steps=2), rows, tokenizer=tokenizer, peft_config=lora)
     trainer.train()
-    [[pack]] = trainer.make_experience(9, trainer.collect(9)[0])
+    [[pack]] = trainer.make_experience(9, trainer.collect(9).rollouts)
     trainer.learner.policy.train()
     assert torch.equal(trainer.learner.score([pack])[0], trainer.learner.score([pack])[0])
     assert trainer.learner.policy.training
@@ -222,7 +222,7 @@ def test_an_adapter_leaves_the_routers_biases_alone(
 
 def test_the_rollouts_experts_are_replayed(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     trainer = GRPOTrainer(make_model(SPARSE), even_ids, make_config(), rows, tokenizer=tokenizer)
-    [[pack]] = trainer.make_experience(1, trainer.collect(1)[0])
+    [[pack]] = trainer.make_experience(1, trainer.collect(1).rollouts)
     assert pack.routing is not None
     other = replace(pack, routing=torch.where(pack.routing >= 0, (pack.routing + 1) % 4, pack.routing))
     own, replayed = trainer.learner.score([replace(pack, routing=None), pack])

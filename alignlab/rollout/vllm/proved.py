@@ -63,6 +63,7 @@ class ProvedEngine(ABC):
         self._settings = settings
         self._lm = causal_lm(model)
         self._num_updates = 0
+        self._last_gap: CanaryGap | None = None
         self._in_doubt: str | None = "they were never sent"
         self._stamp: tuple[int, ...] = ()
 
@@ -118,6 +119,10 @@ class ProvedEngine(ABC):
             )
         self._update(policy_version)
 
+    def metrics(self) -> dict[str, float]:
+        """Nats by which the last canary was off, at most."""
+        return {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}
+
     def _update(self, policy_version: int) -> None:
         self._in_doubt = "it did not end"
         try:
@@ -137,9 +142,11 @@ class ProvedEngine(ABC):
         # At the first two always: what vLLM does wrong at an update, it does at each but the one that it starts with.
         proves = number < _FIRST_UPDATES or number % settings.canary_every_updates == 0
         gaps = self._canaries() if proves else []
+        gap = max(gaps, key=lambda gap: gap.largest, default=None)
+        self._last_gap = gap or self._last_gap
         self._num_updates += 1
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sent.values())
-        return SyncProof(len(sent), num_bytes, max(gaps, key=lambda gap: gap.largest, default=None))
+        return SyncProof(len(sent), num_bytes, gap)
 
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, answers: Answers) -> list[Rollout]:
         each = for_each(prompts, sampling)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

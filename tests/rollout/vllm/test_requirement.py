@@ -19,7 +19,7 @@ def test_a_missing_vllm_is_named_with_the_way_to_get_it(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(importlib.util, "find_spec", hide)
     with pytest.raises(ConfigError, match=r"not installed; run: bash launch/setup_env\.sh vllm, or use .* embedded"):
-        require_vllm()
+        require_vllm("vllm")
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.3", "0.32.0+cpu", "0.32.1.dev3+g1234"])

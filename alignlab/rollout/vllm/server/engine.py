@@ -58,9 +58,9 @@ class VLLMServerEngine(ProvedEngine):
             raise
 
     def metrics(self) -> dict[str, float]:
-        """Servers alive now; servers lost, servers that came back and requests asked again, so far."""
+        """Servers alive now; so far, servers lost, servers that came back, requests asked again; the canary's gap."""
         counts = {f"servers/{name}": float(self._pool.counts[name]) for name in ("lost", "returned", "reissued")}
-        return {"servers/alive": float(len(self._pool.alive))} | counts
+        return super().metrics() | {"servers/alive": float(len(self._pool.alive))} | counts
 
     def abandon(self) -> None:
         """Give up what other threads are generating; they get a RolloutError."""

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Starts the vLLM servers of a run, and keeps them running until Ctrl-C.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/serve_vllm.sh CONFIG [key=value ...] [--only ADDRESS]
+
+Starts a vLLM server at each address in CONFIG's trainer.rollout.servers, the first on the first GPU, and so on; then,
+in another terminal, `alignlab train CONFIG` with the same key=value. Needs the extra vllm (launch/setup_env.sh vllm).
+Servers listen where their addresses say, by default on this machine alone, and answer only who has the token: within
+one account on one file system nothing has to be done for it.
+
+environment:
+  ALIGNLAB_SERVER_TOKEN  the token, the same for servers and training, where these are on several machines
+  CUDA_VISIBLE_DEVICES   the GPUs, one for each server
+  OMP_NUM_THREADS        threads of each server on a CPU (default: half of the cores, shared out)
+  ALIGNLAB_VENV          another environment than .venv
+
+example: bash launch/serve_vllm.sh configs/grpo_smollm2_vllm_server.yaml
+TEXT
+}
+
+main() {
+    case "${1:-}" in -h | --help) usage && return ;; esac
+    if (($# < 1)); then
+        usage >&2
+        exit 2
+    fi
+    exec "${ALIGNLAB_VENV:-$(dirname "${BASH_SOURCE[0]}")/../.venv}/bin/python" -m alignlab serve "$@"
+}
+
+main "$@"
