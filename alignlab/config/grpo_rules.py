@@ -90,6 +90,13 @@ def check_engine_temperature(config: GRPOConfig) -> None:
         raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
 
 
+def check_routing_replay(config: GRPOConfig) -> None:
+    """With one update a batch, what the trainer would choose before it is what it chooses in it."""
+    if config.routing_replay == "trainer" and config.num_epochs * config.num_minibatches == 1:
+        must = "be rollout or none where a batch has one update: the trainer's own choices are then as they are"
+        raise BrokenRule("routing_replay", config.routing_replay, must, "use rollout, or num_minibatches 2 or more")
+
+
 def check_staleness(config: GRPOConfig) -> None:
     """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
     that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
@@ -125,5 +132,6 @@ RULES = (
     check_temperature,
     check_engine_temperature,
     check_staleness,
+    check_routing_replay,
     check_kl_horizon,
 )

@@ -162,6 +162,9 @@ class GRPOConfig(TrainerConfig):
     kl: KLSettings = KLSettings()
     entropy_coef: float = Field(0.0, ge=0)
     mismatch: MismatchSettings = MismatchSettings()
+    routing_replay: Literal["rollout", "trainer", "none"] = "rollout"
+    """Experts that a mixture is trained with: those that the engine chose (R3, arXiv:2510.11370); those that the
+    trainer chose before the first of several updates (R2, arXiv:2512.01374); or whatever its routers choose now."""
     reward_limits: RewardLimits = RewardLimits()
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""

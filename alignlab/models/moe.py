@@ -27,6 +27,7 @@ class RoutingRecord:
             the live router, so that it keeps its gradient (R3, arXiv:2510.11370).
         counted: [N] bool, tokens whose choices are counted in training; None counts all.
         chosen: by layer, [N, K] int64, the choices made.
+        differs: by layer, [N] bool, where the router would have chosen other experts than those replayed.
         losses: by layer, [N] float32, weighted router losses of each token, with gradient.
         counting: this pass trains, so its choices are added to the layers' counts; set by the decoder.
 
@@ -36,6 +37,7 @@ class RoutingRecord:
     replay: Tensor | None = None
     counted: Tensor | None = None
     chosen: dict[int, Tensor] = field(default_factory=dict)
+    differs: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     counting: bool = False
 
@@ -47,6 +49,12 @@ class RoutingRecord:
     def stacked_choices(self) -> Tensor:
         """[N, L, K] int16, on the CPU or wherever the model is."""
         return torch.stack([self.chosen[layer] for layer in sorted(self.chosen)], dim=1).to(torch.int16)
+
+    def disagreement(self) -> Tensor | None:
+        """[N] float32, fraction of the layers where the router differs from what is replayed; None without replay."""
+        if not self.differs:
+            return None
+        return torch.stack([self.differs[layer] for layer in sorted(self.differs)]).float().mean(0)
 
     def total_loss(self) -> Tensor | None:
         """[N], summed over the layers; None where the config weighs no router loss."""
@@ -89,14 +97,11 @@ class Router(nn.Module):
         return logits, logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
 
     @torch.no_grad()
-    def choose(self, scores: Tensor, replay: Tensor | None) -> Tensor:
-        """[N, K] int64: the best experts, or the replayed ones where there is a record."""
+    def choose(self, scores: Tensor) -> Tensor:
+        """[N, K] int64: the best experts."""
         if self.e_score_correction_bias is not None:
             scores = scores + self.e_score_correction_bias
-        own = scores.topk(self.config.num_experts_per_tok, dim=-1).indices
-        if replay is None:
-            return own
-        return torch.where((replay >= 0).all(dim=-1, keepdim=True), replay.to(own), own)
+        return scores.topk(self.config.num_experts_per_tok, dim=-1).indices
 
     def gates(self, logits: Tensor, scores: Tensor, choices: Tensor) -> Tensor:
         """[N, K] float32: the weight of each chosen expert, from the live logits."""
@@ -202,19 +207,26 @@ class SparseFeedForward(nn.Module):
     def _choose(self, logits: Tensor, scores: Tensor, routing: RoutingRecord | None) -> Tensor:
         """The choices, put on record with the losses unless this is a recomputation."""
         if routing is None:
-            return self.gate.choose(scores, None)
+            return self.gate.choose(scores)
         # A recomputation makes the losses too: activation checkpointing needs the same graph, and keeps the first.
         losses = self.gate.losses(logits, scores) if self.weigh_losses and torch.is_grad_enabled() else None
         if self.moe_index in routing.chosen:
             return routing.chosen[self.moe_index]
-        replay = None if routing.replay is None else routing.replay[:, self.moe_index]
-        choices = self.gate.choose(scores, replay)
+        choices = self.gate.choose(scores)
+        if routing.replay is not None:
+            own, choices = choices, replayed(choices, routing.replay[:, self.moe_index])
+            routing.differs[self.moe_index] = (own.sort(-1).values != choices.sort(-1).values).any(-1)
         routing.chosen[self.moe_index] = choices
         if losses is not None:
             routing.losses[self.moe_index] = losses
         if routing.counting:
             self.gate.count(choices if routing.counted is None else choices[routing.counted])
         return choices
+
+
+def replayed(own: Tensor, record: Tensor) -> Tensor:
+    """[N, K]: the recorded experts, and a token's own where there is no record (-1)."""
+    return torch.where((record >= 0).all(dim=-1, keepdim=True), record.to(own), own)
 
 
 def routers(model: nn.Module) -> list[Router]:

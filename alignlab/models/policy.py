@@ -21,11 +21,16 @@ class PolicyOutput(NamedTuple):
         entropy: [N] float32, of the distribution that the token was drawn from, nats.
         router_loss: [N] float32, weighted balance and z-losses of the token's routing, summed over the MoE layers;
             None without them.
+        routing: [N, L, K] int16, experts that were used; None for a model without experts of ours.
+        routing_disagreement: [N] float32, fraction of the layers whose router differs from what was replayed; None
+            without replay.
     """
 
     logprobs: Tensor
     entropy: Tensor
     router_loss: Tensor | None
+    routing: Tensor | None = None
+    routing_disagreement: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -79,6 +84,8 @@ class Policy(nn.Module):
             zeros.index_put((asked,), logprobs),
             zeros.index_put((asked,), entropy),
             None if router_loss is None else router_loss * mask,
+            None if record is None else record.stacked_choices(),
+            None if record is None else record.disagreement(),
         )
 
     def _routing_record(self, routing: Tensor | None, mask: Tensor) -> RoutingRecord | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.config.trainers import GRPOConfig
+from alignlab.errors import ConfigError
 from alignlab.functional import advantages as advantage_functions
 from alignlab.functional.kl import adapt_kl_coef, kl_k1, kl_k3, kl_loss
 from alignlab.functional.policy_losses import cispo, clip_acts, gspo_clip, ppo_clip, reinforce
@@ -37,6 +38,11 @@ class GRPOTrainer(OnlineTrainer):
         self.kl_coef = self.config.kl.coef
         lm = causal_lm(self.learner.model)
         sparse = bool(getattr(lm.config, "sparse_layers", None))
+        if self.config.routing_replay != "rollout" and not sparse:
+            raise ConfigError(
+                f"routing_replay is {self.config.routing_replay}, and {type(lm).__name__} has no experts of ours to "
+                "choose; leave it out"
+            )
         self.correction = choose_correction(self.config.mismatch, self.config.rollout, lm.dtype, sparse=sparse)
 
     @property
@@ -125,6 +131,8 @@ class GRPOTrainer(OnlineTrainer):
         token_loss, ratio = self._surrogate(logprobs, old, experience)
         metrics = {"ratio": ratio, "clip_frac": self._clipped(ratio, experience).float()}
         metrics["approx_kl"] = kl_k3(old, logprobs)
+        if output.routing_disagreement is not None:
+            metrics["routing_disagreement"] = output.routing_disagreement
         if experience.rollout_logprobs is not None:
             weights = self.correction.weights(old, experience)
             token_loss = token_loss * weights

@@ -151,12 +151,16 @@ class Learner:
 
     def score(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[Tensor]:
         """Log-probs [N] of each pack's trained tokens, without a gradient; of the policy in training by default."""
+        return [output.logprobs for output in self.outputs(packs, policy)]
+
+    def outputs(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[PolicyOutput]:
+        """All that a forward pass says of each pack, without a gradient; see `score`."""
         policy = policy or self.policy
         was_training = policy.training
         policy.eval()
         try:
             with torch.no_grad():
-                return [self._forward(policy, pack).logprobs for pack in packs]
+                return [self._forward(policy, pack) for pack in packs]
         finally:
             policy.train(was_training)
 

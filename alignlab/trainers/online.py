@@ -260,8 +260,13 @@ class OnlineTrainer(TrainingLoop):
 
     def _score(self, packs: Sequence[Experience], needs: frozenset[str]) -> list[Experience]:
         scored = [pack.to(self.learner.device) for pack in packs]
+        if self.config.routing_replay != "rollout":
+            scored = [replace(pack, routing=None) for pack in scored]
         if "old" in needs:
-            scored = [replace(p, old_logprobs=x) for p, x in zip(scored, self.learner.score(scored), strict=True)]
+            outputs = self.learner.outputs(scored)
+            scored = [replace(p, old_logprobs=o.logprobs) for p, o in zip(scored, outputs, strict=True)]
+            if self.config.routing_replay == "trainer":
+                scored = [replace(p, routing=o.routing) for p, o in zip(scored, outputs, strict=True)]
         if "ref" in needs and self.reference is None:
             scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(scored), strict=True)]
         elif "ref" in needs:

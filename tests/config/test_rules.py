@@ -211,3 +211,27 @@ def test_a_live_config_is_taken_as_it_is():
 
 def test_config_errors_are_not_value_errors():
     assert not issubclass(ConfigError, ValueError)
+
+
+def test_tokens_of_older_weights_must_be_weighted():
+    servers = {"engine": "vllm_server", "max_staleness": 2}
+    message = grpo_message(rollout=servers, mismatch={"correction": "geometric_mask"})
+    assert "mismatch.correction is 'geometric_mask', and must be token_tis or icepop with rollout.max_stal" in message
+    for correction in ("auto", "token_tis", "icepop"):
+        assert GRPOConfig(rollout=servers, mismatch={"correction": correction}).rollout.max_staleness == 2
+    assert GRPOConfig(rollout=servers | {"max_staleness": 1}, mismatch={"correction": "none"})
+    assert "max_staleness is not a setting" in grpo_message(rollout={"engine": "vllm", "max_staleness": 1})
+
+
+def test_own_choices_are_replayed_in_later_updates_only():
+    assert "be rollout or none where a batch has one update" in grpo_message(routing_replay="trainer")
+    assert GRPOConfig(routing_replay="trainer", num_minibatches=2).routing_replay == "trainer"
+
+
+def test_servers_are_addresses_named_once():
+    for wrong in ("localhost:8000", "http://host", "https://host:1", "http://host:1/path", "http://host:port"):
+        message = grpo_message(rollout={"engine": "vllm_server", "servers": [wrong]})
+        assert "rollout.servers is" in message and f"http://HOST:PORT; correct {wrong}" in message
+    twice = {"engine": "vllm_server", "servers": ["http://a:1", "http://a:1"]}
+    assert "name each server once" in grpo_message(rollout=twice)
+    assert "rollout.servers" in grpo_message(rollout={"engine": "vllm_server", "servers": []})

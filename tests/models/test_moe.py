@@ -146,6 +146,23 @@ def test_replaying_own_choices_changes_nothing() -> None:
     again = RoutingRecord(replay=first.stacked_choices())
     torch.testing.assert_close(policy(tokens, routing=again).logits, output)
     assert torch.equal(again.stacked_choices(), first.stacked_choices())
+    assert first.disagreement() is None and again.disagreement().abs().max() == 0
+
+
+def test_disagreement_is_the_fraction_of_layers_with_another_set_of_experts() -> None:
+    policy, tokens = model(), torch.randint(0, 32, (1, 5))
+    first = RoutingRecord()
+    policy(tokens, routing=first)
+    choices = first.stacked_choices()
+    replay = choices.flip(-1).contiguous()  # another order is no other set
+    replay[1, 1] = (choices[1, 1] + 1) % 6  # the second sparse layer of the second token
+    replay[2] = -1
+    record = RoutingRecord(replay=replay)
+    policy(tokens, routing=record)
+    told = record.disagreement()
+    assert told is not None
+    changed = set(replay[1, 1].tolist()) != set(choices[1, 1].tolist())
+    assert told.tolist() == [0.0, 0.5 * changed, 0.0, 0.0, 0.0] and changed
 
 
 def test_router_losses_are_per_token_and_weighted() -> None:

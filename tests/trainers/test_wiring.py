@@ -18,6 +18,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import Example
 from alignlab.data.sampler import IndexSampler
+from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled
 from alignlab.models.moe import routers
 from alignlab.models.policy import Policy
@@ -228,6 +229,41 @@ def test_the_rollouts_experts_are_replayed(make_model: Make, make_config: Make, 
     own, replayed = trainer.learner.score([replace(pack, routing=None), pack])
     torch.testing.assert_close(own, replayed, atol=1e-6, rtol=0)
     assert (trainer.learner.score([other])[0] - own).abs().max() > 1e-5
+
+
+def test_the_trainers_own_experts_are_replayed_in_later_updates(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """R2: chosen once, before the first update, whatever the engine chose."""
+    config = make_config(routing_replay="trainer", num_minibatches=2, learning_rate=0.5)
+    trainer = GRPOTrainer(make_model(SPARSE), even_ids, config, rows, tokenizer=tokenizer)
+    rollouts = trainer.collect(1).rollouts
+    wrong = [
+        replace(rollout, completions=tuple(replace(c, routing=1 - c.routing % 2) for c in rollout.completions))
+        for rollout in rollouts
+    ]
+    minibatches = trainer.make_experience(1, wrong)
+    packs = [pack for packs in minibatches for pack in packs]
+    for pack, output in zip(packs, trainer.learner.outputs([replace(p, routing=None) for p in packs]), strict=True):
+        assert pack.routing is not None and torch.equal(pack.routing, output.routing)
+        torch.testing.assert_close(pack.old_logprobs, output.logprobs)
+    for minibatch in minibatches:
+        trainer.learner.update(minibatch, trainer.loss, trainer.weigh)
+    for pack, output in zip(packs, trainer.learner.outputs(packs), strict=True):
+        assert torch.equal(pack.routing, output.routing)
+        assert output.routing_disagreement is not None and output.routing_disagreement.mean() > 0.05
+    free = trainer.learner.outputs([replace(pack, routing=None) for pack in packs])
+    assert any(not torch.equal(pack.routing, output.routing) for pack, output in zip(packs, free, strict=True))
+
+
+def test_nothing_is_replayed_where_that_is_said(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(routing_replay="none")
+    trainer = GRPOTrainer(make_model(SPARSE), even_ids, config, rows, tokenizer=tokenizer)
+    [[pack]] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    assert pack.routing is None
+    assert "routing_disagreement" not in trainer.train().metrics
+    with pytest.raises(ConfigError, match="routing_replay is none, and PolicyForCausalLM has no experts"):
+        GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
 
 
 def test_a_step_without_a_reward_moves_nothing(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:

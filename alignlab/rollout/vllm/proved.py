@@ -124,7 +124,8 @@ class ProvedEngine(ABC):
         return {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}
 
     def _update(self, policy_version: int) -> None:
-        self._in_doubt = "it did not end"
+        if not self._may_run_behind:  # else requests go on under the weights that a server has
+            self._in_doubt = "it did not end"
         try:
             self.proof = self._replace_and_prove(policy_version)
             self.policy_version, self._stamp = policy_version, self._present()

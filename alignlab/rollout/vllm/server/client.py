@@ -31,6 +31,7 @@ class VLLMServer:
     Attributes:
         address: http://HOST:PORT.
         alive: whether requests go to it.
+        version: of the weights that it was given last.
         generation: counts its admissions; places in its queue are told apart by it.
         turn: held by whoever gives it weights.
         calls: requests that are running, to be given up when it is lost.
@@ -41,6 +42,7 @@ class VLLMServer:
     def __init__(self, address: str, http: httpx2.AsyncClient) -> None:
         self.address = address.rstrip("/")
         self.alive = False
+        self.version = ""
         self.generation = 0
         self.turn = asyncio.Lock()
         self.calls: set[asyncio.Task[Answer]] = set()
@@ -79,13 +81,12 @@ class VLLMServer:
         return dict(told["arrived"])
 
     async def complete(
-        self, request: Request, name: str, *, weights: str, adapter: bool, exact: bool, sparse_layers: list[int]
+        self, request: Request, name: str, *, adapter: bool, exact: bool, sparse_layers: list[int]
     ) -> Answer:
-        """One completion.
+        """One completion, from the weights that the server was given last.
 
         Args:
             name: of the request, unique.
-            weights: version of the weights that it is to come from.
             adapter: whether the weights are an adapter, which vLLM knows by the version.
             exact: whether no token may come from other weights of this run.
             sparse_layers: whose experts are told.
@@ -94,6 +95,7 @@ class VLLMServer:
             ServerLost: it died, gave the request up, or has other weights.
             RolloutError: it refuses the request.
         """
+        weights = self.version
         body = {
             "request_id": name, "model": weights if adapter else SERVED_NAME, "token_ids": list(request.token_ids),
             "sampling_params": request.params,

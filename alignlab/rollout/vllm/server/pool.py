@@ -201,11 +201,10 @@ class ServerPool:
 
     async def _give_in_turn(self, server: VLLMServer, *, first: bool, check: bool) -> None:
         async with server.turn:
-            await self._give(server, first=first, check=check)
-            self._admit(server)
+            self._admit(server, await self._give(server, first=first, check=check))
 
-    async def _give(self, server: VLLMServer, *, first: bool, check: bool) -> None:
-        """Send the weights; `first` may take them over from another run."""
+    async def _give(self, server: VLLMServer, *, first: bool, check: bool) -> str:
+        """Send the weights and return their version; `first` may take a server over from another run."""
         sent = self._sent
         assert sent is not None and sent.path is not None
         held = (await self._introduce(server))["version"]
@@ -219,6 +218,7 @@ class ServerPool:
                 check_arrived(sent.digests, arrived)
             except RolloutError as error:
                 raise RolloutError(f"server {server.address}: {error}") from error
+        return sent.version
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         tasks = [asyncio.create_task(self._answer(request)) for request in requests]
@@ -268,7 +268,7 @@ class ServerPool:
         self._number += 1
         call = asyncio.create_task(
             server.complete(
-                request, f"{self.run}-{self._number}", weights=self._sent.version, adapter=self._sent.adapter,
+                request, f"{self.run}-{self._number}", adapter=self._sent.adapter,
                 exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
             )
         )
@@ -292,7 +292,8 @@ class ServerPool:
             if server.alive and server.generation == place[2]:
                 return place
 
-    def _admit(self, server: VLLMServer) -> None:
+    def _admit(self, server: VLLMServer, version: str) -> None:
+        server.version = version
         if not server.alive:
             server.alive, server.missed = True, 0
             server.generation += 1
@@ -349,11 +350,11 @@ class ServerPool:
             sent = self._sent
             assert sent is not None
             try:
-                held = (await self._introduce(server))["version"]
-                if held != sent.version:
+                version = (await self._introduce(server))["version"]
+                if version != sent.version:
                     if sent.path is None:
                         return  # the rank that sends gives it the weights
-                    await self._give(server, first=False, check=True)
+                    version = await self._give(server, first=False, check=True)
             except ServerLost:
                 return
-            self._admit(server)
+            self._admit(server, version)
