@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     check_training(config, tokenizer, prompts)
     for line in answer_notes(config, prompts[0], tokenizer):
         tell("note", line)
+    for line in server_notes(config.trainer):
+        tell("note", line)
     for line in notes(config, prompts, eval_prompts):
         tell("note", line)
     print("ok: nothing was trained")
@@ -74,6 +76,21 @@ def check_engine(trainer: TrainerConfig) -> None:
 
     if isinstance(trainer, GRPOConfig) and trainer.rollout.engine == "vllm":
         require_vllm(trainer.rollout.engine)
+
+
+def server_notes(trainer: TrainerConfig) -> Iterator[str]:
+    """Which vLLM servers do not answer now."""
+    import httpx2
+
+    from alignlab.config.rollout import VLLMServerSettings
+    from alignlab.config.trainers import GRPOConfig
+
+    rollout = trainer.rollout if isinstance(trainer, GRPOConfig) else None
+    for address in rollout.servers if isinstance(rollout, VLLMServerSettings) else ():
+        try:
+            httpx2.get(f"{address}/health", timeout=5.0, trust_env=False).raise_for_status()
+        except httpx2.HTTPError as error:
+            yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
 
 
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
@@ -105,7 +122,7 @@ def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
     from alignlab.trainers.online import check_room as check
 
     if isinstance(config.trainer, GRPOConfig):
-        check(model, prompts, config.trainer.sampling.max_new_tokens)
+        check(model, prompts, config.trainer)
 
 
 def answer_notes(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
-from alignlab.config.rollout import SamplingSettings, max_staleness
+from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
@@ -105,7 +105,7 @@ class OnlineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
-        check_room(model, self.prompts, config.sampling.max_new_tokens)
+        check_room(model, self.prompts, config)
         policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
         self.reference = make_reference(policy) if config.kl.coef > 0 or config.kl.measure_every_steps else None
         learner = Learner(
@@ -341,19 +341,22 @@ class OnlineTrainer(TrainingLoop):
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
 
 
-def check_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-    """See that the longest prompt leaves room for its completion.
+def check_room(model: Any, prompts: Sequence[Prompt], config: GRPOConfig) -> None:
+    """See that the longest prompt leaves room for its completion, in the model and in the engine.
 
     Raises:
         ConfigError: it does not.
     """
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ConfigError(
-            f"sampling.max_new_tokens is {max_new_tokens}, and with the longest prompt ({longest} tokens) must fit the "
-            f"model's {limit} positions; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
-        )
+    wanted = config.sampling.max_new_tokens
+    for limit, named in ((positions, "the model's {} positions"), (served, "rollout.context_tokens ({})")):
+        if limit is not None and longest + wanted > limit:
+            raise ConfigError(
+                f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
+                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
+            )
 
 
 def warn_of_truncation(sampling: SamplingSettings) -> None:

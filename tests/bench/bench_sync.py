@@ -2,23 +2,58 @@
 
     python tests/bench/bench_sync.py [--model smollm2-135m-instruct] [--rounds 10]
 
-In process, LoRA on all linear layers, bfloat16. Each way runs in a process of its own. Prints a table, and JSON last.
+LoRA on all linear layers, bfloat16; vLLM in process, and in a server of this machine. Each way runs in a process of its
+own. Prints a table, and JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-WAYS = ("merged", "adapter")
+WAYS = ("merged", "adapter", "server-merged", "server-adapter")
 
 
-def measure(model_name: str, sync: str, rounds: int) -> dict[str, Any]:
+@contextmanager
+def served(model: Any, tokenizer: Any, sync: str, proving: dict[str, Any]) -> Iterator[Any]:
+    """The engine of a server that is started for it."""
+    from alignlab.config.rollout import VLLMServerSettings
+    from alignlab.models.export import write_base
+    from alignlab.rollout.engines import make_engine
+    from alignlab.rollout.vllm.options import adapter_options, engine_options, merged_options
+    from alignlab.rollout.vllm.server.process import end_all, make_server, wait_until_up
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    settings = VLLMServerSettings(sync=sync, servers=(address,), memory_frac=0.4, context_tokens=2048, **proving)
+    options = engine_options(settings, dtype=model.dtype, context_tokens=2048, on_cpu=True, sparse=False)
+    options |= adapter_options(16, num_versions=1) if sync == "adapter" else merged_options()
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(model, Path(folder))
+        tokenizer.save_pretrained(folder)
+        server = make_server(address, Path(folder), options)
+        try:
+            server.start()
+            wait_until_up(server)
+            engine: Any = make_engine(model, tokenizer, settings)
+            yield engine
+            engine.close()
+        finally:
+            end_all([server])
+
+
+def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
     """Median seconds of an update without its proof, and of the proof's parts."""
     import torch
 
@@ -29,35 +64,51 @@ def measure(model_name: str, sync: str, rounds: int) -> dict[str, Any]:
     from alignlab.rollout.engines import make_engine
 
     model = add_lora(load_model(model_name, dtype=torch.bfloat16), LoraSettings(rank=16))
-    settings = VLLMSettings(
-        sync=sync, cache_gib=1, block_size=32, digests_every_updates=2, canary_every_updates=2
-    )  # every other update has no proof
-    engine: Any = make_engine(model, load_tokenizer(model_name), settings)
-    bare: list[float] = []
-    parts: dict[str, list[float]] = {"digests": [], "canary": []}
-    check, canary = engine._sync.check, engine._canary
+    tokenizer, sync = load_tokenizer(model_name), way.removeprefix("server-")
+    # Every other update has no proof.
+    proving = {"cache_gib": 1, "block_size": 32, "digests_every_updates": 2, "canary_every_updates": 2}
+    if way != sync:
+        with served(model, tokenizer, sync, proving) as engine:
+            return timings(engine, rounds)
+    return timings(make_engine(model, tokenizer, VLLMSettings(sync=sync, **proving)), rounds)
+
+
+def timings(engine: Any, rounds: int) -> dict[str, Any]:
+    """Median seconds of an update without its proof, and of the proof's parts: digests on both sides, the canary."""
+    from alignlab.config.rollout import VLLMSettings
+    from alignlab.rollout.weight_proof import digests
+
+    taken: dict[str, list[float]] = {"update": [], "digests": [], "canary": []}
 
     def timed(name: str, function: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            result = function(*args)
-            parts[name].append(time.perf_counter() - start)
+            result = function(*args, **options)
+            taken[name].append(time.perf_counter() - start)
             return result
 
         return run
 
-    engine._sync.check, engine._canary = timed("digests", check), timed("canary", canary)
+    replace = engine._replace_weights
+
+    def replace_and_digest(version: int, *, check: bool) -> Any:
+        sent = replace(version, check=check)
+        timed("digests", digests)(sent)
+        return sent
+
+    engine._canary = timed("canary", engine._canary)
     for version in range(1, 2 * rounds + 1):
-        start = time.perf_counter()
+        engine._replace_weights = timed("update", replace)
+        if version % 2:
+            engine._replace_weights = replace_and_digest
         engine.update_weights(version)
-        if engine.proof.gap is None:
-            bare.append(time.perf_counter() - start)
-    update, digests, canary_s = (statistics.median(each) for each in (bare, parts["digests"], parts["canary"]))
-    every = VLLMSettings().canary_every_updates
+    update, one_side, canary_s = (statistics.median(taken[name]) for name in ("update", "digests", "canary"))
+    # What is loaded is digested at every update; by a server's trainer too.
+    bare = update - one_side * (2 if hasattr(engine, "_pool") else 1)
+    proof = 2 * one_side + canary_s / VLLMSettings().canary_every_updates
     return {
-        "update_s": round(update, 4), "digests_s": round(digests, 4), "canary_s": round(canary_s, 4),
-        "proof_frac": round((digests + canary_s / every) / update, 3),
-        "bytes": engine.proof.num_bytes, "tensors": engine.proof.num_tensors,
+        "update_s": round(bare, 4), "digests_s": round(2 * one_side, 4), "canary_s": round(canary_s, 4),
+        "proof_frac": round(proof / bare, 3), "bytes": engine.proof.num_bytes, "tensors": engine.proof.num_tensors,
     }  # fmt: skip
 
 
@@ -77,7 +128,7 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(f"{way} failed:\n{done.stderr[-4000:]}")
         results[way] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{way:9s} {results[way]}", flush=True)
+        print(f"{way:15s} {results[way]}", flush=True)
     print(json.dumps(results))
 
 
