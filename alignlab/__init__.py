@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from alignlab.config.rollout import SamplingSettings as SamplingSettings
     from alignlab.config.run import EvaluationSettings as EvaluationSettings
     from alignlab.config.run import RunConfig as RunConfig
+    from alignlab.config.trainers import CriticSettings as CriticSettings
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
     from alignlab.types import Completion as Completion
@@ -36,6 +39,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AlignlabError": "alignlab.errors",
     "Completion": "alignlab.types",
+    "CriticSettings": "alignlab.config.trainers",
     "DataSettings": "alignlab.config.data",
     "EmbeddedEngine": "alignlab.rollout.engine",
     "EvaluationSettings": "alignlab.config.run",
@@ -43,6 +47,8 @@ _HOMES = {
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
     "LoraSettings": "alignlab.config.model",
+    "PPOConfig": "alignlab.config.trainers",
+    "PPOTrainer": "alignlab.trainers.ppo",
     "Prompt": "alignlab.types",
     "RewardSettings": "alignlab.config.rewards",
     "Rollout": "alignlab.types",

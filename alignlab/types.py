@@ -206,6 +206,8 @@ class Experience:
         old_logprobs: under the trainer's weights before the update.
         ref_logprobs: under the reference.
         advantages: of each token; 0 off the mask.
+        values: of the state in which each token was chosen, by the critic before the update.
+        returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
     """
 
@@ -216,6 +218,8 @@ class Experience:
     old_logprobs: Float[Tensor, "N"] | None = None
     ref_logprobs: Float[Tensor, "N"] | None = None
     advantages: Float[Tensor, "N"] | None = None
+    values: Float[Tensor, "N"] | None = None
+    returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
 
     @property

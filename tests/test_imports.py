@@ -32,6 +32,7 @@ ALLOWED = {
 PUBLIC = {
     "AlignlabError",
     "Completion",
+    "CriticSettings",
     "DataSettings",
     "EmbeddedEngine",
     "EvaluationSettings",
@@ -39,6 +40,8 @@ PUBLIC = {
     "GRPOTrainer",
     "KLSettings",
     "LoraSettings",
+    "PPOConfig",
+    "PPOTrainer",
     "Prompt",
     "RewardSettings",
     "Rollout",

@@ -71,10 +71,10 @@ def check_engine(trainer: TrainerConfig) -> None:
     Raises:
         ConfigError: it is vLLM, and missing or of a version that was not tested.
     """
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import OnlineConfig
     from alignlab.rollout.vllm.requirement import require_vllm
 
-    if isinstance(trainer, GRPOConfig) and trainer.rollout.engine == "vllm":
+    if isinstance(trainer, OnlineConfig) and trainer.rollout.engine == "vllm":
         require_vllm(trainer.rollout.engine)
 
 
@@ -83,9 +83,9 @@ def server_notes(trainer: TrainerConfig) -> Iterator[str]:
     import httpx2
 
     from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import OnlineConfig
 
-    rollout = trainer.rollout if isinstance(trainer, GRPOConfig) else None
+    rollout = trainer.rollout if isinstance(trainer, OnlineConfig) else None
     for address in rollout.servers if isinstance(rollout, VLLMServerSettings) else ():
         try:
             httpx2.get(f"{address}/health", timeout=5.0, trust_env=False).raise_for_status()
@@ -118,10 +118,10 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompt
 
 def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
     """See that completions fit the model's positions."""
-    from alignlab.config.trainers import GRPOConfig
-    from alignlab.trainers.online import check_room as check
+    from alignlab.config.trainers import OnlineConfig
+    from alignlab.trainers.preflight import check_room as check
 
-    if isinstance(config.trainer, GRPOConfig):
+    if isinstance(config.trainer, OnlineConfig):
         check(model, prompts, config.trainer)
 
 
@@ -169,10 +169,10 @@ def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenize
         RewardError: a function fails.
     """
     from alignlab.config.rewards import RewardLimits, RewardSettings
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import OnlineConfig
     from alignlab.training.reward_functions import load_reward
 
-    limits = config.trainer.reward_limits if isinstance(config.trainer, GRPOConfig) else RewardLimits()
+    limits = config.trainer.reward_limits if isinstance(config.trainer, OnlineConfig) else RewardLimits()
     scorer = (RewardSettings(name=config.evaluation.scorer),) if config.evaluation.scorer else ()
     rewards = [load_reward(each) for each in (*config.rewards, *scorer)]
     texts = [str(prompt.columns["answer"])] if "answer" in prompt.columns else []
@@ -227,14 +227,17 @@ def sample_rollout(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTo
 
 def trainer_line(trainer: TrainerConfig) -> str:
     """What would be run."""
-    from alignlab.config.trainers import GRPOConfig, SFTConfig
+    from alignlab.config.trainers import GRPOConfig, OnlineConfig, SFTConfig
 
     common = f"{trainer.num_steps} steps, learning rate {trainer.learning_rate:g}, into {trainer.output_dir}"
     if isinstance(trainer, SFTConfig):
         return f"sft: {common}; {trainer.num_sequences} examples a step"
-    assert isinstance(trainer, GRPOConfig)
+    assert isinstance(trainer, OnlineConfig)
+    named = "ppo"
+    if isinstance(trainer, GRPOConfig):
+        named = f"{trainer.recipe} = {trainer.advantage} + {trainer.surrogate} + {trainer.reduction}"
     return (
-        f"{trainer.recipe} = {trainer.advantage} + {trainer.surrogate} + {trainer.reduction}: {common}; "
+        f"{named}: {common}; "
         f"{trainer.num_prompts} prompts x {trainer.group_size} completions of at most "
         f"{trainer.sampling.max_new_tokens} tokens and {trainer.num_epochs * trainer.num_minibatches} updates a step"
     )

@@ -95,7 +95,7 @@ def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     """The evaluation that a run's config describes, with the command line's changes."""
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import RolloutSettings, SamplingSettings
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import OnlineConfig
     from alignlab.trainers.run import evaluation_data
 
     data = evaluation_data(config)
@@ -104,9 +104,9 @@ def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     if config.evaluation.scorer is None and not config.rewards:
         raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
     scorer = RewardSettings(name=config.evaluation.scorer) if config.evaluation.scorer else config.rewards[0]
-    learns = isinstance(config.trainer, GRPOConfig)
-    rollout = config.trainer.rollout if isinstance(config.trainer, GRPOConfig) else RolloutSettings()
-    trained = config.trainer.sampling if isinstance(config.trainer, GRPOConfig) else SamplingSettings()
+    learns = isinstance(config.trainer, OnlineConfig)
+    rollout = config.trainer.rollout if isinstance(config.trainer, OnlineConfig) else RolloutSettings()
+    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
     base = config.evaluation.sampled or trained.model_copy(update={"temperature": 1.0} if learns else {})
     sampling = sampling_settings(args, **dict(base))
     seed = config.trainer.seed if args.seed is None else args.seed

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     from alignlab.rollout.vllm.server.process import keep_running, make_server
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="alignlab-served-") as folder:
         options = write_served(config, settings, Path(folder))
         devices = devices_of(len(addresses))
@@ -71,9 +72,9 @@ def server_settings(config: RunConfig) -> VLLMServerSettings:
         ConfigError: it has none.
     """
     from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import OnlineConfig
 
-    rollout = config.trainer.rollout if isinstance(config.trainer, GRPOConfig) else None
+    rollout = config.trainer.rollout if isinstance(config.trainer, OnlineConfig) else None
     if not isinstance(rollout, VLLMServerSettings):
         found = "missing" if rollout is None else rollout.engine
         raise ConfigError(

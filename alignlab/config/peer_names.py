@@ -44,6 +44,17 @@ _GRPO = {
     "router_aux_loss_coef": "a field of architecture, in the section model",
 }
 
+_PPO = {
+    "num_ppo_epochs": "num_epochs",
+    "cliprange": "clip_low and clip_high",
+    "cliprange_value": "critic.value_clip",
+    "kl_coef": "kl.coef",
+    "kl_estimator": "kl.estimator",
+    "lam": "gae_lambda",
+    "whiten_rewards": "whiten_advantages, which whitens the advantages",
+    "response_length": "sampling.max_new_tokens",
+}
+
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
@@ -55,6 +66,7 @@ _SFT = {
 # By the name of our class: their key -> ours.
 PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
+    "PPOConfig": _SHARED | _PPO,
     "SFTConfig": _SHARED | _SFT,
     "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
     "ModelSettings": {

@@ -75,8 +75,6 @@ class _VLLMSettings(Frozen):
     sync: Literal["auto", "merged", "adapter"] = "auto"
     """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
     there is one and vLLM has a GPU; on a CPU it generates half as fast with one."""
-    digests_every_updates: int = Field(1, ge=1)
-    """Every so many weight updates, digests of all tensors are compared on both sides."""
     canary_every_updates: int = Field(10, ge=1)
     """Every so many, and at the first two, the log-probs of a canary are compared with the trainer's."""
     canary_prompts: int = Field(4, ge=1)
@@ -90,6 +88,8 @@ class VLLMSettings(_VLLMSettings):
     """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
 
     engine: Literal["vllm"] = "vllm"
+    digests_every_updates: int = Field(1, ge=1)
+    """Every so many weight updates, digests of all tensors are compared on both sides."""
 
 
 class VLLMServerSettings(_VLLMSettings):
@@ -101,11 +101,11 @@ class VLLMServerSettings(_VLLMSettings):
     memory_frac: float = Field(0.9, gt=0, lt=1)
     """Of the server's device: weights and KV cache."""
     max_staleness: int = Field(0, ge=0)
-    """Updates that the policy may be ahead of the weights that sampled a token. 0: a step's rollouts are generated,
-    then learnt from. k: those of up to k later steps are generated meanwhile."""
+    """Steps that the policy may be ahead of the weights that sampled a token. 0: a step's rollouts are generated, then
+    learnt from. k: those of up to k later steps are generated meanwhile."""
     health_every_s: float = Field(2.0, gt=0)
-    """While requests run, every so many seconds each server is asked whether it lives; after three times without an
-    answer it is lost."""
+    """While requests run, every so many seconds each server and its engine are asked whether they live; after three
+    times without an answer it is lost."""
     request_timeout_s: float = Field(600.0, gt=0)
     """A server that has not answered a request by then is lost."""
     reconnect_s: float = Field(120.0, ge=0)

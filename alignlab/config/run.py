@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import GRPOConfig, SFTConfig
+from alignlab.config.trainers import GRPOConfig, OnlineConfig, PPOConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,7 +62,7 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[GRPOConfig | SFTConfig, Field(discriminator="type")]
+    trainer: Annotated[GRPOConfig | PPOConfig | SFTConfig, Field(discriminator="type")]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 
@@ -83,6 +83,7 @@ class RunConfig(Frozen):
     def _check(self) -> Self:
         self._check_warm_start()
         self._check_data()
+        self._check_critic()
         self._check_rewards()
         return self
 
@@ -118,7 +119,14 @@ class RunConfig(Frozen):
             must = f"be the evaluation data's ({held_out.eval_frac}): it decides which questions are trained on"
             raise BrokenRule(f"{name}.eval_frac", trained_on.eval_frac, must, f"use {held_out.eval_frac}")
 
+    def _check_critic(self) -> None:
+        """A model by name may be an adapter's folder, and is looked at when it is loaded."""
+        form = self.trainer.critic.form if isinstance(self.trainer, PPOConfig) else "model"
+        if form != "model" and self.model.architecture is not None:
+            must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
+            raise BrokenRule("trainer.critic.form", form, must, "use model")
+
     def _check_rewards(self) -> None:
-        if isinstance(self.trainer, GRPOConfig) and not self.rewards:
+        if isinstance(self.trainer, OnlineConfig) and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

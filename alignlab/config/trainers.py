@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen
-from alignlab.config.grpo_rules import RULES
 from alignlab.config.messages import BrokenRule
+from alignlab.config.online_rules import GRPO_RULES, ONLINE_RULES
 from alignlab.config.recipes import fill_recipe
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
@@ -126,15 +126,12 @@ class MismatchSettings(Frozen):
         return self
 
 
-class GRPOConfig(TrainerConfig):
-    """Critic-free reinforcement learning with a group baseline (GRPO, arXiv:2402.03300, and its family)."""
+class OnlineConfig(TrainerConfig):
+    """What every trainer has that learns from its own rollouts."""
 
-    type: Literal["grpo"] = "grpo"
-    recipe: Recipe = "grpo"
-    """Sets the fields from `advantage` to `overlong_buffer_tokens` that are not given; see `recipes`."""
     num_prompts: int = Field(8, ge=1)
     """Prompts a step, over all ranks."""
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(8, ge=1)
     """Completions a prompt."""
     sampling: SamplingSettings = SamplingSettings()
     rollout: RolloutEngineSettings = RolloutSettings()
@@ -142,21 +139,10 @@ class GRPOConfig(TrainerConfig):
     """Passes over each batch of rollouts."""
     num_minibatches: int = Field(1, ge=1)
     """Optimizer steps in each pass."""
-    advantage: Advantage = "group_normalized"
-    surrogate: Surrogate = "ppo_clip"
-    reduction: Reduction = "sequence_mean"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
     """Bounds the loss of tokens with a negative advantage (arXiv:1912.09729); off unless given."""
-    dynamic_sampling: bool = False
-    """Drop groups whose rewards are all equal, and sample others in their place (DAPO)."""
-    max_refills: int = Field(3, ge=1)
-    """Further rounds of sampling a step under `dynamic_sampling`."""
-    overlong_buffer_tokens: int | None = Field(None, ge=1)
-    """Length, below the limit, over which a completion is penalised (DAPO, Eq. 13)."""
-    overlong_penalty: float = Field(1.0, gt=0)
-    """The penalty at the limit."""
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss."""
     kl: KLSettings = KLSettings()
@@ -171,10 +157,43 @@ class GRPOConfig(TrainerConfig):
 
     @model_validator(mode="before")
     @classmethod
+    def _fill_engine(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "rollout" in given:
+            return given | {"rollout": fill_engine(given["rollout"])}
+        return given
+
+    @model_validator(mode="after")
+    def _check_online(self) -> Self:
+        for rule in ONLINE_RULES:
+            rule(self)
+        return self
+
+
+class GRPOConfig(OnlineConfig):
+    """Critic-free reinforcement learning with a group baseline (GRPO, arXiv:2402.03300, and its family)."""
+
+    type: Literal["grpo"] = "grpo"
+    recipe: Recipe = "grpo"
+    """Sets the fields from `advantage` to `overlong_buffer_tokens` that are not given; see `recipes`."""
+    group_size: int = Field(8, ge=2)
+    """Completions a prompt."""
+    advantage: Advantage = "group_normalized"
+    surrogate: Surrogate = "ppo_clip"
+    reduction: Reduction = "sequence_mean"
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal, and sample others in their place (DAPO)."""
+    max_refills: int = Field(3, ge=1)
+    """Further rounds of sampling a step under `dynamic_sampling`."""
+    overlong_buffer_tokens: int | None = Field(None, ge=1)
+    """Length, below the limit, over which a completion is penalised (DAPO, Eq. 13)."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """The penalty at the limit."""
+
+    @model_validator(mode="before")
+    @classmethod
     def _fill_recipe(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        given = given | {"rollout": fill_engine(given["rollout"])} if "rollout" in given else given
         sampling = given.get("sampling", SamplingSettings())
         sampling = dict(sampling) if isinstance(sampling, dict | SamplingSettings) else {}
         limit = sampling.get("max_new_tokens")
@@ -183,6 +202,59 @@ class GRPOConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for rule in RULES:
+        for rule in GRPO_RULES:
             rule(self)
+        return self
+
+
+class CriticSettings(Frozen):
+    """The critic of PPO: where it lives, and how it is trained."""
+
+    form: Literal["lora", "head", "model"] = "lora"
+    """lora: an adapter of its own and a value head on the policy's frozen base. head: the head alone, on the base as it
+    is. model: a copy of the starting policy, trained as the policy is, with a head."""
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    """Of the adapter."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """About ten times the policy's."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far an update may move a value, in units of reward; null does not bound it."""
+    warmup_steps: int = Field(0, ge=0)
+    """First steps, in which the critic learns and the policy does not."""
+
+
+class PPOConfig(OnlineConfig):
+    """Proximal policy optimisation with a critic (arXiv:1707.06347), the KL to the reference priced in the reward."""
+
+    type: Literal["ppo"] = "ppo"
+    surrogate: ClassVar[Surrogate] = "ppo_clip"
+    group_size: int = Field(1, ge=1)
+    """Completions a prompt; the critic needs no group."""
+    num_prompts: int = Field(64, ge=1)
+    """Prompts a step, over all ranks."""
+    num_epochs: int = Field(2, ge=1)
+    """Passes over each batch of rollouts."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount of a token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Of the generalised advantages (arXiv:1506.02438): 1 trusts the rewards alone, 0 the critic after one token."""
+    whiten_advantages: bool = True
+    """To mean 0 and variance 1, over all tokens and ranks of a step."""
+    critic: CriticSettings = CriticSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_kl(cls, given: Any) -> Any:
+        """The KL is in the reward unless it is said otherwise."""
+        if not isinstance(given, dict):
+            return given
+        kl = given.get("kl", {})
+        return given | {"kl": {"coef": 0.05, "placement": "reward"} | kl} if isinstance(kl, dict) else given
+
+    @model_validator(mode="after")
+    def _check_warmup_of_critic(self) -> Self:
+        if self.critic.warmup_steps >= self.num_steps:
+            must = f"be less than num_steps ({self.num_steps}), or the policy never learns"
+            raise BrokenRule("critic.warmup_steps", self.critic.warmup_steps, must, f"use {self.num_steps // 10}")
         return self

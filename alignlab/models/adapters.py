@@ -7,6 +7,7 @@ that saves only the layer's input and the rank-sized product.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +150,40 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, trained in training:  # PEFT lets all of an adapter train afterwards
             parameter.requires_grad = trained
+
+
+def add_role(model: PeftModel, name: str, *, rank: int, alpha: float) -> None:
+    """Put another LoRA adapter on the same frozen base, on the same layers as the one in use, which stays in use."""
+    config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.r, config.lora_alpha, config.lora_dropout = rank, alpha, 0.0
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.add_adapter(name, config)
+    compute_in_base_dtype(model)
+    for parameter, trained in training:
+        parameter.requires_grad = trained
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad = False
+
+
+@contextmanager
+def in_role(model: PeftModel, name: str) -> Iterator[None]:
+    """Within this context the adapter `name` is the one in use and in training, and no other."""
+    before = model.active_adapter
+    training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(name)
+        yield
+    finally:
+        model.set_adapter(before)
+        for parameter, trained in training:
+            parameter.requires_grad = trained
+
+
+def is_of_adapter(model: nn.Module, parameter: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter, whichever, and not to the base."""
+    return isinstance(model, PeftModel) and any(f".{name}." in parameter for name in model.peft_config)
 
 
 @torch.no_grad()

@@ -172,7 +172,9 @@ def save_model(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """
     if isinstance(model, PeftModel):
         # Embeddings are never resized here, and PEFT's own look for that would read the base's config as another class.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(
+            str(folder), save_embedding_layers=False, selected_adapters=[model.active_adapter]
+        )
         return
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
     (model if hub is None else _as_family(model, hub)).save_pretrained(folder)

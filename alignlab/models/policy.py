@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Within this context the model is the policy, as it is outside of a critic's."""
+        return nullcontext()
 
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor,

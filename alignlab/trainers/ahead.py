@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from alignlab.errors import RolloutError
 from alignlab.types import Rollout
+
+_PATIENCE_S = 10.0
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class RolloutsAhead:
 
     Args:
         collect: makes the rollouts of a step.
-        abandon: stops a collection that is running; it may raise.
+        abandon: stops what `collect` is waiting for, which may raise then.
         max_staleness: 0 collects when asked, in the caller's thread.
         last_step: of the run; none beyond it is collected.
     """
@@ -48,7 +53,8 @@ class RolloutsAhead:
     ) -> None:
         self._collect, self._abandon = collect, abandon
         self._max_staleness, self._last_step = max_staleness, last_step
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: threading.Thread | None = None
+        self._wanted: queue.SimpleQueue[tuple[int, Future[Collected]] | None] = queue.SimpleQueue()
         self._begun: deque[tuple[int, Future[Collected]]] = deque()
 
     def take(self, step: int) -> Collected:
@@ -60,23 +66,40 @@ class RolloutsAhead:
         if self._max_staleness == 0:
             return self._collect(step)
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="alignlab-rollouts")
+            # A daemon: where another rank is gone, a collection may wait for it for ever.
+            self._thread = threading.Thread(target=self._work, name="alignlab-rollouts", daemon=True)
+            self._thread.start()
         first = self._begun[-1][0] + 1 if self._begun else step
         for later in range(first, min(step + self._max_staleness, self._last_step) + 1):
-            self._begun.append((later, self._thread.submit(self._collect, later)))
+            self._begun.append((later, Future()))
+            self._wanted.put(self._begun[-1])
         number, future = self._begun.popleft()
         assert number == step, "steps are taken in order"
         return future.result()
 
     def close(self) -> None:
         """Stop collecting; what was collected and not taken is collected again by a run that resumes."""
-        if self._thread is not None:
-            for _, future in self._begun:
-                future.cancel()
-            self._abandon()
-            self._thread.shutdown(wait=True)
-            self._thread = None
-            self._begun.clear()
+        if self._thread is None:
+            return
+        for _, future in self._begun:
+            future.cancel()
+        self._wanted.put(None)
+        for _ in range(round(_PATIENCE_S / _LOOK_S)):
+            self._abandon()  # again, for what began after the last time
+            self._thread.join(_LOOK_S)
+            if not self._thread.is_alive():
+                break
+        self._thread = None
+        self._begun.clear()
+
+    def _work(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            step, future = wanted
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._collect(step))
+                except BaseException as error:  # whatever it is, the step that takes it must learn of it
+                    future.set_exception(error)
 
 
 def check_age(rollouts: Sequence[Rollout], policy_version: int, max_staleness: int) -> None:

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import CheckpointError, NumericsError
-from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.adapters import adapters_disabled, has_adapters, is_of_adapter
 from alignlab.models.attention import causal_lm
+from alignlab.models.critic import Critic
 from alignlab.models.moe import expert_counts, move_biases, routers, take_loads
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
@@ -28,8 +29,8 @@ from alignlab.training.checkpoint import fingerprint, load_optimizer_tensors, op
 from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.types import Experience
 
-# (output of the policy, pack) -> loss of each token [N], and metrics of each token [N], averaged over trained tokens.
-TokenLoss = Callable[[PolicyOutput, Experience], tuple[Tensor, Mapping[str, Tensor]]]
+# (output of what is trained, pack) -> loss of each token [N], and metrics of each [N], averaged over trained tokens.
+TokenLoss = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Learner:
@@ -61,8 +62,9 @@ class Learner:
         if config.gradient_checkpointing:
             exact = {"use_reentrant": False}
             causal_lm(policy.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=exact)
-        optimizer = make_optimizer(policy, config)
-        self.prepared, self.optimizer = accelerator.prepare(policy, optimizer)
+        with policy.in_use():
+            optimizer = make_optimizer(policy, config)
+            self.prepared, self.optimizer = accelerator.prepare(policy, optimizer)
         # The schedule is stepped by hand, once an update: accelerate would step it once a rank.
         self.schedule = make_schedule(optimizer, config, total_updates)
         self.num_skipped = 0
@@ -100,7 +102,8 @@ class Learner:
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters in training, by name."""
-        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        with self.policy.in_use():
+            return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps of the policy and its optimizer; frozen weights are left out."""
@@ -119,7 +122,12 @@ class Learner:
 
     def _frozen_fingerprint(self) -> str:
         """Of the weights that are not trained and so in no checkpoint, such as an adapter's base."""
-        return fingerprint((name, p) for name, p in self.policy.named_parameters() if not p.requires_grad)
+        trained = self.trained
+        return fingerprint(
+            (name, p)
+            for name, p in self.policy.named_parameters()
+            if name not in trained and not is_of_adapter(self.policy.model, name)
+        )
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take back what `tensors` and `state` gave.
@@ -159,7 +167,7 @@ class Learner:
         was_training = policy.training
         policy.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), policy.in_use():
                 return [self._forward(policy, pack) for pack in packs]
         finally:
             policy.train(was_training)
@@ -179,6 +187,10 @@ class Learner:
             NumericsError: a gradient is not finite and the config says stop.
         """
         assert packs, "an update needs at least one pack on every rank"
+        with self.policy.in_use():
+            return self._update(packs, loss, weigh)
+
+    def _update(self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh) -> dict[str, float]:
         self.policy.train()
         packs = [pack.to(self.device) for pack in packs]
         totals = count_step(packs, self.reduce_sum)
@@ -216,7 +228,6 @@ class Learner:
             total = total + router
         for name, values in metrics.items():
             sums[name] += (values.detach() * mean).sum()
-        sums["entropy"] += (output.entropy.detach() * mean).sum()
         # DDP averages gradients over ranks; the loss is divided by counts over all ranks already. Undone here only.
         self.accelerator.backward(total * self.accelerator.num_processes)
 
@@ -270,3 +281,20 @@ class Learner:
             "expert_load_max": float(load.max()) * load.shape[-1],
             **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
         }
+
+
+class CriticLearner(Learner):
+    """Owns a critic and its optimizer; arguments are `Learner`'s."""
+
+    policy: Critic  # type: ignore[assignment]  # what is trained
+
+    def __init__(self, critic: Critic, config: TrainerConfig, accelerator: Accelerator, *, total_updates: int) -> None:
+        super().__init__(critic, config, accelerator, total_updates=total_updates)  # type: ignore[arg-type]
+        self.has_routers = False  # they are the policy's
+
+    def values(self, packs: Sequence[Experience]) -> list[Tensor]:
+        """Values [N] of each pack's masked tokens, without a gradient."""
+        return [output.values for output in self.outputs(packs)]  # type: ignore[attr-defined]
+
+    def _forward(self, policy: torch.nn.Module, pack: Experience) -> Any:
+        return policy(pack.tokens, pack.segments, pack.completion_mask, routing=pack.routing)

@@ -94,6 +94,11 @@ class TrainingLoop(ABC):
         """Whether this rank writes files and shows progress."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """What is trained, by the prefix that its tensors have in a checkpoint."""
+        return {"": self.learner}
+
     @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """One step, counted from 1, over all ranks; returns its metrics."""
@@ -239,12 +244,16 @@ class TrainingLoop(ABC):
         return save_checkpoint(
             folder.checkpoints,
             self.step,
-            tensors=self.learner.tensors(),
+            tensors={
+                f"{role}{name}": tensors
+                for role, learner in self.learners.items()
+                for name, tensors in learner.tensors().items()
+            },
             state={
                 "trainer": type(self).__name__,
                 "train_seconds": self.train_seconds,
                 "before": self.before and self.before.to_json(),
-                "learner": self.learner.state(),
+                "learners": {role: learner.state() for role, learner in self.learners.items()},
                 "loop": self.state() if position is None else position,
             },
             keep=self.config.keep_checkpoints,
@@ -269,7 +278,9 @@ class TrainingLoop(ABC):
         self.train_seconds = checkpoint.state["train_seconds"]
         before = checkpoint.state["before"]
         self.before = before and EvaluationResult.from_json(before)
-        self.learner.load(checkpoint.tensors, checkpoint.state["learner"])
+        for role, learner in self.learners.items():
+            own = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
+            learner.load(own, checkpoint.state["learners"][role])
         self.load_state(checkpoint.state["loop"])
         restore_random_state(checkpoint.random)
         return checkpoint.step

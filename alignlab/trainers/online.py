@@ -1,12 +1,11 @@
 """The loop of every trainer that learns from its own rollouts.
 
-A trainer derives from `OnlineTrainer` and makes three decisions: what it `needs` scored before the update, how
-completions are credited (`credit`), and the loss of a token (`loss`).
+A trainer derives from `OnlineTrainer` and decides how completions are credited (`credit`) and how tokens are averaged
+(`weigh`). What is minimised, and what must be scored for it, is `PolicyObjective`'s.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
@@ -25,14 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
+from alignlab.config.rollout import max_staleness
 from alignlab.config.run import EvaluationSettings
-from alignlab.config.trainers import GRPOConfig
+from alignlab.config.trainers import GRPOConfig, PPOConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
-from alignlab.errors import CheckpointError, ConfigError
-from alignlab.functional.advantages import mixed_groups
-from alignlab.models.attention import causal_lm
+from alignlab.errors import CheckpointError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
@@ -51,7 +48,9 @@ from alignlab.trainers.assemble import (
 )
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
-from alignlab.trainers.mismatch import kept_fractions
+from alignlab.trainers.mismatch import Correction, kept_fractions
+from alignlab.trainers.objective import PolicyObjective
+from alignlab.trainers.preflight import check_room, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
@@ -61,10 +60,6 @@ from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout
-
-logger = logging.getLogger(__name__)
-TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-"""Settings that change the distribution sampled from, and where they do not."""
 
 
 class OnlineTrainer(TrainingLoop):
@@ -82,13 +77,13 @@ class OnlineTrainer(TrainingLoop):
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
     """
 
-    config: GRPOConfig
+    config: GRPOConfig | PPOConfig
 
     def __init__(
         self,
         model: Model,
         reward_funcs: Reward | Sequence[Reward],
-        config: GRPOConfig,
+        config: GRPOConfig | PPOConfig,
         train_dataset: Dataset,
         *,
         eval_dataset: Dataset | None = None,
@@ -112,11 +107,12 @@ class OnlineTrainer(TrainingLoop):
             policy,
             config,
             accelerator,
-            total_updates=config.num_steps * config.num_epochs * config.num_minibatches,
+            total_updates=self.num_policy_steps(config) * config.num_epochs * config.num_minibatches,
             temperature=config.sampling.temperature,
             entropy_grad=config.entropy_coef > 0,
         )
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
+        self.objective = PolicyObjective(config, policy)
         self.rewards = rewards
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = rewards.rewards[0]
@@ -125,14 +121,11 @@ class OnlineTrainer(TrainingLoop):
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
+        self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
         self._collecting_ranks = make_rank_group() if self.max_staleness else None
         self._position = self._position_now()
         self.ahead = self._make_ahead()
-
-    @abstractmethod
-    def needs(self, step: int) -> frozenset[str]:
-        """Which log-probs a step's packs are scored for before the update: any of "old", "ref"."""
 
     @property
     @abstractmethod
@@ -140,12 +133,41 @@ class OnlineTrainer(TrainingLoop):
         """How token losses are averaged."""
 
     @abstractmethod
-    def credit(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:
-        """Advantage [P, G] of each completion, from its reward and the scored packs."""
+    def credit(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """Advantage [P, G] of each completion, to be kept; and the packs with the advantage of each token.
 
-    @abstractmethod
+        What there is to see of it goes into `credit_metrics`.
+        """
+
+    @staticmethod
+    def num_policy_steps(config: GRPOConfig | PPOConfig) -> int:
+        """Steps in which the policy is updated."""
+        return config.num_steps
+
+    @property
+    def num_rounds(self) -> int:
+        """How often prompts are drawn in a step until enough rollouts are kept."""
+        return 1
+
+    def keeps(self, rollout: Rollout) -> bool:
+        """Whether a rollout is learnt from, if there are others."""
+        return True
+
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss [N] of each token, and metrics [N] to average over trained tokens."""
+        return self.objective(output, experience)
+
+    @property
+    def kl_coef(self) -> float:
+        """The coefficient of the KL, as it is now."""
+        return self.objective.kl_coef
+
+    @property
+    def correction(self) -> Correction:
+        """Of the gap between engine and trainer."""
+        return self.objective.correction
 
     def train_step(self, step: int) -> dict[str, float]:
         """One batch of rollouts, learnt from."""
@@ -160,7 +182,7 @@ class OnlineTrainer(TrainingLoop):
             minibatches = self.make_experience(step, rollouts, left_out)
         with self.phase("update"):
             updates = [
-                self.learner.update(packs, self.loss, self.weigh)
+                self.learn(step, packs)
                 for epoch in range(self.config.num_epochs)
                 for packs in random.Random(f"{self.config.seed}/{step}/{epoch}").sample(minibatches, len(minibatches))
             ]
@@ -169,7 +191,7 @@ class OnlineTrainer(TrainingLoop):
         finished = time.perf_counter()
         metrics = kept_fractions({name: sum(u[name] for u in updates) / len(updates) for name in updates[0]})
         metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
-        return metrics | self.engine.metrics() | {
+        return metrics | self.credit_metrics | self.engine.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
             "generate_s": batch.seconds,
             "wait_s": generated - start,
@@ -177,23 +199,31 @@ class OnlineTrainer(TrainingLoop):
             "reward_failures": self.learner.sum_over_ranks(self.rewards.num_failures),
         }
 
+    def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
+        """One optimizer step on a mini-batch; returns its metrics, the same names at each of a step."""
+        return self.learner.update(packs, self.loss, self.weigh)
+
     def collect(self, step: int) -> Collected:
         """This rank's scored rollouts of one step: those to learn from, and those left out.
 
-        With `rollout.max_staleness` it runs in a thread of its own. Under dynamic sampling, groups that teach nothing
-        are replaced. What was left out is still what the policy does: metrics and the store of rollouts hold it too.
+        With `rollout.max_staleness` it runs in a thread of its own. What is not kept is replaced, within `num_rounds`.
+        What was left out is still what the policy does: metrics and the store of rollouts hold it too.
         """
         start = time.perf_counter()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         wanted = self.config.num_prompts // ranks
         kept: list[Rollout] = []
         dull: list[Rollout] = []
-        for attempt in range(1 + (self.config.max_refills if self.config.dynamic_sampling else 0)):
+        for attempt in range(self.num_rounds):
             rows = self.sampler.next()[rank::ranks]
             seed = random.Random(f"{self.config.seed}/{step}/{attempt}/{rank}").getrandbits(62)
-            for rollout in self.generate([self.prompts[row] for row in rows], seed):
-                mixed = bool(mixed_groups(torch.tensor([rollout.rewards])))
-                (kept if mixed or not self.config.dynamic_sampling else dull).append(rollout)
+            try:
+                found = self.generate([self.prompts[row] for row in rows], seed)
+            except BaseException:
+                self._any_rank_collects(False, failed=True)  # the others wait for this rank
+                raise
+            for rollout in found:
+                (kept if self.keeps(rollout) else dull).append(rollout)
             if not self._any_rank_collects(len(kept) < wanted):
                 break
         # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.
@@ -201,13 +231,23 @@ class OnlineTrainer(TrainingLoop):
         seconds = time.perf_counter() - start
         return Collected(sampled[:wanted], sampled[wanted:], seconds, self._position_now())
 
-    def _any_rank_collects(self, flag: bool) -> bool:
-        """`_any_rank` from the collecting thread, whose messages between ranks must not meet the training's."""
+    def _any_rank_collects(self, short: bool, *, failed: bool = False) -> bool:
+        """Whether any rank has too few rollouts; every rank calls this together, where rounds may differ.
+
+        From the collecting thread its messages must not meet the training's, and go through a group of their own.
+
+        Raises:
+            RolloutError: another rank has failed.
+        """
+        if self.num_rounds == 1:
+            return False
         if self._collecting_ranks is None:
-            return self._any_rank(flag)
-        value = torch.tensor(float(flag))
-        torch.distributed.all_reduce(value, group=self._collecting_ranks)
-        return bool(value > 0)
+            return not failed and self._any_rank(short)
+        told = torch.tensor([float(short), float(failed)])
+        torch.distributed.all_reduce(told, group=self._collecting_ranks)
+        if told[1] > 0 and not failed:
+            raise RolloutError("another rank could not collect its rollouts; see its message")
+        return bool(told[0] > 0)
 
     def _make_ahead(self) -> RolloutsAhead:
         abandon = self.engine.abandon if isinstance(self.engine, VLLMServerEngine) else lambda: None
@@ -233,18 +273,13 @@ class OnlineTrainer(TrainingLoop):
         """
         size = -(-len(rollouts) // self.config.num_minibatches)
         parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        needs, budget = self.needs(step), self.config.tokens_per_microbatch
+        needs, budget = self.objective.needs(step), self.config.tokens_per_microbatch
         scored = [self._score(pack_rollouts(part, budget=budget), needs) for part in parts]
-        advantages = self.credit(rollouts, scored).to(self.learner.device)
+        advantages, credited = self.credit(rollouts, scored)
         if self.store is not None:
             known = [*advantages.tolist(), *[None] * len(left_out)]
             self.store.append(step, [*rollouts, *left_out], advantages=known)
-        teaches = self.teaches(rollouts).to(self.learner.device)
-        parts_of = [slice(i * size, (i + 1) * size) for i in range(len(parts))]
-        return [
-            [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
-            for part, packs in zip(parts_of, scored, strict=True)
-        ]
+        return credited
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which completions [P, G] are trained on: those with a reward and, under `mask_truncated`, an end."""
@@ -267,10 +302,11 @@ class OnlineTrainer(TrainingLoop):
             scored = [replace(p, old_logprobs=o.logprobs) for p, o in zip(scored, outputs, strict=True)]
             if self.config.routing_replay == "trainer":
                 scored = [replace(p, routing=o.routing) for p, o in zip(scored, outputs, strict=True)]
+        free = [replace(pack, routing=None) for pack in scored]  # the reference chooses its own experts
         if "ref" in needs and self.reference is None:
-            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(scored), strict=True)]
+            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(free), strict=True)]
         elif "ref" in needs:
-            values = self.learner.score(scored, self.reference)
+            values = self.learner.score(free, self.reference)
             scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, values, strict=True)]
         return scored
 
@@ -301,6 +337,8 @@ class OnlineTrainer(TrainingLoop):
 
     def _close(self) -> None:
         self.ahead.close()
+        if isinstance(self.engine, VLLMServerEngine) and self.is_main:
+            self.engine.release()
         self.store = None
         self.rewards.close()
 
@@ -310,6 +348,7 @@ class OnlineTrainer(TrainingLoop):
             "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
             "reward_failures": self._failures_of_ranks(),
+            "kl_coef": self.objective.kl_coef,
             "reference": self.reference and fingerprint(self.reference.named_parameters()),
         }
 
@@ -332,6 +371,7 @@ class OnlineTrainer(TrainingLoop):
                 "the reference of the KL is a copy of the policy that the run began with, and the model given now is "
                 "another; resume with the model that the run was started with"
             )
+        self.objective.kl_coef = state["kl_coef"]
         self.sampler.load_state_dict(state["sampler"])
         own = state["reward_failures"][self.accelerator.process_index]
         self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})
@@ -339,43 +379,3 @@ class OnlineTrainer(TrainingLoop):
         self.ahead = self._make_ahead()
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.engine.update_weights(max(state["policy_version"], self.engine.policy_version + 1))
-
-
-def check_room(model: Any, prompts: Sequence[Prompt], config: GRPOConfig) -> None:
-    """See that the longest prompt leaves room for its completion, in the model and in the engine.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-    wanted = config.sampling.max_new_tokens
-    for limit, named in ((positions, "the model's {} positions"), (served, "rollout.context_tokens ({})")):
-        if limit is not None and longest + wanted > limit:
-            raise ConfigError(
-                f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
-                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
-            )
-
-
-def warn_of_truncation(sampling: SamplingSettings) -> None:
-    """Say so where completions are not drawn from the distribution that is trained."""
-    truncating = [
-        name
-        for name, off in TRUNCATES.items()
-        if getattr(sampling, name) != off
-    ]
-    if truncating:
-        logger.warning(
-            "sampling.%s changes the distribution that rollouts are drawn from, and the loss is of the whole one: "
-            "the gradient is biased and rollout_gap is large by construction; leave it out, unless that is meant",
-            ", sampling.".join(truncating),
-        )
-
-
-def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:
-    """The pack with each sequence's advantage [B] on its tokens; sequences that do not teach [B] are masked out."""
-    sequences = pack.segments.sequence_of_token.clamp(min=0)
-    mask = pack.completion_mask & teaches[sequences]
-    return replace(pack, completion_mask=mask, advantages=torch.where(mask, advantages[sequences], 0.0))

@@ -16,7 +16,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import SFTConfig
+from alignlab.config.trainers import PPOConfig, SFTConfig
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
@@ -25,6 +25,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
+from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -166,12 +167,13 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> GRPOTrainer | SFTTrainer:
+) -> GRPOTrainer | PPOTrainer | SFTTrainer:
     """The trainer that the config's `trainer.type` names."""
     lora = config.model.lora
     if isinstance(config.trainer, SFTConfig):
         return SFTTrainer(model, config.trainer, config.data, tokenizer=tokenizer, peft_config=lora)
-    return GRPOTrainer(
+    kind = PPOTrainer if isinstance(config.trainer, PPOConfig) else GRPOTrainer
+    return kind(
         model,
         config.rewards,
         config.trainer,

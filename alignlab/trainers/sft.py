@@ -29,4 +29,4 @@ class SFTTrainer(OfflineTrainer):
 
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-log p of each token [N]."""
-        return -output.logprobs, {}
+        return -output.logprobs, {"entropy": output.entropy}

@@ -80,3 +80,13 @@ def overlong_penalty(length: int, max_tokens: int, buffer_tokens: int, factor: f
     if length <= soft:
         return 0.0
     return -min(length - soft, buffer_tokens) / buffer_tokens * factor
+
+
+def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """One sequence, from the definition: A[i] is the sum over k of (gamma lam)^k delta[i + k]."""
+    following = [*values[1:], 0.0][: len(values)]
+    deltas = [r + gamma * n - v for r, n, v in zip(rewards, following, values, strict=True)]
+    return [
+        sum((gamma * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas)))
+        for i in range(len(deltas))
+    ]

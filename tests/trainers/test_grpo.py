@@ -237,7 +237,7 @@ def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, t
     rollouts = trainer.collect(1).rollouts
     lengths = torch.tensor([[len(c.token_ids) for c in r.completions] for r in rollouts], dtype=torch.float32)
     rewards = torch.tensor([r.rewards for r in rollouts]) - (lengths - 2).clamp(min=0) / 4 * 2
-    torch.testing.assert_close(trainer.credit(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(trainer.advantages(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
 
 
 def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:

@@ -85,7 +85,7 @@ def test_the_price_of_kl_sums_over_packs(make_model: Make, make_config: Make, to
     for budget in (4096, 16, 1):
         trainer.config = config.model_copy(update={"tokens_per_microbatch": budget})
         [packs] = trainer.make_experience(1, rollouts)
-        found.append((len(packs), trainer.credit(rollouts, [packs])))
+        found.append((len(packs), trainer.advantages(rollouts, [packs])))
     assert len({count for count, _ in found}) == 3
     for _, advantages in found[1:]:
         torch.testing.assert_close(advantages, found[0][1], atol=1e-5, rtol=0)

@@ -284,7 +284,7 @@ def test_a_hanging_asynchronous_function_is_cancelled(make: Make) -> None:
 def test_a_function_that_blocks_the_event_loop_costs_the_loop_alone(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignlab.training.reward_calls._GRACE_S", SHORT_S)
+    monkeypatch.setattr("alignlab.rollout.loop_thread._GRACE_S", SHORT_S)
     release = threading.Event()
     block = iter([True, False])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignlab.config.grpo_rules import MAX_VLLM_TEMPERATURE
+from alignlab.config.online_rules import MAX_VLLM_TEMPERATURE
 from alignlab.errors import RolloutError
 from alignlab.rollout.detokenizer import decode
 from alignlab.rollout.requests import completion_keys, end_token_ids

@@ -57,10 +57,10 @@ class VLLMEngine(ProvedEngine):
         self._llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
-    def _replace_weights(self, policy_version: int, *, check: bool) -> Mapping[str, Tensor]:
+    def _replace_weights(self, policy_version: int) -> Mapping[str, Tensor]:
         sent = self._sync.send(self._llm, policy_version)
         self._llm.reset_prefix_cache()
-        if check:
+        if self._num_updates % self._settings.digests_every_updates == 0:
             self._sync.check(self._llm, sent)
         return sent
 

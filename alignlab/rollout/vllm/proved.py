@@ -62,6 +62,7 @@ class ProvedEngine(ABC):
         self._model, self._tokenizer = model, tokenizer
         self._settings = settings
         self._lm = causal_lm(model)
+        self._parameters = list(model.parameters())  # a critic's role on the same base comes later, and is not sent
         self._num_updates = 0
         self._last_gap: CanaryGap | None = None
         self._in_doubt: str | None = "they were never sent"
@@ -72,12 +73,20 @@ class ProvedEngine(ABC):
         """One completion for each request, in order."""
 
     @abstractmethod
-    def _replace_weights(self, policy_version: int, *, check: bool) -> Mapping[str, Tensor]:
+    def _replace_weights(self, policy_version: int) -> Mapping[str, Tensor]:
         """Have vLLM use the policy's present weights and drop what was cached; returns what travelled.
 
         Raises:
-            RolloutError: with `check`, what arrived is not what was sent.
+            RolloutError: what arrived is not what was sent.
         """
+
+    def _proves(self) -> bool:
+        """Whether this update is proved by a canary.
+
+        At the first two always: what vLLM does wrong at an update, it does at each but the one that it starts with.
+        """
+        number = self._num_updates
+        return number < _FIRST_UPDATES or number % self._settings.canary_every_updates == 0
 
     def _canaries(self) -> list[CanaryGap]:
         """The gap of each vLLM that runs."""
@@ -135,14 +144,11 @@ class ProvedEngine(ABC):
         self._in_doubt = None
 
     def _present(self) -> tuple[int, ...]:
-        return weights_stamp(self._model.parameters(), self._model.modules())
+        return weights_stamp(self._parameters, self._model.modules())
 
     def _replace_and_prove(self, policy_version: int) -> SyncProof:
-        settings, number = self._settings, self._num_updates
-        sent = self._replace_weights(policy_version, check=number % settings.digests_every_updates == 0)
-        # At the first two always: what vLLM does wrong at an update, it does at each but the one that it starts with.
-        proves = number < _FIRST_UPDATES or number % settings.canary_every_updates == 0
-        gaps = self._canaries() if proves else []
+        sent = self._replace_weights(policy_version)
+        gaps = self._canaries() if self._proves() else []
         gap = max(gaps, key=lambda gap: gap.largest, default=None)
         self._last_gap = gap or self._last_gap
         self._num_updates += 1

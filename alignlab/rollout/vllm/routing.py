@@ -16,6 +16,9 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
     bind_routed_experts_capturer,
 )
 
+_KEPT = 20_000
+"""Requests whose choices are kept at most."""
+
 
 class RoutingRecorder:
     """Keeps the choices of each request in work, from when it is made until they are taken.
@@ -55,6 +58,8 @@ class RoutingRecorder:
                 known_as = name.rpartition("-")[0]  # vLLM adds something random to a request's name
                 self._records.setdefault(known_as, []).append((position, rows[row : row + count]))
             row += count
+        while len(self._records) > _KEPT:  # of requests that were given up, whose choices nobody takes
+            self._records.pop(next(iter(self._records)))
 
 
 def _joined(parts: Sequence[tuple[int, Tensor]], layers: Sequence[int]) -> Tensor:

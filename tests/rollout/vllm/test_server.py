@@ -81,7 +81,7 @@ def test_a_server_that_hangs_is_lost_and_comes_back(pair: Any, monkeypatch: pyte
     engine, _, _, processes = pair
     expected, before = tokens(engine), engine.metrics()
     with at_request(engine, 5, lambda: processes[0].stop(signal.SIGSTOP)), monkeypatch.context() as patch:
-        patch.setattr(engine._pool._http, "timeout", 2.0)
+        patch.setattr("alignlab.rollout.vllm.server.client.CONNECT_S", 0.5)  # it does not say that it lives
         try:
             assert tokens(engine) == expected
         finally:
@@ -114,6 +114,29 @@ def test_a_server_that_dies_is_survived_and_taken_back_when_it_is_started_again(
     assert again.is_set()
     [_, server] = engine._pool.alive
     assert [a.token_ids for a in engine._pool.answers_of(server, requests_of(engine))] == expected
+
+
+def test_another_rank_follows_the_first_one_s_updates(pair: Any) -> None:
+    """It sends nothing, and asks for the weights that the first rank has sent, of the servers that have them."""
+    from alignlab.rollout.vllm.server.pool import SentWeights, ServerPool
+
+    engine, model, settings, _ = pair
+    first = engine._pool
+    other = ServerPool(settings, first._identity, [], run=first.run, rank=1, check=lambda about: None)
+    other.open()
+    try:
+        for _ in range(3):
+            shake(model, 0.05)
+            engine.update_weights(engine.policy_version + 1)
+            other.expect(SentWeights(first._sent.version, None, {}, False))
+            answers = other.answers(requests_of(engine))
+            assert [answer.token_ids for answer in answers] == tokens(engine)
+            assert {v for answer in answers for v in answer.policy_versions} == {engine.policy_version}
+        assert other.counts == {} and len(other.alive) == 2
+        other.expect(SentWeights(f"{first.run}-99-99", None, {}, False))
+        assert other.alive == []  # nobody has those
+    finally:
+        other.close()
 
 
 def stopped(engine: Any, message: str) -> None:
@@ -177,6 +200,11 @@ def test_an_update_that_breaks_off_changes_nothing_at_the_servers(pair: Any, mon
 
 def test_servers_of_another_run_are_left_to_it(pair: Any, make_client: Any) -> None:
     engine, model, settings, _ = pair
+    at_once = settings.model_copy(update={"reconnect_s": 0.0})
+    with pytest.raises(ConfigError, match=r"was used by another run \d+ s ago; end that run, or name other servers"):
+        make_client(model, at_once)
+    assert tokens(engine)
+    engine.release()
     other = make_client(model, settings)  # takes the servers over, as a run after a finished one does
     with pytest.raises(RolloutError, match=r"holds the weights of another run .* give each run its own servers"):
         engine.generate(make_prompts(3), SamplingParams())
@@ -234,9 +262,12 @@ def test_a_port_in_use_is_named(pair: Any, tmp_path: Any) -> None:
         make_server(address, tmp_path, {})
 
 
-def test_when_no_server_is_left_it_says_so_in_time(pair: Any, make_client: Any) -> None:
+def test_when_no_server_is_left_it_says_so_in_time(
+    pair: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last test of the pair: nothing brings them back."""
     _, model, settings, processes = pair
+    monkeypatch.setattr("alignlab.rollout.vllm.server.pool.LEASE_S", -1.0)
     engine = make_client(model, settings.model_copy(update={"reconnect_s": 0.2}))
 
     def end() -> None:
@@ -249,10 +280,16 @@ def test_when_no_server_is_left_it_says_so_in_time(pair: Any, make_client: Any) 
         engine.update_weights(engine.policy_version + 1)
 
 
-def test_an_adapter_travels_alone(serve: Serve, make_client: Any) -> None:
+@pytest.fixture(scope="module")
+def adapter(serve: Serve, make_client: Any) -> tuple[Any, Any]:
+    """(engine, model) of an adapter that is sent alone."""
     model: Any = add_lora(make_model(DENSE), LoraSettings(rank=4, alpha=12))
     settings, _ = serve(model, lora_rank=4, sync="adapter", max_staleness=1)
-    engine = make_client(model, settings)
+    return make_client(model, settings), model
+
+
+def test_an_adapter_travels_alone(adapter: Any) -> None:
+    engine, model = adapter
     for _ in range(3):
         shake(model)
         engine.update_weights(engine.policy_version + 1)
@@ -260,6 +297,42 @@ def test_an_adapter_travels_alone(serve: Serve, make_client: Any) -> None:
         [completion] = flat(engine.generate(make_prompts(40), SamplingParams(max_new_tokens=3)))
         assert set(completion.policy_versions) == {engine.policy_version}
     assert engine.proof.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
+
+
+def test_requests_end_with_the_adapter_that_they_began_with(adapter: Any) -> None:
+    """It stays as long as they need it, however many come after it."""
+    engine, model = adapter
+    first = engine.policy_version
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    got: list[Completion] = []
+    sampling = SamplingParams(n=4, max_new_tokens=100, ignore_eos=True, seed=1)
+    thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9), sampling))))
+    started = threading.Event()
+    with at_request(engine, 4, started.set):
+        thread.start()
+        assert started.wait(30)
+        for version in range(first + 1, first + 4):
+            shake(model, 0.05)
+            engine.update_weights(version)
+        thread.join()
+    model.load_state_dict(before)
+    assert len(got) == 4
+    for completion in got:
+        assert set(completion.policy_versions) == {first}
+        rows = full_logprobs(model, make_prompts(9)[0].token_ids + completion.token_ids)[8:-1]
+        own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (own - torch.tensor(completion.logprobs)).abs().max() < 5e-5
+    engine.update_weights(first + 4)
+
+
+def test_an_adapter_s_update_that_failed_can_be_tried_again(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = adapter
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    with monkeypatch.context() as patch:
+        sent_wrongly(patch, lambda tensors: tensors[name].zero_())
+        stopped(engine, "tensor model.layers.0.mlp.up_proj.lora_B arrived with another content")
+    engine.update_weights(engine.policy_version + 1)
+    assert engine.proof.gap.largest < 5e-5
 
 
 @pytest.fixture(scope="module")

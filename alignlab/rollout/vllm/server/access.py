@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -15,6 +17,7 @@ VARIABLE = "ALIGNLAB_SERVER_TOKEN"
 SERVED_NAME = "policy"
 """As what a server knows the weights that it was given whole."""
 OPEN_PATHS = ("/health",)  # says that the server lives, and nothing else
+_USES = ("/inference", "/alignlab/weights")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -41,7 +44,13 @@ def server_token() -> str:
 
 
 class TokenGuard:
-    """Middleware of a server: refuses every request without the token."""
+    """Middleware of a server: refuses every request without the token.
+
+    Attributes:
+        last_used: when a request came that uses the weights, by `time.monotonic`, of this process.
+    """
+
+    last_used = -math.inf
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
@@ -50,6 +59,8 @@ class TokenGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
         if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._bears_token(scope):
+            if scope["type"] == "http" and scope["path"].startswith(_USES):
+                TokenGuard.last_used = time.monotonic()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             body = json.dumps({"error": f"the request does not bear the server's token, see ${VARIABLE}"}).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class VLLMServer:
         address: http://HOST:PORT.
         alive: whether requests go to it.
         version: of the weights that it was given last.
+        is_proved: a canary has seen them computed rightly since it was admitted.
         generation: counts its admissions; places in its queue are told apart by it.
         turn: held by whoever gives it weights.
         calls: requests that are running, to be given up when it is lost.
@@ -43,6 +45,7 @@ class VLLMServer:
         self.address = address.rstrip("/")
         self.alive = False
         self.version = ""
+        self.is_proved = False
         self.generation = 0
         self.turn = asyncio.Lock()
         self.calls: set[asyncio.Task[Answer]] = set()
@@ -62,12 +65,17 @@ class VLLMServer:
         return told
 
     async def lives(self) -> bool:
-        """Whether it says so in time."""
+        """Whether it says so in time, and its engine too."""
         try:
-            response = await self._http.get(f"{self.address}/health", timeout=CONNECT_S)
-        except httpx2.TransportError:
+            await self.about()
+        except ServerLost:
             return False
-        return response.status_code == 200
+        return True
+
+    async def release(self) -> None:
+        """Let another run have it."""
+        with contextlib.suppress(ServerLost):
+            await self._ask("POST", "/alignlab/release", timeout=CONNECT_S)
 
     async def put(self, version: str, path: Path) -> dict[str, str]:
         """Give it new weights; returns the digests of what arrived.
@@ -114,7 +122,7 @@ class VLLMServer:
             logprobs=tuple(step["logprob"] for step in choice["logprobs"]["content"]),
             finish_reason=choice["finish_reason"],
             stop_text=choice["stop_reason"] if isinstance(choice["stop_reason"], str) else None,
-            policy_versions=tuple(int(version.partition("-")[2]) for version in versions),
+            policy_versions=tuple(int(version.split("-")[1]) for version in versions),
             routing=await self._routing(told, choice, len(request.token_ids) + len(ids), sparse_layers),
         )
 

@@ -1,12 +1,13 @@
 """What a server answers beside vLLM's own endpoints, added by vLLM's plug-in entry point for endpoints.
 
-    GET  /alignlab/about              who this server is, and of which version its weights are
+    GET  /alignlab/about              who this server is, and of which version its weights are; the engine is asked too
     PUT  /alignlab/weights/{version}  new weights, in use and digested when it returns
+    POST /alignlab/release            the run that gave them needs them no more
     POST /alignlab/routing            experts chosen for a request, where vLLM does not tell (on a CPU)
 
 An update is one call, so that a trainer that dies in the middle leaves nothing half done: the file is whole before
 anything is touched. Requests that are running wait, and go on under the new weights, their earlier tokens computed
-again; under an adapter they go on with the adapter that they began with.
+again; under an adapter they go on with the adapter that they began with, which stays until they are done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import time
 import uuid
 from argparse import Namespace
 from pathlib import Path
@@ -29,10 +31,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 
-from alignlab.rollout.vllm.server.identity import model_identity
-from alignlab.rollout.vllm.server.wire import adapter_config, memory_folder
+from alignlab.rollout.vllm.server.access import TokenGuard
+from alignlab.rollout.vllm.server.identity import digest_of_all, model_identity
+from alignlab.rollout.vllm.server.wire import adapter_config, temporary_folder
 from alignlab.rollout.vllm.transfer import FILE
 
+_ENGINE_S = 4.0
 router = APIRouter(prefix="/alignlab")
 
 
@@ -59,16 +63,19 @@ class Weights:
     Attributes:
         instance: another for each process.
         version: of the weights in use; None before the first update, and since one that failed.
+        digest: of all their tensors, as they arrived.
+        released: whether another run may have the server, whenever it was used last.
     """
 
-    def __init__(self, engine: EngineClient, state: State, args: Namespace) -> None:
+    def __init__(self, engine: Any, state: State, args: Namespace) -> None:
         self.instance = uuid.uuid4().hex
         self.version: str | None = None
+        self.digest = ""
+        self.released = True
         self._engine, self._models = engine, state.openai_serving_models
         self._config: Any = engine.model_config
         self._lora: Any = state.vllm_config.lora_config
-        self._folder = tempfile.TemporaryDirectory(prefix="alignlab-server-", dir=memory_folder())
-        self._adapters: list[str] = []
+        self._adapters: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._turn = asyncio.Lock()
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         dtype = str(self._config.dtype).removeprefix("torch.")
@@ -84,11 +91,19 @@ class Weights:
         if self.records_routing:
             await self._engine.collective_rpc("alignlab_record_routing")
 
-    def about(self) -> dict[str, Any]:
-        """What a trainer must know."""
+    async def about(self) -> dict[str, Any]:
+        """What a trainer must know.
+
+        Raises:
+            TimeoutError: the engine does not answer.
+        """
+        if not self._turn.locked():  # while it loads weights it answers nothing else
+            await asyncio.wait_for(self._engine.get_weight_version(), _ENGINE_S)
         return {
             "instance": self.instance,
             "version": self.version,
+            "digest": self.digest,
+            "idle_s": 1e9 if self.released else time.monotonic() - TokenGuard.last_used,
             "identity": self._identity,
             "context_tokens": self._config.max_model_len,
             "lora_rank": self._lora.max_lora_rank if self._lora else 0,
@@ -97,19 +112,23 @@ class Weights:
 
     async def take(self, version: str, request: Request) -> dict[str, str]:
         """Receive weights and put them to use; returns the digest of each tensor as it arrived."""
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            path = Path(folder) / "adapter_model.safetensors"
+        folder = temporary_folder(int(request.headers.get("content-length", 0)))
+        path = Path(folder.name) / "adapter_model.safetensors"
+        try:
             with path.open("wb") as file:
                 async for chunk in request.stream():
                     file.write(chunk)
             async with self._turn:
-                self.version = None
+                self.version, self.released = None, False
                 adapter = adapter_config(path)
                 if adapter is None:
                     arrived = await self._take_all(version, path)
                 else:
-                    arrived = await self._take_adapter(version, path, adapter)
-                self.version = version
+                    arrived = await self._take_adapter(version, folder, adapter)
+                self.version, self.digest = version, digest_of_all(arrived)
+        finally:
+            if version not in self._adapters:  # vLLM reads an adapter again where it had to give up its place
+                folder.cleanup()
         return arrived
 
     async def routing(self, name: str, layers: list[int]) -> str:
@@ -133,20 +152,28 @@ class Weights:
         await engine.resume_generation()
         return dict(arrived)
 
-    async def _take_adapter(self, version: str, path: Path, config: dict[str, Any]) -> dict[str, str]:
-        (path.parent / "adapter_config.json").write_text(json.dumps(config))
-        await self._done(self._models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=version, lora_path=str(path.parent))
-        ))
-        self._adapters.append(version)
-        while len(self._adapters) > self._lora.max_loras:  # no request is older: trainers pace themselves
-            oldest = self._adapters.pop(0)
-            number = self._models.lora_requests[oldest].lora_int_id
-            await self._done(self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=oldest)))
-            await self._engine.remove_lora(number)
+    async def _take_adapter(
+        self, version: str, folder: tempfile.TemporaryDirectory[str], config: dict[str, Any]
+    ) -> dict[str, str]:
+        (Path(folder.name) / "adapter_config.json").write_text(json.dumps(config))
+        await self._drop_unused()
+        await self._done(
+            self._models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=version, lora_path=folder.name))
+        )
+        self._adapters[version] = folder
         number = self._models.lora_requests[version].lora_int_id
         [arrived] = await self._engine.collective_rpc("alignlab_adapter_arrived", args=(number,))
         return dict(arrived)
+
+    async def _drop_unused(self) -> None:
+        """Unload the oldest adapters that are too many, and that no request is running with."""
+        running = {state.lora_name for state in self._engine.output_processor.request_states.values()}
+        for name in list(self._adapters)[: len(self._adapters) + 1 - self._lora.max_loras]:
+            if name not in running:
+                number = self._models.lora_requests[name].lora_int_id
+                await self._done(self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
+                await self._engine.remove_lora(number)
+                self._adapters.pop(name).cleanup()
 
     @staticmethod
     async def _done(call: Any) -> None:
@@ -158,7 +185,17 @@ class Weights:
 @router.get("/about")
 async def about(request: Request) -> JSONResponse:
     """Who this server is."""
-    return JSONResponse(request.app.state.alignlab.about())
+    try:
+        return JSONResponse(await request.app.state.alignlab.about())
+    except Exception as error:  # also what the engine died of
+        return JSONResponse({"error": f"the engine does not answer: {type(error).__name__} {error}"}, status_code=503)
+
+
+@router.post("/release")
+async def release(request: Request) -> JSONResponse:
+    """Another run may have the server."""
+    request.app.state.alignlab.released = True
+    return JSONResponse({})
 
 
 @router.put("/weights/{version}")

@@ -48,10 +48,14 @@ class VLLMServerEngine(ProvedEngine):
         dtype = str(self._lm.dtype).removeprefix("torch.")
         identity = model_identity(self._lm.config, tokenizer, dtype)
         sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
-        self._pool = ServerPool(settings, identity, sparse_layers, run=_shared_name(self._device))
+        self._alone: bool | None = None
+        self._num_sent = 0
+        self._pool = ServerPool(
+            settings, identity, sparse_layers, run=_shared_name(self._device), rank=_rank(), check=self._check_server
+        )
         self._sent_file = ExitStack()  # until the next update: a server that comes back is given it again
         try:
-            self._alone = self._fits(self._pool.open())
+            self._alone = self._travels_alone(self._pool.open())
             self._update(policy_version)
         except BaseException:
             self.close()
@@ -61,6 +65,10 @@ class VLLMServerEngine(ProvedEngine):
         """Servers alive now; so far, servers lost, servers that came back, requests asked again; the canary's gap."""
         counts = {f"servers/{name}": float(self._pool.counts[name]) for name in ("lost", "returned", "reissued")}
         return super().metrics() | {"servers/alive": float(len(self._pool.alive))} | counts
+
+    def release(self) -> None:
+        """Let other runs have the servers; one that updates the weights again takes them back."""
+        self._pool.release()
 
     def abandon(self) -> None:
         """Give up what other threads are generating; they get a RolloutError."""
@@ -72,29 +80,39 @@ class VLLMServerEngine(ProvedEngine):
         self._pool.close()
         self._sent_file.close()
 
-    def _fits(self, servers: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the adapter travels alone, which the servers must be ready for."""
-        shortest = min(server["context_tokens"] for server in servers)
-        if shortest < self.context_tokens:
-            raise ConfigError(
-                f"a vLLM server takes {shortest} tokens of prompt and completion, and must take {self.context_tokens}; "
-                f"start it from the trainer's config, or use trainer.rollout.context_tokens={shortest}"
-            )
+    def _travels_alone(self, servers: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the adapter is sent alone: as configured, or where all servers are ready for it."""
         room = min(server["lora_rank"] for server in servers)
         alone = self._settings.sync == "adapter" or (
             self._settings.sync == "auto" and has_adapters(self._model) and room > 0
         )
-        needed = check_adapter(self._model) if alone else 0
+        for server in servers:
+            self._check_room(server, alone)
+        return alone
+
+    def _check_server(self, about: Mapping[str, Any]) -> None:
+        """See that a server takes prompts as long and weights as this run sends them."""
+        longest = about["context_tokens"]
+        if longest < self.context_tokens:
+            raise ConfigError(
+                f"a vLLM server takes {longest} tokens of prompt and completion, and must take {self.context_tokens}; "
+                f"start it from the trainer's config, or use trainer.rollout.context_tokens={longest}"
+            )
+        if self._alone is not None:
+            self._check_room(about, self._alone)
+
+    def _check_room(self, about: Mapping[str, Any], alone: bool) -> None:
+        needed, room = check_adapter(self._model) if alone else 0, about["lora_rank"]
         if needed > room or (not alone and room > 0):
             wanted = f"an adapter of rank {needed}" if alone else "all weights"
             raise ConfigError(
                 f"a vLLM server was started for {f'adapters of rank {room}' if room else 'all weights'}, and must be "
                 f"ready for {wanted}; start it from the trainer's config (model.lora, trainer.rollout.sync)"
             )
-        return alone
 
     def _update(self, policy_version: int) -> None:
         """On all ranks together: the first sends, and the others go on when it has."""
+        self._num_sent += 1
         if _rank() == 0:
             try:
                 super()._update(policy_version)
@@ -104,10 +122,14 @@ class VLLMServerEngine(ProvedEngine):
         if not _all_ranks(True, self._device):
             self._in_doubt = "the first rank's update failed"
             raise RolloutError("the first rank could not update the servers' weights; see its message")
-        self._pool.expect(SentWeights(self._pool.name_of(policy_version), None, {}, self._alone))
+        self._pool.expect(SentWeights(self._name(policy_version), None, {}, bool(self._alone)))
         self.policy_version, self._stamp, self._in_doubt = policy_version, self._present(), None
 
-    def _replace_weights(self, policy_version: int, *, check: bool) -> Mapping[str, Tensor]:
+    def _name(self, policy_version: int) -> str:
+        """The version as servers know it: another at each attempt, for nothing that they cached may outlive one."""
+        return f"{self._pool.run}-{policy_version}-{self._num_sent}"
+
+    def _replace_weights(self, policy_version: int) -> Mapping[str, Tensor]:
         model = self._model
         if self._alone:
             assert isinstance(model, PeftModel)
@@ -119,8 +141,7 @@ class VLLMServerEngine(ProvedEngine):
         file = ExitStack()
         path = file.enter_context(weights_file(sent, config))
         try:
-            named = self._pool.name_of(policy_version)
-            self._pool.put(SentWeights(named, path, expected, self._alone), check=check)
+            self._pool.put(SentWeights(self._name(policy_version), path, expected, bool(self._alone)))
         finally:
             self._sent_file.close()
             self._sent_file = file
@@ -129,12 +150,17 @@ class VLLMServerEngine(ProvedEngine):
     def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         return self._pool.answers(requests)
 
+    def _proves(self) -> bool:
+        """Also where a server came since the last canary."""
+        return super()._proves() or not all(server.is_proved for server in self._pool.alive)
+
     def _canaries(self) -> list[CanaryGap]:
         """Of each server; one that is lost meanwhile has none."""
         gaps = []
         for server in self._pool.alive:
             try:
                 gaps.append(self._canary(partial(self._pool.answers_of, server)))
+                server.is_proved = True
             except ServerLost:
                 continue
         if not gaps:

@@ -22,6 +22,11 @@ def model_identity(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     return {name: getattr(text, name, None) for name in _SHAPE} | {"dtype": dtype, "vocabulary": tokens}
 
 
+def digest_of_all(digests: Mapping[str, str]) -> str:
+    """One digest for those of all tensors."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(sorted(digests.items())).encode())
+
+
 def check_identity(own: Mapping[str, Any], served: Mapping[str, Any], address: str) -> None:
     """See that a server runs the trainer's model.
 

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,14 @@ from alignlab.rollout.loop_thread import LoopThread
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.server.access import server_token
 from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
-from alignlab.rollout.vllm.server.identity import check_identity
+from alignlab.rollout.vllm.server.identity import check_identity, digest_of_all
 from alignlab.rollout.weight_proof import check_arrived
 
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
+LEASE_S = 30.0
+"""Another run may take a server over that was not used for so long."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
 
@@ -42,9 +44,9 @@ class SentWeights:
     """What servers were given last, to be given to one that comes back.
 
     Attributes:
-        version: this run's name, a dash, the policy's version.
+        version: this run's name, the policy's version, and how many updates there were, dashes between.
         path: a safetensors file; None on a rank that does not send.
-        digests: of its tensors, as they must arrive.
+        digests: of its tensors, as they must arrive; empty on a rank that does not send.
         adapter: they are an adapter's.
     """
 
@@ -62,15 +64,19 @@ class ServerPool:
         identity: what each server must have alike, see `identity`.
         sparse_layers: whose experts are to be told.
         run: tells this run's weights from others'.
+        rank: of this process.
+        check: raises ConfigError where a server, as it tells of itself, does not fit.
 
     Attributes:
         counts: "lost", "returned" servers and "reissued" requests.
     """
 
     def __init__(
-        self, settings: VLLMServerSettings, identity: Mapping[str, Any], sparse_layers: list[int], *, run: str
+        self, settings: VLLMServerSettings, identity: Mapping[str, Any], sparse_layers: list[int],
+        *, run: str, rank: int, check: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.run = run
+        self._rank, self._check = rank, check
         self.counts: Counter[str] = Counter()
         self._settings, self._identity, self._sparse_layers = settings, identity, sparse_layers
         timeout = httpx2.Timeout(settings.request_timeout_s, connect=CONNECT_S, pool=None)
@@ -98,22 +104,22 @@ class ServerPool:
         """
         return self._wait_for(self._open())
 
-    def put(self, sent: SentWeights, *, check: bool) -> None:
+    def put(self, sent: SentWeights) -> None:
         """Give all servers new weights; those that were lost get another chance. `sent.path` must last until the next.
 
         Raises:
-            RolloutError: with `check`, something did not arrive whole; or no server is left.
+            RolloutError: something did not arrive whole, or no server is left and none comes back in time.
+            ConfigError: a server is in use by another run.
         """
-        self._wait_for(self._put(sent, check=check))
+        self._wait_for(self._put(sent))
 
     def expect(self, sent: SentWeights) -> None:
-        """Take note of weights that another rank has sent."""
-        self._sent = sent
-        self._wait_for(self._look_at_all())
+        """Take note of weights that another rank has sent, and of the servers that have them."""
+        self._wait_for(self._expect(sent))
 
-    def name_of(self, policy_version: int) -> str:
-        """The version as servers know it."""
-        return f"{self.run}-{policy_version}"
+    def release(self) -> None:
+        """Let other runs have the servers."""
+        self._wait_for(self._release())
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         """One completion for each request, in order.
@@ -181,44 +187,79 @@ class ServerPool:
     async def _introduce(self, server: VLLMServer) -> dict[str, Any]:
         about = await server.about()
         check_identity(self._identity, about["identity"], server.address)
+        self._check(about)
         return about
 
-    async def _put(self, sent: SentWeights, *, check: bool) -> None:
+    async def _release(self) -> None:
+        await asyncio.gather(*(server.release() for server in self.alive))
+
+    async def _expect(self, sent: SentWeights) -> None:
+        self._sent = sent
+        for server in self._servers:
+            await self._try_again(server)
+            if server.version != sent.version:
+                self._lose(server, ServerLost("it has not been given the present weights"))
+
+    async def _put(self, sent: SentWeights) -> None:
         first, self._sent = self._sent is None, sent
-        results = await asyncio.gather(
-            *(self._give_in_turn(server, first=first, check=check) for server in self._servers), return_exceptions=True
-        )
-        for server, error in zip(self._servers, results, strict=True):
-            if isinstance(error, ServerLost):
-                self._lose(server, error)
-            elif isinstance(error, BaseException):
-                raise error
-        if not self.alive:
-            raise RolloutError(
-                f"no server took the weights of version {sent.version} ({results[0]}); see what they say, start them "
-                "again, and go on with --resume"
+        until = time.monotonic() + self._settings.reconnect_s
+        while True:
+            results = await asyncio.gather(
+                *(self._give_in_turn(server, first=first) for server in self._servers), return_exceptions=True
             )
+            for server, error in zip(self._servers, results, strict=True):
+                if isinstance(error, ServerLost):
+                    self._lose(server, error)
+                elif isinstance(error, BaseException):
+                    raise error
+            if self.alive:
+                return
+            if time.monotonic() >= until:
+                raise RolloutError(
+                    f"no server took the weights of version {sent.version} ({results[0]}); see what they say, start "
+                    "them again, and go on with --resume"
+                )
+            await asyncio.sleep(min(self._settings.health_every_s, 1.0))
 
-    async def _give_in_turn(self, server: VLLMServer, *, first: bool, check: bool) -> None:
+    async def _give_in_turn(self, server: VLLMServer, *, first: bool) -> None:
         async with server.turn:
-            self._admit(server, await self._give(server, first=first, check=check))
+            await self._give(server, await self._introduce(server), first=first)
 
-    async def _give(self, server: VLLMServer, *, first: bool, check: bool) -> str:
-        """Send the weights and return their version; `first` may take a server over from another run."""
+    async def _give(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
+        """Send the weights where the server does not have them, and admit it; `first` may take it from another run."""
         sent = self._sent
-        assert sent is not None and sent.path is not None
-        held = (await self._introduce(server))["version"]
-        if not first and held is not None and held.partition("-")[0] != self.run:
-            raise RolloutError(
-                f"the server {server.address} holds the weights of another run ({held}); give each run its own servers"
-            )
-        arrived = await server.put(sent.version, sent.path)
-        if check:
+        assert sent is not None
+        if about["version"] != sent.version:
+            if sent.path is None:
+                return  # the rank that sends gives it the weights
+            await self._require_ours(server, about, first=first)
+            arrived = await server.put(sent.version, sent.path)
             try:
                 check_arrived(sent.digests, arrived)
             except RolloutError as error:
                 raise RolloutError(f"server {server.address}: {error}") from error
-        return sent.version
+        elif sent.digests and about["digest"] != digest_of_all(sent.digests):  # it took them, and could not say so
+            raise ServerLost("what it has of the weights is not what was sent")
+        self._admit(server, sent.version)
+
+    async def _require_ours(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
+        """See that nobody else is using a server."""
+        until = time.monotonic() + self._settings.reconnect_s
+        while (held := about["version"]) is not None and held.partition("-")[0] != self.run:
+            if not first:
+                raise RolloutError(
+                    f"the server {server.address} holds the weights of another run ({held}); give each run its own "
+                    "servers"
+                )
+            if about["idle_s"] > LEASE_S:
+                return
+            if time.monotonic() >= until:
+                raise ConfigError(
+                    f"the server {server.address} was used by another run {about['idle_s']:.0f} s ago; end that run, "
+                    "or name other servers in trainer.rollout.servers"
+                )
+            await asyncio.sleep(min(self._settings.health_every_s, 1.0))
+            about = await self._introduce(server)
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         tasks = [asyncio.create_task(self._answer(request)) for request in requests]
@@ -268,7 +309,7 @@ class ServerPool:
         self._number += 1
         call = asyncio.create_task(
             server.complete(
-                request, f"{self.run}-{self._number}", adapter=self._sent.adapter,
+                request, f"{self.run}-{self._rank}-{self._number}", adapter=self._sent.adapter,
                 exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
             )
         )
@@ -277,9 +318,9 @@ class ServerPool:
             return await call
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if server.alive or (task is not None and task.cancelling()):
+            if task is not None and task.cancelling():
                 raise
-            raise ServerLost("it is lost") from None
+            raise ServerLost("it was lost meanwhile") from None
         finally:
             server.calls.discard(call)
             call.cancel()
@@ -295,7 +336,7 @@ class ServerPool:
     def _admit(self, server: VLLMServer, version: str) -> None:
         server.version = version
         if not server.alive:
-            server.alive, server.missed = True, 0
+            server.alive, server.missed, server.is_proved = True, 0, False
             server.generation += 1
             if server.generation > 1:
                 self.counts["returned"] += 1
@@ -338,7 +379,7 @@ class ServerPool:
     async def _look(self, server: VLLMServer) -> None:
         if not server.alive:
             await self._try_again(server)
-        elif await server.lives():
+        elif server.turn.locked() or await server.lives():
             server.missed = 0
         else:
             server.missed += 1
@@ -346,15 +387,9 @@ class ServerPool:
                 self._lose(server, ServerLost(f"it did not say that it lives, {MAX_MISSED} times"))
 
     async def _try_again(self, server: VLLMServer) -> None:
-        async with server.turn:
-            sent = self._sent
-            assert sent is not None
-            try:
-                version = (await self._introduce(server))["version"]
-                if version != sent.version:
-                    if sent.path is None:
-                        return  # the rank that sends gives it the weights
-                    version = await self._give(server, first=False, check=True)
-            except ServerLost:
-                return
-            self._admit(server, version)
+        """Admit a server that is there, with the present weights."""
+        try:
+            async with server.turn:
+                await self._give(server, await self._introduce(server), first=False)
+        except ServerLost as error:
+            self._lose(server, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,11 +23,13 @@ from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.vllm.server.access import SERVED_NAME, VARIABLE, server_token
 
 MAX_RESTARTS = 3
+STEADY_S = 600.0
+UNHEALTHY_S = 60.0
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _OURS = "alignlab.rollout.vllm"
 _PLUGINS = ("vllm.general_plugins", "vllm.platform_plugins")
 _GRACE_S = 10.0
-_PAUSE_S = 0.25
+_PAUSE_S = 0.5
 
 
 @dataclass
@@ -38,7 +41,8 @@ class ServerProcess:
         command: that starts it.
         environment: of the process.
         was_up: it has answered once since it was started last.
-        num_restarts: so far.
+        num_restarts: since it was last up for `STEADY_S`.
+        healthy_at, up_at: when it answered last, and first since it was started, by `time.monotonic`.
     """
 
     address: str
@@ -46,6 +50,8 @@ class ServerProcess:
     environment: dict[str, str]
     was_up: bool = False
     num_restarts: int = 0
+    healthy_at: float = 0.0
+    up_at: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -64,9 +70,10 @@ class ServerProcess:
             return False
 
     def stop(self, sign: signal.Signals) -> None:
-        """Send a signal to it and to the processes that it started."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, sign)
+        """Send a signal to it and to the processes that it started, which may live longer than it does."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
 
 
 def make_server(
@@ -110,39 +117,55 @@ def wait_until_up(server: ServerProcess) -> None:
 def keep_running(servers: Sequence[ServerProcess], tell: Callable[[str], None]) -> None:
     """Start the servers and see that they run, until a signal ends the process; then none is left.
 
-    One that ends after it was up is started again, `MAX_RESTARTS` times.
+    One that ends after it was up, or does not answer for `UNHEALTHY_S`, is started again, up to `MAX_RESTARTS` times in
+    a row; one that ends more often is given up, and the others go on.
 
     Raises:
-        RolloutError: one ends before it is up, or too often.
+        RolloutError: one ends before it was ever up, or none is left.
     """
+    running = list(servers)
     try:
-        for server in servers:
+        for server in running:
             server.start()
-        while True:
-            for server in servers:
-                _look_after(server, tell)
+        while running:
+            for server in list(running):
+                if not _look_after(server, tell):
+                    running.remove(server)
             time.sleep(_PAUSE_S)
+        raise RolloutError("no server is left; what vLLM said is above")
     finally:
         end_all(servers)
 
 
-def _look_after(server: ServerProcess, tell: Callable[[str], None]) -> None:
+def _look_after(server: ServerProcess, tell: Callable[[str], None]) -> bool:
+    """Whether the server is to be looked after any longer."""
     assert server.process is not None
-    status = server.process.poll()
-    if status is None:
-        if not server.was_up and server.answers():
-            server.was_up = True
+    status, now = server.process.poll(), time.monotonic()
+    if status is None and server.answers():
+        if not server.was_up:
             tell(f"{server.address} is up")
-        return
-    if not server.was_up or server.num_restarts >= MAX_RESTARTS:
-        when = f"after {server.num_restarts} restarts" if server.was_up else "before it was up"
+            server.was_up, server.up_at = True, now
+        if now - server.up_at > STEADY_S:
+            server.num_restarts = 0
+        server.healthy_at = now
+        return True
+    if status is None and (not server.was_up or now - server.healthy_at < UNHEALTHY_S):
+        return True
+    how = f"ended with status {status}" if status is not None else f"did not answer for {UNHEALTHY_S:g} s"
+    server.stop(signal.SIGKILL)  # what it started holds memory that the next one needs
+    if not server.was_up and server.num_restarts == 0:
         raise RolloutError(
-            f"the server {server.address} ended with status {status} {when}; what vLLM said is above: correct the "
-            "model or rollout's sizes"
+            f"the server {server.address} {how} before it was up; what vLLM said is above: correct the model or "
+            "rollout's sizes"
         )
+    if server.num_restarts >= MAX_RESTARTS:
+        tell(f"{server.address} {how}, {MAX_RESTARTS} times after it was started again; it is given up")
+        return False
     server.num_restarts += 1
-    tell(f"{server.address} ended with status {status}; starting it again")
+    tell(f"{server.address} {how}; starting it again")
+    server.process.wait()
     server.start()
+    return True
 
 
 def end_all(servers: Sequence[ServerProcess]) -> None:
@@ -151,11 +174,10 @@ def end_all(servers: Sequence[ServerProcess]) -> None:
         server.stop(signal.SIGTERM)
     for server in servers:
         if server.process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 server.process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                server.stop(signal.SIGKILL)
-                server.process.wait()
+            server.stop(signal.SIGKILL)
+            server.process.wait()
 
 
 def _require_free(address: str, host: str, port: int) -> None:
@@ -165,8 +187,8 @@ def _require_free(address: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"a server cannot listen at {address}: {error.strerror}; end what uses the port, or change "
-                "trainer.rollout.servers"
+                f"a server cannot listen at {address}: {error.strerror}; end what uses the port, change "
+                "trainer.rollout.servers, or start only this machine's servers (--only)"
             ) from error
 
 

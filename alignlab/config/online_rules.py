@@ -1,4 +1,5 @@
-"""The rules between GRPOConfig's fields. Each function checks one, and raises BrokenRule with the reason."""
+"""The rules between the fields of trainers that learn from rollouts. Each function checks one, and raises BrokenRule
+with the reason."""
 
 from __future__ import annotations
 
@@ -8,15 +9,12 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.rollout import max_staleness
 
 if TYPE_CHECKING:
-    from alignlab.config.trainers import GRPOConfig
+    from alignlab.config.trainers import GRPOConfig, OnlineConfig
 
 # A sequence's ratio is a mean over its tokens and stays within about 1e-3 of 1: a wider clip never acts.
 MAX_GSPO_CLIP = 0.05
 
 MAX_VLLM_TEMPERATURE = 2.0
-
-# One update behind is what PPO's own later mini-batches are.
-MIN_CORRECTED_STALENESS = 2
 
 # Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
 IGNORED_BY = {
@@ -27,7 +25,7 @@ IGNORED_BY = {
 }
 
 
-def check_minibatches(config: GRPOConfig) -> None:
+def check_minibatches(config: OnlineConfig) -> None:
     """Mini-batches are cut between groups, and must be equal."""
     prompts, parts = config.num_prompts, config.num_minibatches
     if prompts % parts:
@@ -74,14 +72,14 @@ def check_overlong(config: GRPOConfig) -> None:
         raise BrokenRule("overlong_buffer_tokens", buffer, f"be less than sampling.max_new_tokens ({limit})", fix)
 
 
-def check_temperature(config: GRPOConfig) -> None:
+def check_temperature(config: OnlineConfig) -> None:
     """Greedy completions of one prompt are all equal."""
     if config.sampling.temperature == 0:
-        must = f"be above 0: {config.group_size} greedy completions of a prompt are identical and teach nothing"
+        must = "be above 0: greedy completions of a prompt are identical, and nothing is explored"
         raise BrokenRule("sampling.temperature", config.sampling.temperature, must, "use 1.0")
 
 
-def check_engine_temperature(config: GRPOConfig) -> None:
+def check_engine_temperature(config: OnlineConfig) -> None:
     """vLLM refuses more than 2."""
     temperature = config.sampling.temperature
     if config.rollout.engine != "embedded" and temperature > MAX_VLLM_TEMPERATURE:
@@ -90,23 +88,23 @@ def check_engine_temperature(config: GRPOConfig) -> None:
         raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
 
 
-def check_routing_replay(config: GRPOConfig) -> None:
+def check_routing_replay(config: OnlineConfig) -> None:
     """With one update a batch, what the trainer would choose before it is what it chooses in it."""
     if config.routing_replay == "trainer" and config.num_epochs * config.num_minibatches == 1:
         must = "be rollout or none where a batch has one update: the trainer's own choices are then as they are"
         raise BrokenRule("routing_replay", config.routing_replay, must, "use rollout, or num_minibatches 2 or more")
 
 
-def check_staleness(config: GRPOConfig) -> None:
+def check_staleness(config: OnlineConfig) -> None:
     """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
     that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
     behind, correction = max_staleness(config.rollout), config.mismatch.correction
-    if behind >= MIN_CORRECTED_STALENESS and correction not in ("auto", "token_tis", "icepop"):
+    if behind and correction not in ("auto", "token_tis", "icepop"):
         must = f"be token_tis or icepop with rollout.max_staleness {behind}: tokens of older weights must be weighted"
-        raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 1")
+        raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 0")
 
 
-def check_kl_horizon(config: GRPOConfig) -> None:
+def check_kl_horizon(config: OnlineConfig) -> None:
     """A step of more completions than the horizon would move the coefficient past 20 %, and even below 0."""
     num_completions = config.num_prompts * config.group_size
     if config.kl.target is not None and config.kl.horizon < num_completions:
@@ -122,16 +120,18 @@ def check_overlong_penalty(config: GRPOConfig) -> None:
         raise BrokenRule("overlong_penalty", config.overlong_penalty, must, "give overlong_buffer_tokens")
 
 
-RULES = (
+ONLINE_RULES = (
     check_minibatches,
-    check_gspo_clip,
-    check_ignored_fields,
-    check_on_policy,
-    check_overlong,
-    check_overlong_penalty,
     check_temperature,
     check_engine_temperature,
     check_staleness,
     check_routing_replay,
     check_kl_horizon,
+)
+GRPO_RULES = (
+    check_gspo_clip,
+    check_ignored_fields,
+    check_on_policy,
+    check_overlong,
+    check_overlong_penalty,
 )

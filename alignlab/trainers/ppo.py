@@ -1,0 +1,184 @@
+"""PPO: a critic credits each token, by generalised advantages, with the KL to the reference as part of the reward.
+
+Schulman et al. (2017), arXiv:1707.06347; on language models Ziegler et al. (2019), arXiv:1909.08593, and Ouyang et al.
+(2022), arXiv:2203.02155. What it does not do: bootstrap the value of a completion that the length limit cut off, whose
+reward is taken as final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.config.trainers import GRPOConfig, PPOConfig
+from alignlab.functional.kl import kl_k1
+from alignlab.functional.reduction import sequence_sum
+from alignlab.functional.values import (
+    explained_variance,
+    gae,
+    mean_and_variance,
+    moments,
+    token_rewards,
+    value_loss,
+    whitened,
+)
+from alignlab.models.critic import CriticOutput, make_critic
+from alignlab.trainers.learner import CriticLearner, Learner
+from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.reduction import Weigh, token_mean
+from alignlab.types import Experience, Rollout
+
+
+class PPOTrainer(OnlineTrainer):
+    """Proximal policy optimisation with a critic; arguments are `OnlineTrainer`'s.
+
+    Attributes:
+        critic_learner: the critic and its optimizer.
+    """
+
+    config: PPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.critic_learner = CriticLearner(
+            make_critic(self.learner.model, config.critic),
+            config.model_copy(update={"learning_rate": config.critic.learning_rate}),
+            self.accelerator,
+            total_updates=config.num_steps * config.num_epochs * config.num_minibatches,
+        )
+
+    @staticmethod
+    def num_policy_steps(config: GRPOConfig | PPOConfig) -> int:
+        """All but the first, in which the critic warms up."""
+        assert isinstance(config, PPOConfig)
+        return config.num_steps - config.critic.warmup_steps
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """Policy and critic."""
+        return super().learners | {"critic/": self.critic_learner}
+
+    @property
+    def weigh(self) -> Weigh:
+        """Every token of the step weighs the same."""
+        return token_mean
+
+    def credit(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """Advantages and returns of each token; a completion's is the mean of its tokens'."""
+        rewards = torch.tensor([rollout.rewards for rollout in rollouts], device=self.learner.device)
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        size = -(-len(rollouts) // len(minibatches))
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(minibatches))]
+        credited = [
+            self._credit_packs(packs, rewards[part].flatten(), teaches[part].flatten())
+            for part, packs in zip(parts, minibatches, strict=True)
+        ]
+        everything = [pack for packs in credited for pack in packs]
+        self._measure(everything, rewards.numel())
+        if self.config.whiten_advantages:
+            mean, variance = mean_and_variance(self._totals([_advantages(pack) for pack in everything], everything))
+            credited = [
+                [
+                    replace(p, advantages=whitened(_advantages(p), p.completion_mask, mean=mean, variance=variance))
+                    for p in packs
+                ]
+                for packs in credited
+            ]
+        each = torch.cat([_per_sequence(packs, size * rewards.shape[1]) for packs in credited])
+        return each.view_as(rewards), credited
+
+    def _credit_packs(self, packs: Sequence[Experience], rewards: Tensor, teaches: Tensor) -> list[Experience]:
+        """The packs of one mini-batch with values, advantages and returns; what does not teach [B] is masked out."""
+        config, credited = self.config, []
+        masked = [
+            replace(pack, completion_mask=pack.completion_mask & teaches[pack.segments.sequence_of_token.clamp(min=0)])
+            for pack in packs
+        ]
+        for pack, values in zip(masked, self.critic_learner.values(masked), strict=True):
+            mask, ids = pack.completion_mask, pack.segments.sequence_of_token
+            kl, coef = torch.zeros_like(values), 0.0
+            if self.objective.prices_kl and config.kl.placement == "reward":
+                kl, coef = _kl(pack), self.objective.kl_coef
+            steps = token_rewards(rewards.nan_to_num(0.0), kl, mask=mask, sequence_ids=ids, kl_coef=coef)
+            advantages = gae(
+                steps, values, mask=mask, sequence_ids=ids, num_sequences=len(rewards), gamma=config.gamma,
+                lam=config.gae_lambda,
+            )
+            returns = torch.where(mask, advantages + values, 0.0)
+            credited.append(replace(pack, values=values, advantages=advantages, returns=returns))
+        return credited
+
+    def _measure(self, packs: Sequence[Experience], num_samples: int) -> None:
+        """How good the critic was before this step; and the step's KL, which moves an adaptive coefficient."""
+        errors = [_returns(pack) - _values(pack) for pack in packs]
+        of_returns = self._totals([_returns(pack) for pack in packs], packs)
+        self.credit_metrics = {
+            "explained_variance": explained_variance(of_returns, self._totals(errors, packs)),
+            "returns": mean_and_variance(of_returns)[0],
+            "values": mean_and_variance(self._totals([_values(pack) for pack in packs], packs))[0],
+        }
+        if self.objective.prices_kl:
+            kl = mean_and_variance(self._totals([_kl(pack) for pack in packs], packs))[0]
+            self.credit_metrics["kl_in_reward"] = kl
+            self.objective.adapt(kl, num_samples * self.accelerator.num_processes)
+
+    def _totals(self, values: Sequence[Tensor], packs: Sequence[Experience]) -> Tensor:
+        """Moments over the trained tokens of all packs and ranks."""
+        own = sum(moments(value, pack.completion_mask) for value, pack in zip(values, packs, strict=True))
+        assert isinstance(own, Tensor)
+        return self.learner.reduce_sum(own)
+
+    def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
+        """The critic's update and, once it is warm, the policy's."""
+        found = self.critic_learner.update(packs, self.value_loss, self.weigh)
+        metrics = {f"critic/{name}": value for name, value in found.items()}
+        if step > self.config.critic.warmup_steps:
+            metrics |= self.learner.update(packs, self.loss, self.weigh)
+        return metrics
+
+    def value_loss(self, output: CriticOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss [N] of each token's value."""
+        loss, clipped = value_loss(
+            output.values, _values(experience), _returns(experience), clip=self.config.critic.value_clip
+        )
+        return loss, {"clip_frac": clipped.float()}
+
+
+def _advantages(pack: Experience) -> Tensor:
+    assert pack.advantages is not None
+    return pack.advantages
+
+
+def _values(pack: Experience) -> Tensor:
+    assert pack.values is not None
+    return pack.values
+
+
+def _returns(pack: Experience) -> Tensor:
+    assert pack.returns is not None
+    return pack.returns
+
+
+def _kl(pack: Experience) -> Tensor:
+    assert pack.old_logprobs is not None and pack.ref_logprobs is not None
+    return kl_k1(pack.old_logprobs, pack.ref_logprobs)
+
+
+def _per_sequence(packs: Sequence[Experience], num_sequences: int) -> Tensor:
+    """Mean advantage [B] of each sequence's tokens; 0 where it has none."""
+    totals = sum(
+        torch.stack([
+            sequence_sum(values, pack.segments.sequence_of_token, num_sequences=num_sequences)
+            for values in (_advantages(pack), pack.completion_mask.float())
+        ])
+        for pack in packs
+    )
+    assert isinstance(totals, Tensor)
+    return totals[0] / totals[1].clamp(min=1)

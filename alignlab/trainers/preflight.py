@@ -1,0 +1,50 @@
+"""What is looked at before a training from rollouts begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.config.trainers import OnlineConfig
+from alignlab.errors import ConfigError
+from alignlab.models.attention import causal_lm
+from alignlab.types import Prompt
+
+logger = logging.getLogger(__name__)
+TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+"""Settings that change the distribution sampled from, and where they do not."""
+
+
+def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig) -> None:
+    """See that the longest prompt leaves room for its completion, in the model and in the engine.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    wanted = config.sampling.max_new_tokens
+    for limit, named in ((positions, "the model's {} positions"), (served, "rollout.context_tokens ({})")):
+        if limit is not None and longest + wanted > limit:
+            raise ConfigError(
+                f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
+                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
+            )
+
+
+def warn_of_truncation(sampling: SamplingSettings) -> None:
+    """Say so where completions are not drawn from the distribution that is trained."""
+    truncating = [
+        name
+        for name, off in TRUNCATES.items()
+        if getattr(sampling, name) != off
+    ]
+    if truncating:
+        logger.warning(
+            "sampling.%s changes the distribution that rollouts are drawn from, and the loss is of the whole one: "
+            "the gradient is biased and rollout_gap is large by construction; leave it out, unless that is meant",
+            ", sampling.".join(truncating),
+        )
