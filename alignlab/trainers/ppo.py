@@ -61,7 +61,7 @@ class PPOTrainer(OnlineTrainer):
     @property
     def learners(self) -> dict[str, Learner]:
         """Policy and critic."""
-        return super().learners | {"critic/": self.critic_learner}
+        return super().learners | {"critic-": self.critic_learner}
 
     @property
     def weigh(self) -> Weigh:

@@ -66,11 +66,11 @@ def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
     model = add_lora(load_model(model_name, dtype=torch.bfloat16), LoraSettings(rank=16))
     tokenizer, sync = load_tokenizer(model_name), way.removeprefix("server-")
     # Every other update has no proof.
-    proving = {"cache_gib": 1, "block_size": 32, "digests_every_updates": 2, "canary_every_updates": 2}
+    proving = {"cache_gib": 1, "block_size": 32, "canary_every_updates": 2}
     if way != sync:
         with served(model, tokenizer, sync, proving) as engine:
             return timings(engine, rounds)
-    return timings(make_engine(model, tokenizer, VLLMSettings(sync=sync, **proving)), rounds)
+    return timings(make_engine(model, tokenizer, VLLMSettings(sync=sync, digests_every_updates=2, **proving)), rounds)
 
 
 def timings(engine: Any, rounds: int) -> dict[str, Any]:
@@ -91,8 +91,8 @@ def timings(engine: Any, rounds: int) -> dict[str, Any]:
 
     replace = engine._replace_weights
 
-    def replace_and_digest(version: int, *, check: bool) -> Any:
-        sent = replace(version, check=check)
+    def replace_and_digest(version: int) -> Any:
+        sent = replace(version)
         timed("digests", digests)(sent)
         return sent
 
