@@ -90,6 +90,9 @@ class VLLMSettings(_VLLMSettings):
     engine: Literal["vllm"] = "vllm"
     digests_every_updates: int = Field(1, ge=1)
     """Every so many weight updates, digests of all tensors are compared on both sides."""
+    sleep: bool | None = None
+    """Give the GPU's memory to the trainer while nothing is generated: weights go to the host, the KV cache away.
+    Default: on a GPU; a CPU cannot."""
 
 
 class VLLMServerSettings(_VLLMSettings):

@@ -32,6 +32,7 @@ from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
+from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
 from alignlab.trainers.ahead import Collected, RolloutsAhead, check_age
 from alignlab.trainers.assemble import (
@@ -176,6 +177,8 @@ class OnlineTrainer(TrainingLoop):
             batch = self.ahead.take(step)
             rollouts, left_out, self._position = batch.rollouts, batch.left_out, batch.position
             check_age(rollouts, self.engine.policy_version, self.max_staleness)
+        if isinstance(self.engine, ProvedEngine):
+            self.engine.rest()
         version = self.engine.policy_version
         generated = time.perf_counter()
         with self.phase("score"):

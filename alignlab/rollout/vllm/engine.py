@@ -46,6 +46,8 @@ class VLLMEngine(ProvedEngine):
         self._sync = _make_sync(model, settings)
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._device = next(model.parameters()).device
+        self._sleeps = self._device.type != "cpu" if settings.sleep is None else settings.sleep
+        self._asleep = False
         self._llm = self._start()
         if self._sparse_layers and self._device.type == "cpu":
             self._llm.collective_rpc("alignlab_record_routing")
@@ -57,7 +59,19 @@ class VLLMEngine(ProvedEngine):
         self._llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
+    def rest(self) -> None:
+        """Sleep, where the settings say so, until the next call."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
     def _replace_weights(self, policy_version: int) -> Mapping[str, Tensor]:
+        self._wake()
         sent = self._sync.send(self._llm, policy_version)
         self._llm.reset_prefix_cache()
         if self._num_updates % self._settings.digests_every_updates == 0:
@@ -77,7 +91,7 @@ class VLLMEngine(ProvedEngine):
             write_base(self._model, Path(folder))
             self._tokenizer.save_pretrained(folder)
             try:
-                return LLM(folder, **options, **self._sync.options)
+                return LLM(folder, enable_sleep_mode=self._sleeps, **options, **self._sync.options)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise ConfigError(
                     f"vLLM cannot run {type(self._lm).__name__}: {error}; use rollout.engine: embedded, or correct "
@@ -87,6 +101,7 @@ class VLLMEngine(ProvedEngine):
     def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         prompts: list[Any] = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
         params = [VLLMSamplingParams(**request.params) for request in requests]
+        self._wake()
         with _own_random_state():
             outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._sync.request)
         return [self._answer(*each) for each in zip(outputs, self._routing(outputs), strict=True)]

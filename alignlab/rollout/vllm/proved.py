@@ -128,6 +128,9 @@ class ProvedEngine(ABC):
             )
         self._update(policy_version)
 
+    def rest(self) -> None:  # noqa: B027
+        """Called when nothing will be generated for a while: what shares the trainer's device may make room."""
+
     def metrics(self) -> dict[str, float]:
         """Nats by which the last canary was off, at most."""
         return {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}

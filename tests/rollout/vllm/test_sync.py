@@ -267,3 +267,28 @@ def test_a_canary_can_be_rarer(make_vllm: Make) -> None:
         engine.update_weights(version)
         proved.append(engine.proof.gap is not None)
     assert proved == [True, True, False, False, True, False]
+
+
+def test_it_sleeps_between_rollouts_and_wakes_when_it_is_needed(
+    engines: Any, make_vllm: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: here vLLM has nothing to give back, and refuses the mode."""
+    engine, model = engines("dense")
+    calls: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+        patch.setattr(engine._llm, "wake_up", lambda: calls.append("wake"))
+        engine.rest()
+        assert calls == []
+        patch.setattr(engine, "_sleeps", True)
+        engine.rest()
+        engine.rest()
+        assert calls == ["sleep 1"]
+        engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
+        engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
+        assert calls == ["sleep 1", "wake"]
+        engine.rest()
+        engine.update_weights(engine.policy_version + 1)
+        assert calls == ["sleep 1", "wake"] * 2
+    with pytest.raises(ConfigError, match=r"(?s)vLLM cannot run .*[Ss]leep mode"):
+        make_vllm(model, sleep=True)

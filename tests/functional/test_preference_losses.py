@@ -1,0 +1,100 @@
+"""Preference losses by hand, their values at equal policies, and their gradients."""
+
+import math
+
+import pytest
+import torch
+
+from alignlab.functional import preference_losses as losses
+
+MARGINS = torch.tensor([0.0, 1.0, -2.0])
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_dpo_is_log_two_at_equal_policies():
+    assert losses.dpo_sigmoid(torch.zeros(2), beta=0.3).tolist() == pytest.approx([math.log(2)] * 2)
+    assert losses.dpo_sigmoid(torch.zeros(1), beta=0.3, label_smoothing=0.2).item() == pytest.approx(math.log(2))
+    assert losses.dpo_robust(torch.zeros(1), beta=0.3, label_smoothing=0.2).item() == pytest.approx(math.log(2))
+
+
+def test_dpo_by_hand():
+    expected = [-math.log(sigmoid(0.5 * m)) for m in MARGINS.tolist()]
+    assert losses.dpo_sigmoid(MARGINS, beta=0.5).tolist() == pytest.approx(expected)
+    smooth = [-0.9 * math.log(sigmoid(0.5 * m)) - 0.1 * math.log(sigmoid(-0.5 * m)) for m in MARGINS.tolist()]
+    assert losses.dpo_sigmoid(MARGINS, beta=0.5, label_smoothing=0.1).tolist() == pytest.approx(smooth)
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels():
+    """Of labels flipped with probability s, the mean loss is the loss of the true labels."""
+    s = 0.2
+    kept = losses.dpo_robust(MARGINS, beta=0.5, label_smoothing=s)
+    flipped = losses.dpo_robust(-MARGINS, beta=0.5, label_smoothing=s)
+    torch.testing.assert_close((1 - s) * kept + s * flipped, losses.dpo_sigmoid(MARGINS, beta=0.5))
+
+
+def test_ipo_is_zero_at_its_target_and_pulls_back_beyond_it():
+    margins = torch.tensor([2.5, 4.0, 0.0], requires_grad=True)
+    found = losses.ipo(margins, beta=0.2)
+    assert found.tolist() == pytest.approx([0.0, 1.5**2, 2.5**2])
+    found.sum().backward()
+    assert margins.grad.tolist() == pytest.approx([0.0, 3.0, -5.0])
+
+
+def test_hinge_by_hand():
+    assert losses.hinge(torch.tensor([0.0, 1.0, 3.0, -1.0]), beta=0.5).tolist() == pytest.approx([1.0, 0.5, 0.0, 1.5])
+
+
+def test_simpo_by_hand():
+    found = losses.simpo(torch.tensor([-1.0]), torch.tensor([-1.5]), beta=2.0, gamma=0.6)
+    assert found.item() == pytest.approx(-math.log(sigmoid(2.0 * 0.5 - 0.6)))
+
+
+def test_orpo_odds_by_hand_and_at_certainty():
+    p, q = math.exp(-0.5), math.exp(-1.0)
+    expected = -math.log(sigmoid(math.log(p / (1 - p)) - math.log(q / (1 - q))))
+    assert losses.orpo_odds(torch.tensor([-0.5]), torch.tensor([-1.0])).item() == pytest.approx(expected)
+    certain = torch.zeros(1, requires_grad=True)
+    found = losses.orpo_odds(certain, torch.tensor([-1.0]))
+    found.backward()
+    assert math.isfinite(found.item()) and math.isfinite(certain.grad.item())
+
+
+def test_kto_by_hand_and_its_directions():
+    ratios = torch.tensor([1.0, 1.0, -3.0], requires_grad=True)
+    desirable = torch.tensor([True, False, True])
+    weights = dict(beta=0.5, desirable_weight=1.0, undesirable_weight=1.5)
+    found = losses.kto(ratios, desirable, torch.tensor(0.4), **weights)
+    expected = [1 - sigmoid(0.5 * 0.6), 1.5 * (1 - sigmoid(-0.5 * 0.6)), 1 - sigmoid(0.5 * -3.4)]
+    assert found.tolist() == pytest.approx(expected)
+    found.sum().backward()
+    assert ratios.grad[0] < 0 < ratios.grad[1] and ratios.grad[2] < 0  # more of the good, less of the bad
+    below = losses.kto(ratios, desirable, torch.tensor(-5.0), **weights)
+    torch.testing.assert_close(below, losses.kto(ratios, desirable, torch.tensor(0.0), **weights))
+
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])
+    plain = [-math.log(sigmoid(1.0)), -math.log(sigmoid(-0.5))]
+    assert losses.bradley_terry(chosen, rejected).tolist() == pytest.approx(plain)
+    margin = losses.bradley_terry(chosen, rejected, margins=torch.tensor([0.5, 0.0]))
+    assert margin.tolist() == pytest.approx([-math.log(sigmoid(0.5)), plain[1]])
+    centred = losses.bradley_terry(chosen, rejected, centering=0.01)
+    assert centred.tolist() == pytest.approx([plain[0] + 0.01, plain[1] + 0.01 * 0.25])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m: losses.dpo_sigmoid(m, beta=0.3, label_smoothing=0.1), lambda m: losses.ipo(m, beta=0.3),
+        lambda m: losses.dpo_robust(m, beta=0.3, label_smoothing=0.1),
+        lambda m: losses.simpo(m, -m, beta=0.3, gamma=0.1), lambda m: losses.bradley_terry(m, 0.5 * m, centering=0.1),
+        lambda m: losses.orpo_odds(-m.exp() - 0.1, -m.square() - 0.2),
+        lambda m: losses.kto(m, torch.tensor([True, False, True]), torch.tensor(0.1, dtype=torch.float64), beta=0.5,
+                             desirable_weight=1.0, undesirable_weight=2.0),
+    ],
+)  # fmt: skip
+def test_gradients(loss):
+    assert torch.autograd.gradcheck(loss, torch.tensor([0.3, 1.0, -0.7], dtype=torch.float64, requires_grad=True))
