@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from alignlab.config.run import EvaluationSettings as EvaluationSettings
     from alignlab.config.run import RunConfig as RunConfig
     from alignlab.config.trainers import CriticSettings as CriticSettings
+    from alignlab.config.trainers import DPOConfig as DPOConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
+    from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.run import run as run
@@ -40,6 +42,8 @@ _HOMES = {
     "AlignlabError": "alignlab.errors",
     "Completion": "alignlab.types",
     "CriticSettings": "alignlab.config.trainers",
+    "DPOConfig": "alignlab.config.trainers",
+    "DPOTrainer": "alignlab.trainers.dpo",
     "DataSettings": "alignlab.config.data",
     "EmbeddedEngine": "alignlab.rollout.engine",
     "EvaluationSettings": "alignlab.config.run",

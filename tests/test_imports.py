@@ -33,6 +33,8 @@ PUBLIC = {
     "AlignlabError",
     "Completion",
     "CriticSettings",
+    "DPOConfig",
+    "DPOTrainer",
     "DataSettings",
     "EmbeddedEngine",
     "EvaluationSettings",

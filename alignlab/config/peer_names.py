@@ -55,6 +55,14 @@ _PPO = {
     "response_length": "sampling.max_new_tokens",
 }
 
+_DPO = {
+    "per_device_train_batch_size": "num_pairs, over all ranks",
+    "loss_type": "loss",
+    "eval_steps": "eval_every_steps",
+    "precompute_ref_log_probs": "precompute_reference",
+    "max_length": "max_prompt_tokens of the section data",
+}
+
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
@@ -67,6 +75,7 @@ _SFT = {
 PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
     "PPOConfig": _SHARED | _PPO,
+    "DPOConfig": _SHARED | _DPO,
     "SFTConfig": _SHARED | _SFT,
     "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
     "ModelSettings": {

@@ -258,3 +258,44 @@ class PPOConfig(OnlineConfig):
             must = f"be less than num_steps ({self.num_steps}), or the policy never learns"
             raise BrokenRule("critic.warmup_steps", self.critic.warmup_steps, must, f"use {self.num_steps // 10}")
         return self
+
+
+PreferenceLoss = Literal["sigmoid", "robust", "ipo", "ipo_mean", "hinge", "simpo", "orpo"]
+REFERENCE_FREE = ("simpo", "orpo")
+# Fields that a preference loss does not read; a value that is not the default would be ignored in silence.
+READ_BY = {"label_smoothing": ("sigmoid", "robust"), "simpo_gamma": ("simpo",)}
+
+
+class DPOConfig(TrainerConfig):
+    """Learning from preferences directly, without a reward model (DPO, arXiv:2305.18290, and its family)."""
+
+    type: Literal["dpo"] = "dpo"
+    num_pairs: int = Field(32, ge=1)
+    """Pairs a step, over all ranks."""
+    loss: PreferenceLoss = "sigmoid"
+    """sigmoid is DPO; with label_smoothing, cDPO. ipo is of summed log-ratios, ipo_mean of means over tokens. simpo and
+    orpo need no reference. See `functional.preference_losses`."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the KL to the reference; for simpo the scale of mean log-probs (2 to 2.5 there), for orpo the weight
+    of the odds ratio."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a label is wrong, for sigmoid and robust."""
+    simpo_gamma: float = Field(1.0, ge=0)
+    """The margin that the chosen completion must lead by."""
+    precompute_reference: bool = True
+    """Score all pairs by the reference once, before the first step, and keep that on disk for later runs; false scores
+    each batch as it comes."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate during training too; before and after is always done where there is evaluation data."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, losses in READ_BY.items():
+            default = type(self).model_fields[name].default
+            if self.loss not in losses and getattr(self, name) != default:
+                must = f"stay {default} with loss {self.loss}, which does not read it"
+                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or use loss: {losses[-1]}")
+        if self.loss == "robust" and self.label_smoothing == 0:
+            must = "be above 0 with loss robust, which corrects for it"
+            raise BrokenRule("label_smoothing", 0.0, must, "use 0.1, or loss: sigmoid")
+        return self

@@ -120,6 +120,15 @@ def examples_from_rows(
     return ExampleDataset(tuple(examples), skipped)
 
 
+def completion_example(prompt: Text, completion: Text, render: PromptRenderer) -> Example:
+    """A prompt and one completion of it, closed by the end-of-sequence token; the completion is taught.
+
+    Raises:
+        BadRow: they cannot be rendered, or cut apart.
+    """
+    return _example(_cut_after(prompt, completion, render), render)
+
+
 def _pieces(row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str) -> list[_Piece]:
     if row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
         messages = check_text(row["messages"], "messages")
@@ -127,7 +136,10 @@ def _pieces(row: Mapping[str, Any], render: PromptRenderer, answer_column: str, 
             raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
         return _chat_pieces(render.messages(messages), render, first_taught=0)
     prompt, columns = split_row(row, render.settings.prompt_column)
-    completion = _completion(columns, answer_column, answer_template)
+    return _cut_after(prompt, _completion(columns, answer_column, answer_template), render)
+
+
+def _cut_after(prompt: Text, completion: Text, render: PromptRenderer) -> list[_Piece]:
     if render.chat:
         before = render.messages(prompt)
         after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

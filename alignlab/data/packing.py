@@ -78,6 +78,22 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
     return [_rollout_pack([units[i] for i in members], share_prefix) for members in bins]
 
 
+def pack_groups(rollouts: Sequence[Rollout], *, budget: int) -> list[Experience]:
+    """As `pack_rollouts`, but no group is divided: one that is over the budget gets a pack of its own.
+
+    For losses of several completions of one prompt together.
+    """
+    units: list[_Unit] = []
+    next_id = 0
+    for group_id, rollout in enumerate(rollouts):
+        branches = tuple(_Branch(next_id + i, completion) for i, completion in enumerate(rollout.completions))
+        next_id += len(branches)
+        assert rollout.prompt.token_ids and all(branch.num_tokens for branch in branches)
+        units.append(_Unit(group_id, rollout.prompt.token_ids, branches))
+    bins = balanced_bins([unit.num_tokens for unit in units], budget)
+    return [_rollout_pack([units[i] for i in members], share_prefix=True) for members in bins]
+
+
 def pack_examples(examples: Sequence[Example], *, budget: int) -> list[Experience]:
     """Packs of at most `budget` tokens; each example is a root whose sequence id is its index.
 

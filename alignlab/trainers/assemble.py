@@ -15,6 +15,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
+from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
 from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora, has_adapters
@@ -130,6 +131,18 @@ def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequen
     if all(isinstance(row, Example) for row in rows):
         return rows
     return examples_from_rows(rows, DataSettings(path="rows"), tokenizer)
+
+
+def resolve_preferences(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference]:
+    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already."""
+    if isinstance(dataset, str):
+        dataset = DataSettings(path=dataset)
+    if isinstance(dataset, DataSettings):
+        return load_preferences(dataset, tokenizer)
+    rows = list(dataset)
+    if all(isinstance(row, Preference) for row in rows):
+        return rows
+    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer)
 
 
 def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:

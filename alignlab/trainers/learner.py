@@ -129,6 +129,10 @@ class Learner:
             if name not in trained and not is_of_adapter(self.policy.model, name)
         )
 
+    def reference_fingerprint(self, reference: Policy | None) -> str:
+        """Of the weights that a reference is: a frozen copy, or the base of the adapter in training."""
+        return self._frozen_fingerprint() if reference is None else fingerprint(reference.named_parameters())
+
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take back what `tensors` and `state` gave.
 
@@ -177,8 +181,10 @@ class Learner:
         with adapters_disabled(self.policy.model):
             return self.score(packs)
 
-    def update(self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh) -> dict[str, float]:
-        """One optimizer step on all of `packs`; every rank must call it together.
+    def update(
+        self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh, *, measure: Weigh = token_mean
+    ) -> dict[str, float]:
+        """One optimizer step on all of `packs`; every rank must call it together. Metrics are summed by `measure`.
 
         The loss is `sum(token_loss * weights)` over all packs and ranks, with denominators of the whole step. A step
         without a trained token on any rank changes nothing, and is counted.
@@ -188,16 +194,18 @@ class Learner:
         """
         assert packs, "an update needs at least one pack on every rank"
         with self.policy.in_use():
-            return self._update(packs, loss, weigh)
+            return self._update(packs, loss, weigh, measure)
 
-    def _update(self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh) -> dict[str, float]:
+    def _update(
+        self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh, measure: Weigh
+    ) -> dict[str, float]:
         self.policy.train()
         packs = [pack.to(self.device) for pack in packs]
         totals = count_step(packs, self.reduce_sum)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i, pack in enumerate(packs):
             with self._synchronised(last=i == len(packs) - 1):
-                self._backward(pack, loss, weigh, totals, sums)
+                self._backward(pack, loss, weigh(pack, totals), measure(pack, totals), totals, sums)
         metrics = self._step(packs, totals)
         names = sorted(sums)
         values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
@@ -215,19 +223,19 @@ class Learner:
         return output
 
     def _backward(
-        self, pack: Experience, loss: TokenLoss, weigh: Weigh, totals: StepTotals, sums: dict[str, Tensor]
+        self, pack: Experience, loss: TokenLoss, weights: Tensor, measured: Tensor, totals: StepTotals,
+        sums: dict[str, Tensor],
     ) -> None:
         output = self._forward(self.prepared, pack)
         token_loss, metrics = loss(output, pack)
-        weights, mean = weigh(pack, totals), token_mean(pack, totals)
         total = (token_loss * weights).sum()
         sums["loss"] += total.detach()
         if output.router_loss is not None:
-            router = (output.router_loss * mean).sum()
+            router = (output.router_loss * token_mean(pack, totals)).sum()
             sums["router_loss"] += router.detach()
             total = total + router
         for name, values in metrics.items():
-            sums[name] += (values.detach() * mean).sum()
+            sums[name] += (values.detach() * measured).sum()
         # DDP averages gradients over ranks; the loss is divided by counts over all ranks already. Undone here only.
         self.accelerator.backward(total * self.accelerator.num_processes)
 

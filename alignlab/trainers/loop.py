@@ -19,7 +19,7 @@ from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
-from alignlab.training.evaluation import EvaluationResult
+from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
 from alignlab.training.metrics import MetricsLogger, check_trackers
 from alignlab.training.progress import TrainingProgress
@@ -51,8 +51,8 @@ class TrainResult:
     interrupted: bool
     signal: str | None
     metrics: Mapping[str, float]
-    before: EvaluationResult | None
-    after: EvaluationResult | None
+    before: Evaluation | None
+    after: Evaluation | None
     folder: Path
 
 
@@ -82,7 +82,7 @@ class TrainingLoop(ABC):
         self.generate_options: tuple[str, ...] = ()
         self.step = 0
         self.train_seconds = 0.0
-        self.before: EvaluationResult | None = None
+        self.before: Evaluation | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
 
     @property
@@ -103,7 +103,7 @@ class TrainingLoop(ABC):
     def train_step(self, step: int) -> dict[str, float]:
         """One step, counted from 1, over all ranks; returns its metrics."""
 
-    def evaluate(self) -> EvaluationResult | None:
+    def evaluate(self) -> Evaluation | None:
         """Accuracy on held-out data; None where there is none."""
         return None
 
@@ -181,7 +181,7 @@ class TrainingLoop(ABC):
             base_model=self.base_model,
         )
 
-    def _evaluate(self, logger: MetricsLogger) -> EvaluationResult | None:
+    def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
         with self.progress.phase("evaluate"):
             result = self.evaluate()
         if result is not None:
@@ -277,7 +277,7 @@ class TrainingLoop(ABC):
         self.step = checkpoint.step
         self.train_seconds = checkpoint.state["train_seconds"]
         before = checkpoint.state["before"]
-        self.before = before and EvaluationResult.from_json(before)
+        self.before = before and evaluation_from_json(before)
         for role, learner in self.learners.items():
             own = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
             learner.load(own, checkpoint.state["learners"][role])

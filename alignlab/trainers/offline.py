@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import set_seed
 from peft import LoraConfig
@@ -13,47 +13,50 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.trainers import SFTConfig
-from alignlab.data.examples import Example
-from alignlab.data.packing import pack_examples
+from alignlab.config.trainers import DPOConfig, SFTConfig
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import DataError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
-from alignlab.trainers.reduction import Weigh
+from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.types import Experience
 
 
 class OfflineTrainer(TrainingLoop):
     """Examples -> packs -> update, step by step.
 
-    A trainer derives from it and decides how examples are made (`examples`), how tokens are weighed and the loss.
+    A trainer derives from it and decides how examples are made (`examples`) and packed (`packs`), how tokens are
+    weighed and the loss.
 
     Args:
         model: a name or path, or a live model, with or without a PEFT adapter.
         config: the trainer's section.
         train_dataset: what `examples` understands.
+        eval_dataset: the same, held out.
         tokenizer: default: the one beside the model.
         peft_config: a LoRA adapter to train; None trains what the model marks as trainable.
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
     """
 
-    config: SFTConfig
+    config: SFTConfig | DPOConfig
+    size_field: ClassVar[str]  # of the config: examples a step, over all ranks
 
     def __init__(
         self,
         model: Model,
-        config: SFTConfig,
+        config: SFTConfig | DPOConfig,
         train_dataset: Any,
         *,
+        eval_dataset: Any = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         accelerator = make_accelerator()
-        check_shares("num_sequences", config.num_sequences, accelerator.num_processes)
+        size: int = getattr(config, self.size_field)
+        check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         learner = Learner(
@@ -63,31 +66,41 @@ class OfflineTrainer(TrainingLoop):
             total_updates=config.num_steps,
         )
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
-        self.train_examples = self.examples(train_dataset)
+        self.train_examples: Sequence[Any] = self.examples(train_dataset)
         if not self.train_examples:
             raise DataError("the training data holds no example; check its path and its columns")
-        self.sampler = IndexSampler(len(self.train_examples), config.num_sequences, config.seed)
+        self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
+        self.sampler = IndexSampler(len(self.train_examples), size, config.seed)
 
     @property
     @abstractmethod
     def weigh(self) -> Weigh:
         """How token losses are averaged."""
 
+    @property
+    def measure(self) -> Weigh:
+        """How metrics are averaged."""
+        return token_mean
+
     @abstractmethod
-    def examples(self, dataset: Any) -> Sequence[Example]:
-        """Token ids and masks of a dataset."""
+    def examples(self, dataset: Any) -> Sequence[Any]:
+        """Token ids of a dataset, ready to be packed."""
+
+    @abstractmethod
+    def packs(self, rows: Sequence[int]) -> list[Experience]:
+        """The packs of some training examples, with all that the loss needs."""
 
     @abstractmethod
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss [N] of each token, and metrics [N] to average over trained tokens."""
+        """Loss [N] of each token, and metrics [N] to average."""
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step on `num_sequences` examples, shared out over the ranks."""
+        """One optimizer step on a batch of examples, shared out over the ranks."""
         start = time.perf_counter()
         rows = self.sampler.next()[self.accelerator.process_index :: self.accelerator.num_processes]
-        packs = pack_examples([self.train_examples[i] for i in rows], budget=self.config.tokens_per_microbatch)
+        packs = self.packs(rows)
         with self.phase("update"):
-            metrics = self.learner.update(packs, self.loss, self.weigh)
+            metrics = self.learner.update(packs, self.loss, self.weigh, measure=self.measure)
         num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 

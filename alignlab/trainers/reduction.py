@@ -64,6 +64,11 @@ def sequence_mean(pack: Experience, totals: StepTotals) -> Tensor:
     )
 
 
+def pair_mean(pack: Experience, totals: StepTotals) -> Tensor:
+    """Every pair of completions weighs the same; what a pair comes to stands on one token of it."""
+    return torch.full((pack.num_tokens,), 2 / totals.num_sequences, device=pack.tokens.device)
+
+
 def constant(max_tokens: int) -> Weigh:
     """Every token weighs 1 / (sequences * completion limit), as in Dr. GRPO."""
 

@@ -16,18 +16,19 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import PPOConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, PPOConfig, SFTConfig
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import EvaluationResult
+from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
@@ -62,8 +63,11 @@ class RunSummary:
         }
 
 
-def _accuracy(result: EvaluationResult | None) -> dict[str, float] | None:
-    return {"greedy": round(result.greedy, 4), "sampled": round(result.sampled, 4)} if result else None
+def _accuracy(result: Evaluation | None) -> dict[str, float] | None:
+    if result is None:
+        return None
+    names = ("greedy", "sampled") if isinstance(result, EvaluationResult) else ("accuracy",)
+    return {name: round(getattr(result, name), 4) for name in names}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
@@ -167,9 +171,14 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> GRPOTrainer | PPOTrainer | SFTTrainer:
+) -> GRPOTrainer | PPOTrainer | DPOTrainer | SFTTrainer:
     """The trainer that the config's `trainer.type` names."""
     lora = config.model.lora
+    if isinstance(config.trainer, DPOConfig):
+        return DPOTrainer(
+            model, config.trainer, config.data, eval_dataset=evaluation_data(config), tokenizer=tokenizer,
+            peft_config=lora,
+        )
     if isinstance(config.trainer, SFTConfig):
         return SFTTrainer(model, config.trainer, config.data, tokenizer=tokenizer, peft_config=lora)
     kind = PPOTrainer if isinstance(config.trainer, PPOConfig) else GRPOTrainer

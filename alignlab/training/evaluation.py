@@ -87,6 +87,44 @@ class EvaluationResult:
         return {name: value for name, value in named.items() if value is not None} | passes
 
 
+@dataclass(frozen=True)
+class PreferenceResult:
+    """What held-out preferences came to.
+
+    Attributes:
+        accuracy: pairs whose chosen completion leads.
+        margin: by how much, on average, in the loss's units.
+        loss: mean over pairs.
+        num_pairs: that were looked at.
+    """
+
+    accuracy: float
+    margin: float
+    loss: float
+    num_pairs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PreferenceResult:
+        """Take back what `to_json` gave."""
+        return cls(**value)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, as they are logged."""
+        return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
+
+
+Evaluation = EvaluationResult | PreferenceResult
+
+
+def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
+    """Take back what `to_json` of either gave."""
+    return (PreferenceResult if "num_pairs" in value else EvaluationResult).from_json(value)
+
+
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.training.curves import plot_curves
-from alignlab.training.evaluation import EvaluatedProblem, EvaluationResult
+from alignlab.training.evaluation import EvaluatedProblem, Evaluation, EvaluationResult, PreferenceResult
 from alignlab.training.files import write_atomically
 from alignlab.training.run_folder import RunFolder
 
@@ -46,8 +46,8 @@ class RunReport:
     """
 
     title: str
-    before: EvaluationResult | None
-    after: EvaluationResult | None
+    before: Evaluation | None
+    after: Evaluation | None
     train_seconds: float
     num_steps: int
     adapter: Path | None = None
@@ -59,7 +59,8 @@ class RunReport:
     @property
     def command(self) -> str | None:
         """The command that tries the trained model, greedily, on the first held-out problem."""
-        problem = self.after.samples[0].prompt if self.after and self.after.samples else "Hello"
+        answered = self.after.samples if isinstance(self.after, EvaluationResult) else ()
+        problem = answered[0].prompt if answered else "Hello"
         if self.adapter is not None and self.base_model is not None:
             policy = [self.base_model, problem, "--adapter", str(self.adapter)]
         elif self.model is not None:
@@ -94,9 +95,7 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
     }
     drawn = plot_curves(run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations)
     write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
-    if report.before is not None and report.after is not None:
-        console.print(accuracy_table(report.before, report.after, title=report.title))
-        console.print(examples_table(report.before.samples, report.after.samples))
+    _show_evaluations(console, report)
     _show(console, "trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s")
     if drawn:
         _show(console, "curves", str(run.curves_file))
@@ -105,6 +104,26 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
             _show(console, name, str(path))
     if report.command is not None:
         _show(console, "use it", report.command)
+
+
+def _show_evaluations(console: Console, report: RunReport) -> None:
+    before, after = report.before, report.after
+    if isinstance(before, EvaluationResult) and isinstance(after, EvaluationResult):
+        console.print(accuracy_table(before, after, title=report.title))
+        console.print(examples_table(before.samples, after.samples))
+    elif isinstance(before, PreferenceResult) and isinstance(after, PreferenceResult):
+        console.print(preference_table(before, after, title=report.title))
+
+
+def preference_table(before: PreferenceResult, after: PreferenceResult, *, title: str = "") -> Table:
+    """What the held-out preferences came to, before and after."""
+    table = Table(title=f"{title}: {before.num_pairs} held-out pairs", title_justify="left")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, label in (("accuracy", "chosen leads"), ("margin", "margin"), ("loss", "loss")):
+        old, new = getattr(before, name), getattr(after, name)
+        table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    return table
 
 
 def accuracy_table(before: EvaluationResult, after: EvaluationResult, *, title: str = "") -> Table:

@@ -1,0 +1,156 @@
+"""Preferences: a prompt, and two completions of which one is better."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.data.examples import completion_example
+from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
+from alignlab.data.sources import load_rows
+from alignlab.errors import ConfigError
+from alignlab.types import Completion, Prompt, Rollout, Text
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Token ids of a prompt and of two completions, the end token included.
+
+    Attributes:
+        prompt: at least one token.
+        chosen: the better completion, at least one token.
+        rejected: the other.
+    """
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+    def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
+        """The pair as a group of two completions, to be packed; `logprobs` of both, end to end, by default 0."""
+        known = (0.0,) * self.num_tokens if logprobs is None else tuple(logprobs)
+        parts = (self.chosen, known[: len(self.chosen)]), (self.rejected, known[len(self.chosen) :])
+        completions = tuple(Completion(ids, "", own, None, "stop", (0,) * len(ids)) for ids, own in parts)
+        return Rollout(Prompt(self.prompt, ""), completions)
+
+
+@dataclass(frozen=True)
+class PreferenceDataset(Sequence[Preference]):
+    """Preferences in the order of their rows.
+
+    Attributes:
+        preferences: those that can be used.
+        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template,
+            identical, other_prompt.
+    """
+
+    preferences: tuple[Preference, ...]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.preferences)
+
+    @overload
+    def __getitem__(self, index: int) -> Preference: ...
+    @overload
+    def __getitem__(self, index: slice) -> PreferenceDataset: ...
+    def __getitem__(self, index: int | slice) -> Preference | PreferenceDataset:
+        if isinstance(index, slice):
+            return PreferenceDataset(self.preferences[index], self.skipped)
+        return self.preferences[index]
+
+
+def load_preferences(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreferenceDataset:
+    """The preferences of the source that `settings` names; see `preferences_from_rows`.
+
+    Of a task, whose rows have an answer: the right answer is preferred to that of another question.
+    """
+    rows = load_rows(settings)
+    return preferences_from_rows(rows if settings.task is None else _right_and_wrong(rows), settings, tokenizer)
+
+
+def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each row's answer, and the next one that is another."""
+    known = list(rows)
+    answers = [str(row["answer"]) for row in known]
+    for i, row in enumerate(known):
+        others = (answer for answer in answers[i + 1 :] + answers[:i] if answer != answers[i])
+        yield dict(row) | {"chosen": answers[i], "rejected": next(others, answers[i])}
+
+
+def preferences_from_rows(
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> PreferenceDataset:
+    """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
+
+    With a prompt column the two are completions of it. Without, both hold the prompt and the completion, and the prompt
+    is what they have in common at their beginning. The end-of-sequence token closes each, once.
+
+    Raises:
+        ConfigError: the settings contradict each other or the tokenizer.
+        DataError: a row cannot be used (with its number), or no row can.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("preferences end with the tokenizer's eos token, and it has none; set eos_token")
+    render = PromptRenderer(settings, tokenizer)
+    found: list[Preference] = []
+    skipped: Counter[str] = Counter()
+    for index, row in enumerate(itertools.islice(rows, settings.size)):
+        try:
+            found.append(_preference(row, render))
+        except BadRow as error:
+            count_or_raise(skipped, error, index, settings)
+    report(len(found), skipped, settings)
+    return PreferenceDataset(tuple(found), skipped)
+
+
+def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict with chosen and rejected")
+    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    if missing:
+        raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
+    chosen, rejected = (check_text(row[name], name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("wrong_type", "has a string in one of 'chosen' and 'rejected', and messages in the other")
+    prompt = row.get(render.settings.prompt_column)
+    if prompt is None:
+        prompt, chosen, rejected = _common_prompt(chosen, rejected)
+    prompt = check_text(prompt, render.settings.prompt_column)
+    (start, good), (other, bad) = (_tokens(prompt, text, render) for text in (chosen, rejected))
+    if start != other:
+        raise BadRow("other_prompt", "is tokenised with another prompt before 'chosen' than before 'rejected'")
+    if good == bad:
+        raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
+    return Preference(start, good, bad)
+
+
+def _tokens(prompt: Text, completion: Text, render: PromptRenderer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    example = completion_example(prompt, completion, render)
+    first = example.completion_mask.index(True)
+    if not all(example.completion_mask[first:]):
+        raise BadRow("wrong_type", "has completions of several turns; put all but the last into the prompt")
+    return example.token_ids[:first], example.token_ids[first:]
+
+
+def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of two conversations or texts that begin alike."""
+    differ = (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    shared = next(differ, min(len(chosen), len(rejected)))
+    if shared in (len(chosen), len(rejected)):
+        raise BadRow("empty", "has nothing in 'chosen' or 'rejected' after what the two have in common")
+    if isinstance(chosen, str) and chosen[:shared].endswith(" "):
+        shared -= 1  # a completion keeps the space before its first word
+    if shared == 0:
+        raise BadRow("other_prompt", "has no column of prompts, and 'chosen' and 'rejected' do not begin alike")
+    return chosen[:shared], chosen[shared:], rejected[shared:]

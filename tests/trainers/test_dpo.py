@@ -1,0 +1,238 @@
+"""DPO and its family: each loss and its gradient by plain forward passes, pairs however they are cut, learning."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import DPOConfig
+from alignlab.data.preferences import Preference
+from alignlab.errors import ConfigError, DataError
+from alignlab.functional import preference_losses as losses
+from alignlab.trainers.dpo import DPOTrainer, pairs_of
+
+Make = Callable[..., Any]
+LORA = LoraSettings(rank=4)
+FAMILY: dict[str, dict[str, Any]] = {
+    "sigmoid": {}, "cdpo": {"loss": "sigmoid", "label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "ipo": {},
+    "ipo_mean": {}, "hinge": {}, "simpo": {"beta": 2.0}, "orpo": {"beta": 0.3},
+}
+
+
+def pairs(count: int, seed: int = 0) -> list[Preference]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(0, 250, (length,), generator=generator).tolist())
+
+    return [Preference(ids(2, 6), ids(1, 5), ids(1, 7)) for _ in range(count)]
+
+
+@pytest.fixture
+def make_trainer(
+    make_model: Make, tokenizer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., DPOTrainer]:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+
+    def make(
+        *, data: Any = None, held_out: Any = None, lora: Any = LORA, folder: str = "run", callbacks: Any = (),
+        seed: int = 0, **changes: Any,
+    ) -> DPOTrainer:
+        base: dict[str, Any] = {
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_pairs": 4, "learning_rate": 1e-2, "trackers": (),
+        }
+        return DPOTrainer(
+            make_model(seed=seed), DPOConfig(**base | changes), data or pairs(8), eval_dataset=held_out,
+            tokenizer=tokenizer, peft_config=lora, callbacks=callbacks,
+        )
+
+    return make
+
+
+def leave_reference(trainer: DPOTrainer) -> None:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in trainer.learner.policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+
+
+def logprob(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    """Of each token of a completion, by a plain forward pass."""
+    ids = torch.tensor([[*prompt, *completion]])
+    rows = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
+    return rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_trainer: Make) -> None:
+    settings = {"loss": name} | FAMILY[name]
+    trainer = make_trainer(**settings, tokens_per_microbatch=30, precompute_reference=False)
+    leave_reference(trainer)
+    data, model, beta = trainer.train_examples[:4], trainer.learner.model, trainer.config.beta
+    trainer.learner.policy.zero_grad()
+    total = torch.zeros(())
+    for pair in data:
+        with torch.no_grad(), model.disable_adapter():
+            ref = [logprob(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)]
+        own = [logprob(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)]
+        ratios = [(o - r) for o, r in zip(own, ref, strict=True)]
+        margin, mean_margin = ratios[0].sum() - ratios[1].sum(), ratios[0].mean() - ratios[1].mean()
+        total = total + {
+            "sigmoid": lambda m=margin: -torch.log(torch.sigmoid(beta * m)),
+            "cdpo": lambda m=margin: losses.dpo_sigmoid(m[None], beta=beta, label_smoothing=0.1)[0],
+            "robust": lambda m=margin: losses.dpo_robust(m[None], beta=beta, label_smoothing=0.1)[0],
+            "ipo": lambda m=margin: (m - 1 / (2 * beta)) ** 2,
+            "ipo_mean": lambda m=mean_margin: (m - 1 / (2 * beta)) ** 2,
+            "hinge": lambda m=margin: torch.relu(1 - beta * m),
+            "simpo": lambda o=own: -torch.log(torch.sigmoid(beta * (o[0].mean() - o[1].mean()) - 1.0)),
+            "orpo": lambda o=own: (
+                beta * losses.orpo_odds(o[0].mean()[None], o[1].mean()[None])[0] - o[0].mean()
+            ),
+        }[name]() / len(data)
+    total.backward()
+    expected = {n: p.grad.clone() for n, p in trainer.learner.trained.items()}
+    found: dict[str, Tensor] = {}
+    trainer.learner.policy.zero_grad()
+    step, trainer.learner._step = trainer.learner._step, lambda *_: (
+        found.update({n: p.grad.clone() for n, p in trainer.learner.trained.items()}), {}
+    )[1]
+    packs = trainer.packs(range(4))
+    assert len(packs) > 1
+    metrics = trainer.learner.update(packs, trainer.loss, trainer.weigh, measure=trainer.measure)
+    trainer.learner._step = step
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "copy"])
+def test_the_loss_starts_at_log_two(lora: Any, make_trainer: Make) -> None:
+    seen: list[Any] = []
+    trainer = make_trainer(lora=lora, num_steps=2, callbacks=[lambda t, s, m: seen.append(dict(m))])
+    trainer.train()
+    assert seen[0]["loss"] == pytest.approx(math.log(2), rel=1e-5) and seen[1]["loss"] != seen[0]["loss"]
+    assert seen[0]["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_equal_policies_guess(make_trainer: Make) -> None:
+    trainer = make_trainer(held_out=pairs(5, seed=1), num_steps=1, precompute_reference=False)
+    assert trainer.train().before.accuracy == 0.5
+
+
+def test_a_pair_is_never_divided(make_trainer: Make) -> None:
+    trainer = make_trainer(tokens_per_microbatch=1)
+    packs = trainer.packs(range(4))
+    assert len(packs) == 4
+    for pack in packs:
+        assert sum(sequence >= 0 for sequence in pack.segments.sequence_ids) == 2
+    long, short = (make_trainer(tokens_per_microbatch=n, folder=str(n)).packs(range(4)) for n in (4096, 20))
+    assert len(long) == 1 < len(short)
+
+    def lengths(packs: Any) -> list[float]:
+        """By summing ones."""
+        found = [pairs_of(torch.ones(p.num_tokens), replace(p, ref_logprobs=None)) for p in packs]
+        return sorted(torch.cat([pair.chosen * 100 + pair.rejected for pair in found]).tolist())
+
+    known = [100.0 * len(pair.chosen) + len(pair.rejected) for pair in trainer.train_examples[:4]]
+    assert lengths(long) == lengths(short) == sorted(known)
+
+
+def test_the_reference_is_scored_once_and_kept_on_disk(
+    make_trainer: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = pairs(3, seed=1)
+    first = make_trainer(held_out=held_out, num_steps=2).train()
+    files = list((tmp_path / "cache" / "reference").glob("*.safetensors"))
+    assert len(files) == 2
+    calls: list[int] = []
+    monkeypatch.setattr(DPOTrainer, "_score_by_reference", lambda *_: calls.append(1) or [])
+    second = make_trainer(held_out=held_out, num_steps=2, folder="second").train()
+    assert second.metrics["loss"] == first.metrics["loss"] and second.after == first.after
+    assert calls == []
+    monkeypatch.undo()
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    make_trainer(folder="third", num_steps=2, seed=1).train()  # another base is another reference
+    assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 3
+
+
+def test_precomputed_and_live_references_train_alike(make_trainer: Make) -> None:
+    ends = []
+    for precompute in (True, False):
+        trainer = make_trainer(folder=str(precompute), precompute_reference=precompute)
+        trainer.train()
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.learner.trained.values()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_is_uninterrupted(make_trainer: Make) -> None:
+    def cut(trainer: DPOTrainer, step: int, metrics: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = make_trainer(held_out=pairs(3, seed=1))
+    result = whole.train()
+    assert make_trainer(folder="cut", held_out=pairs(3, seed=1), callbacks=[cut]).train().interrupted
+    second = make_trainer(folder="cut", held_out=pairs(3, seed=1))
+    again = second.train(resume=True)
+    assert again.before == result.before and again.after == result.after
+    for name, value in whole.learner.trained.items():
+        assert torch.equal(value, second.learner.trained[name]), name
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo", "orpo"])
+def test_it_learns_which_completions_are_preferred(loss: str, make_trainer: Make) -> None:
+    """Chosen ones begin with one token, rejected ones with another: held-out pairs are told apart afterwards."""
+
+    def marked(pair: Preference) -> Preference:
+        return Preference(pair.prompt, (8, *pair.chosen[1:]), (9, *pair.rejected[1:]))
+
+    train, held_out = ([marked(pair) for pair in pairs(48, seed=seed)] for seed in (2, 3))
+    trainer = make_trainer(
+        data=train, held_out=held_out, num_steps=30, num_pairs=16, learning_rate=2e-2, loss=loss,
+        beta=2.0 if loss == "simpo" else 0.1,
+    )
+    result = trainer.train()
+    assert result.after.accuracy > 0.9 and result.after.margin > result.before.margin
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has the same completion in 'chosen' and 'rejected'"),
+        ({"prompt": "a", "chosen": "b"}, "has no column 'rejected'"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "has an empty string in the column 'chosen'"),
+        ({"chosen": "xb", "rejected": "yb"}, "has no column of prompts, and 'chosen' and 'rejected' do not begin"),
+        ({"chosen": "xb", "rejected": "xbc"}, "has nothing in 'chosen' or 'rejected' after what the two have in comm"),
+        ({"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "b"}]}, "has a string in one of"),
+    ],
+)
+def test_rows_that_are_no_preferences(row: Any, message: str, make_trainer: Make) -> None:
+    with pytest.raises(DataError, match=f"row 1 .*{message}"):
+        make_trainer(data=[{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
+
+
+def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> None:
+    [one] = make_trainer(data=[{"prompt": "ab", "chosen": " 1", "rejected": " 2"}]).train_examples
+    [other] = make_trainer(data=[{"chosen": "ab 1", "rejected": "ab 2"}]).train_examples
+    assert one == other and one.chosen != one.rejected
+
+
+def test_settings_that_are_not_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"label_smoothing is 0\.1, and must stay 0\.0 with loss hinge"):
+        DPOConfig(loss="hinge", label_smoothing=0.1)
+    with pytest.raises(ConfigError, match=r"simpo_gamma is 0\.5, and must stay 1\.0 with loss sigmoid"):
+        DPOConfig(simpo_gamma=0.5)
+    with pytest.raises(ConfigError, match="be above 0 with loss robust"):
+        DPOConfig(loss="robust")
