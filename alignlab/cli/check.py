@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
+    from alignlab.config.trainers import DPOConfig
     from alignlab.data.prompts import load_prompts
     from alignlab.trainers.run import evaluation_data, make_tokenizer
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
+    if isinstance(config.trainer, DPOConfig):
+        return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
     held_out = evaluation_data(config)
@@ -60,6 +63,28 @@ def run(args: argparse.Namespace) -> int:
     for line in server_notes(config.trainer):
         tell("note", line)
     for line in notes(config, prompts, eval_prompts):
+        tell("note", line)
+    print("ok: nothing was trained")
+    return 0
+
+
+def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Load the pairs, and tell."""
+    from alignlab.data.preferences import load_preferences
+    from alignlab.trainers.run import evaluation_data
+    from alignlab.training.metrics import check_trackers
+
+    for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
+        if settings is None:
+            tell(name, "none: how often the chosen completion leads will not be measured")
+            continue
+        pairs = load_preferences(settings, tokenizer)
+        lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
+        skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
+        tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
+    tell("trainer", trainer_line(config.trainer))
+    check_trackers(config.trainer.trackers)
+    for line in rate_notes(config):
         tell("note", line)
     print("ok: nothing was trained")
     return 0
@@ -227,9 +252,11 @@ def sample_rollout(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTo
 
 def trainer_line(trainer: TrainerConfig) -> str:
     """What would be run."""
-    from alignlab.config.trainers import GRPOConfig, OnlineConfig, SFTConfig
+    from alignlab.config.trainers import DPOConfig, GRPOConfig, OnlineConfig, SFTConfig
 
     common = f"{trainer.num_steps} steps, learning rate {trainer.learning_rate:g}, into {trainer.output_dir}"
+    if isinstance(trainer, DPOConfig):
+        return f"dpo ({trainer.loss}, beta {trainer.beta:g}): {common}; {trainer.num_pairs} pairs a step"
     if isinstance(trainer, SFTConfig):
         return f"sft: {common}; {trainer.num_sequences} examples a step"
     assert isinstance(trainer, OnlineConfig)

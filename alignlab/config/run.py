@@ -127,6 +127,9 @@ class RunConfig(Frozen):
             raise BrokenRule("trainer.critic.form", form, must, "use model")
 
     def _check_rewards(self) -> None:
+        if isinstance(self.trainer, DPOConfig) and self.rewards:
+            must = "be empty for learning from preferences, which reads none"
+            raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
         if isinstance(self.trainer, OnlineConfig) and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -1,6 +1,6 @@
 """Generation speed: the embedded engine, vLLM and `transformers`' generate, alternately in one run.
 
-    python -m tests.bench.bench_generate --model smollm2-135m-instruct [--engines embedded vllm transformers]
+    python -m tests.bench.bench_generate [--engines embedded vllm vllm_server transformers]
 
 Same weights, prompts, lengths, threads and precision; sampled at temperature 1, no early end. Rounds alternate between
 the engines, and the medians are compared with the last one's. Prints a table, and a JSON line last.
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.rollout.engines import make_engine
 from alignlab.types import Prompt, RolloutEngine, SamplingParams
+from tests.bench.servers import served
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,6 +39,7 @@ class Case:
 
 
 Engine = Callable[[torch.Tensor, Case], None]
+ENGINES = ("embedded", "vllm", "vllm_server", "transformers")
 CASES = (
     Case("batch 16", 16, 1, 48), Case("batch 64", 64, 1, 48),
     Case("groups 8 x 8", 8, 8, 48), Case("512-token prompt, group of 8", 1, 8, 512),
@@ -51,7 +54,14 @@ def main() -> None:
         "vllm": lambda: _ours(make_engine(model, tokenizer, VLLMSettings(cache_gib=2, block_size=32)), args.new_tokens),
         "transformers": lambda: _peer(args),
     }
-    engines = {name: makers[name]() for name in args.engines}
+    with ExitStack() as stack:
+        if "vllm_server" in args.engines:
+            server = stack.enter_context(served(model, tokenizer, cache_gib=2, block_size=32))
+            makers["vllm_server"] = lambda: _ours(server, args.new_tokens)
+        _compare({name: makers[name]() for name in args.engines}, args)
+
+
+def _compare(engines: dict[str, Engine], args: argparse.Namespace) -> None:
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.new_tokens} new tokens, {args.rounds} rounds")
     print(f"{'tokens/s':30}" + "".join(f"{name:>14}" for name in engines) + f"{'ratio':>8}")
     results = {}
@@ -67,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, Hub id or folder")
     parser.add_argument(
-        "--engines", nargs="+", choices=("embedded", "vllm", "transformers"), default=["embedded", "transformers"]
+        "--engines", nargs="+", choices=ENGINES, default=["embedded", "transformers"]
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -1,6 +1,6 @@
 """What a weight update of vLLM costs: all weights merged against the adapter alone, and what its proof adds.
 
-    python tests/bench/bench_sync.py [--model smollm2-135m-instruct] [--rounds 10]
+    python -m tests.bench.bench_sync [--model smollm2-135m-instruct] [--rounds 10]
 
 LoRA on all linear layers, bfloat16; vLLM in process, and in a server of this machine. Each way runs in a process of its
 own. Prints a table, and JSON last.
@@ -10,47 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from tests.bench.servers import served
+
 WAYS = ("merged", "adapter", "server-merged", "server-adapter")
-
-
-@contextmanager
-def served(model: Any, tokenizer: Any, sync: str, proving: dict[str, Any]) -> Iterator[Any]:
-    """The engine of a server that is started for it."""
-    from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.models.export import write_base
-    from alignlab.rollout.engines import make_engine
-    from alignlab.rollout.vllm.options import adapter_options, engine_options, merged_options
-    from alignlab.rollout.vllm.server.process import end_all, make_server, wait_until_up
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    settings = VLLMServerSettings(sync=sync, servers=(address,), memory_frac=0.4, context_tokens=2048, **proving)
-    options = engine_options(settings, dtype=model.dtype, context_tokens=2048, on_cpu=True, sparse=False)
-    options |= adapter_options(16, num_versions=1) if sync == "adapter" else merged_options()
-    with tempfile.TemporaryDirectory() as folder:
-        write_base(model, Path(folder))
-        tokenizer.save_pretrained(folder)
-        server = make_server(address, Path(folder), options)
-        try:
-            server.start()
-            wait_until_up(server)
-            engine: Any = make_engine(model, tokenizer, settings)
-            yield engine
-            engine.close()
-        finally:
-            end_all([server])
 
 
 def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
@@ -68,7 +36,7 @@ def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
     # Every other update has no proof.
     proving = {"cache_gib": 1, "block_size": 32, "canary_every_updates": 2}
     if way != sync:
-        with served(model, tokenizer, sync, proving) as engine:
+        with served(model, tokenizer, lora_rank=16 if sync == "adapter" else 0, sync=sync, **proving) as engine:
             return timings(engine, rounds)
     return timings(make_engine(model, tokenizer, VLLMSettings(sync=sync, digests_every_updates=2, **proving)), rounds)
 
@@ -123,7 +91,8 @@ def main() -> None:
         return
     results = {}
     for way in WAYS:
-        command = [sys.executable, __file__, "--model", options.model, "--rounds", str(options.rounds), "--only", way]
+        command = [sys.executable, "-m", "tests.bench.bench_sync", "--model", options.model]
+        command += ["--rounds", str(options.rounds), "--only", way]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{way} failed:\n{done.stderr[-4000:]}")

@@ -213,6 +213,11 @@ def test_config_errors_are_not_value_errors():
     assert not issubclass(ConfigError, ValueError)
 
 
+def test_preferences_need_no_rewards():
+    message = run_message(trainer={"type": "dpo"}, rewards=[{"name": "length"}])
+    assert "rewards is ['length'], and must be empty" in message
+
+
 def test_tokens_of_older_weights_must_be_weighted():
     servers = {"engine": "vllm_server", "max_staleness": 2}
     message = grpo_message(rollout=servers, mismatch={"correction": "geometric_mask"})
