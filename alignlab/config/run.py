@@ -130,6 +130,9 @@ class RunConfig(Frozen):
         if isinstance(self.trainer, DPOConfig) and self.rewards:
             must = "be empty for learning from preferences, which reads none"
             raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
+        if isinstance(self.trainer, DPOConfig) and self.evaluation != EvaluationSettings():
+            must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
+            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
         if isinstance(self.trainer, OnlineConfig) and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -216,12 +216,21 @@ class CriticSettings(Frozen):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     """Of the adapter."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """About ten times the policy's."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Default: ten times the policy's."""
     value_clip: float | None = Field(0.2, gt=0)
     """How far an update may move a value, in units of reward; null does not bound it."""
     warmup_steps: int = Field(0, ge=0)
     """First steps, in which the critic learns and the policy does not."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("rank", "alpha"):
+            default = type(self).model_fields[name].default
+            if self.form != "lora" and getattr(self, name) != default:
+                must = f"stay {default} with form {self.form}, which has no adapter of its own"
+                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or use form: lora")
+        return self
 
 
 class PPOConfig(OnlineConfig):
@@ -250,6 +259,7 @@ class PPOConfig(OnlineConfig):
         if not isinstance(given, dict):
             return given
         kl = given.get("kl", {})
+        kl = kl.model_dump(exclude_unset=True) if isinstance(kl, KLSettings) else kl
         return given | {"kl": {"coef": 0.05, "placement": "reward"} | kl} if isinstance(kl, dict) else given
 
     @model_validator(mode="after")
@@ -257,6 +267,10 @@ class PPOConfig(OnlineConfig):
         if self.critic.warmup_steps >= self.num_steps:
             must = f"be less than num_steps ({self.num_steps}), or the policy never learns"
             raise BrokenRule("critic.warmup_steps", self.critic.warmup_steps, must, f"use {self.num_steps // 10}")
+        left = self.num_steps - self.critic.warmup_steps
+        if self.warmup_steps >= left:
+            must = f"be less than the {left} steps in which the policy learns (num_steps - critic.warmup_steps)"
+            raise BrokenRule("warmup_steps", self.warmup_steps, must, f"use {left // 10}")
         return self
 
 
@@ -276,8 +290,8 @@ class DPOConfig(TrainerConfig):
     """sigmoid is DPO; with label_smoothing, cDPO. ipo is of summed log-ratios, ipo_mean of means over tokens. simpo and
     orpo need no reference. See `functional.preference_losses`."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the KL to the reference; for simpo the scale of mean log-probs (2 to 2.5 there), for orpo the weight
-    of the odds ratio."""
+    """Strength of the KL to the reference; for simpo the scale of mean log-probs, by default 2; for orpo the weight of
+    the odds ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a label is wrong, for sigmoid and robust."""
     simpo_gamma: float = Field(1.0, ge=0)
@@ -287,6 +301,11 @@ class DPOConfig(TrainerConfig):
     each batch as it comes."""
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_beta(cls, given: Any) -> Any:
+        return {"beta": 2.0} | given if isinstance(given, dict) and given.get("loss") == "simpo" else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:

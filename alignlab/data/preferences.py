@@ -124,6 +124,12 @@ def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type", "has a string in one of 'chosen' and 'rejected', and messages in the other")
     prompt = row.get(render.settings.prompt_column)
+    if prompt is None and render.chat and isinstance(chosen, str):
+        raise BadRow(
+            "missing_column",
+            f"has no column {render.settings.prompt_column!r}, and where one speaker ends and the other begins in the "
+            "texts of 'chosen' and 'rejected' is not known; give a prompt, chat messages, or data.chat=false",
+        )
     if prompt is None:
         prompt, chosen, rejected = _common_prompt(chosen, rejected)
     prompt = check_text(prompt, render.settings.prompt_column)

@@ -157,6 +157,7 @@ def add_role(model: PeftModel, name: str, *, rank: int, alpha: float) -> None:
     config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
     config.r, config.lora_alpha, config.lora_dropout = rank, alpha, 0.0
     config.rank_pattern, config.alpha_pattern = {}, {}
+    config.init_lora_weights, config.bias = True, "none"  # others write to the base
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.add_adapter(name, config)
     compute_in_base_dtype(model)
@@ -169,11 +170,13 @@ def add_role(model: PeftModel, name: str, *, rank: int, alpha: float) -> None:
 
 @contextmanager
 def in_role(model: PeftModel, name: str) -> Iterator[None]:
-    """Within this context the adapter `name` is the one in use and in training, and no other."""
+    """Within this context the adapter `name` is the one in use, and no other parameter of the model is in training."""
     before = model.active_adapter
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.set_adapter(name)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad = f".{name}." in parameter_name
         yield
     finally:
         model.set_adapter(before)

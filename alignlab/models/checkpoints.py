@@ -172,9 +172,13 @@ def save_model(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """
     if isinstance(model, PeftModel):
         # Embeddings are never resized here, and PEFT's own look for that would read the base's config as another class.
-        model.save_pretrained(
-            str(folder), save_embedding_layers=False, selected_adapters=[model.active_adapter]
-        )
+        name = model.active_adapter
+        model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[name])
+        inner = Path(folder) / name
+        if inner.is_dir():  # PEFT's place for an adapter that is not called default
+            for path in inner.iterdir():
+                path.replace(Path(folder) / path.name)
+            inner.rmdir()
         return
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
     (model if hub is None else _as_family(model, hub)).save_pretrained(folder)

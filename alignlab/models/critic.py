@@ -62,13 +62,6 @@ class Critic(nn.Module):
         assert isinstance(self.model, PeftModel)
         return in_role(self.model, ROLE) if self.form == "lora" else _frozen(self.model)
 
-    def train(self, mode: bool = True) -> Critic:
-        """Routers count what a policy's training chooses, so a mixture's decoder stays in evaluation mode here."""
-        super().train(mode)
-        if routers(self.model):
-            self.model.eval()
-        return self
-
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
     ) -> CriticOutput:
@@ -78,7 +71,8 @@ class Critic(nn.Module):
             routing: [N, L, K] experts to replay, see `Policy`.
         """
         asked = mask.nonzero()[:, 0]
-        record = RoutingRecord(replay=routing) if routers(self.model) else None
+        # Routers count what the policy chooses in training, and nothing of this.
+        record = RoutingRecord(replay=routing, counted=torch.zeros_like(mask)) if routers(self.model) else None
         options = {} if record is None else {"routing": record}
         hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
         values = linear(hidden[segments.predecessors[asked]].float(), self.weight, self.bias)[:, 0]
@@ -103,6 +97,8 @@ def make_critic(model: nn.Module, settings: CriticSettings) -> Critic:
             "trains all its weights; use critic.form: model, or give model.lora"
         )
     if settings.form == "lora":
+        if ROLE in model.peft_config:
+            model.delete_adapter(ROLE)  # an earlier trainer's
         add_role(model, ROLE, rank=settings.rank, alpha=settings.alpha)
     return Critic(model, settings.form)
 

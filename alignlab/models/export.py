@@ -43,7 +43,8 @@ def base_tensors(model: Model) -> dict[str, Tensor]:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The tensors of the adapter's own checkpoint, by PEFT's names."""
-    return cast(dict[str, Tensor], get_peft_model_state_dict(model, save_embedding_layers=False))
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    return cast(dict[str, Tensor], tensors)
 
 
 def write_base(model: Model, folder: Path) -> None:

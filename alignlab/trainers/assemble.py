@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from alignlab.models.policy import Policy
 from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.types import Prompt
 
+logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any]
 Dataset = str | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
@@ -79,6 +81,8 @@ def resolve_model(
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
         model = add_lora(model, peft_config)
+    if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
+        model.set_adapter(model.active_adapter)  # as one loaded by name, to be trained further
     _check_trained_dtype(model)
     model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
     return model, tokenizer
@@ -117,6 +121,11 @@ def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
 def make_reference(policy: Policy) -> Policy | None:
     """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off."""
     if has_adapters(policy.model):
+        if any("lora_B" in name and bool(p.any()) for name, p in policy.named_parameters()):
+            logger.warning(
+                "the adapter is not a new one: the reference is the base without it, and not the policy that the "
+                "training starts from; to change that, merge the adapter (alignlab merge) and train from the result"
+            )
         return None
     return copy.deepcopy(policy).requires_grad_(False).eval()
 

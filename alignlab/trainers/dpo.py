@@ -17,16 +17,21 @@ from torch import Tensor
 from alignlab.config.trainers import REFERENCE_FREE, DPOConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
+from alignlab.errors import CheckpointError
 from alignlab.functional import preference_losses as losses
 from alignlab.functional.reduction import sequence_sum
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.assemble import make_reference, resolve_preferences
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.reduction import Weigh, pair_mean
+from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import PreferenceResult
 from alignlab.training.reference_cache import ReferenceCache
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
+
+_SCORED_TOGETHER = 512
+_OF_MEANS = ("ipo_mean", "simpo", "orpo")
 
 
 @dataclass(frozen=True)
@@ -92,23 +97,24 @@ class DPOTrainer(OfflineTrainer):
         """Score all pairs by the reference, or read what an earlier run has scored."""
         if not self.needs_reference or not self.config.precompute_reference:
             return
-        cache = ReferenceCache(self.learner.reference_fingerprint(self.reference))
+        cache = ReferenceCache((self.reference or self.learner.policy).model)
         for name, examples in (("train", self.train_examples), ("eval", self.eval_examples)):
             if examples:
                 self._known[name] = cache.get_or_make(examples, self._score_by_reference)
 
     def _score_by_reference(self, examples: Sequence[Preference]) -> list[tuple[float, ...]]:
         """Log-probs of both completions, end to end, of each pair."""
-        found: list[tuple[float, ...]] = [()] * len(examples)
-        budget = self.config.tokens_per_microbatch
-        for pack in self._with_reference(pack_groups([pair.as_group() for pair in examples], budget=budget)):
-            assert pack.ref_logprobs is not None
-            lengths = pack.segments.lengths
-            for part, sequence, group in zip(
-                pack.ref_logprobs.cpu().split(lengths), pack.segments.sequence_ids, pack.segments.group_ids, strict=True
-            ):
-                if sequence >= 0:  # chosen comes before rejected
-                    found[group] += tuple(part.tolist())
+        found: list[tuple[float, ...]] = []
+        for start in range(0, len(examples), _SCORED_TOGETHER):
+            groups = [pair.as_group() for pair in examples[start : start + _SCORED_TOGETHER]]
+            scores: list[tuple[float, ...]] = [()] * len(groups)
+            for pack in self._with_reference(pack_groups(groups, budget=self.config.tokens_per_microbatch)):
+                assert pack.ref_logprobs is not None
+                segments, parts = pack.segments, pack.ref_logprobs.cpu().split(pack.segments.lengths)
+                for part, sequence, group in zip(parts, segments.sequence_ids, segments.group_ids, strict=True):
+                    if sequence >= 0:  # chosen comes before rejected
+                        scores[group] += tuple(part.tolist())
+            found += scores
         return found
 
     def _with_reference(self, packs: Sequence[Experience]) -> list[Experience]:
@@ -163,13 +169,30 @@ class DPOTrainer(OfflineTrainer):
 
     def measured(self, pairs: Pairs) -> dict[str, Tensor]:
         """[P] of each metric: whether the chosen completion leads, by how much, and how likely both are."""
-        leads = pairs.margins if self.needs_reference else pairs.mean_margins
+        leads = pairs.mean_margins if self.config.loss in _OF_MEANS else pairs.margins
         return {
             "preference_accuracy": (leads > 0).float() + 0.5 * (leads == 0),  # a tie is a guess
             "margin": self.config.beta * leads,
             "chosen_logprob": pairs.chosen,
             "rejected_logprob": pairs.rejected,
         }
+
+    def state(self) -> dict[str, Any]:
+        """Position in the data, and which reference."""
+        return super().state() | {"reference": self.reference and fingerprint(self.reference.named_parameters())}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            CheckpointError: the reference is another.
+        """
+        if state["reference"] != (self.reference and fingerprint(self.reference.named_parameters())):
+            raise CheckpointError(
+                "the reference is a copy of the policy that the run began with, and the model given now is another; "
+                "resume with the model that the run was started with"
+            )
+        super().load_state(state)
 
     def evaluate_at(self, step: int) -> bool:
         """Every `eval_every_steps`, where there is held-out data."""

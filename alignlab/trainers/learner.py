@@ -41,6 +41,7 @@ class Learner:
         config: optimizer, schedule and micro-batch settings.
         accelerator: devices and ranks.
         total_updates: optimizer steps of the whole run, for the schedule.
+        updates_per_step: of a step that updates it, for the schedule's warm-up.
         temperature: that the policy is sampled at; log-probs are of the policy at this temperature.
         entropy_grad: whether the loss uses the entropy with a gradient.
     """
@@ -52,6 +53,7 @@ class Learner:
         accelerator: Accelerator,
         *,
         total_updates: int,
+        updates_per_step: int = 1,
         temperature: float = 1.0,
         entropy_grad: bool = False,
     ) -> None:
@@ -66,7 +68,7 @@ class Learner:
             optimizer = make_optimizer(policy, config)
             self.prepared, self.optimizer = accelerator.prepare(policy, optimizer)
         # The schedule is stepped by hand, once an update: accelerate would step it once a rank.
-        self.schedule = make_schedule(optimizer, config, total_updates)
+        self.schedule = make_schedule(optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
         self.num_empty = 0
 
@@ -128,10 +130,6 @@ class Learner:
             for name, p in self.policy.named_parameters()
             if name not in trained and not is_of_adapter(self.policy.model, name)
         )
-
-    def reference_fingerprint(self, reference: Policy | None) -> str:
-        """Of the weights that a reference is: a frozen copy, or the base of the adapter in training."""
-        return self._frozen_fingerprint() if reference is None else fingerprint(reference.named_parameters())
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take back what `tensors` and `state` gave.
@@ -269,12 +267,12 @@ class Learner:
         bad = [n for n, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         where = [
             f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
-            for number, (pack, logprobs) in enumerate(zip(packs, self.score(packs), strict=True))
-            for i in (~logprobs.isfinite()).nonzero()[:1].flatten().tolist()
+            for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))
+            for i in (~output[0].isfinite()).nonzero()[:1].flatten().tolist()
         ]
         raise NumericsError(
             f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
-            f"log-probs not finite in {where or 'no sequence'}; lower learning_rate, or set on_nonfinite: skip"
+            f"outputs not finite in {where or 'no sequence'}; lower learning_rate, or set on_nonfinite: skip"
         )
 
     def _finish_routers(self) -> dict[str, float]:
@@ -296,8 +294,14 @@ class CriticLearner(Learner):
 
     policy: Critic  # type: ignore[assignment]  # what is trained
 
-    def __init__(self, critic: Critic, config: TrainerConfig, accelerator: Accelerator, *, total_updates: int) -> None:
-        super().__init__(critic, config, accelerator, total_updates=total_updates)  # type: ignore[arg-type]
+    def __init__(
+        self, critic: Critic, config: TrainerConfig, accelerator: Accelerator, *, total_updates: int,
+        updates_per_step: int,
+    ) -> None:
+        super().__init__(
+            critic, config, accelerator,  # type: ignore[arg-type]
+            total_updates=total_updates, updates_per_step=updates_per_step,
+        )
         self.has_routers = False  # they are the policy's
 
     def values(self, packs: Sequence[Experience]) -> list[Tensor]:

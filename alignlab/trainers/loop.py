@@ -225,15 +225,18 @@ class TrainingLoop(ABC):
         if self.accelerator.num_processes > 1:
             yield
             return
-        position, random, updates = self.state(), random_state(), self.learner.num_updates
+        position, random, updates = self.state(), random_state(), self._num_updates()
         try:
             yield
         except Exception:
-            if self.step > 0 and self.learner.num_updates == updates:
+            if self.step > 0 and self._num_updates() == updates:
                 restore_random_state(random)
                 self.save(folder, position)
                 self.progress.note(f"step {self.step + 1} failed; go on after step {self.step} with --resume")
             raise
+
+    def _num_updates(self) -> list[int]:
+        return [learner.num_updates for learner in self.learners.values()]
 
     def save(self, folder: RunFolder, position: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint from which `train(resume=True)` goes on exactly; every rank calls it together.

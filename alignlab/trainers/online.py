@@ -109,6 +109,7 @@ class OnlineTrainer(TrainingLoop):
             config,
             accelerator,
             total_updates=self.num_policy_steps(config) * config.num_epochs * config.num_minibatches,
+            updates_per_step=config.num_epochs * config.num_minibatches,
             temperature=config.sampling.temperature,
             entropy_grad=config.entropy_coef > 0,
         )

@@ -47,10 +47,13 @@ class PPOTrainer(OnlineTrainer):
         config = self.config
         self.critic_learner = CriticLearner(
             make_critic(self.learner.model, config.critic),
-            config.model_copy(update={"learning_rate": config.critic.learning_rate}),
+            config.model_copy(update={"learning_rate": config.critic.learning_rate or 10 * config.learning_rate}),
             self.accelerator,
             total_updates=config.num_steps * config.num_epochs * config.num_minibatches,
+            updates_per_step=config.num_epochs * config.num_minibatches,
         )
+        # Several ranks agree on a critic's weights by writing to all of the model's, the policy's among them.
+        self.engine.update_weights(self.engine.policy_version + 1)
 
     @staticmethod
     def num_policy_steps(config: GRPOConfig | PPOConfig) -> int:
@@ -125,9 +128,11 @@ class PPOTrainer(OnlineTrainer):
             "values": mean_and_variance(self._totals([_values(pack) for pack in packs], packs))[0],
         }
         if self.objective.prices_kl:
-            kl = mean_and_variance(self._totals([_kl(pack) for pack in packs], packs))[0]
+            totals = self._totals([_kl(pack) for pack in packs], packs)
+            kl = mean_and_variance(totals)[0]
             self.credit_metrics["kl_in_reward"] = kl
-            self.objective.adapt(kl, num_samples * self.accelerator.num_processes)
+            if totals[0] > 0:  # no token is no KL of 0
+                self.objective.adapt(kl, num_samples * self.accelerator.num_processes)
 
     def _totals(self, values: Sequence[Tensor], packs: Sequence[Experience]) -> Tensor:
         """Moments over the trained tokens of all packs and ranks."""

@@ -61,12 +61,14 @@ def learning_rate_factor(update: int, *, schedule: str, warmup: int, total: int)
     return 1.0
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainerConfig, total_updates: int) -> LambdaLR:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainerConfig, total_updates: int, updates_per_step: int
+) -> LambdaLR:
     """The schedule of a run of `total_updates` optimizer updates; step it once after each.
 
     `config.warmup_steps` counts steps: where a step makes several updates, the warm-up takes as many times more.
     """
-    warmup = config.warmup_steps * total_updates // config.num_steps
+    warmup = config.warmup_steps * updates_per_step
 
     def factor(update: int) -> float:
         return learning_rate_factor(update, schedule=config.lr_schedule, warmup=warmup, total=total_updates)

@@ -11,23 +11,28 @@ import torch
 import xxhash
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from alignlab.data.preferences import Preference
+from alignlab.models.adapters import is_of_adapter
+from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
+from alignlab.rollout.weight_proof import digests
 from alignlab.training.files import publish
 
+_FORMAT = 1
 Scores = list[tuple[float, ...]]
 
 
 class ReferenceCache:
-    """Files by what they depend on, in `reference/` of the folder of converted models.
+    """Files by all that they depend on, in `reference/` of the folder of converted models.
 
     Args:
-        model: fingerprint of the reference's weights.
+        model: the reference; of one with an adapter, its base.
     """
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = digest_of_model(model)
         self._folder = cache_folder() / "reference"
 
     def get_or_make(self, examples: Sequence[Preference], make: Callable[[Sequence[Preference]], Scores]) -> Scores:
@@ -48,3 +53,10 @@ class ReferenceCache:
         """Where the scores of these examples are kept."""
         tokens = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in examples])
         return self._folder / f"{xxhash.xxh3_128_hexdigest((self._model + tokens).encode())}.safetensors"
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """Of every byte of the weights, buffers and config that log-probs depend on, adapters left out."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_of_adapter(model, name)}
+    told = [_FORMAT, causal_lm(model).config.to_json_string(), sorted(digests(state).items())]
+    return xxhash.xxh3_128_hexdigest(json.dumps(told).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -13,12 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import DPOConfig
-from alignlab.data.preferences import Preference
-from alignlab.errors import ConfigError, DataError
+from alignlab.data.preferences import Preference, preferences_from_rows
+from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
+from alignlab.models.adapters import add_lora
+from alignlab.models.moe import routers
 from alignlab.trainers.dpo import DPOTrainer, pairs_of
+from alignlab.training.reference_cache import digest_of_model
+from tests.trainers.conftest import SPARSE
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=4)
@@ -165,6 +171,43 @@ def test_the_reference_is_scored_once_and_kept_on_disk(
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
     make_trainer(folder="third", num_steps=2, seed=1).train()  # another base is another reference
     assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 3
+
+
+def test_any_change_of_the_reference_is_another_reference(make_model: Make) -> None:
+    """To the last byte of its weights, its buffers and its config."""
+    def changed(change: Callable[[Any], None]) -> str:
+        model = make_model(SPARSE | {"router_bias_update_rate": 0.1})
+        change(model)
+        return digest_of_model(model)
+
+    def last_row(model: Any) -> None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[-1, -1] += 1e-6
+
+    def bias(model: Any) -> None:
+        routers(model)[0].e_score_correction_bias += 0.1
+
+    def theta(model: Any) -> None:
+        model.config.rms_norm_eps *= 2
+
+    keys = [changed(change) for change in (lambda model: None, last_row, bias, theta)]
+    assert len(set(keys)) == 4 and changed(lambda model: None) == keys[0]
+    model = make_model()
+    assert digest_of_model(add_lora(model, LORA)) == digest_of_model(add_lora(make_model(), LoraSettings(rank=3)))
+
+
+def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
+    make_trainer(lora=None, num_steps=1).train()
+    with pytest.raises(CheckpointError, match="the reference is a copy of the policy that the run began with"):
+        make_trainer(lora=None, num_steps=2, seed=1).train(resume=True)
+
+
+def test_texts_of_two_speakers_need_a_prompt_where_chats_are_rendered(tokenizer: Any) -> None:
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = [{"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}]
+    with pytest.raises(DataError, match=r"row 0 .* give a prompt, chat messages, or data\.chat=false"):
+        preferences_from_rows(rows, DataSettings(path="rows"), chats)
 
 
 def test_precomputed_and_live_references_train_alike(make_trainer: Make) -> None:

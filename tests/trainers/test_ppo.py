@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import CriticSettings, PPOConfig
-from alignlab.errors import ConfigError
+from alignlab.config.trainers import CriticSettings, KLSettings, PPOConfig
+from alignlab.errors import ConfigError, NumericsError
 from alignlab.models.adapters import add_lora
 from alignlab.models.critic import Critic, make_critic
 from alignlab.trainers.ppo import PPOTrainer
@@ -134,7 +135,7 @@ def test_any_cut_gives_the_critic_the_same_gradient(make_trainer: Make) -> None:
 @pytest.mark.parametrize("form", ["lora", "head", "model"])
 def test_a_critic_on_the_shared_base_is_as_good_as_one_on_a_copy(form: Any, make_model: Make) -> None:
     """Values and gradients, and it leaves the policy, its adapter and what is in training as they are."""
-    settings = CriticSettings(form=form, rank=3)
+    settings = CriticSettings(form=form, **{"rank": 3} if form == "lora" else {})
     model = add_lora(make_model(), LORA)
     torch.manual_seed(1)
     critic = make_critic(model, settings)
@@ -238,8 +239,76 @@ def test_resumed_is_uninterrupted_bit_for_bit(form: str, make_trainer: Make) -> 
     assert make_trainer(folder="cut", callbacks=[cut], **settings).train().interrupted
     second = make_trainer(folder="cut", **settings)
     assert second.train(resume=True).num_steps == 4
-    for name, value in whole.critic_learner.policy.state_dict().items():
-        assert torch.equal(value, second.critic_learner.policy.state_dict()[name]), name
+    for role, learner in whole.learners.items():
+        state = second.learners[role].policy.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in learner.policy.state_dict().items())
+
+
+def test_the_critic_writes_to_nothing_but_its_own(make_model: Make) -> None:
+    """However the policy's adapter was begun, and whatever else of the model trains."""
+    model = add_lora(make_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = parameter.requires_grad or "norm" in name
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    critic = make_critic(model, CriticSettings(rank=3))
+    with critic.in_use():
+        trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert trained and all(".critic." in name or name in ("weight", "bias") for name in trained)
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in before.items())
+    assert make_critic(model, CriticSettings(rank=3)) is not critic  # of another trainer, in the first one's place
+
+
+def test_a_step_that_fails_half_way_is_not_saved_as_the_one_before(make_trainer: Make) -> None:
+    trainer = make_trainer(critic={"warmup_steps": 2})
+    update, calls = trainer.engine.update_weights, []
+
+    def fails(version: int) -> None:
+        calls.append(version)
+        if len(calls) == 2:
+            raise RuntimeError("sync")
+        update(version)
+
+    trainer.engine.update_weights = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="sync"):
+        trainer.train()
+    assert not list((trainer.config.output_dir / "checkpoints").glob("step-*"))  # the critic has moved already
+
+
+def test_a_critic_that_is_not_finite_is_named(make_trainer: Make) -> None:
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.critic_learner.policy.bias.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=r"the gradient is not finite: .* outputs not finite in \['sequence 0 of pack 0'"):
+        trainer.train()
+
+
+def test_a_step_that_teaches_nothing_leaves_the_coefficient(make_trainer: Make) -> None:
+    trainer = make_trainer(
+        reward=lambda completions, **_: [None] * len(completions), kl={"coef": 0.5, "target": 0.1, "horizon": 8},
+        reward_limits={"max_failures": 100},
+    )
+    trainer.make_experience(1, trainer.collect(1).rollouts)
+    assert trainer.kl_coef == 0.5
+
+
+def test_the_policys_learning_rate_warms_up_after_the_critic(make_trainer: Make) -> None:
+    rates: list[float] = []
+
+    def keep(trainer: PPOTrainer, step: int, metrics: Any) -> None:
+        if "learning_rate" in metrics:
+            rates.append(metrics["learning_rate"])
+
+    make_trainer(num_steps=8, critic={"warmup_steps": 3}, warmup_steps=2, num_minibatches=2, callbacks=[keep]).train()
+    assert len(rates) == 5 and rates[0] < rates[1] < rates[2] == rates[-1] == 1e-2
+    with pytest.raises(ConfigError, match=r"warmup_steps is 2, and must be less than the 2 steps in which the policy"):
+        make_trainer(num_steps=8, critic={"warmup_steps": 6}, warmup_steps=2)
+
+
+def test_settings_of_a_critic() -> None:
+    with pytest.raises(ConfigError, match="rank is 4, and must stay 16 with form head"):
+        CriticSettings(form="head", rank=4)
+    assert PPOConfig(kl=KLSettings(coef=0.2)).kl.placement == "reward"
+    assert PPOConfig(kl={"coef": 0.2, "placement": "loss"}).kl.placement == "loss"
 
 
 def test_the_saved_adapter_is_the_policy_s_alone(make_trainer: Make) -> None:
@@ -299,7 +368,7 @@ def test_the_critic_learns_what_the_prompt_is_worth(form: str, make_trainer: Mak
     explained: list[float] = []
     make_trainer(
         num_steps=60, num_prompts=16, reward=by_prompt, kl={"coef": 0.0}, gae_lambda=1.0, num_epochs=2,
-        critic={"form": form, "learning_rate": 1e-2, "warmup_steps": 59, "value_clip": None, "rank": 8},
+        critic={"form": form, "learning_rate": 1e-2, "warmup_steps": 59, "value_clip": None},
         architecture=DENSE | {"initializer_range": 0.2},
         callbacks=[lambda trainer, step, metrics: explained.append(metrics["explained_variance"])],
     ).train()

@@ -22,7 +22,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled
 from alignlab.models.moe import routers
 from alignlab.models.policy import Policy
-from alignlab.trainers import offline
+from alignlab.trainers import sft
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.optim import learning_rate_factor
@@ -326,7 +326,7 @@ def test_ranks_share_out_the_examples(
         taken.append([example.token_ids[1] - 2 for example in chosen])
         raise Stop
 
-    monkeypatch.setattr(offline, "pack_examples", keep)
+    monkeypatch.setattr(sft, "pack_examples", keep)
     for rank in (0, 1):
         config = SFTConfig(output_dir=tmp_path, num_sequences=6, trackers=())
         trainer = SFTTrainer(make_model(), config, examples, tokenizer=tokenizer)

@@ -32,7 +32,7 @@ class Training:
         np.random.seed(seed)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.optimizer = make_optimizer(self.model, CONFIG)
-        self.schedule = make_schedule(self.optimizer, CONFIG, CONFIG.num_steps)
+        self.schedule = make_schedule(self.optimizer, CONFIG, CONFIG.num_steps, 1)
 
     def run(self, steps: int) -> list[float]:
         losses = []

@@ -21,7 +21,7 @@ def small_model() -> nn.Sequential:
 
 def learning_rates(config: SFTConfig, total_updates: int) -> list[float]:
     optimizer = make_optimizer(small_model(), config)
-    schedule = make_schedule(optimizer, config, total_updates)
+    schedule = make_schedule(optimizer, config, total_updates, total_updates // config.num_steps)
     rates = []
     for _ in range(total_updates):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -102,14 +102,14 @@ def test_schedule_state_goes_on_where_it_stood() -> None:
     config = SFTConfig(learning_rate=1.0, num_steps=8, warmup_steps=2, lr_schedule="cosine")
     expected = learning_rates(config, total_updates=8)
     optimizer = make_optimizer(small_model(), config)
-    schedule = make_schedule(optimizer, config, 8)
+    schedule = make_schedule(optimizer, config, 8, 8 // config.num_steps)
     for _ in range(5):
         optimizer.step()
         schedule.step()
     state = schedule_state(schedule)
 
     optimizer = make_optimizer(small_model(), config)
-    schedule = make_schedule(optimizer, config, 8)
+    schedule = make_schedule(optimizer, config, 8, 8 // config.num_steps)
     load_schedule_state(schedule, state)
     rates = []
     for _ in range(3):

@@ -1,0 +1,52 @@
+"""Run by torchrun: PPO or DPO on two ranks. Usage: rank_others.py FOLDER ppo|dpo FORM"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import DPOConfig, PPOConfig
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.models.checkpoints import new_model
+from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.ppo import PPOTrainer
+from tests.trainers.conftest import DENSE, even_ids
+from tests.trainers.test_dpo import pairs
+
+
+def main() -> None:
+    folder, kind, form = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
+    tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    torch.manual_seed(0)
+    model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+    shared: dict[str, Any] = {"output_dir": folder / "run", "num_steps": 2, "learning_rate": 1e-2, "trackers": ()}
+    lora = LoraSettings(rank=2)
+    trainer: PPOTrainer | DPOTrainer
+    if kind == "ppo":
+        config = PPOConfig(
+            **shared, num_prompts=4, sampling={"max_new_tokens": 6}, critic={"form": form}, gradient_checkpointing=True
+        )
+        rows = [{"prompt": f"ab{i}"} for i in range(12)]
+        trainer = PPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
+    else:
+        trainer = DPOTrainer(
+            model, DPOConfig(**shared, num_pairs=4), pairs(8), eval_dataset=pairs(3, seed=1), tokenizer=tokenizer,
+            peft_config=lora,
+        )
+    trainer.train()
+    weights = {
+        f"{role}{name}": p.detach().clone()
+        for role, learner in trainer.learners.items() for name, p in learner.trained.items()
+    }
+    save_file(weights, folder / f"rank{os.environ['RANK']}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
