@@ -115,6 +115,17 @@ def preferences_from_rows(
 
 
 def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
+    prompt, chosen, rejected = _columns(row, render)
+    (start, good), (other, bad) = (_tokens(prompt, text, render) for text in (chosen, rejected))
+    if start != other:
+        raise BadRow("other_prompt", "is tokenised with another prompt before 'chosen' than before 'rejected'")
+    if good == bad:
+        raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
+    return Preference(start, good, bad)
+
+
+def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a row."""
     if not isinstance(row, Mapping):
         raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict with chosen and rejected")
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
@@ -123,22 +134,16 @@ def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
     chosen, rejected = (check_text(row[name], name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type", "has a string in one of 'chosen' and 'rejected', and messages in the other")
-    prompt = row.get(render.settings.prompt_column)
-    if prompt is None and render.chat and isinstance(chosen, str):
+    name = render.settings.prompt_column
+    if row.get(name) is not None:
+        return check_text(row[name], name), chosen, rejected
+    if render.chat and isinstance(chosen, str):
         raise BadRow(
             "missing_column",
-            f"has no column {render.settings.prompt_column!r}, and where one speaker ends and the other begins in the "
-            "texts of 'chosen' and 'rejected' is not known; give a prompt, chat messages, or data.chat=false",
+            f"has no column {name!r}, and where one speaker ends and the other begins in the texts of 'chosen' and "
+            "'rejected' is not known; give a prompt, chat messages, or data.chat=false",
         )
-    if prompt is None:
-        prompt, chosen, rejected = _common_prompt(chosen, rejected)
-    prompt = check_text(prompt, render.settings.prompt_column)
-    (start, good), (other, bad) = (_tokens(prompt, text, render) for text in (chosen, rejected))
-    if start != other:
-        raise BadRow("other_prompt", "is tokenised with another prompt before 'chosen' than before 'rejected'")
-    if good == bad:
-        raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
-    return Preference(start, good, bad)
+    return _common_prompt(chosen, rejected)
 
 
 def _tokens(prompt: Text, completion: Text, render: PromptRenderer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,7 +6,7 @@ reward. Every loss of margins is at its value for a margin of 0 where policy and
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -103,51 +103,6 @@ def orpo_odds(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float
     Reference: Hong et al. (2024), arXiv:2403.07691, Eqs. 3, 7.
     """
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-
-
-def kto(
-    log_ratios: Float[Tensor, "B"], desirable: Bool[Tensor, "B"], kl: Float[Tensor, ""],
-    *, beta: float, desirable_weight: float, undesirable_weight: float,
-) -> Float[Tensor, "B"]:
-    """Kahneman-Tversky optimisation: each completion is good or bad by itself, against how far the policy has moved.
-
-        desirable:    w_D (1 - sigmoid(beta (r - z)))
-        undesirable:  w_U (1 - sigmoid(beta (z - r)))        z = max(kl, 0), without a gradient
-
-    Args:
-        log_ratios: r, of each completion, summed over its tokens; carries the gradient.
-        desirable: which are good.
-        kl: mean log-ratio of completions that do not belong to their prompts, nats.
-        beta: > 0.
-        desirable_weight, undesirable_weight: to balance unequal numbers of the two.
-
-    Reference: Ethayarajh et al. (2024), arXiv:2402.01306, Eq. 8.
-    """
-    r, z = at_least_float32(log_ratios), at_least_float32(kl).detach().clamp(min=0)
-    good = desirable_weight * (1 - torch.sigmoid(beta * (r - z)))
-    bad = undesirable_weight * (1 - torch.sigmoid(beta * (z - r)))
-    return torch.where(desirable, good, bad)
-
-
-def bradley_terry(
-    chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, margins: Float[Tensor, "P"] | None = None,
-    centering: float = 0.0,
-) -> Float[Tensor, "P"]:
-    """Loss of a reward model: the chosen completion is to have more reward, by a margin where one is known.
-
-        loss = -log sigmoid(r_chosen - r_rejected - margin) + centering (r_chosen + r_rejected)^2
-
-    Args:
-        chosen, rejected: rewards; carry the gradient.
-        margins: how much better the chosen one is, >= 0; None for 0.
-        centering: >= 0, pulls the sum of the two rewards to 0, which the first term leaves free; 0.01 is usual.
-
-    Reference: Bradley & Terry (1952); Touvron et al. (2023), Llama 2, arXiv:2307.09288, Eq. 2 (margin); Eisenstein et
-    al. (2023), arXiv:2312.09244, Sec. 3 (centring).
-    """
-    chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
-    lead = chosen - rejected if margins is None else chosen - rejected - margins
-    return -logsigmoid(lead) + centering * (chosen + rejected).square()
 
 
 def _log_odds(mean_logprob: Float[Tensor, "P"]) -> Float[Tensor, "P"]:

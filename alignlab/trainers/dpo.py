@@ -119,8 +119,7 @@ class DPOTrainer(OfflineTrainer):
 
     def _with_reference(self, packs: Sequence[Experience]) -> list[Experience]:
         moved = [replace(pack, rollout_logprobs=None).to(self.learner.device) for pack in packs]
-        by_base = self.reference is None
-        scores = self.learner.score_base(moved) if by_base else self.learner.score(moved, self.reference)
+        scores = self.learner.score_reference(moved, self.reference)
         return [replace(pack, ref_logprobs=score) for pack, score in zip(moved, scores, strict=True)]
 
     def packs(self, rows: Sequence[int]) -> list[Experience]:

@@ -174,6 +174,10 @@ class Learner:
         finally:
             policy.train(was_training)
 
+    def score_reference(self, packs: Sequence[Experience], reference: Policy | None) -> list[Tensor]:
+        """The same under the reference: a frozen copy or, where there is none, the base of the adapter."""
+        return self.score_base(packs) if reference is None else self.score(packs, reference)
+
     def score_base(self, packs: Sequence[Experience]) -> list[Tensor]:
         """The same under the frozen base: the policy with its adapters off."""
         with adapters_disabled(self.policy.model):

@@ -306,13 +306,13 @@ class OnlineTrainer(TrainingLoop):
             scored = [replace(p, old_logprobs=o.logprobs) for p, o in zip(scored, outputs, strict=True)]
             if self.config.routing_replay == "trainer":
                 scored = [replace(p, routing=o.routing) for p, o in zip(scored, outputs, strict=True)]
-        free = [replace(pack, routing=None) for pack in scored]  # the reference chooses its own experts
-        if "ref" in needs and self.reference is None:
-            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, self.learner.score_base(free), strict=True)]
-        elif "ref" in needs:
-            values = self.learner.score(free, self.reference)
-            scored = [replace(p, ref_logprobs=x) for p, x in zip(scored, values, strict=True)]
-        return scored
+        return self._score_by_reference(scored) if "ref" in needs else scored
+
+    def _score_by_reference(self, packs: Sequence[Experience]) -> list[Experience]:
+        """The packs with the reference's log-probs; it chooses its own experts."""
+        free = [replace(pack, routing=None) for pack in packs]
+        scores = self.learner.score_reference(free, self.reference)
+        return [replace(pack, ref_logprobs=score) for pack, score in zip(packs, scores, strict=True)]
 
     def evaluate_at(self, step: int) -> bool:
         """Every `eval_every_steps`, where there is held-out data."""

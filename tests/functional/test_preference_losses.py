@@ -62,38 +62,13 @@ def test_orpo_odds_by_hand_and_at_certainty():
     assert math.isfinite(found.item()) and math.isfinite(certain.grad.item())
 
 
-def test_kto_by_hand_and_its_directions():
-    ratios = torch.tensor([1.0, 1.0, -3.0], requires_grad=True)
-    desirable = torch.tensor([True, False, True])
-    weights = dict(beta=0.5, desirable_weight=1.0, undesirable_weight=1.5)
-    found = losses.kto(ratios, desirable, torch.tensor(0.4), **weights)
-    expected = [1 - sigmoid(0.5 * 0.6), 1.5 * (1 - sigmoid(-0.5 * 0.6)), 1 - sigmoid(0.5 * -3.4)]
-    assert found.tolist() == pytest.approx(expected)
-    found.sum().backward()
-    assert ratios.grad[0] < 0 < ratios.grad[1] and ratios.grad[2] < 0  # more of the good, less of the bad
-    below = losses.kto(ratios, desirable, torch.tensor(-5.0), **weights)
-    torch.testing.assert_close(below, losses.kto(ratios, desirable, torch.tensor(0.0), **weights))
-
-
-def test_bradley_terry_by_hand():
-    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])
-    plain = [-math.log(sigmoid(1.0)), -math.log(sigmoid(-0.5))]
-    assert losses.bradley_terry(chosen, rejected).tolist() == pytest.approx(plain)
-    margin = losses.bradley_terry(chosen, rejected, margins=torch.tensor([0.5, 0.0]))
-    assert margin.tolist() == pytest.approx([-math.log(sigmoid(0.5)), plain[1]])
-    centred = losses.bradley_terry(chosen, rejected, centering=0.01)
-    assert centred.tolist() == pytest.approx([plain[0] + 0.01, plain[1] + 0.01 * 0.25])
-
-
 @pytest.mark.parametrize(
     "loss",
     [
         lambda m: losses.dpo_sigmoid(m, beta=0.3, label_smoothing=0.1), lambda m: losses.ipo(m, beta=0.3),
         lambda m: losses.dpo_robust(m, beta=0.3, label_smoothing=0.1),
-        lambda m: losses.simpo(m, -m, beta=0.3, gamma=0.1), lambda m: losses.bradley_terry(m, 0.5 * m, centering=0.1),
+        lambda m: losses.simpo(m, -m, beta=0.3, gamma=0.1), lambda m: losses.hinge(m, beta=0.3),
         lambda m: losses.orpo_odds(-m.exp() - 0.1, -m.square() - 0.2),
-        lambda m: losses.kto(m, torch.tensor([True, False, True]), torch.tensor(0.1, dtype=torch.float64), beta=0.5,
-                             desirable_weight=1.0, undesirable_weight=2.0),
     ],
 )  # fmt: skip
 def test_gradients(loss):
