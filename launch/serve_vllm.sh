@@ -14,7 +14,7 @@ one account on one file system nothing has to be done for it.
 environment:
   ALIGNLAB_SERVER_TOKEN  the token, the same for servers and training, where these are on several machines
   CUDA_VISIBLE_DEVICES   the GPUs, one for each server
-  OMP_NUM_THREADS        threads of each server on a CPU (default: half of the cores, shared out)
+  OMP_NUM_THREADS        threads of a server on a CPU (default: half of the cores, for the training needs the others)
   ALIGNLAB_VENV          another environment than .venv
 
 example: bash launch/serve_vllm.sh configs/grpo_smollm2_vllm_server.yaml
@@ -27,6 +27,9 @@ main() {
         usage >&2
         exit 2
     fi
+    local cores
+    cores="$(nproc 2>/dev/null || sysctl -n hw.ncpu)"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / 2 > 0 ? cores / 2 : 1))}"
     exec "${ALIGNLAB_VENV:-$(dirname "${BASH_SOURCE[0]}")/../.venv}/bin/python" -m alignlab serve "$@"
 }
 

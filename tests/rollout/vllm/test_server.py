@@ -339,7 +339,7 @@ def test_an_adapter_s_update_that_failed_can_be_tried_again(adapter: Any, monkey
 def moe(serve: Serve, make_client: Any) -> tuple[Any, Any]:
     """(engine, model) that may run behind."""
     model = make_model(OWN_MOE)
-    settings, _ = serve(model, max_staleness=1, prefill_tokens=128)
+    settings, _ = serve(model, max_staleness=1, prefill_tokens=128, max_running=8)
     return make_client(model, settings), model
 
 
@@ -357,12 +357,15 @@ def test_experts_and_routers_are_updated_and_their_choices_told(moe: Any) -> Non
 
 
 def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
-    """Each token is from the weights of the version that it bears, and its log-prob theirs, to the bit of float32."""
+    """Each token is from the weights of the version that it bears, and its log-prob theirs, to the bit of float32.
+
+    Eight run at a time, so that the update finds some that are half done.
+    """
     engine, model = moe
     first = engine.policy_version
     before = {name: value.clone() for name, value in model.state_dict().items()}
     got: list[Completion] = []
-    sampling = SamplingParams(n=4, max_new_tokens=100, ignore_eos=True, seed=1)
+    sampling = SamplingParams(n=24, max_new_tokens=100, ignore_eos=True, seed=1)
     thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9, 20), sampling))))
     started = threading.Event()
     with at_request(engine, 8, started.set):
@@ -376,7 +379,7 @@ def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
     after = {name: value.clone() for name, value in model.state_dict().items()}
     for weights, version in ((before, first), (after, first + 1)):
         model.load_state_dict(weights)
-        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(4)], got, strict=True):
+        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(24)], got, strict=True):
             rows = full_logprobs(model, prompt.token_ids + completion.token_ids)[len(prompt.token_ids) - 1 : -1]
             own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             here = torch.tensor([v == version for v in completion.policy_versions])

@@ -138,12 +138,21 @@ class VLLMServer:
 
     async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
-            response = await self._http.request(method, f"{self.address}{path}", **options)
+            response = await self._send(method, f"{self.address}{path}", **options)
         except httpx2.TransportError as error:
             raise ServerLost(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if response.status_code == 200:
             return dict(response.json())
         raise self._failure(path, response)
+
+    async def _send(self, method: str, url: str, **options: Any) -> httpx2.Response:
+        """A request that breaks off is sent again once: the server may have closed an idle connection just then."""
+        try:
+            return await self._http.request(method, url, **options)
+        except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
+            if "content" in options:  # a stream, which is used up
+                raise
+            return await self._http.request(method, url, **options)
 
     def _failure(self, path: str, response: httpx2.Response) -> Exception:
         text = response.text[:500]

@@ -35,6 +35,7 @@ MAX_MISSED = 3
 MAX_ATTEMPTS = 8
 LEASE_S = 30.0
 """Another run may take a server over that was not used for so long."""
+_IDLE_S = 2.0  # servers close connections that are idle for 5 s
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
 
@@ -82,7 +83,9 @@ class ServerPool:
         timeout = httpx2.Timeout(settings.request_timeout_s, connect=CONNECT_S, pool=None)
         self._http = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {server_token()}"}, timeout=timeout, trust_env=False,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
+            limits=httpx2.Limits(
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=_IDLE_S
+            ),
         )
         self._servers = [VLLMServer(address, self._http) for address in settings.servers]
         self._places: asyncio.PriorityQueue[tuple[int, int, int]] = asyncio.PriorityQueue()
