@@ -341,6 +341,7 @@ class OnlineTrainer(TrainingLoop):
 
     def _close(self) -> None:
         self.ahead.close()
+        self.sampler.load_state_dict(self._position["sampler"])  # what was drawn ahead and not taken is drawn again
         if isinstance(self.engine, VLLMServerEngine) and self.is_main:
             self.engine.release()
         self.store = None
