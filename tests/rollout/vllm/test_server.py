@@ -118,7 +118,8 @@ def test_a_server_that_dies_is_survived_and_taken_back_when_it_is_started_again(
 
 def test_another_rank_follows_the_first_one_s_updates(pair: Any) -> None:
     """It sends nothing, and asks for the weights that the first rank has sent, of the servers that have them."""
-    from alignlab.rollout.vllm.server.pool import SentWeights, ServerPool
+    from alignlab.rollout.vllm.server.handout import SentWeights
+    from alignlab.rollout.vllm.server.pool import ServerPool
 
     engine, model, settings, _ = pair
     first = engine._pool
@@ -128,7 +129,7 @@ def test_another_rank_follows_the_first_one_s_updates(pair: Any) -> None:
         for _ in range(3):
             shake(model, 0.05)
             engine.update_weights(engine.policy_version + 1)
-            other.expect(SentWeights(first._sent.version, None, {}, False))
+            other.expect(SentWeights(first._handout.sent.version, None, {}, False))
             answers = other.answers(requests_of(engine))
             assert [answer.token_ids for answer in answers] == tokens(engine)
             assert {v for answer in answers for v in answer.policy_versions} == {engine.policy_version}
@@ -267,7 +268,7 @@ def test_when_no_server_is_left_it_says_so_in_time(
 ) -> None:
     """The last test of the pair: nothing brings them back."""
     _, model, settings, processes = pair
-    monkeypatch.setattr("alignlab.rollout.vllm.server.pool.LEASE_S", -1.0)
+    monkeypatch.setattr("alignlab.rollout.vllm.server.handout.LEASE_S", -1.0)
     engine = make_client(model, settings.model_copy(update={"reconnect_s": 0.2}))
 
     def end() -> None:

@@ -6,6 +6,7 @@ At the servers' side:
     access     the token that every request must bear
 At the trainer's side, where vLLM need not be installed:
     client     one server
+    handout    how one comes by the present weights
     pool       all of them: balanced, watched, their losses survived
     engine     the rollout engine
 And what both sides must have alike:

@@ -21,8 +21,9 @@ from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.options import check_adapter
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.client import ServerLost
+from alignlab.rollout.vllm.server.handout import SentWeights
 from alignlab.rollout.vllm.server.identity import model_identity
-from alignlab.rollout.vllm.server.pool import SentWeights, ServerPool
+from alignlab.rollout.vllm.server.pool import ServerPool
 from alignlab.rollout.vllm.server.wire import weights_file
 from alignlab.rollout.weight_proof import CanaryGap, adapter_digests, digests
 

@@ -15,8 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -27,34 +25,15 @@ from alignlab.rollout.loop_thread import LoopThread
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.server.access import server_token
 from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
-from alignlab.rollout.vllm.server.identity import check_identity, digest_of_all
-from alignlab.rollout.weight_proof import check_arrived
+from alignlab.rollout.vllm.server.handout import Handout, SentWeights
+from alignlab.rollout.vllm.server.identity import check_identity
 
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
-LEASE_S = 30.0
-"""Another run may take a server over that was not used for so long."""
 _IDLE_S = 2.0  # servers close connections that are idle for 5 s
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SentWeights:
-    """What servers were given last, to be given to one that comes back.
-
-    Attributes:
-        version: this run's name, the policy's version, and how many updates there were, dashes between.
-        path: a safetensors file; None on a rank that does not send.
-        digests: of its tensors, as they must arrive; empty on a rank that does not send.
-        adapter: they are an adapter's.
-    """
-
-    version: str
-    path: Path | None
-    digests: Mapping[str, str]
-    adapter: bool
 
 
 class ServerPool:
@@ -89,7 +68,7 @@ class ServerPool:
         )
         self._servers = [VLLMServer(address, self._http) for address in settings.servers]
         self._places: asyncio.PriorityQueue[tuple[int, int, int]] = asyncio.PriorityQueue()
-        self._sent: SentWeights | None = None
+        self._handout = Handout(run, self._introduce, settings)
         self._number = 0
         self._loop = LoopThread("alignlab-servers")
         self._running: set[Future[Any]] = set()
@@ -197,14 +176,14 @@ class ServerPool:
         await asyncio.gather(*(server.release() for server in self.alive))
 
     async def _expect(self, sent: SentWeights) -> None:
-        self._sent = sent
+        self._handout.sent = sent
         for server in self._servers:
             await self._try_again(server)
             if server.version != sent.version:
                 self._lose(server, ServerLost("it has not been given the present weights"))
 
     async def _put(self, sent: SentWeights) -> None:
-        first, self._sent = self._sent is None, sent
+        first, self._handout.sent = self._handout.sent is None, sent
         until = time.monotonic() + self._settings.reconnect_s
         while True:
             results = await asyncio.gather(
@@ -226,43 +205,9 @@ class ServerPool:
 
     async def _give_in_turn(self, server: VLLMServer, *, first: bool) -> None:
         async with server.turn:
-            await self._give(server, await self._introduce(server), first=first)
-
-    async def _give(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
-        """Send the weights where the server does not have them, and admit it; `first` may take it from another run."""
-        sent = self._sent
-        assert sent is not None
-        if about["version"] != sent.version:
-            if sent.path is None:
-                return  # the rank that sends gives it the weights
-            await self._require_ours(server, about, first=first)
-            arrived = await server.put(sent.version, sent.path)
-            try:
-                check_arrived(sent.digests, arrived)
-            except RolloutError as error:
-                raise RolloutError(f"server {server.address}: {error}") from error
-        elif sent.digests and about["digest"] != digest_of_all(sent.digests):  # it took them, and could not say so
-            raise ServerLost("what it has of the weights is not what was sent")
-        self._admit(server, sent.version)
-
-    async def _require_ours(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
-        """See that nobody else is using a server."""
-        until = time.monotonic() + self._settings.reconnect_s
-        while (held := about["version"]) is not None and held.partition("-")[0] != self.run:
-            if not first:
-                raise RolloutError(
-                    f"the server {server.address} holds the weights of another run ({held}); give each run its own "
-                    "servers"
-                )
-            if about["idle_s"] > LEASE_S:
-                return
-            if time.monotonic() >= until:
-                raise ConfigError(
-                    f"the server {server.address} was used by another run {about['idle_s']:.0f} s ago; end that run, "
-                    "or name other servers in trainer.rollout.servers"
-                )
-            await asyncio.sleep(min(self._settings.health_every_s, 1.0))
-            about = await self._introduce(server)
+            version = await self._handout.give(server, await self._introduce(server), first=first)
+            if version is not None:
+                self._admit(server, version)
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         tasks = [asyncio.create_task(self._answer(request)) for request in requests]
@@ -308,11 +253,12 @@ class ServerPool:
 
     async def _call(self, server: VLLMServer, request: Request) -> Answer:
         """Ask a server, and stop waiting once it is lost."""
-        assert self._sent is not None
+        sent = self._handout.sent
+        assert sent is not None
         self._number += 1
         call = asyncio.create_task(
             server.complete(
-                request, f"{self.run}-{self._rank}-{self._number}", adapter=self._sent.adapter,
+                request, f"{self.run}-{self._rank}-{self._number}", adapter=sent.adapter,
                 exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
             )
         )
@@ -392,7 +338,6 @@ class ServerPool:
     async def _try_again(self, server: VLLMServer) -> None:
         """Admit a server that is there, with the present weights."""
         try:
-            async with server.turn:
-                await self._give(server, await self._introduce(server), first=False)
+            await self._give_in_turn(server, first=False)
         except ServerLost as error:
             self._lose(server, error)
