@@ -51,11 +51,9 @@ class GRPOTrainer(OnlineTrainer):
         """One advantage for all tokens of a completion."""
         advantages = self.advantages(rollouts, minibatches).to(self.learner.device)
         teaches = self.teaches(rollouts).to(self.learner.device)
-        size = -(-len(rollouts) // len(minibatches))
-        parts = [slice(i * size, (i + 1) * size) for i in range(len(minibatches))]
         return advantages, [
             [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
-            for part, packs in zip(parts, minibatches, strict=True)
+            for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
         ]
 
     def advantages(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:

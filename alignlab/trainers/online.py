@@ -275,8 +275,7 @@ class OnlineTrainer(TrainingLoop):
 
         Stores the rollouts, and those left out without an advantage.
         """
-        size = -(-len(rollouts) // self.config.num_minibatches)
-        parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+        parts = [rollouts[part] for part in self.minibatches(len(rollouts))]
         needs, budget = self.objective.needs(step), self.config.tokens_per_microbatch
         scored = [self._score(pack_rollouts(part, budget=budget), needs) for part in parts]
         advantages, credited = self.credit(rollouts, scored)
@@ -284,6 +283,11 @@ class OnlineTrainer(TrainingLoop):
             known = [*advantages.tolist(), *[None] * len(left_out)]
             self.store.append(step, [*rollouts, *left_out], advantages=known)
         return credited
+
+    def minibatches(self, num_rollouts: int) -> list[slice]:
+        """Which rollouts of a step are in each mini-batch."""
+        size = -(-num_rollouts // self.config.num_minibatches)
+        return [slice(start, start + size) for start in range(0, num_rollouts, size)]
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which completions [P, G] are trained on: those with a reward and, under `mask_truncated`, an end."""

@@ -77,8 +77,7 @@ class PPOTrainer(OnlineTrainer):
         """Advantages and returns of each token; a completion's is the mean of its tokens'."""
         rewards = torch.tensor([rollout.rewards for rollout in rollouts], device=self.learner.device)
         teaches = self.teaches(rollouts).to(self.learner.device)
-        size = -(-len(rollouts) // len(minibatches))
-        parts = [slice(i * size, (i + 1) * size) for i in range(len(minibatches))]
+        parts = self.minibatches(len(rollouts))
         credited = [
             self._credit_packs(packs, rewards[part].flatten(), teaches[part].flatten())
             for part, packs in zip(parts, minibatches, strict=True)
@@ -86,16 +85,12 @@ class PPOTrainer(OnlineTrainer):
         everything = [pack for packs in credited for pack in packs]
         self._measure(everything, rewards.numel())
         if self.config.whiten_advantages:
-            mean, variance = mean_and_variance(self._totals([_advantages(pack) for pack in everything], everything))
-            credited = [
-                [
-                    replace(p, advantages=whitened(_advantages(p), p.completion_mask, mean=mean, variance=variance))
-                    for p in packs
-                ]
-                for packs in credited
-            ]
-        each = torch.cat([_per_sequence(packs, size * rewards.shape[1]) for packs in credited])
-        return each.view_as(rewards), credited
+            totals = self._totals([_advantages(pack) for pack in everything], everything)
+            credited = [[_whitened(pack, totals) for pack in packs] for packs in credited]
+        each = [
+            _per_sequence(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)
+        ]
+        return torch.cat(each).view_as(rewards), credited
 
     def _credit_packs(self, packs: Sequence[Experience], rewards: Tensor, teaches: Tensor) -> list[Experience]:
         """The packs of one mini-batch with values, advantages and returns; what does not teach [B] is masked out."""
@@ -154,6 +149,12 @@ class PPOTrainer(OnlineTrainer):
             output.values, _values(experience), _returns(experience), clip=self.config.critic.value_clip
         )
         return loss, {"clip_frac": clipped.float()}
+
+
+def _whitened(pack: Experience, totals: Tensor) -> Experience:
+    """The pack with advantages of mean 0 and variance 1 over the whole step, whose moments `totals` are."""
+    mean, variance = mean_and_variance(totals)
+    return replace(pack, advantages=whitened(_advantages(pack), pack.completion_mask, mean=mean, variance=variance))
 
 
 def _advantages(pack: Experience) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,7 @@ class VLLMServer:
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerLost(f"it gave a request up ({choice['finish_reason']})")
         versions = [weights] * len(ids) if adapter else _versions(choice.get("weight_versions") or (), len(ids))
-        wrong = [v for v in versions if v != weights and (exact or v.partition("-")[0] != weights.partition("-")[0])]
-        if wrong:
-            raise ServerLost(f"it has the weights {wrong[0]} and was given {weights}")
+        _check_versions(versions, weights, exact=exact)
         return Answer(
             token_ids=ids,
             logprobs=tuple(step["logprob"] for step in choice["logprobs"]["content"]),
@@ -177,6 +175,14 @@ async def _chunks(path: Path) -> AsyncIterator[bytes]:
     async with await anyio.open_file(path, "rb") as file:
         while chunk := await file.read(_CHUNK):
             yield chunk
+
+
+def _check_versions(versions: Sequence[str], given: str, *, exact: bool) -> None:
+    """See that tokens come from the weights given or, unless `exact`, from others of the same run."""
+    run = given.partition("-")[0]
+    for version in versions:
+        if version != given and (exact or version.partition("-")[0] != run):
+            raise ServerLost(f"it has the weights {version} and was given {given}")
 
 
 def _versions(spans: Any, num_tokens: int) -> list[str]:

@@ -16,7 +16,6 @@ import asyncio
 import json
 import tempfile
 import time
-import uuid
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -61,14 +60,12 @@ class Weights:
     """The weights that this server was given.
 
     Attributes:
-        instance: another for each process.
         version: of the weights in use; None before the first update, and since one that failed.
         digest: of all their tensors, as they arrived.
         released: whether another run may have the server, whenever it was used last.
     """
 
     def __init__(self, engine: Any, state: State, args: Namespace) -> None:
-        self.instance = uuid.uuid4().hex
         self.version: str | None = None
         self.digest = ""
         self.released = True
@@ -100,7 +97,6 @@ class Weights:
         if not self._turn.locked():  # while it loads weights it answers nothing else
             await asyncio.wait_for(self._engine.get_weight_version(), _ENGINE_S)
         return {
-            "instance": self.instance,
             "version": self.version,
             "digest": self.digest,
             "idle_s": 1e9 if self.released else time.monotonic() - TokenGuard.last_used,

@@ -139,19 +139,10 @@ def keep_running(servers: Sequence[ServerProcess], tell: Callable[[str], None]) 
 
 def _look_after(server: ServerProcess, tell: Callable[[str], None]) -> bool:
     """Whether the server is to be looked after any longer."""
+    how = _failure(server, tell)
+    if how is None:
+        return True
     assert server.process is not None
-    status, now = server.process.poll(), time.monotonic()
-    if status is None and server.answers():
-        if not server.was_up:
-            tell(f"{server.address} is up")
-            server.was_up, server.up_at = True, now
-        if now - server.up_at > STEADY_S:
-            server.num_restarts = 0
-        server.healthy_at = now
-        return True
-    if status is None and (not server.was_up or now - server.healthy_at < UNHEALTHY_S):
-        return True
-    how = f"ended with status {status}" if status is not None else f"did not answer for {UNHEALTHY_S:g} s"
     server.stop(signal.SIGKILL)  # what it started holds memory that the next one needs
     if not server.was_up and server.num_restarts == 0:
         raise RolloutError(
@@ -166,6 +157,24 @@ def _look_after(server: ServerProcess, tell: Callable[[str], None]) -> bool:
     server.process.wait()
     server.start()
     return True
+
+
+def _failure(server: ServerProcess, tell: Callable[[str], None]) -> str | None:
+    """What has become of a server; None where it is well, or still may be."""
+    assert server.process is not None
+    status, now = server.process.poll(), time.monotonic()
+    if status is not None:
+        return f"ended with status {status}"
+    if not server.answers():
+        gone = server.was_up and now - server.healthy_at >= UNHEALTHY_S
+        return f"did not answer for {UNHEALTHY_S:g} s" if gone else None
+    if not server.was_up:
+        tell(f"{server.address} is up")
+        server.was_up, server.up_at = True, now
+    if now - server.up_at > STEADY_S:
+        server.num_restarts = 0
+    server.healthy_at = now
+    return None
 
 
 def end_all(servers: Sequence[ServerProcess]) -> None:
