@@ -9,7 +9,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.rollout import max_staleness
 
 if TYPE_CHECKING:
-    from alignlab.config.trainers import GRPOConfig, OnlineConfig
+    from alignlab.config.trainers import GRPOConfig, OnlineConfig, PolicyGradientConfig
 
 # A sequence's ratio is a mean over its tokens and stays within about 1e-3 of 1: a wider clip never acts.
 MAX_GSPO_CLIP = 0.05
@@ -88,14 +88,14 @@ def check_engine_temperature(config: OnlineConfig) -> None:
         raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
 
 
-def check_routing_replay(config: OnlineConfig) -> None:
+def check_routing_replay(config: PolicyGradientConfig) -> None:
     """With one update a batch, what the trainer would choose before it is what it chooses in it."""
     if config.routing_replay == "trainer" and config.num_epochs * config.num_minibatches == 1:
         must = "be rollout or none where a batch has one update: the trainer's own choices are then as they are"
         raise BrokenRule("routing_replay", config.routing_replay, must, "use rollout, or num_minibatches 2 or more")
 
 
-def check_staleness(config: OnlineConfig) -> None:
+def check_staleness(config: PolicyGradientConfig) -> None:
     """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
     that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
     behind, correction = max_staleness(config.rollout), config.mismatch.correction
@@ -104,7 +104,7 @@ def check_staleness(config: OnlineConfig) -> None:
         raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 0")
 
 
-def check_kl_horizon(config: OnlineConfig) -> None:
+def check_kl_horizon(config: PolicyGradientConfig) -> None:
     """A step of more completions than the horizon would move the coefficient past 20 %, and even below 0."""
     num_completions = config.num_prompts * config.group_size
     if config.kl.target is not None and config.kl.horizon < num_completions:
@@ -120,14 +120,8 @@ def check_overlong_penalty(config: GRPOConfig) -> None:
         raise BrokenRule("overlong_penalty", config.overlong_penalty, must, "give overlong_buffer_tokens")
 
 
-ONLINE_RULES = (
-    check_minibatches,
-    check_temperature,
-    check_engine_temperature,
-    check_staleness,
-    check_routing_replay,
-    check_kl_horizon,
-)
+ONLINE_RULES = (check_minibatches, check_temperature, check_engine_temperature)
+POLICY_GRADIENT_RULES = (check_staleness, check_routing_replay, check_kl_horizon)
 GRPO_RULES = (
     check_gspo_clip,
     check_ignored_fields,

@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, OnlineConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -88,11 +88,10 @@ class RunConfig(Frozen):
         return self
 
     def _check_warm_start(self) -> None:
-        supervised = isinstance(self.trainer, SFTConfig)
-        if self.warm_start is not None and supervised:
+        if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
-        if self.eval_data is not None and supervised:
-            must = "be null for supervised fine-tuning, which measures nothing on it"
+        if self.eval_data is not None and self.trainer.measures == "nothing":
+            must = f"be null for trainer {self.trainer.type}, which measures nothing on it"
             raise BrokenRule("eval_data", "given", must, "remove it, and use alignlab eval")
         default = SFTConfig.model_fields["output_dir"].default
         if self.warm_start is not None and self.warm_start.trainer.output_dir != default:
@@ -127,12 +126,12 @@ class RunConfig(Frozen):
             raise BrokenRule("trainer.critic.form", form, must, "use model")
 
     def _check_rewards(self) -> None:
-        if isinstance(self.trainer, DPOConfig) and self.rewards:
-            must = "be empty for learning from preferences, which reads none"
+        if self.trainer.takes_rewards == "none" and self.rewards:
+            must = f"be empty for trainer {self.trainer.type}, which reads none"
             raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
-        if isinstance(self.trainer, DPOConfig) and self.evaluation != EvaluationSettings():
+        if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
             must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
             raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
-        if isinstance(self.trainer, OnlineConfig) and not self.rewards:
+        if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.config.trainers import REFERENCE_FREE, DPOConfig
+from alignlab.config.trainers.dpo import REFERENCE_FREE, DPOConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
 from alignlab.errors import CheckpointError

@@ -18,6 +18,8 @@ from alignlab.functional import advantages as advantage_functions
 from alignlab.functional.kl import kl_k1
 from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.shaping import overlong_penalty
+from alignlab.models.policy import Policy
+from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, constant, sequence_mean, token_mean
 from alignlab.types import Experience, Rollout
@@ -27,6 +29,11 @@ class GRPOTrainer(OnlineTrainer):
     """Group-relative policy optimisation; arguments are `OnlineTrainer`'s."""
 
     config: GRPOConfig
+    objective: PolicyObjective
+
+    def make_objective(self, config: GRPOConfig, policy: Policy) -> PolicyObjective:
+        """The policy gradient."""
+        return PolicyObjective(config, policy)
 
     @property
     def num_rounds(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.rollout import EngineSettings, RolloutSettings, max_staleness
-from alignlab.config.trainers import MISMATCH_BOUNDS, MismatchSettings
+from alignlab.config.trainers.online import MISMATCH_BOUNDS, MismatchSettings
 from alignlab.functional import mismatch
 from alignlab.functional.reduction import sequence_sum
 from alignlab.types import Experience

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,38 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import GRPOConfig, PPOConfig
 
 
+class Objective(Protocol):
+    """What the policy of a run from rollouts minimises, and what must be known for it.
+
+    Attributes:
+        uses_reference: whether log-probs of the reference are ever asked for.
+        entropy_grad: whether the loss uses the entropy with a gradient.
+        routing: which experts a mixture is trained with, see `PolicyGradientConfig.routing_replay`.
+    """
+
+    uses_reference: bool
+    entropy_grad: bool
+    routing: Literal["rollout", "trainer", "none"]
+
+    def needs(self, step: int) -> frozenset[str]:
+        """What is scored before the updates of a step: "old", "ref"."""
+        ...
+
+    def __call__(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each token [N], and metrics [N]."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it needs to go on, as JSON."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        ...
+
+
 class PolicyObjective:
-    """What the policy of a run minimises.
+    """The loss of a policy gradient; an `Objective`.
 
     Args:
         config: the trainer's section.
@@ -38,6 +68,9 @@ class PolicyObjective:
     def __init__(self, config: GRPOConfig | PPOConfig, policy: Policy) -> None:
         self.config = config
         self.kl_coef = config.kl.coef
+        self.uses_reference = config.kl.coef > 0 or config.kl.measure_every_steps is not None
+        self.entropy_grad = config.entropy_coef > 0
+        self.routing = config.routing_replay
         lm = causal_lm(policy.model)
         sparse = bool(getattr(lm.config, "sparse_layers", None))
         if config.routing_replay != "rollout" and not sparse:
@@ -64,6 +97,14 @@ class PolicyObjective:
         shown = kl.measure_every_steps is not None and step % kl.measure_every_steps == 0
         wanted = {"old": moves or self.prices_kl, "ref": kl.coef > 0 or shown}
         return frozenset(name for name, needed in wanted.items() if needed)
+
+    def state(self) -> dict[str, Any]:
+        """The coefficient."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.kl_coef = state["kl_coef"]
 
     def adapt(self, kl: float, num_samples: int) -> None:
         """Move an adaptive coefficient, after a step of `num_samples` completions whose KL was `kl` nats a token."""

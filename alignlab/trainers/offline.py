@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.trainers import DPOConfig, SFTConfig
+from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import DataError
 from alignlab.models.policy import Policy, PolicyOutput
@@ -40,13 +40,12 @@ class OfflineTrainer(TrainingLoop):
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
     """
 
-    config: SFTConfig | DPOConfig
     size_field: ClassVar[str]  # of the config: examples a step, over all ranks
 
     def __init__(
         self,
         model: Model,
-        config: SFTConfig | DPOConfig,
+        config: TrainerConfig,
         train_dataset: Any,
         *,
         eval_dataset: Any = None,

@@ -1,7 +1,7 @@
 """The loop of every trainer that learns from its own rollouts.
 
 A trainer derives from `OnlineTrainer` and decides how completions are credited (`credit`) and how tokens are averaged
-(`weigh`). What is minimised, and what must be scored for it, is `PolicyObjective`'s.
+(`weigh`). What is minimised, and what must be scored for it, is the objective's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import max_staleness
 from alignlab.config.run import EvaluationSettings
-from alignlab.config.trainers import GRPOConfig, PPOConfig
+from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError, RolloutError
@@ -49,8 +49,8 @@ from alignlab.trainers.assemble import (
 )
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
-from alignlab.trainers.mismatch import Correction, kept_fractions
-from alignlab.trainers.objective import PolicyObjective
+from alignlab.trainers.mismatch import kept_fractions
+from alignlab.trainers.objective import Objective
 from alignlab.trainers.preflight import check_room, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
@@ -78,13 +78,13 @@ class OnlineTrainer(TrainingLoop):
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
     """
 
-    config: GRPOConfig | PPOConfig
+    config: OnlineConfig
 
     def __init__(
         self,
         model: Model,
         reward_funcs: Reward | Sequence[Reward],
-        config: GRPOConfig | PPOConfig,
+        config: OnlineConfig,
         train_dataset: Dataset,
         *,
         eval_dataset: Dataset | None = None,
@@ -103,7 +103,8 @@ class OnlineTrainer(TrainingLoop):
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
         check_room(model, self.prompts, config)
         policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
-        self.reference = make_reference(policy) if config.kl.coef > 0 or config.kl.measure_every_steps else None
+        self.objective = self.make_objective(config, policy)
+        self.reference = make_reference(policy) if self.objective.uses_reference else None
         learner = Learner(
             policy,
             config,
@@ -111,10 +112,9 @@ class OnlineTrainer(TrainingLoop):
             total_updates=self.num_policy_steps(config) * config.num_epochs * config.num_minibatches,
             updates_per_step=config.num_epochs * config.num_minibatches,
             temperature=config.sampling.temperature,
-            entropy_grad=config.entropy_coef > 0,
+            entropy_grad=self.objective.entropy_grad,
         )
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
-        self.objective = PolicyObjective(config, policy)
         self.rewards = rewards
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = rewards.rewards[0]
@@ -128,6 +128,10 @@ class OnlineTrainer(TrainingLoop):
         self._collecting_ranks = make_rank_group() if self.max_staleness else None
         self._position = self._position_now()
         self.ahead = self._make_ahead()
+
+    @abstractmethod
+    def make_objective(self, config: Any, policy: Policy) -> Objective:
+        """What is minimised."""
 
     @property
     @abstractmethod
@@ -144,7 +148,7 @@ class OnlineTrainer(TrainingLoop):
         """
 
     @staticmethod
-    def num_policy_steps(config: GRPOConfig | PPOConfig) -> int:
+    def num_policy_steps(config: Any) -> int:
         """Steps in which the policy is updated."""
         return config.num_steps
 
@@ -160,16 +164,6 @@ class OnlineTrainer(TrainingLoop):
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss [N] of each token, and metrics [N] to average over trained tokens."""
         return self.objective(output, experience)
-
-    @property
-    def kl_coef(self) -> float:
-        """The coefficient of the KL, as it is now."""
-        return self.objective.kl_coef
-
-    @property
-    def correction(self) -> Correction:
-        """Of the gap between engine and trainer."""
-        return self.objective.correction
 
     def train_step(self, step: int) -> dict[str, float]:
         """One batch of rollouts, learnt from."""
@@ -303,12 +297,12 @@ class OnlineTrainer(TrainingLoop):
 
     def _score(self, packs: Sequence[Experience], needs: frozenset[str]) -> list[Experience]:
         scored = [pack.to(self.learner.device) for pack in packs]
-        if self.config.routing_replay != "rollout":
+        if self.objective.routing != "rollout":
             scored = [replace(pack, routing=None) for pack in scored]
         if "old" in needs:
             outputs = self.learner.outputs(scored)
             scored = [replace(p, old_logprobs=o.logprobs) for p, o in zip(scored, outputs, strict=True)]
-            if self.config.routing_replay == "trainer":
+            if self.objective.routing == "trainer":
                 scored = [replace(p, routing=o.routing) for p, o in zip(scored, outputs, strict=True)]
         return self._score_by_reference(scored) if "ref" in needs else scored
 
@@ -357,7 +351,7 @@ class OnlineTrainer(TrainingLoop):
             "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
             "reward_failures": self._failures_of_ranks(),
-            "kl_coef": self.objective.kl_coef,
+            "objective": self.objective.state(),
             "reference": self.reference and fingerprint(self.reference.named_parameters()),
         }
 
@@ -380,7 +374,7 @@ class OnlineTrainer(TrainingLoop):
                 "the reference of the KL is a copy of the policy that the run began with, and the model given now is "
                 "another; resume with the model that the run was started with"
             )
-        self.objective.kl_coef = state["kl_coef"]
+        self.objective.load_state(state["objective"])
         self.sampler.load_state_dict(state["sampler"])
         own = state["reward_failures"][self.accelerator.process_index]
         self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.config.trainers import GRPOConfig, PPOConfig
+from alignlab.config.trainers import PPOConfig
 from alignlab.functional.kl import kl_k1
 from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.values import (
@@ -27,7 +27,9 @@ from alignlab.functional.values import (
     whitened,
 )
 from alignlab.models.critic import CriticOutput, make_critic
+from alignlab.models.policy import Policy
 from alignlab.trainers.learner import CriticLearner, Learner
+from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.types import Experience, Rollout
@@ -41,6 +43,11 @@ class PPOTrainer(OnlineTrainer):
     """
 
     config: PPOConfig
+    objective: PolicyObjective
+
+    def make_objective(self, config: PPOConfig, policy: Policy) -> PolicyObjective:
+        """The policy gradient."""
+        return PolicyObjective(config, policy)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,9 +63,8 @@ class PPOTrainer(OnlineTrainer):
         self.engine.update_weights(self.engine.policy_version + 1)
 
     @staticmethod
-    def num_policy_steps(config: GRPOConfig | PPOConfig) -> int:
+    def num_policy_steps(config: PPOConfig) -> int:
         """All but the first, in which the critic warms up."""
-        assert isinstance(config, PPOConfig)
         return config.num_steps - config.critic.warmup_steps
 
     @property

@@ -16,7 +16,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig, TrainerConfig
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
@@ -26,6 +26,8 @@ from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
+from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
@@ -33,6 +35,8 @@ from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
+ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
+OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
 
 
 @dataclass(frozen=True)
@@ -171,23 +175,20 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> GRPOTrainer | PPOTrainer | DPOTrainer | SFTTrainer:
+) -> OnlineTrainer | OfflineTrainer:
     """The trainer that the config's `trainer.type` names."""
-    lora = config.model.lora
-    if isinstance(config.trainer, DPOConfig):
-        return DPOTrainer(
-            model, config.trainer, config.data, eval_dataset=evaluation_data(config), tokenizer=tokenizer,
-            peft_config=lora,
+    kind, lora = type(config.trainer), config.model.lora
+    held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    if kind in OFFLINE:
+        return OFFLINE[kind](
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
         )
-    if isinstance(config.trainer, SFTConfig):
-        return SFTTrainer(model, config.trainer, config.data, tokenizer=tokenizer, peft_config=lora)
-    kind = PPOTrainer if isinstance(config.trainer, PPOConfig) else GRPOTrainer
-    return kind(
+    return ONLINE[kind](
         model,
         config.rewards,
-        config.trainer,
+        config.trainer,  # type: ignore[arg-type]  # the table's key
         config.data,
-        eval_dataset=evaluation_data(config),
+        eval_dataset=held_out,
         tokenizer=tokenizer,
         peft_config=lora,
         evaluation=config.evaluation,

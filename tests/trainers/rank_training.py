@@ -47,7 +47,8 @@ def main() -> None:
     trainer = GRPOTrainer(model, [even_ids, fails_on_the_second_rank], config, rows, tokenizer=tokenizer)
     trainer.train(resume=holds_run(config.output_dir))
     weights = {name: tensor.clone() for name, tensor in trainer.learner.policy.state_dict().items()}
-    save_file(weights | {"kl_coef": torch.tensor(trainer.kl_coef)}, folder / f"rank{os.environ['RANK']}.safetensors")
+    weights["kl_coef"] = torch.tensor(trainer.objective.kl_coef)
+    save_file(weights, folder / f"rank{os.environ['RANK']}.safetensors")
 
 
 if __name__ == "__main__":

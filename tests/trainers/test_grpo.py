@@ -248,7 +248,7 @@ def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, toke
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
-    keep = [lambda trainer, *_: coefs.append(trainer.kl_coef)]
+    keep = [lambda trainer, *_: coefs.append(trainer.objective.kl_coef)]
     GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, callbacks=keep).train()
     assert coefs[0] == pytest.approx(0.8e-3)
     assert coefs[-1] > 1.2 * coefs[-3]

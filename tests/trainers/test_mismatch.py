@@ -63,7 +63,8 @@ def test_weights_multiply_the_policy_gradient(
         mu = pack.rollout_logprobs + torch.sin(pack.tokens.float()) * pack.completion_mask
         pack = replace(pack, rollout_logprobs=mu)
         output = trainer.learner.policy(pack.tokens, pack.segments, pack.completion_mask)
-        return trainer.loss(output, pack)[0].detach(), trainer.correction.weights(output.logprobs.detach(), pack)
+        weights = trainer.objective.correction.weights(output.logprobs.detach(), pack)
+        return trainer.loss(output, pack)[0].detach(), weights
 
     (plain, _), (corrected, weights) = losses("none"), losses(name)
     assert int((weights != 1).sum()) > 0

@@ -220,7 +220,7 @@ def test_a_critic_warms_up_alone(make_trainer: Make) -> None:
 def test_an_adaptive_coefficient_follows_the_kl_of_the_reward(make_trainer: Make) -> None:
     coefs: list[float] = []
     trainer = make_trainer(
-        kl={"coef": 0.5, "target": 1e-3, "horizon": 8}, callbacks=[lambda t, *_: coefs.append(t.kl_coef)]
+        kl={"coef": 0.5, "target": 1e-3, "horizon": 8}, callbacks=[lambda t, *_: coefs.append(t.objective.kl_coef)]
     )
     excite(trainer)
     trainer.train()
@@ -288,7 +288,7 @@ def test_a_step_that_teaches_nothing_leaves_the_coefficient(make_trainer: Make) 
         reward_limits={"max_failures": 100},
     )
     trainer.make_experience(1, trainer.collect(1).rollouts)
-    assert trainer.kl_coef == 0.5
+    assert trainer.objective.kl_coef == 0.5
 
 
 def test_the_policys_learning_rate_warms_up_after_the_critic(make_trainer: Make) -> None:

@@ -1,0 +1,58 @@
+"""What every trainer is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
+
+
+class TrainerConfig(Frozen):
+    """What every trainer has."""
+
+    takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "none"
+    """Whether a run of it names reward functions: to learn from, or as the scorer of its evaluation alone."""
+    measures: ClassVar[Literal["accuracy", "preferences", "nothing"]] = "nothing"
+    """On held-out data: the rate of right answers, of chosen completions that lead, or nothing."""
+
+    output_dir: Path = Path("runs/alignlab")
+    seed: int = Field(0, ge=0, lt=2**32)
+    num_steps: int = Field(100, ge=1)
+    """Batches of rollouts or of examples."""
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or decaying to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps, of however many updates each."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens in one forward and backward pass; changes memory and speed, never the gradient."""
+    logprob_chunk_tokens: int = Field(512, ge=1)
+    """Tokens whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or skip the update and count it."""
+    save_every_steps: int | None = Field(None, ge=1)
+    """None saves at the end and on interruption only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _at_home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_steps >= self.num_steps:
+            must = f"be less than num_steps ({self.num_steps})"
+            raise BrokenRule("warmup_steps", self.warmup_steps, must, f"use {self.num_steps // 10}")
+        return self

@@ -1,0 +1,125 @@
+"""What every trainer is told that learns from its own rollouts, and those among them that follow a policy gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
+from alignlab.config.online_rules import ONLINE_RULES, POLICY_GRADIENT_RULES
+from alignlab.config.rewards import RewardLimits
+from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
+from alignlab.config.trainers.base import TrainerConfig
+
+MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "token_tis": (None, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.5, 2.0), "geometric_mask": (0.95, 1.05),
+}  # fmt: skip
+
+
+class KLSettings(Frozen):
+    """KL to the reference. Estimators: Schulman, "Approximating KL Divergence" (2020)."""
+
+    coef: float = Field(0.0, ge=0)
+    """0: the KL is not priced; `measure_every_steps` may still show it."""
+    placement: Literal["loss", "reward"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    """In the loss: all three have the KL's gradient, see `kl_loss`, and differ in the value that is reported. In the
+    reward: k1, which is then the default."""
+    target: float | None = Field(None, gt=0)
+    """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
+    horizon: int = Field(10_000, ge=1)
+    """Completions over which an adaptive coefficient moves."""
+    measure_every_steps: int | None = Field(None, ge=1)
+    """With a coefficient of 0: steps at which the KL is measured all the same, at the cost of scoring the reference."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_estimator(cls, given: Any) -> Any:
+        return {"estimator": "k1"} | given if isinstance(given, dict) and given.get("placement") == "reward" else given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            must = f"be above 0 with kl.target ({self.target}): a coefficient of 0 cannot adapt"
+            raise BrokenRule("coef", self.coef, must, "use coef 0.05, or remove target")
+        if self.estimator != "k1" and self.placement == "reward":
+            must = "be k1 in the reward: as a fixed number, no other gives the KL's gradient"
+            raise BrokenRule("estimator", self.estimator, must, "remove it, or use placement: loss")
+        return self
+
+
+class MismatchSettings(Frozen):
+    """What is done about the gap between the engine's log-probs and the trainer's, which is always measured."""
+
+    correction: Literal["auto", "none", "token_tis", "icepop", "sequence_mask", "geometric_mask"] = "auto"
+    """auto: token_tis for vLLM in bfloat16, icepop there for a mixture of experts, else none; the log says which."""
+    low: float | None = Field(None, gt=0, lt=1)
+    high: float | None = Field(None, gt=1)
+    """Bounds of the ratio, see `functional.mismatch`; default: the correction's own, see `MISMATCH_BOUNDS`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bounds = MISMATCH_BOUNDS.get(self.correction, (None, None))
+        for name, usual in zip(("low", "high"), bounds, strict=True):
+            if usual is None and getattr(self, name) is not None:
+                must = f"stay null with correction {self.correction}, which does not read it"
+                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or name a correction that does")
+        return self
+
+
+class OnlineConfig(TrainerConfig):
+    """What every trainer has that learns from its own rollouts."""
+
+    takes_rewards = "needed"
+    measures = "accuracy"
+    num_prompts: int = Field(8, ge=1)
+    """Prompts a step, over all ranks."""
+    group_size: int = Field(8, ge=1)
+    """Completions a prompt."""
+    sampling: SamplingSettings = SamplingSettings()
+    rollout: RolloutEngineSettings = RolloutSettings()
+    num_epochs: int = Field(1, ge=1)
+    """Passes over each batch of rollouts."""
+    num_minibatches: int = Field(1, ge=1)
+    """Optimizer steps in each pass."""
+    mask_truncated: bool = False
+    """Leave completions cut off by the length limit out of the loss."""
+    reward_limits: RewardLimits = RewardLimits()
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate during training too; before and after is always done where there is evaluation data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_engine(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "rollout" in given:
+            return given | {"rollout": fill_engine(given["rollout"])}
+        return given
+
+    @model_validator(mode="after")
+    def _check_online(self) -> Self:
+        for rule in ONLINE_RULES:
+            rule(self)
+        return self
+
+
+class PolicyGradientConfig(OnlineConfig):
+    """What every trainer has that credits its rollouts and follows the policy gradient."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    """Bounds the loss of tokens with a negative advantage (arXiv:1912.09729); off unless given."""
+    kl: KLSettings = KLSettings()
+    entropy_coef: float = Field(0.0, ge=0)
+    mismatch: MismatchSettings = MismatchSettings()
+    routing_replay: Literal["rollout", "trainer", "none"] = "rollout"
+    """Experts that a mixture is trained with: those that the engine chose (R3, arXiv:2510.11370); those that the
+    trainer chose before the first of several updates (R2, arXiv:2512.01374); or whatever its routers choose now."""
+
+    @model_validator(mode="after")
+    def _check_policy_gradient(self) -> Self:
+        for rule in POLICY_GRADIENT_RULES:
+            rule(self)
+        return self

@@ -1,0 +1,18 @@
+"""What supervised fine-tuning is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignlab.config.trainers.base import TrainerConfig
+
+
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning on prompt and completion; the loss is on the completion alone."""
+
+    takes_rewards = "optional"
+    type: Literal["sft"] = "sft"
+    num_sequences: int = Field(32, ge=1)
+    """Examples a step, over all ranks."""
