@@ -252,22 +252,8 @@ def sample_rollout(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTo
 
 def trainer_line(trainer: TrainerConfig) -> str:
     """What would be run."""
-    from alignlab.config.trainers import DPOConfig, GRPOConfig, OnlineConfig, SFTConfig
-
     common = f"{trainer.num_steps} steps, learning rate {trainer.learning_rate:g}, into {trainer.output_dir}"
-    if isinstance(trainer, DPOConfig):
-        return f"dpo ({trainer.loss}, beta {trainer.beta:g}): {common}; {trainer.num_pairs} pairs a step"
-    if isinstance(trainer, SFTConfig):
-        return f"sft: {common}; {trainer.num_sequences} examples a step"
-    assert isinstance(trainer, OnlineConfig)
-    named = "ppo"
-    if isinstance(trainer, GRPOConfig):
-        named = f"{trainer.recipe} = {trainer.advantage} + {trainer.surrogate} + {trainer.reduction}"
-    return (
-        f"{named}: {common}; "
-        f"{trainer.num_prompts} prompts x {trainer.group_size} completions of at most "
-        f"{trainer.sampling.max_new_tokens} tokens and {trainer.num_epochs * trainer.num_minibatches} updates a step"
-    )
+    return f"{trainer.method}: {common}; {trainer.step}"
 
 
 def rate_notes(config: RunConfig) -> Iterator[str]:

@@ -45,6 +45,16 @@ class TrainerConfig(Frozen):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
 
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> str:
+        """What a step is made of."""
+        raise NotImplementedError
+
     @field_validator("output_dir")
     @classmethod
     def _at_home(cls, path: Path) -> Path:

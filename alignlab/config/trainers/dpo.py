@@ -54,3 +54,13 @@ class DPOConfig(TrainerConfig):
             must = "be above 0 with loss robust, which corrects for it"
             raise BrokenRule("label_smoothing", 0.0, must, "use 0.1, or loss: sigmoid")
         return self
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return f"dpo ({self.loss}, beta {self.beta:g})"
+
+    @property
+    def step(self) -> str:
+        """What a step is made of."""
+        return f"{self.num_pairs} pairs a step"

@@ -53,3 +53,8 @@ class GRPOConfig(PolicyGradientConfig):
         for rule in GRPO_RULES:
             rule(self)
         return self
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return f"{self.recipe} = {self.advantage} + {self.surrogate} + {self.reduction}"

@@ -103,6 +103,14 @@ class OnlineConfig(TrainerConfig):
             rule(self)
         return self
 
+    @property
+    def step(self) -> str:
+        """What a step is made of."""
+        return (
+            f"{self.num_prompts} prompts x {self.group_size} completions of at most {self.sampling.max_new_tokens} "
+            f"tokens and {self.num_epochs * self.num_minibatches} updates a step"
+        )
+
 
 class PolicyGradientConfig(OnlineConfig):
     """What every trainer has that credits its rollouts and follows the policy gradient."""

@@ -76,3 +76,8 @@ class PPOConfig(PolicyGradientConfig):
             must = f"be less than the {left} steps in which the policy learns (num_steps - critic.warmup_steps)"
             raise BrokenRule("warmup_steps", self.warmup_steps, must, f"use {left // 10}")
         return self
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return f"ppo (critic: {self.critic.form})"

@@ -16,3 +16,13 @@ class SFTConfig(TrainerConfig):
     type: Literal["sft"] = "sft"
     num_sequences: int = Field(32, ge=1)
     """Examples a step, over all ranks."""
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return "sft"
+
+    @property
+    def step(self) -> str:
+        """What a step is made of."""
+        return f"{self.num_sequences} examples a step"
