@@ -209,6 +209,7 @@ class Experience:
         values: of the state in which each token was chosen, by the critic before the update.
         returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
+        margins: by which the chosen completion of the token's pair is to lead.
     """
 
     tokens: Int[Tensor, "N"]
@@ -221,6 +222,7 @@ class Experience:
     values: Float[Tensor, "N"] | None = None
     returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
+    margins: Float[Tensor, "N"] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -25,7 +25,7 @@ ALLOWED = {
     "training": {"types", "errors", "functional", "config", "models", "rollout", "data"},
     "trainers": {"types", "errors", "functional", "config", "models", "rollout", "data", "training"},
     "cli": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "trainers"},
-    "__init__": {"types", "errors", "config", "rollout", "trainers"},
+    "__init__": {"types", "errors", "config", "models", "rollout", "trainers"},
     "__main__": {"cli"},
     "rewards": {"types"},
 }
@@ -45,7 +45,10 @@ PUBLIC = {
     "PPOConfig",
     "PPOTrainer",
     "Prompt",
+    "RewardConfig",
+    "RewardModel",
     "RewardSettings",
+    "RewardTrainer",
     "Rollout",
     "RolloutSettings",
     "RunConfig",
@@ -55,6 +58,7 @@ PUBLIC = {
     "SamplingSettings",
     "__version__",
     "load_config",
+    "load_reward_model",
     "run",
 }
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")

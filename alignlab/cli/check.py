@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
-    from alignlab.config.trainers import DPOConfig
     from alignlab.data.prompts import load_prompts
     from alignlab.trainers.run import evaluation_data, make_tokenizer
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
-    if isinstance(config.trainer, DPOConfig):
+    if config.trainer.measures == "preferences":
         return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
@@ -70,15 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
 def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Load the pairs, and tell."""
+    from alignlab.config.trainers import RewardConfig
     from alignlab.data.preferences import load_preferences
     from alignlab.trainers.run import evaluation_data
     from alignlab.training.metrics import check_trackers
 
+    margin = config.trainer.margin_column if isinstance(config.trainer, RewardConfig) else None
     for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
         if settings is None:
             tell(name, "none: how often the chosen completion leads will not be measured")
             continue
-        pairs = load_preferences(settings, tokenizer)
+        pairs = load_preferences(settings, tokenizer, margin_column=margin)
         lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
         tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")

@@ -96,12 +96,15 @@ class PreferenceResult:
         margin: by how much, on average, in the loss's units.
         loss: mean over pairs.
         num_pairs: that were looked at.
+        calibration_error, brier: of a reward model's probabilities, see `functional.reward_losses`.
     """
 
     accuracy: float
     margin: float
     loss: float
     num_pairs: int
+    calibration_error: float | None = None
+    brier: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -114,7 +117,8 @@ class PreferenceResult:
 
     def metrics(self) -> dict[str, float]:
         """The numbers, as they are logged."""
-        return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
+        named = {name: value for name, value in self.to_json().items() if name != "num_pairs" and value is not None}
+        return {f"eval/{name}": value for name, value in named.items()}
 
 
 Evaluation = EvaluationResult | PreferenceResult
