@@ -258,7 +258,8 @@ class RolloutEngine(Protocol):
 
 
 class RewardFunction(Protocol):
-    """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists."""
+    """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists;
+    and `prompt_ids` for one that names it."""
 
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **columns: Any

@@ -167,6 +167,8 @@ def test_every_package_is_installed_and_every_plugin_exists():
     assert set(project["tool"]["setuptools"]["packages"]) == folders | {"alignlab_rewards"}
     for target in project["project"]["entry-points"]["alignlab.rewards"].values():
         module, function = target.split(":")
-        tree = ast.parse((ROOT / "rewards" / f"{module.removeprefix('alignlab_rewards.')}.py").read_text("utf-8"))
-        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        file = module.replace("alignlab_rewards.", "rewards.").replace(".", "/")
+        tree = ast.parse((ROOT / f"{file}.py").read_text("utf-8"))
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        names = {node.name for node in tree.body if isinstance(node, kinds)}
         assert function in names, target

@@ -154,12 +154,16 @@ def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
 def answer_notes(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Whether the reward that says what is right takes a row's own answer for right."""
     from alignlab.config.rewards import RewardSettings
+    from alignlab.trainers.run import evaluation_data
+    from alignlab.training.evaluation import require_scorer
     from alignlab.training.reward_functions import load_reward
 
     if not config.rewards:
         return
     named = config.evaluation.scorer
     scorer = load_reward(RewardSettings(name=named) if named else config.rewards[0])
+    if evaluation_data(config) is not None:
+        require_scorer(scorer)
     value = value_of_own_answer(scorer, prompt, tokenizer)
     if value is not None and value != 1.0:
         yield f"{scorer.name} gives {value} to the row's own answer: accuracy, which counts 1 alone, may stay 0"
@@ -196,11 +200,15 @@ def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenize
     """
     from alignlab.config.rewards import RewardLimits, RewardSettings
     from alignlab.config.trainers import OnlineConfig
+    from alignlab.training.model_reward import ModelReward
     from alignlab.training.reward_functions import load_reward
 
     limits = config.trainer.reward_limits if isinstance(config.trainer, OnlineConfig) else RewardLimits()
     scorer = (RewardSettings(name=config.evaluation.scorer),) if config.evaluation.scorer else ()
     rewards = [load_reward(each) for each in (*config.rewards, *scorer)]
+    for reward in rewards:
+        if isinstance(reward.function, ModelReward):
+            reward.function.check_tokenizer(tokenizer)
     texts = [str(prompt.columns["answer"])] if "answer" in prompt.columns else []
     scored = score_once(rewards, limits, sample_rollout(prompt, [*texts, WRONG_ANSWER], tokenizer))
     for name, values in scored.reward_parts.items():

@@ -11,6 +11,7 @@ from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
 from alignlab.errors import ConfigError, RewardError
 from alignlab.functional.estimators import pass_at_k
+from alignlab.training.model_reward import ModelReward
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
@@ -154,6 +155,7 @@ def evaluate(
         ConfigError: there are no problems, or a k is out of range.
         RewardError: the scorer fails, or has no opinion on a completion: an accuracy must not hide that.
     """
+    require_scorer(scorer)
     if not prompts:
         raise ConfigError("an evaluation needs at least one problem, and got 0; check eval_data")
     wrong = [k for k in pass_at if not 1 <= k <= num_samples]
@@ -181,6 +183,19 @@ def evaluate(
             for one, many, right, count in zip(greedy, sampled, greedy_right, num_correct, strict=True)
         ),
     )
+
+
+def require_scorer(scorer: LoadedReward) -> None:
+    """Refuse what cannot say that a completion is right.
+
+    Raises:
+        ConfigError: it is a reward model, whose values are never exactly 1.
+    """
+    if isinstance(scorer.function, ModelReward):
+        raise ConfigError(
+            f"evaluation.scorer must be a reward function whose value 1 means a right answer, and {scorer.name} is a "
+            "reward model; name another scorer, or leave out eval_data"
+        )
 
 
 def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool]]:

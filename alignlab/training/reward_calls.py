@@ -63,6 +63,16 @@ def failed(error: RewardFailure) -> Future[Any]:
     return future
 
 
+def in_caller(function: Callable[[], Any]) -> Future[Any]:
+    """Run `function` here and now, for as long as it takes."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 def in_thread(function: Callable[[], Any]) -> Future[Any]:
     """Run `function` in a new daemon thread; a pool would lose a worker to each function that hangs."""
     future: Future[Any] = Future()
