@@ -46,6 +46,8 @@ PUBLIC = {
     "PPOConfig",
     "PPOTrainer",
     "Prompt",
+    "RLAIFConfig",
+    "RLAIFTrainer",
     "RewardConfig",
     "RewardModel",
     "RewardSettings",

@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, RLAIFConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,7 +62,9 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[GRPOConfig | PPOConfig | DPOConfig | RewardConfig | SFTConfig, Field(discriminator="type")]
+    trainer: Annotated[
+        GRPOConfig | PPOConfig | DPOConfig | RewardConfig | RLAIFConfig | SFTConfig, Field(discriminator="type")
+    ]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 
@@ -120,7 +122,8 @@ class RunConfig(Frozen):
 
     def _check_critic(self) -> None:
         """A model by name may be an adapter's folder, and is looked at when it is loaded."""
-        form = self.trainer.critic.form if isinstance(self.trainer, PPOConfig) else "model"
+        trainer = self.trainer.policy if isinstance(self.trainer, RLAIFConfig) else self.trainer
+        form = trainer.critic.form if isinstance(trainer, PPOConfig) else "model"
         if form != "model" and self.model.architecture is not None:
             must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
             raise BrokenRule("trainer.critic.form", form, must, "use model")

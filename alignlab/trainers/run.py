@@ -16,13 +16,21 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainerConfig
+from alignlab.config.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLAIFConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
-from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
@@ -30,6 +38,7 @@ from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -110,7 +119,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
     result = trainer.train(resume=resume)
-    return RunSummary(_task(config.data), result, trainer.learner.has_adapters)
+    return RunSummary(_task(config.data), result, trains_adapter=is_adapter(str(result.model_path)))
 
 
 def model_dtype(settings: ModelSettings) -> torch.dtype:
@@ -178,10 +187,16 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> OnlineTrainer | OfflineTrainer:
+) -> OnlineTrainer | OfflineTrainer | RLAIFTrainer:
     """The trainer that the config's `trainer.type` names."""
-    kind, lora = type(config.trainer), config.model.lora
+    lora = config.model.lora
     held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    if isinstance(config.trainer, RLAIFConfig):
+        return RLAIFTrainer(
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
+            evaluation=config.evaluation,
+        )
+    kind = type(config.trainer)
     if kind in OFFLINE:
         return OFFLINE[kind](
             model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
