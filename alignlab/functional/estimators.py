@@ -1,11 +1,13 @@
 """Estimates from repeated samples, and of differences between two policies on the same problems."""
 
-import random
 from collections.abc import Sequence
 from math import comb, exp, fsum, lgamma, log
-from statistics import fmean
+
+import torch
 
 _BISECTIONS = 60  # halvings of [0, 1]: below the spacing of floats near any bound that matters
+_ROUNDING = 1e-12  # of a sum, relative to its largest: sums that differ by less are equal
+_DRAWN_TOGETHER = 256
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -45,7 +47,7 @@ def mcnemar_exact(num_gained: int, num_lost: int) -> float:
     Reference: McNemar (1947), "Note on the sampling error of the difference between correlated proportions or
     percentages", Psychometrika 12(2); the binomial, not the chi-square that approximates it.
     """
-    _check_counts(num_gained=num_gained, num_lost=num_lost)
+    _check_at_least(0, num_gained=num_gained, num_lost=num_lost)
     n = num_gained + num_lost
     tail: int = sum(comb(n, k) for k in range(min(num_gained, num_lost) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -75,7 +77,7 @@ def mcnemar_interval(
     Reference: Clopper and Pearson (1934), Biometrika 26(4); for paired proportions: Newcombe (1998), Statistics in
     Medicine 17(22), the exact conditional interval.
     """
-    _check_counts(num_gained=num_gained, num_lost=num_lost)
+    _check_at_least(0, num_gained=num_gained, num_lost=num_lost)
     _check_level(level)
     n = num_gained + num_lost
     if num_problems < max(1, n):
@@ -105,16 +107,50 @@ def _upper_tail(successes: int, n: int, q: float) -> float:
     )
 
 
+def sign_flip_test(differences: Sequence[float], *, num_flips: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of the paired permutation test: is the mean difference more than chance?
+
+    Where neither of two policies is better, every problem's difference could as well have had the other sign.
+
+        p = (1 + #{flips: |sum of s_i d_i| >= |sum of d_i|}) / (1 + flips),  s_i = +1 or -1, each half the time
+
+    Valid however few problems there are: below 6 that differ, p cannot fall under 0.03. Of differences that are -1, 0
+    or 1 it is an estimate of `mcnemar_exact`.
+
+    Args:
+        differences: one a problem, such as the second policy's fraction of right samples less the first's; not empty.
+        num_flips: random choices of all signs, >= 1.
+        seed: of the choices; the same gives the same value.
+
+    Returns:
+        In (0, 1].
+
+    Reference: Fisher (1935), "The Design of Experiments", section 21; the random choices and the 1 in both counts:
+    Phipson and Smyth (2010), Statistical Applications in Genetics and Molecular Biology 9(1).
+    """
+    _check_draws(differences, num_flips=num_flips)
+    values = torch.tensor(differences, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    seen = values.sum().abs() - _ROUNDING * values.abs().sum()
+    as_far = 0
+    for start in range(0, num_flips, _DRAWN_TOGETHER):
+        shape = (min(_DRAWN_TOGETHER, num_flips - start), len(values))
+        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).double() * 2 - 1
+        as_far += int(((signs @ values).abs() >= seen).sum())
+    return (1 + as_far) / (1 + num_flips)
+
+
 def paired_bootstrap(
     differences: Sequence[float], *, num_resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Interval of a mean difference between two policies on the same problems, by resampling the problems.
 
     Problems are drawn anew with replacement, each with both policies' numbers; the bounds are percentiles of the means
-    over the resamples.
+    over the resamples. With few problems it is too narrow: of equal differences it has no width at all, so ask
+    `sign_flip_test` whether a difference is more than chance.
 
     Args:
-        differences: one a problem, such as the second policy's fraction of right samples less the first's; not empty.
+        differences: see `sign_flip_test`.
         num_resamples: >= 1.
         level: coverage, in (0, 1).
         seed: of the resampling; the same gives the same bounds.
@@ -126,21 +162,26 @@ def paired_bootstrap(
     (2004), "Statistical significance tests for machine translation evaluation", section 4.
     """
     _check_level(level)
-    if not differences or num_resamples < 1:
-        raise ValueError(
-            f"{len(differences)} differences and num_resamples {num_resamples}: each must be at least 1; give one "
-            "difference a problem"
-        )
-    generator, n = random.Random(seed), len(differences)
-    means = sorted(fmean(generator.choices(differences, k=n)) for _ in range(num_resamples))
+    _check_draws(differences, num_resamples=num_resamples)
+    values = torch.tensor(differences, dtype=torch.float64)
+    generator, n = torch.Generator().manual_seed(seed), len(values)
+    means = sorted(
+        float(values[torch.randint(n, (n,), generator=generator)].mean()) for _ in range(num_resamples)
+    )
     cut = int(num_resamples * (1 - level) / 2)
     return means[cut], means[-1 - cut]
 
 
-def _check_counts(**counts: int) -> None:
+def _check_draws(differences: Sequence[float], **draws: int) -> None:
+    if not differences:
+        raise ValueError("differences is empty, and must hold at least 1; give one a problem")
+    _check_at_least(1, **draws)
+
+
+def _check_at_least(least: int, **counts: int) -> None:
     for name, value in counts.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}, and must be at least 0")
+        if value < least:
+            raise ValueError(f"{name} is {value}, and must be at least {least}")
 
 
 def _check_level(level: float) -> None:

@@ -65,6 +65,30 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     return model.to(device).eval()
 
 
+def check_checkpoint(name: str) -> None:
+    """See that a checkpoint is there and of a known architecture, without reading its weights.
+
+    Args:
+        name: as for `load_model`. An adapter is looked at with its base.
+
+    Raises:
+        CheckpointError: it cannot be found, or its folder has no safetensors.
+        ConfigError: it is a packaged model, and the package is not installed.
+    """
+    path = resolve_checkpoint(name)
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    if _is_adapter(path):
+        return check_checkpoint(_base_of(path))
+    try:
+        AutoConfig.from_pretrained(path, **_OPTIONS)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
+            "safetensors"
+        ) from error
+
+
 def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
     """`transformers`' own model of a checkpoint, every weight of which is there and used."""
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}

@@ -130,6 +130,12 @@ def holds_run(folder: Path) -> bool:
     return (folder / STARTS_FILE).exists()
 
 
+def made_in(folder: Path) -> Path | None:
+    """The adapter or the model that the run in a folder has made; None where it has made none."""
+    made = (folder / "adapter" / "adapter_config.json", folder / "model" / "config.json")
+    return next((file.parent for file in made if file.is_file()), None)
+
+
 def _take_lock(folder: Path) -> IO[str]:
     """Lock the folder for as long as the returned file is open; the kernel frees it when the process dies."""
     lock = (folder / LOCK_FILE).open("a+")

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from alignlab.functional import estimators
@@ -52,6 +54,35 @@ def test_mcnemar_interval_leaves_0_out_where_the_test_rejects(level):
             assert estimators.mcnemar_interval(num_lost, num_gained, 30, level=level) == pytest.approx((-high, -low))
 
 
+def every_sign(differences):
+    """The sign-flip test's p-value by trying all signs."""
+    flips = [
+        sum(s * d for s, d in zip(signs, differences, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(abs(flip) >= abs(sum(differences)) - 1e-9 for flip in flips) / len(flips)
+
+
+@pytest.mark.parametrize("differences", [[0.5, 0.25, -0.25, 1.0, 0.0, 0.75], [0.1, -0.2, 0.3, 0.1, 0.4, 0.2, 0.6]])
+def test_sign_flips_estimate_what_all_signs_give(differences):
+    exact = every_sign(differences)
+    assert estimators.sign_flip_test(differences) == pytest.approx(exact, abs=0.015)
+    assert estimators.sign_flip_test([-value for value in differences]) == pytest.approx(exact, abs=0.015)
+
+
+def test_sign_flips_of_right_and_wrong_are_mcnemar_s_test():
+    for num_gained, num_lost in ((3, 0), (7, 1), (8, 5), (2, 2)):
+        differences = [1.0] * num_gained + [-1.0] * num_lost + [0.0] * 9
+        expected = estimators.mcnemar_exact(num_gained, num_lost)
+        assert estimators.sign_flip_test(differences) == pytest.approx(expected, abs=0.015)
+
+
+def test_sign_flips_by_hand():
+    assert estimators.sign_flip_test([0.0, 0.0]) == estimators.sign_flip_test([0.3]) == 1.0
+    assert estimators.sign_flip_test([1.0] * 100) == 1 / 10_000, "no flip of 9999 comes as far"
+    assert estimators.sign_flip_test([1.0, 2.0] * 3, seed=4) == estimators.sign_flip_test([1.0, 2.0] * 3, seed=4)
+
+
 def test_paired_bootstrap_has_the_percentiles_of_every_resample():
     # Two problems: means are 0, 1/2, 1 with chances 1/4, 1/2, 1/4, so a level of 0.4 keeps 1/2 alone.
     assert estimators.paired_bootstrap([0.0, 1.0], level=0.4) == (0.5, 0.5)
@@ -76,8 +107,10 @@ def test_paired_bootstrap_repeats_with_its_seed():
         (lambda: estimators.mcnemar_interval(1, -2, 5), "num_lost is -2"),
         (lambda: estimators.mcnemar_interval(3, 3, 5), r"num_problems is 5.*together \(6\)"),
         (lambda: estimators.mcnemar_interval(1, 1, 5, level=1.0), "level is 1.0"),
-        (lambda: estimators.paired_bootstrap([]), "at least 1"),
-        (lambda: estimators.paired_bootstrap([1.0], num_resamples=0), "at least 1"),
+        (lambda: estimators.paired_bootstrap([]), "differences is empty"),
+        (lambda: estimators.paired_bootstrap([1.0], num_resamples=0), "num_resamples is 0"),
+        (lambda: estimators.sign_flip_test([]), "differences is empty"),
+        (lambda: estimators.sign_flip_test([1.0], num_flips=0), "num_flips is 0"),
         (lambda: estimators.paired_bootstrap([1.0], level=0.0), "level is 0.0"),
     ],
 )
