@@ -54,11 +54,14 @@ def candidates_of(words: Sequence[str], adapter: str | None, default: str | None
     if not words and one is None:
         raise ConfigError("no model to evaluate: give MODEL or --adapter; a config with an architecture has no weights")
     candidates = [_candidate(word, adapter) for word in words or [str(one)]]
-    names = [candidate.name for candidate in candidates]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"MODEL {twice[0]} is given twice; leave one out, or give each a label: a={twice[0]}")
+    _check_names([candidate.name for candidate in candidates])
     return candidates
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"MODEL {twice} is given twice; leave one out, or give each a label of its own: a={twice}")
 
 
 def _candidate(word: str, adapter: str | None) -> Candidate:

@@ -160,12 +160,13 @@ def same_problems(plan: Plan, candidates: Sequence[Candidate], scorer: LoadedRew
             refuse_deaf_scorer(scorer, prompts[-1][0], tokenizer)
         except AlignlabError as error:
             raise type(error)(f"MODEL {candidate.name}: {error}; nothing was evaluated") from error
-    shared = set.intersection(*({prompt.index for prompt in each} for each in prompts))
+    given = [{prompt.index for prompt in each} for each in prompts]
+    shared = set.intersection(*given)
     if not shared:
         raise DataError("no problem can be given to all models: each skips others; see data.max_prompt_tokens")
-    left_out = max(map(len, prompts)) - len(shared)
+    left_out = len(set.union(*given) - shared)
     if left_out:
-        print(f"{left_out} problems are left out: not every model can be given them", file=sys.stderr)
+        print(f"problems left out, because not every model can be given them: {left_out}", file=sys.stderr)
     return [[p for p in each if p.index in shared][: plan.evaluation.num_problems] for each in prompts]
 
 
@@ -195,12 +196,9 @@ def tell_comparison(
     """The table and some completions on standard error, the plot, and all as JSON on standard output."""
     from rich.console import Console
 
-    from alignlab.training.comparison import comparison_json, comparison_table, plot_comparison, told_apart_table
+    from alignlab.training.comparison import comparison_json, plot_comparison, show_comparison
 
-    console = Console(stderr=True)
-    if args.show and len(measured) > 1:
-        console.print(told_apart_table(measured, args.show))
-    console.print(comparison_table(measured))
+    show_comparison(Console(stderr=True), measured, args.show)
     if args.plot is not None:
         plot_comparison(measured, args.plot)
         print(f"plot: {args.plot}", file=sys.stderr)

@@ -82,6 +82,8 @@ def mcnemar_interval(
     n = num_gained + num_lost
     if num_problems < max(1, n):
         raise ValueError(f"num_problems is {num_problems}, and must be at least 1 and gains and losses together ({n})")
+    if n == 0:
+        return 0.0, 0.0
     tail = (1 - level) / 2
     low, high = _clopper_pearson_low(num_gained, n, tail), 1 - _clopper_pearson_low(num_lost, n, tail)
     return (2 * low - 1) * n / num_problems, (2 * high - 1) * n / num_problems
@@ -114,8 +116,8 @@ def sign_flip_test(differences: Sequence[float], *, num_flips: int = 9999, seed:
 
         p = (1 + #{flips: |sum of s_i d_i| >= |sum of d_i|}) / (1 + flips),  s_i = +1 or -1, each half the time
 
-    Valid however few problems there are: below 6 that differ, p cannot fall under 0.03. Of differences that are -1, 0
-    or 1 it is an estimate of `mcnemar_exact`.
+    Valid however few problems there are: where 5 differ, p is about 2 / 2^5 = 0.06 at the least. Of differences that
+    are -1, 0 or 1 it is an estimate of `mcnemar_exact`.
 
     Args:
         differences: one a problem, such as the second policy's fraction of right samples less the first's; not empty.

@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -72,12 +73,12 @@ def check_checkpoint(name: str) -> None:
         name: as for `load_model`. An adapter is looked at with its base.
 
     Raises:
-        CheckpointError: it cannot be found, or its folder has no safetensors.
+        CheckpointError: it cannot be found, or its folder has no safetensors or a file of them that is cut short.
         ConfigError: it is a packaged model, and the package is not installed.
     """
     path = resolve_checkpoint(name)
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    if Path(path).is_dir():
+        _check_files(name, sorted(Path(path).glob("*.safetensors")))
     if _is_adapter(path):
         return check_checkpoint(_base_of(path))
     try:
@@ -89,6 +90,17 @@ def check_checkpoint(name: str) -> None:
         ) from error
 
 
+def _check_files(name: str, files: list[Path]) -> None:
+    if not files:
+        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # its header says how long the file must be
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
+
+
 def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
     """`transformers`' own model of a checkpoint, every weight of which is there and used."""
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -96,7 +108,7 @@ def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"

@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +21,7 @@ from alignlab.training.report import completions_table, evenly_spaced
 
 LEVEL = 0.95
 DIGITS = 4
+MAX_WIDTH = 400
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,16 @@ def comparison_json(policies: Sequence[MeasuredPolicy]) -> list[dict[str, Any]]:
     return entries
 
 
+def show_comparison(console: Console, policies: Sequence[MeasuredPolicy], num_shown: int) -> None:
+    """Some completions side by side, and the table; a console too narrow for the table's numbers is widened."""
+    table = comparison_table(policies)
+    needed = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).minimum
+    console.width = max(console.width, needed)
+    if num_shown and len(policies) > 1:
+        console.print(told_apart_table(policies, num_shown))
+    console.print(table)
+
+
 def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
     """One row a policy; under its accuracies, the difference from the first and its interval."""
     first = policies[0].result
@@ -144,7 +157,7 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
         caption=Text(caption), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )
     table.add_column("model", overflow="fold", min_width=8)
-    for column in ("greedy", "sampled", *(f"pass@{k}" for k in passes), "strict", "tokens", "weights", "tokens/s"):
+    for column in ("greedy", "sampled", *(f"pass@{k}" for k in passes), "strict", "tokens", "weights"):
         table.add_column(column, justify="right", no_wrap=True)
     for policy, change in zip(policies, differences(policies), strict=True):
         result = policy.result
@@ -156,7 +169,6 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
             _number(result.strict_greedy, ".3f"),
             _number(result.sampled_tokens, ".1f"),
             _count(policy.num_parameters),
-            _number(policy.tokens_per_s, ".0f"),
         )
     return table
 
