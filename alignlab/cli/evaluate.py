@@ -199,11 +199,11 @@ def tell_comparison(
     from alignlab.training.comparison import comparison_json, plot_comparison, show_comparison
 
     show_comparison(Console(stderr=True), measured, args.show)
+    result = {"task": plan.task, **sizes(measured[0].result), **told, "models": comparison_json(measured)}
+    print(json.dumps(result), flush=True)
     if args.plot is not None:
         plot_comparison(measured, args.plot)
         print(f"plot: {args.plot}", file=sys.stderr)
-    result = {"task": plan.task, **sizes(measured[0].result), **told, "models": comparison_json(measured)}
-    print(json.dumps(result), flush=True)
 
 
 def sizes(result: EvaluationResult) -> dict[str, int]:
