@@ -168,6 +168,21 @@ def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
     assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
 
 
+def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
+    teacher, output = str(run_file.parent / "model"), str(tmp_path / "student")
+    assert main(["student", teacher, output, "--layers", "0"]) == 0
+    assert "layers 0: " in capsys.readouterr().err
+    assert main(["generate", output, "say red", "--max-new-tokens", "2"]) == 0
+    assert main(["student", teacher, output, "--num-layers", "1"]) == 2
+    assert "OUTPUT must be a new or empty folder" in capsys.readouterr().err
+    assert main(["student", teacher, str(tmp_path / "other"), "--layers", "1"]) == 2
+    assert "layers holds 1, and must hold numbers from 0 to 0" in capsys.readouterr().err
+    assert main(["student", adapter, str(tmp_path / "other"), "--layers", "0"]) == 2
+    assert "merge it first" in capsys.readouterr().err
+    assert main(["check", str(run_file), "model.lora=null", "model.student={num_layers: 1}"]) == 0
+    assert "a student of" in capsys.readouterr().out
+
+
 def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
     """The one it was trained with, and not its base's, whether or not the base is named."""
     import shutil

@@ -173,6 +173,9 @@ def model_line(config: RunConfig) -> str:
     """Which weights would be trained."""
     model = config.model
     what = f"a new one: {model.architecture}" if model.name is None else model.name
+    if model.student is not None:
+        chosen = model.student.layers or f"{model.student.num_layers}, evenly spaced"
+        what = f"a student of {what}, layers {chosen}"
     lora = f"LoRA rank {model.lora.rank} alpha {model.lora.alpha:g}" if model.lora else "all weights"
     return f"{what}, {lora} trained, dtype {model.dtype}"
 

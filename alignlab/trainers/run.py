@@ -23,6 +23,7 @@ from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.models.student import chosen_layers, student_from
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
@@ -138,9 +139,12 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def make_model(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> PreTrainedModel | PeftModel:
-    """The model that the config names, or a new one with random weights from torch's global generator."""
+    """The model that the config names, or some of its layers; or a new one, random by torch's global generator."""
     if settings.name is not None:
-        return load_model(settings.name, dtype=dtype)
+        model = load_model(settings.name, dtype=dtype)
+        if settings.student is None:
+            return model
+        return student_from(model, chosen_layers(model, settings.student.layers, settings.student.num_layers))
     assert settings.architecture is not None
     return new_model(
         settings.architecture,

@@ -243,3 +243,18 @@ def test_servers_are_addresses_named_once():
     twice = {"engine": "vllm_server", "servers": ["http://a:1", "http://a:1"]}
     assert "name each server once" in grpo_message(rollout=twice)
     assert "rollout.servers" in grpo_message(rollout={"engine": "vllm_server", "servers": []})
+
+
+def test_a_student_begins_with_chosen_layers_of_a_named_model():
+    model = {"name": "m", "student": {"layers": [0, 2]}}
+    assert RunConfig.model_validate(RUN | {"model": model}).model.student.layers == (0, 2)
+    assert "layers is null, and must be given exactly where num_layers is not" in run_message(
+        model={"name": "m", "student": {}}
+    )
+    assert "give one of the two" in run_message(model={"name": "m", "student": {"layers": [0], "num_layers": 1}})
+    assert run_message(model={"name": "m", "student": {"layers": [2, 0, 2]}}).endswith("ascending; use [0, 2]")
+    assert "none below 0" in run_message(model={"name": "m", "student": {"layers": [-1, 0]}})
+    assert "use [0]" in run_message(model={"name": "m", "student": {"layers": []}})
+    new = {"architecture": {}, "tokenizer": {"vocab_size": 300}, "student": {"num_layers": 1}}
+    assert "model.student is 'given', and must be null for a new model" in run_message(model=new)
+    assert "alignlab student" in run_message(model={**model, "lora": {"rank": 2}})
