@@ -183,6 +183,25 @@ def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, ca
     assert "a student of" in capsys.readouterr().out
 
 
+def test_a_teacher_s_samples_are_data_for_fine_tuning(run_file, tmp_path, capsys):
+    model, output = str(run_file.parent / "model"), tmp_path / "samples.jsonl"
+    words = ["sample", model, "--config", str(run_file), "--output", str(output), "--num-samples", "4"]
+    assert main([*words, "--num-prompts", "3", "--max-new-tokens", "300", "--min-reward", "0"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["prompts"] == 3 and result["completions"] == 12
+    assert result["kept"] == len(output.read_text(encoding="utf-8").splitlines()) == round(12 * result["kept_frac"]) > 0
+    assert f"fine-tune on it: data.path={output}" in err
+    overrides = ["trainer={type: sft, num_steps: 1, trackers: []}", f"trainer.output_dir={tmp_path / 'sft'}"]
+    bare = ["rewards=[]", "eval_data=null", "evaluation={}"]
+    assert main(["train", str(run_file), f"data.path={output}", *bare, *overrides]) == 0
+    assert main([*words[:4], "--output", str(tmp_path / "samples.txt")]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert main([*words, "--set", "rewards=[]", "--set", "trainer={type: sft}", "--keep", "best"]) == 2
+    assert main([*words[:-2], "--output", str(tmp_path / "x.jsonl"), "--temperature", "0"]) == 2
+    assert "must be 1 at temperature 0" in capsys.readouterr().err
+
+
 def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
     """The one it was trained with, and not its base's, whether or not the base is named."""
     import shutil
