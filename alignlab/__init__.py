@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import DPOConfig as DPOConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
@@ -51,6 +53,8 @@ _HOMES = {
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
     "LoraSettings": "alignlab.config.model",
+    "OnPolicyDistillConfig": "alignlab.config.trainers",
+    "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
     "Prompt": "alignlab.types",

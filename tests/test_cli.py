@@ -202,6 +202,23 @@ def test_a_teacher_s_samples_are_data_for_fine_tuning(run_file, tmp_path, capsys
     assert "must be 1 at temperature 0" in capsys.readouterr().err
 
 
+def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
+    from alignlab.data.tokenizer_training import train_tokenizer
+
+    def check(teacher, **options):
+        trainer = {"type": "on_policy_distill", "teacher": {"name": str(teacher)}, "output_dir": str(tmp_path / "run")}
+        return main(["check", str(run_file), f"trainer={json.dumps(trainer | options)}"])
+
+    assert check(run_file.parent / "model") == 0
+    out = capsys.readouterr().out
+    assert "judges by tokens" in out and "on_policy_distill = reverse KL to" in out
+    train_tokenizer(["other words"] * 9, vocab_size=262).save_pretrained(tmp_path / "other")
+    assert check(tmp_path / "other") == 2
+    assert "must have the student's tokenizer" in capsys.readouterr().err
+    assert check(tmp_path / "other", alignment="text") == 0
+    assert "judges by text" in capsys.readouterr().out
+
+
 def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
     """The one it was trained with, and not its base's, whether or not the base is named."""
     import shutil

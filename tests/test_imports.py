@@ -42,6 +42,8 @@ PUBLIC = {
     "GRPOTrainer",
     "KLSettings",
     "LoraSettings",
+    "OnPolicyDistillConfig",
+    "OnPolicyDistillTrainer",
     "PPOConfig",
     "PPOTrainer",
     "Prompt",

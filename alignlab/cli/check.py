@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from alignlab.config.trainers import DPOConfig
     from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.run import evaluation_data, make_tokenizer
+    from alignlab.trainers.run import make_tokenizer, measured_data
 
     check_engine(config.trainer)
     tell("model", model_line(config))
@@ -51,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
         return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
-    held_out = evaluation_data(config)
+    held_out = measured_data(config)
     eval_prompts = load_prompts(held_out, tokenizer) if held_out else None
     tell("eval data", data_line(eval_prompts) if eval_prompts else "none: accuracy will not be measured")
     for line in try_rewards(config, prompts[0], tokenizer):
         tell("reward", line)
     tell("trainer", trainer_line(config.trainer))
+    check_teacher(config, tokenizer, prompts)
     check_training(config, tokenizer, prompts)
     for line in answer_notes(config, prompts[0], tokenizer):
         tell("note", line)
@@ -116,6 +117,27 @@ def server_notes(trainer: TrainerConfig) -> Iterator[str]:
             httpx2.get(f"{address}/health", timeout=5.0, trust_env=False).raise_for_status()
         except httpx2.HTTPError as error:
             yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
+
+
+def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
+    """See that a teacher's tokenizer fits the student's.
+
+    Raises:
+        ConfigError, DataError: it does not, or its chat template refuses a prompt.
+    """
+    from alignlab.config.trainers import OnPolicyDistillConfig
+    from alignlab.data.alignment import TextAligner
+    from alignlab.models.checkpoints import load_tokenizer
+    from alignlab.trainers.teacher import check_same_tokens
+
+    if not isinstance(config.trainer, OnPolicyDistillConfig):
+        return
+    theirs = load_tokenizer(config.trainer.teacher.name)
+    if config.trainer.alignment == "tokens":
+        check_same_tokens(theirs, tokenizer)
+    else:
+        TextAligner(tokenizer, theirs, config.data).prompt_ids(prompts)
+    tell("teacher", f"{config.trainer.teacher.name}, {len(theirs)} tokens, judges by {config.trainer.alignment}")
 
 
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:

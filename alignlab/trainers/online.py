@@ -29,7 +29,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
-from alignlab.errors import CheckpointError, RolloutError
+from alignlab.errors import CheckpointError, ConfigError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
@@ -97,7 +97,8 @@ class OnlineTrainer(TrainingLoop):
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
         warn_of_truncation(config.sampling)
-        rewards = RewardRunner(resolve_rewards(reward_funcs), config.reward_limits)
+        needed = config.takes_rewards == "needed" or bool(reward_funcs)
+        rewards = RewardRunner(resolve_rewards(reward_funcs) if needed else [], config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
@@ -117,9 +118,14 @@ class OnlineTrainer(TrainingLoop):
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.rewards = rewards
         self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = rewards.rewards[0]
+        self.scorer = rewards.rewards[0] if rewards.rewards else None
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
+        if self.eval_prompts and self.scorer is None:
+            raise ConfigError(
+                "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
+                "evaluation.scorer"
+            )
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
@@ -319,7 +325,7 @@ class OnlineTrainer(TrainingLoop):
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts:
+        if not self.eval_prompts or self.scorer is None:
             return None
         settings = self.evaluation
         return evaluate(

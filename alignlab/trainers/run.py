@@ -16,7 +16,14 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig, TrainerConfig
+from alignlab.config.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    OnPolicyDistillConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
@@ -28,6 +35,7 @@ from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.sft import SFTTrainer
@@ -36,7 +44,11 @@ from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
-ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
+ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
+    GRPOConfig: GRPOTrainer,
+    PPOConfig: PPOTrainer,
+    OnPolicyDistillConfig: OnPolicyDistillTrainer,
+}
 OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
 
 
@@ -182,7 +194,7 @@ def make_trainer(
 ) -> OnlineTrainer | OfflineTrainer:
     """The trainer that the config's `trainer.type` names."""
     kind, lora = type(config.trainer), config.model.lora
-    held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    held_out = measured_data(config)
     if kind in OFFLINE:
         return OFFLINE[kind](
             model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
@@ -197,6 +209,13 @@ def make_trainer(
         peft_config=lora,
         evaluation=config.evaluation,
     )
+
+
+def measured_data(config: RunConfig) -> DataSettings | None:
+    """The held-out data that the trainer measures something on."""
+    measures = config.trainer.measures
+    silent = measures == "nothing" or (measures == "accuracy" and not config.has_scorer)
+    return None if silent else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:

@@ -3,6 +3,7 @@
 from alignlab.config.trainers.base import TrainerConfig as TrainerConfig
 from alignlab.config.trainers.dpo import DPOConfig as DPOConfig
 from alignlab.config.trainers.grpo import GRPOConfig as GRPOConfig
+from alignlab.config.trainers.on_policy_distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.trainers.online import KLSettings as KLSettings
 from alignlab.config.trainers.online import MismatchSettings as MismatchSettings
 from alignlab.config.trainers.online import OnlineConfig as OnlineConfig
