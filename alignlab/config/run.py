@@ -92,6 +92,7 @@ class RunConfig(Frozen):
         self._check_data()
         self._check_critic()
         self._check_rewards()
+        self._check_without_rewards()
         return self
 
     def _check_warm_start(self) -> None:
@@ -132,6 +133,19 @@ class RunConfig(Frozen):
             must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
             raise BrokenRule("trainer.critic.form", form, must, "use model")
 
+    def _check_without_rewards(self) -> None:
+        """What needs a reward where a trainer does not."""
+        if self.rewards:
+            return
+        weight = self.trainer.task_weight if isinstance(self.trainer, OnPolicyDistillConfig) else 0.0
+        if weight > 0:
+            must = "be 0 where there are no rewards"
+            raise BrokenRule("trainer.task_weight", weight, must, "name one in rewards, or remove it")
+        measures_accuracy = self.trainer.takes_rewards == "optional" and self.trainer.measures == "accuracy"
+        if measures_accuracy and self.eval_data is not None and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
+
     def _check_rewards(self) -> None:
         if self.trainer.takes_rewards == "none" and self.rewards:
             must = f"be empty for trainer {self.trainer.type}, which reads none"
@@ -139,12 +153,6 @@ class RunConfig(Frozen):
         if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
             must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
             raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
-        if isinstance(self.trainer, OnPolicyDistillConfig) and self.trainer.task_weight > 0 and not self.rewards:
-            must = "be 0 where there are no rewards"
-            raise BrokenRule("trainer.task_weight", self.trainer.task_weight, must, "name one in rewards, or remove it")
-        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
-            must = "be null where nothing says what is right"
-            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -152,24 +152,32 @@ class TextAligner:
 
     def completion(self, completion: Completion) -> AlignedCompletion | None:
         """A completion in both tokenisations; None where they do not write the same text."""
-        written = list(completion.token_ids)
+        written = completion.token_ids
         ended = completion.finish_reason == "stop" and self._student_bytes.is_special(written[-1])
-        if ended:
-            written.pop()
-        pieces = self._student_bytes(written)
+        aligned = self._written(written[:-1] if ended else written)
+        if aligned is None or not ended:
+            return aligned
+        last = aligned.num_spans
+        return AlignedCompletion(
+            (*aligned.spans, last),
+            (*aligned.teacher_ids, self._teacher.eos_token_id),
+            (*aligned.teacher_spans, last),
+        )
+
+    def _written(self, token_ids: Sequence[int]) -> AlignedCompletion | None:
+        """Tokens of text in both tokenisations."""
+        if not token_ids:
+            return AlignedCompletion((), (), ())
+        pieces = self._student_bytes(token_ids)
         text = None if pieces is None else _text(pieces)
-        if pieces is None or text is None:
+        if pieces is None or not text:
             return None
-        teacher_ids = list(self._teacher(text, add_special_tokens=False)["input_ids"]) if text else []
+        teacher_ids = tuple(self._teacher(text, add_special_tokens=False)["input_ids"])
         teacher_pieces = self._teacher_pieces(text, teacher_ids)
-        if teacher_pieces is None or bool(teacher_pieces) != bool(pieces):
+        if teacher_pieces is None:
             return None
-        spans, teacher_spans = aligned_spans(_ends(pieces), _ends(teacher_pieces)) if pieces else ((), ())
-        if ended:
-            last = max(spans, default=-1) + 1
-            spans, teacher_spans = (*spans, last), (*teacher_spans, last)
-            teacher_ids.append(self._teacher.eos_token_id)
-        return AlignedCompletion(spans, tuple(teacher_ids), teacher_spans)
+        spans, teacher_spans = aligned_spans(_ends(pieces), _ends(teacher_pieces))
+        return AlignedCompletion(spans, teacher_ids, teacher_spans)
 
     def _teacher_pieces(self, text: str, teacher_ids: Sequence[int]) -> list[bytes] | None:
         """The bytes of the teacher's tokens; None where they are not the text's."""
