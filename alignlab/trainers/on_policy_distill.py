@@ -29,10 +29,11 @@ from alignlab.trainers.assemble import Dataset, Model, Reward
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
 from alignlab.trainers.teacher import Judge, TextJudge, TokenJudge, check_same_tokens, check_width, load_teacher
 from alignlab.training.checkpoint import fingerprint
-from alignlab.types import Experience, Rollout
+from alignlab.types import Experience, Prompt, Rollout
 
 
 class DistillObjective(PolicyObjective):
@@ -72,12 +73,17 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         if self.config.alignment == "tokens":
             check_same_tokens(tokenizer, self.tokenizer)
             check_width(causal_lm(self.teacher.model), self.tokenizer)
+            self._check_room(self.prompts)
             return TokenJudge(self.learner, self.teacher)
         settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
         aligner = TextAligner(self.tokenizer, tokenizer, settings)
-        aligner.prompt_ids(self.prompts)  # what its template refuses is said before anything is sampled
         check_width(causal_lm(self.teacher.model), tokenizer)
+        # What its template refuses, or is too long for it, is said before anything is sampled.
+        self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)])
         return TextJudge(self.learner, self.teacher, aligner, budget=self.config.tokens_per_microbatch)
+
+    def _check_room(self, prompts: Sequence[Prompt]) -> None:
+        check_room(self.teacher.model, prompts, self.config, whose="the teacher")
 
     def make_objective(self, config: OnPolicyDistillConfig, policy: Policy) -> DistillObjective:
         """The policy gradient."""

@@ -269,9 +269,28 @@ def test_what_is_no_text_is_left_out_and_counted(make_trainer: Make, other_teach
     half = tokenizer("漢")["input_ids"][0]
     whole = rollout.completions[0]
     broken = replace(whole, token_ids=(half, *whole.token_ids[1:]))
-    advantages, _, kept = per_completion(trainer, [replace(rollout, completions=(whole, broken, whole, broken))])
+    mixed = replace(rollout, completions=(whole, broken, whole, broken))
+    advantages, _, kept = per_completion(trainer, [mixed])
     assert advantages[0].any() and not advantages[1].any() and not kept[0, 1]
     assert trainer.credit_metrics["unaligned_frac"] == 0.5
+    [packs] = trainer.make_experience(1, [mixed])
+    trained = {int(i) for pack in packs for i in pack.segments.sequence_of_token[pack.completion_mask]}
+    assert trained == {0, 2}
+
+
+def test_a_teacher_chooses_its_own_experts(
+    make_trainer: Make, tokenizer: Any, teacher: str, student_folder: str
+) -> None:
+    """A mixture's rollouts come with its choices, which are nothing to another model, of experts or of none."""
+    for folder in (teacher, student_folder):
+        trainer = make_trainer(folder, fresh(tokenizer, SPARSE, seed=1))
+        rollouts = trainer.collect(1).rollouts
+        assert rollouts[0].completions[0].routing is not None
+        advantages, _, _ = per_completion(trainer, rollouts)
+        completion = rollouts[0].completions[0]
+        known = torch.tensor(completion.logprobs)
+        expected = logprobs_of(folder, rollouts[0].prompt.token_ids, completion.token_ids) - known
+        torch.testing.assert_close(advantages[0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_span_s_advantages_sum_to_the_teacher_s_less_the_student_s(
@@ -337,6 +356,15 @@ def test_resuming_with_another_teacher_is_refused(make_trainer: Make, teacher: s
         make_trainer(student_folder, num_steps=2).train(resume=True)
 
 
+def narrow_in_time(folder: str) -> str:
+    """A copy of a teacher with few positions."""
+    copy = Path(folder).with_name("narrow")
+    model: Any = load_model(folder, dtype=torch.float32)
+    model.config.max_position_embeddings = 6
+    model.config.hub_config = None
+    return saved(model, load_tokenizer(folder), copy)
+
+
 def test_what_cannot_be_distilled_is_refused(
     make_trainer: Make, teacher: str, other_teacher: str, rows: Any
 ) -> None:
@@ -346,6 +374,10 @@ def test_what_cannot_be_distilled_is_refused(
         wider = train_tokenizer(["x"], vocab_size=258)
         wider.add_tokens([f"<{i}>" for i in range(263 - len(wider))])
         check_width(load_model(teacher, dtype=torch.float32), wider)
+    with pytest.raises(ConfigError, match=r"must fit the teacher's 6 positions"):
+        make_trainer(narrow_in_time(teacher))
+    with pytest.raises(ConfigError, match=r"must fit the teacher's 6 positions"):
+        make_trainer(narrow_in_time(other_teacher), alignment="text")
     with pytest.raises(ConfigError, match=r"task_weight is 1.0, and there are no reward_funcs"):
         make_trainer(teacher, task_weight=1.0)
     with pytest.raises(ConfigError, match=r"eval_dataset is given, and must be left out"):
