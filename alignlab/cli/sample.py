@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.data.prompts import PromptRenderer, load_prompts
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
+    from alignlab.training.model_reward import bind_rewards
     from alignlab.training.reward_functions import load_reward
     from alignlab.training.reward_runner import RewardRunner
     from alignlab.training.teacher_samples import rejected, sample_teacher
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "data": config.data.model_dump_json(),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }
+    bind_rewards(rewards.rewards, policy, tokenizer, share=True)
     try:
         counts = sample_teacher(
             make_engine(policy, tokenizer, trainer.rollout if trainer else RolloutSettings()),

@@ -12,7 +12,14 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, OnPolicyDistillConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    OnPolicyDistillConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 
 
 class EvaluationSettings(Frozen):
@@ -63,7 +70,8 @@ class RunConfig(Frozen):
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
     trainer: Annotated[
-        GRPOConfig | PPOConfig | DPOConfig | SFTConfig | OnPolicyDistillConfig, Field(discriminator="type")
+        GRPOConfig | PPOConfig | DPOConfig | RewardConfig | SFTConfig | OnPolicyDistillConfig,
+        Field(discriminator="type"),
     ]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None

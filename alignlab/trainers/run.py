@@ -21,6 +21,7 @@ from alignlab.config.trainers import (
     GRPOConfig,
     OnPolicyDistillConfig,
     PPOConfig,
+    RewardConfig,
     SFTConfig,
     TrainerConfig,
 )
@@ -38,6 +39,7 @@ from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -45,11 +47,11 @@ from alignlab.types import message_text
 
 WARM_START = "warm_start"
 ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
-    GRPOConfig: GRPOTrainer,
-    PPOConfig: PPOTrainer,
-    OnPolicyDistillConfig: OnPolicyDistillTrainer,
+    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnPolicyDistillConfig: OnPolicyDistillTrainer,
 }
-OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
+OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
+    SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, RewardConfig: RewardTrainer,
+}
 
 
 @dataclass(frozen=True)
