@@ -31,7 +31,8 @@ from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
-from alignlab.trainers.teacher import Judge, TextJudge, TokenJudge, check_same_tokens, check_width, load_teacher
+from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher
+from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Experience, Prompt, Rollout
 
@@ -67,20 +68,20 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self.teacher = load_teacher(config.teacher, self.learner.device, chunk_tokens=config.logprob_chunk_tokens)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
-        self.judge = self._make_judge(tokenizer, train_dataset)
+        self.scores = self._make_scores(tokenizer, train_dataset)
 
-    def _make_judge(self, tokenizer: Any, train_dataset: Dataset) -> Judge:
+    def _make_scores(self, tokenizer: Any, train_dataset: Dataset) -> TeacherScores:
         if self.config.alignment == "tokens":
             check_same_tokens(tokenizer, self.tokenizer)
             check_width(causal_lm(self.teacher.model), self.tokenizer)
             self._check_room(self.prompts)
-            return TokenJudge(self.learner, self.teacher)
+            return TokenScores(self.learner, self.teacher)
         settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
         aligner = TextAligner(self.tokenizer, tokenizer, settings)
         check_width(causal_lm(self.teacher.model), tokenizer)
         # What its template refuses, or is too long for it, is said before anything is sampled.
         self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)])
-        return TextJudge(self.learner, self.teacher, aligner, budget=self.config.tokens_per_microbatch)
+        return TextScores(self.learner, self.teacher, aligner, budget=self.config.tokens_per_microbatch)
 
     def _check_room(self, prompts: Sequence[Prompt]) -> None:
         check_room(self.teacher.model, prompts, self.config, whose="the teacher")
@@ -109,7 +110,7 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         means: list[Tensor] = []
         totals = torch.zeros(4, device=device)
         for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True):
-            scores, judged = self.judge.scores(rollouts[part], packs)
+            scores, judged = self.scores.of(rollouts[part], packs)
             taught = teaches[part].flatten() & judged
             spread_packs = [spread(pack, task[part].flatten(), taught) for pack in packs]
             totals += self._totals(spread_packs, scores, judged)

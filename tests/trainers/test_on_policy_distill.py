@@ -252,7 +252,7 @@ def test_equal_tokenizers_aligned_by_text_give_the_same_advantages(make_trainer:
     tokens, text = make_trainer(teacher), make_trainer(teacher, alignment="text")
     rollouts = tokens.collect(1).rollouts
     completions = [c for rollout in rollouts for c in rollout.completions]
-    known = [text.judge._aligner.completion(c) for c in completions]
+    known = [text.scores._aligner.completion(c) for c in completions]
     alike = [each is not None and each.teacher_ids == c.token_ids for each, c in zip(known, completions, strict=True)]
     assert sum(alike) > len(alike) / 2
     expected, _, _ = per_completion(tokens, rollouts)
@@ -304,7 +304,7 @@ def test_a_span_s_advantages_sum_to_the_teacher_s_less_the_student_s(
     told = Completion(ids, "", (0.0,) * len(ids), None, "stop", (0,) * len(ids))
     rollout = replace(rollout, completions=(told,) * 4)
     advantages, old, _ = per_completion(trainer, [rollout])
-    aligned = trainer.judge._aligner.completion(told)
+    aligned = trainer.scores._aligner.completion(told)
     assert aligned is not None and 2 < aligned.num_spans < len(ids)
     prompt = tuple(theirs(str(rollout.prompt.text))["input_ids"])
     scores = logprobs_of(other_teacher, prompt, aligned.teacher_ids)
