@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import DPOConfig as DPOConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import RewardConfig as RewardConfig
     from alignlab.config.trainers import RLAIFConfig as RLAIFConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.reward import RewardTrainer as RewardTrainer
     from alignlab.trainers.rlaif import RLAIFTrainer as RLAIFTrainer
@@ -57,6 +59,8 @@ _HOMES = {
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
     "LoraSettings": "alignlab.config.model",
+    "OnPolicyDistillConfig": "alignlab.config.trainers",
+    "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
     "RLAIFConfig": "alignlab.config.trainers",

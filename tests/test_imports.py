@@ -43,6 +43,8 @@ PUBLIC = {
     "GRPOTrainer",
     "KLSettings",
     "LoraSettings",
+    "OnPolicyDistillConfig",
+    "OnPolicyDistillTrainer",
     "PPOConfig",
     "PPOTrainer",
     "Prompt",

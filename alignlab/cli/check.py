@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     from alignlab.config.trainers import stages_of
     from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.run import evaluation_data, make_tokenizer
+    from alignlab.trainers.run import make_tokenizer, measured_data
 
     stages = stages_of(config.trainer)
     for stage in stages:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
-    held_out = evaluation_data(config)
+    held_out = measured_data(config)
     eval_prompts = load_prompts(held_out, tokenizer) if held_out else None
     tell("eval data", data_line(eval_prompts) if eval_prompts else "none: accuracy will not be measured")
     for line in try_rewards(config, prompts[0], tokenizer):
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         tell("judge", line)
     for stage in stages:
         tell("trainer", trainer_line(stage))
+    check_teacher(config, tokenizer, prompts)
     check_training(config, tokenizer, prompts)
     for line in answer_notes(config, prompts[0], tokenizer):
         tell("note", line)
@@ -146,6 +147,27 @@ def server_notes(trainer: TrainerConfig) -> Iterator[str]:
             yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
 
 
+def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
+    """See that a teacher's tokenizer fits the student's.
+
+    Raises:
+        ConfigError, DataError: it does not, or its chat template refuses a prompt.
+    """
+    from alignlab.config.trainers import OnPolicyDistillConfig
+    from alignlab.data.alignment import TextAligner
+    from alignlab.models.checkpoints import load_tokenizer
+    from alignlab.trainers.teacher import check_same_tokens
+
+    if not isinstance(config.trainer, OnPolicyDistillConfig):
+        return
+    theirs = load_tokenizer(config.trainer.teacher.name)
+    if config.trainer.alignment == "tokens":
+        check_same_tokens(theirs, tokenizer)
+    else:
+        TextAligner(tokenizer, theirs, config.data).prompt_ids(prompts)
+    tell("teacher", f"{config.trainer.teacher.name}, {len(theirs)} tokens, judges by {config.trainer.alignment}")
+
+
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
     """What a training would refuse at its start: trackers, a new model's shape, a warm start's answers.
 
@@ -208,6 +230,9 @@ def model_line(config: RunConfig) -> str:
     """Which weights would be trained."""
     model = config.model
     what = f"a new one: {model.architecture}" if model.name is None else model.name
+    if model.student is not None:
+        chosen = model.student.layers or f"{model.student.num_layers}, evenly spaced"
+        what = f"a student of {what}, layers {chosen}"
     lora = f"LoRA rank {model.lora.rank} alpha {model.lora.alpha:g}" if model.lora else "all weights"
     return f"{what}, {lora} trained, dtype {model.dtype}"
 

@@ -19,6 +19,7 @@ from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import (
     DPOConfig,
     GRPOConfig,
+    OnPolicyDistillConfig,
     PPOConfig,
     RewardConfig,
     RLAIFConfig,
@@ -31,10 +32,12 @@ from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
+from alignlab.models.student import chosen_layers, student_from
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
@@ -45,7 +48,9 @@ from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
-ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
+ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
+    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnPolicyDistillConfig: OnPolicyDistillTrainer,
+}
 OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
     SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, RewardConfig: RewardTrainer,
 }
@@ -150,9 +155,12 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def make_model(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> PreTrainedModel | PeftModel:
-    """The model that the config names, or a new one with random weights from torch's global generator."""
+    """The model that the config names, or some of its layers; or a new one, random by torch's global generator."""
     if settings.name is not None:
-        return load_model(settings.name, dtype=dtype)
+        model = load_model(settings.name, dtype=dtype)
+        if settings.student is None:
+            return model
+        return student_from(model, chosen_layers(model, settings.student.layers, settings.student.num_layers))
     assert settings.architecture is not None
     return new_model(
         settings.architecture,
@@ -190,7 +198,7 @@ def make_trainer(
 ) -> OnlineTrainer | OfflineTrainer | RLAIFTrainer:
     """The trainer that the config's `trainer.type` names."""
     lora = config.model.lora
-    held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    held_out = measured_data(config)
     if isinstance(config.trainer, RLAIFConfig):
         return RLAIFTrainer(
             model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
@@ -211,6 +219,13 @@ def make_trainer(
         peft_config=lora,
         evaluation=config.evaluation,
     )
+
+
+def measured_data(config: RunConfig) -> DataSettings | None:
+    """The held-out data that the trainer measures something on."""
+    measures = config.trainer.measures
+    silent = measures == "nothing" or (measures == "accuracy" and not config.has_scorer)
+    return None if silent else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:
