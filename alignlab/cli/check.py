@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from alignlab.config.trainers import DPOConfig
     from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.run import evaluation_data, make_tokenizer
+    from alignlab.trainers.run import make_tokenizer, measured_data
 
     check_engine(config.trainer)
     tell("model", model_line(config))
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
-    held_out = evaluation_data(config)
+    held_out = measured_data(config)
     eval_prompts = load_prompts(held_out, tokenizer) if held_out else None
     tell("eval data", data_line(eval_prompts) if eval_prompts else "none: accuracy will not be measured")
     for line in try_rewards(config, prompts[0], tokenizer):

@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import DistillConfig, DPOConfig, GKDConfig, GRPOConfig, PPOConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,9 +62,16 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[GRPOConfig | PPOConfig | DPOConfig | SFTConfig, Field(discriminator="type")]
+    trainer: Annotated[
+        GRPOConfig | PPOConfig | DPOConfig | SFTConfig | DistillConfig | GKDConfig, Field(discriminator="type")
+    ]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
+
+    @property
+    def has_scorer(self) -> bool:
+        """Whether something says which completions are right."""
+        return bool(self.rewards) or self.evaluation.scorer is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +139,9 @@ class RunConfig(Frozen):
         if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
             must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
             raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
+        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

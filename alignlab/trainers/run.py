@@ -16,14 +16,24 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig, TrainerConfig
+from alignlab.config.trainers import (
+    DistillConfig,
+    DPOConfig,
+    GKDConfig,
+    GRPOConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.gkd import GKDTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -35,8 +45,16 @@ from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
-ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
-OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
+ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
+    GRPOConfig: GRPOTrainer,
+    PPOConfig: PPOTrainer,
+    GKDConfig: GKDTrainer,
+}
+OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
+    SFTConfig: SFTTrainer,
+    DPOConfig: DPOTrainer,
+    DistillConfig: DistillTrainer,
+}
 
 
 @dataclass(frozen=True)
@@ -178,10 +196,12 @@ def make_trainer(
 ) -> OnlineTrainer | OfflineTrainer:
     """The trainer that the config's `trainer.type` names."""
     kind, lora = type(config.trainer), config.model.lora
-    held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    held_out = measured_data(config)
     if kind in OFFLINE:
+        measured = config.trainer.measures == "accuracy"
+        scored: dict[str, Any] = {"reward_funcs": config.rewards, "evaluation": config.evaluation} if measured else {}
         return OFFLINE[kind](
-            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, **scored
         )
     return ONLINE[kind](
         model,
@@ -193,6 +213,13 @@ def make_trainer(
         peft_config=lora,
         evaluation=config.evaluation,
     )
+
+
+def measured_data(config: RunConfig) -> DataSettings | None:
+    """The held-out data that the trainer measures something on."""
+    measures = config.trainer.measures
+    silent = measures == "nothing" or (measures == "accuracy" and not config.has_scorer)
+    return None if silent else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:

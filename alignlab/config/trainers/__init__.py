@@ -1,7 +1,9 @@
 """What each trainer is told, a file each. A trainer's section is chosen by its `type` and holds only its own fields."""
 
 from alignlab.config.trainers.base import TrainerConfig as TrainerConfig
+from alignlab.config.trainers.distill import DistillConfig as DistillConfig
 from alignlab.config.trainers.dpo import DPOConfig as DPOConfig
+from alignlab.config.trainers.gkd import GKDConfig as GKDConfig
 from alignlab.config.trainers.grpo import GRPOConfig as GRPOConfig
 from alignlab.config.trainers.online import KLSettings as KLSettings
 from alignlab.config.trainers.online import MismatchSettings as MismatchSettings
