@@ -92,6 +92,7 @@ class RunConfig(Frozen):
         self._check_data()
         self._check_critic()
         self._check_rewards()
+        self._check_scorer()
         return self
 
     def _check_warm_start(self) -> None:
@@ -139,9 +140,11 @@ class RunConfig(Frozen):
         if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
             must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
             raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
-        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
-            must = "be null where nothing says what is right"
-            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
+
+    def _check_scorer(self) -> None:
+        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
