@@ -91,6 +91,7 @@ class RunConfig(Frozen):
         self._check_critic()
         self._check_rewards()
         self._check_without_rewards()
+        self._check_scorer()
         return self
 
     def _check_warm_start(self) -> None:
@@ -140,10 +141,6 @@ class RunConfig(Frozen):
         if weight > 0:
             must = "be 0 where there are no rewards"
             raise BrokenRule("trainer.task_weight", weight, must, "name one in rewards, or remove it")
-        measures_accuracy = self.trainer.takes_rewards == "optional" and self.trainer.measures == "accuracy"
-        if measures_accuracy and self.eval_data is not None and not self.has_scorer:
-            must = "be null where nothing says what is right"
-            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
 
     def _check_rewards(self) -> None:
         if self.trainer.takes_rewards == "none" and self.rewards:
@@ -155,3 +152,8 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
+
+    def _check_scorer(self) -> None:
+        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")

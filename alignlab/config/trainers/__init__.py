@@ -5,7 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from alignlab.config.trainers.base import TrainerConfig as TrainerConfig
+from alignlab.config.trainers.distill import DistillConfig as DistillConfig
 from alignlab.config.trainers.dpo import DPOConfig as DPOConfig
+from alignlab.config.trainers.gkd import GKDConfig as GKDConfig
 from alignlab.config.trainers.grpo import GRPOConfig as GRPOConfig
 from alignlab.config.trainers.on_policy_distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.trainers.online import KLSettings as KLSettings
@@ -19,11 +21,13 @@ from alignlab.config.trainers.rlaif import RLAIFConfig as RLAIFConfig
 from alignlab.config.trainers.sft import SFTConfig as SFTConfig
 
 AnyTrainer = Annotated[
-    SFTConfig
+    GRPOConfig
+    | PPOConfig
+    | SFTConfig
     | DPOConfig
     | RewardConfig
-    | GRPOConfig
-    | PPOConfig
+    | DistillConfig
+    | GKDConfig
     | OnPolicyDistillConfig
     | RLAIFConfig,
     Field(discriminator="type"),
