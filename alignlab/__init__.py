@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import RewardConfig as RewardConfig
+    from alignlab.config.trainers import RLAIFConfig as RLAIFConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
     from alignlab.models.reward_checkpoints import load_reward_model as load_reward_model
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.reward import RewardTrainer as RewardTrainer
+    from alignlab.trainers.rlaif import RLAIFTrainer as RLAIFTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
     from alignlab.types import Completion as Completion
@@ -61,6 +63,8 @@ _HOMES = {
     "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
+    "RLAIFConfig": "alignlab.config.trainers",
+    "RLAIFTrainer": "alignlab.trainers.rlaif",
     "Prompt": "alignlab.types",
     "RewardConfig": "alignlab.config.trainers",
     "RewardModel": "alignlab.models.reward_model",

@@ -48,6 +48,8 @@ PUBLIC = {
     "PPOConfig",
     "PPOTrainer",
     "Prompt",
+    "RLAIFConfig",
+    "RLAIFTrainer",
     "RewardConfig",
     "RewardModel",
     "RewardSettings",

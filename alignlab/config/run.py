@@ -18,6 +18,7 @@ from alignlab.config.trainers import (
     OnPolicyDistillConfig,
     PPOConfig,
     RewardConfig,
+    RLAIFConfig,
     SFTConfig,
 )
 
@@ -70,7 +71,7 @@ class RunConfig(Frozen):
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
     trainer: Annotated[
-        GRPOConfig | PPOConfig | DPOConfig | RewardConfig | SFTConfig | OnPolicyDistillConfig,
+        GRPOConfig | PPOConfig | DPOConfig | RewardConfig | RLAIFConfig | SFTConfig | OnPolicyDistillConfig,
         Field(discriminator="type"),
     ]
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -136,7 +137,8 @@ class RunConfig(Frozen):
 
     def _check_critic(self) -> None:
         """A model by name may be an adapter's folder, and is looked at when it is loaded."""
-        form = self.trainer.critic.form if isinstance(self.trainer, PPOConfig) else "model"
+        trainer = self.trainer.policy if isinstance(self.trainer, RLAIFConfig) else self.trainer
+        form = trainer.critic.form if isinstance(trainer, PPOConfig) else "model"
         if form != "model" and self.model.architecture is not None:
             must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
             raise BrokenRule("trainer.critic.form", form, must, "use model")

@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -69,6 +70,41 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     return model.to(device).eval()
 
 
+def check_checkpoint(name: str) -> None:
+    """See that a checkpoint is there and of a known architecture, without reading its weights.
+
+    Args:
+        name: as for `load_model`. An adapter is looked at with its base.
+
+    Raises:
+        CheckpointError: it cannot be found, or its folder has no safetensors or a file of them that is cut short.
+        ConfigError: it is a packaged model, and the package is not installed.
+    """
+    path = resolve_checkpoint(name)
+    if Path(path).is_dir():
+        _check_files(name, sorted(Path(path).glob("*.safetensors")))
+    if is_adapter(path):
+        return check_checkpoint(base_of(path))
+    try:
+        AutoConfig.from_pretrained(path, **_OPTIONS)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
+            "safetensors"
+        ) from error
+
+
+def _check_files(name: str, files: list[Path]) -> None:
+    if not files:
+        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # its header says how long the file must be
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
+
+
 def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The decoder of a sequence-classification folder under a language-model head that is tied, and is not to be used.
 
@@ -95,7 +131,7 @@ def _from_hub(name: str, path: str, dtype: torch.dtype | str, *, headless: bool 
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"

@@ -122,12 +122,12 @@ class OnlineTrainer(TrainingLoop):
         self.scorer = rewards.rewards[0] if rewards.rewards else None
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
+        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         if self.eval_prompts and self.scorer is None:
             raise ConfigError(
                 "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
                 "evaluation.scorer"
             )
-        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None

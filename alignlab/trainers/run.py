@@ -22,6 +22,7 @@ from alignlab.config.trainers import (
     OnPolicyDistillConfig,
     PPOConfig,
     RewardConfig,
+    RLAIFConfig,
     SFTConfig,
     TrainerConfig,
 )
@@ -30,7 +31,7 @@ from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
-from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
@@ -40,6 +41,7 @@ from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -122,7 +124,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
     result = trainer.train(resume=resume)
-    return RunSummary(_task(config.data), result, trainer.learner.has_adapters)
+    return RunSummary(_task(config.data), result, trains_adapter=is_adapter(str(result.model_path)))
 
 
 def model_dtype(settings: ModelSettings) -> torch.dtype:
@@ -193,10 +195,16 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> OnlineTrainer | OfflineTrainer:
+) -> OnlineTrainer | OfflineTrainer | RLAIFTrainer:
     """The trainer that the config's `trainer.type` names."""
-    kind, lora = type(config.trainer), config.model.lora
+    lora = config.model.lora
     held_out = measured_data(config)
+    if isinstance(config.trainer, RLAIFConfig):
+        return RLAIFTrainer(
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
+            evaluation=config.evaluation,
+        )
+    kind = type(config.trainer)
     if kind in OFFLINE:
         return OFFLINE[kind](
             model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
@@ -215,9 +223,9 @@ def make_trainer(
 
 def measured_data(config: RunConfig) -> DataSettings | None:
     """The held-out data that the trainer measures something on."""
-    measures = config.trainer.measures
-    silent = measures == "nothing" or (measures == "accuracy" and not config.has_scorer)
-    return None if silent else evaluation_data(config)
+    trainer = config.trainer
+    unscored = trainer.takes_rewards == "optional" and trainer.measures == "accuracy" and not config.has_scorer
+    return None if trainer.measures == "nothing" or unscored else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:

@@ -53,6 +53,7 @@ class EvaluationResult:
         pass_at: by k, the unbiased estimate that at least one of k sampled completions is right.
         num_problems, num_samples: problems, and sampled completions of each.
         samples: what was said to each problem, in the order of the problems.
+        greedy_tokens, sampled_tokens: mean length of a completion; None where it was not counted.
     """
 
     greedy: float
@@ -63,6 +64,8 @@ class EvaluationResult:
     num_problems: int
     num_samples: int
     samples: tuple[EvaluatedProblem, ...] = field(default=(), repr=False)
+    greedy_tokens: float | None = None
+    sampled_tokens: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -182,6 +185,8 @@ def evaluate(
             _problem(one, many, right=right[0], num_correct=count)
             for one, many, right, count in zip(greedy, sampled, greedy_right, num_correct, strict=True)
         ),
+        greedy_tokens=_mean_tokens(greedy),
+        sampled_tokens=_mean_tokens(sampled),
     )
 
 
@@ -233,6 +238,10 @@ def _is_answer(prompt: Prompt, completion: Completion) -> bool:
 
 def _mean(right: Sequence[Sequence[bool]]) -> float:
     return fmean(value for group in right for value in group)
+
+
+def _mean_tokens(rollouts: Sequence[Rollout]) -> float:
+    return fmean(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
 
 
 def _problem(greedy: Rollout, sampled: Rollout, *, right: bool, num_correct: int) -> EvaluatedProblem:

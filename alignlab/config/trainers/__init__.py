@@ -11,4 +11,10 @@ from alignlab.config.trainers.online import PolicyGradientConfig as PolicyGradie
 from alignlab.config.trainers.ppo import CriticSettings as CriticSettings
 from alignlab.config.trainers.ppo import PPOConfig as PPOConfig
 from alignlab.config.trainers.reward import RewardConfig as RewardConfig
+from alignlab.config.trainers.rlaif import RLAIFConfig as RLAIFConfig
 from alignlab.config.trainers.sft import SFTConfig as SFTConfig
+
+
+def stages_of(trainer: TrainerConfig | RLAIFConfig) -> tuple[TrainerConfig, ...]:
+    """The trainings of a run, in order: one, or those of RLAIF."""
+    return trainer.stages if isinstance(trainer, RLAIFConfig) else (trainer,)
