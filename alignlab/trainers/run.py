@@ -235,9 +235,9 @@ def make_trainer(
 
 def measured_data(config: RunConfig) -> DataSettings | None:
     """The held-out data that the trainer measures something on."""
-    measures = config.trainer.measures
-    silent = measures == "nothing" or (measures == "accuracy" and not config.has_scorer)
-    return None if silent else evaluation_data(config)
+    trainer = config.trainer
+    unscored = trainer.takes_rewards == "optional" and trainer.measures == "accuracy" and not config.has_scorer
+    return None if trainer.measures == "nothing" or unscored else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:
