@@ -24,15 +24,23 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import GKDConfig as GKDConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
+    from alignlab.config.trainers import RewardConfig as RewardConfig
+    from alignlab.config.trainers import RLAIFConfig as RLAIFConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
+    from alignlab.models.reward_checkpoints import load_reward_model as load_reward_model
+    from alignlab.models.reward_model import RewardModel as RewardModel
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.distill import DistillTrainer as DistillTrainer
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.gkd import GKDTrainer as GKDTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
+    from alignlab.trainers.reward import RewardTrainer as RewardTrainer
+    from alignlab.trainers.rlaif import RLAIFTrainer as RLAIFTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
     from alignlab.types import Completion as Completion
@@ -60,10 +68,17 @@ _HOMES = {
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
     "LoraSettings": "alignlab.config.model",
+    "OnPolicyDistillConfig": "alignlab.config.trainers",
+    "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
+    "RLAIFConfig": "alignlab.config.trainers",
+    "RLAIFTrainer": "alignlab.trainers.rlaif",
     "Prompt": "alignlab.types",
+    "RewardConfig": "alignlab.config.trainers",
+    "RewardModel": "alignlab.models.reward_model",
     "RewardSettings": "alignlab.config.rewards",
+    "RewardTrainer": "alignlab.trainers.reward",
     "Rollout": "alignlab.types",
     "RolloutSettings": "alignlab.config.rollout",
     "RunConfig": "alignlab.config.run",
@@ -73,6 +88,7 @@ _HOMES = {
     "SamplingSettings": "alignlab.config.rollout",
     "TeacherSettings": "alignlab.config.teacher",
     "load_config": "alignlab.config.loader",
+    "load_reward_model": "alignlab.models.reward_checkpoints",
     "run": "alignlab.trainers.run",
 }
 
