@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,15 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import (
-    DPOConfig,
-    GRPOConfig,
-    OnPolicyDistillConfig,
-    PPOConfig,
-    RewardConfig,
-    RLAIFConfig,
-    SFTConfig,
-)
+from alignlab.config.trainers import AnyTrainer, OnPolicyDistillConfig, PPOConfig, RLAIFConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -70,10 +62,7 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[
-        GRPOConfig | PPOConfig | DPOConfig | RewardConfig | RLAIFConfig | SFTConfig | OnPolicyDistillConfig,
-        Field(discriminator="type"),
-    ]
+    trainer: AnyTrainer
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 
@@ -102,6 +91,7 @@ class RunConfig(Frozen):
         self._check_critic()
         self._check_rewards()
         self._check_without_rewards()
+        self._check_scorer()
         return self
 
     def _check_warm_start(self) -> None:
@@ -151,10 +141,6 @@ class RunConfig(Frozen):
         if weight > 0:
             must = "be 0 where there are no rewards"
             raise BrokenRule("trainer.task_weight", weight, must, "name one in rewards, or remove it")
-        measures_accuracy = self.trainer.takes_rewards == "optional" and self.trainer.measures == "accuracy"
-        if measures_accuracy and self.eval_data is not None and not self.has_scorer:
-            must = "be null where nothing says what is right"
-            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")
 
     def _check_rewards(self) -> None:
         if self.trainer.takes_rewards == "none" and self.rewards:
@@ -166,3 +152,8 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
+
+    def _check_scorer(self) -> None:
+        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")

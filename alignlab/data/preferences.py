@@ -83,19 +83,20 @@ def load_preferences(
 
     Of a task, whose rows have an answer: the right answer is preferred to that of another question.
     """
-    rows = load_rows(settings) if settings.task is None else _right_and_wrong(load_rows(settings))
+    rows = load_rows(settings) if settings.task is None else right_and_wrong(load_rows(settings))
     return preferences_from_rows(
         rows, settings, tokenizer, margin_column=margin_column, probability_column=probability_column
     )
 
 
-def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each row's answer, and the next one that is another."""
+def right_and_wrong(rows: Iterable[Mapping[str, Any]], *, num_wrong: int = 1) -> Iterator[dict[str, Any]]:
+    """Each row's answer, against those of the next rows that have another: `num_wrong` different ones, if there are."""
     known = list(rows)
     answers = [str(row["answer"]) for row in known]
     for i, row in enumerate(known):
-        others = (answer for answer in answers[i + 1 :] + answers[:i] if answer != answers[i])
-        yield dict(row) | {"chosen": answers[i], "rejected": next(others, answers[i])}
+        others = dict.fromkeys(answer for answer in answers[i + 1 :] + answers[:i] if answer != answers[i])
+        for wrong in itertools.islice(others, num_wrong) if others else (answers[i],):
+            yield dict(row) | {"chosen": answers[i], "rejected": wrong}
 
 
 def preferences_from_rows(

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
 from torch import Tensor
@@ -104,10 +105,10 @@ class OnlineTrainer(TrainingLoop):
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
         check_room(model, self.prompts, config)
-        policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
+        policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
-        learner = Learner(
+        learner = self.make_learner(
             policy,
             config,
             accelerator,
@@ -122,12 +123,12 @@ class OnlineTrainer(TrainingLoop):
         self.scorer = rewards.rewards[0] if rewards.rewards else None
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
-        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         if self.eval_prompts and self.scorer is None:
             raise ConfigError(
                 "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
                 "evaluation.scorer"
             )
+        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
@@ -136,6 +137,14 @@ class OnlineTrainer(TrainingLoop):
         self._collecting_ranks = make_rank_group() if self.max_staleness else None
         self._position = self._position_now()
         self.ahead = self._make_ahead()
+
+    def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Policy:
+        """What is trained of a model."""
+        return Policy(model, chunk_tokens=config.logprob_chunk_tokens)
+
+    def make_learner(self, policy: Any, config: Any, accelerator: Accelerator, **options: Any) -> Learner:
+        """What owns the policy; `options` are as `Learner` takes them."""
+        return Learner(policy, config, accelerator, **options)
 
     @abstractmethod
     def make_objective(self, config: Any, policy: Policy) -> Objective:

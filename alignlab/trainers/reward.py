@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers.reward import RewardConfig
 from alignlab.data.packing import pack_groups
@@ -76,11 +76,12 @@ class RewardTrainer(OfflineTrainer):
         self.base_digest = digest_of_model(self.learner.model) if self.learner.has_adapters else None
 
     def make_learner(
-        self, model: PreTrainedModel | PeftModel, config: RewardConfig, accelerator: Accelerator
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig,
+        accelerator: Accelerator, **schedule: Any,
     ) -> Learner:
         """A new head on the model."""
         reward: Any = RewardModel(model)
-        return RewardLearner(reward, config, accelerator, total_updates=config.num_steps)
+        return RewardLearner(reward, config, accelerator, **schedule)
 
     @property
     def reward_model(self) -> RewardModel:

@@ -17,7 +17,9 @@ from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import (
+    DistillConfig,
     DPOConfig,
+    GKDConfig,
     GRPOConfig,
     OnPolicyDistillConfig,
     PPOConfig,
@@ -33,7 +35,9 @@ from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
+from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.gkd import GKDTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -49,10 +53,16 @@ from alignlab.types import message_text
 
 WARM_START = "warm_start"
 ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
-    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnPolicyDistillConfig: OnPolicyDistillTrainer,
+    GRPOConfig: GRPOTrainer,
+    PPOConfig: PPOTrainer,
+    GKDConfig: GKDTrainer,
+    OnPolicyDistillConfig: OnPolicyDistillTrainer,
 }
 OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
-    SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, RewardConfig: RewardTrainer,
+    SFTConfig: SFTTrainer,
+    DPOConfig: DPOTrainer,
+    RewardConfig: RewardTrainer,
+    DistillConfig: DistillTrainer,
 }
 
 
@@ -206,8 +216,10 @@ def make_trainer(
         )
     kind = type(config.trainer)
     if kind in OFFLINE:
+        measured = config.trainer.measures == "accuracy"
+        scored: dict[str, Any] = {"reward_funcs": config.rewards, "evaluation": config.evaluation} if measured else {}
         return OFFLINE[kind](
-            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, **scored
         )
     return ONLINE[kind](
         model,

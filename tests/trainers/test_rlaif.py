@@ -214,7 +214,7 @@ def test_a_judge_on_the_policys_base_needs_a_frozen_one(make_trainer: Make) -> N
 
 def test_held_out_data_needs_a_scorer(make_trainer: Make, rows: Any) -> None:
     trainer = make_trainer("direct")
-    with pytest.raises(ConfigError, match=r"nothing that says what a right answer is; give evaluation\.scorer"):
+    with pytest.raises(ConfigError, match=r"give evaluation\.scorer"):
         RLAIFTrainer(
             trainer.model, trainer.config, rows, eval_dataset=rows, tokenizer=trainer.tokenizer, peft_config=LORA
         )
