@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
     from alignlab.config.trainers import PPOConfig as PPOConfig
+    from alignlab.config.trainers import RewardConfig as RewardConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
+    from alignlab.models.reward_checkpoints import load_reward_model as load_reward_model
+    from alignlab.models.reward_model import RewardModel as RewardModel
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
+    from alignlab.trainers.reward import RewardTrainer as RewardTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
     from alignlab.types import Completion as Completion
@@ -54,7 +58,10 @@ _HOMES = {
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
     "Prompt": "alignlab.types",
+    "RewardConfig": "alignlab.config.trainers",
+    "RewardModel": "alignlab.models.reward_model",
     "RewardSettings": "alignlab.config.rewards",
+    "RewardTrainer": "alignlab.trainers.reward",
     "Rollout": "alignlab.types",
     "RolloutSettings": "alignlab.config.rollout",
     "RunConfig": "alignlab.config.run",
@@ -63,6 +70,7 @@ _HOMES = {
     "SamplingParams": "alignlab.types",
     "SamplingSettings": "alignlab.config.rollout",
     "load_config": "alignlab.config.loader",
+    "load_reward_model": "alignlab.models.reward_checkpoints",
     "run": "alignlab.trainers.run",
 }
 

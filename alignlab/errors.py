@@ -27,3 +27,7 @@ class CheckpointError(AlignlabError):
 
 class NumericsError(AlignlabError):
     """A loss or a gradient stopped being finite."""
+
+
+class JudgeError(AlignlabError):
+    """A judge cannot be reached, refuses, or has used up what it may cost."""

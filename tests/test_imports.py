@@ -23,9 +23,10 @@ ALLOWED = {
     "rollout": {"types", "errors", "functional", "config", "models"},
     "data": {"types", "errors", "functional", "config", "models"},
     "training": {"types", "errors", "functional", "config", "models", "rollout", "data"},
-    "trainers": {"types", "errors", "functional", "config", "models", "rollout", "data", "training"},
-    "cli": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "trainers"},
-    "__init__": {"types", "errors", "config", "rollout", "trainers"},
+    "rlaif": {"types", "errors", "functional", "config", "models", "rollout", "data", "training"},
+    "trainers": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "rlaif"},
+    "cli": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "rlaif", "trainers"},
+    "__init__": {"types", "errors", "config", "models", "rollout", "trainers"},
     "__main__": {"cli"},
     "rewards": {"types"},
 }
@@ -45,7 +46,10 @@ PUBLIC = {
     "PPOConfig",
     "PPOTrainer",
     "Prompt",
+    "RewardConfig",
+    "RewardModel",
     "RewardSettings",
+    "RewardTrainer",
     "Rollout",
     "RolloutSettings",
     "RunConfig",
@@ -55,6 +59,7 @@ PUBLIC = {
     "SamplingSettings",
     "__version__",
     "load_config",
+    "load_reward_model",
     "run",
 }
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")
@@ -163,6 +168,8 @@ def test_every_package_is_installed_and_every_plugin_exists():
     assert set(project["tool"]["setuptools"]["packages"]) == folders | {"alignlab_rewards"}
     for target in project["project"]["entry-points"]["alignlab.rewards"].values():
         module, function = target.split(":")
-        tree = ast.parse((ROOT / "rewards" / f"{module.removeprefix('alignlab_rewards.')}.py").read_text("utf-8"))
-        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        file = module.replace("alignlab_rewards.", "rewards.").replace(".", "/")
+        tree = ast.parse((ROOT / f"{file}.py").read_text("utf-8"))
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        names = {node.name for node in tree.body if isinstance(node, kinds)}
         assert function in names, target

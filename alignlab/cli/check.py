@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
-    from alignlab.config.trainers import DPOConfig
     from alignlab.data.prompts import load_prompts
     from alignlab.trainers.run import evaluation_data, make_tokenizer
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
-    if isinstance(config.trainer, DPOConfig):
+    if config.trainer.measures == "preferences":
         return check_preferences(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
@@ -70,15 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
 def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Load the pairs, and tell."""
+    from alignlab.config.trainers import RewardConfig
     from alignlab.data.preferences import load_preferences
     from alignlab.trainers.run import evaluation_data
     from alignlab.training.metrics import check_trackers
 
+    margin = config.trainer.margin_column if isinstance(config.trainer, RewardConfig) else None
     for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
         if settings is None:
             tell(name, "none: how often the chosen completion leads will not be measured")
             continue
-        pairs = load_preferences(settings, tokenizer)
+        pairs = load_preferences(settings, tokenizer, margin_column=margin)
         lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
         tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
@@ -153,12 +154,16 @@ def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
 def answer_notes(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Whether the reward that says what is right takes a row's own answer for right."""
     from alignlab.config.rewards import RewardSettings
+    from alignlab.trainers.run import evaluation_data
+    from alignlab.training.evaluation import require_scorer
     from alignlab.training.reward_functions import load_reward
 
     if not config.rewards:
         return
     named = config.evaluation.scorer
     scorer = load_reward(RewardSettings(name=named) if named else config.rewards[0])
+    if evaluation_data(config) is not None:
+        require_scorer(scorer)
     value = value_of_own_answer(scorer, prompt, tokenizer)
     if value is not None and value != 1.0:
         yield f"{scorer.name} gives {value} to the row's own answer: accuracy, which counts 1 alone, may stay 0"
@@ -195,11 +200,15 @@ def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenize
     """
     from alignlab.config.rewards import RewardLimits, RewardSettings
     from alignlab.config.trainers import OnlineConfig
+    from alignlab.training.model_reward import ModelReward
     from alignlab.training.reward_functions import load_reward
 
     limits = config.trainer.reward_limits if isinstance(config.trainer, OnlineConfig) else RewardLimits()
     scorer = (RewardSettings(name=config.evaluation.scorer),) if config.evaluation.scorer else ()
     rewards = [load_reward(each) for each in (*config.rewards, *scorer)]
+    for reward in rewards:
+        if isinstance(reward.function, ModelReward):
+            reward.function.check_tokenizer(tokenizer)
     texts = [str(prompt.columns["answer"])] if "answer" in prompt.columns else []
     scored = score_once(rewards, limits, sample_rollout(prompt, [*texts, WRONG_ANSWER], tokenizer))
     for name, values in scored.reward_parts.items():

@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,7 +62,7 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[GRPOConfig | PPOConfig | DPOConfig | SFTConfig, Field(discriminator="type")]
+    trainer: Annotated[GRPOConfig | PPOConfig | DPOConfig | RewardConfig | SFTConfig, Field(discriminator="type")]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -26,11 +27,13 @@ class Preference:
         prompt: at least one token.
         chosen: the better completion, at least one token.
         rejected: the other.
+        margin: how much better the chosen one is, >= 0, where that is known.
     """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    margin: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +54,7 @@ class PreferenceDataset(Sequence[Preference]):
     Attributes:
         preferences: those that can be used.
         skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template,
-            identical, other_prompt.
+            identical, other_prompt, bad_margin.
     """
 
     preferences: tuple[Preference, ...]
@@ -70,13 +73,15 @@ class PreferenceDataset(Sequence[Preference]):
         return self.preferences[index]
 
 
-def load_preferences(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreferenceDataset:
+def load_preferences(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None
+) -> PreferenceDataset:
     """The preferences of the source that `settings` names; see `preferences_from_rows`.
 
     Of a task, whose rows have an answer: the right answer is preferred to that of another question.
     """
-    rows = load_rows(settings)
-    return preferences_from_rows(rows if settings.task is None else _right_and_wrong(rows), settings, tokenizer)
+    rows = load_rows(settings) if settings.task is None else _right_and_wrong(load_rows(settings))
+    return preferences_from_rows(rows, settings, tokenizer, margin_column=margin_column)
 
 
 def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -89,12 +94,14 @@ def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, An
 
 
 def preferences_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase,
+    *, margin_column: str | None = None,
 ) -> PreferenceDataset:
     """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
 
     With a prompt column the two are completions of it. Without, both hold the prompt and the completion, and the prompt
-    is what they have in common at their beginning. The end-of-sequence token closes each, once.
+    is what they have in common at their beginning. The end-of-sequence token closes each, once. `margin_column` holds
+    how much better the chosen one is.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
@@ -107,7 +114,8 @@ def preferences_from_rows(
     skipped: Counter[str] = Counter()
     for index, row in enumerate(itertools.islice(rows, settings.size)):
         try:
-            found.append(_preference(row, render))
+            pair = _preference(row, render)
+            found.append(pair if margin_column is None else replace(pair, margin=_margin(row, margin_column)))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(found), skipped, settings)
@@ -122,6 +130,17 @@ def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
     if good == bad:
         raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
     return Preference(start, good, bad)
+
+
+def _margin(row: Mapping[str, Any], column: str) -> float:
+    value = row.get(column)
+    if value is None:
+        raise BadRow("missing_column", f"has no margin in the column {column!r}, but {sorted(row)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
+    if not 0 <= value < math.inf:
+        raise BadRow("bad_margin", f"has margin {value} in the column {column!r}, and it must be finite and at least 0")
+    return float(value)
 
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:

@@ -59,8 +59,9 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
-    if _is_adapter(path):
-        base = load_model(_base_of(path), dtype=dtype, device=device)
+    if is_adapter(path):
+        _refuse_reward_model(name, path)
+        base = load_model(base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
     model: Any = _adopted(_from_hub(name, path, dtype))
     return model.to(device).eval()
@@ -73,14 +74,16 @@ def check_checkpoint(name: str) -> None:
         name: as for `load_model`. An adapter is looked at with its base.
 
     Raises:
-        CheckpointError: it cannot be found, or its folder has no safetensors or a file of them that is cut short.
+        CheckpointError: it cannot be found, it is a reward model's adapter, or its folder has no safetensors or a file
+            of them that is cut short.
         ConfigError: it is a packaged model, and the package is not installed.
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         _check_files(name, sorted(Path(path).glob("*.safetensors")))
-    if _is_adapter(path):
-        return check_checkpoint(_base_of(path))
+    if is_adapter(path):
+        _refuse_reward_model(name, path)
+        return check_checkpoint(base_of(path))
     try:
         AutoConfig.from_pretrained(path, **_OPTIONS)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -88,6 +91,13 @@ def check_checkpoint(name: str) -> None:
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
             "safetensors"
         ) from error
+
+
+def _refuse_reward_model(name: str, path: str) -> None:
+    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+        raise CheckpointError(
+            f"{name} is a reward model, and a language model is needed here; give its base, or name it in rewards"
+        )
 
 
 def _check_files(name: str, files: list[Path]) -> None:
@@ -101,9 +111,28 @@ def _check_files(name: str, files: list[Path]) -> None:
             raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
 
 
-def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """`transformers`' own model of a checkpoint, every weight of which is there and used."""
+def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The decoder of a sequence-classification folder under a language-model head that is tied, and is not to be used.
+
+    Args:
+        dtype: default: the checkpoint's.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True))
+    return model.to(device).eval()
+
+
+def _from_hub(name: str, path: str, dtype: torch.dtype | str, *, headless: bool = False) -> PreTrainedModel:
+    """`transformers`' own model of a checkpoint, every weight of which is there and used.
+
+    Args:
+        headless: the checkpoint has another head than a language model's.
+    """
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if headless:
+        options["tie_word_embeddings"] = True
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
@@ -115,7 +144,11 @@ def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     model, told = loaded
     wrong = {
-        kind: sorted(str(key) for key in told[f"{kind}_keys"] if not str(key).endswith(".expert_load"))
+        kind: sorted(
+            str(key)
+            for key in told[f"{kind}_keys"]
+            if not (str(key).endswith(".expert_load") or (headless and str(key) == "score.weight"))
+        )
         for kind in ("missing", "unexpected", "mismatched")
     }
     if any(wrong.values()):
@@ -239,8 +272,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         CheckpointError: there is none.
     """
     path = resolve_checkpoint(name)
-    if _is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
-        return load_tokenizer(_base_of(path))
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(base_of(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_OPTIONS)
     except (OSError, ValueError) as error:
@@ -250,11 +283,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _is_adapter(path: str) -> bool:
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds an adapter of PEFT's."""
     return (Path(path) / "adapter_config.json").exists()
 
 
-def _base_of(path: str) -> str:
+def base_of(path: str) -> str:
     """The checkpoint that an adapter belongs on."""
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     if not base:

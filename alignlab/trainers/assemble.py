@@ -142,16 +142,18 @@ def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequen
     return examples_from_rows(rows, DataSettings(path="rows"), tokenizer)
 
 
-def resolve_preferences(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference]:
+def resolve_preferences(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None
+) -> Sequence[Preference]:
     """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already."""
     if isinstance(dataset, str):
         dataset = DataSettings(path=dataset)
     if isinstance(dataset, DataSettings):
-        return load_preferences(dataset, tokenizer)
+        return load_preferences(dataset, tokenizer, margin_column=margin_column)
     rows = list(dataset)
     if all(isinstance(row, Preference) for row in rows):
         return rows
-    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer)
+    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, margin_column=margin_column)
 
 
 def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:

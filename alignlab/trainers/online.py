@@ -56,6 +56,7 @@ from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.model_reward import bind_rewards
 from alignlab.training.reward_functions import load_reward
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
@@ -120,6 +121,7 @@ class OnlineTrainer(TrainingLoop):
         self.scorer = rewards.rewards[0]
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
+        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None

@@ -16,7 +16,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig, TrainerConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainerConfig
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
@@ -29,6 +29,7 @@ from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -36,7 +37,9 @@ from alignlab.types import message_text
 
 WARM_START = "warm_start"
 ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
-OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
+OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
+    SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, RewardConfig: RewardTrainer,
+}
 
 
 @dataclass(frozen=True)

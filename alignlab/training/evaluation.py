@@ -11,6 +11,7 @@ from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
 from alignlab.errors import ConfigError, RewardError
 from alignlab.functional.estimators import pass_at_k
+from alignlab.training.model_reward import ModelReward
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
@@ -99,12 +100,15 @@ class PreferenceResult:
         margin: by how much, on average, in the loss's units.
         loss: mean over pairs.
         num_pairs: that were looked at.
+        calibration_error, brier: of a reward model's probabilities, see `functional.reward_losses`.
     """
 
     accuracy: float
     margin: float
     loss: float
     num_pairs: int
+    calibration_error: float | None = None
+    brier: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -117,7 +121,8 @@ class PreferenceResult:
 
     def metrics(self) -> dict[str, float]:
         """The numbers, as they are logged."""
-        return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
+        named = {name: value for name, value in self.to_json().items() if name != "num_pairs" and value is not None}
+        return {f"eval/{name}": value for name, value in named.items()}
 
 
 Evaluation = EvaluationResult | PreferenceResult
@@ -153,6 +158,7 @@ def evaluate(
         ConfigError: there are no problems, or a k is out of range.
         RewardError: the scorer fails, or has no opinion on a completion: an accuracy must not hide that.
     """
+    require_scorer(scorer)
     if not prompts:
         raise ConfigError("an evaluation needs at least one problem, and got 0; check eval_data")
     wrong = [k for k in pass_at if not 1 <= k <= num_samples]
@@ -182,6 +188,19 @@ def evaluate(
         greedy_tokens=_mean_tokens(greedy),
         sampled_tokens=_mean_tokens(sampled),
     )
+
+
+def require_scorer(scorer: LoadedReward) -> None:
+    """Refuse what cannot say that a completion is right.
+
+    Raises:
+        ConfigError: it is a reward model, whose values are never exactly 1.
+    """
+    if isinstance(scorer.function, ModelReward):
+        raise ConfigError(
+            f"evaluation.scorer must be a reward function whose value 1 means a right answer, and {scorer.name} is a "
+            "reward model; name another scorer, or leave out eval_data"
+        )
 
 
 def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool]]:

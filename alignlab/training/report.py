@@ -27,6 +27,14 @@ MEASURES = {
     "strict_sampled": "answer and nothing else, sampled",
 }
 
+PREFERENCE_MEASURES = {
+    "accuracy": "chosen leads",
+    "margin": "margin",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "brier": "Brier score",
+}
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -42,6 +50,7 @@ class RunReport:
         base_model: what the adapter belongs on.
         generate_options: of `alignlab generate`, so that it renders a prompt as the training did: --system-prompt TEXT,
             --prompt-template TEXT, --plain.
+        use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
     """
 
@@ -54,11 +63,14 @@ class RunReport:
     model: Path | None = None
     base_model: str | None = None
     generate_options: tuple[str, ...] = ()
+    use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def command(self) -> str | None:
-        """The command that tries the trained model, greedily, on the first held-out problem."""
+        """The command that tries the trained model, greedily, on the first held-out problem; or what `use` says."""
+        if self.use is not None:
+            return self.use
         answered = self.after.samples if isinstance(self.after, EvaluationResult) else ()
         problem = answered[0].prompt if answered else "Hello"
         if self.adapter is not None and self.base_model is not None:
@@ -120,9 +132,10 @@ def preference_table(before: PreferenceResult, after: PreferenceResult, *, title
     table = Table(title=f"{title}: {before.num_pairs} held-out pairs", title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
-    for name, label in (("accuracy", "chosen leads"), ("margin", "margin"), ("loss", "loss")):
+    for name, label in PREFERENCE_MEASURES.items():
         old, new = getattr(before, name), getattr(after, name)
-        table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        if old is not None and new is not None:
+            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
     return table
 
 

@@ -9,4 +9,5 @@ from alignlab.config.trainers.online import OnlineConfig as OnlineConfig
 from alignlab.config.trainers.online import PolicyGradientConfig as PolicyGradientConfig
 from alignlab.config.trainers.ppo import CriticSettings as CriticSettings
 from alignlab.config.trainers.ppo import PPOConfig as PPOConfig
+from alignlab.config.trainers.reward import RewardConfig as RewardConfig
 from alignlab.config.trainers.sft import SFTConfig as SFTConfig

@@ -1,0 +1,98 @@
+"""Who judges completions, how its answers are read, and what it may cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from alignlab.config.base import Frozen
+from alignlab.config.messages import BrokenRule
+from alignlab.config.model import Dtype
+
+
+class _JudgeSettings(Frozen):
+    """What every judge has that is asked questions."""
+
+    answers: Literal["probabilities", "sampled"] = "probabilities"
+    """How an answer is read: from the probabilities of the choices' tokens, or by sampling texts and counting votes,
+    for a judge that reasons first or does not tell its probabilities."""
+    votes: int = Field(1, ge=1)
+    """Judgements that are averaged, each by a principle of its own (Bai et al. 2022, arXiv:2212.08073, Sec. 4.1) while
+    there are some left."""
+    max_rating: int = Field(9, ge=2, le=9)
+    """Of a single completion, from 1 on: a digit is one token for every tokenizer."""
+    max_questions: int | None = Field(None, ge=1)
+    """That a run may ask the judge; answers that are on disk already cost nothing."""
+    max_attempts: int = Field(3, ge=1)
+    """For one question, before it goes without an answer."""
+    cache: bool = True
+    """Keep answers on disk, for this run after an interruption and for others."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Of a sampled answer."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    """Of a sampled answer."""
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        for name in ("max_new_tokens", "temperature"):
+            default = type(self).model_fields[name].default
+            if self.answers != "sampled" and getattr(self, name) != default:
+                must = f"stay {default} with answers {self.answers}, where nothing is sampled"
+                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or use answers: sampled")
+        return self
+
+
+class ModelJudge(_JudgeSettings):
+    """A model in this process, computed by our layers and sampled by our engine."""
+
+    backend: Literal["model"] = "model"
+    name: str | None = None
+    """A Hub id, a folder or a packaged model; default: the policy's own base, its adapter off, with no second copy."""
+    dtype: Dtype = "auto"
+    """auto: bfloat16."""
+    tokens_per_batch: int = Field(4096, ge=1)
+    """Tokens in one forward pass."""
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> Self:
+        if self.name is None and self.dtype != "auto":
+            must = "stay auto without name: the policy's base is as it is"
+            raise BrokenRule("dtype", self.dtype, must, "remove dtype, or give name")
+        return self
+
+
+class EndpointJudge(_JudgeSettings):
+    """A server that speaks OpenAI's chat completions: vLLM's, or any other."""
+
+    backend: Literal["endpoint"] = "endpoint"
+    url: str = "http://127.0.0.1:8000/v1"
+    model: str
+    """As the server calls it."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key; no key is ever in a file."""
+    top_logprobs: int = Field(20, ge=2)
+    """Tokens whose probabilities are asked for."""
+    request_timeout_s: float = Field(60.0, gt=0)
+    max_concurrent: int = Field(16, ge=1)
+    """Requests under way at one time."""
+    retry_wait_s: float = Field(1.0, ge=0)
+    """Before the second attempt; doubled before each further one."""
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            must = "be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+            raise BrokenRule("url", self.url, must, "correct it")
+        return self
+
+
+JudgeSettings = ModelJudge | EndpointJudge
+AnyJudge = Annotated[JudgeSettings, Field(discriminator="backend")]
+
+
+def fill_judge(given: Any) -> Any:
+    """Settings that name no backend are those of a model in this process."""
+    return {"backend": "model"} | given if isinstance(given, dict) else given

@@ -1,0 +1,233 @@
+"""The judge: how likely one completion is better than another, and how good one is, by a constitution.
+
+Each pair is shown in both orders, and the two answers are averaged, which cancels a preference for a position (Lee et
+al. 2023, arXiv:2309.00267, Sec. 2.1). A question without an answer is asked again, counted and, in the end, None.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Protocol
+
+from alignlab.config.constitution import Constitution, Principle
+from alignlab.config.judge import JudgeSettings
+from alignlab.errors import JudgeError
+from alignlab.rlaif import questions
+from alignlab.rlaif.answers import AnswerStore, answer_key
+from alignlab.rlaif.chat_model import ChatModel, Conversation, Failure
+from alignlab.types import Text
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge makes of a pair.
+
+    Attributes:
+        probability: that the first completion is the better one; None where no question about it was answered.
+        by_order: the same, of each judgement: as the pair was shown first, and as it was shown second; None where an
+            order has no answer, and then the judgement does not count.
+    """
+
+    probability: float | None
+    by_order: tuple[tuple[float | None, float | None], ...] = ()
+
+
+class Judge(Protocol):
+    """What prefers and rates. `counts` is of questions, by what became of them."""
+
+    counts: Counter[str]
+
+    def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
+        """A verdict on each (prompt, first completion, second completion)."""
+        ...
+
+    def rate(self, answers: Sequence[tuple[Text, str]]) -> list[float | None]:
+        """How good each (prompt, completion) is, in [0, 1]; None without an answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One conversation with its choices; `vote` tells samples of the same question apart."""
+
+    conversation: Conversation
+    choices: tuple[str, ...]
+    vote: int
+
+
+@dataclass
+class PromptedJudge:
+    """A chat model asked by a constitution.
+
+    Attributes:
+        model: what is asked.
+        constitution: by which.
+        settings: how.
+        store: answers on disk; None keeps none.
+        seed: of the choice of principles, and of sampled answers.
+        counts: of questions: asked (attempts), cached, answered, unanswered, over_budget, and by `FailureKind`.
+    """
+
+    model: ChatModel
+    constitution: Constitution
+    settings: JudgeSettings
+    store: AnswerStore | None = None
+    seed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
+        """`votes` judgements of each pair, in both orders."""
+        asked, reason = [], self.settings.answers == "sampled"
+        for prompt, first, second in pairs:
+            for vote, principle in enumerate(self._principles(f"{prompt}{min(first, second)}{max(first, second)}")):
+                for one, other in ((first, second), (second, first)):
+                    told = questions.comparison(self.constitution, principle, prompt, one, other, reason=reason)
+                    asked.append(_Question(told, questions.FIRST_OR_SECOND, vote))
+        answers = iter(self._answers(asked))
+        verdicts = []
+        for _ in pairs:
+            both = tuple((_first(next(answers)), _second(next(answers))) for _ in range(self.settings.votes))
+            means = [fmean((one, other)) for one, other in both if one is not None and other is not None]
+            verdicts.append(Verdict(fmean(means) if means else None, both))
+        return verdicts
+
+    def rate(self, answers: Sequence[tuple[Text, str]]) -> list[float | None]:
+        """The expected rating, brought to [0, 1], averaged over `votes` judgements.
+
+            rating = (sum_r r p(r) - 1) / (max_rating - 1)
+
+        Reference: Lee et al. (2023), arXiv:2309.00267, Sec. 2.2.2 (direct RLAIF).
+        """
+        top, reason = self.settings.max_rating, self.settings.answers == "sampled"
+        choices = questions.ratings(top)
+        asked = []
+        for prompt, text in answers:
+            for vote, principle in enumerate(self._principles(f"{prompt}{text}")):
+                told = questions.rating(self.constitution, principle, prompt, text, max_rating=top, reason=reason)
+                asked.append(_Question(told, choices, vote))
+        found = iter(self._answers(asked))
+        rated = []
+        for _ in answers:
+            votes = [next(found) for _ in range(self.settings.votes)]
+            values = [expected_rating(probabilities) for probabilities in votes if probabilities is not None]
+            rated.append(fmean(values) if values else None)
+        return rated
+
+    def _principles(self, about: str) -> list[Principle]:
+        """One principle a vote, drawn without replacement while there are some left; the same for the same pair."""
+        known = self.constitution.principles
+        draw = random.Random(f"{self.seed}/{about}")
+        drawn: list[Principle] = []
+        while len(drawn) < self.settings.votes:
+            drawn += draw.sample(known, min(len(known), self.settings.votes - len(drawn)))
+        return drawn
+
+    def _answers(self, asked: Sequence[_Question]) -> list[list[float] | None]:
+        """Probabilities of the choices of each question, as kept or asked now; None without an answer."""
+        keys = [self._key(question) for question in asked]
+        known = self.store.get(keys) if self.store is not None else {}
+        self.counts["cached"] += sum(key in known for key in keys)
+        left = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
+        # A probability is what it is: only a sampled answer may be another the next time.
+        for attempt in range(self.settings.max_attempts if self.settings.answers == "sampled" else 1):
+            left = self._ask(left, known, attempt)
+            if not left:
+                break
+        self.counts["unanswered"] += sum(key in left for key in keys)
+        return [known.get(key) for key in keys]
+
+    def _ask(
+        self, left: dict[str, _Question], known: dict[str, list[float]], attempt: int
+    ) -> dict[str, _Question]:
+        """Ask each question once more; answers go into `known`, and what may be asked again is returned."""
+        limit = self.settings.max_questions
+        room = len(left) if limit is None else max(0, limit - self.counts["asked"])
+        now = dict(list(left.items())[:room])
+        self.counts["over_budget"] += (len(left) - len(now)) if attempt == 0 else 0
+        if not now:
+            return left
+        self.counts["asked"] += len(now)
+        found = dict(zip(now, self._read(list(now.values()), attempt), strict=True))
+        _refuse_silence(list(found.values()))
+        answered = {key: answer for key, answer in found.items() if not isinstance(answer, Failure)}
+        self.counts["answered"] += len(answered)
+        self.counts.update(answer.kind for answer in found.values() if isinstance(answer, Failure))
+        known.update(answered)
+        if self.store is not None:
+            self.store.put(answered)
+        return {key: question for key, question in left.items() if key not in answered}
+
+    def _read(self, asked: Sequence[_Question], attempt: int) -> list[list[float] | Failure]:
+        """Probabilities of the choices: the model's, or 1 for the one that a sampled answer ends with."""
+        if self.settings.answers == "probabilities":
+            return self._read_probabilities(asked)
+        found: list[list[float] | Failure] = [Failure("nonsense", "")] * len(asked)
+        for vote in sorted({question.vote for question in asked}):
+            places = [i for i, question in enumerate(asked) if question.vote == vote]
+            texts = self.model.write(
+                [asked[i].conversation for i in places],
+                max_new_tokens=self.settings.max_new_tokens,
+                temperature=self.settings.temperature,
+                seed=random.Random(f"{self.seed}/{vote}/{attempt}").getrandbits(31),
+            )
+            for i, text in zip(places, texts, strict=True):
+                found[i] = text if isinstance(text, Failure) else _vote(text, asked[i].choices)
+        return found
+
+    def _read_probabilities(self, asked: Sequence[_Question]) -> list[list[float] | Failure]:
+        assert len({question.choices for question in asked}) == 1
+        told = self.model.choose([question.conversation for question in asked], asked[0].choices)
+        return [answer if isinstance(answer, Failure) else normalised(answer) for answer in told]
+
+    def _key(self, question: _Question) -> str:
+        sampled = self.settings.answers == "sampled"
+        how = [question.vote, self.seed, self.settings.temperature, self.settings.max_new_tokens] if sampled else []
+        return answer_key(
+            model=self.model.identity, conversation=list(question.conversation), choices=question.choices, how=how
+        )
+
+
+def _refuse_silence(answers: Sequence[list[float] | Failure]) -> None:
+    """A judge that answers nothing at all is not asked on and on.
+
+    Raises:
+        JudgeError: it cannot be reached, is too slow or refuses, for every question.
+    """
+    failures = [answer for answer in answers if isinstance(answer, Failure) and answer.kind != "nonsense"]
+    if len(failures) == len(answers):
+        raise JudgeError(
+            f"the judge answered none of {len(answers)} questions, the first because: {failures[0].message}; see that "
+            "it runs and takes the question, and go on with --resume"
+        )
+
+
+def normalised(logprobs: Sequence[float]) -> list[float]:
+    """Probabilities of choices among themselves, from their log-probabilities."""
+    top = max(logprobs)
+    weights = [math.exp(logprob - top) for logprob in logprobs]
+    return [weight / sum(weights) for weight in weights]
+
+
+def expected_rating(probabilities: Sequence[float]) -> float:
+    """The mean of ratings 1..R of these probabilities, brought to [0, 1]."""
+    return sum(i * p for i, p in enumerate(probabilities)) / (len(probabilities) - 1)
+
+
+def _first(probabilities: Sequence[float] | None) -> float | None:
+    return None if probabilities is None else probabilities[0]
+
+
+def _second(probabilities: Sequence[float] | None) -> float | None:
+    return None if probabilities is None else probabilities[1]
+
+
+def _vote(text: str, choices: Sequence[str]) -> list[float] | Failure:
+    place = questions.chosen(text, choices)
+    if place is None:
+        return Failure("nonsense", f"none of {', '.join(choices)} stands in {text[-80:]!r}")
+    return [float(i == place) for i in range(len(choices))]

@@ -1,0 +1,57 @@
+"""The judge that the settings describe."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.constitution import Constitution
+from alignlab.config.judge import EndpointJudge, JudgeSettings, ModelJudge
+from alignlab.errors import ConfigError
+from alignlab.models.packaged import cache_folder
+from alignlab.rlaif.answers import AnswerStore
+from alignlab.rlaif.chat_model import ChatModel
+from alignlab.rlaif.endpoint import EndpointChatModel
+from alignlab.rlaif.judge import PromptedJudge
+from alignlab.rlaif.local import load_local
+
+
+def make_judge(
+    settings: JudgeSettings,
+    constitution: Constitution,
+    *,
+    policy: nn.Module | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> PromptedJudge:
+    """A judge with its model and its answers on disk.
+
+    Args:
+        policy, tokenizer: whose frozen base judges where the settings name no model.
+
+    Raises:
+        ConfigError: the model cannot be had; or there are more votes than principles, and the same question has the
+            same probabilities each time.
+    """
+    principles = len(constitution.principles)
+    if settings.answers == "probabilities" and settings.votes > principles:
+        raise ConfigError(
+            f"judge.votes is {settings.votes}, and must be at most the {principles} principles of {constitution.name} "
+            f"with answers: probabilities, which are the same each time; use {principles}, or answers: sampled"
+        )
+    store = AnswerStore(cache_folder() / "judge" / "answers.sqlite") if settings.cache else None
+    return PromptedJudge(chat_model(settings, policy, tokenizer), constitution, settings, store, seed)
+
+
+def chat_model(
+    settings: JudgeSettings, policy: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
+) -> ChatModel:
+    """What the settings say is asked."""
+    if isinstance(settings, EndpointJudge):
+        return EndpointChatModel(settings)
+    return load_local(settings, policy, tokenizer)
+
+
+def shares_base(settings: JudgeSettings) -> bool:
+    """Whether the policy's own base judges."""
+    return isinstance(settings, ModelJudge) and settings.name is None

@@ -1,0 +1,137 @@
+"""A judge's model in this process: choices are scored by a packed forward pass, texts come from our engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.config.judge import ModelJudge
+from alignlab.config.rollout import RolloutSettings
+from alignlab.data.packing import pack_rollouts
+from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.errors import ConfigError
+from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.checkpoints import load_model, load_tokenizer
+from alignlab.models.policy import Policy
+from alignlab.rlaif.chat_model import Conversation, Failure
+from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.training.reference_cache import digest_of_model
+from alignlab.types import Completion, Prompt, Rollout, SamplingParams
+
+
+class LocalChatModel:
+    """A model with a chat template. Of one with adapters the frozen base answers: it is the policy's, shared.
+
+    Args:
+        model: in evaluation or in training; it is left as it was.
+        tokenizer: with a chat template.
+        tokens_per_batch: tokens in one forward pass.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, tokens_per_batch: int = 4096
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
+            )
+        self.identity = digest_of_model(model)
+        self.num_retries = 0
+        self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
+        self._policy = Policy(model)
+        self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+
+    def choose(
+        self, conversations: Sequence[Conversation], choices: Sequence[str]
+    ) -> list[tuple[float, ...] | Failure]:
+        """Log-probability of the first token of each choice; the conversation is computed once for all of them."""
+        tokens = self._first_tokens(choices)
+        asked = self._prompts(conversations)
+        groups = [
+            Rollout(prompt, tuple(Completion((token,), "", (0.0,), None, "stop", (0,)) for token in tokens))
+            for prompt in asked.values()
+        ]
+        scores = iter(self._score(groups))
+        return [
+            next(scores) if i in asked else Failure("refused", "the chat template refuses the question")
+            for i in range(len(conversations))
+        ]
+
+    def write(
+        self, conversations: Sequence[Conversation], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[str | Failure]:
+        """A sampled answer to each conversation."""
+        asked = self._prompts(conversations)
+        sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        with self._base():
+            engine = EmbeddedEngine(self._model, self._tokenizer, RolloutSettings())
+            rollouts = iter(engine.generate(list(asked.values()), sampling))
+        return [
+            next(rollouts).completions[0].text if i in asked else Failure("refused", "the chat template refuses it")
+            for i in range(len(conversations))
+        ]
+
+    def _base(self) -> AbstractContextManager[None]:
+        return adapters_disabled(self._model) if has_adapters(self._model) else nullcontext()
+
+    def _prompts(self, conversations: Sequence[Conversation]) -> dict[int, Prompt]:
+        """By index, those that the template takes."""
+        rendered = {}
+        for i, conversation in enumerate(conversations):
+            try:
+                rendered[i] = self._render(list(conversation))
+            except BadRow:
+                continue
+        encoded = self._render.encode(list(rendered.values()))
+        return {i: Prompt(ids, "", index=i) for i, ids in zip(rendered, encoded, strict=True)}
+
+    def _first_tokens(self, choices: Sequence[str]) -> list[int]:
+        tokens = [self._tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
+        if len(set(tokens)) < len(tokens):
+            raise ConfigError(
+                f"choices must begin with different tokens, and two of {', '.join(choices)} do not in this tokenizer"
+            )
+        return tokens
+
+    def _score(self, groups: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        device = next(self._model.parameters()).device
+        found: list[list[float]] = [[0.0] * len(group.completions) for group in groups]
+        was_training = self._policy.training
+        self._policy.eval()
+        try:
+            with torch.no_grad(), self._base():
+                for pack in pack_rollouts(groups, budget=self._budget):
+                    moved = pack.to(device)
+                    logprobs = self._policy(moved.tokens, moved.segments, moved.completion_mask).logprobs.tolist()
+                    for place in pack.completion_mask.nonzero()[:, 0].tolist():
+                        group, choice = divmod(int(pack.segments.sequence_of_token[place]), len(groups[0].completions))
+                        found[group][choice] = logprobs[place]
+        finally:
+            self._policy.train(was_training)
+        return [tuple(row) for row in found]
+
+
+def load_local(
+    settings: ModelJudge, policy: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
+) -> LocalChatModel:
+    """The model that the settings name; without a name, the policy's base.
+
+    Raises:
+        ConfigError: no name is given, and there is no policy.
+    """
+    if settings.name is None:
+        if policy is None or tokenizer is None:
+            raise ConfigError("judge.name is not given, and there is no policy whose base could judge; give judge.name")
+        return LocalChatModel(policy, tokenizer, tokens_per_batch=settings.tokens_per_batch)
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    device = torch.device("cpu") if policy is None else next(policy.parameters()).device
+    model = load_model(settings.name, dtype=dtype, device=device).requires_grad_(False)
+    return LocalChatModel(model, load_tokenizer(settings.name), tokens_per_batch=settings.tokens_per_batch)

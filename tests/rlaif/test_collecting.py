@@ -1,0 +1,91 @@
+"""Work that is kept as it is done: after a stop, a torn line, or another number of ranks, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignlab.errors import DataError
+from alignlab.rlaif.collecting import collect
+from alignlab.rlaif.journal import Journal, write_rows
+from alignlab.types import Prompt
+
+
+class Ranks:
+    """Of accelerate's Accelerator, what `collect` reads."""
+
+    def __init__(self, rank: int = 0, ranks: int = 1) -> None:
+        self.process_index, self.num_processes = rank, ranks
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+PROMPTS = [Prompt((1,), "p", index=i) for i in (5, 3, 8, 1, 7)]
+
+
+def run(
+    folder: Path, done: list[int], *, ranks: Any = None, stop_at: int | None = None, fail_at: int | None = None
+) -> Any:
+    def work(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
+        indices = [prompt.index for prompt in batch]
+        if fail_at in indices:
+            raise RuntimeError("lost")
+        if stop_at in indices:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.extend(indices)
+        return [{"index": index, "value": 10 * index} for index in indices]
+
+    return collect(PROMPTS, work, folder, batch_size=2, accelerator=ranks or Ranks(), title="test")
+
+
+def test_rows_come_in_the_order_of_the_prompts_and_once(tmp_path: Path) -> None:
+    done: list[int] = []
+    rows = run(tmp_path, done)
+    assert [row["value"] for row in rows] == [50, 30, 80, 10, 70] and done == [5, 3, 8, 1, 7]
+    assert run(tmp_path, done) == rows and len(done) == 5
+
+
+def test_a_signal_ends_it_after_the_batch_and_the_rest_is_done_later(tmp_path: Path) -> None:
+    done: list[int] = []
+    assert run(tmp_path, done, stop_at=3) is None and done == [5, 3]
+    rows = run(tmp_path, done)
+    assert done == [5, 3, 8, 1, 7] and len(rows) == 5
+
+
+def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
+    done: list[int] = []
+    with pytest.raises(RuntimeError, match="lost"):
+        run(tmp_path, done, fail_at=8)
+    assert len(run(tmp_path, done)) == 5 and done == [5, 3, 8, 1, 7]
+
+
+def test_ranks_share_the_work_and_a_later_start_may_have_fewer(tmp_path: Path) -> None:
+    done: list[int] = []
+    assert run(tmp_path, done, ranks=Ranks(1, 2)) is None and done == [3, 1]
+    assert [row["index"] for row in run(tmp_path, done)] == [5, 3, 8, 1, 7] and done == [3, 1, 5, 8, 7]
+
+
+def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rank0.jsonl"
+    Journal(path).append([{"index": 1}, {"index": 2}])
+    with path.open("ab") as file:
+        file.write(b'{"index": 3, "va')
+    journal = Journal(path)
+    assert journal.rows == [{"index": 1}, {"index": 2}]
+    journal.append([{"index": 4}])
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [1, 2, 4]
+    path.write_text('{"index": 1}\nnonsense\n{"index": 2}\n')
+    with pytest.raises(DataError, match="line 2, is no JSON"):
+        Journal(path)
+
+
+def test_rows_are_written_whole(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"a": 1}, {"a": "é\n"}])
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [{"a": 1}, {"a": "é\n"}]

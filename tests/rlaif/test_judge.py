@@ -1,0 +1,136 @@
+"""The judge: both orders, votes, ratings, answers kept, questions counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignlab.config.judge import ModelJudge
+from alignlab.errors import ConfigError, JudgeError
+from alignlab.rlaif.answers import AnswerStore
+from alignlab.rlaif.chat_model import Failure
+from alignlab.rlaif.judge import expected_rating, normalised
+from alignlab.rlaif.judges import make_judge as judge_of_settings
+from alignlab.rlaif.questions import chosen
+from tests.rlaif.conftest import CONSTITUTION, RuledModel
+
+Make = Callable[..., Any]
+
+
+def test_choices_are_weighed_among_themselves() -> None:
+    assert normalised([-1.0, -1.0]) == [0.5, 0.5]
+    assert normalised([-1000.0, -1000.0 - 1.0986122886681098]) == pytest.approx([0.75, 0.25])
+
+
+def test_an_expected_rating_runs_from_0_to_1() -> None:
+    assert expected_rating([1, 0, 0]) == 0 and expected_rating([0, 0, 1]) == 1
+    assert expected_rating([0.5, 0.25, 0.25]) == pytest.approx(0.375)
+
+
+def test_both_orders_are_averaged_and_a_bias_for_the_first_cancels(make_judge: Make) -> None:
+    """Lengths 6 and 2: 0.75 without a bias. With log 3 for whatever is first: 18/20 and 6/12."""
+    [plain] = make_judge().compare([("q", "xxxxxx", "xx")])
+    assert plain.probability == pytest.approx(0.75) and plain.by_order == (pytest.approx((0.75, 0.75)),)
+    [biased] = make_judge(RuledModel(bias=1.0986122886681098)).compare([("q", "xxxxxx", "xx")])
+    assert biased.by_order == (pytest.approx((0.9, 0.5)),) and biased.probability == pytest.approx(0.7)
+    [equal] = make_judge(RuledModel(bias=3.0)).compare([("q", "xxx", "yyy")])
+    assert equal.probability == pytest.approx(0.5)
+
+
+def test_votes_are_by_different_principles_the_same_for_the_same_pair(make_judge: Make) -> None:
+    model = RuledModel()
+    make_judge(model, votes=3).compare([("q", "one", "other")])
+    names = [next(p.name for p in CONSTITUTION.principles if p.prefer in str(q[0]["content"])) for q in model.asked]
+    assert len(names) == 6 and names[0::2] == names[1::2] and set(names) == {"long", "odd", "calm"}
+    again = RuledModel()
+    make_judge(again, votes=3).compare([("q", "other", "one")])
+    assert [str(q) for q in again.asked[1::2]] == [str(q) for q in model.asked[0::2]]
+
+
+def test_a_rating_is_the_expected_one(make_judge: Make) -> None:
+    judge = make_judge(max_rating=5)
+    assert judge.rate([("q", "x"), ("q", "xxx"), ("q", "xxxxx")]) == pytest.approx([0.0, 0.5, 1.0])
+
+
+def test_nonsense_is_no_answer_and_is_counted(make_judge: Make) -> None:
+    judge = make_judge()
+    silent, plain = judge.compare([("q", "mute", "x"), ("q", "xx", "x")])
+    assert silent.probability is None and plain.probability == pytest.approx(2 / 3)
+    assert judge.rate([("q", "mute")]) == [None]
+    assert judge.counts["nonsense"] == judge.counts["unanswered"] == 3
+
+
+def test_sampled_answers_are_votes_and_nonsense_is_asked_again(make_judge: Make) -> None:
+    """Votes: (1, 2) both for the first; then nonsense once, mended by the second attempt, for the second."""
+    model = RuledModel(texts=["Well, 1", "I say:\n2", "hm", "so 1", "2"])
+    judge = make_judge(model, answers="sampled", votes=2)
+    [verdict] = judge.compare([("q", "a", "b")])
+    assert verdict.by_order == ((1.0, 1.0), (0.0, 0.0)) and verdict.probability == 0.5
+    assert judge.counts["nonsense"] == 1 and judge.counts["unanswered"] == 0 and judge.counts["asked"] == 5
+
+
+def test_a_sampled_answer_that_stays_nonsense_is_none(make_judge: Make) -> None:
+    judge = make_judge(RuledModel(texts=["?"] * 6), answers="sampled", max_attempts=3)
+    [verdict] = judge.compare([("q", "a", "b")])
+    assert verdict.probability is None and judge.counts["asked"] == 6 and judge.counts["unanswered"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("2", 1), ("Answer 1 is bad. So: 2", 1), ("2, and not 1.", 0), ("12", None), ("1.5", None), ("", None),
+        ("x1", None),
+    ],
+)
+def test_the_last_choice_that_stands_alone_counts(text: str, place: int | None) -> None:
+    assert chosen(text, ("1", "2")) == place
+
+
+def test_answers_are_kept_and_cost_nothing_again(make_judge: Make, tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "a" / "answers.sqlite")
+    pairs = [("q", "xxx", "x"), ("q", "x", "xxxx")]
+    first = make_judge(store=store)
+    told = first.compare(pairs)
+    assert first.counts["asked"] == 4 and first.counts["cached"] == 0
+    second = make_judge(RuledModel(bias=9.0), store=AnswerStore(tmp_path / "a" / "answers.sqlite"), max_questions=1)
+    assert second.compare(pairs) == told and second.counts["asked"] == 0 and second.counts["cached"] == 4
+    # The same pair the other way round is the same two questions.
+    assert second.compare([("q", "x", "xxx")])[0].probability == pytest.approx(0.25)
+
+
+def test_what_an_answer_depends_on_is_in_its_key(make_judge: Make, tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    make_judge(store=store).rate([("q", "xx")])
+    other = RuledModel()
+    other.identity = "another"
+    for judge in (make_judge(other, store=store), make_judge(store=store, max_rating=3)):
+        judge.rate([("q", "xx")])
+        assert judge.counts["cached"] == 0
+
+
+def test_the_budget_ends_the_asking_and_is_counted(make_judge: Make) -> None:
+    judge = make_judge(max_questions=2)
+    known, unknown = judge.compare([("q", "xx", "x"), ("q", "xxx", "x")])
+    assert known.probability == pytest.approx(2 / 3) and unknown.probability is None
+    assert judge.counts["asked"] == 2 and judge.counts["over_budget"] == 2
+
+
+class DownModel(RuledModel):
+    def choose(self, conversations: Any, choices: Any) -> list[Any]:
+        return [Failure("unreachable", "connection refused")] * len(conversations)
+
+
+def test_a_judge_that_answers_nothing_at_all_is_an_error(make_judge: Make) -> None:
+    with pytest.raises(JudgeError, match=r"answered none of 2 questions.*connection refused.*--resume"):
+        make_judge(DownModel()).compare([("q", "a", "b")])
+
+
+def test_more_votes_than_principles_ask_the_same_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"judge\.votes is 4, and must be at most the 3 principles of test"):
+        judge_of_settings(ModelJudge(votes=4), CONSTITUTION)
+    with pytest.raises(ConfigError, match=r"judge\.name is not given, and there is no policy"):
+        judge_of_settings(ModelJudge(), CONSTITUTION)
