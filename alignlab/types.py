@@ -210,6 +210,7 @@ class Experience:
         returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
         margins: by which the chosen completion of the token's pair is to lead.
+        probabilities: that the chosen completion of the token's pair is the better one.
     """
 
     tokens: Int[Tensor, "N"]
@@ -223,6 +224,7 @@ class Experience:
     returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
     margins: Float[Tensor, "N"] | None = None
+    probabilities: Float[Tensor, "N"] | None = None
 
     @property
     def num_tokens(self) -> int:

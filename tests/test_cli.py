@@ -168,6 +168,57 @@ def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
     assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
 
 
+def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
+    teacher, output = str(run_file.parent / "model"), str(tmp_path / "student")
+    assert main(["student", teacher, output, "--layers", "0"]) == 0
+    assert "layers 0: " in capsys.readouterr().err
+    assert main(["generate", output, "say red", "--max-new-tokens", "2"]) == 0
+    assert main(["student", teacher, output, "--num-layers", "1"]) == 2
+    assert "OUTPUT must be a new or empty folder" in capsys.readouterr().err
+    assert main(["student", teacher, str(tmp_path / "other"), "--layers", "1"]) == 2
+    assert "layers holds 1, and must hold numbers from 0 to 0" in capsys.readouterr().err
+    assert main(["student", adapter, str(tmp_path / "other"), "--layers", "0"]) == 2
+    assert "merge it first" in capsys.readouterr().err
+    assert main(["check", str(run_file), "model.lora=null", "model.student={num_layers: 1}"]) == 0
+    assert "a student of" in capsys.readouterr().out
+
+
+def test_a_teacher_s_samples_are_data_for_fine_tuning(run_file, tmp_path, capsys):
+    model, output = str(run_file.parent / "model"), tmp_path / "samples.jsonl"
+    words = ["sample", model, "--config", str(run_file), "--output", str(output), "--num-samples", "4"]
+    assert main([*words, "--num-prompts", "3", "--max-new-tokens", "300", "--min-reward", "0"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["prompts"] == 3 and result["completions"] == 12
+    assert result["kept"] == len(output.read_text(encoding="utf-8").splitlines()) == round(12 * result["kept_frac"]) > 0
+    assert f"fine-tune on it: data.path={output}" in err
+    overrides = ["trainer={type: sft, num_steps: 1, trackers: []}", f"trainer.output_dir={tmp_path / 'sft'}"]
+    bare = ["rewards=[]", "eval_data=null", "evaluation={}"]
+    assert main(["train", str(run_file), f"data.path={output}", *bare, *overrides]) == 0
+    assert main([*words[:4], "--output", str(tmp_path / "samples.txt")]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert main([*words, "--set", "rewards=[]", "--set", "trainer={type: sft}", "--keep", "best"]) == 2
+    assert main([*words[:-2], "--output", str(tmp_path / "x.jsonl"), "--temperature", "0"]) == 2
+    assert "must be 1 at temperature 0" in capsys.readouterr().err
+
+
+def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
+    from alignlab.data.tokenizer_training import train_tokenizer
+
+    def check(teacher, **options):
+        trainer = {"type": "on_policy_distill", "teacher": {"name": str(teacher)}, "output_dir": str(tmp_path / "run")}
+        return main(["check", str(run_file), f"trainer={json.dumps(trainer | options)}"])
+
+    assert check(run_file.parent / "model") == 0
+    out = capsys.readouterr().out
+    assert "judges by tokens" in out and "on_policy_distill = reverse KL to" in out
+    train_tokenizer(["other words"] * 9, vocab_size=262).save_pretrained(tmp_path / "other")
+    assert check(tmp_path / "other") == 2
+    assert "must have the student's tokenizer" in capsys.readouterr().err
+    assert check(tmp_path / "other", alignment="text") == 0
+    assert "judges by text" in capsys.readouterr().out
+
+
 def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
     """The one it was trained with, and not its base's, whether or not the base is named."""
     import shutil

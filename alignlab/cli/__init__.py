@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import alignlab
-from alignlab.cli import check, evaluate, generate, merge, serve, train
+from alignlab.cli import check, evaluate, generate, merge, sample, serve, student, train
 from alignlab.errors import AlignlabError
 
-COMMANDS = (train, check, evaluate, generate, merge, serve)
+COMMANDS = (train, check, evaluate, generate, merge, sample, student, serve)
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 

@@ -215,7 +215,7 @@ def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     """The evaluation that a run's config describes, with the command line's changes."""
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import RolloutSettings, SamplingSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.trainers.run import evaluation_data
 
     refuse_preferences(config, args.config)
@@ -225,9 +225,10 @@ def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     if config.evaluation.scorer is None and not config.rewards:
         raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
     scorer = RewardSettings(name=config.evaluation.scorer) if config.evaluation.scorer else config.rewards[0]
-    learns = isinstance(config.trainer, OnlineConfig)
-    rollout = config.trainer.rollout if isinstance(config.trainer, OnlineConfig) else RolloutSettings()
-    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
+    last = stages_of(config.trainer)[-1]
+    learns = isinstance(last, OnlineConfig)
+    rollout = last.rollout if isinstance(last, OnlineConfig) else RolloutSettings()
+    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
     base = config.evaluation.sampled or trained.model_copy(update={"temperature": 1.0} if learns else {})
     sampling = sampling_settings(args, **dict(base))
     seed = config.trainer.seed if args.seed is None else args.seed

@@ -28,12 +28,14 @@ class Preference:
         chosen: the better completion, at least one token.
         rejected: the other.
         margin: how much better the chosen one is, >= 0, where that is known.
+        probability: that the chosen one is the better one, in [0.5, 1], where a judge told that.
     """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     margin: float = 0.0
+    probability: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -54,7 +56,7 @@ class PreferenceDataset(Sequence[Preference]):
     Attributes:
         preferences: those that can be used.
         skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template,
-            identical, other_prompt, bad_margin.
+            identical, other_prompt, bad_margin, bad_probability.
     """
 
     preferences: tuple[Preference, ...]
@@ -74,14 +76,17 @@ class PreferenceDataset(Sequence[Preference]):
 
 
 def load_preferences(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None,
+    probability_column: str | None = None,
 ) -> PreferenceDataset:
     """The preferences of the source that `settings` names; see `preferences_from_rows`.
 
     Of a task, whose rows have an answer: the right answer is preferred to that of another question.
     """
     rows = load_rows(settings) if settings.task is None else _right_and_wrong(load_rows(settings))
-    return preferences_from_rows(rows, settings, tokenizer, margin_column=margin_column)
+    return preferences_from_rows(
+        rows, settings, tokenizer, margin_column=margin_column, probability_column=probability_column
+    )
 
 
 def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -95,13 +100,13 @@ def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, An
 
 def preferences_from_rows(
     rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase,
-    *, margin_column: str | None = None,
+    *, margin_column: str | None = None, probability_column: str | None = None,
 ) -> PreferenceDataset:
     """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
 
     With a prompt column the two are completions of it. Without, both hold the prompt and the completion, and the prompt
     is what they have in common at their beginning. The end-of-sequence token closes each, once. `margin_column` holds
-    how much better the chosen one is.
+    how much better the chosen one is, `probability_column` how probably it is the better one.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
@@ -115,7 +120,11 @@ def preferences_from_rows(
     for index, row in enumerate(itertools.islice(rows, settings.size)):
         try:
             pair = _preference(row, render)
-            found.append(pair if margin_column is None else replace(pair, margin=_margin(row, margin_column)))
+            if margin_column is not None:
+                pair = replace(pair, margin=_margin(row, margin_column))
+            if probability_column is not None:
+                pair = replace(pair, probability=_probability(row, probability_column))
+            found.append(pair)
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(found), skipped, settings)
@@ -132,15 +141,31 @@ def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
     return Preference(start, good, bad)
 
 
-def _margin(row: Mapping[str, Any], column: str) -> float:
+def _probability(row: Mapping[str, Any], column: str) -> float:
+    value = _number(row, column, "probability")
+    if not 0.5 <= value <= 1:
+        raise BadRow(
+            "bad_probability",
+            f"has probability {value} in the column {column!r}, and it must be from 0.5, where nobody knows, to 1; "
+            "below, the rejected completion is the chosen one",
+        )
+    return value
+
+
+def _number(row: Mapping[str, Any], column: str, what: str) -> float:
     value = row.get(column)
     if value is None:
-        raise BadRow("missing_column", f"has no margin in the column {column!r}, but {sorted(row)}")
+        raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
+    return float(value)
+
+
+def _margin(row: Mapping[str, Any], column: str) -> float:
+    value = _number(row, column, "margin")
     if not 0 <= value < math.inf:
         raise BadRow("bad_margin", f"has margin {value} in the column {column!r}, and it must be finite and at least 0")
-    return float(value)
+    return value
 
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:

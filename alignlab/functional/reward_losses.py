@@ -13,24 +13,30 @@ from alignlab.functional.precision import at_least_float32
 
 
 def bradley_terry(
-    chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, margins: Float[Tensor, "P"] | None = None
+    chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], *, margins: Float[Tensor, "P"] | None = None,
+    probabilities: Float[Tensor, "P"] | None = None,
 ) -> Float[Tensor, "P"]:
     """Negative log-likelihood of the preference; the chosen completion is to lead, by a margin where one is known.
 
-        loss = -log sigmoid(r_chosen - r_rejected - m)
+        x    = r_chosen - r_rejected - m
+        loss = -p log sigmoid(x) - (1 - p) log sigmoid(-x)
 
     Args:
         chosen, rejected: rewards; carry the gradient.
         margins: m, how much better the chosen one is known to be, >= 0; None for 0.
+        probabilities: p, that the chosen one is the better one, in [0.5, 1], a judge's soft label; None for 1.
 
     Returns:
         [P]; log 2 where the two rewards are equal and the margin is 0.
 
     Reference: Ouyang et al. (2022), arXiv:2203.02155, Eq. 1; with a margin: Touvron et al. (2023), Llama 2,
-    arXiv:2307.09288, Eq. 2.
+    arXiv:2307.09288, Eq. 2; soft labels: Lee et al. (2023), RLAIF, arXiv:2309.00267, Sec. 2.2.1.
     """
     leads = at_least_float32(chosen) - at_least_float32(rejected)
-    return -logsigmoid(leads if margins is None else leads - margins)
+    leads = leads if margins is None else leads - margins
+    if probabilities is None:
+        return -logsigmoid(leads)
+    return -probabilities * logsigmoid(leads) - (1 - probabilities) * logsigmoid(-leads)
 
 
 def reward_centring(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:

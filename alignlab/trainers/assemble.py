@@ -143,17 +143,21 @@ def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequen
 
 
 def resolve_preferences(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, **columns: str | None
 ) -> Sequence[Preference]:
-    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already."""
+    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already.
+
+    Args:
+        columns: margin_column and probability_column, see there.
+    """
     if isinstance(dataset, str):
         dataset = DataSettings(path=dataset)
     if isinstance(dataset, DataSettings):
-        return load_preferences(dataset, tokenizer, margin_column=margin_column)
+        return load_preferences(dataset, tokenizer, **columns)
     rows = list(dataset)
     if all(isinstance(row, Preference) for row in rows):
         return rows
-    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, margin_column=margin_column)
+    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, **columns)
 
 
 def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:

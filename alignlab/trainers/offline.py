@@ -59,7 +59,7 @@ class OfflineTrainer(TrainingLoop):
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
-        learner = self.make_learner(model, config, accelerator)
+        learner = self.make_learner(model, tokenizer, config, accelerator, total_updates=config.num_steps)
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.train_examples: Sequence[Any] = self.examples(train_dataset)
         if not self.train_examples:
@@ -67,10 +67,12 @@ class OfflineTrainer(TrainingLoop):
         self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed)
 
-    def make_learner(self, model: PreTrainedModel | PeftModel, config: Any, accelerator: Accelerator) -> Learner:
-        """What is trained, and its optimizer."""
-        policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
-        return Learner(policy, config, accelerator, total_updates=config.num_steps)
+    def make_learner(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,
+        accelerator: Accelerator, **schedule: Any,
+    ) -> Learner:
+        """What owns the policy; `schedule` is as `Learner` takes it."""
+        return Learner(Policy(model, chunk_tokens=config.logprob_chunk_tokens), config, accelerator, **schedule)
 
     @property
     @abstractmethod

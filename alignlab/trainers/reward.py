@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers.reward import RewardConfig
 from alignlab.data.packing import pack_groups
@@ -48,19 +48,22 @@ class RewardPairs(NamedTuple):
     Attributes:
         chosen, rejected: [P] rewards.
         margins: [P] by which the chosen one is to lead.
+        probabilities: [P] that it is the better one.
         places: [P] index of the token on which a pair's numbers stand.
     """
 
     chosen: Tensor
     rejected: Tensor
     margins: Tensor
+    probabilities: Tensor
     places: Tensor
 
 
 class RewardTrainer(OfflineTrainer):
     """Trains a reward model: all weights, or an adapter and a head; arguments are `OfflineTrainer`'s.
 
-    Datasets: as `DPOTrainer`'s, with the margin of each pair in `config.margin_column`, if that is given.
+    Datasets: as `DPOTrainer`'s, with the margin of each pair in `config.margin_column`, and the
+    probability of its label in `config.probability_column`, where these are given.
     """
 
     config: RewardConfig
@@ -73,11 +76,12 @@ class RewardTrainer(OfflineTrainer):
         self.base_digest = digest_of_model(self.learner.model) if self.learner.has_adapters else None
 
     def make_learner(
-        self, model: PreTrainedModel | PeftModel, config: RewardConfig, accelerator: Accelerator
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig,
+        accelerator: Accelerator, **schedule: Any,
     ) -> Learner:
         """A new head on the model."""
         reward: Any = RewardModel(model)
-        return RewardLearner(reward, config, accelerator, total_updates=config.num_steps)
+        return RewardLearner(reward, config, accelerator, **schedule)
 
     @property
     def reward_model(self) -> RewardModel:
@@ -97,7 +101,10 @@ class RewardTrainer(OfflineTrainer):
 
     def examples(self, dataset: Any) -> Sequence[Preference]:
         """Preferences of a dataset."""
-        return resolve_preferences(dataset, self.tokenizer, margin_column=self.config.margin_column)
+        config = self.config
+        return resolve_preferences(
+            dataset, self.tokenizer, margin_column=config.margin_column, probability_column=config.probability_column
+        )
 
     def packs(self, rows: Sequence[int]) -> list[Experience]:
         """Both completions of a pair in one pack, behind one prompt."""
@@ -105,15 +112,12 @@ class RewardTrainer(OfflineTrainer):
 
     def _packs(self, pairs: Sequence[Preference]) -> list[Experience]:
         packs = pack_groups([pair.as_group() for pair in pairs], budget=self.config.tokens_per_microbatch)
-        margins = torch.tensor([pair.margin for pair in pairs])
-        return [
-            replace(
-                pack,
-                rollout_logprobs=None,
-                margins=margins[torch.tensor(pack.segments.group_ids)][pack.segments.segment_of_token],
-            )
-            for pack in packs
-        ]
+        known = torch.tensor([[pair.margin, pair.probability] for pair in pairs])
+        found = []
+        for pack in packs:
+            margins, probabilities = known[torch.tensor(pack.segments.group_ids)][pack.segments.segment_of_token].T
+            found.append(replace(pack, rollout_logprobs=None, margins=margins, probabilities=probabilities))
+        return found
 
     def loss(  # type: ignore[override]  # of what is trained
         self, output: RewardOutput, experience: Experience
@@ -129,7 +133,10 @@ class RewardTrainer(OfflineTrainer):
     def pair_loss(self, pairs: RewardPairs) -> Tensor:
         """[P] Bradley-Terry's, with the margin, and the centring."""
         centring = self.config.centring_coef * reward_centring(pairs.chosen, pairs.rejected)
-        return bradley_terry(pairs.chosen, pairs.rejected, margins=pairs.margins) + centring
+        likelihood = bradley_terry(
+            pairs.chosen, pairs.rejected, margins=pairs.margins, probabilities=pairs.probabilities
+        )
+        return likelihood + centring
 
     def evaluate_at(self, step: int) -> bool:
         """Every `eval_every_steps`, where there is held-out data."""
@@ -167,10 +174,11 @@ class RewardTrainer(OfflineTrainer):
 
 def pairs_of(rewards: Tensor, pack: Experience) -> RewardPairs:
     """The pairs of a pack, from the rewards [N] on the last tokens: sequences 2 i and 2 i + 1 are pair i."""
-    assert pack.margins is not None
+    assert pack.margins is not None and pack.probabilities is not None
     ends = last_tokens(pack.segments).view(-1, 2)
     chosen, rejected = rewards[ends[:, 0]], rewards[ends[:, 1]]
-    return RewardPairs(chosen, rejected, pack.margins[ends[:, 0]], ends[:, 0])
+    first = ends[:, 0]
+    return RewardPairs(chosen, rejected, pack.margins[first], pack.probabilities[first], first)
 
 
 def measured(pairs: RewardPairs) -> dict[str, Tensor]:

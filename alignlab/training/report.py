@@ -105,7 +105,10 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         for step, result in ((0, report.before), (report.num_steps, report.after))
         if result is not None
     }
-    drawn = plot_curves(run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations)
+    # A run of several stages has its metrics in theirs.
+    drawn = run.metrics_file.exists() and plot_curves(
+        run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations
+    )
     write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
     _show_evaluations(console, report)
     _show(console, "trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s")

@@ -31,6 +31,15 @@ def test_a_margin_is_as_much_less_lead() -> None:
     assert (with_margin[1:] > bradley_terry(chosen, rejected)[1:]).all()
 
 
+def test_a_soft_label_is_between_both_hard_ones() -> None:
+    """Lead log 3, so 75 %; a label of 60 %: -0.6 log 0.75 - 0.4 log 0.25. Least where the odds are the label's."""
+    soft = bradley_terry(rewards(math.log(3)), rewards(0.0), probabilities=rewards(0.6))
+    assert float(soft) == pytest.approx(-0.6 * math.log(0.75) - 0.4 * math.log(0.25))
+    lead = rewards(math.log(0.6 / 0.4)).requires_grad_()
+    bradley_terry(lead, rewards(0.0), probabilities=rewards(0.6)).sum().backward()
+    assert lead.grad is not None and float(lead.grad) == pytest.approx(0, abs=1e-7)
+
+
 def test_only_differences_count_and_centring_fixes_the_rest() -> None:
     chosen, rejected = rewards(1.0, -0.5), rewards(0.2, 1.5)
     torch.testing.assert_close(bradley_terry(chosen + 7, rejected + 7), bradley_terry(chosen, rejected))

@@ -35,8 +35,9 @@ Make = Callable[..., Any]
 LORA = LoraSettings(rank=4)
 
 
-def with_margins(count: int, seed: int = 0) -> list[Preference]:
-    return [replace(pair, margin=0.25 * (i % 4)) for i, pair in enumerate(pairs(count, seed))]
+def with_labels(count: int, seed: int = 0) -> list[Preference]:
+    labels = [{"margin": 0.25 * (i % 4), "probability": 1 - 0.1 * (i % 3)} for i in range(count)]
+    return [replace(pair, **label) for pair, label in zip(pairs(count, seed), labels, strict=True)]
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
     architecture: Any, lora: Any, make_trainer: Make
 ) -> None:
     trainer = make_trainer(
-        architecture=architecture, lora=lora, data=with_margins(8), centring_coef=0.3, tokens_per_microbatch=30
+        architecture=architecture, lora=lora, data=with_labels(8), centring_coef=0.3, tokens_per_microbatch=30
     )
     excite(trainer)
     assert len(trainer.packs(range(4))) > 1
@@ -109,7 +110,9 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
     total = torch.zeros(())
     for pair in trainer.train_examples[:4]:
         chosen, rejected = (reward_of(trainer, pair.prompt, ids) for ids in (pair.chosen, pair.rejected))
-        total = total - torch.log(torch.sigmoid(chosen - rejected - pair.margin)) + 0.3 * (chosen + rejected) ** 2
+        right = torch.sigmoid(chosen - rejected - pair.margin)
+        total = total - pair.probability * torch.log(right) - (1 - pair.probability) * torch.log(1 - right)
+        total = total + 0.3 * (chosen + rejected) ** 2
     (total / 4).backward()
     assert value == pytest.approx(total.item() / 4, rel=1e-5)
     expected = {name: p.grad for name, p in trainer.learner.trained.items() if p.grad is not None}
@@ -120,7 +123,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
 @pytest.mark.parametrize("budget", [1, 25, 4096])
 def test_any_cut_is_the_same_gradient(budget: int, make_trainer: Make) -> None:
     whole, cut = (
-        make_trainer(data=with_margins(8), folder=name, tokens_per_microbatch=size)
+        make_trainer(data=with_labels(8), folder=name, tokens_per_microbatch=size)
         for name, size in (("whole", 100000), ("cut", budget))
     )
     for trainer in (whole, cut):
@@ -164,7 +167,7 @@ def test_a_tie_is_a_guess(make_trainer: Make) -> None:
 
 
 def test_held_out_numbers_are_those_of_the_pairs(make_trainer: Make) -> None:
-    trainer = make_trainer(held_out=with_margins(5, seed=1), tokens_per_microbatch=30)
+    trainer = make_trainer(held_out=with_labels(5, seed=1), tokens_per_microbatch=30)
     excite(trainer)
     leads = []
     for pair in trainer.eval_examples:
@@ -246,6 +249,14 @@ def test_margins_come_from_a_column(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "better_by": by} for by in (0.5, 2)]
     found = preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, margin_column="better_by")
     assert [pair.margin for pair in found] == [0.5, 2.0]
+
+
+def test_soft_labels_come_from_a_column(tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "sure": p} for p in (0.5, 1, 0.4)]
+    found = preferences_from_rows(rows[:2], DataSettings(path="rows"), tokenizer, probability_column="sure")
+    assert [pair.probability for pair in found] == [0.5, 1.0]
+    with pytest.raises(DataError, match=r"row 2 .*has probability 0\.4 .*must be from 0\.5"):
+        preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, probability_column="sure")
 
 
 @pytest.mark.parametrize(

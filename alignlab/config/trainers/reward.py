@@ -23,6 +23,9 @@ class RewardConfig(TrainerConfig):
     margin_column: str | None = None
     """Column of the dataset with how much better the chosen completion is, >= 0: it must lead by that (Llama 2,
     arXiv:2307.09288)."""
+    probability_column: str | None = None
+    """Column with how probably the chosen completion is the better one, in [0.5, 1]: a judge's soft label
+    (arXiv:2309.00267)."""
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""
 
