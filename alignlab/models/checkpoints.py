@@ -60,10 +60,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
     if is_adapter(path):
-        if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
-            raise CheckpointError(
-                f"{name} is a reward model, and a language model is needed here; give its base, or name it in rewards"
-            )
+        _refuse_reward_model(name, path)
         base = load_model(base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
     model: Any = _adopted(_from_hub(name, path, dtype))
@@ -77,13 +74,15 @@ def check_checkpoint(name: str) -> None:
         name: as for `load_model`. An adapter is looked at with its base.
 
     Raises:
-        CheckpointError: it cannot be found, or its folder has no safetensors or a file of them that is cut short.
+        CheckpointError: it cannot be found, it is a reward model's adapter, or its folder has no safetensors or a file
+            of them that is cut short.
         ConfigError: it is a packaged model, and the package is not installed.
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         _check_files(name, sorted(Path(path).glob("*.safetensors")))
     if is_adapter(path):
+        _refuse_reward_model(name, path)
         return check_checkpoint(base_of(path))
     try:
         AutoConfig.from_pretrained(path, **_OPTIONS)
@@ -92,6 +91,13 @@ def check_checkpoint(name: str) -> None:
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
             "safetensors"
         ) from error
+
+
+def _refuse_reward_model(name: str, path: str) -> None:
+    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+        raise CheckpointError(
+            f"{name} is a reward model, and a language model is needed here; give its base, or name it in rewards"
+        )
 
 
 def _check_files(name: str, files: list[Path]) -> None:

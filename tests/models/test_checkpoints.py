@@ -202,6 +202,12 @@ def test_a_checkpoint_is_checked_without_reading_its_weights(tmp_path: Path) -> 
     save_model(add_lora(load_model(str(model), dtype=torch.float32), LoraSettings(rank=2)), adapter)
     check_checkpoint(str(model))
     check_checkpoint(str(adapter))
+    config = adapter / "adapter_config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"CAUSAL_LM"', '"SEQ_CLS"'))
+    with pytest.raises(CheckpointError, match="is a reward model"):
+        check_checkpoint(str(adapter))
+    config.write_text(kept)
     with pytest.raises(CheckpointError, match="nowhere cannot be loaded"):
         check_checkpoint(str(tmp_path / "nowhere"))
     weights = model / "model.safetensors"
