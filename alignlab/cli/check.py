@@ -129,7 +129,8 @@ def judge_lines(config: RunConfig) -> Iterator[str]:
     judge, constitution = config.trainer.judge, load_constitution(config.trainer.constitution)
     yield f"{constitution.name}: {', '.join(principle.name for principle in constitution.principles)}"
     where = f"{judge.model} at {judge.url}" if judge.backend == "endpoint" else judge.name or "the policy's own base"
-    yield f"{where}, {judge.answers}, {judge.votes} votes a pair; alignlab judge says how good it is"
+    votes = "" if judge.backend == "reward_model" else f", {judge.answers}, {judge.votes} votes a pair"
+    yield f"{judge.backend}: {where}{votes}; alignlab judge says how good it is"
 
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:

@@ -121,6 +121,8 @@ def write_examples(config: RunConfig, pairs: list[Pair], path: Path) -> None:
 
     trainer = feedback(config)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if trainer.judge.backend == "reward_model":
+        raise ConfigError("judge.backend is reward_model, which is asked nothing; teach one by trainer.type reward")
     rows = list(judge_examples(load_constitution(trainer.constitution), pairs, max_rating=trainer.judge.max_rating))
     write_rows(path, rows)
     print(f"alignlab judge: wrote {len(rows)} questions about {len(pairs)} pairs to {path}", file=sys.stderr)

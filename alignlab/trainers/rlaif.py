@@ -27,6 +27,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.constitution import load_constitution
+from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
@@ -46,7 +47,7 @@ from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
 from alignlab.rlaif.collecting import collect
 from alignlab.rlaif.journal import write_rows
-from alignlab.rlaif.judge import PromptedJudge
+from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
 from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
@@ -113,7 +114,7 @@ class RLAIFTrainer:
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         evaluation: EvaluationSettings | None = None,
-        judge: PromptedJudge | None = None,
+        judge: Judge | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
@@ -200,8 +201,10 @@ class RLAIFTrainer:
 
     def _revise(self, settings: RevisionSettings, folder: Path) -> TrainResult:
         """Critique and revision, and what the policy learns of it, merged into one model."""
+        critic = self._judge_of(self.model)
+        assert isinstance(critic, PromptedJudge), "the config's rules ask for one that writes"
         reviser = Reviser(
-            self._judge_of(self.model).model, self.constitution, num_revisions=settings.num_revisions,
+            critic.model, self.constitution, num_revisions=settings.num_revisions,
             max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=self.config.seed,
         )
         rows = self._collect(settings, folder, self.model, 1, reviser.revise, "critique and revision")
@@ -295,11 +298,12 @@ class RLAIFTrainer:
         judge = self._judge_of(policy)
         return WinReward(judge) if self.config.path == "online_dpo" else RatingReward(judge)
 
-    def _judge_of(self, model: Any) -> PromptedJudge:
+    def _judge_of(self, model: Any) -> Judge:
         """The judge; one that shares the policy's base looks at it with the adapter off, as it is in this stage."""
-        if not shares_base(self.config.judge):
+        settings = self.config.judge
+        if not isinstance(settings, ModelJudge) or not isinstance(self.judge, PromptedJudge) or settings.name:
             return self.judge
-        return replace(self.judge, model=chat_model(self.config.judge, model, self.tokenizer))
+        return replace(self.judge, model=chat_model(settings, model, self.tokenizer))
 
     def _train(self, trainer: OfflineTrainer | OnlineTrainer) -> TrainResult:
         trainer.title = f"{self.title}: {type(trainer).__name__}"

@@ -116,6 +116,9 @@ class RLAIFConfig(Frozen):
             if getattr(self, name) is not None and not needed:
                 must = f"be left out with path {self.path}, which has no such stage"
                 raise BrokenRule(name, "given", must, "remove it")
+        if self.revision is not None and self.judge.backend == "reward_model":
+            must = "be model or endpoint with revision: a reward model writes no critiques"
+            raise BrokenRule("judge.backend", self.judge.backend, must, "use another judge, or remove revision")
         allowed, kind = POLICIES[self.path], self.policy and self.policy.type
         if allowed and kind not in allowed:
             must = f"be given, of type {' or '.join(allowed)}, with path {self.path}"
