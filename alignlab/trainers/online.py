@@ -109,9 +109,7 @@ class OnlineTrainer(TrainingLoop):
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
         learner = self.make_learner(
-            policy,
-            config,
-            accelerator,
+            policy, config, accelerator,
             total_updates=self.num_policy_steps(config) * config.num_epochs * config.num_minibatches,
             updates_per_step=config.num_epochs * config.num_minibatches,
             temperature=config.sampling.temperature,
