@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import GKDConfig as GKDConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import KTOConfig as KTOConfig
+    from alignlab.config.trainers import OnlineDPOConfig as OnlineDPOConfig
     from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import RewardConfig as RewardConfig
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.gkd import GKDTrainer as GKDTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.kto import KTOTrainer as KTOTrainer
     from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
+    from alignlab.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.reward import RewardTrainer as RewardTrainer
     from alignlab.trainers.rlaif import RLAIFTrainer as RLAIFTrainer
@@ -67,9 +71,13 @@ _HOMES = {
     "GRPOConfig": "alignlab.config.trainers",
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
+    "KTOConfig": "alignlab.config.trainers",
+    "KTOTrainer": "alignlab.trainers.kto",
     "LoraSettings": "alignlab.config.model",
     "OnPolicyDistillConfig": "alignlab.config.trainers",
     "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
+    "OnlineDPOConfig": "alignlab.config.trainers",
+    "OnlineDPOTrainer": "alignlab.trainers.online_dpo",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
     "RLAIFConfig": "alignlab.config.trainers",

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
     if config.trainer.measures == "preferences":
         return check_preferences(config, tokenizer)
+    if config.trainer.measures == "labels":
+        return check_labels(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
     held_out = measured_data(config)
@@ -77,10 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Load the pairs, and tell."""
-    from alignlab.config.trainers import RewardConfig, stages_of
+    from alignlab.config.trainers import RewardConfig
     from alignlab.data.preferences import load_preferences
     from alignlab.trainers.run import evaluation_data
-    from alignlab.training.metrics import check_trackers
 
     columns: dict[str, str | None] = {}
     if isinstance(config.trainer, RewardConfig):
@@ -93,9 +94,35 @@ def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
         tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
-    [trainer] = stages_of(config.trainer)
-    tell("trainer", trainer_line(trainer))
-    check_trackers(trainer.trackers)
+    return check_offline(config)
+
+
+def check_labels(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Load the completions that are labelled good or bad, and tell."""
+    from alignlab.data.unpaired import load_unpaired
+    from alignlab.trainers.run import evaluation_data
+
+    for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
+        if settings is None:
+            tell(name, "none: how often labels are agreed with will not be measured")
+            continue
+        found = load_unpaired(settings, tokenizer)
+        lengths = [len(each.prompt) + len(each.completion) for each in found]
+        good = sum(each.desirable for each in found)
+        skipped = "".join(f", {count} skipped ({reason})" for reason, count in found.skipped.items())
+        told = f"{good} desirable and {len(found) - good} undesirable completions"
+        tell(name, f"{told} of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
+    return check_offline(config)
+
+
+def check_offline(config: RunConfig) -> int:
+    """Tell of the training itself, where no prompt is answered."""
+    from alignlab.config.trainers import stages_of
+    from alignlab.training.metrics import check_trackers
+
+    for stage in stages_of(config.trainer):
+        tell("trainer", trainer_line(stage))
+        check_trackers(stage.trackers)
     for line in rate_notes(config):
         tell("note", line)
     print("ok: nothing was trained")

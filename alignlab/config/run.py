@@ -146,9 +146,10 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "none" and self.rewards:
             must = f"be empty for trainer {self.trainer.type}, which reads none"
             raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
-        if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
-            must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
-            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
+        told = {"preferences": "how often the chosen one leads", "labels": "how often labels are agreed with"}
+        if self.trainer.measures in told and self.evaluation != EvaluationSettings():
+            must = f"be left out for learning from preferences: what is measured is {told[self.trainer.measures]}"
+            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many rows")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

@@ -21,6 +21,8 @@ from alignlab.config.trainers import (
     DPOConfig,
     GKDConfig,
     GRPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
     OnPolicyDistillConfig,
     PPOConfig,
     RewardConfig,
@@ -39,10 +41,12 @@ from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.gkd import GKDTrainer
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.kto import KTOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.rlaif import RLAIFTrainer
@@ -55,12 +59,14 @@ WARM_START = "warm_start"
 ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer,
     PPOConfig: PPOTrainer,
+    OnlineDPOConfig: OnlineDPOTrainer,
     GKDConfig: GKDTrainer,
     OnPolicyDistillConfig: OnPolicyDistillTrainer,
 }
 OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
     SFTConfig: SFTTrainer,
     DPOConfig: DPOTrainer,
+    KTOConfig: KTOTrainer,
     RewardConfig: RewardTrainer,
     DistillConfig: DistillTrainer,
 }

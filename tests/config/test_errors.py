@@ -94,7 +94,7 @@ def test_peft_name_is_answered_with_ours():
 
 
 def test_unknown_type_of_trainer_lists_the_types():
-    known = "grpo or ppo or sft or dpo or reward or distill or gkd or on_policy_distill or rlaif"
+    known = "grpo or ppo or sft or dpo or online_dpo or kto or reward or distill or gkd or on_policy_distill or rlaif"
     assert run_message(trainer={"type": "gpo"}) == f"trainer.type is 'gpo', and must be {known}"
     assert run_message(trainer={}) == f"trainer.type is missing, and must be {known}"
 

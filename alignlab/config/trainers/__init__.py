@@ -9,11 +9,14 @@ from alignlab.config.trainers.distill import DistillConfig as DistillConfig
 from alignlab.config.trainers.dpo import DPOConfig as DPOConfig
 from alignlab.config.trainers.gkd import GKDConfig as GKDConfig
 from alignlab.config.trainers.grpo import GRPOConfig as GRPOConfig
+from alignlab.config.trainers.kto import KTOConfig as KTOConfig
 from alignlab.config.trainers.on_policy_distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.trainers.online import KLSettings as KLSettings
 from alignlab.config.trainers.online import MismatchSettings as MismatchSettings
 from alignlab.config.trainers.online import OnlineConfig as OnlineConfig
 from alignlab.config.trainers.online import PolicyGradientConfig as PolicyGradientConfig
+from alignlab.config.trainers.online_dpo import OnlineDPOConfig as OnlineDPOConfig
+from alignlab.config.trainers.pairs import PairLossConfig as PairLossConfig
 from alignlab.config.trainers.ppo import CriticSettings as CriticSettings
 from alignlab.config.trainers.ppo import PPOConfig as PPOConfig
 from alignlab.config.trainers.reward import RewardConfig as RewardConfig
@@ -25,6 +28,8 @@ AnyTrainer = Annotated[
     | PPOConfig
     | SFTConfig
     | DPOConfig
+    | OnlineDPOConfig
+    | KTOConfig
     | RewardConfig
     | DistillConfig
     | GKDConfig
