@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-template", metavar="TEXT", action="append", help="of a task: text with {answer} in it; repeatable"
     )
     parser.add_argument("--write-examples", metavar="FILE", help="write JSONL to teach a judge, and ask none")
+    parser.add_argument("--kind", choices=("both", "comparisons", "ratings"), default="both", help="of examples")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     feedback(config)
     pairs = load_pairs(args.pairs) if args.pairs is not None else task_pairs(config, args)
     if args.write_examples is not None:
-        write_examples(config, pairs[: args.num_pairs], Path(args.write_examples))
+        write_examples(config, pairs[: args.num_pairs], Path(args.write_examples), args.kind)
         return 0
     print(json.dumps(ask(config, pairs[: args.num_pairs])), flush=True)
     return 0
@@ -113,17 +114,19 @@ def feedback(config: RunConfig) -> Any:
     return config.trainer
 
 
-def write_examples(config: RunConfig, pairs: list[Pair], path: Path) -> None:
+def write_examples(config: RunConfig, pairs: list[Pair], path: Path, kind: str) -> None:
     """Questions and right answers."""
     from alignlab.config.constitution import load_constitution
-    from alignlab.rlaif.examples import judge_examples
+    from alignlab.rlaif.examples import comparisons, rated
     from alignlab.rlaif.journal import write_rows
 
     trainer = feedback(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     if trainer.judge.backend == "reward_model":
         raise ConfigError("judge.backend is reward_model, which is asked nothing; teach one by trainer.type reward")
-    rows = list(judge_examples(load_constitution(trainer.constitution), pairs, max_rating=trainer.judge.max_rating))
+    constitution = load_constitution(trainer.constitution)
+    rows = [] if kind == "ratings" else list(comparisons(constitution, pairs))
+    rows += [] if kind == "comparisons" else rated(constitution, pairs, max_rating=trainer.judge.max_rating)
     write_rows(path, rows)
     print(f"alignlab judge: wrote {len(rows)} questions about {len(pairs)} pairs to {path}", file=sys.stderr)
 

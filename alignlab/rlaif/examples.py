@@ -10,21 +10,21 @@ from alignlab.rlaif.questions import FIRST_OR_SECOND, comparison, rating
 from alignlab.types import Text
 
 
-def judge_examples(
-    constitution: Constitution, pairs: Sequence[tuple[Text, str, str]], *, max_rating: int
-) -> Iterator[Mapping[str, Any]]:
-    """Supervised rows (prompt, completion): each pair by each principle, in both orders, and each completion rated.
-
-    Args:
-        pairs: (prompt, better completion, worse completion).
-        max_rating: that the better one gets; the worse one gets 1.
-    """
-    first, second = FIRST_OR_SECOND
+def comparisons(constitution: Constitution, pairs: Sequence[tuple[Text, str, str]]) -> Iterator[Mapping[str, Any]]:
+    """Supervised rows (prompt, completion): each pair (prompt, better, worse), by each principle, in both orders."""
     for prompt, good, bad in pairs:
         for principle in constitution.principles:
-            for one, other, right in ((good, bad, first), (bad, good, second)):
+            for one, other, right in ((good, bad, FIRST_OR_SECOND[0]), (bad, good, FIRST_OR_SECOND[1])):
                 told = comparison(constitution, principle, prompt, one, other, reason=False)
                 yield {"prompt": list(told), "completion": right}
+
+
+def rated(
+    constitution: Constitution, pairs: Sequence[tuple[Text, str, str]], *, max_rating: int
+) -> Iterator[Mapping[str, Any]]:
+    """The same of single completions: by each principle, the better one of a pair gets `max_rating`, the worse 1."""
+    for prompt, good, bad in pairs:
+        for principle in constitution.principles:
             for text, worth in ((good, max_rating), (bad, 1)):
                 told = rating(constitution, principle, prompt, text, max_rating=max_rating, reason=False)
                 yield {"prompt": list(told), "completion": str(worth)}
