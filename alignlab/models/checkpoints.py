@@ -60,7 +60,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
     if is_adapter(path):
-        _refuse_reward_model(name, path)
+        refuse_reward_adapter(path)
         base = load_model(base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
     model: Any = _adopted(_from_hub(name, path, dtype))
@@ -82,7 +82,7 @@ def check_checkpoint(name: str) -> None:
     if Path(path).is_dir():
         _check_files(name, sorted(Path(path).glob("*.safetensors")))
     if is_adapter(path):
-        _refuse_reward_model(name, path)
+        refuse_reward_adapter(path)
         return check_checkpoint(base_of(path))
     try:
         AutoConfig.from_pretrained(path, **_OPTIONS)
@@ -91,13 +91,6 @@ def check_checkpoint(name: str) -> None:
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
             "safetensors"
         ) from error
-
-
-def _refuse_reward_model(name: str, path: str) -> None:
-    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
-        raise CheckpointError(
-            f"{name} is a reward model, and a language model is needed here; give its base, or name it in rewards"
-        )
 
 
 def _check_files(name: str, files: list[Path]) -> None:
@@ -281,6 +274,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def refuse_reward_adapter(path: str) -> None:
+    """See that an adapter makes a language model.
+
+    Raises:
+        CheckpointError: it makes a reward model.
+    """
+    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+        raise CheckpointError(
+            f"{path} is a reward model, and a language model is needed here; give its base, or name it in rewards"
+        )
 
 
 def is_adapter(path: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from alignlab.cli import main
 from alignlab.config.model import LoraSettings
@@ -304,6 +305,23 @@ def test_a_language_model_is_no_reward_model(make_base: Make, make_reward: Make)
         ModelReward(make_base())
     with pytest.raises(ConfigError, match="tokens_per_microbatch of a reward must be a whole number, at least 1"):
         ModelReward(make_reward(), tokens_per_microbatch=0)
+
+
+@pytest.mark.parametrize("shape", [{}, {"architecture": SPARSE}], ids=["dense", "experts"])
+def test_merged_it_is_the_same_reward_without_an_adapter(
+    shape: Any, make_reward: Make, tmp_path: Path, capsys: Any
+) -> None:
+    folder, merged = make_reward(**shape), str(tmp_path / "merged")
+    assert main(["merge", folder, merged]) == 0
+    assert scores(ModelReward(merged)) == close(scores(ModelReward(folder)))
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    with torch.no_grad():
+        one = model(torch.tensor([[*ROLLOUTS[0].prompt.token_ids, 8, 1]])).logits
+    assert float(one) == pytest.approx(plain(folder)[0], rel=1e-4)
+    assert main(["merge", folder, str(tmp_path / "low"), "--model", str(tmp_path / "base"), "--dtype", "bfloat16"]) == 0
+    assert load_reward_model(str(tmp_path / "low")).model.dtype == torch.bfloat16
+    assert main(["generate", str(tmp_path / "base"), "a", "--adapter", folder]) == 2
+    assert "is a reward model, and a language model is needed here" in capsys.readouterr().err
 
 
 def test_check_tries_it(make_reward: Make, make_base: Make, tmp_path: Path, capsys: Any) -> None:
