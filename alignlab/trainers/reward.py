@@ -27,6 +27,7 @@ from alignlab.models.reward_model import RewardModel, RewardOutput, last_tokens
 from alignlab.trainers.assemble import resolve_preferences
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.pairs import with_labels
 from alignlab.trainers.reduction import Weigh, pair_mean
 from alignlab.training.evaluation import PreferenceResult
 from alignlab.training.reference_cache import digest_of_model
@@ -112,12 +113,7 @@ class RewardTrainer(OfflineTrainer):
 
     def _packs(self, pairs: Sequence[Preference]) -> list[Experience]:
         packs = pack_groups([pair.as_group() for pair in pairs], budget=self.config.tokens_per_microbatch)
-        known = torch.tensor([[pair.margin, pair.probability] for pair in pairs])
-        found = []
-        for pack in packs:
-            margins, probabilities = known[torch.tensor(pack.segments.group_ids)][pack.segments.segment_of_token].T
-            found.append(replace(pack, rollout_logprobs=None, margins=margins, probabilities=probabilities))
-        return found
+        return with_labels([replace(pack, rollout_logprobs=None) for pack in packs], pairs)
 
     def loss(  # type: ignore[override]  # of what is trained
         self, output: RewardOutput, experience: Experience

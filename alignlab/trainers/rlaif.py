@@ -36,6 +36,7 @@ from alignlab.config.trainers import (
     DPOConfig,
     GRPOConfig,
     OnlineConfig,
+    OnlineDPOConfig,
     PPOConfig,
     RewardConfig,
     RLAIFConfig,
@@ -60,6 +61,7 @@ from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.sft import SFTTrainer
@@ -72,7 +74,7 @@ from alignlab.training.run_folder import RunFolder, holds_run
 from alignlab.types import Prompt, Rollout, RolloutEngine
 
 _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
-    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer,
+    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
 _BEFORE = "before.json"
 
@@ -283,7 +285,9 @@ class RLAIFTrainer:
         given: dict[str, Any] = {"tokenizer": self.tokenizer, "callbacks": self.callbacks}
         trainer: OfflineTrainer | OnlineTrainer
         if isinstance(config, DPOConfig):
-            trainer = DPOTrainer(policy, _in_folder(config, folder), rows, **given)
+            soft = config.loss == "sigmoid" and not config.label_smoothing  # what can take them gets soft labels
+            section = _in_folder(config, folder, probability_column="probability" if soft else None)
+            trainer = DPOTrainer(policy, section, rows, **given)
         else:
             kind = _ONLINE[type(config)]
             trainer = kind(policy, self._reward_of(policy, reward), _in_folder(config, folder), self.prompts, **given)

@@ -31,6 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "direct": {"type": "grpo", "num_prompts": 2, "group_size": 4, "sampling": SAMPLING} | STAGE,
     "reward_model": {"type": "grpo", "num_prompts": 2, "group_size": 4, "sampling": SAMPLING} | STAGE,
     "dpo": {"type": "dpo", "num_pairs": 4} | STAGE,
+    "online_dpo": {"type": "online_dpo", "num_prompts": 4, "group_size": 2, "sampling": SAMPLING} | STAGE,
 }
 
 
@@ -109,7 +110,7 @@ def test_every_path_trains_a_policy(path: str, make_trainer: Make, rows: Any, tm
     assert result.before is not None and result.after is not None
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["questions"]["asked"] > 0 and report["after"]["sampled"] == result.after.sampled
-    stages = {"direct": set(), "dpo": {"labels"}, "reward_model": {"labels", "reward"}}
+    stages = {"direct": set(), "online_dpo": set(), "dpo": {"labels"}, "reward_model": {"labels", "reward"}}
     assert {folder.name for folder in (tmp_path / "run").iterdir() if folder.is_dir()} == {"policy"} | stages[path]
 
 
@@ -129,7 +130,7 @@ def test_a_policy_learns_what_its_judge_rates_highly(make_trainer: Make, rows: A
     assert result.before.sampled < 0.5 and result.after.sampled > result.before.sampled + 0.3
 
 
-@pytest.mark.parametrize("path", ["dpo", "direct"])
+@pytest.mark.parametrize("path", ["dpo", "direct", "online_dpo"])
 def test_a_stopped_run_goes_on_where_it_was(path: str, make_trainer: Make, tmp_path: Path) -> None:
     """Stopped in its second question: among the labels, or in a step of the policy."""
     whole = make_trainer(path, output_dir=tmp_path / "whole").train()

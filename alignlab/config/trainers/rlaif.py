@@ -14,6 +14,7 @@ from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, Samp
 from alignlab.config.trainers.base import TrainerConfig
 from alignlab.config.trainers.dpo import DPOConfig
 from alignlab.config.trainers.grpo import GRPOConfig
+from alignlab.config.trainers.online_dpo import OnlineDPOConfig
 from alignlab.config.trainers.ppo import PPOConfig
 from alignlab.config.trainers.reward import RewardConfig
 from alignlab.config.trainers.sft import SFTConfig
@@ -84,7 +85,7 @@ class RLAIFConfig(Frozen):
     """Before the rest, where it is given."""
     labels: LabelSettings | None = None
     reward: RewardConfig | None = None
-    policy: Annotated[GRPOConfig | PPOConfig | DPOConfig, Field(discriminator="type")] | None = None
+    policy: Annotated[GRPOConfig | PPOConfig | DPOConfig | OnlineDPOConfig, Field(discriminator="type")] | None = None
     """The trainer of the last stage."""
 
     @model_validator(mode="before")
