@@ -67,11 +67,9 @@ def run(args: argparse.Namespace) -> int:
         tell("trainer", trainer_line(stage))
     check_teacher(config, tokenizer, prompts)
     check_training(config, tokenizer, prompts)
-    for line in answer_notes(config, prompts[0], tokenizer):
-        tell("note", line)
-    for line in itertools.chain.from_iterable(server_notes(stage) for stage in stages):
-        tell("note", line)
-    for line in notes(config, prompts, eval_prompts):
+    servers = itertools.chain.from_iterable(server_notes(stage) for stage in stages)
+    own_answer = answer_notes(config, prompts[0], tokenizer)
+    for line in itertools.chain(own_answer, servers, notes(config, prompts, eval_prompts)):
         tell("note", line)
     print("ok: nothing was trained")
     return 0

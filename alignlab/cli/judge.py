@@ -19,6 +19,7 @@ from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
+    from alignlab.rlaif.judge import Judge
     from alignlab.types import Text
 
     Pair = tuple[Text, str, str]
@@ -136,34 +137,8 @@ def ask(config: RunConfig, pairs: list[Pair]) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from alignlab.config.constitution import load_constitution
-    from alignlab.rlaif.judges import make_judge, shares_base
-    from alignlab.rlaif.labels import bias
-    from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
-
-    trainer = feedback(config)
-    policy = tokenizer = None
-    if shares_base(trainer.judge):
-        tokenizer = make_tokenizer(config)
-        policy = make_model(config.model, tokenizer, model_dtype(config.model))
-    judge = make_judge(
-        trainer.judge, load_constitution(trainer.constitution), policy=policy, tokenizer=tokenizer, seed=trainer.seed
-    )
-    verdicts = judge.compare(pairs)
-    known = [verdict.probability for verdict in verdicts if verdict.probability is not None]
-    good = judge.rate([(prompt, chosen) for prompt, chosen, _ in pairs])
-    bad = judge.rate([(prompt, rejected) for prompt, _, rejected in pairs])
-    rated = [(g, b) for g, b in zip(good, bad, strict=True) if g is not None and b is not None]
-    agreement, first_rate = bias(verdicts)
-    told = {
-        "num_pairs": len(pairs),
-        "accuracy": _mean([1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in known]),
-        "rating_accuracy": _mean([1.0 if g > b else 0.5 if g == b else 0.0 for g, b in rated]),
-        "confidence": _mean([max(p, 1 - p) for p in known]),
-        "agreement": agreement,
-        "first_rate": first_rate,
-        **{name: count for name, count in sorted(judge.counts.items()) if count},
-    }
+    judge = judge_of(config)
+    told = measure(judge, pairs) | {name: count for name, count in sorted(judge.counts.items()) if count}
     table = Table(title=f"judge of {config.trainer.output_dir}", title_justify="left", show_header=False)
     for name, value in told.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
@@ -171,5 +146,41 @@ def ask(config: RunConfig, pairs: list[Pair]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}
 
 
-def _mean(values: list[float]) -> float | None:
-    return fmean(values) if values else None
+def judge_of(config: RunConfig) -> Judge:
+    """The judge that the run would ask."""
+    from alignlab.config.constitution import load_constitution
+    from alignlab.rlaif.judges import make_judge, shares_base
+    from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
+
+    trainer = feedback(config)
+    policy = tokenizer = None
+    if shares_base(trainer.judge):
+        tokenizer = make_tokenizer(config)
+        policy = make_model(config.model, tokenizer, model_dtype(config.model))
+    constitution = load_constitution(trainer.constitution)
+    return make_judge(trainer.judge, constitution, policy=policy, tokenizer=tokenizer, seed=trainer.seed)
+
+
+def measure(judge: Judge, pairs: list[Pair]) -> dict[str, Any]:
+    """How often comparisons and ratings favour the better completion, a tie for one half; how surely, how fairly."""
+    from alignlab.rlaif.labels import bias
+
+    verdicts = judge.compare(pairs)
+    known = [verdict.probability for verdict in verdicts if verdict.probability is not None]
+    good = judge.rate([(prompt, chosen) for prompt, chosen, _ in pairs])
+    bad = judge.rate([(prompt, rejected) for prompt, _, rejected in pairs])
+    leads = [g - b for g, b in zip(good, bad, strict=True) if g is not None and b is not None]
+    agreement, first_rate = bias(verdicts)
+    return {
+        "num_pairs": len(pairs),
+        "accuracy": right_rate([p - 0.5 for p in known]),
+        "rating_accuracy": right_rate(leads),
+        "confidence": fmean(max(p, 1 - p) for p in known) if known else None,
+        "agreement": agreement,
+        "first_rate": first_rate,
+    }
+
+
+def right_rate(leads: list[float]) -> float | None:
+    """How often a lead is above 0; None without any."""
+    return fmean(0.5 if lead == 0 else float(lead > 0) for lead in leads) if leads else None

@@ -38,19 +38,28 @@ class WinReward(CallerReward):
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
         """One rate a completion; None where the judge had no opinion on any of its pairs."""
         texts = [message_text(completion) for completion in completions]
-        groups = [list(group) for _, group in itertools.groupby(range(len(texts)), key=lambda i: str(prompts[i]))]
-        pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
-        asked = [(i, j) for i, j in pairs if texts[i] != texts[j] and texts[i].strip() and texts[j].strip()]
+        wins: list[list[float]] = [[] for _ in texts]
+        for (i, j), probability in self._probabilities(prompts, texts).items():
+            if probability is not None:
+                wins[i].append(probability)
+                wins[j].append(1 - probability)
+        return [fmean(own) if own else None for own in wins]
+
+    def _probabilities(self, prompts: Sequence[Text], texts: Sequence[str]) -> dict[tuple[int, int], float | None]:
+        """Of each pair of one prompt, that its first completion is the better one."""
+        groups = itertools.groupby(range(len(texts)), key=lambda i: str(prompts[i]))
+        found = {pair: _plain(texts, pair) for _, group in groups for pair in itertools.combinations(group, 2)}
+        asked = [pair for pair, known in found.items() if known is None]
         verdicts = self.judge.compare([(prompts[i], texts[i], texts[j]) for i, j in asked])
-        known = {pair: verdict.probability for pair, verdict in zip(asked, verdicts, strict=True)}
-        wins: list[list[float | None]] = [[] for _ in texts]
-        for i, j in pairs:
-            probability = known[i, j] if (i, j) in known else _unasked(texts[i], texts[j])
-            wins[i].append(probability)
-            wins[j].append(None if probability is None else 1 - probability)
-        return [fmean(own) if (own := [p for p in each if p is not None]) else None for each in wins]
+        return found | {pair: verdict.probability for pair, verdict in zip(asked, verdicts, strict=True)}
 
 
-def _unasked(one: str, other: str) -> float:
-    """Of a pair that shows what it is worth."""
-    return 0.5 if bool(one.strip()) == bool(other.strip()) else float(bool(one.strip()))
+def _plain(texts: Sequence[str], pair: tuple[int, int]) -> float | None:
+    """The probability of a pair that shows what it is worth; None of one that has to be judged."""
+    one, other = (texts[i] for i in pair)
+    if one == other:
+        return 0.5
+    written, also = bool(one.strip()), bool(other.strip())
+    if written and also:
+        return None
+    return 0.5 if written == also else float(written)

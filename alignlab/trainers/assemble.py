@@ -75,9 +75,7 @@ def resolve_model(
     Raises:
         ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained.
     """
-    tokenizer = _resolve_tokenizer(model, tokenizer)
-    if isinstance(model, str):
-        model = load_model(model, dtype=torch.float32 if peft_config is None else torch.bfloat16)
+    model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
@@ -86,6 +84,20 @@ def resolve_model(
         model.set_adapter(model.active_adapter)  # as one loaded by name, to be trained further
     _check_trained_dtype(model)
     model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
+    return model, tokenizer
+
+
+def resolve_base(
+    model: Model, tokenizer: str | PreTrainedTokenizerBase | None, *, adapted: bool
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model as it is given, or loaded by name in bfloat16 where an adapter will be put on it; and its tokenizer.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    tokenizer = _resolve_tokenizer(model, tokenizer)
+    if isinstance(model, str):
+        model = load_model(model, dtype=torch.bfloat16 if adapted else torch.float32)
     return model, tokenizer
 
 

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
@@ -36,11 +35,11 @@ from alignlab.trainers.distilling import (
     shared_width,
 )
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.preflight import choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
-from alignlab.training.reward_functions import load_reward
 from alignlab.training.run_folder import RunFolder
 from alignlab.training.teacher_cache import KeptTeacher, TeacherCache
 from alignlab.types import Experience
@@ -75,16 +74,10 @@ class DistillTrainer(OfflineTrainer):
         **options: Any,
     ) -> None:
         self.evaluation = evaluation or EvaluationSettings()
-        scorers = resolve_rewards(reward_funcs)[:1] if reward_funcs else []
-        if self.evaluation.scorer is not None:
-            scorers = [load_reward(RewardSettings(name=self.evaluation.scorer))]
-        if eval_dataset is not None and not scorers:
-            raise ConfigError(
-                "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
-                "evaluation.scorer"
-            )
+        rewards = resolve_rewards(reward_funcs) if reward_funcs else []
+        scorer = choose_scorer(self.evaluation, rewards, needed=eval_dataset is not None)
         super().__init__(model, config, train_dataset, **options)
-        self.scorers = scorers
+        self.scorer = scorer
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
         self._teacher_fingerprint = fingerprint(self.learner.teacher.named_parameters())
         self._kept: KeptTeacher | None = None
@@ -160,13 +153,13 @@ class DistillTrainer(OfflineTrainer):
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts:
+        if not self.eval_prompts or self.scorer is None:
             return None
         engine = EmbeddedEngine(self.learner.model, self.tokenizer, RolloutSettings())
         return evaluate(
             engine,
             self.eval_prompts[: self.evaluation.num_problems],
-            self.scorers[0],
+            self.scorer,
             sampling=self.evaluation.sampled or SamplingSettings(),
             num_samples=self.evaluation.num_samples,
             seed=self.config.seed,

@@ -24,13 +24,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
-from alignlab.errors import CheckpointError, ConfigError, RolloutError
+from alignlab.errors import CheckpointError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
@@ -52,13 +51,12 @@ from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
-from alignlab.trainers.preflight import check_room, warn_of_truncation
+from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.model_reward import bind_rewards
-from alignlab.training.reward_functions import load_reward
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
@@ -118,14 +116,7 @@ class OnlineTrainer(TrainingLoop):
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.rewards = rewards
         self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = rewards.rewards[0] if rewards.rewards else None
-        if self.evaluation.scorer is not None:
-            self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
-        if self.eval_prompts and self.scorer is None:
-            raise ConfigError(
-                "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
-                "evaluation.scorer"
-            )
+        self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)

@@ -6,10 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.errors import ConfigError
 from alignlab.models.attention import causal_lm
+from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -48,3 +51,23 @@ def warn_of_truncation(sampling: SamplingSettings) -> None:
             "the gradient is biased and rollout_gap is large by construction; leave it out, unless that is meant",
             ", sampling.".join(truncating),
         )
+
+
+def choose_scorer(
+    evaluation: EvaluationSettings, rewards: Sequence[LoadedReward], *, needed: bool
+) -> LoadedReward | None:
+    """What says which completions are right: `evaluation.scorer` or, without one, the first of the rewards.
+
+    Raises:
+        ConfigError: it is needed, for there is held-out data, and there is none.
+    """
+    if evaluation.scorer is not None:
+        return load_reward(RewardSettings(name=evaluation.scorer))
+    if rewards:
+        return rewards[0]
+    if needed:
+        raise ConfigError(
+            "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
+            "evaluation.scorer, such as reasoning_gym_answer"
+        )
+    return None

@@ -29,7 +29,6 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.constitution import load_constitution
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
-from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import (
@@ -55,7 +54,7 @@ from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import make_engine
-from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_model, resolve_prompts
+from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_base, resolve_model, resolve_prompts
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
@@ -63,13 +62,13 @@ from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.preflight import choose_scorer
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
 from alignlab.training.files import write_atomically
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.report import RunReport, write_report
-from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.training.run_folder import RunFolder, holds_run
 from alignlab.types import Prompt, Rollout, RolloutEngine
 
@@ -122,12 +121,13 @@ class RLAIFTrainer:
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
         self.accelerator = make_accelerator()
-        self.model, self.tokenizer = resolve_model(model, tokenizer, None, self.accelerator.device)
+        base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
+        self.model: Any = base.to(self.accelerator.device)
         self._check_adapter()
         self.prompts = resolve_prompts(train_dataset, self.tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
         self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = self._make_scorer()
+        self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
         self.judge = judge or make_judge(
             config.judge, self.constitution, policy=self.model, tokenizer=self.tokenizer, seed=config.seed
         )
@@ -154,16 +154,6 @@ class RLAIFTrainer:
                 f"policy.rollout.max_staleness is {max_staleness(policy.rollout)}, and must be 0 where the policy's "
                 "own base judges: it would judge while it is trained on; give judge.name, or use max_staleness 0"
             )
-
-    def _make_scorer(self) -> LoadedReward | None:
-        if not self.eval_prompts:
-            return None
-        if self.evaluation.scorer is None:
-            raise ConfigError(
-                "there is held-out data, and nothing that says what a right answer is; give evaluation.scorer, such as "
-                "reasoning_gym_answer"
-            )
-        return load_reward(RewardSettings(name=self.evaluation.scorer))
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
@@ -326,7 +316,7 @@ class RLAIFTrainer:
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
-        if self.scorer is None:
+        if self.scorer is None or not self.eval_prompts:
             return None
         settings, last = self.evaluation, self.config.policy
         usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()

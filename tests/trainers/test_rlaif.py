@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from alignlab.config.constitution import load_constitution
@@ -74,23 +75,25 @@ def make_trainer(
     constitution = tmp_path / "constitution.yaml"
     constitution.write_text(yaml.safe_dump(CONSTITUTION.model_dump(mode="json")))
 
-    def make(path: str, *, model: Any = None, lora: Any = LORA, held_out: Any = None, **changes: Any) -> RLAIFTrainer:
-        base: dict[str, Any] = {
+    def make(
+        path: str, *, model: Any = None, base: Any = None, lora: Any = LORA, held_out: Any = None, **changes: Any
+    ) -> RLAIFTrainer:
+        told: dict[str, Any] = {
             "output_dir": tmp_path / "run", "constitution": str(constitution), "path": path,
             "judge": {"name": "given"},
         }
         if path in POLICIES:
-            base["policy"] = POLICIES[path]
+            told["policy"] = POLICIES[path]
         if path in ("dpo", "reward_model"):
-            base["labels"] = {"sampling": SAMPLING, "prompts_per_batch": 2}
+            told["labels"] = {"sampling": SAMPLING, "prompts_per_batch": 2}
         if path == "reward_model":
-            base["reward"] = {"num_pairs": 4} | STAGE
-        config = RLAIFConfig(**base | changes)
+            told["reward"] = {"num_pairs": 4} | STAGE
+        config = RLAIFConfig(**told | changes)
         judge = PromptedJudge(model or LetterModel(), CONSTITUTION, config.judge)
         scorer = EvaluationSettings(scorer=f"{__file__}:is_long") if held_out else None
         return RLAIFTrainer(
-            make_model(), config, rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, judge=judge,
-            evaluation=scorer,
+            base or make_model(), config, rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
+            judge=judge, evaluation=scorer,
         )
 
     return make
@@ -172,6 +175,11 @@ def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
     assert result.metrics["loss"] < 0.5
 
 
+def test_a_base_in_bfloat16_is_trained_by_adapters(make_trainer: Make, make_model: Make) -> None:
+    trainer = make_trainer("reward_model", base=make_model().bfloat16())
+    assert trainer.train().num_steps == 3 and trainer.model.dtype == torch.bfloat16
+
+
 def test_a_judge_that_is_down_ends_the_run_and_keeps_it(make_trainer: Make) -> None:
     from tests.rlaif.test_judge import DownModel
 
@@ -215,7 +223,7 @@ def test_a_judge_on_the_policys_base_needs_a_frozen_one(make_trainer: Make) -> N
 
 def test_held_out_data_needs_a_scorer(make_trainer: Make, rows: Any) -> None:
     trainer = make_trainer("direct")
-    with pytest.raises(ConfigError, match=r"give evaluation\.scorer"):
+    with pytest.raises(ConfigError, match=r"give reward_funcs or evaluation\.scorer"):
         RLAIFTrainer(
             trainer.model, trainer.config, rows, eval_dataset=rows, tokenizer=trainer.tokenizer, peft_config=LORA
         )

@@ -117,6 +117,11 @@ class RLAIFConfig(Frozen):
             if getattr(self, name) is not None and not needed:
                 must = f"be left out with path {self.path}, which has no such stage"
                 raise BrokenRule(name, "given", must, "remove it")
+        self._check_policy()
+        self._check_folders()
+        return self
+
+    def _check_policy(self) -> None:
         if self.revision is not None and self.judge.backend == "reward_model":
             must = "be model or endpoint with revision: a reward model writes no critiques"
             raise BrokenRule("judge.backend", self.judge.backend, must, "use another judge, or remove revision")
@@ -126,8 +131,6 @@ class RLAIFConfig(Frozen):
             raise BrokenRule("policy.type", kind, must, f"use policy: {{type: {allowed[0]}}}")
         if not allowed and kind is not None:
             raise BrokenRule("policy", kind, f"be left out with path {self.path}, which ends before", "remove it")
-        self._check_folders()
-        return self
 
     def _check_folders(self) -> None:
         revision = self.revision.trainer if self.revision else None
