@@ -17,6 +17,7 @@ from alignlab.data.packing import pack_rollouts
 from alignlab.data.prompts import BadRow, PromptRenderer
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.rlaif.chat_model import Conversation, Failure
@@ -73,7 +74,8 @@ class LocalChatModel:
         asked = self._prompts(conversations)
         sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         with self._base():
-            engine = EmbeddedEngine(self._model, self._tokenizer, RolloutSettings())
+            # Of the model inside: an engine of one with adapters would merge them.
+            engine = EmbeddedEngine(causal_lm(self._model), self._tokenizer, RolloutSettings())
             rollouts = iter(engine.generate(list(asked.values()), sampling))
         return [
             next(rollouts).completions[0].text if i in asked else Failure("refused", "the chat template refuses it")

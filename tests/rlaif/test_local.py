@@ -58,6 +58,7 @@ def test_choices_have_the_probabilities_of_a_plain_forward_pass(model: Any, toke
 def test_the_base_of_an_adapter_judges_and_the_policy_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
     question = [[{"role": "user", "content": "is it?"}]]
     base = LocalChatModel(model, tokenizer).choose(question, ["1", "2"])
+    written = LocalChatModel(model, tokenizer).write(question, max_new_tokens=8, temperature=1.0, seed=0)
     policy = add_lora(model, LoraSettings(rank=4))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -67,9 +68,7 @@ def test_the_base_of_an_adapter_judges_and_the_policy_is_left_as_it_was(model: A
     trained = [p.requires_grad for p in policy.parameters()]
     judge = LocalChatModel(policy, tokenizer)
     assert judge.choose(question, ["1", "2"]) == base
-    text = judge.write(question, max_new_tokens=4, temperature=1.0, seed=0)
-    with policy.disable_adapter():
-        assert text == LocalChatModel(policy, tokenizer).write(question, max_new_tokens=4, temperature=1.0, seed=0)
+    assert judge.write(question, max_new_tokens=8, temperature=1.0, seed=0) == written
     assert policy.training and [p.requires_grad for p in policy.parameters()] == trained
 
 
