@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from alignlab.config.trainers import DPOConfig as DPOConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
+    from alignlab.config.trainers import KTOConfig as KTOConfig
+    from alignlab.config.trainers import OnlineDPOConfig as OnlineDPOConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from alignlab.trainers.kto import KTOTrainer as KTOTrainer
+    from alignlab.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
@@ -50,7 +54,11 @@ _HOMES = {
     "GRPOConfig": "alignlab.config.trainers",
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
+    "KTOConfig": "alignlab.config.trainers",
+    "KTOTrainer": "alignlab.trainers.kto",
     "LoraSettings": "alignlab.config.model",
+    "OnlineDPOConfig": "alignlab.config.trainers",
+    "OnlineDPOTrainer": "alignlab.trainers.online_dpo",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
     "Prompt": "alignlab.types",

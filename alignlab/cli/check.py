@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
     if isinstance(config.trainer, DPOConfig):
         return check_preferences(config, tokenizer)
+    if config.trainer.measures == "labels":
+        return check_labels(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
     held_out = evaluation_data(config)
@@ -82,6 +84,30 @@ def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
         tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
+    tell("trainer", trainer_line(config.trainer))
+    check_trackers(config.trainer.trackers)
+    for line in rate_notes(config):
+        tell("note", line)
+    print("ok: nothing was trained")
+    return 0
+
+
+def check_labels(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Load the completions that are labelled good or bad, and tell."""
+    from alignlab.data.unpaired import load_unpaired
+    from alignlab.trainers.run import evaluation_data
+    from alignlab.training.metrics import check_trackers
+
+    for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
+        if settings is None:
+            tell(name, "none: how often labels are agreed with will not be measured")
+            continue
+        found = load_unpaired(settings, tokenizer)
+        lengths = [len(each.prompt) + len(each.completion) for each in found]
+        good = sum(each.desirable for each in found)
+        skipped = "".join(f", {count} skipped ({reason})" for reason, count in found.skipped.items())
+        told = f"{good} desirable and {len(found) - good} undesirable completions"
+        tell(name, f"{told} of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
     tell("trainer", trainer_line(config.trainer))
     check_trackers(config.trainer.trackers)
     for line in rate_notes(config):

@@ -63,6 +63,20 @@ _DPO = {
     "max_length": "max_prompt_tokens of the section data",
 }
 
+_KTO = {
+    "per_device_train_batch_size": "num_sequences, over all ranks",
+    "eval_steps": "eval_every_steps",
+    "precompute_ref_log_probs": "precompute_reference",
+    "max_length": "max_prompt_tokens of the section data",
+}
+
+_ONLINE_DPO = {
+    "per_device_train_batch_size": "num_prompts, over all ranks",
+    "loss_type": "loss",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "temperature": "sampling.temperature",
+}
+
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
@@ -76,6 +90,8 @@ PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
     "PPOConfig": _SHARED | _PPO,
     "DPOConfig": _SHARED | _DPO,
+    "KTOConfig": _SHARED | _KTO,
+    "OnlineDPOConfig": _SHARED | _ONLINE_DPO,
     "SFTConfig": _SHARED | _SFT,
     "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
     "ModelSettings": {

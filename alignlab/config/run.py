@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, PPOConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,7 +62,9 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[GRPOConfig | PPOConfig | DPOConfig | SFTConfig, Field(discriminator="type")]
+    trainer: Annotated[
+        GRPOConfig | PPOConfig | DPOConfig | OnlineDPOConfig | KTOConfig | SFTConfig, Field(discriminator="type")
+    ]
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
 
@@ -129,9 +131,10 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "none" and self.rewards:
             must = f"be empty for trainer {self.trainer.type}, which reads none"
             raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
-        if self.trainer.measures == "preferences" and self.evaluation != EvaluationSettings():
-            must = "be left out for learning from preferences: what is measured is how often the chosen one leads"
-            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many pairs")
+        told = {"preferences": "how often the chosen one leads", "labels": "how often labels are agreed with"}
+        if self.trainer.measures in told and self.evaluation != EvaluationSettings():
+            must = f"be left out for learning from preferences: what is measured is {told[self.trainer.measures]}"
+            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many rows")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")

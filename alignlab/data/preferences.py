@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Protocol, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,33 @@ from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_r
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
 from alignlab.types import Completion, Prompt, Rollout, Text
+
+T = TypeVar("T")
+
+
+class CompletionGroup(Protocol):
+    """A prompt and completions of it that a reference scores end to end."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all its completions."""
+        ...
+
+    def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
+        """As a group to be packed; see `group_of`."""
+        ...
+
+
+def group_of(
+    prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], logprobs: Sequence[float] | None = None
+) -> Rollout:
+    """Completions of a prompt as a group, to be packed; `logprobs` of all of them, end to end, by default 0."""
+    known = iter(itertools.repeat(0.0) if logprobs is None else logprobs)
+    made = [
+        Completion(ids, "", tuple(itertools.islice(known, len(ids))), None, "stop", (0,) * len(ids))
+        for ids in completions
+    ]
+    return Rollout(Prompt(prompt, ""), tuple(made))
 
 
 @dataclass(frozen=True)
@@ -37,11 +64,8 @@ class Preference:
         return len(self.chosen) + len(self.rejected)
 
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
-        """The pair as a group of two completions, to be packed; `logprobs` of both, end to end, by default 0."""
-        known = (0.0,) * self.num_tokens if logprobs is None else tuple(logprobs)
-        parts = (self.chosen, known[: len(self.chosen)]), (self.rejected, known[len(self.chosen) :])
-        completions = tuple(Completion(ids, "", own, None, "stop", (0,) * len(ids)) for ids, own in parts)
-        return Rollout(Prompt(self.prompt, ""), completions)
+        """The pair as a group of two completions, to be packed; see `group_of`."""
+        return group_of(self.prompt, (self.chosen, self.rejected), logprobs)
 
 
 @dataclass(frozen=True)
@@ -75,8 +99,13 @@ def load_preferences(settings: DataSettings, tokenizer: PreTrainedTokenizerBase)
 
     Of a task, whose rows have an answer: the right answer is preferred to that of another question.
     """
+    return preferences_from_rows(preference_rows(settings), settings, tokenizer)
+
+
+def preference_rows(settings: DataSettings) -> Iterable[Mapping[str, Any]]:
+    """The rows of a source; of a task, with its right answers as chosen and others' as rejected."""
     rows = load_rows(settings)
-    return preferences_from_rows(rows if settings.task is None else _right_and_wrong(rows), settings, tokenizer)
+    return rows if settings.task is None else _right_and_wrong(rows)
 
 
 def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -100,23 +129,43 @@ def preferences_from_rows(
         ConfigError: the settings contradict each other or the tokenizer.
         DataError: a row cannot be used (with its number), or no row can.
     """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("preferences end with the tokenizer's eos token, and it has none; set eos_token")
-    render = PromptRenderer(settings, tokenizer)
-    found: list[Preference] = []
-    skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
-        try:
-            found.append(_preference(row, render))
-        except BadRow as error:
-            count_or_raise(skipped, error, index, settings)
-    report(len(found), skipped, settings)
+    found, skipped = read_rows(rows, settings, tokenizer, lambda row, render: [preference_from_row(row, render)])
     return PreferenceDataset(tuple(found), skipped)
 
 
-def _preference(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
+def read_rows(
+    rows: Iterable[Mapping[str, Any]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    make: Callable[[Mapping[str, Any], PromptRenderer], Iterable[T]],
+) -> tuple[list[T], Counter[str]]:
+    """What `make` makes of each row, and how many rows were left out by reason.
+
+    Raises:
+        ConfigError, DataError: see `preferences_from_rows`.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("preferences end with the tokenizer's eos token, and it has none; set eos_token")
+    render = PromptRenderer(settings, tokenizer)
+    found: list[T] = []
+    skipped: Counter[str] = Counter()
+    for index, row in enumerate(itertools.islice(rows, settings.size)):
+        try:
+            found += make(row, render)
+        except BadRow as error:
+            count_or_raise(skipped, error, index, settings)
+    report(len(found), skipped, settings)
+    return found, skipped
+
+
+def preference_from_row(row: Mapping[str, Any], render: PromptRenderer) -> Preference:
+    """Of a row with `chosen` and `rejected`.
+
+    Raises:
+        BadRow: it cannot be used.
+    """
     prompt, chosen, rejected = _columns(row, render)
-    (start, good), (other, bad) = (_tokens(prompt, text, render) for text in (chosen, rejected))
+    (start, good), (other, bad) = (completion_tokens(prompt, text, render) for text in (chosen, rejected))
     if start != other:
         raise BadRow("other_prompt", "is tokenised with another prompt before 'chosen' than before 'rejected'")
     if good == bad:
@@ -146,7 +195,14 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
     return _common_prompt(chosen, rejected)
 
 
-def _tokens(prompt: Text, completion: Text, render: PromptRenderer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def completion_tokens(
+    prompt: Text, completion: Text, render: PromptRenderer
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a prompt, and of a completion of it with its end token.
+
+    Raises:
+        BadRow: they cannot be rendered, or the completion is of several turns.
+    """
     example = completion_example(prompt, completion, render)
     first = example.completion_mask.index(True)
     if not all(example.completion_mask[first:]):

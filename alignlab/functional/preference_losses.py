@@ -1,4 +1,5 @@
-"""Losses of preferences between completions, from their summed log-probs. [P] tensors, one value a pair.
+"""Losses of preferences between completions, from their summed log-probs. [P] tensors, one value a pair; [B], one value
+a completion.
 
 A completion's log-ratio is log p under the policy less log p under the reference, summed over its tokens. The margin
 of a pair is the chosen one's log-ratio less the rejected one's; beta times a log-ratio is the completion's implicit
@@ -6,7 +7,7 @@ reward. Every loss of margins is at its value for a margin of 0 where policy and
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -103,6 +104,47 @@ def orpo_odds(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float
     Reference: Hong et al. (2024), arXiv:2403.07691, Eqs. 3, 7.
     """
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def kto_reference_point(log_ratio_sum: Float[Tensor, ""], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """How far the policy has moved from the reference: what a completion's log-ratio is weighed against in KTO.
+
+        z = max(0, log_ratio_sum / count), without a gradient
+
+    Args:
+        log_ratio_sum: log-ratios of completions of other prompts than those they follow, summed, nats.
+        count: how many completions, >= 1; over all packs and ranks, as the sum is.
+
+    Reference: Ethayarajh et al. (2024), arXiv:2402.01306, Sec. 4.1.
+    """
+    return (at_least_float32(log_ratio_sum) / count).clamp(min=0).detach()
+
+
+def kto(
+    log_ratios: Float[Tensor, "B"], desirable: Bool[Tensor, "B"], reference_point: Float[Tensor, ""],
+    *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+) -> Float[Tensor, "B"]:
+    """Kahneman-Tversky optimisation: each completion is good or bad by itself, against how far the policy has moved.
+
+        desirable:    w_D (1 - sigmoid(beta (r - z)))
+        undesirable:  w_U (1 - sigmoid(beta (z - r)))
+
+    Args:
+        log_ratios: r of each completion, nats; carries the gradient.
+        desirable: which are good.
+        reference_point: z, see `kto_reference_point`; no gradient.
+        beta: > 0, how soon a gain or a loss saturates; 0.1 is usual.
+        desirable_weight, undesirable_weight: > 0, to balance unequal numbers of the two.
+
+    Returns:
+        [B], from 0 to the weight; half of the weight at r = z.
+
+    Reference: Ethayarajh et al. (2024), arXiv:2402.01306, Eq. 8, with lambda_y left out: it has no gradient.
+    """
+    lead = beta * (at_least_float32(log_ratios) - at_least_float32(reference_point).detach())
+    good = desirable_weight * (1 - torch.sigmoid(lead))
+    bad = undesirable_weight * (1 - torch.sigmoid(-lead))
+    return torch.where(desirable, good, bad)
 
 
 def _log_odds(mean_logprob: Float[Tensor, "P"]) -> Float[Tensor, "P"]:

@@ -18,6 +18,7 @@ from alignlab.config.rewards import RewardSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
 from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
 from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
+from alignlab.data.unpaired import UnpairedPreference, load_unpaired, mismatch, unpaired_from_rows
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
@@ -152,6 +153,18 @@ def resolve_preferences(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Seq
     if all(isinstance(row, Preference) for row in rows):
         return rows
     return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer)
+
+
+def resolve_unpaired(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[UnpairedPreference]:
+    """Unpaired preferences from a path, settings, rows as `unpaired_from_rows` reads them, or made already."""
+    if isinstance(dataset, str):
+        dataset = DataSettings(path=dataset)
+    if isinstance(dataset, DataSettings):
+        return load_unpaired(dataset, tokenizer)
+    rows = list(dataset)
+    if all(isinstance(row, UnpairedPreference) for row in rows):
+        return mismatch(rows)
+    return unpaired_from_rows(rows, DataSettings(path="rows"), tokenizer)
 
 
 def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:

@@ -270,13 +270,17 @@ class OnlineTrainer(TrainingLoop):
         Stores the rollouts, and those left out without an advantage.
         """
         parts = [rollouts[part] for part in self.minibatches(len(rollouts))]
-        needs, budget = self.objective.needs(step), self.config.tokens_per_microbatch
-        scored = [self._score(pack_rollouts(part, budget=budget), needs) for part in parts]
+        needs = self.objective.needs(step)
+        scored = [self._score(self.pack(part), needs) for part in parts]
         advantages, credited = self.credit(rollouts, scored)
         if self.store is not None:
             known = [*advantages.tolist(), *[None] * len(left_out)]
             self.store.append(step, [*rollouts, *left_out], advantages=known)
         return credited
+
+    def pack(self, rollouts: Sequence[Rollout]) -> list[Experience]:
+        """The packs of a mini-batch: all its completions."""
+        return pack_rollouts(rollouts, budget=self.config.tokens_per_microbatch)
 
     def minibatches(self, num_rollouts: int) -> list[slice]:
         """Which rollouts of a step are in each mini-batch."""

@@ -16,7 +16,15 @@ from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
-from alignlab.config.trainers import DPOConfig, GRPOConfig, PPOConfig, SFTConfig, TrainerConfig
+from alignlab.config.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
@@ -25,9 +33,11 @@ from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.kto import KTOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
@@ -35,8 +45,12 @@ from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
-ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer}
-OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer}
+ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
+    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
+}
+OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
+    SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer,
+}
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,43 @@ class PreferenceResult:
         return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
 
 
-Evaluation = EvaluationResult | PreferenceResult
+@dataclass(frozen=True)
+class LabelResult:
+    """What held-out completions came to that are labelled good or bad, each by itself.
+
+    Attributes:
+        accuracy: labels that the policy agrees with.
+        margin: mean reward of the good ones less that of the bad ones.
+        loss: mean over completions.
+        num_completions: that were looked at.
+    """
+
+    accuracy: float
+    margin: float
+    loss: float
+    num_completions: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LabelResult:
+        """Take back what `to_json` gave."""
+        return cls(**value)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, as they are logged."""
+        return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
+
+
+Evaluation = EvaluationResult | PreferenceResult | LabelResult
 
 
 def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
-    """Take back what `to_json` of either gave."""
+    """Take back what `to_json` of any of them gave."""
+    if "num_completions" in value:
+        return LabelResult.from_json(value)
     return (PreferenceResult if "num_pairs" in value else EvaluationResult).from_json(value)
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignlab.data.preferences import Preference
+from alignlab.data.preferences import CompletionGroup
 from alignlab.models.adapters import is_of_adapter
 from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
@@ -35,23 +35,26 @@ class ReferenceCache:
         self._model = digest_of_model(model)
         self._folder = cache_folder() / "reference"
 
-    def get_or_make(self, examples: Sequence[Preference], make: Callable[[Sequence[Preference]], Scores]) -> Scores:
-        """Log-probs of both completions, end to end, of each pair: as kept, or made now and kept."""
+    def get_or_make(
+        self, examples: Sequence[CompletionGroup], make: Callable[[Sequence[CompletionGroup]], Scores]
+    ) -> Scores:
+        """Log-probs of all completions, end to end, of each example: as kept, or made now and kept."""
         path = self.path(examples)
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
             if not path.exists():
-                print(f"alignlab: scoring {len(examples)} pairs by the reference, once", file=sys.stderr, flush=True)
+                print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
                 flat = torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
                 temporary = path.with_name(f".{path.name}.tmp")
                 save_file({"logprobs": flat}, temporary)
                 publish(temporary, path)
         flat = load_file(path)["logprobs"]
-        return [tuple(part.tolist()) for part in flat.split([pair.num_tokens for pair in examples])]
+        return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]
 
-    def path(self, examples: Sequence[Preference]) -> Path:
+    def path(self, examples: Sequence[CompletionGroup]) -> Path:
         """Where the scores of these examples are kept."""
-        tokens = json.dumps([[pair.prompt, pair.chosen, pair.rejected] for pair in examples])
+        groups = (example.as_group() for example in examples)
+        tokens = json.dumps([[group.prompt.token_ids, *(c.token_ids for c in group.completions)] for group in groups])
         return self._folder / f"{xxhash.xxh3_128_hexdigest((self._model + tokens).encode())}.safetensors"
 
 

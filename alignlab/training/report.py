@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.training.curves import plot_curves
-from alignlab.training.evaluation import EvaluatedProblem, Evaluation, EvaluationResult, PreferenceResult
+from alignlab.training.evaluation import EvaluatedProblem, Evaluation, EvaluationResult, LabelResult, PreferenceResult
 from alignlab.training.files import write_atomically
 from alignlab.training.run_folder import RunFolder
 
@@ -113,14 +113,27 @@ def _show_evaluations(console: Console, report: RunReport) -> None:
         console.print(examples_table(before.samples, after.samples))
     elif isinstance(before, PreferenceResult) and isinstance(after, PreferenceResult):
         console.print(preference_table(before, after, title=report.title))
+    elif isinstance(before, LabelResult) and isinstance(after, LabelResult):
+        console.print(label_table(before, after, title=report.title))
 
 
 def preference_table(before: PreferenceResult, after: PreferenceResult, *, title: str = "") -> Table:
     """What the held-out preferences came to, before and after."""
-    table = Table(title=f"{title}: {before.num_pairs} held-out pairs", title_justify="left")
+    measures = {"accuracy": "chosen leads", "margin": "margin", "loss": "loss"}
+    return _change_table(before, after, measures, title=f"{title}: {before.num_pairs} held-out pairs")
+
+
+def label_table(before: LabelResult, after: LabelResult, *, title: str = "") -> Table:
+    """What the held-out completions came to that are labelled good or bad, before and after."""
+    measures = {"accuracy": "label agreed with", "margin": "margin", "loss": "loss"}
+    return _change_table(before, after, measures, title=f"{title}: {before.num_completions} held-out completions")
+
+
+def _change_table(before: Any, after: Any, measures: Mapping[str, str], *, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")
-    for name, label in (("accuracy", "chosen leads"), ("margin", "margin"), ("loss", "loss")):
+    for name, label in measures.items():
         old, new = getattr(before, name), getattr(after, name)
         table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
     return table

@@ -94,8 +94,8 @@ def test_peft_name_is_answered_with_ours():
 
 
 def test_unknown_type_of_trainer_lists_the_types():
-    assert run_message(trainer={"type": "gpo"}) == "trainer.type is 'gpo', and must be grpo or ppo or dpo or sft"
-    assert run_message(trainer={}) == "trainer.type is missing, and must be grpo or ppo or dpo or sft"
+    assert run_message(trainer={"type": "gpo"}) == "trainer.type is 'gpo', and must be grpo or ppo or dpo or online_dpo or kto or sft"
+    assert run_message(trainer={}) == "trainer.type is missing, and must be grpo or ppo or dpo or online_dpo or kto or sft"
 
 
 def test_misspelled_choice_names_the_nearest():

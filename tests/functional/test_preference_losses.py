@@ -62,12 +62,37 @@ def test_orpo_odds_by_hand_and_at_certainty():
     assert math.isfinite(found.item()) and math.isfinite(certain.grad.item())
 
 
+def test_kto_by_hand():
+    r, z = torch.tensor([1.5, 1.5, -0.5]), torch.tensor(0.5)
+    found = losses.kto(r, torch.tensor([True, False, True]), z, beta=0.4, desirable_weight=2.0, undesirable_weight=3.0)
+    expected = [2 * (1 - sigmoid(0.4)), 3 * (1 - sigmoid(-0.4)), 2 * (1 - sigmoid(-0.4))]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_kto_is_half_the_weight_at_equal_policies_and_pushes_the_two_kinds_apart():
+    r = torch.zeros(2, requires_grad=True)
+    z = losses.kto_reference_point(torch.tensor(0.0), torch.tensor(7.0))
+    found = losses.kto(r, torch.tensor([True, False]), z, beta=0.2, desirable_weight=0.6, undesirable_weight=1.4)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([0.3, 0.7])
+    assert r.grad.tolist() == pytest.approx([-0.6 * 0.2 / 4, 1.4 * 0.2 / 4])
+
+
+def test_the_reference_point_of_kto_is_a_mean_that_is_never_negative_and_has_no_gradient():
+    total = torch.tensor(3.0, requires_grad=True)
+    assert losses.kto_reference_point(total, torch.tensor(4.0)).item() == pytest.approx(0.75)
+    assert not losses.kto_reference_point(total, torch.tensor(4.0)).requires_grad
+    assert losses.kto_reference_point(torch.tensor(-3.0), torch.tensor(4.0)).item() == 0
+    assert not losses.kto(torch.ones(1), torch.tensor([True]), total, beta=1.0).requires_grad
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         lambda m: losses.dpo_sigmoid(m, beta=0.3, label_smoothing=0.1), lambda m: losses.ipo(m, beta=0.3),
         lambda m: losses.dpo_robust(m, beta=0.3, label_smoothing=0.1),
         lambda m: losses.simpo(m, -m, beta=0.3, gamma=0.1), lambda m: losses.hinge(m, beta=0.3),
+        lambda m: losses.kto(m, m > 0, torch.tensor(0.2), beta=0.3, desirable_weight=0.5, undesirable_weight=2.0),
         lambda m: losses.orpo_odds(-m.exp() - 0.1, -m.square() - 0.2),
     ],
 )  # fmt: skip

@@ -22,7 +22,9 @@ from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
 from alignlab.models.adapters import add_lora
 from alignlab.models.moe import routers
-from alignlab.trainers.dpo import DPOTrainer, pairs_of
+from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.pairs import pairs_of
+from alignlab.trainers.reference import Reference
 from alignlab.training.reference_cache import digest_of_model
 from tests.trainers.conftest import SPARSE
 
@@ -163,7 +165,7 @@ def test_the_reference_is_scored_once_and_kept_on_disk(
     files = list((tmp_path / "cache" / "reference").glob("*.safetensors"))
     assert len(files) == 2
     calls: list[int] = []
-    monkeypatch.setattr(DPOTrainer, "_score_by_reference", lambda *_: calls.append(1) or [])
+    monkeypatch.setattr(Reference, "_score", lambda *_: calls.append(1) or [])
     second = make_trainer(held_out=held_out, num_steps=2, folder="second").train()
     assert second.metrics["loss"] == first.metrics["loss"] and second.after == first.after
     assert calls == []

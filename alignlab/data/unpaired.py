@@ -1,0 +1,167 @@
+"""Unpaired preferences: a prompt and a completion, which is good or bad by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.data.preferences import (
+    completion_tokens,
+    group_of,
+    preference_from_row,
+    preference_rows,
+    read_rows,
+)
+from alignlab.data.prompts import BadRow, PromptRenderer, check_text, split_row
+from alignlab.errors import DataError
+from alignlab.types import Rollout
+
+
+@dataclass(frozen=True)
+class UnpairedPreference:
+    """Token ids of a prompt and of a completion, the end token included.
+
+    Attributes:
+        prompt: at least one token.
+        completion: at least one token.
+        desirable: whether it is a good one.
+        mismatched: a completion of another prompt of the dataset, from which the KL to the reference is estimated.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    desirable: bool
+    mismatched: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.completion) + len(self.mismatched)
+
+    def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
+        """Its completion and the mismatched one as a group, to be packed; see `group_of`."""
+        return group_of(self.prompt, (self.completion, self.mismatched), logprobs)
+
+
+@dataclass(frozen=True)
+class UnpairedDataset(Sequence[UnpairedPreference]):
+    """Unpaired preferences in the order of their rows.
+
+    Attributes:
+        preferences: those that can be used.
+        skipped: rows left out, counted by reason: those of `PreferenceDataset`.
+    """
+
+    preferences: tuple[UnpairedPreference, ...]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.preferences)
+
+    @overload
+    def __getitem__(self, index: int) -> UnpairedPreference: ...
+    @overload
+    def __getitem__(self, index: slice) -> UnpairedDataset: ...
+    def __getitem__(self, index: int | slice) -> UnpairedPreference | UnpairedDataset:
+        if isinstance(index, slice):
+            return UnpairedDataset(self.preferences[index], self.skipped)
+        return self.preferences[index]
+
+
+def load_unpaired(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> UnpairedDataset:
+    """The unpaired preferences of the source that `settings` names; see `unpaired_from_rows`.
+
+    Of a task, whose rows have an answer: the right answer is good, that of another question is bad.
+    """
+    return unpaired_from_rows(preference_rows(settings), settings, tokenizer)
+
+
+def unpaired_from_rows(
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> UnpairedDataset:
+    """Render and tokenise rows of one of two forms, strings or chat messages (TRL's forms).
+
+    - a prompt, `completion` and `label`, true where the completion is good;
+    - `chosen` and `rejected`, see `preferences_from_rows`: a good completion and a bad one.
+
+    Raises:
+        ConfigError: the settings contradict each other or the tokenizer.
+        DataError: a row cannot be used (with its number), or no row can; all labels are the same; there is no
+            completion of another prompt to mismatch one with.
+    """
+    found, skipped = read_rows(rows, settings, tokenizer, _from_row)
+    return UnpairedDataset(mismatch(found), skipped)
+
+
+def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPreference]:
+    if isinstance(row, Mapping) and row.get("completion") is None and {"chosen", "rejected"} & set(row):
+        pair = preference_from_row(row, render)
+        both = ((pair.chosen, True), (pair.rejected, False))
+        return [UnpairedPreference(pair.prompt, ids, desirable) for ids, desirable in both]
+    prompt, columns = split_row(row, render.settings.prompt_column)
+    missing = [name for name in ("completion", "label") if columns.get(name) is None]
+    if missing:
+        raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
+    completion, label = check_text(columns["completion"], "completion"), columns["label"]
+    if not isinstance(label, bool):
+        raise BadRow("wrong_type", f"has {label!r} in the column 'label', which holds true or false")
+    start, ids = completion_tokens(prompt, completion, render)
+    return [UnpairedPreference(start, ids, label)]
+
+
+def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPreference, ...]:
+    """Each with the completion of the next one that has another prompt and another completion.
+
+    The good ones go before the bad ones, and round: so each completion, of a pair too, is taken about once, and those
+    that the KL is estimated from are like those that are learnt from.
+
+    Raises:
+        DataError: all labels are the same, or there is none for one of them.
+    """
+    labels = {each.desirable for each in preferences}
+    if len(labels) == 1:
+        kind = "true" if labels.pop() else "false"
+        raise DataError(
+            f"labels must be of both kinds, and all {len(preferences)} of the data are {kind}; add completions of the "
+            "other kind, or use supervised fine-tuning"
+        )
+    places = sorted(range(len(preferences)), key=lambda i: not preferences[i].desirable)
+    ordered = [preferences[i] for i in places]
+    found = dict(zip(places, _others(ordered), strict=True))
+    return tuple(replace(each, mismatched=found[i]) for i, each in enumerate(preferences))
+
+
+def _others(ordered: Sequence[UnpairedPreference]) -> list[tuple[int, ...]]:
+    """For each, the completion of the next one, round the end, that shares neither prompt nor completion with it."""
+    count, around = len(ordered), [*ordered, *ordered]
+    next_prompt = _next_changes([each.prompt for each in around])
+    next_completion = _next_changes([each.completion for each in around])
+    found = []
+    for i, each in enumerate(ordered):
+        j = i + 1
+        while j < i + count:  # a run of equal prompts or completions is passed in one stride
+            if around[j].prompt == each.prompt:
+                j = next_prompt[j]
+            elif around[j].completion == each.completion:
+                j = next_completion[j]
+            else:
+                break
+        if j >= i + count:
+            raise DataError(
+                "the KL to the reference is estimated from completions of other prompts, and for one of the rows there "
+                "is none with another prompt and another completion; add rows with other prompts"
+            )
+        found.append(around[j].completion)
+    return found
+
+
+def _next_changes(values: Sequence[Any]) -> list[int]:
+    """For each place, the next one with another value; their number where there is none."""
+    places = [len(values)] * len(values)
+    for i in reversed(range(len(values) - 1)):
+        places[i] = places[i + 1] if values[i] == values[i + 1] else i + 1
+    return places

@@ -1,0 +1,93 @@
+"""The reference of a run on fixed examples: scored batch by batch, or once and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from alignlab.data.packing import pack_groups
+from alignlab.data.preferences import CompletionGroup
+from alignlab.errors import CheckpointError
+from alignlab.trainers.assemble import make_reference
+from alignlab.trainers.learner import Learner
+from alignlab.training.checkpoint import fingerprint
+from alignlab.training.reference_cache import ReferenceCache
+from alignlab.types import Experience, Rollout
+
+_SCORED_TOGETHER = 512
+
+
+class Reference:
+    """Knows the reference's log-probs of groups of completions.
+
+    Args:
+        learner: whose policy is measured against what it was in the beginning.
+        budget: tokens of a pack.
+
+    Attributes:
+        policy: a frozen copy; None for an adapter, whose reference is the base with the adapter off.
+    """
+
+    def __init__(self, learner: Learner, *, budget: int) -> None:
+        self.learner, self.budget = learner, budget
+        self.policy = make_reference(learner.policy)
+        self._known: dict[str, list[tuple[float, ...]]] = {}
+
+    def precompute(self, data: Mapping[str, Sequence[CompletionGroup]]) -> None:
+        """Score all examples of each name, or read what an earlier run has scored."""
+        cache = ReferenceCache((self.policy or self.learner.policy).model)
+        for name, examples in data.items():
+            if examples:
+                self._known[name] = cache.get_or_make(examples, self._score)
+
+    def groups(self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int]) -> list[Rollout]:
+        """Some of the examples of a name, with the reference's log-probs where they are known."""
+        known = self._known.get(name)
+        return [examples[i].as_group(None if known is None else known[i]) for i in rows]
+
+    def packs(self, name: str, groups: Sequence[Rollout]) -> list[Experience]:
+        """Groups, or parts of them, that `groups` has made, packed with the reference's log-probs; none is divided."""
+        packs = pack_groups(groups, budget=self.budget)
+        if name not in self._known:
+            return self._scored(packs)
+        return [replace(pack, ref_logprobs=pack.rollout_logprobs, rollout_logprobs=None) for pack in packs]
+
+    def _score(self, examples: Sequence[CompletionGroup]) -> list[tuple[float, ...]]:
+        """Log-probs of all completions, end to end, of each example."""
+        found: list[tuple[float, ...]] = []
+        for start in range(0, len(examples), _SCORED_TOGETHER):
+            groups = [example.as_group() for example in examples[start : start + _SCORED_TOGETHER]]
+            scores: list[tuple[float, ...]] = [()] * len(groups)
+            for pack in self._scored(pack_groups(groups, budget=self.budget)):
+                assert pack.ref_logprobs is not None
+                segments, parts = pack.segments, pack.ref_logprobs.cpu().split(pack.segments.lengths)
+                for part, sequence, group in zip(parts, segments.sequence_ids, segments.group_ids, strict=True):
+                    if sequence >= 0:  # the completions of a group are in their order
+                        scores[group] += tuple(part.tolist())
+            found += scores
+        return found
+
+    def _scored(self, packs: Sequence[Experience]) -> list[Experience]:
+        moved = [replace(pack, rollout_logprobs=None).to(self.learner.device) for pack in packs]
+        scores = self.learner.score_reference(moved, self.policy)
+        return [replace(pack, ref_logprobs=score) for pack, score in zip(moved, scores, strict=True)]
+
+
+def reference_fingerprint(reference: Reference | None) -> str | None:
+    """Of a frozen copy's weights; None where there is none."""
+    if reference is None or reference.policy is None:
+        return None
+    return fingerprint(reference.policy.named_parameters())
+
+
+def check_reference(reference: Reference | None, known: str | None) -> None:
+    """See that a run that resumes measures against the same weights.
+
+    Raises:
+        CheckpointError: the reference is another.
+    """
+    if known != reference_fingerprint(reference):
+        raise CheckpointError(
+            "the reference is a copy of the policy that the run began with, and the model given now is another; "
+            "resume with the model that the run was started with"
+        )
