@@ -17,21 +17,34 @@ if TYPE_CHECKING:
     from alignlab.config.rollout import SamplingSettings as SamplingSettings
     from alignlab.config.run import EvaluationSettings as EvaluationSettings
     from alignlab.config.run import RunConfig as RunConfig
+    from alignlab.config.teacher import TeacherSettings as TeacherSettings
     from alignlab.config.trainers import CriticSettings as CriticSettings
+    from alignlab.config.trainers import DistillConfig as DistillConfig
     from alignlab.config.trainers import DPOConfig as DPOConfig
+    from alignlab.config.trainers import GKDConfig as GKDConfig
     from alignlab.config.trainers import GRPOConfig as GRPOConfig
     from alignlab.config.trainers import KLSettings as KLSettings
     from alignlab.config.trainers import KTOConfig as KTOConfig
     from alignlab.config.trainers import OnlineDPOConfig as OnlineDPOConfig
+    from alignlab.config.trainers import OnPolicyDistillConfig as OnPolicyDistillConfig
     from alignlab.config.trainers import PPOConfig as PPOConfig
+    from alignlab.config.trainers import RewardConfig as RewardConfig
+    from alignlab.config.trainers import RLAIFConfig as RLAIFConfig
     from alignlab.config.trainers import SFTConfig as SFTConfig
     from alignlab.errors import AlignlabError as AlignlabError
+    from alignlab.models.reward_checkpoints import load_reward_model as load_reward_model
+    from alignlab.models.reward_model import RewardModel as RewardModel
     from alignlab.rollout.engine import EmbeddedEngine as EmbeddedEngine
+    from alignlab.trainers.distill import DistillTrainer as DistillTrainer
     from alignlab.trainers.dpo import DPOTrainer as DPOTrainer
+    from alignlab.trainers.gkd import GKDTrainer as GKDTrainer
     from alignlab.trainers.grpo import GRPOTrainer as GRPOTrainer
     from alignlab.trainers.kto import KTOTrainer as KTOTrainer
+    from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer as OnPolicyDistillTrainer
     from alignlab.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from alignlab.trainers.ppo import PPOTrainer as PPOTrainer
+    from alignlab.trainers.reward import RewardTrainer as RewardTrainer
+    from alignlab.trainers.rlaif import RLAIFTrainer as RLAIFTrainer
     from alignlab.trainers.run import run as run
     from alignlab.trainers.sft import SFTTrainer as SFTTrainer
     from alignlab.types import Completion as Completion
@@ -49,20 +62,31 @@ _HOMES = {
     "DPOConfig": "alignlab.config.trainers",
     "DPOTrainer": "alignlab.trainers.dpo",
     "DataSettings": "alignlab.config.data",
+    "DistillConfig": "alignlab.config.trainers",
+    "DistillTrainer": "alignlab.trainers.distill",
     "EmbeddedEngine": "alignlab.rollout.engine",
     "EvaluationSettings": "alignlab.config.run",
+    "GKDConfig": "alignlab.config.trainers",
+    "GKDTrainer": "alignlab.trainers.gkd",
     "GRPOConfig": "alignlab.config.trainers",
     "GRPOTrainer": "alignlab.trainers.grpo",
     "KLSettings": "alignlab.config.trainers",
     "KTOConfig": "alignlab.config.trainers",
     "KTOTrainer": "alignlab.trainers.kto",
     "LoraSettings": "alignlab.config.model",
+    "OnPolicyDistillConfig": "alignlab.config.trainers",
+    "OnPolicyDistillTrainer": "alignlab.trainers.on_policy_distill",
     "OnlineDPOConfig": "alignlab.config.trainers",
     "OnlineDPOTrainer": "alignlab.trainers.online_dpo",
     "PPOConfig": "alignlab.config.trainers",
     "PPOTrainer": "alignlab.trainers.ppo",
+    "RLAIFConfig": "alignlab.config.trainers",
+    "RLAIFTrainer": "alignlab.trainers.rlaif",
     "Prompt": "alignlab.types",
+    "RewardConfig": "alignlab.config.trainers",
+    "RewardModel": "alignlab.models.reward_model",
     "RewardSettings": "alignlab.config.rewards",
+    "RewardTrainer": "alignlab.trainers.reward",
     "Rollout": "alignlab.types",
     "RolloutSettings": "alignlab.config.rollout",
     "RunConfig": "alignlab.config.run",
@@ -70,7 +94,9 @@ _HOMES = {
     "SFTTrainer": "alignlab.trainers.sft",
     "SamplingParams": "alignlab.types",
     "SamplingSettings": "alignlab.config.rollout",
+    "TeacherSettings": "alignlab.config.teacher",
     "load_config": "alignlab.config.loader",
+    "load_reward_model": "alignlab.models.reward_checkpoints",
     "run": "alignlab.trainers.run",
 }
 

@@ -209,6 +209,8 @@ class Experience:
         values: of the state in which each token was chosen, by the critic before the update.
         returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
+        margins: by which the chosen completion of the token's pair is to lead.
+        probabilities: that the chosen completion of the token's pair is the better one.
     """
 
     tokens: Int[Tensor, "N"]
@@ -221,6 +223,8 @@ class Experience:
     values: Float[Tensor, "N"] | None = None
     returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
+    margins: Float[Tensor, "N"] | None = None
+    probabilities: Float[Tensor, "N"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -256,7 +260,8 @@ class RolloutEngine(Protocol):
 
 
 class RewardFunction(Protocol):
-    """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists."""
+    """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists;
+    and `prompt_ids` for one that names it."""
 
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **columns: Any

@@ -168,6 +168,57 @@ def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
     assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
 
 
+def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
+    teacher, output = str(run_file.parent / "model"), str(tmp_path / "student")
+    assert main(["student", teacher, output, "--layers", "0"]) == 0
+    assert "layers 0: " in capsys.readouterr().err
+    assert main(["generate", output, "say red", "--max-new-tokens", "2"]) == 0
+    assert main(["student", teacher, output, "--num-layers", "1"]) == 2
+    assert "OUTPUT must be a new or empty folder" in capsys.readouterr().err
+    assert main(["student", teacher, str(tmp_path / "other"), "--layers", "1"]) == 2
+    assert "layers holds 1, and must hold numbers from 0 to 0" in capsys.readouterr().err
+    assert main(["student", adapter, str(tmp_path / "other"), "--layers", "0"]) == 2
+    assert "merge it first" in capsys.readouterr().err
+    assert main(["check", str(run_file), "model.lora=null", "model.student={num_layers: 1}"]) == 0
+    assert "a student of" in capsys.readouterr().out
+
+
+def test_a_teacher_s_samples_are_data_for_fine_tuning(run_file, tmp_path, capsys):
+    model, output = str(run_file.parent / "model"), tmp_path / "samples.jsonl"
+    words = ["sample", model, "--config", str(run_file), "--output", str(output), "--num-samples", "4"]
+    assert main([*words, "--num-prompts", "3", "--max-new-tokens", "300", "--min-reward", "0"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["prompts"] == 3 and result["completions"] == 12
+    assert result["kept"] == len(output.read_text(encoding="utf-8").splitlines()) == round(12 * result["kept_frac"]) > 0
+    assert f"fine-tune on it: data.path={output}" in err
+    overrides = ["trainer={type: sft, num_steps: 1, trackers: []}", f"trainer.output_dir={tmp_path / 'sft'}"]
+    bare = ["rewards=[]", "eval_data=null", "evaluation={}"]
+    assert main(["train", str(run_file), f"data.path={output}", *bare, *overrides]) == 0
+    assert main([*words[:4], "--output", str(tmp_path / "samples.txt")]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert main([*words, "--set", "rewards=[]", "--set", "trainer={type: sft}", "--keep", "best"]) == 2
+    assert main([*words[:-2], "--output", str(tmp_path / "x.jsonl"), "--temperature", "0"]) == 2
+    assert "must be 1 at temperature 0" in capsys.readouterr().err
+
+
+def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
+    from alignlab.data.tokenizer_training import train_tokenizer
+
+    def check(teacher, **options):
+        trainer = {"type": "on_policy_distill", "teacher": {"name": str(teacher)}, "output_dir": str(tmp_path / "run")}
+        return main(["check", str(run_file), f"trainer={json.dumps(trainer | options)}"])
+
+    assert check(run_file.parent / "model") == 0
+    out = capsys.readouterr().out
+    assert "judges by tokens" in out and "on_policy_distill = reverse KL to" in out
+    train_tokenizer(["other words"] * 9, vocab_size=262).save_pretrained(tmp_path / "other")
+    assert check(tmp_path / "other") == 2
+    assert "must have the student's tokenizer" in capsys.readouterr().err
+    assert check(tmp_path / "other", alignment="text") == 0
+    assert "judges by text" in capsys.readouterr().out
+
+
 def test_an_adapter_s_own_tokenizer_renders_its_prompts(run_file, adapter, tmp_path):
     """The one it was trained with, and not its base's, whether or not the base is named."""
     import shutil
@@ -309,3 +360,136 @@ def test_an_adapter_of_another_model_is_refused(run_file, adapter, tmp_path, cap
     save_model(new_model(shape, vocab_size=300), tmp_path)
     assert main(["generate", str(tmp_path), "hi", "--adapter", str(adapter), "--plain"]) == 2
     assert "does not fit" in capsys.readouterr().err
+
+
+def compared(capsys) -> tuple[dict, str]:
+    out, err = capsys.readouterr()
+    return json.loads(out.splitlines()[-1]), err
+
+
+def test_eval_compares_models_side_by_side(run_file, adapter, tmp_path, capsys):
+    base, run, plot = str(run_file.parent / "model"), str(run_file.parent / "run"), tmp_path / "plot.png"
+    words = ["--config", str(run_file), "--num-samples", "3", "--pass-at", "1", "3", "--plot", str(plot)]
+    assert main(["eval", f"base={base}", run, *words, "--show", "2", f"again={base}"]) == 0
+    result, err = compared(capsys)
+    first, second, third = result["models"]
+    assert [entry["name"] for entry in result["models"]] == ["base", run, "again"]
+    assert (first["model"], second["model"]) == (base, adapter) and f"{run}: {adapter}" in err
+    assert (result["num_problems"], result["num_samples"], result["complete"]) == (3, 3, True)
+    assert result["dtype"] == "bfloat16", "the adapter's, so that all compute alike"
+    assert first["difference"] is None and first["greedy"] == third["greedy"] and first["sampled"] == third["sampled"]
+    assert third["difference"]["greedy"]["value"] == 0 and second["num_parameters"] > first["num_parameters"]
+    assert 0 < first["greedy_tokens"] <= 4 and {"pass@1", "pass@3", "tokens_per_s", "strict_greedy"} <= set(first)
+    assert "3 problems, 3 samples each" in err and "some models answer right" in err and plot.exists()
+
+
+def test_eval_of_one_model_is_as_with_its_adapter_named(run_file, adapter, capsys):
+    words = ["--config", str(run_file), "--num-samples", "2", "--pass-at", "1"]
+    assert main(["eval", "--adapter", adapter, *words]) == 0
+    alone, _ = compared(capsys)
+    assert main(["eval", str(run_file.parent / "run"), *words]) == 0
+    assert compared(capsys)[0] == alone
+    assert main(["eval", f"mine={adapter}", *words]) == 0
+    assert compared(capsys)[0] == alone | {"name": "mine"}
+
+
+def test_eval_names_a_model_that_is_not_there_before_any_is_loaded(run_file, tmp_path, monkeypatch, capsys):
+    base = str(run_file.parent / "model")
+    monkeypatch.setattr("alignlab.cli.evaluate.load_policy", lambda *words: pytest.fail("a model was loaded"))
+    (tmp_path / "empty").mkdir()
+    for wrong, message in ((str(tmp_path / "none"), "cannot be loaded"), (str(tmp_path / "empty"), "hold safetensors")):
+        assert main(["eval", base, f"b={wrong}", "--config", str(run_file)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "MODEL b: " in err and wrong in err and message in err and "nothing was evaluated" in err
+
+
+def test_eval_keeps_what_is_measured_when_it_is_interrupted(run_file, monkeypatch, capsys):
+    from alignlab.cli import evaluate
+
+    base, load, loaded = str(run_file.parent / "model"), evaluate.load_policy, []
+
+    def interrupted(*words):
+        loaded.append(words)
+        if len(loaded) == 3:
+            raise KeyboardInterrupt
+        return load(*words)
+
+    monkeypatch.setattr(evaluate, "load_policy", interrupted)
+    assert main(["eval", f"a={base}", f"b={base}", f"c={base}", "--config", str(run_file), "--show", "1"]) == 130
+    result, err = compared(capsys)
+    assert [entry["name"] for entry in result["models"]] == ["a", "b"] and result["complete"] is False
+    assert "interrupted" in err and "Traceback" not in err
+    loaded[:] = [None] * 2
+    assert main(["eval", f"a={base}", f"b={base}", "--config", str(run_file)]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_each_model_is_given_the_same_problems_by_its_own_tokenizer(run_file, tmp_path, capsys):
+    import shutil
+
+    from alignlab.cli.candidates import candidates_of
+    from alignlab.cli.evaluate import plan_of_config, same_problems
+    from alignlab.config.loader import load_config
+    from alignlab.models.checkpoints import load_tokenizer
+    from alignlab.training.reward_functions import load_reward
+
+    base, chatty = run_file.parent / "model", tmp_path / "chatty"
+    shutil.copytree(base, chatty)
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = "{% for m in messages %}<<{{ m['content'] }}>>{% endfor %}"
+    tokenizer.save_pretrained(chatty)
+    lengths = [len(tokenizer(f"<<say {word}>>")["input_ids"]) for word in WORDS.split()]
+    room = sorted(lengths)[-2]  # the longest problem is too long under the template alone
+    assert lengths.count(max(lengths)) == 1 and room > max(lengths) - 2
+    words = ["eval", "--config", str(run_file), "--num-problems", "4"]
+    changes = ["eval_data.size=6", f"eval_data.max_prompt_tokens={room}", "eval_data.on_bad_row=skip"]
+    plan = plan_of_config(load_config(str(run_file), changes), parse(words))
+    both = candidates_of([f"plain={base}", f"chatty={chatty}"], None, None)
+    plain, chat = same_problems(plan, both, load_reward(plan.scorer))
+    assert [p.index for p in plain] == [p.index for p in chat] and len(plain) == 4
+    assert all(tokenizer.decode(p.token_ids) == f"<<{p.text}>>" for p in chat)
+    assert all(tokenizer.decode(p.token_ids) == p.text for p in plain)
+    assert "not every model can be given them: 1" in capsys.readouterr().err
+
+
+def test_eval_keeps_what_is_measured_when_a_later_model_is_damaged(run_file, tmp_path, capsys):
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    base, damaged = run_file.parent / "model", tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    save_file({"x": torch.ones(1)}, damaged / "model.safetensors")
+    assert main(["eval", f"a={base}", f"b={damaged}", "--config", str(run_file)]) == 2
+    result, err = compared(capsys)
+    assert f"the weights of {damaged} do not fit" in err
+    assert [entry["name"] for entry in result["models"]] == ["a"] and result["complete"] is False
+
+
+def test_eval_says_where_problems_come_from_for_a_trainer_that_measures_nothing(run_file, tmp_path, capsys):
+    config = json.loads(run_file.read_text()) | {"trainer": {"type": "sft"}}
+    del config["eval_data"], config["rewards"], config["evaluation"]
+    (tmp_path / "sft.yaml").write_text(json.dumps(config))
+    assert main(["eval", "--config", str(tmp_path / "sft.yaml")]) == 2
+    assert "trainer sft takes none; use --task NAME" in capsys.readouterr().err
+
+
+def test_eval_says_what_to_do_with_preferences(capsys):
+    config = next(path for path in SHIPPED if path.name == "dpo_smollm2_cpu.yaml")
+    assert main(["eval", "--config", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert "of trainer dpo" in told and "report.json" in told and "--task products" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "a.png"], "--plot draws several models"),
+        (["a", "b", "--plot", "a.pdf"], "must be a .png file"),
+        (["a", "b", "--plot", "nowhere/a.png"], "in a folder that exists"),
+    ],
+)
+def test_eval_refuses_a_plot_that_cannot_be(run_file, words, message, capsys):
+    assert main(["eval", *words, "--config", str(run_file)]) == 2
+    assert message in capsys.readouterr().err

@@ -26,7 +26,7 @@ ALLOWED = {
     "rlaif": {"types", "errors", "functional", "config", "models", "rollout", "data", "training"},
     "trainers": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "rlaif"},
     "cli": {"types", "errors", "functional", "config", "models", "rollout", "data", "training", "rlaif", "trainers"},
-    "__init__": {"types", "errors", "config", "rollout", "trainers"},
+    "__init__": {"types", "errors", "config", "models", "rollout", "trainers"},
     "__main__": {"cli"},
     "rewards": {"types"},
 }
@@ -37,20 +37,31 @@ PUBLIC = {
     "DPOConfig",
     "DPOTrainer",
     "DataSettings",
+    "DistillConfig",
+    "DistillTrainer",
     "EmbeddedEngine",
     "EvaluationSettings",
+    "GKDConfig",
+    "GKDTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "KLSettings",
     "KTOConfig",
     "KTOTrainer",
     "LoraSettings",
+    "OnPolicyDistillConfig",
+    "OnPolicyDistillTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "Prompt",
+    "RLAIFConfig",
+    "RLAIFTrainer",
+    "RewardConfig",
+    "RewardModel",
     "RewardSettings",
+    "RewardTrainer",
     "Rollout",
     "RolloutSettings",
     "RunConfig",
@@ -58,8 +69,10 @@ PUBLIC = {
     "SFTTrainer",
     "SamplingParams",
     "SamplingSettings",
+    "TeacherSettings",
     "__version__",
     "load_config",
+    "load_reward_model",
     "run",
 }
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")
@@ -168,6 +181,8 @@ def test_every_package_is_installed_and_every_plugin_exists():
     assert set(project["tool"]["setuptools"]["packages"]) == folders | {"alignlab_rewards"}
     for target in project["project"]["entry-points"]["alignlab.rewards"].values():
         module, function = target.split(":")
-        tree = ast.parse((ROOT / "rewards" / f"{module.removeprefix('alignlab_rewards.')}.py").read_text("utf-8"))
-        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        file = module.replace("alignlab_rewards.", "rewards.").replace(".", "/")
+        tree = ast.parse((ROOT / f"{file}.py").read_text("utf-8"))
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        names = {node.name for node in tree.body if isinstance(node, kinds)}
         assert function in names, target

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import alignlab
-from alignlab.cli import check, evaluate, generate, merge, serve, train
+from alignlab.cli import check, evaluate, generate, judge, merge, sample, serve, student, train
 from alignlab.errors import AlignlabError
 
-COMMANDS = (train, check, evaluate, generate, merge, serve)
+COMMANDS = (train, check, evaluate, generate, merge, sample, student, judge, serve)
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -59,9 +59,11 @@ def prepare_environment() -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; overrides (`key=value`) may also come after options."""
+    """The arguments; overrides (`key=value`) and the models of `eval` may also come after options."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
+    if "models" in args and not any(word.startswith("-") for word in rest):
+        args.models, rest = args.models + rest, []
     if "overrides" in args:
         args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in args.overrides]

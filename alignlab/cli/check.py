@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,31 +39,37 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
-    from alignlab.config.trainers import DPOConfig
+    from alignlab.config.trainers import stages_of
     from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.run import evaluation_data, make_tokenizer
+    from alignlab.trainers.run import make_tokenizer, measured_data
 
-    check_engine(config.trainer)
+    stages = stages_of(config.trainer)
+    for stage in stages:
+        check_engine(stage)
     tell("model", model_line(config))
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
-    if isinstance(config.trainer, DPOConfig):
+    if config.trainer.measures == "preferences":
         return check_preferences(config, tokenizer)
     if config.trainer.measures == "labels":
         return check_labels(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     tell("data", data_line(prompts))
-    held_out = evaluation_data(config)
+    held_out = measured_data(config)
     eval_prompts = load_prompts(held_out, tokenizer) if held_out else None
     tell("eval data", data_line(eval_prompts) if eval_prompts else "none: accuracy will not be measured")
     for line in try_rewards(config, prompts[0], tokenizer):
         tell("reward", line)
-    tell("trainer", trainer_line(config.trainer))
+    for line in judge_lines(config):
+        tell("judge", line)
+    for stage in stages:
+        tell("trainer", trainer_line(stage))
+    check_teacher(config, tokenizer, prompts)
     check_training(config, tokenizer, prompts)
     for line in answer_notes(config, prompts[0], tokenizer):
         tell("note", line)
-    for line in server_notes(config.trainer):
+    for line in itertools.chain.from_iterable(server_notes(stage) for stage in stages):
         tell("note", line)
     for line in notes(config, prompts, eval_prompts):
         tell("note", line)
@@ -72,31 +79,28 @@ def run(args: argparse.Namespace) -> int:
 
 def check_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Load the pairs, and tell."""
+    from alignlab.config.trainers import RewardConfig
     from alignlab.data.preferences import load_preferences
     from alignlab.trainers.run import evaluation_data
-    from alignlab.training.metrics import check_trackers
 
+    columns: dict[str, str | None] = {}
+    if isinstance(config.trainer, RewardConfig):
+        columns = {name: getattr(config.trainer, name) for name in ("margin_column", "probability_column")}
     for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
         if settings is None:
             tell(name, "none: how often the chosen completion leads will not be measured")
             continue
-        pairs = load_preferences(settings, tokenizer)
+        pairs = load_preferences(settings, tokenizer, **columns)
         lengths = [len(pair.prompt) + pair.num_tokens for pair in pairs]
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in pairs.skipped.items())
         tell(name, f"{len(pairs)} pairs of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
-    tell("trainer", trainer_line(config.trainer))
-    check_trackers(config.trainer.trackers)
-    for line in rate_notes(config):
-        tell("note", line)
-    print("ok: nothing was trained")
-    return 0
+    return check_offline(config)
 
 
 def check_labels(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Load the completions that are labelled good or bad, and tell."""
     from alignlab.data.unpaired import load_unpaired
     from alignlab.trainers.run import evaluation_data
-    from alignlab.training.metrics import check_trackers
 
     for name, settings in (("data", config.data), ("eval data", evaluation_data(config))):
         if settings is None:
@@ -108,8 +112,17 @@ def check_labels(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
         skipped = "".join(f", {count} skipped ({reason})" for reason, count in found.skipped.items())
         told = f"{good} desirable and {len(found) - good} undesirable completions"
         tell(name, f"{told} of {min(lengths)} to {max(lengths)} tokens with their prompt{skipped}")
-    tell("trainer", trainer_line(config.trainer))
-    check_trackers(config.trainer.trackers)
+    return check_offline(config)
+
+
+def check_offline(config: RunConfig) -> int:
+    """Tell of the training itself, where no prompt is answered."""
+    from alignlab.config.trainers import stages_of
+    from alignlab.training.metrics import check_trackers
+
+    for stage in stages_of(config.trainer):
+        tell("trainer", trainer_line(stage))
+        check_trackers(stage.trackers)
     for line in rate_notes(config):
         tell("note", line)
     print("ok: nothing was trained")
@@ -129,6 +142,24 @@ def check_engine(trainer: TrainerConfig) -> None:
         require_vllm(trainer.rollout.engine)
 
 
+def judge_lines(config: RunConfig) -> Iterator[str]:
+    """The constitution and the judge of RLAIF.
+
+    Raises:
+        ConfigError: the constitution cannot be read.
+    """
+    from alignlab.config.constitution import load_constitution
+    from alignlab.config.trainers import RLAIFConfig
+
+    if not isinstance(config.trainer, RLAIFConfig):
+        return
+    judge, constitution = config.trainer.judge, load_constitution(config.trainer.constitution)
+    yield f"{constitution.name}: {', '.join(principle.name for principle in constitution.principles)}"
+    where = f"{judge.model} at {judge.url}" if judge.backend == "endpoint" else judge.name or "the policy's own base"
+    votes = "" if judge.backend == "reward_model" else f", {judge.answers}, {judge.votes} votes a pair"
+    yield f"{judge.backend}: {where}{votes}; alignlab judge says how good it is"
+
+
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:
     """Which vLLM servers do not answer now."""
     import httpx2
@@ -144,6 +175,27 @@ def server_notes(trainer: TrainerConfig) -> Iterator[str]:
             yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
 
 
+def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
+    """See that a teacher's tokenizer fits the student's.
+
+    Raises:
+        ConfigError, DataError: it does not, or its chat template refuses a prompt.
+    """
+    from alignlab.config.trainers import OnPolicyDistillConfig
+    from alignlab.data.alignment import TextAligner
+    from alignlab.models.checkpoints import load_tokenizer
+    from alignlab.trainers.teacher import check_same_tokens
+
+    if not isinstance(config.trainer, OnPolicyDistillConfig):
+        return
+    theirs = load_tokenizer(config.trainer.teacher.name)
+    if config.trainer.alignment == "tokens":
+        check_same_tokens(theirs, tokenizer)
+    else:
+        TextAligner(tokenizer, theirs, config.data).prompt_ids(prompts)
+    tell("teacher", f"{config.trainer.teacher.name}, {len(theirs)} tokens, judges by {config.trainer.alignment}")
+
+
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:
     """What a training would refuse at its start: trackers, a new model's shape, a warm start's answers.
 
@@ -152,11 +204,13 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompt
     """
     from accelerate import init_empty_weights
 
+    from alignlab.config.trainers import stages_of
     from alignlab.data.examples import load_examples
     from alignlab.models.checkpoints import new_model
     from alignlab.training.metrics import check_trackers
 
-    check_trackers(config.trainer.trackers)
+    for stage in stages_of(config.trainer):
+        check_trackers(stage.trackers)
     if config.model.architecture is not None:
         with init_empty_weights():
             model = new_model(config.model.architecture, vocab_size=len(tokenizer))
@@ -169,22 +223,27 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompt
 
 def check_room(model: Any, prompts: PromptDataset, config: RunConfig) -> None:
     """See that completions fit the model's positions."""
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.trainers.preflight import check_room as check
 
-    if isinstance(config.trainer, OnlineConfig):
-        check(model, prompts, config.trainer)
+    for stage in stages_of(config.trainer):
+        if isinstance(stage, OnlineConfig):
+            check(model, prompts, stage)
 
 
 def answer_notes(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Whether the reward that says what is right takes a row's own answer for right."""
     from alignlab.config.rewards import RewardSettings
+    from alignlab.trainers.run import evaluation_data
+    from alignlab.training.evaluation import require_scorer
     from alignlab.training.reward_functions import load_reward
 
     if not config.rewards:
         return
     named = config.evaluation.scorer
     scorer = load_reward(RewardSettings(name=named) if named else config.rewards[0])
+    if evaluation_data(config) is not None:
+        require_scorer(scorer)
     value = value_of_own_answer(scorer, prompt, tokenizer)
     if value is not None and value != 1.0:
         yield f"{scorer.name} gives {value} to the row's own answer: accuracy, which counts 1 alone, may stay 0"
@@ -199,6 +258,9 @@ def model_line(config: RunConfig) -> str:
     """Which weights would be trained."""
     model = config.model
     what = f"a new one: {model.architecture}" if model.name is None else model.name
+    if model.student is not None:
+        chosen = model.student.layers or f"{model.student.num_layers}, evenly spaced"
+        what = f"a student of {what}, layers {chosen}"
     lora = f"LoRA rank {model.lora.rank} alpha {model.lora.alpha:g}" if model.lora else "all weights"
     return f"{what}, {lora} trained, dtype {model.dtype}"
 
@@ -221,11 +283,15 @@ def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenize
     """
     from alignlab.config.rewards import RewardLimits, RewardSettings
     from alignlab.config.trainers import OnlineConfig
+    from alignlab.training.model_reward import ModelReward
     from alignlab.training.reward_functions import load_reward
 
     limits = config.trainer.reward_limits if isinstance(config.trainer, OnlineConfig) else RewardLimits()
     scorer = (RewardSettings(name=config.evaluation.scorer),) if config.evaluation.scorer else ()
     rewards = [load_reward(each) for each in (*config.rewards, *scorer)]
+    for reward in rewards:
+        if isinstance(reward.function, ModelReward):
+            reward.function.check_tokenizer(tokenizer)
     texts = [str(prompt.columns["answer"])] if "answer" in prompt.columns else []
     scored = score_once(rewards, limits, sample_rollout(prompt, [*texts, WRONG_ANSWER], tokenizer))
     for name, values in scored.reward_parts.items():
@@ -284,11 +350,13 @@ def trainer_line(trainer: TrainerConfig) -> str:
 
 def rate_notes(config: RunConfig) -> Iterator[str]:
     """A learning rate that is allowed and unusual."""
-    rate = config.trainer.learning_rate
-    if config.model.lora and rate < LOW_LORA_RATE:
-        yield f"learning rate {rate:g} is low for LoRA, which takes about ten times that of full fine-tuning"
-    if config.model.name and not config.model.lora and rate >= HIGH_FULL_RATE:
-        yield f"learning rate {rate:g} is high for all weights of a trained model; 1e-6 to 1e-5 is usual"
+    from alignlab.config.trainers import stages_of
+
+    for rate in dict.fromkeys(stage.learning_rate for stage in stages_of(config.trainer)):
+        if config.model.lora and rate < LOW_LORA_RATE:
+            yield f"learning rate {rate:g} is low for LoRA, which takes about ten times that of full fine-tuning"
+        if config.model.name and not config.model.lora and rate >= HIGH_FULL_RATE:
+            yield f"learning rate {rate:g} is high for all weights of a trained model; 1e-6 to 1e-5 is usual"
 
 
 def notes(config: RunConfig, prompts: PromptDataset, eval_prompts: PromptDataset | None) -> Iterator[str]:

@@ -1,7 +1,12 @@
-"""Measure a model's accuracy on held-out problems: greedy, sampled, and pass@k by the unbiased estimator.
+"""Measure the accuracy of a model, or of several side by side, on held-out problems.
 
-The problems are a config's evaluation data, or those of a reasoning_gym task that training never sees. The last line
-of standard output is the result as JSON.
+Accuracy is greedy, sampled, and pass@k by the unbiased estimator. The problems are a config's evaluation data, or those
+of a reasoning_gym task that training never sees. The last line of standard output is the result as JSON.
+
+A MODEL is a Hub id, a packaged model, or the folder of a model, an adapter or a run; LABEL=MODEL gives it a name.
+Several are loaded one after the other, in one dtype, and get the same problems and seeds, each rendered by its own
+tokenizer. Each is compared with the first; tests over the problems say which differences exceed chance. Ctrl-C
+tells what is measured by then.
 """
 
 from __future__ import annotations
@@ -9,10 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alignlab.cli.candidates import Candidate, candidates_of
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
-from alignlab.errors import ConfigError
+from alignlab.errors import AlignlabError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,14 +30,16 @@ if TYPE_CHECKING:
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import EngineSettings, SamplingSettings
     from alignlab.config.run import EvaluationSettings, RunConfig
+    from alignlab.models.export import Model
+    from alignlab.training.comparison import MeasuredPolicy
     from alignlab.training.evaluation import EvaluationResult
     from alignlab.training.reward_functions import LoadedReward
     from alignlab.types import Prompt
 
 NAME = "eval"
-SUMMARY = "accuracy on held-out problems: greedy, sampled, pass@k"
+SUMMARY = "accuracy on held-out problems, of one model or several side by side"
 EXAMPLE = (
-    "alignlab eval smollm2-135m-instruct --adapter runs/grpo_smollm2_cpu/adapter "
+    "alignlab eval before=smollm2-135m-instruct after=runs/grpo_smollm2_cpu "
     "--config configs/grpo_smollm2_cpu.yaml --num-samples 8 --pass-at 1 8"
 )
 
@@ -43,10 +54,15 @@ class Plan(NamedTuple):
     evaluation: EvaluationSettings
     seed: int
 
+    @property
+    def task(self) -> str:
+        """What the problems are called."""
+        return self.data.task or str(self.data.path)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="default: the config's model, or the adapter's base")
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="default: the config's model, or the adapter's base")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="CONFIG", help="evaluate as this run's config says")
     source.add_argument("--task", metavar="NAME", help="a reasoning_gym task, such as chain_sum")
@@ -59,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, metavar="N", help="sampled completions a problem")
     parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="the k of pass@k")
     parser.add_argument("--seed", type=int, help="of the sampled completions")
-    parser.add_argument("--show", type=int, metavar="N", default=0, help="show the completions of N problems")
+    told = "show what is said to N problems; of several models, to N that tell them apart"
+    parser.add_argument("--show", type=int, metavar="N", default=0, help=told)
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
     add_sampling_arguments(parser)
 
 
@@ -70,47 +88,175 @@ def run(args: argparse.Namespace) -> int:
         from alignlab.config.loader import load_config
 
         config = load_config(args.config, args.set)
-        plan, model = plan_of_config(config, args), args.model or args.adapter or config.model.name
+        plan, default = plan_of_config(config, args), config.model.name
     else:
-        plan, model = plan_of_task(args), args.model or args.adapter
-    if model is None:
-        raise ConfigError("no model to evaluate: give MODEL or --adapter; a config with an architecture has no weights")
-    result = evaluate_policy(plan, model, args.adapter if model != args.adapter else None, args.dtype)
-    show(result, args.show)
-    numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
-    name = plan.data.task or plan.data.path
-    print(json.dumps({"task": name, **numbers, "num_problems": result.num_problems, "num_samples": result.num_samples}))
+        plan, default = plan_of_task(args), None
+    candidates = candidates_of(args.models, args.adapter, default)
+    for candidate in candidates:
+        if not candidate.is_as_given:
+            print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
+    if len(candidates) > 1:
+        compare(plan, candidates, args)
+    else:
+        evaluate_one(plan, candidates[0], args)
     return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that would be ignored, or taken for others."""
-    if args.model is not None and "=" in args.model:
-        raise ConfigError(f"MODEL is {args.model!r}, which is a setting; write --set {args.model}")
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
         raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
+    if args.plot is not None and len(args.models) < 2:
+        raise ConfigError("--plot draws several models side by side; give at least two MODELs, or leave it out")
+    if args.plot is not None and not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
+        raise ConfigError(f"--plot must be a .png file in a folder that exists, and is {args.plot}; correct it")
+
+
+def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> None:
+    """The accuracy of one policy."""
+    result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
+    show(result, args.show)
+    numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
+    label = {"name": candidate.name} if candidate.labelled else {}
+    print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result)}))
+
+
+def compare(plan: Plan, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
+    """The accuracy of several policies, one after the other; what is measured is told however it ends."""
+    from alignlab.training.reward_functions import load_reward
+
+    scorer = load_reward(plan.scorer)
+    problems = same_problems(plan, candidates, scorer)
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if any(candidate.adapted for candidate in candidates) else "float32"
+    measured: list[MeasuredPolicy] = []
+    try:
+        for number, candidate in enumerate(candidates, 1):
+            print(f"{candidate.name}: model {number} of {len(candidates)}, {dtype}", file=sys.stderr, flush=True)
+            measured.append(measure(plan, candidate, problems[number - 1], scorer, dtype))
+    finally:
+        if measured:
+            told = {"seed": plan.seed, "dtype": dtype, "complete": len(measured) == len(candidates)}
+            tell_comparison(plan, measured, told, args)
+
+
+def same_problems(plan: Plan, candidates: Sequence[Candidate], scorer: LoadedReward) -> list[list[Prompt]]:
+    """For each policy the problems rendered by its own tokenizer, those alone that every policy can take.
+
+    Raises:
+        AlignlabError: with the name of a policy that cannot be loaded or given the problems, before one is loaded.
+    """
+    from alignlab.cli.policy import tokenizer_source
+    from alignlab.data.prompts import load_prompts
+    from alignlab.models.checkpoints import check_checkpoint, load_tokenizer
+
+    prompts = []
+    for candidate in candidates:
+        try:
+            check_checkpoint(candidate.model)
+            tokenizer = load_tokenizer(tokenizer_source(candidate.model, candidate.adapter))
+            prompts.append(load_prompts(plan.data, tokenizer))
+            refuse_deaf_scorer(scorer, prompts[-1][0], tokenizer)
+        except AlignlabError as error:
+            raise type(error)(f"MODEL {candidate.name}: {error}; nothing was evaluated") from error
+    given = [{prompt.index for prompt in each} for each in prompts]
+    shared = set.intersection(*given)
+    if not shared:
+        raise DataError("no problem can be given to all models: each skips others; see data.max_prompt_tokens")
+    left_out = len(set.union(*given) - shared)
+    if left_out:
+        print(f"problems left out, because not every model can be given them: {left_out}", file=sys.stderr)
+    return [[p for p in each if p.index in shared][: plan.evaluation.num_problems] for each in prompts]
+
+
+def measure(
+    plan: Plan, candidate: Candidate, prompts: Sequence[Prompt], scorer: LoadedReward, dtype: str
+) -> MeasuredPolicy:
+    """Load one policy, count, and let its memory go."""
+    import gc
+
+    import torch
+
+    from alignlab.training.comparison import MeasuredPolicy
+
+    gc.collect()  # what the one before it leaves behind
+    torch.cuda.empty_cache()
+    policy, tokenizer = load_policy(candidate.model, candidate.adapter, dtype)
+    start = time.perf_counter()
+    result = answer(plan, policy, tokenizer, prompts, scorer)
+    seconds = time.perf_counter() - start
+    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    return MeasuredPolicy(candidate.name, candidate.model, result, num_parameters, seconds)
+
+
+def tell_comparison(
+    plan: Plan, measured: Sequence[MeasuredPolicy], told: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    """The table and some completions on standard error, the plot, and all as JSON on standard output."""
+    from rich.console import Console
+
+    from alignlab.training.comparison import comparison_json, plot_comparison, show_comparison
+
+    show_comparison(Console(stderr=True), measured, args.show)
+    result = {"task": plan.task, **sizes(measured[0].result), **told, "models": comparison_json(measured)}
+    print(json.dumps(result), flush=True)
+    if args.plot is not None:
+        plot_comparison(measured, args.plot)
+        print(f"plot: {args.plot}", file=sys.stderr)
+
+
+def sizes(result: EvaluationResult) -> dict[str, int]:
+    """How much was asked."""
+    return {"num_problems": result.num_problems, "num_samples": result.num_samples}
 
 
 def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     """The evaluation that a run's config describes, with the command line's changes."""
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import RolloutSettings, SamplingSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.trainers.run import evaluation_data
 
+    refuse_preferences(config, args.config)
     data = evaluation_data(config)
     if data is None:
-        raise ConfigError(f"{args.config} has no evaluation data; set eval_data, or use --set eval_data.path=FILE")
+        raise ConfigError(f"{args.config} has no evaluation data; {fix_of_no_data(config)}")
     if config.evaluation.scorer is None and not config.rewards:
         raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
     scorer = RewardSettings(name=config.evaluation.scorer) if config.evaluation.scorer else config.rewards[0]
-    learns = isinstance(config.trainer, OnlineConfig)
-    rollout = config.trainer.rollout if isinstance(config.trainer, OnlineConfig) else RolloutSettings()
-    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
+    last = stages_of(config.trainer)[-1]
+    learns = isinstance(last, OnlineConfig)
+    rollout = last.rollout if isinstance(last, OnlineConfig) else RolloutSettings()
+    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
     base = config.evaluation.sampled or trained.model_copy(update={"temperature": 1.0} if learns else {})
     sampling = sampling_settings(args, **dict(base))
     seed = config.trainer.seed if args.seed is None else args.seed
     return Plan(data, scorer, sampling, rollout, _changed(config.evaluation, args), seed)
+
+
+def refuse_preferences(config: RunConfig, path: str) -> None:
+    """Say what to do where a config's data are preferences: no answer to them is right or wrong.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if config.trainer.measures != "preferences":
+        return
+    task = config.data.task or "NAME"
+    raise ConfigError(
+        f"{path} is of trainer {config.trainer.type}, whose held-out data are preferences, and eval counts right "
+        "answers; alignlab train measures how often the chosen completion leads, before and after, and writes it into "
+        f"{config.trainer.output_dir / 'report.json'}. To count right answers, use --task {task}, or --config of a run "
+        "with rewards"
+    )
+
+
+def fix_of_no_data(config: RunConfig) -> str:
+    """Where held-out problems may come from."""
+    if config.trainer.measures == "nothing":
+        return f"trainer {config.trainer.type} takes none; use --task NAME, or --config of a run with rewards"
+    return "set eval_data, or use --set eval_data.path=FILE"
 
 
 def plan_of_task(args: argparse.Namespace) -> Plan:
@@ -138,17 +284,29 @@ def _changed(evaluation: EvaluationSettings, args: argparse.Namespace) -> Evalua
 def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> EvaluationResult:
     """Load the policy, its problems and its scorer, and count."""
     from alignlab.data.prompts import load_prompts
-    from alignlab.rollout.engines import make_engine
-    from alignlab.training.evaluation import evaluate
     from alignlab.training.reward_functions import load_reward
 
     scorer = load_reward(plan.scorer)
     policy, tokenizer = load_policy(model, adapter, dtype)
     prompts = load_prompts(plan.data, tokenizer)
     refuse_deaf_scorer(scorer, prompts[0], tokenizer)
+    return answer(plan, policy, tokenizer, prompts[: plan.evaluation.num_problems], scorer)
+
+
+def answer(
+    plan: Plan,
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    scorer: LoadedReward,
+) -> EvaluationResult:
+    """Let the policy answer, and count."""
+    from alignlab.rollout.engines import make_engine
+    from alignlab.training.evaluation import evaluate
+
     return evaluate(
         make_engine(policy, tokenizer, plan.rollout),
-        prompts[: plan.evaluation.num_problems],
+        prompts,
         scorer,
         sampling=plan.sampling,
         num_samples=plan.evaluation.num_samples,

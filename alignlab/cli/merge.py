@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base model's weights, and save the result as the base's Hub family, with its tokenizer.
 
-The sum is taken in float32 and rounded once.
+A reward model's adapter gives a sequence-classification model. The sum is taken in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.policy import ADAPTER_FILE, is_adapter, put_adapter, tokenizer_source
 from alignlab.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "merge"
 SUMMARY = "merge a LoRA adapter into its model's weights"
@@ -34,6 +38,17 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"ADAPTER must be a folder that PEFT wrote, and {args.adapter} has no {ADAPTER_FILE}")
 
     import torch
+
+    from alignlab.models.reward_checkpoints import is_reward_model
+
+    merge = _merge_reward if is_reward_model(args.adapter) else _merge
+    merge(args, output, getattr(torch, args.dtype))
+    print(f"alignlab merge: wrote {output}", file=sys.stderr)
+    return 0
+
+
+def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -45,8 +60,20 @@ def run(args: argparse.Namespace) -> int:
         model = put_adapter(load_model(args.model, dtype=torch.float32), args.adapter)
     assert isinstance(model, PeftModel)
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    torch.nn.Module.to(merged, getattr(torch, args.dtype))
+    torch.nn.Module.to(merged, dtype)
     save_model(merged, output)
     load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter)).save_pretrained(output)
-    print(f"alignlab merge: wrote {output}", file=sys.stderr)
-    return 0
+
+
+def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
+    import torch
+
+    from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
+
+    base: Any = None if args.model is None else load_model(args.model, dtype=torch.float32)
+    reward = load_reward_model(args.adapter, dtype=torch.float32, base=base)
+    adapted: Any = reward.model
+    reward.model = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    tokenizer = load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter))
+    save_reward_model(reward, output, padded_tokenizer(tokenizer))

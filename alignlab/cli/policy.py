@@ -69,6 +69,9 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     """
     from peft import PeftModel
 
+    from alignlab.models.checkpoints import refuse_reward_adapter
+
+    refuse_reward_adapter(adapter)
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:

@@ -72,9 +72,10 @@ def server_settings(config: RunConfig) -> VLLMServerSettings:
         ConfigError: it has none.
     """
     from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
 
-    rollout = config.trainer.rollout if isinstance(config.trainer, OnlineConfig) else None
+    last = stages_of(config.trainer)[-1]
+    rollout = last.rollout if isinstance(last, OnlineConfig) else None
     if not isinstance(rollout, VLLMServerSettings):
         found = "missing" if rollout is None else rollout.engine
         raise ConfigError(

@@ -89,7 +89,16 @@ class EndpointJudge(_JudgeSettings):
         return self
 
 
-JudgeSettings = ModelJudge | EndpointJudge
+class RewardJudge(Frozen):
+    """A reward model, as trainer type reward writes it, or any of `transformers`' with one label."""
+
+    backend: Literal["reward_model"] = "reward_model"
+    name: str
+    """Its folder."""
+
+
+JudgeSettings = ModelJudge | EndpointJudge | RewardJudge
+PromptedSettings = ModelJudge | EndpointJudge
 AnyJudge = Annotated[JudgeSettings, Field(discriminator="backend")]
 
 

@@ -183,7 +183,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 def _purpose(names: list[str], model: type[BaseModel]) -> str:
     """What a missing setting is for, from its docstring or its class's."""
     *outer, last = names
-    field = _walk(outer, model)[1][0].model_fields[last]
+    field = next(each.model_fields[last] for each in _walk(outer, model)[1] if last in each.model_fields)
     docs = [field.description, *(each.__doc__ for each in _models_in(field.annotation))]
     first = next((doc for doc in docs if doc), None)
     return f": {first.strip().splitlines()[0]}" if first else ""

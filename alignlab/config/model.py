@@ -30,6 +30,27 @@ class TokenizerTraining(Frozen):
     """Prompts and answers to read."""
 
 
+class StudentSettings(Frozen):
+    """Which of a teacher's layers a student begins with: exactly one of `layers` and `num_layers`."""
+
+    layers: tuple[int, ...] | None = None
+    """Counted from 0, ascending."""
+    num_layers: int | None = Field(None, ge=1)
+    """So many, evenly spaced, the first and the last among them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.layers is None) == (self.num_layers is None):
+            value = None if self.layers is None else list(self.layers)
+            raise BrokenRule("layers", value, "be given exactly where num_layers is not", "give one of the two")
+        if self.layers is not None:
+            chosen = list(self.layers)
+            if not chosen or min(chosen) < 0 or chosen != sorted(set(chosen)):
+                right = sorted({index for index in chosen if index >= 0}) or [0]
+                raise BrokenRule("layers", chosen, "hold at least one index, none below 0, ascending", f"use {right}")
+        return self
+
+
 class ModelSettings(Frozen):
     """The policy: an existing checkpoint by `name`, or a new model by `architecture`."""
 
@@ -43,6 +64,8 @@ class ModelSettings(Frozen):
     """auto: bfloat16 under an adapter, float32 where all weights train."""
     lora: LoraSettings | None = None
     """None trains all weights."""
+    student: StudentSettings | None = None
+    """Begin with some of `name`'s layers alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,10 +79,21 @@ class ModelSettings(Frozen):
         elif isinstance(self.tokenizer, TokenizerTraining):
             must = "be a name for an existing model, whose weights mean nothing under other tokens"
             raise BrokenRule("tokenizer", "a training", must, "remove it to use the model's own")
+        if self.student is not None:
+            self._check_student()
         if self.dtype == "bfloat16" and self.lora is None:
             must = "be float32 where all weights train: bfloat16 rounds an optimizer's small updates away"
             raise BrokenRule("dtype", self.dtype, must, "use auto or float32, or train an adapter (lora)")
         return self
+
+    def _check_student(self) -> None:
+        if self.name is None:
+            must = "be null for a new model (architecture), which has no layers to choose from"
+            raise BrokenRule("student", "given", must, "give name, or remove it")
+        if self.lora is not None:
+            must = "be null with student, whose layers have no folder that an adapter could name as its base"
+            fix = "remove lora, or write the student first (alignlab student) and give its folder as name"
+            raise BrokenRule("lora", f"rank {self.lora.rank}", must, fix)
 
     def _check_new_model(self) -> None:
         if self.tokenizer is None:

@@ -9,7 +9,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.rollout import max_staleness
 
 if TYPE_CHECKING:
-    from alignlab.config.trainers import GRPOConfig, OnlineConfig, PolicyGradientConfig
+    from alignlab.config.trainers import GRPOConfig, OnlineConfig, OnPolicyDistillConfig, PolicyGradientConfig
 
 # A sequence's ratio is a mean over its tokens and stays within about 1e-3 of 1: a wider clip never acts.
 MAX_GSPO_CLIP = 0.05
@@ -45,7 +45,7 @@ def check_gspo_clip(config: GRPOConfig) -> None:
             raise BrokenRule(name, value, must, "use recipe: gspo, or clip_low 3e-4 and clip_high 4e-4")
 
 
-def check_ignored_fields(config: GRPOConfig) -> None:
+def check_ignored_fields(config: GRPOConfig | OnPolicyDistillConfig) -> None:
     """A field that the surrogate does not read keeps its default."""
     for name in IGNORED_BY[config.surrogate]:
         value, default = getattr(config, name), type(config).model_fields[name].default
@@ -55,7 +55,7 @@ def check_ignored_fields(config: GRPOConfig) -> None:
             raise BrokenRule(name, value, must, f"remove {name}, or use surrogate: ppo_clip")
 
 
-def check_on_policy(config: GRPOConfig) -> None:
+def check_on_policy(config: GRPOConfig | OnPolicyDistillConfig) -> None:
     """The plain policy gradient has no ratio, so it is right for one update a batch only."""
     updates = config.num_epochs * config.num_minibatches
     if config.surrogate == "reinforce" and updates > 1:

@@ -55,6 +55,15 @@ _PPO = {
     "response_length": "sampling.max_new_tokens",
 }
 
+_ON_POLICY_DISTILL = {
+    "teacher_model_name_or_path": "teacher.name",
+    "lmbda": "not needed: all completions are the student's",
+    "beta": "kl.coef for the policy it began with; to the teacher it is always the reverse KL",
+    "loss_type": "surrogate",
+    "scale_rewards": "not needed: a task's rewards are normalised in their group, and weigh task_weight",
+    "importance_sampling_level": "surrogate, which is by token",
+}
+
 _DPO = {
     "per_device_train_batch_size": "num_pairs, over all ranks",
     "loss_type": "loss",
@@ -90,6 +99,7 @@ PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
     "PPOConfig": _SHARED | _PPO,
     "DPOConfig": _SHARED | _DPO,
+    "OnPolicyDistillConfig": _SHARED | _GRPO | _ON_POLICY_DISTILL,
     "KTOConfig": _SHARED | _KTO,
     "OnlineDPOConfig": _SHARED | _ONLINE_DPO,
     "SFTConfig": _SHARED | _SFT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, PPOConfig, SFTConfig
+from alignlab.config.trainers import AnyTrainer, OnPolicyDistillConfig, PPOConfig, RLAIFConfig, SFTConfig
 
 
 class EvaluationSettings(Frozen):
@@ -62,11 +62,14 @@ class RunConfig(Frozen):
     eval_data: DataSettings | None = None
     """Default for a task: the same task, split "eval"."""
     rewards: tuple[RewardSettings, ...] = ()
-    trainer: Annotated[
-        GRPOConfig | PPOConfig | DPOConfig | OnlineDPOConfig | KTOConfig | SFTConfig, Field(discriminator="type")
-    ]
+    trainer: AnyTrainer
     evaluation: EvaluationSettings = EvaluationSettings()
     warm_start: WarmStart | None = None
+
+    @property
+    def has_scorer(self) -> bool:
+        """Whether something says which completions are right."""
+        return bool(self.rewards) or self.evaluation.scorer is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +90,8 @@ class RunConfig(Frozen):
         self._check_data()
         self._check_critic()
         self._check_rewards()
+        self._check_without_rewards()
+        self._check_scorer()
         return self
 
     def _check_warm_start(self) -> None:
@@ -122,10 +127,20 @@ class RunConfig(Frozen):
 
     def _check_critic(self) -> None:
         """A model by name may be an adapter's folder, and is looked at when it is loaded."""
-        form = self.trainer.critic.form if isinstance(self.trainer, PPOConfig) else "model"
+        trainer = self.trainer.policy if isinstance(self.trainer, RLAIFConfig) else self.trainer
+        form = trainer.critic.form if isinstance(trainer, PPOConfig) else "model"
         if form != "model" and self.model.architecture is not None:
             must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
             raise BrokenRule("trainer.critic.form", form, must, "use model")
+
+    def _check_without_rewards(self) -> None:
+        """What needs a reward where a trainer does not."""
+        if self.rewards:
+            return
+        weight = self.trainer.task_weight if isinstance(self.trainer, OnPolicyDistillConfig) else 0.0
+        if weight > 0:
+            must = "be 0 where there are no rewards"
+            raise BrokenRule("trainer.task_weight", weight, must, "name one in rewards, or remove it")
 
     def _check_rewards(self) -> None:
         if self.trainer.takes_rewards == "none" and self.rewards:
@@ -138,3 +153,8 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
+
+    def _check_scorer(self) -> None:
+        if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
+            must = "be null where nothing says what is right"
+            raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")

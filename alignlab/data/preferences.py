@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -53,11 +54,15 @@ class Preference:
         prompt: at least one token.
         chosen: the better completion, at least one token.
         rejected: the other.
+        margin: how much better the chosen one is, >= 0, where that is known.
+        probability: that the chosen one is the better one, in [0.5, 1], where a judge told that.
     """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    margin: float = 0.0
+    probability: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +80,7 @@ class PreferenceDataset(Sequence[Preference]):
     Attributes:
         preferences: those that can be used.
         skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template,
-            identical, other_prompt.
+            identical, other_prompt, bad_margin, bad_probability.
     """
 
     preferences: tuple[Preference, ...]
@@ -94,42 +99,60 @@ class PreferenceDataset(Sequence[Preference]):
         return self.preferences[index]
 
 
-def load_preferences(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreferenceDataset:
+def load_preferences(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, margin_column: str | None = None,
+    probability_column: str | None = None,
+) -> PreferenceDataset:
     """The preferences of the source that `settings` names; see `preferences_from_rows`.
 
     Of a task, whose rows have an answer: the right answer is preferred to that of another question.
     """
-    return preferences_from_rows(preference_rows(settings), settings, tokenizer)
+    return preferences_from_rows(
+        preference_rows(settings), settings, tokenizer, margin_column=margin_column,
+        probability_column=probability_column,
+    )
 
 
 def preference_rows(settings: DataSettings) -> Iterable[Mapping[str, Any]]:
     """The rows of a source; of a task, with its right answers as chosen and others' as rejected."""
     rows = load_rows(settings)
-    return rows if settings.task is None else _right_and_wrong(rows)
+    return rows if settings.task is None else right_and_wrong(rows)
 
 
-def _right_and_wrong(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each row's answer, and the next one that is another."""
+def right_and_wrong(rows: Iterable[Mapping[str, Any]], *, num_wrong: int = 1) -> Iterator[dict[str, Any]]:
+    """Each row's answer, against those of the next rows that have another: `num_wrong` different ones, if there are."""
     known = list(rows)
     answers = [str(row["answer"]) for row in known]
     for i, row in enumerate(known):
-        others = (answer for answer in answers[i + 1 :] + answers[:i] if answer != answers[i])
-        yield dict(row) | {"chosen": answers[i], "rejected": next(others, answers[i])}
+        others = dict.fromkeys(answer for answer in answers[i + 1 :] + answers[:i] if answer != answers[i])
+        for wrong in itertools.islice(others, num_wrong) if others else (answers[i],):
+            yield dict(row) | {"chosen": answers[i], "rejected": wrong}
 
 
 def preferences_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase,
+    *, margin_column: str | None = None, probability_column: str | None = None,
 ) -> PreferenceDataset:
     """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
 
     With a prompt column the two are completions of it. Without, both hold the prompt and the completion, and the prompt
-    is what they have in common at their beginning. The end-of-sequence token closes each, once.
+    is what they have in common at their beginning. The end-of-sequence token closes each, once. `margin_column` holds
+    how much better the chosen one is, `probability_column` how probably it is the better one.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
         DataError: a row cannot be used (with its number), or no row can.
     """
-    found, skipped = read_rows(rows, settings, tokenizer, lambda row, render: [preference_from_row(row, render)])
+
+    def read(row: Mapping[str, Any], render: PromptRenderer) -> list[Preference]:
+        pair = preference_from_row(row, render)
+        if margin_column is not None:
+            pair = replace(pair, margin=_margin(row, margin_column))
+        if probability_column is not None:
+            pair = replace(pair, probability=_probability(row, probability_column))
+        return [pair]
+
+    found, skipped = read_rows(rows, settings, tokenizer, read)
     return PreferenceDataset(tuple(found), skipped)
 
 
@@ -171,6 +194,33 @@ def preference_from_row(row: Mapping[str, Any], render: PromptRenderer) -> Prefe
     if good == bad:
         raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
     return Preference(start, good, bad)
+
+
+def _probability(row: Mapping[str, Any], column: str) -> float:
+    value = _number(row, column, "probability")
+    if not 0.5 <= value <= 1:
+        raise BadRow(
+            "bad_probability",
+            f"has probability {value} in the column {column!r}, and it must be from 0.5, where nobody knows, to 1; "
+            "below, the rejected completion is the chosen one",
+        )
+    return value
+
+
+def _number(row: Mapping[str, Any], column: str, what: str) -> float:
+    value = row.get(column)
+    if value is None:
+        raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
+    return float(value)
+
+
+def _margin(row: Mapping[str, Any], column: str) -> float:
+    value = _number(row, column, "margin")
+    if not 0 <= value < math.inf:
+        raise BadRow("bad_margin", f"has margin {value} in the column {column!r}, and it must be finite and at least 0")
+    return value
 
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:

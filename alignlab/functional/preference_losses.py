@@ -14,7 +14,9 @@ from torch.nn.functional import logsigmoid
 from alignlab.functional.precision import at_least_float32
 
 
-def dpo_sigmoid(margins: Float[Tensor, "P"], *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, "P"]:
+def dpo_sigmoid(
+    margins: Float[Tensor, "P"], *, beta: float, label_smoothing: float | Float[Tensor, "P"] = 0.0
+) -> Float[Tensor, "P"]:
     """Direct preference optimisation; with smoothing, conservative DPO.
 
         loss = -(1 - s) log sigmoid(beta m) - s log sigmoid(-beta m)
@@ -22,7 +24,8 @@ def dpo_sigmoid(margins: Float[Tensor, "P"], *, beta: float, label_smoothing: fl
     Args:
         margins: m, carries the gradient.
         beta: > 0, strength of the KL to the reference; 0.1 is usual.
-        label_smoothing: s, probability that a label is wrong, in [0, 0.5).
+        label_smoothing: s, probability that a label is wrong, in [0, 0.5]; of all pairs, or of each, where a judge's
+            soft labels are known.
 
     Returns:
         [P]; log 2 where policy and reference are equal.

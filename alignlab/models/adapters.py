@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from alignlab.config.model import LoraSettings
-from alignlab.errors import ConfigError
+from alignlab.errors import CheckpointError, ConfigError
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -158,6 +158,38 @@ def add_role(model: PeftModel, name: str, *, rank: int, alpha: float) -> None:
     config.r, config.lora_alpha, config.lora_dropout = rank, alpha, 0.0
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights, config.bias = True, "none"  # others write to the base
+    _put_role(model, name, config)
+
+
+def load_role(model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Put a saved adapter on the same frozen base as another role; the one in use stays in use.
+
+    Raises:
+        CheckpointError: the tensors are not those of this adapter on this model.
+    """
+    _put_role(model, name, config)
+    fill_adapter(model, name, tensors)
+
+
+def fill_adapter(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter the tensors of its checkpoint, by PEFT's names.
+
+    Raises:
+        CheckpointError: one of the adapter's is missing, of another shape, or there is one more.
+    """
+    fix = "give the base that it belongs on"
+    try:
+        result: Any = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+    except RuntimeError as error:
+        raise CheckpointError(f"the adapter does not fit the model: {error}; {fix}") from error
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"the adapter does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; {fix}"
+        )
+
+
+def _put_role(model: PeftModel, name: str, config: PeftConfig) -> None:
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.add_adapter(name, config)
     compute_in_base_dtype(model)

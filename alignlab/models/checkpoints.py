@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -58,28 +59,89 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
-    if _is_adapter(path):
-        base = load_model(_base_of(path), dtype=dtype, device=device)
+    if is_adapter(path):
+        refuse_reward_adapter(path)
+        base = load_model(base_of(path), dtype=dtype, device=device)
         return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
     model: Any = _adopted(_from_hub(name, path, dtype))
     return model.to(device).eval()
 
 
-def _from_hub(name: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """`transformers`' own model of a checkpoint, every weight of which is there and used."""
+def check_checkpoint(name: str) -> None:
+    """See that a checkpoint is there and of a known architecture, without reading its weights.
+
+    Args:
+        name: as for `load_model`. An adapter is looked at with its base.
+
+    Raises:
+        CheckpointError: it cannot be found, it is a reward model's adapter, or its folder has no safetensors or a file
+            of them that is cut short.
+        ConfigError: it is a packaged model, and the package is not installed.
+    """
+    path = resolve_checkpoint(name)
+    if Path(path).is_dir():
+        _check_files(name, sorted(Path(path).glob("*.safetensors")))
+    if is_adapter(path):
+        refuse_reward_adapter(path)
+        return check_checkpoint(base_of(path))
+    try:
+        AutoConfig.from_pretrained(path, **_OPTIONS)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
+            "safetensors"
+        ) from error
+
+
+def _check_files(name: str, files: list[Path]) -> None:
+    if not files:
+        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # its header says how long the file must be
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
+
+
+def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The decoder of a sequence-classification folder under a language-model head that is tied, and is not to be used.
+
+    Args:
+        dtype: default: the checkpoint's.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True))
+    return model.to(device).eval()
+
+
+def _from_hub(name: str, path: str, dtype: torch.dtype | str, *, headless: bool = False) -> PreTrainedModel:
+    """`transformers`' own model of a checkpoint, every weight of which is there and used.
+
+    Args:
+        headless: the checkpoint has another head than a language model's.
+    """
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if headless:
+        options["tie_word_embeddings"] = True
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
             "safetensors, of an architecture that transformers knows"
         ) from error
     model, told = loaded
     wrong = {
-        kind: sorted(str(key) for key in told[f"{kind}_keys"] if not str(key).endswith(".expert_load"))
+        kind: sorted(
+            str(key)
+            for key in told[f"{kind}_keys"]
+            if not (str(key).endswith(".expert_load") or (headless and str(key) == "score.weight"))
+        )
         for kind in ("missing", "unexpected", "mismatched")
     }
     if any(wrong.values()):
@@ -203,8 +265,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         CheckpointError: there is none.
     """
     path = resolve_checkpoint(name)
-    if _is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
-        return load_tokenizer(_base_of(path))
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(base_of(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_OPTIONS)
     except (OSError, ValueError) as error:
@@ -214,11 +276,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _is_adapter(path: str) -> bool:
+def refuse_reward_adapter(path: str) -> None:
+    """See that an adapter makes a language model.
+
+    Raises:
+        CheckpointError: it makes a reward model.
+    """
+    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+        raise CheckpointError(
+            f"{path} is a reward model, and a language model is needed here; give its base, or name it in rewards"
+        )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds an adapter of PEFT's."""
     return (Path(path) / "adapter_config.json").exists()
 
 
-def _base_of(path: str) -> str:
+def base_of(path: str) -> str:
     """The checkpoint that an adapter belongs on."""
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     if not base:

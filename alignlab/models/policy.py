@@ -71,19 +71,30 @@ class Policy(nn.Module):
             DataError: a masked token has no predecessor.
             ConfigError: the model cannot be computed with this layout, or has no experts to replay.
         """
+        hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
         asked = mask.nonzero()[:, 0]
-        predecessors = segments.predecessors[asked]
+        weight, bias, softcap = output_head(self.model)
+        logprobs, entropy = chunked_logprobs(
+            hidden, weight, tokens[asked], bias=bias, temperature=temperature, softcap=softcap,
+            chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
+        )
+        return self._output(logprobs, entropy, mask, record)
+
+    def predicting_states(
+        self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """The hidden states [M, D] that predict the masked tokens, and how their experts were chosen; see `forward`."""
+        predecessors = segments.predecessors[mask.nonzero()[:, 0]]
         if bool((predecessors < 0).any()):
             raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
         record = self._routing_record(routing, mask)
         options = {} if record is None else {"routing": record}
-        hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
-        weight, bias, softcap = output_head(self.model)
-        logprobs, entropy = chunked_logprobs(
-            hidden[predecessors], weight, tokens[asked], bias=bias, temperature=temperature, softcap=softcap,
-            chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
-        )
-        zeros = logprobs.new_zeros(len(tokens))
+        return hidden_states(self.model, tokens, segments.position_ids, segments, **options)[predecessors], record
+
+    def _output(self, logprobs: Tensor, entropy: Tensor, mask: Tensor, record: RoutingRecord | None) -> PolicyOutput:
+        """What is known of the masked tokens [M] at their places."""
+        asked = mask.nonzero()[:, 0]
+        zeros = logprobs.new_zeros(len(mask))
         router_loss = None if record is None else record.total_loss()
         return PolicyOutput(
             zeros.index_put((asked,), logprobs),

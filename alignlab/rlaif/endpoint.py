@@ -36,9 +36,7 @@ class EndpointChatModel:
         self.num_retries = 0
         self._settings = settings
         self._lock = threading.Lock()
-        self._http = httpx2.Client(
-            headers=_authorization(settings), timeout=settings.request_timeout_s, transport=transport
-        )
+        self._headers, self._transport = _authorization(settings), transport
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]
@@ -62,13 +60,17 @@ class EndpointChatModel:
         read: Callable[[Any], _Answer | Failure],
     ) -> list[_Answer | Failure]:
         def ask(conversation: Conversation) -> _Answer | Failure:
-            answer = self._ask({"model": self._settings.model, "messages": list(conversation), **options})
+            answer = self._ask(http, {"model": self._settings.model, "messages": list(conversation), **options})
             return answer if isinstance(answer, Failure) else read(answer)
 
-        with ThreadPoolExecutor(self._settings.max_concurrent) as pool:
+        patience = self._settings.request_timeout_s
+        with (
+            httpx2.Client(headers=self._headers, timeout=patience, transport=self._transport) as http,
+            ThreadPoolExecutor(self._settings.max_concurrent) as pool,
+        ):
             return list(pool.map(ask, conversations))
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | Failure:
+    def _ask(self, http: httpx2.Client, request: dict[str, Any]) -> dict[str, Any] | Failure:
         """The first choice of the server's answer."""
         answer: dict[str, Any] | Failure = Failure("unreachable", "")
         for attempt in range(self._settings.max_attempts):
@@ -76,15 +78,15 @@ class EndpointChatModel:
                 with self._lock:
                     self.num_retries += 1
                 time.sleep(self._settings.retry_wait_s * 2 ** (attempt - 1))
-            answer = self._send(request)
+            answer = self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
         return answer
 
-    def _send(self, request: dict[str, Any]) -> dict[str, Any] | Failure:
+    def _send(self, http: httpx2.Client, request: dict[str, Any]) -> dict[str, Any] | Failure:
         address = f"{self._settings.url.rstrip('/')}/chat/completions"
         try:
-            response = self._http.post(address, json=request)
+            response = http.post(address, json=request)
         except httpx2.TimeoutException:
             return Failure("timeout", f"{address} did not answer within {self._settings.request_timeout_s:g} s")
         except httpx2.HTTPError as error:

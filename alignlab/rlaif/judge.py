@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Protocol
 
 from alignlab.config.constitution import Constitution, Principle
-from alignlab.config.judge import JudgeSettings
+from alignlab.config.judge import PromptedSettings
 from alignlab.errors import JudgeError
 from alignlab.rlaif import questions
 from alignlab.rlaif.answers import AnswerStore, answer_key
@@ -75,7 +75,7 @@ class PromptedJudge:
 
     model: ChatModel
     constitution: Constitution
-    settings: JudgeSettings
+    settings: PromptedSettings
     store: AnswerStore | None = None
     seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)

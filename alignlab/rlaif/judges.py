@@ -6,14 +6,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.constitution import Constitution
-from alignlab.config.judge import EndpointJudge, JudgeSettings, ModelJudge
+from alignlab.config.judge import EndpointJudge, JudgeSettings, ModelJudge, PromptedSettings, RewardJudge
 from alignlab.errors import ConfigError
+from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.packaged import cache_folder
 from alignlab.rlaif.answers import AnswerStore
 from alignlab.rlaif.chat_model import ChatModel
 from alignlab.rlaif.endpoint import EndpointChatModel
-from alignlab.rlaif.judge import PromptedJudge
+from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.local import load_local
+from alignlab.rlaif.reward_judge import RewardModelJudge
+from alignlab.training.model_reward import ModelReward
 
 
 def make_judge(
@@ -23,8 +26,8 @@ def make_judge(
     policy: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
-) -> PromptedJudge:
-    """A judge with its model and its answers on disk.
+) -> Judge:
+    """A judge; one that is asked has its answers on disk.
 
     Args:
         policy, tokenizer: whose frozen base judges where the settings name no model.
@@ -33,6 +36,8 @@ def make_judge(
         ConfigError: the model cannot be had; or there are more votes than principles, and the same question has the
             same probabilities each time.
     """
+    if isinstance(settings, RewardJudge):
+        return RewardModelJudge(ModelReward(settings.name), load_tokenizer(settings.name))
     principles = len(constitution.principles)
     if settings.answers == "probabilities" and settings.votes > principles:
         raise ConfigError(
@@ -44,7 +49,7 @@ def make_judge(
 
 
 def chat_model(
-    settings: JudgeSettings, policy: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
+    settings: PromptedSettings, policy: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> ChatModel:
     """What the settings say is asked."""
     if isinstance(settings, EndpointJudge):

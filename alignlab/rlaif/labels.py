@@ -112,7 +112,7 @@ def report(
     agreement, first_rate = bias([Verdict(None, tuple(map(tuple, row["by_order"]))) for row in rows])
     return LabelReport(
         num_pairs=len(rows),
-        outcomes=Counter(_outcome(row, min_confidence) for row in rows),
+        outcomes=dict(Counter(_outcome(row, min_confidence) for row in rows)),
         agreement=agreement,
         first_rate=first_rate,
         confidence=fmean(row["probability"] for row in labelled) if labelled else None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -133,5 +134,8 @@ def load_local(
         return LocalChatModel(policy, tokenizer, tokens_per_batch=settings.tokens_per_batch)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     device = torch.device("cpu") if policy is None else next(policy.parameters()).device
-    model = load_model(settings.name, dtype=dtype, device=device).requires_grad_(False)
+    model = load_model(settings.name, dtype=dtype, device=device)
+    if isinstance(model, PeftModel):  # trained to judge: here the adapter is meant
+        model = model.merge_and_unload()
+    model.requires_grad_(False).eval()
     return LocalChatModel(model, load_tokenizer(settings.name), tokens_per_batch=settings.tokens_per_batch)

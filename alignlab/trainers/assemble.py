@@ -143,16 +143,22 @@ def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequen
     return examples_from_rows(rows, DataSettings(path="rows"), tokenizer)
 
 
-def resolve_preferences(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Preference]:
-    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already."""
+def resolve_preferences(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, **columns: str | None
+) -> Sequence[Preference]:
+    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already.
+
+    Args:
+        columns: margin_column and probability_column, see there.
+    """
     if isinstance(dataset, str):
         dataset = DataSettings(path=dataset)
     if isinstance(dataset, DataSettings):
-        return load_preferences(dataset, tokenizer)
+        return load_preferences(dataset, tokenizer, **columns)
     rows = list(dataset)
     if all(isinstance(row, Preference) for row in rows):
         return rows
-    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer)
+    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, **columns)
 
 
 def resolve_unpaired(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[UnpairedPreference]:

@@ -18,7 +18,7 @@ from alignlab.data.preferences import Preference
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.assemble import resolve_preferences
 from alignlab.trainers.offline import OfflineTrainer
-from alignlab.trainers.pairs import pair_loss, pair_metrics, pair_token_loss, pairs_of
+from alignlab.trainers.pairs import pair_loss, pair_metrics, pair_token_loss, pairs_of, with_labels
 from alignlab.trainers.reduction import Weigh, pair_mean
 from alignlab.trainers.reference import Reference, check_reference, reference_fingerprint
 from alignlab.training.evaluation import PreferenceResult
@@ -52,7 +52,7 @@ class DPOTrainer(OfflineTrainer):
 
     def examples(self, dataset: Any) -> Sequence[Preference]:
         """Preferences of a dataset."""
-        return resolve_preferences(dataset, self.tokenizer)
+        return resolve_preferences(dataset, self.tokenizer, probability_column=self.config.probability_column)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Score all pairs by the reference, or read what an earlier run has scored."""
@@ -65,9 +65,12 @@ class DPOTrainer(OfflineTrainer):
 
     def _packs(self, name: str, examples: Sequence[Preference], rows: Sequence[int]) -> list[Experience]:
         if self.reference is not None:
-            return self.reference.packs(name, self.reference.groups(name, examples, rows))
-        packs = pack_groups([examples[i].as_group() for i in rows], budget=self.config.tokens_per_microbatch)
-        return [replace(pack, rollout_logprobs=None) for pack in packs]
+            packs = self.reference.packs(name, self.reference.groups(name, examples, rows))
+        else:
+            plain = pack_groups([examples[i].as_group() for i in rows], budget=self.config.tokens_per_microbatch)
+            packs = [replace(pack, rollout_logprobs=None) for pack in plain]
+        soft = self.config.probability_column is not None
+        return with_labels(packs, [examples[i] for i in rows]) if soft else packs
 
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each pair, on one token of it [N]; metrics likewise."""

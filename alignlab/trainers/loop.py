@@ -179,7 +179,12 @@ class TrainingLoop(ABC):
             model=None if adapters else result.model_path,
             generate_options=self.generate_options,
             base_model=self.base_model,
+            use=self.use_of(result.model_path),
         )
+
+    def use_of(self, path: Path) -> str | None:
+        """How what was trained is used, where that is not by generating from it."""
+        return None
 
     def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
         with self.progress.phase("evaluate"):
@@ -291,10 +296,14 @@ class TrainingLoop(ABC):
     def _save_model(self, folder: RunFolder) -> Path:
         path = folder.adapter if self.learner.has_adapters else folder.model
         if self.is_main:
-            save_model(self.learner.model, path)
-            self.tokenizer.save_pretrained(path)
+            self.write_model(path)
         self.accelerator.wait_for_everyone()
         return path
+
+    def write_model(self, path: Path) -> None:
+        """Write what was trained and its tokenizer, so that others load them."""
+        save_model(self.learner.model, path)
+        self.tokenizer.save_pretrained(path)
 
     def _save_at(self, step: int) -> bool:
         every = self.config.save_every_steps

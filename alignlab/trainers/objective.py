@@ -17,7 +17,7 @@ from alignlab.trainers.mismatch import choose_correction, kept_by_length
 from alignlab.types import Experience
 
 if TYPE_CHECKING:
-    from alignlab.config.trainers import GRPOConfig, PPOConfig
+    from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, PPOConfig
 
 
 class Objective(Protocol):
@@ -65,7 +65,7 @@ class PolicyObjective:
         ConfigError: experts are to be replayed, and the model has none.
     """
 
-    def __init__(self, config: GRPOConfig | PPOConfig, policy: Policy) -> None:
+    def __init__(self, config: GRPOConfig | PPOConfig | OnPolicyDistillConfig, policy: Policy) -> None:
         self.config = config
         self.kl_coef = config.kl.coef
         self.uses_reference = config.kl.coef > 0 or config.kl.measure_every_steps is not None

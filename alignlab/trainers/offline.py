@@ -7,10 +7,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import TrainerConfig
@@ -58,18 +59,20 @@ class OfflineTrainer(TrainingLoop):
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
-        learner = Learner(
-            Policy(model, chunk_tokens=config.logprob_chunk_tokens),
-            config,
-            accelerator,
-            total_updates=config.num_steps,
-        )
+        learner = self.make_learner(model, tokenizer, config, accelerator, total_updates=config.num_steps)
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.train_examples: Sequence[Any] = self.examples(train_dataset)
         if not self.train_examples:
             raise DataError("the training data holds no example; check its path and its columns")
         self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed)
+
+    def make_learner(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,
+        accelerator: Accelerator, **schedule: Any,
+    ) -> Learner:
+        """What owns the policy; `schedule` is as `Learner` takes it."""
+        return Learner(Policy(model, chunk_tokens=config.logprob_chunk_tokens), config, accelerator, **schedule)
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
 from torch import Tensor
@@ -29,7 +30,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
-from alignlab.errors import CheckpointError, RolloutError
+from alignlab.errors import CheckpointError, ConfigError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
@@ -56,6 +57,7 @@ from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.model_reward import bind_rewards
 from alignlab.training.reward_functions import load_reward
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
@@ -97,18 +99,17 @@ class OnlineTrainer(TrainingLoop):
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
         warn_of_truncation(config.sampling)
-        rewards = RewardRunner(resolve_rewards(reward_funcs), config.reward_limits)
+        needed = config.takes_rewards == "needed" or bool(reward_funcs)
+        rewards = RewardRunner(resolve_rewards(reward_funcs) if needed else [], config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
         check_room(model, self.prompts, config)
-        policy = Policy(model, chunk_tokens=config.logprob_chunk_tokens)
+        policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
-        learner = Learner(
-            policy,
-            config,
-            accelerator,
+        learner = self.make_learner(
+            policy, config, accelerator,
             total_updates=self.num_policy_steps(config) * config.num_epochs * config.num_minibatches,
             updates_per_step=config.num_epochs * config.num_minibatches,
             temperature=config.sampling.temperature,
@@ -117,9 +118,15 @@ class OnlineTrainer(TrainingLoop):
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.rewards = rewards
         self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = rewards.rewards[0]
+        self.scorer = rewards.rewards[0] if rewards.rewards else None
         if self.evaluation.scorer is not None:
             self.scorer = load_reward(RewardSettings(name=self.evaluation.scorer))
+        if self.eval_prompts and self.scorer is None:
+            raise ConfigError(
+                "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
+                "evaluation.scorer"
+            )
+        bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
         self.store: RolloutStore | None = None
@@ -128,6 +135,14 @@ class OnlineTrainer(TrainingLoop):
         self._collecting_ranks = make_rank_group() if self.max_staleness else None
         self._position = self._position_now()
         self.ahead = self._make_ahead()
+
+    def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Policy:
+        """What is trained of a model."""
+        return Policy(model, chunk_tokens=config.logprob_chunk_tokens)
+
+    def make_learner(self, policy: Any, config: Any, accelerator: Accelerator, **options: Any) -> Learner:
+        """What owns the policy; `options` are as `Learner` takes them."""
+        return Learner(policy, config, accelerator, **options)
 
     @abstractmethod
     def make_objective(self, config: Any, policy: Policy) -> Objective:
@@ -323,7 +338,7 @@ class OnlineTrainer(TrainingLoop):
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts:
+        if not self.eval_prompts or self.scorer is None:
             return None
         settings = self.evaluation
         return evaluate(

@@ -6,12 +6,14 @@ DPO (arXiv:2305.18290), cDPO, robust DPO (arXiv:2403.00409), IPO (arXiv:2310.120
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alignlab.config.trainers import PairLossConfig
+from alignlab.data.preferences import Preference
 from alignlab.functional import preference_losses as losses
 from alignlab.functional.reduction import sequence_sum
 from alignlab.models.policy import PolicyOutput
@@ -29,6 +31,7 @@ class Pairs:
         chosen_ratio, rejected_ratio: [P] the same less the reference's; without a reference, the same.
         chosen_tokens, rejected_tokens: [P] lengths.
         places: [P] index of the token on which a pair's numbers stand.
+        probabilities: [P] that the chosen one is the better one; None for 1.
     """
 
     chosen: Tensor
@@ -38,6 +41,7 @@ class Pairs:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     places: Tensor
+    probabilities: Tensor | None = None
 
     @property
     def margins(self) -> Tensor:
@@ -48,6 +52,16 @@ class Pairs:
     def mean_margins(self) -> Tensor:
         """[P] the same of means over each completion's tokens."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
+
+
+def with_labels(packs: Sequence[Experience], pairs: Sequence[Preference]) -> list[Experience]:
+    """The packs with what the dataset says of each token's pair: margin, and probability of its label."""
+    known = torch.tensor([[pair.margin, pair.probability] for pair in pairs])
+    found = []
+    for pack in packs:
+        labels = known[torch.tensor(pack.segments.group_ids)].to(pack.tokens.device)[pack.segments.segment_of_token]
+        found.append(replace(pack, margins=labels[:, 0], probabilities=labels[:, 1]))
+    return found
 
 
 def pairs_of(logprobs: Tensor, pack: Experience) -> Pairs:
@@ -63,8 +77,10 @@ def pairs_of(logprobs: Tensor, pack: Experience) -> Pairs:
     first = torch.full((num_sequences,), len(ids), device=ids.device)
     index = torch.arange(len(ids), device=ids.device)
     first = first.scatter_reduce(0, ids[mask].long(), index[mask], "amin").view(-1, 2)
+    places = first[here, 0]
+    known = None if pack.probabilities is None else pack.probabilities[places]
     return Pairs(
-        sums[here, 0], sums[here, 1], ratios[here, 0], ratios[here, 1], counts[here, 0], counts[here, 1], first[here, 0]
+        sums[here, 0], sums[here, 1], ratios[here, 0], ratios[here, 1], counts[here, 0], counts[here, 1], places, known
     )
 
 
@@ -74,7 +90,8 @@ def pair_loss(pairs: Pairs, config: PairLossConfig) -> Tensor:
     chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
     match config.loss:
         case "sigmoid":
-            return losses.dpo_sigmoid(pairs.margins, beta=beta, label_smoothing=config.label_smoothing)
+            wrong = config.label_smoothing if pairs.probabilities is None else 1 - pairs.probabilities
+            return losses.dpo_sigmoid(pairs.margins, beta=beta, label_smoothing=wrong)
         case "robust":
             return losses.dpo_robust(pairs.margins, beta=beta, label_smoothing=config.label_smoothing)
         case "ipo":

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from alignlab.config.trainers import PPOConfig
 from alignlab.functional.kl import kl_k1
-from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.values import (
     explained_variance,
     gae,
@@ -31,7 +30,7 @@ from alignlab.models.policy import Policy
 from alignlab.trainers.learner import CriticLearner, Learner
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.reduction import Weigh, token_mean
+from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
 from alignlab.types import Experience, Rollout
 
 
@@ -94,7 +93,7 @@ class PPOTrainer(OnlineTrainer):
             totals = self._totals([_advantages(pack) for pack in everything], everything)
             credited = [[_whitened(pack, totals) for pack in packs] for packs in credited]
         each = [
-            _per_sequence(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)
+            sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)
         ]
         return torch.cat(each).view_as(rewards), credited
 
@@ -182,15 +181,3 @@ def _kl(pack: Experience) -> Tensor:
     assert pack.old_logprobs is not None and pack.ref_logprobs is not None
     return kl_k1(pack.old_logprobs, pack.ref_logprobs)
 
-
-def _per_sequence(packs: Sequence[Experience], num_sequences: int) -> Tensor:
-    """Mean advantage [B] of each sequence's tokens; 0 where it has none."""
-    totals = sum(
-        torch.stack([
-            sequence_sum(values, pack.segments.sequence_of_token, num_sequences=num_sequences)
-            for values in (_advantages(pack), pack.completion_mask.float())
-        ])
-        for pack in packs
-    )
-    assert isinstance(totals, Tensor)
-    return totals[0] / totals[1].clamp(min=1)

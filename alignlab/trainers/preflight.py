@@ -17,7 +17,7 @@ TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, 
 """Settings that change the distribution sampled from, and where they do not."""
 
 
-def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig) -> None:
+def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model") -> None:
     """See that the longest prompt leaves room for its completion, in the model and in the engine.
 
     Raises:
@@ -27,7 +27,7 @@ def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig) -> N
     served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     wanted = config.sampling.max_new_tokens
-    for limit, named in ((positions, "the model's {} positions"), (served, "rollout.context_tokens ({})")):
+    for limit, named in ((positions, f"{whose}'s {{}} positions"), (served, "rollout.context_tokens ({})")):
         if limit is not None and longest + wanted > limit:
             raise ConfigError(
                 f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "

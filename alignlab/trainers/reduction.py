@@ -76,3 +76,15 @@ def constant(max_tokens: int) -> Weigh:
         return constant_weights(pack.completion_mask, num_sequences=totals.num_sequences, max_tokens=max_tokens)
 
     return weigh
+
+
+def sequence_means(packs: Sequence[Experience], num_sequences: int) -> Tensor:
+    """Mean advantage [B] of each sequence's trained tokens; 0 where it has none."""
+    device = packs[0].tokens.device if packs else torch.device("cpu")
+    totals = torch.zeros(2, num_sequences, device=device)
+    for pack in packs:
+        assert pack.advantages is not None
+        ids = pack.segments.sequence_of_token
+        for total, values in zip(totals, (pack.advantages, pack.completion_mask.float()), strict=True):
+            total += sequence_sum(values, ids, num_sequences=num_sequences)
+    return totals[0] / totals[1].clamp(min=1)

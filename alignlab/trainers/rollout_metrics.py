@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,23 +19,30 @@ def rollout_metrics(
 
     `accuracy` is the fraction of completions to which the first reward function gave exactly 1, of those it applied
     to; `mixed_groups` the fraction of groups whose rewards differ, which are those that teach; `staleness` by how many
-    versions the weights that sampled a token are behind `policy_version`.
+    versions the weights that sampled a token are behind `policy_version`. Without reward functions there is nothing of
+    rewards.
     """
     names = list(rollouts[0].reward_parts)
     sums = _sums(rollouts, policy_version) | _sums_of_parts(rollouts, names)
     totals = reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     t = dict(zip(sums, totals, strict=True))
-    completions, rewarded = max(t["completions"], 1), max(t["rewarded"], 1)
+    completions = max(t["completions"], 1)
+    return (_of_rewards(t, names) if names else {}) | {
+        "completion_tokens": t["num_completion_tokens"] / completions,
+        "staleness": t["behind"] / max(t["num_completion_tokens"], 1),
+        "truncated_frac": t["truncated"] / completions,
+        "num_completion_tokens": t["num_completion_tokens"],
+    }
+
+
+def _of_rewards(t: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    rewarded = max(t["rewarded"], 1)
     mean = t["reward"] / rewarded if t["rewarded"] else math.nan  # none is not 0
     return {
         "reward": mean,
         "reward_std": math.sqrt(max(t["reward_squared"] / rewarded - mean * mean, 0.0)) if t["rewarded"] else math.nan,
         "accuracy": t["right"] / max(t[f"count/{names[0]}"], 1),
-        "completion_tokens": t["num_completion_tokens"] / completions,
-        "staleness": t["behind"] / max(t["num_completion_tokens"], 1),
-        "truncated_frac": t["truncated"] / completions,
         "mixed_groups": t["mixed"] / max(t["groups"], 1),
-        "num_completion_tokens": t["num_completion_tokens"],
         **{f"reward/{name}": t[f"sum/{name}"] / max(t[f"count/{name}"], 1) for name in names},
     }
 

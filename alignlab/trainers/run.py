@@ -17,11 +17,16 @@ from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
 from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import (
+    DistillConfig,
     DPOConfig,
+    GKDConfig,
     GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
+    OnPolicyDistillConfig,
     PPOConfig,
+    RewardConfig,
+    RLAIFConfig,
     SFTConfig,
     TrainerConfig,
 )
@@ -30,15 +35,21 @@ from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
-from alignlab.models.checkpoints import load_model, load_tokenizer, new_model
+from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
+from alignlab.models.student import chosen_layers, student_from
+from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.gkd import GKDTrainer
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.kto import KTOTrainer
 from alignlab.trainers.loop import TrainResult
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult
 from alignlab.training.run_folder import holds_run
@@ -46,10 +57,18 @@ from alignlab.types import message_text
 
 WARM_START = "warm_start"
 ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
-    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
+    GRPOConfig: GRPOTrainer,
+    PPOConfig: PPOTrainer,
+    OnlineDPOConfig: OnlineDPOTrainer,
+    GKDConfig: GKDTrainer,
+    OnPolicyDistillConfig: OnPolicyDistillTrainer,
 }
 OFFLINE: dict[type[TrainerConfig], type[OfflineTrainer]] = {
-    SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer,
+    SFTConfig: SFTTrainer,
+    DPOConfig: DPOTrainer,
+    KTOConfig: KTOTrainer,
+    RewardConfig: RewardTrainer,
+    DistillConfig: DistillTrainer,
 }
 
 
@@ -121,7 +140,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
     result = trainer.train(resume=resume)
-    return RunSummary(_task(config.data), result, trainer.learner.has_adapters)
+    return RunSummary(_task(config.data), result, trains_adapter=is_adapter(str(result.model_path)))
 
 
 def model_dtype(settings: ModelSettings) -> torch.dtype:
@@ -152,9 +171,12 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def make_model(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> PreTrainedModel | PeftModel:
-    """The model that the config names, or a new one with random weights from torch's global generator."""
+    """The model that the config names, or some of its layers; or a new one, random by torch's global generator."""
     if settings.name is not None:
-        return load_model(settings.name, dtype=dtype)
+        model = load_model(settings.name, dtype=dtype)
+        if settings.student is None:
+            return model
+        return student_from(model, chosen_layers(model, settings.student.layers, settings.student.num_layers))
     assert settings.architecture is not None
     return new_model(
         settings.architecture,
@@ -189,13 +211,21 @@ def warm_start(
 
 def make_trainer(
     config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> OnlineTrainer | OfflineTrainer:
+) -> OnlineTrainer | OfflineTrainer | RLAIFTrainer:
     """The trainer that the config's `trainer.type` names."""
-    kind, lora = type(config.trainer), config.model.lora
-    held_out = evaluation_data(config) if config.trainer.measures != "nothing" else None
+    lora = config.model.lora
+    held_out = measured_data(config)
+    if isinstance(config.trainer, RLAIFConfig):
+        return RLAIFTrainer(
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
+            evaluation=config.evaluation,
+        )
+    kind = type(config.trainer)
     if kind in OFFLINE:
+        measured = config.trainer.measures == "accuracy"
+        scored: dict[str, Any] = {"reward_funcs": config.rewards, "evaluation": config.evaluation} if measured else {}
         return OFFLINE[kind](
-            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora
+            model, config.trainer, config.data, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, **scored
         )
     return ONLINE[kind](
         model,
@@ -207,6 +237,13 @@ def make_trainer(
         peft_config=lora,
         evaluation=config.evaluation,
     )
+
+
+def measured_data(config: RunConfig) -> DataSettings | None:
+    """The held-out data that the trainer measures something on."""
+    trainer = config.trainer
+    unscored = trainer.takes_rewards == "optional" and trainer.measures == "accuracy" and not config.has_scorer
+    return None if trainer.measures == "nothing" or unscored else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:

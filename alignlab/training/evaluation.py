@@ -11,6 +11,7 @@ from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
 from alignlab.errors import ConfigError, RewardError
 from alignlab.functional.estimators import pass_at_k
+from alignlab.training.model_reward import ModelReward
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
@@ -52,6 +53,7 @@ class EvaluationResult:
         pass_at: by k, the unbiased estimate that at least one of k sampled completions is right.
         num_problems, num_samples: problems, and sampled completions of each.
         samples: what was said to each problem, in the order of the problems.
+        greedy_tokens, sampled_tokens: mean length of a completion; None where it was not counted.
     """
 
     greedy: float
@@ -62,6 +64,8 @@ class EvaluationResult:
     num_problems: int
     num_samples: int
     samples: tuple[EvaluatedProblem, ...] = field(default=(), repr=False)
+    greedy_tokens: float | None = None
+    sampled_tokens: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -96,12 +100,15 @@ class PreferenceResult:
         margin: by how much, on average, in the loss's units.
         loss: mean over pairs.
         num_pairs: that were looked at.
+        calibration_error, brier: of a reward model's probabilities, see `functional.reward_losses`.
     """
 
     accuracy: float
     margin: float
     loss: float
     num_pairs: int
+    calibration_error: float | None = None
+    brier: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -114,7 +121,8 @@ class PreferenceResult:
 
     def metrics(self) -> dict[str, float]:
         """The numbers, as they are logged."""
-        return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
+        named = {name: value for name, value in self.to_json().items() if name != "num_pairs" and value is not None}
+        return {f"eval/{name}": value for name, value in named.items()}
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ def evaluate(
         ConfigError: there are no problems, or a k is out of range.
         RewardError: the scorer fails, or has no opinion on a completion: an accuracy must not hide that.
     """
+    require_scorer(scorer)
     if not prompts:
         raise ConfigError("an evaluation needs at least one problem, and got 0; check eval_data")
     wrong = [k for k in pass_at if not 1 <= k <= num_samples]
@@ -208,7 +217,22 @@ def evaluate(
             _problem(one, many, right=right[0], num_correct=count)
             for one, many, right, count in zip(greedy, sampled, greedy_right, num_correct, strict=True)
         ),
+        greedy_tokens=_mean_tokens(greedy),
+        sampled_tokens=_mean_tokens(sampled),
     )
+
+
+def require_scorer(scorer: LoadedReward) -> None:
+    """Refuse what cannot say that a completion is right.
+
+    Raises:
+        ConfigError: it is a reward model, whose values are never exactly 1.
+    """
+    if isinstance(scorer.function, ModelReward):
+        raise ConfigError(
+            f"evaluation.scorer must be a reward function whose value 1 means a right answer, and {scorer.name} is a "
+            "reward model; name another scorer, or leave out eval_data"
+        )
 
 
 def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool]]:
@@ -246,6 +270,10 @@ def _is_answer(prompt: Prompt, completion: Completion) -> bool:
 
 def _mean(right: Sequence[Sequence[bool]]) -> float:
     return fmean(value for group in right for value in group)
+
+
+def _mean_tokens(rollouts: Sequence[Rollout]) -> float:
+    return fmean(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
 
 
 def _problem(greedy: Rollout, sampled: Rollout, *, right: bool, num_correct: int) -> EvaluatedProblem:

@@ -27,6 +27,14 @@ MEASURES = {
     "strict_sampled": "answer and nothing else, sampled",
 }
 
+PREFERENCE_MEASURES = {
+    "accuracy": "chosen leads",
+    "margin": "margin",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "brier": "Brier score",
+}
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -42,6 +50,7 @@ class RunReport:
         base_model: what the adapter belongs on.
         generate_options: of `alignlab generate`, so that it renders a prompt as the training did: --system-prompt TEXT,
             --prompt-template TEXT, --plain.
+        use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
     """
 
@@ -54,11 +63,14 @@ class RunReport:
     model: Path | None = None
     base_model: str | None = None
     generate_options: tuple[str, ...] = ()
+    use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def command(self) -> str | None:
-        """The command that tries the trained model, greedily, on the first held-out problem."""
+        """The command that tries the trained model, greedily, on the first held-out problem; or what `use` says."""
+        if self.use is not None:
+            return self.use
         answered = self.after.samples if isinstance(self.after, EvaluationResult) else ()
         problem = answered[0].prompt if answered else "Hello"
         if self.adapter is not None and self.base_model is not None:
@@ -93,7 +105,10 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         for step, result in ((0, report.before), (report.num_steps, report.after))
         if result is not None
     }
-    drawn = plot_curves(run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations)
+    # A run of several stages has its metrics in theirs.
+    drawn = run.metrics_file.exists() and plot_curves(
+        run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations
+    )
     write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
     _show_evaluations(console, report)
     _show(console, "trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s")
@@ -119,8 +134,7 @@ def _show_evaluations(console: Console, report: RunReport) -> None:
 
 def preference_table(before: PreferenceResult, after: PreferenceResult, *, title: str = "") -> Table:
     """What the held-out preferences came to, before and after."""
-    measures = {"accuracy": "chosen leads", "margin": "margin", "loss": "loss"}
-    return _change_table(before, after, measures, title=f"{title}: {before.num_pairs} held-out pairs")
+    return _change_table(before, after, PREFERENCE_MEASURES, title=f"{title}: {before.num_pairs} held-out pairs")
 
 
 def label_table(before: LabelResult, after: LabelResult, *, title: str = "") -> Table:
@@ -135,7 +149,8 @@ def _change_table(before: Any, after: Any, measures: Mapping[str, str], *, title
         table.add_column(column, justify="right" if column else "left")
     for name, label in measures.items():
         old, new = getattr(before, name), getattr(after, name)
-        table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        if old is not None and new is not None:
+            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
     return table
 
 
@@ -156,18 +171,28 @@ def accuracy_table(before: EvaluationResult, after: EvaluationResult, *, title: 
 
 def examples_table(before: Sequence[EvaluatedProblem], after: Sequence[EvaluatedProblem]) -> Table:
     """Greedy completions of the same problems before and after: four, evenly spaced over all, not picked."""
-    table = Table(title="greedy completions of the same problems", title_justify="left", show_lines=True)
-    for column, ratio in (("problem", 3), ("answer", 1), ("before", 3), ("after", 3)):
-        table.add_column(column, ratio=ratio, overflow="fold")
-    for i in evenly_spaced(min(len(before), len(after)), NUM_EXAMPLES):
-        old, new = before[i], after[i]
-        assert old.prompt == new.prompt, "both evaluations are of the same problems"
-        table.add_row(
-            Text(_cut(old.prompt)),
-            Text(old.answer or ""),
-            _verdict(old),
-            _verdict(new),
-        )
+    rows = evenly_spaced(min(len(before), len(after)), NUM_EXAMPLES)
+    title = "greedy completions of the same problems"
+    return completions_table({"before": before, "after": after}, rows, title=title)
+
+
+def completions_table(
+    answered: Mapping[str, Sequence[EvaluatedProblem]], rows: Sequence[int], *, title: str
+) -> Table:
+    """Greedy completions of the same problems side by side.
+
+    Args:
+        answered: by the column's name, all problems with what one policy said.
+        rows: which of the problems to show.
+    """
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column, ratio in (("problem", 3), ("answer", 1), *((name, 3) for name in answered)):
+        table.add_column(Text(column), ratio=ratio, overflow="fold")
+    for i in rows:
+        first, *others = (problems[i] for problems in answered.values())
+        assert all(other.prompt == first.prompt for other in others), "all are of the same problems"
+        verdicts = [_verdict(each) for each in (first, *others)]
+        table.add_row(Text(_cut(first.prompt)), Text(first.answer or ""), *verdicts)
     return table
 
 

@@ -63,6 +63,21 @@ def failed(error: RewardFailure) -> Future[Any]:
     return future
 
 
+class CallerReward:
+    """A reward that runs in the caller's thread and sees to its own time: one that was abandoned, as others are after
+    `time_limit_s`, would leave the policy's model in another role."""
+
+
+def in_caller(function: Callable[[], Any]) -> Future[Any]:
+    """Run `function` here and now, for as long as it takes."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 def in_thread(function: Callable[[], Any]) -> Future[Any]:
     """Run `function` in a new daemon thread; a pool would lose a worker to each function that hangs."""
     future: Future[Any] = Future()

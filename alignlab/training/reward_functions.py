@@ -19,7 +19,7 @@ from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
 
 ENTRY_POINT_GROUP = "alignlab.rewards"
-_GIVEN = ("prompts", "completions", "completion_ids")
+_GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class LoadedReward:
 
     Attributes:
         name: what it is called in metrics and reports.
-        function: with TRL's signature, sync or async; see `alignlab.types.RewardFunction`.
+        function: with TRL's signature, sync or async; see `alignlab.types.RewardFunction`. What is found by name may
+            also be a class: it is made with the options, and its object is the function.
         weight: of its values in the total.
         options: keyword arguments, passed on every call; they take the place of a column of the same name.
     """
@@ -56,6 +57,8 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     if not callable(function):
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
     _check_options(reward.name, function, reward.options)
+    if inspect.isclass(function):
+        return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight)
     return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options))
 
 
@@ -148,6 +151,19 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
                 f"reward {name!r} has no option {option!r}; {hint}"
                 f"Its options, and the columns it reads: {', '.join(named) or 'none'}"
             )
+
+
+def _made(reward: RewardSettings, kind: Callable[..., Any]) -> Callable[..., Any]:
+    """The object of a reward that is a class."""
+    missing = [
+        name
+        for name, parameter in (parameters(kind) or {}).items()
+        if parameter.default is parameter.empty and name not in reward.options
+    ]
+    if missing:
+        raise ConfigError(f"reward {reward.name!r} needs the option {missing[0]!r}; add it to its options")
+    made: Callable[..., Any] = kind(**reward.options)
+    return made
 
 
 def _short_name(name: str) -> str:

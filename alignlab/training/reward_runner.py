@@ -15,7 +15,15 @@ from typing import Any
 from alignlab.config.rewards import RewardLimits
 from alignlab.errors import RewardError
 from alignlab.rollout.loop_thread import LoopThread
-from alignlab.training.reward_calls import RewardCall, RewardFailure, failed, in_thread, is_async
+from alignlab.training.reward_calls import (
+    CallerReward,
+    RewardCall,
+    RewardFailure,
+    failed,
+    in_caller,
+    in_thread,
+    is_async,
+)
 from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters
 from alignlab.types import Message, Rollout, Text
 
@@ -35,6 +43,7 @@ class _Batch:
 
     prompts: list[Text]
     completions: list[str | list[Message]]
+    prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
 
@@ -53,6 +62,8 @@ class _Batch:
         known = parameters(reward.function)
         if known is None:
             return given
+        if "prompt_ids" in known:  # TRL gives none: only who names them gets them
+            given["prompt_ids"] = [list(ids) for ids in self.prompt_ids]
         self._refuse_missing([name for name in _required(known) if name not in given])
         return given if accepts_any(known) else {name: given[name] for name in known if name in given}
 
@@ -78,7 +89,7 @@ class RewardRunner:
     thread: it keeps its core, its memory and any lock it holds until it returns or the process ends (its thread is a
     daemon, so it does not keep the process alive), and native code that never releases the interpreter's lock stops
     everything. Signals do not work in a thread: a function must not use `signal.alarm`. Untrusted code needs a process
-    of its own.
+    of its own. A `CallerReward` runs in the caller's thread instead, without a limit.
 
     Attributes:
         failures: failed calls by (name of the reward, kind), the kind one of `FAILURE_KINDS`.
@@ -146,7 +157,8 @@ class RewardRunner:
             return RewardCall(failed(error), limit_s)
         if is_async(reward.function):
             return RewardCall(self._loop.submit(reward.function(**arguments)), limit_s)
-        return RewardCall(in_thread(lambda: reward.function(**arguments)), limit_s)
+        run = in_caller if isinstance(reward.function, CallerReward) else in_thread
+        return RewardCall(run(lambda: reward.function(**arguments)), limit_s)
 
     def _result(self, call: RewardCall) -> Any:
         """What the call returned, awaited where a plain function returned an awaitable."""
@@ -232,6 +244,7 @@ def _batch(rollouts: Sequence[Rollout]) -> _Batch:
     return _Batch(
         prompts=[prompt.text for prompt, _ in pairs],
         completions=[_like_prompt(prompt.text, completion.text) for prompt, completion in pairs],
+        prompt_ids=[list(prompt.token_ids) for prompt, _ in pairs],
         completion_ids=[list(completion.token_ids) for _, completion in pairs],
         columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
     )

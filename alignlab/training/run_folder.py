@@ -30,6 +30,7 @@ from alignlab.training.metrics import METRICS_FILE
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 PACKAGES = ("alignlab", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -74,11 +75,11 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        return self.path / ADAPTER_FOLDER
 
     @property
     def model(self) -> Path:
-        return self.path / "model"
+        return self.path / MODEL_FOLDER
 
     @property
     def report_file(self) -> Path:
@@ -128,6 +129,12 @@ class RunFolder:
 def holds_run(folder: Path) -> bool:
     """Whether a run was started in this folder."""
     return (folder / STARTS_FILE).exists()
+
+
+def made_in(folder: Path) -> Path | None:
+    """The adapter or the model that the run in a folder has made; None where it has made none."""
+    made = (folder / ADAPTER_FOLDER / "adapter_config.json", folder / MODEL_FOLDER / "config.json")
+    return next((file.parent for file in made if file.is_file()), None)
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import GRPOConfig, SFTConfig
+from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, SFTConfig
 from alignlab.errors import ConfigError
 
 RUN = {"model": {"name": "m"}, "data": {"task": "chain_sum"}, "rewards": [{"name": "r"}], "trainer": {"type": "grpo"}}
@@ -83,7 +83,7 @@ def test_every_name_offered_in_place_of_trl_s_exists():
     from alignlab.config.messages import _walk
     from alignlab.config.peer_names import PEER_NAMES
 
-    for owner in (GRPOConfig, SFTConfig, LoraSettings):
+    for owner in (GRPOConfig, OnPolicyDistillConfig, SFTConfig, LoraSettings):
         for ours in PEER_NAMES[owner.__name__].values():
             if " " not in ours:
                 assert _walk(ours.split("."), owner)[0] == ours.split("."), ours
@@ -94,8 +94,9 @@ def test_peft_name_is_answered_with_ours():
 
 
 def test_unknown_type_of_trainer_lists_the_types():
-    assert run_message(trainer={"type": "gpo"}) == "trainer.type is 'gpo', and must be grpo or ppo or dpo or online_dpo or kto or sft"
-    assert run_message(trainer={}) == "trainer.type is missing, and must be grpo or ppo or dpo or online_dpo or kto or sft"
+    known = "grpo or ppo or sft or dpo or online_dpo or kto or reward or distill or gkd or on_policy_distill or rlaif"
+    assert run_message(trainer={"type": "gpo"}) == f"trainer.type is 'gpo', and must be {known}"
+    assert run_message(trainer={}) == f"trainer.type is missing, and must be {known}"
 
 
 def test_misspelled_choice_names_the_nearest():

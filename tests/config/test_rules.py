@@ -4,8 +4,9 @@ import pytest
 
 from alignlab.config.recipes import RECIPES
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import GRPOConfig, SFTConfig
+from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, SFTConfig
 from alignlab.errors import ConfigError
+from alignlab.trainers.run import measured_data
 from tests.config.test_errors import RUN, message, run_message
 
 
@@ -243,3 +244,56 @@ def test_servers_are_addresses_named_once():
     twice = {"engine": "vllm_server", "servers": ["http://a:1", "http://a:1"]}
     assert "name each server once" in grpo_message(rollout=twice)
     assert "rollout.servers" in grpo_message(rollout={"engine": "vllm_server", "servers": []})
+
+
+def test_a_student_begins_with_chosen_layers_of_a_named_model():
+    model = {"name": "m", "student": {"layers": [0, 2]}}
+    assert RunConfig.model_validate(RUN | {"model": model}).model.student.layers == (0, 2)
+    assert "layers is null, and must be given exactly where num_layers is not" in run_message(
+        model={"name": "m", "student": {}}
+    )
+    assert "give one of the two" in run_message(model={"name": "m", "student": {"layers": [0], "num_layers": 1}})
+    assert run_message(model={"name": "m", "student": {"layers": [2, 0, 2]}}).endswith("ascending; use [0, 2]")
+    assert "none below 0" in run_message(model={"name": "m", "student": {"layers": [-1, 0]}})
+    assert "use [0]" in run_message(model={"name": "m", "student": {"layers": []}})
+    new = {"architecture": {}, "tokenizer": {"vocab_size": 300}, "student": {"num_layers": 1}}
+    assert "model.student is 'given', and must be null for a new model" in run_message(model=new)
+    assert "alignlab student" in run_message(model={**model, "lora": {"rank": 2}})
+
+
+def distill_message(**fields) -> str:
+    return message(OnPolicyDistillConfig, teacher={"name": "t"}, **fields)
+
+
+def test_on_policy_distillation_reads_what_it_is_given():
+    assert OnPolicyDistillConfig(teacher={"name": "t"}).discount == 0
+    assert "normalize_length is True, and must be false with discount 0" in distill_message(normalize_length=True)
+    assert OnPolicyDistillConfig(teacher={"name": "t"}, discount=1, normalize_length=True).normalize_length
+    assert "group_size is 1, and must be at least 2 with task_weight" in distill_message(group_size=1, task_weight=0.1)
+    assert "kl.placement is 'reward', and must be loss" in distill_message(kl={"coef": 0.1, "placement": "reward"})
+    assert "kl.target is 0.1, and must be null" in distill_message(kl={"coef": 0.1, "target": 0.1})
+    assert "clip_low is 0.1, and must stay 0.2 with surrogate reinforce" in distill_message(
+        surrogate="reinforce", clip_low=0.1
+    )
+    assert "num_epochs is 2, and must be 1 with surrogate reinforce" in distill_message(
+        surrogate="reinforce", num_epochs=2
+    )
+    assert "discount is 1.5" in distill_message(discount=1.5)
+    assert "trainer.teacher is missing" in run_message(trainer={"type": "on_policy_distill"})
+
+
+def test_on_policy_distillation_may_do_without_rewards_but_says_what_it_measures():
+    trainer = {"type": "on_policy_distill", "teacher": {"name": "t"}}
+    run = RunConfig.model_validate(RUN | {"rewards": [], "trainer": trainer})
+    assert not run.has_scorer and measured_data(run) is None
+    scored = RunConfig.model_validate(RUN | {"trainer": trainer})
+    assert scored.has_scorer and measured_data(scored).split == "eval"
+    alone = RunConfig.model_validate(RUN | {"rewards": [], "trainer": trainer, "evaluation": {"scorer": "r"}})
+    assert measured_data(alone) is not None
+    held_out = {"task": "chain_sum", "split": "eval"}
+    assert "eval_data is 'given', and must be null where nothing says" in run_message(
+        rewards=[], trainer=trainer, eval_data=held_out
+    )
+    assert "trainer.task_weight is 0.5, and must be 0 where there are no rewards" in run_message(
+        rewards=[], trainer=trainer | {"task_weight": 0.5}
+    )

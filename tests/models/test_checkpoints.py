@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from alignlab.config.model import LoraSettings
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import load_model, load_tokenizer, new_model, save_model
+from alignlab.models.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
 from alignlab.models.families import FAMILIES
 from alignlab.models.transformer import PolicyForCausalLM
 from tests.models.test_parity import HUB, SIZES
@@ -194,6 +194,36 @@ def test_a_damaged_checkpoint_is_refused(name: str, change: Any, message: str, t
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         load_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_checkpoint_is_checked_without_reading_its_weights(tmp_path: Path) -> None:
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    hub_folder("llama", model)
+    save_model(add_lora(load_model(str(model), dtype=torch.float32), LoraSettings(rank=2)), adapter)
+    check_checkpoint(str(model))
+    check_checkpoint(str(adapter))
+    config = adapter / "adapter_config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"CAUSAL_LM"', '"SEQ_CLS"'))
+    with pytest.raises(CheckpointError, match="is a reward model"):
+        check_checkpoint(str(adapter))
+    config.write_text(kept)
+    with pytest.raises(CheckpointError, match="nowhere cannot be loaded"):
+        check_checkpoint(str(tmp_path / "nowhere"))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    for name in (model, adapter):  # an adapter is looked at with its base
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            check_checkpoint(str(name))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_model(str(model), dtype=torch.float32)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="must hold safetensors"):
+        check_checkpoint(str(model))
+    (model / "config.json").unlink()
+    save_file({"x": torch.ones(1)}, weights)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        check_checkpoint(str(model))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:

@@ -90,3 +90,15 @@ def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> 
         sum((gamma * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas)))
         for i in range(len(deltas))
     ]
+
+
+def generalized_jsd(teacher: list[float], student: list[float], beta: float) -> float:
+    def kl(p: list[float], q: list[float]) -> float:
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+    if beta == 0:
+        return kl(teacher, student)
+    if beta == 1:
+        return kl(student, teacher)
+    mixture = [beta * p + (1 - beta) * q for p, q in zip(teacher, student, strict=True)]
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)

@@ -10,7 +10,7 @@ import pytest
 
 from alignlab.rlaif.judge import Verdict
 from alignlab.rlaif.labels import bias, judge_pairs, preferences, report
-from alignlab.rlaif.rewards import rating_reward, win_reward
+from alignlab.rlaif.rewards import RatingReward, WinReward
 from tests.rlaif.conftest import RuledModel, rollout
 
 Make = Callable[..., Any]
@@ -55,7 +55,7 @@ def test_agreement_and_bias_by_hand() -> None:
 
 
 def test_a_rating_is_a_reward(make_judge: Make) -> None:
-    reward = rating_reward(make_judge(max_rating=3))
+    reward = RatingReward(make_judge(max_rating=3))
     chat = [{"role": "assistant", "content": "xxx"}]
     assert reward(prompts=["q", "q", "q"], completions=["x", chat, "mute"]) == [0.0, 1.0, None]
 
@@ -64,7 +64,7 @@ def test_wins_over_the_others_of_the_prompt_are_a_reward(make_judge: Make) -> No
     """Lengths 1, 3, 6 and nothing: 1 loses to 3 by 1/4 and to 6 by 1/7, and beats the empty one."""
     judge = make_judge()
     texts = ["x", "xxx", "xxxxxx", " "]
-    won = win_reward(judge)(prompts=["p"] * 4 + ["q"] * 2, completions=[*texts, "ab", "ab"])
+    won = WinReward(judge)(prompts=["p"] * 4 + ["q"] * 2, completions=[*texts, "ab", "ab"])
     assert won[:4] == pytest.approx([
         (1 / 4 + 1 / 7 + 1) / 3, (3 / 4 + 1 / 3 + 1) / 3, (6 / 7 + 2 / 3 + 1) / 3, 0.0,
     ])  # fmt: skip
@@ -72,6 +72,6 @@ def test_wins_over_the_others_of_the_prompt_are_a_reward(make_judge: Make) -> No
 
 
 def test_a_win_that_nobody_judged_is_none_and_never_0(make_judge: Make) -> None:
-    won = win_reward(make_judge())(prompts=["p"] * 2 + ["q"] * 3, completions=["mute", "x", "mute", "x", "xxx"])
+    won = WinReward(make_judge())(prompts=["p"] * 2 + ["q"] * 3, completions=["mute", "x", "mute", "x", "xxx"])
     assert won[:3] == [None, None, None]
     assert won[3:] == pytest.approx([0.25, 0.75]) and not any(isinstance(w, float) and math.isnan(w) for w in won)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alignlab.training.rollout_store import read_rollouts
+from tests.trainers import rank_distill
 from tests.trainers.rank_gradients import gradients
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,7 @@ def test_ranks_train_in_step_on_prompts_of_their_own(tmp_path: Path) -> None:
     assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "of the second rank, which alone fails"
 
 
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [
-        ("ppo", "lora"), ("ppo", "model"), ("dpo", "-"), ("kto", "-"), ("online_dpo", "-"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "form"), [("ppo", "lora"), ("ppo", "model"), ("dpo", "-")])
 def test_other_trainers_keep_in_step(kind: str, form: str, tmp_path: Path) -> None:
     done = torchrun(str(ROOT / "tests/trainers/rank_others.py"), str(tmp_path), kind, form)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,7 +57,7 @@ def test_other_trainers_keep_in_step(kind: str, form: str, tmp_path: Path) -> No
     assert ranks[0].keys() == ranks[1].keys()
     for name, value in ranks[0].items():
         assert torch.equal(value, ranks[1][name]), name
-    assert kind != "ppo" or any(name.startswith("critic-") for name in ranks[0])
+    assert kind == "dpo" or any(name.startswith("critic-") for name in ranks[0])
 
 
 def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
@@ -76,3 +72,28 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None
             torch.testing.assert_close(shared[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
         with safe_open(path, "pt") as file:
             assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["distill", "gkd"])
+def test_students_of_two_ranks(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In step; and where examples are given, as on one rank."""
+    both = tmp_path / "both"
+    rank_distill.save_teacher(both)
+    done = torchrun(str(ROOT / "tests/trainers/rank_distill.py"), str(both), kind)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(both / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    if kind == "gkd":
+        return
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    alone = tmp_path / "alone"
+    rank_distill.save_teacher(alone)
+    rank_distill.train(alone, kind)
+    losses = [
+        [json.loads(line)["divergence"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (both, alone)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

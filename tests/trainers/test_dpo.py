@@ -125,6 +125,33 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_tra
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
+def test_soft_labels_smooth_each_pair_by_itself(make_trainer: Make) -> None:
+    """The loss of a pair whose label is right with probability p is p of the loss, 1 - p of that of the other label."""
+    known = [replace(pair, probability=p) for pair, p in zip(pairs(4), (1.0, 0.5, 0.75, 0.9), strict=True)]
+    trainer = make_trainer(data=known, probability_column="sure", tokens_per_microbatch=30, precompute_reference=False)
+    leave_reference(trainer)
+    packs = trainer.packs(range(4))
+    assert len(packs) > 1
+    total, expected = 0.0, 0.0
+    with torch.no_grad():
+        for pack in packs:
+            output = trainer.learner.outputs([pack])[0]
+            total += float(trainer.loss(output, pack)[0].sum())
+            for margin, place in zip(
+                (found := pairs_of(output.logprobs, pack)).margins, found.places.tolist(), strict=True
+            ):
+                p = known[pack.segments.group_ids[int(pack.segments.segment_of_token[place])]].probability
+                right = torch.sigmoid(0.1 * margin)
+                expected -= float(p * torch.log(right) + (1 - p) * torch.log(1 - right))
+    assert total == pytest.approx(expected, rel=1e-5)
+    for changes, message in (
+        ({"loss": "ipo"}, "must be null with loss ipo"),
+        ({"label_smoothing": 0.1}, "must be 0 with probability_column"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(probability_column="sure", **changes)
+
+
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "copy"])
 def test_the_loss_starts_at_log_two(lora: Any, make_trainer: Make) -> None:
     seen: list[Any] = []

@@ -125,3 +125,37 @@ def test_generate_options_render_as_training_did(config_file: Path) -> None:
     data = load_config(config_file, ["data.prompt_template='Q: {prompt} A:'"]).data
     assert generate_options(data) == ("--prompt-template", "Q: {prompt} A:")
     assert generate_options(load_config(config_file, []).data) == ()
+
+
+DISTILL = """
+model: {{name: {teacher}, student: {{num_layers: 1}}}}
+data: {{task: chain_sum, task_options: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}, size: 60}}
+rewards: {rewards}
+warm_start: {{data: {{path: {samples}}}, trainer: {{num_steps: 3, num_sequences: 8, trackers: []}}}}
+trainer:
+  type: on_policy_distill
+  teacher: {{name: {teacher}}}
+  output_dir: {folder}
+  num_steps: 2
+  num_prompts: 4
+  trackers: []
+  sampling: {{max_new_tokens: 4}}
+evaluation: {{num_problems: 6, num_samples: 2}}
+"""
+
+
+@pytest.mark.parametrize("rewards", ["[{name: reasoning_gym_answer}]", "[]"], ids=["measured", "without rewards"])
+def test_a_student_begins_with_its_teacher_s_layers_and_samples(
+    rewards: str, config_file: Path, tmp_path: Path
+) -> None:
+    teacher = run(load_config(config_file, [f"trainer.output_dir={tmp_path / 'teacher'}"])).result.model_path
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": str(i + 1)}) + "\n" for i in range(8)))
+    path = tmp_path / "distill.yaml"
+    path.write_text(DISTILL.format(teacher=teacher, samples=samples, folder=tmp_path / "distill", rewards=rewards))
+    summary = run(load_config(path)).to_json()
+    assert (summary["before"] is None) == (rewards == "[]")
+    config = json.loads((Path(summary["model"]) / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    metrics = [json.loads(line) for line in (tmp_path / "distill/metrics.jsonl").read_text().splitlines()]
+    assert all("reverse_kl" in line for line in metrics if "tokens_per_s" in line)

@@ -16,6 +16,12 @@ SAMPLED = {0: ["4", "it is 4", "5", "4 "], 1: ["6", "7", "8", "9"], 2: ["1", "2"
 SETTINGS = SamplingSettings(temperature=0.7, max_new_tokens=8)
 
 
+def said(text: str) -> Completion:
+    """A completion of a token a word."""
+    n = len(text.split())
+    return Completion((1,) * n, text, (0.0,) * n, (0.0,) * n, "stop", (0,) * n)
+
+
 class ScriptedEngine:
     """Says what it is told to, and remembers how it was asked."""
 
@@ -29,7 +35,7 @@ class ScriptedEngine:
         rollouts = []
         for prompt in prompts:
             texts = [GREEDY[prompt.index]] if sampling.temperature == 0 else SAMPLED[prompt.index][: sampling.n]
-            rollouts.append(Rollout(prompt, tuple(Completion((1,), t, (0.0,), (0.0,), "stop", (0,)) for t in texts)))
+            rollouts.append(Rollout(prompt, tuple(said(t) for t in texts)))
         return rollouts
 
     def update_weights(self, policy_version: int) -> None:
@@ -64,6 +70,8 @@ def test_accuracies_by_hand() -> None:
     # pass@2 = 1 - C(n - c, 2) / C(n, 2) = 1 - 0/6, 1 - 3/6, 1 - 6/6
     assert result.pass_at == pytest.approx({1: 4 / 12, 2: (1.0 + 0.5 + 0.0) / 3})
     assert (result.num_problems, result.num_samples) == (3, 4)
+    # "it is 4" is three tokens here, every other completion one.
+    assert result.greedy_tokens == pytest.approx(5 / 3) and result.sampled_tokens == pytest.approx(14 / 12)
 
 
 def test_how_the_engine_is_asked() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from alignlab.config.messages import BrokenRule
 from alignlab.config.trainers.pairs import PairLossConfig
 
 
@@ -19,8 +20,23 @@ class DPOConfig(PairLossConfig):
     precompute_reference: bool = True
     """Score all pairs by the reference once, before the first step, and keep that on disk for later runs; false scores
     each batch as it comes."""
+    probability_column: str | None = None
+    """Column with how probably the chosen completion is the better one, in [0.5, 1]: a judge's soft label
+    (arXiv:2309.00267), for loss sigmoid."""
     eval_every_steps: int | None = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""
+
+    @model_validator(mode="after")
+    def _check_probabilities(self) -> Self:
+        if self.probability_column is None:
+            return self
+        if self.loss != "sigmoid":
+            must = f"be null with loss {self.loss}, which takes labels for certain"
+            raise BrokenRule("probability_column", self.probability_column, must, "remove it, or use loss: sigmoid")
+        if self.label_smoothing:
+            must = "be 0 with probability_column, which says how sure each label is"
+            raise BrokenRule("label_smoothing", self.label_smoothing, must, "keep one of the two")
+        return self
 
     @property
     def method(self) -> str:

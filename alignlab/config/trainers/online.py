@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -72,7 +72,7 @@ class MismatchSettings(Frozen):
 class OnlineConfig(TrainerConfig):
     """What every trainer has that learns from its own rollouts."""
 
-    takes_rewards = "needed"
+    takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "needed"
     measures = "accuracy"
     num_prompts: int = Field(8, ge=1)
     """Prompts a step, over all ranks."""

@@ -1,0 +1,175 @@
+"""Ask a run's judge about pairs whose better completion is known, before anything is learnt from it.
+
+The pairs are rows of prompt, chosen and rejected; by default, of a task, right answers and those of other questions.
+The last line of standard output is the result as JSON. With --write-examples no judge is asked: the questions are
+written with their right answers, as supervised data (trainer.type sft) that teach one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from alignlab.cli.train import add_config_arguments
+from alignlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alignlab.config.run import RunConfig
+    from alignlab.types import Text
+
+    Pair = tuple[Text, str, str]
+
+NAME = "judge"
+SUMMARY = "how often a judge is right, agrees with itself, and prefers what it sees first"
+EXAMPLE = "alignlab judge configs/rlaif_smollm2_cpu.yaml --num-pairs 60"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected; default: the config's task")
+    parser.add_argument("--num-pairs", type=int, metavar="N", help="default: all")
+    parser.add_argument("--held-out", action="store_true", help="of a task: questions that training never sees")
+    parser.add_argument("--num-wrong", type=int, default=1, metavar="N", help="of a task: wrong answers a question")
+    parser.add_argument(
+        "--answer-template", metavar="TEXT", action="append", help="of a task: text with {answer} in it; repeatable"
+    )
+    parser.add_argument("--write-examples", metavar="FILE", help="write JSONL to teach a judge, and ask none")
+    parser.add_argument("--kind", choices=("both", "comparisons", "ratings"), default="both", help="of examples")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and print, or write."""
+    from alignlab.config.loader import load_config
+
+    config = load_config(args.config, args.overrides)
+    feedback(config)
+    pairs = load_pairs(args.pairs) if args.pairs is not None else task_pairs(config, args)
+    if args.write_examples is not None:
+        write_examples(config, pairs[: args.num_pairs], Path(args.write_examples), args.kind)
+        return 0
+    print(json.dumps(ask(config, pairs[: args.num_pairs])), flush=True)
+    return 0
+
+
+def load_pairs(path: str) -> list[Pair]:
+    """(prompt, chosen, rejected) of each row of a file.
+
+    Raises:
+        DataError: a row has not all three.
+    """
+    from alignlab.config.data import DataSettings
+    from alignlab.data.sources import load_rows
+    from alignlab.errors import DataError
+    from alignlab.types import message_text
+
+    pairs = []
+    for index, row in enumerate(load_rows(DataSettings(path=path))):
+        missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+        if missing:
+            raise DataError(f"{path}: row {index} (the first is 0) has no {missing[0]}; add it, or leave the row out")
+        pairs.append((row["prompt"], message_text(row["chosen"]), message_text(row["rejected"])))
+    return pairs
+
+
+def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[Pair]:
+    """(prompt, right answer, wrong answer) of the config's task, in each of the templates.
+
+    Raises:
+        ConfigError: there is no task, or a template has no place for the answer.
+    """
+    from alignlab.data.preferences import right_and_wrong
+    from alignlab.data.sources import load_rows
+    from alignlab.trainers.run import evaluation_data
+
+    data = evaluation_data(config) if args.held_out else config.data
+    if data is None or data.task is None:
+        raise ConfigError("the config's data are prompts without pairs to judge; give --pairs FILE")
+    templates = args.answer_template or ["{answer}"]
+    unfit = [template for template in templates if "{answer}" not in template]
+    if unfit:
+        raise ConfigError(f"--answer-template is {unfit[0]!r}, and must contain {{answer}}; put it in")
+    return [
+        (row["prompt"], *(template.replace("{answer}", row[name]) for name in ("chosen", "rejected")))
+        for row in right_and_wrong(load_rows(data), num_wrong=args.num_wrong)
+        for template in templates
+    ]
+
+
+def feedback(config: RunConfig) -> Any:
+    """The run's section.
+
+    Raises:
+        ConfigError: it is of another trainer.
+    """
+    from alignlab.config.trainers import RLAIFConfig
+
+    if not isinstance(config.trainer, RLAIFConfig):
+        kind = config.trainer.type
+        raise ConfigError(f"trainer.type is {kind}, and must be rlaif to have a judge; give another CONFIG")
+    return config.trainer
+
+
+def write_examples(config: RunConfig, pairs: list[Pair], path: Path, kind: str) -> None:
+    """Questions and right answers."""
+    from alignlab.config.constitution import load_constitution
+    from alignlab.rlaif.examples import comparisons, rated
+    from alignlab.rlaif.journal import write_rows
+
+    trainer = feedback(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if trainer.judge.backend == "reward_model":
+        raise ConfigError("judge.backend is reward_model, which is asked nothing; teach one by trainer.type reward")
+    constitution = load_constitution(trainer.constitution)
+    rows = [] if kind == "ratings" else list(comparisons(constitution, pairs))
+    rows += [] if kind == "comparisons" else rated(constitution, pairs, max_rating=trainer.judge.max_rating)
+    write_rows(path, rows)
+    print(f"alignlab judge: wrote {len(rows)} questions about {len(pairs)} pairs to {path}", file=sys.stderr)
+
+
+def ask(config: RunConfig, pairs: list[Pair]) -> dict[str, Any]:
+    """What the judge makes of the pairs; shows it as a table on standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from alignlab.config.constitution import load_constitution
+    from alignlab.rlaif.judges import make_judge, shares_base
+    from alignlab.rlaif.labels import bias
+    from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
+
+    trainer = feedback(config)
+    policy = tokenizer = None
+    if shares_base(trainer.judge):
+        tokenizer = make_tokenizer(config)
+        policy = make_model(config.model, tokenizer, model_dtype(config.model))
+    judge = make_judge(
+        trainer.judge, load_constitution(trainer.constitution), policy=policy, tokenizer=tokenizer, seed=trainer.seed
+    )
+    verdicts = judge.compare(pairs)
+    known = [verdict.probability for verdict in verdicts if verdict.probability is not None]
+    good = judge.rate([(prompt, chosen) for prompt, chosen, _ in pairs])
+    bad = judge.rate([(prompt, rejected) for prompt, _, rejected in pairs])
+    rated = [(g, b) for g, b in zip(good, bad, strict=True) if g is not None and b is not None]
+    agreement, first_rate = bias(verdicts)
+    told = {
+        "num_pairs": len(pairs),
+        "accuracy": _mean([1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in known]),
+        "rating_accuracy": _mean([1.0 if g > b else 0.5 if g == b else 0.0 for g, b in rated]),
+        "confidence": _mean([max(p, 1 - p) for p in known]),
+        "agreement": agreement,
+        "first_rate": first_rate,
+        **{name: count for name, count in sorted(judge.counts.items()) if count},
+    }
+    table = Table(title=f"judge of {config.trainer.output_dir}", title_justify="left", show_header=False)
+    for name, value in told.items():
+        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    Console(stderr=True).print(table)
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,108 @@
+"""Let a teacher answer a config's training prompts, and keep what its rewards approve, as data for fine-tuning.
+
+The output is a JSONL file of prompt and completion, for `type: sft` with data.path. The same command goes on where an
+interrupted one stopped. The last line of standard output is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
+from alignlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alignlab.config.run import RunConfig
+    from alignlab.training.teacher_samples import SampleSettings
+
+NAME = "sample"
+SUMMARY = "a teacher's approved completions, as data for fine-tuning"
+EXAMPLE = (
+    "alignlab sample runs/grpo_tiny_moe_cpu/model --config configs/grpo_tiny_moe_cpu.yaml "
+    "--output runs/samples.jsonl --num-samples 2 --min-reward 1"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help="the teacher: a Hub id, a folder, a packaged model")
+    parser.add_argument("--config", metavar="CONFIG", required=True, help="whose data, rewards and sampling are used")
+    parser.add_argument("--output", metavar="FILE", required=True, help="a new .jsonl file")
+    add_policy_arguments(parser)
+    parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="default: all")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="completions a prompt")
+    parser.add_argument("--min-reward", type=float, metavar="X", help="that a completion must reach; default: none")
+    parser.add_argument("--keep", choices=("all", "best"), default="all", help="of those that reach it")
+    parser.add_argument("--prompts-at-once", type=int, metavar="N", help="between two times that work is put on disk")
+    parser.add_argument("--seed", type=int, help="of the sampling; default: the config's")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, filter, write."""
+    from alignlab.config.loader import load_config
+
+    config = load_config(args.config, args.set)
+    output = Path(args.output)
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
+    settings = settings_of(config, args)
+    settings.check(len(config.rewards))
+
+    from alignlab.config.rewards import RewardLimits
+    from alignlab.config.rollout import RolloutSettings
+    from alignlab.config.trainers import OnlineConfig
+    from alignlab.data.prompts import PromptRenderer, load_prompts
+    from alignlab.rollout.engines import make_engine
+    from alignlab.training.checkpoint import fingerprint
+    from alignlab.training.model_reward import bind_rewards
+    from alignlab.training.reward_functions import load_reward
+    from alignlab.training.reward_runner import RewardRunner
+    from alignlab.training.teacher_samples import rejected, sample_teacher
+
+    trainer = config.trainer if isinstance(config.trainer, OnlineConfig) else None
+    limits = trainer.reward_limits if trainer else RewardLimits()
+    rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
+    policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
+    prompts = load_prompts(config.data, tokenizer)[: args.num_prompts]
+    identity = {
+        "model": fingerprint(policy.named_parameters()),
+        "data": config.data.model_dump_json(),
+        "rewards": [reward.model_dump_json() for reward in config.rewards],
+    }
+    bind_rewards(rewards.rewards, policy, tokenizer, share=True)
+    try:
+        counts = sample_teacher(
+            make_engine(policy, tokenizer, trainer.rollout if trainer else RolloutSettings()),
+            prompts, rewards, PromptRenderer(config.data, tokenizer), output, settings, identity=identity,
+        )
+    finally:
+        rewards.close()
+    plain = bool(tokenizer.chat_template) and config.data.chat is False
+    print(f"alignlab sample: left out: {rejected(counts)}", file=sys.stderr)
+    print(f"fine-tune on it: data.path={output}{' data.chat=false' if plain else ''}", file=sys.stderr)
+    share = round(counts["kept"] / counts["completions"], 4)
+    print(json.dumps({"output": str(output), "kept_frac": share, **counts}))
+    return 0
+
+
+def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:
+    """What the config and the flags say together."""
+    from alignlab.config.rollout import SamplingSettings
+    from alignlab.config.trainers import OnlineConfig
+    from alignlab.training.teacher_samples import SampleSettings
+
+    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
+    named = {"num_samples": args.num_samples, "prompts_at_once": args.prompts_at_once}
+    return SampleSettings(
+        sampling_settings(args, **dict(trained)),
+        min_reward=args.min_reward,
+        keep=args.keep,
+        seed=config.trainer.seed if args.seed is None else args.seed,
+        **{name: value for name, value in named.items() if value is not None},
+    )

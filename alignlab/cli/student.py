@@ -1,0 +1,55 @@
+"""Make a student of some of a teacher's layers, and save it as the teacher's Hub family, with its tokenizer.
+
+It keeps the teacher's widths, embeddings, norms and head. Train it before use: by distillation, or on samples of the
+teacher's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from alignlab.cli.policy import is_adapter
+from alignlab.errors import ConfigError
+
+NAME = "student"
+SUMMARY = "make a smaller model of a teacher's layers"
+EXAMPLE = "alignlab student smollm2-135m-instruct students/smollm2-15 --num-layers 15"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("teacher", metavar="TEACHER", help="a Hub id, a folder of a model, a packaged model")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist or be empty")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--layers", type=int, nargs="+", metavar="I", help="the layers to keep, counted from 0")
+    which.add_argument("--num-layers", type=int, metavar="N", help="how many to keep, evenly spaced, both ends kept")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, cut, save."""
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
+    if is_adapter(args.teacher):
+        raise ConfigError(f"TEACHER must be a model, and {args.teacher} is an adapter; merge it first: alignlab merge")
+
+    import torch
+
+    from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.student import chosen_layers, student_from
+
+    teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype))
+    layers = chosen_layers(teacher, args.layers, args.num_layers)
+    student = student_from(teacher, layers)
+    save_model(student, output)
+    load_tokenizer(args.teacher).save_pretrained(output)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    print(
+        f"alignlab student: wrote {output}, layers {' '.join(map(str, layers))}: {sizes[0]:,} of {sizes[1]:,} "
+        f"parameters ({sizes[0] / sizes[1]:.0%})",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,155 @@
+"""What learning from a judge is told: its constitution, its judge, and which way its feedback takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.config.base import Frozen
+from alignlab.config.judge import AnyJudge, fill_judge
+from alignlab.config.messages import BrokenRule
+from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
+from alignlab.config.trainers.base import TrainerConfig
+from alignlab.config.trainers.dpo import DPOConfig
+from alignlab.config.trainers.grpo import GRPOConfig
+from alignlab.config.trainers.online_dpo import OnlineDPOConfig
+from alignlab.config.trainers.ppo import PPOConfig
+from alignlab.config.trainers.reward import RewardConfig
+from alignlab.config.trainers.sft import SFTConfig
+
+FeedbackPath = Literal["revision", "dpo", "reward_model", "direct", "online_dpo"]
+# By path: the trainers that may come last.
+POLICIES: dict[str, tuple[str, ...]] = {
+    "revision": (),
+    "dpo": ("dpo",),
+    "reward_model": ("grpo", "ppo"),
+    "direct": ("grpo", "ppo"),
+    "online_dpo": ("online_dpo",),
+}
+LABELLED = ("dpo", "reward_model")
+
+
+class _Sampled(Frozen):
+    """What is generated before a judge or a critic sees it."""
+
+    num_prompts: int | None = Field(None, ge=1)
+    """Of the training data; default: all."""
+    sampling: SamplingSettings = SamplingSettings()
+    rollout: RolloutEngineSettings = RolloutSettings()
+    prompts_per_batch: int = Field(32, ge=1)
+    """Prompts that are done, and on disk, together."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_engine(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "rollout" in given:
+            return given | {"rollout": fill_engine(given["rollout"])}
+        return given
+
+
+class RevisionSettings(_Sampled):
+    """Critique and revision of the policy's own completions, and supervised fine-tuning on the last version."""
+
+    num_revisions: int = Field(1, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    """Of a critique, and of a revision."""
+    temperature: float = Field(0.7, ge=0)
+    trainer: SFTConfig = SFTConfig()
+
+
+class LabelSettings(_Sampled):
+    """Pairs of the policy's completions, labelled by the judge."""
+
+    min_confidence: float = Field(0.5, ge=0.5, lt=1)
+    """Pairs whose better completion is less probably better than this are ties, and left out."""
+
+
+class RLAIFConfig(Frozen):
+    """Reinforcement learning from a judge's feedback (arXiv:2212.08073, arXiv:2309.00267), in stages."""
+
+    takes_rewards: ClassVar[Literal["none"]] = "none"
+    measures: ClassVar[Literal["accuracy"]] = "accuracy"
+    type: Literal["rlaif"] = "rlaif"
+    output_dir: Path = Path("runs/alignlab")
+    seed: int = Field(0, ge=0, lt=2**32)
+    constitution: str
+    """A YAML file of principles, see `configs/constitutions`."""
+    judge: AnyJudge
+    path: FeedbackPath
+    """revision: critique and revision alone. dpo: labelled pairs. reward_model: a reward model of labelled pairs.
+    direct: the judge's rating of each completion is its reward. online_dpo: the judge compares the policy's pairs as
+    they come."""
+    revision: RevisionSettings | None = None
+    """Before the rest, where it is given."""
+    labels: LabelSettings | None = None
+    reward: RewardConfig | None = None
+    policy: Annotated[GRPOConfig | PPOConfig | DPOConfig | OnlineDPOConfig, Field(discriminator="type")] | None = None
+    """The trainer of the last stage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        filled = dict(given)
+        if "judge" in filled:
+            filled["judge"] = fill_judge(filled["judge"])
+        path = filled.get("path")
+        if path in LABELLED and "labels" not in filled:
+            filled["labels"] = {}
+        if path == "reward_model" and "reward" not in filled:
+            filled["reward"] = {}
+        if path == "revision" and "revision" not in filled:
+            filled["revision"] = {}
+        return filled
+
+    @field_validator("output_dir")
+    @classmethod
+    def _at_home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        wanted = {"labels": self.path in LABELLED, "reward": self.path == "reward_model"}
+        for name, needed in wanted.items():
+            if getattr(self, name) is not None and not needed:
+                must = f"be left out with path {self.path}, which has no such stage"
+                raise BrokenRule(name, "given", must, "remove it")
+        if self.revision is not None and self.judge.backend == "reward_model":
+            must = "be model or endpoint with revision: a reward model writes no critiques"
+            raise BrokenRule("judge.backend", self.judge.backend, must, "use another judge, or remove revision")
+        allowed, kind = POLICIES[self.path], self.policy and self.policy.type
+        if allowed and kind not in allowed:
+            must = f"be given, of type {' or '.join(allowed)}, with path {self.path}"
+            raise BrokenRule("policy.type", kind, must, f"use policy: {{type: {allowed[0]}}}")
+        if not allowed and kind is not None:
+            raise BrokenRule("policy", kind, f"be left out with path {self.path}, which ends before", "remove it")
+        self._check_folders()
+        return self
+
+    def _check_folders(self) -> None:
+        revision = self.revision.trainer if self.revision else None
+        stages = {"revision.trainer": revision, "reward": self.reward, "policy": self.policy}
+        for name, stage in stages.items():
+            default = TrainerConfig.model_fields["output_dir"].default
+            if stage is not None and stage.output_dir != default:
+                must = "be left out: every stage is in a folder of its own in trainer.output_dir"
+                raise BrokenRule(f"{name}.output_dir", str(stage.output_dir), must, "remove it")
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return f"rlaif ({self.path}, judge: {self.judge.backend})"
+
+    @property
+    def step(self) -> str:
+        """What its stages are made of."""
+        return "; ".join(f"{stage.method}, {stage.num_steps} steps, {stage.step}" for stage in self.stages)
+
+    @property
+    def stages(self) -> tuple[TrainerConfig, ...]:
+        """The trainers that it runs, in order."""
+        found = (self.revision.trainer if self.revision else None, self.reward, self.policy)
+        return tuple(stage for stage in found if stage is not None)

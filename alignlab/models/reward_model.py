@@ -1,0 +1,118 @@
+"""The reward model: one number for a whole sequence, read from the hidden state of its last token.
+
+It trains all weights of a model of its own, or is an adapter with a head on a frozen base. As such it is one more role
+on a policy's base: policy, reference, critic and reward model then share one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from alignlab.errors import ConfigError
+from alignlab.models.adapters import has_adapters, in_role
+from alignlab.models.attention import causal_lm, hidden_states
+from alignlab.models.moe import RoutingRecord, routers
+from alignlab.types import Experience, Segments
+
+
+class RewardOutput(NamedTuple):
+    """Attributes:
+    rewards: [N] float32, on the last token of each sequence; 0 elsewhere.
+    router_loss: [N] float32, see `PolicyOutput`; None without it.
+    """
+
+    rewards: Tensor
+    router_loss: Tensor | None = None
+
+
+class RewardModel(nn.Module):
+    """A linear head without a bias, float32, on the hidden state of each sequence's last token.
+
+    The head's name and shape, `score.weight` [1, D], are those of `transformers`' sequence-classification models. It
+    starts at random, with variance 1 / (D + 1), so that the decoder under it has a gradient from the first step on:
+    Stiennon et al. (2020), arXiv:2009.01325.
+
+    Args:
+        model: a causal language model, whose own head is not used, or a PeftModel around one.
+        role: the adapter of a shared PeftModel that is the reward model's; None where the model is its own.
+
+    Raises:
+        ConfigError: the adapter is on the model's own head, of which no reward is made.
+    """
+
+    def __init__(self, model: nn.Module, *, role: str | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.role = role
+        lm = causal_lm(model)
+        size = lm.config.get_text_config().hidden_size
+        self.score = nn.Linear(size, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=(size + 1) ** -0.5)
+        self.score.to(next(model.parameters()).device)
+        head = lm.get_output_embeddings()
+        if role is None and any("lora" in name for name, _ in head.named_parameters()):
+            raise ConfigError(
+                "target_modules names the language-model head, and a reward model does not use it; use all-linear, or "
+                "leave the head out"
+            )
+        if role is None and not has_adapters(model) and not lm.config.get_text_config().tie_word_embeddings:
+            head.requires_grad_(False)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Within this context a shared model is the reward model's."""
+        if self.role is None:
+            return nullcontext()
+        assert isinstance(self.model, PeftModel)
+        return in_role(self.model, self.role)
+
+    def forward(self, tokens: Tensor, segments: Segments, mask: Tensor) -> RewardOutput:
+        """Rewards of whole sequences; to be called in `in_use`.
+
+        Args:
+            tokens: [N] ids.
+            segments: how they divide into sequences.
+            mask: [N] bool, tokens on which an MoE's routers are counted and balanced.
+        """
+        # Routers of a shared model count what the policy chooses in training, and nothing of this.
+        counted = mask if self.role is None else torch.zeros_like(mask)
+        record = RoutingRecord(counted=counted) if routers(self.model) else None
+        options = {} if record is None else {"routing": record}
+        hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
+        ends = last_tokens(segments)
+        rewards = linear(hidden[ends].float(), self.score.weight.float())[:, 0]
+        router_loss = None if record is None else record.total_loss()
+        return RewardOutput(
+            rewards.new_zeros(len(tokens)).index_put((ends,), rewards),
+            None if router_loss is None else router_loss * mask,
+        )
+
+    @torch.no_grad()
+    def rewards(self, packs: Sequence[Experience], num_sequences: int) -> Tensor:
+        """[num_sequences] float32, by sequence id, without dropout or a gradient; nan for one that is in no pack."""
+        device = self.score.weight.device
+        found = torch.full((num_sequences,), torch.nan, device=device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.in_use():
+                for pack in (each.to(device) for each in packs):
+                    ends = last_tokens(pack.segments)
+                    output = self(pack.tokens, pack.segments, pack.completion_mask)
+                    found[pack.segments.sequence_of_token[ends]] = output.rewards[ends]
+        finally:
+            self.model.train(was_training)
+        return found
+
+
+def last_tokens(segments: Segments) -> Tensor:
+    """Index of the last token of each sequence, in the order of the segments that end one."""
+    rows = zip(segments.starts, segments.lengths, segments.sequence_ids, strict=True)
+    ends = [start + length - 1 for start, length, sequence in rows if sequence >= 0]
+    return torch.tensor(ends, dtype=torch.long, device=segments.device)

@@ -1,0 +1,184 @@
+"""Generalised knowledge distillation: the student samples, and learns its teacher's distribution at each token of that.
+
+Agarwal et al. (2023), GKD, arXiv:2306.13649, Algorithm 1. No gradient goes through the sampling. A fraction of the
+prompts may be completed by the dataset instead.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.data import DataSettings
+from alignlab.config.trainers import GKDConfig
+from alignlab.data.examples import completion_example
+from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.errors import DataError
+from alignlab.models.checkpoints import load_tokenizer
+from alignlab.models.policy import Policy
+from alignlab.trainers.assemble import Dataset, Model, Reward
+from alignlab.trainers.distilling import (
+    Comparison,
+    StudentLearner,
+    StudentOutput,
+    StudentPolicy,
+    check_same_teacher,
+    shared_width,
+)
+from alignlab.trainers.grpo import spread
+from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.reduction import Weigh, token_mean
+from alignlab.trainers.teacher import load_teacher
+from alignlab.training.checkpoint import fingerprint
+from alignlab.types import Completion, Experience, Prompt, Rollout
+
+COMPLETIONS = ("completion", "answer")
+
+
+class DivergenceObjective:
+    """How far the student is from its teacher; an `Objective`. There is no state."""
+
+    uses_reference = False
+    entropy_grad = False
+    routing: Literal["rollout", "trainer", "none"] = "rollout"
+
+    def __init__(self, temperature: float) -> None:
+        self._scale = temperature**2
+
+    def needs(self, step: int) -> frozenset[str]:
+        """Nothing: the teacher is asked with each pack."""
+        return frozenset()
+
+    def __call__(self, output: StudentOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """T^2 divergence of each token [N]; see Hinton et al. (2015), arXiv:1503.02531, Sec. 2."""
+        return self._scale * output.divergence, {"divergence": output.divergence, "entropy": output.entropy}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class GKDTrainer(OnlineTrainer):
+    """On-policy distillation by divergences; arguments are `OnlineTrainer`'s, and reward functions may be left out.
+
+    Raises:
+        ConfigError: the teacher has other tokens than the student, or fewer logits.
+        DataError: with `student_frac` below 1, a row has no completion.
+    """
+
+    config: GKDConfig
+    learner: StudentLearner
+
+    def __init__(
+        self,
+        model: Model,
+        reward_funcs: Reward | Sequence[Reward],
+        config: GKDConfig,
+        train_dataset: Dataset,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, reward_funcs, config, train_dataset, **options)
+        self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
+        settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
+        self._given: dict[int, tuple[int, ...]] = {}
+        if config.student_frac < 1:
+            render = PromptRenderer(settings, self.tokenizer)
+            self._given = {prompt.index: given_completion(prompt, render) for prompt in self.prompts}
+
+    def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
+        """The student, and beside it the teacher."""
+        device, chunk_tokens = next(model.parameters()).device, config.logprob_chunk_tokens
+        self.teacher = load_teacher(config.teacher, device, chunk_tokens=chunk_tokens)
+        width = shared_width(self.teacher.model, load_tokenizer(config.teacher.name), model, tokenizer)
+        return StudentPolicy(model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens)
+
+    def make_learner(self, policy: Any, config: GKDConfig, accelerator: Accelerator, **options: Any) -> StudentLearner:
+        """The student's, which asks the teacher."""
+        options.pop("entropy_grad")
+        return StudentLearner(policy, config, accelerator, teacher=self.teacher, **options)
+
+    def make_objective(self, config: GKDConfig, policy: Policy) -> DivergenceObjective:  # type: ignore[override]
+        """The divergence."""
+        return DivergenceObjective(config.temperature)
+
+    @property
+    def weigh(self) -> Weigh:
+        """Every completion token of the step weighs the same."""
+        return token_mean
+
+    def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        """A completion of each prompt by the student, scored; or the dataset's, which no reward is asked about."""
+        draw = random.Random(seed)
+        sampled = [draw.random() < self.config.student_frac for _ in prompts]
+        own = [prompt for prompt, by_student in zip(prompts, sampled, strict=True) if by_student]
+        rollouts = iter(super().generate(own, seed) if own else [])
+        return [
+            next(rollouts) if by_student else self._rollout_of_dataset(prompt)
+            for prompt, by_student in zip(prompts, sampled, strict=True)
+        ]
+
+    def _rollout_of_dataset(self, prompt: Prompt) -> Rollout:
+        ids = self._given[prompt.index]
+        text, version = self.tokenizer.decode(ids, skip_special_tokens=True), self.engine.policy_version
+        completion = Completion(ids, text, (0.0,) * len(ids), None, "stop", (version,) * len(ids))
+        return Rollout(prompt, (completion,), (math.nan,), {name: (None,) for name in self.rewards.names})
+
+    def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which completions [P, G] are trained on: no reward is needed."""
+        cut = [[completion.finish_reason == "length" for completion in rollout.completions] for rollout in rollouts]
+        return ~torch.tensor(cut) if self.config.mask_truncated else torch.ones_like(torch.tensor(cut))
+
+    def credit(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """No completion has an advantage: 0."""
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        advantages = torch.zeros(teaches.shape, device=teaches.device)
+        return advantages, [
+            [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
+            for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What every online trainer keeps, and which teacher."""
+        return super().state() | {"teacher": self._teacher_fingerprint}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            CheckpointError: the teacher is another.
+        """
+        check_same_teacher(self.config.teacher.name, state["teacher"], self._teacher_fingerprint)
+        super().load_state(state)
+
+
+def given_completion(prompt: Prompt, render: PromptRenderer) -> tuple[int, ...]:
+    """The tokens with which the dataset completes a prompt, the end token among them.
+
+    Raises:
+        DataError: it does not, or they cannot be rendered.
+    """
+    text = next((prompt.columns[name] for name in COMPLETIONS if prompt.columns.get(name) is not None), None)
+    if text is None:
+        raise DataError(
+            f"row {prompt.index} has neither {' nor '.join(COMPLETIONS)}, and student_frac is below 1: the dataset "
+            "completes the other prompts; add the column, or use student_frac 1"
+        )
+    try:
+        example = completion_example(prompt.text, text if isinstance(text, list) else str(text), render)
+    except BadRow as error:
+        raise DataError(f"row {prompt.index} {error}; correct it, or use student_frac 1") from None
+    if example.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
+        raise DataError(f"row {prompt.index} begins otherwise with its completion than without; use student_frac 1")
+    return example.token_ids[len(prompt.token_ids) :]

@@ -1,0 +1,371 @@
+"""RLAIF: a judge's feedback by a constitution, brought to the policy on one of five ways, stage by stage.
+
+Constitutional AI (arXiv:2212.08073): critique and revision, then AI preferences. RLAIF (arXiv:2309.00267): labels from
+both orders, and direct RLAIF. Online AI feedback (arXiv:2402.04792). Each stage is in a folder of its own, and a
+resumed run goes on in the middle of the one that was stopped:
+
+<output_dir>/
+    revision/   revisions.jsonl (prompt, completion), rank*.jsonl (all that was written), sft/ (a run), model/ (merged)
+    labels/     preferences.jsonl (prompt, chosen, rejected, probability), report.json, rank*.jsonl (all judged)
+    reward/     a run
+    policy/     a run
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.constitution import load_constitution
+from alignlab.config.judge import ModelJudge
+from alignlab.config.model import LoraSettings
+from alignlab.config.rewards import RewardSettings
+from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
+from alignlab.config.run import EvaluationSettings
+from alignlab.config.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    OnlineConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLAIFConfig,
+    TrainerConfig,
+)
+from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
+from alignlab.errors import ConfigError, DataError
+from alignlab.models.adapters import has_adapters
+from alignlab.models.checkpoints import save_model
+from alignlab.rlaif.collecting import collect
+from alignlab.rlaif.journal import write_rows
+from alignlab.rlaif.judge import Judge, PromptedJudge
+from alignlab.rlaif.judges import chat_model, make_judge, shares_base
+from alignlab.rlaif.labels import judge_pairs, preferences
+from alignlab.rlaif.labels import report as label_report
+from alignlab.rlaif.revision import Reviser
+from alignlab.rlaif.rewards import RatingReward, WinReward
+from alignlab.rollout.engines import make_engine
+from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_model, resolve_prompts
+from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.loop import Callback, TrainResult
+from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.online_dpo import OnlineDPOTrainer
+from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.sft import SFTTrainer
+from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
+from alignlab.training.files import write_atomically
+from alignlab.training.model_reward import ModelReward
+from alignlab.training.report import RunReport, write_report
+from alignlab.training.reward_functions import LoadedReward, load_reward
+from alignlab.training.run_folder import RunFolder, holds_run
+from alignlab.types import Prompt, Rollout, RolloutEngine
+
+_ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
+    GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
+}  # fmt: skip
+_BEFORE = "before.json"
+
+
+class Stopped(Exception):
+    """A signal came in a stage: what it has made is on disk."""
+
+    def __init__(self, result: TrainResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+class RLAIFTrainer:
+    """Runs the stages that the config names.
+
+    Args:
+        model: a name or path, or a live model.
+        config: the trainer's section.
+        train_dataset: prompts; see `OnlineTrainer`.
+        eval_dataset: the same, held out; needs `evaluation.scorer`.
+        tokenizer: default: the one beside the model.
+        peft_config: a LoRA adapter for each stage that trains; None trains all weights.
+        evaluation: how held-out accuracy is measured.
+        judge: default: the one that `config.judge` describes.
+        callbacks: see `TrainingLoop`; called by every stage.
+
+    Raises:
+        ConfigError: the constitution cannot be read, the judge shares a base that would be trained, or there is
+            held-out data and nothing that scores it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: RLAIFConfig,
+        train_dataset: Dataset,
+        *,
+        eval_dataset: Dataset | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft_config: LoraSettings | LoraConfig | None = None,
+        evaluation: EvaluationSettings | None = None,
+        judge: Judge | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
+        self.constitution = load_constitution(config.constitution)
+        self.accelerator = make_accelerator()
+        self.model, self.tokenizer = resolve_model(model, tokenizer, None, self.accelerator.device)
+        self._check_adapter()
+        self.prompts = resolve_prompts(train_dataset, self.tokenizer)
+        self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        self.evaluation = evaluation or EvaluationSettings()
+        self.scorer = self._make_scorer()
+        self.judge = judge or make_judge(
+            config.judge, self.constitution, policy=self.model, tokenizer=self.tokenizer, seed=config.seed
+        )
+        self._trained: Any = self.model
+        self.config_text = config.model_dump_json(indent=2)
+        self.title = type(self).__name__
+        self.base_model: str | None = None
+        self.generate_options: tuple[str, ...] = ()
+
+    def _check_adapter(self) -> None:
+        if has_adapters(self.model):
+            raise ConfigError(
+                "the model has an adapter already, and every stage of RLAIF trains one of its own; merge it first "
+                "(alignlab merge)"
+            )
+        if shares_base(self.config.judge) and self.peft_config is None:
+            raise ConfigError(
+                "judge.name is not given, so that the policy's own base judges, and all weights would be trained, the "
+                "judge's with them; give judge.name, or train an adapter (model.lora)"
+            )
+        policy = self.config.policy
+        if shares_base(self.config.judge) and isinstance(policy, OnlineConfig) and max_staleness(policy.rollout):
+            raise ConfigError(
+                f"policy.rollout.max_staleness is {max_staleness(policy.rollout)}, and must be 0 where the policy's "
+                "own base judges: it would judge while it is trained on; give judge.name, or use max_staleness 0"
+            )
+
+    def _make_scorer(self) -> LoadedReward | None:
+        if not self.eval_prompts:
+            return None
+        if self.evaluation.scorer is None:
+            raise ConfigError(
+                "there is held-out data, and nothing that says what a right answer is; give evaluation.scorer, such as "
+                "reasoning_gym_answer"
+            )
+        return load_reward(RewardSettings(name=self.evaluation.scorer))
+
+    def train(self, *, resume: bool = False) -> TrainResult:
+        """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
+
+        Args:
+            resume: go on from where the run in `output_dir` was stopped.
+
+        Raises:
+            ConfigError, CheckpointError: see `TrainingLoop.train`.
+            DataError: a stage has nothing to learn from.
+            JudgeError: the judge answers nothing at all.
+        """
+        rank = self.accelerator.process_index
+        with RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank) as folder:
+            self.accelerator.wait_for_everyone()
+            before = self._before(folder.path / _BEFORE)
+            try:
+                result = self._run_stages(folder.path)
+            except Stopped as stopped:
+                return replace(stopped.result, before=before, folder=folder.path)
+            result = replace(result, before=before, after=self._evaluate(self._trained), folder=folder.path)
+            if rank == 0:
+                write_report(folder, self._report(result))
+        return result
+
+    def _run_stages(self, folder: Path) -> TrainResult:
+        config, model = self.config, self.model
+        if config.revision is not None:
+            result = self._revise(config.revision, folder / "revision")
+            model = self._trained
+            if config.policy is None:
+                return result
+        assert config.policy is not None, "the config's rules ask for it"
+        rows = [] if config.labels is None else self._label(config.labels, folder / "labels", model)
+        reward = None if config.reward is None else self._train_reward(config.reward, folder / "reward", model, rows)
+        return self._train_policy(config.policy, folder / "policy", model, rows, reward)
+
+    def _revise(self, settings: RevisionSettings, folder: Path) -> TrainResult:
+        """Critique and revision, and what the policy learns of it, merged into one model."""
+        critic = self._judge_of(self.model)
+        assert isinstance(critic, PromptedJudge), "the config's rules ask for one that writes"
+        reviser = Reviser(
+            critic.model, self.constitution, num_revisions=settings.num_revisions,
+            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=self.config.seed,
+        )
+        rows = self._collect(settings, folder, self.model, 1, reviser.revise, "critique and revision")
+        revised = [row for row in rows if row["outcome"] == "revised"]
+        told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in revised]
+        self._show("critique and revision", sorted(Counter(row["outcome"] for row in rows).items()))
+        self._keep(folder / "revisions.jsonl", told)
+        trainer = SFTTrainer(
+            copy.deepcopy(self.model), _in_folder(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
+            peft_config=self.peft_config, callbacks=self.callbacks,
+        )
+        result = self._train(trainer)
+        trained = trainer.learner.model
+        self._trained = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+        self._trained.eval().requires_grad_(True)
+        path = folder / "model"
+        if self.accelerator.is_main_process:
+            save_model(self._trained, path)
+            self.tokenizer.save_pretrained(path)
+        self._trained.config.name_or_path = str(path.resolve())
+        return replace(result, model_path=path)
+
+    def _label(self, settings: LabelSettings, folder: Path, model: Model) -> list[dict[str, Any]]:
+        """Pairs of the policy's completions, as the judge prefers them."""
+        judge = self._judge_of(model)
+        rows = self._collect(settings, folder, model, 2, lambda pairs: judge_pairs(judge, pairs), "AI preferences")
+        told = label_report(rows, judge.counts, min_confidence=settings.min_confidence)
+        self._show("AI preferences", told.lines())
+        found = preferences(rows, min_confidence=settings.min_confidence)
+        if not found:
+            raise DataError(
+                f"the judge preferred no completion of {told.num_pairs} pairs ({dict(told.outcomes)}); lower "
+                "labels.min_confidence, sample at a higher temperature, or choose another judge"
+            )
+        self._keep(folder / "preferences.jsonl", found)
+        if self.accelerator.is_main_process:
+            write_atomically(folder / "report.json", json.dumps(told.to_json(), indent=1) + "\n")
+        return found
+
+    def _collect(
+        self, settings: RevisionSettings | LabelSettings, folder: Path, model: Any, group: int,
+        work: Callable[[Sequence[Rollout]], Sequence[dict[str, Any]]], title: str,
+    ) -> list[dict[str, Any]]:
+        """A row for each prompt: what `work` makes of the completions that the policy samples."""
+        prompts = self.prompts[: settings.num_prompts]
+        engine: list[RolloutEngine] = []
+        sampling = settings.sampling.params(n=group, seed=self.config.seed)
+
+        def one_batch(batch: Sequence[Prompt]) -> Sequence[dict[str, Any]]:
+            if not engine:  # all may be done already
+                engine.append(make_engine(model, self.tokenizer, settings.rollout))
+            return work(engine[0].generate(batch, sampling))
+
+        rows = collect(
+            prompts, one_batch, folder, batch_size=settings.prompts_per_batch, accelerator=self.accelerator, title=title
+        )
+        if rows is None:
+            raise Stopped(TrainResult(0, 0.0, folder, True, None, {}, None, None, folder))
+        return rows
+
+    def _train_reward(
+        self, config: RewardConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]]
+    ) -> Path:
+        """The folder of a reward model of the labelled pairs."""
+        trainer = RewardTrainer(
+            copy.deepcopy(model), _in_folder(config, folder, probability_column="probability"), rows,
+            tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
+        )
+        return self._train(trainer).model_path
+
+    def _train_policy(
+        self, config: TrainerConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]], reward: Path | None
+    ) -> TrainResult:
+        """The last stage."""
+        policy, _ = resolve_model(model, self.tokenizer, self.peft_config, self.accelerator.device)
+        given: dict[str, Any] = {"tokenizer": self.tokenizer, "callbacks": self.callbacks}
+        trainer: OfflineTrainer | OnlineTrainer
+        if isinstance(config, DPOConfig):
+            soft = config.loss == "sigmoid" and not config.label_smoothing  # what can take them gets soft labels
+            section = _in_folder(config, folder, probability_column="probability" if soft else None)
+            trainer = DPOTrainer(policy, section, rows, **given)
+        else:
+            kind = _ONLINE[type(config)]
+            trainer = kind(policy, self._reward_of(policy, reward), _in_folder(config, folder), self.prompts, **given)
+        result = self._train(trainer)
+        self._trained = trainer.learner.model
+        return result
+
+    def _reward_of(self, policy: Any, reward: Path | None) -> Any:
+        """What the last stage is rewarded by."""
+        if reward is not None:
+            return ModelReward(str(reward))
+        judge = self._judge_of(policy)
+        return WinReward(judge) if self.config.path == "online_dpo" else RatingReward(judge)
+
+    def _judge_of(self, model: Any) -> Judge:
+        """The judge; one that shares the policy's base looks at it with the adapter off, as it is in this stage."""
+        settings = self.config.judge
+        if not isinstance(settings, ModelJudge) or not isinstance(self.judge, PromptedJudge) or settings.name:
+            return self.judge
+        return replace(self.judge, model=chat_model(settings, model, self.tokenizer))
+
+    def _train(self, trainer: OfflineTrainer | OnlineTrainer) -> TrainResult:
+        trainer.title = f"{self.title}: {type(trainer).__name__}"
+        result = trainer.train(resume=holds_run(trainer.config.output_dir))
+        if result.interrupted:
+            raise Stopped(result)
+        return result
+
+    def _before(self, path: Path) -> Evaluation | None:
+        """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
+        if path.exists():
+            return evaluation_from_json(json.loads(path.read_text(encoding="utf-8")))
+        result = self._evaluate(self.model)
+        if result is not None:
+            self._keep_text(path, json.dumps(result.to_json()))
+        return result
+
+    def _evaluate(self, model: Any) -> EvaluationResult | None:
+        if self.scorer is None:
+            return None
+        settings, last = self.evaluation, self.config.policy
+        usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
+        return evaluate(
+            make_engine(model, self.tokenizer, RolloutSettings()),
+            self.eval_prompts[: settings.num_problems],
+            self.scorer,
+            sampling=settings.sampled or usual.model_copy(update={"temperature": 1.0}),
+            num_samples=settings.num_samples,
+            seed=self.config.seed,
+            pass_at=settings.pass_at,
+        )
+
+    def _report(self, result: TrainResult) -> RunReport:
+        adapters = has_adapters(self._trained)
+        return RunReport(
+            title=self.title, before=result.before, after=result.after, train_seconds=result.train_seconds,
+            num_steps=result.num_steps, adapter=result.model_path if adapters else None,
+            model=None if adapters else result.model_path, generate_options=self.generate_options,
+            base_model=self.base_model, summary={"questions": dict(self.judge.counts)},
+        )  # fmt: skip
+
+    def _keep(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
+        if self.accelerator.is_main_process:
+            write_rows(path, rows)
+
+    def _keep_text(self, path: Path, text: str) -> None:
+        if self.accelerator.is_main_process:
+            write_atomically(path, text)
+
+    def _show(self, title: str, lines: Sequence[tuple[str, Any]]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in lines:
+            table.add_row(name, str(value))
+        Console(stderr=True).print(table)
+
+
+def _in_folder(config: Any, folder: Path, **changes: Any) -> Any:
+    """The stage's section, in a folder of its own."""
+    return config.model_copy(update={"output_dir": folder, **changes})

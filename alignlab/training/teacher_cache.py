@@ -1,0 +1,121 @@
+"""What a teacher answers at each token of a dataset, asked once and kept on disk as memory-mapped arrays.
+
+A folder by all that the answers depend on holds three `.npy` files, one row for each of the T taught tokens of all
+examples, end to end:
+
+    ids.npy       [T, K] int32    the likeliest tokens; vocabularies are larger than 16 bits
+    logprobs.npy  [T, K] float32  of these; in float16 those of unlikely tokens would be off by up to 0.4 %, and the
+                                  probabilities with the rest would not add up to 1
+    rest.npy      [T] float32     log of the probability of all other tokens
+
+They are written some examples at a time, and how many are on the disk is told beside them: a process that is killed
+midway goes on from there. The folder gets its name when all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+from torch import nn
+
+from alignlab.data.examples import Example
+from alignlab.functional.distillation import TopTokens
+from alignlab.models.packaged import cache_folder
+from alignlab.training.checkpoint import fingerprint
+from alignlab.training.files import sync_file, write_atomically
+from alignlab.training.reference_cache import digest_of_model
+
+_FORMAT = 1
+_TYPES = {"ids": np.int32, "logprobs": np.float32, "rest": np.float32}
+_DONE = "done.json"
+ASKED_TOGETHER = 512
+
+Ask = Callable[[Sequence[Example]], TopTokens]
+
+
+class KeptTeacher:
+    """Answers on disk, read where they are asked for.
+
+    Args:
+        folder: of the arrays.
+        offsets: the first row of each example, and the number of rows.
+    """
+
+    def __init__(self, folder: Path, offsets: Sequence[int]) -> None:
+        self._offsets = offsets
+        self._arrays = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _TYPES]
+
+    def of(self, index: int) -> TopTokens:
+        """What the teacher answers at the taught tokens of one example."""
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        return TopTokens(*(torch.from_numpy(np.array(array[rows])) for array in self._arrays))
+
+
+class TeacherCache:
+    """Folders in `teacher/` of the folder of converted models.
+
+    Args:
+        model: the teacher, with or without an adapter.
+        k, temperature, width: see `functional.distillation.chunked_top_tokens`.
+    """
+
+    def __init__(self, model: nn.Module, *, k: int, temperature: float, width: int) -> None:
+        self._k = k
+        adapters = [[n, c.r, c.lora_alpha, c.use_rslora] for n, c in sorted(getattr(model, "peft_config", {}).items())]
+        weights = [digest_of_model(model), fingerprint(model.named_parameters()), adapters]
+        self._told = [_FORMAT, weights, k, temperature, width]
+        self._folder = cache_folder() / "teacher"
+
+    def path(self, examples: Sequence[Example]) -> Path:
+        """Where the answers about these examples are kept."""
+        digest = xxhash.xxh3_128(json.dumps(self._told).encode())
+        for example in examples:
+            digest.update(json.dumps([example.token_ids, example.completion_mask]).encode())
+        return self._folder / digest.hexdigest()
+
+    def get_or_make(self, examples: Sequence[Example], ask: Ask) -> KeptTeacher:
+        """The answers about all of `examples`: as kept, or asked for now and kept."""
+        path = self.path(examples)
+        offsets = [0, *accumulate(sum(example.completion_mask) for example in examples)]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
+            if not path.exists():
+                self._make(path, examples, offsets, ask)
+        return KeptTeacher(path, offsets)
+
+    def _make(self, path: Path, examples: Sequence[Example], offsets: Sequence[int], ask: Ask) -> None:
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.mkdir(exist_ok=True)
+        told = unfinished / _DONE
+        done = json.loads(told.read_text())["examples"] if told.exists() else 0
+        arrays = self._arrays(unfinished, offsets[-1], new=not told.exists())
+        for start in range(done, len(examples), ASKED_TOGETHER):
+            stop = min(start + ASKED_TOGETHER, len(examples))
+            for array, answer in zip(arrays, ask(examples[start:stop]), strict=True):
+                array[offsets[start] : offsets[stop]] = answer.numpy()
+                array.flush()
+            write_atomically(told, json.dumps({"examples": stop}))
+            print(f"\ralignlab: the teacher has read {stop} of {len(examples)} examples", end="", file=sys.stderr)
+        print(file=sys.stderr, flush=True)
+        for name in _TYPES:
+            sync_file(unfinished / f"{name}.npy")
+        os.replace(unfinished, path)
+        sync_file(path.parent)
+
+    def _arrays(self, folder: Path, num_rows: int, *, new: bool) -> list[np.memmap]:
+        shapes = {"ids": (num_rows, self._k), "logprobs": (num_rows, self._k), "rest": (num_rows,)}
+        mode = "w+" if new else "r+"
+        return [
+            open_memmap(folder / f"{name}.npy", mode=mode, dtype=dtype, shape=shapes[name])
+            for name, dtype in _TYPES.items()
+        ]

@@ -1,0 +1,370 @@
+"""Distillation, offline and on-policy: losses by plain forward passes, any cut, what is kept of a teacher, learning."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.config.run import EvaluationSettings, RunConfig
+from alignlab.config.trainers import DistillConfig, GKDConfig
+from alignlab.data.examples import Example
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import CheckpointError, ConfigError, DataError
+from alignlab.functional.distillation import divergence
+from alignlab.models.checkpoints import new_model, save_model
+from alignlab.trainers.distill import DistillTrainer
+from alignlab.trainers.gkd import GKDTrainer
+from alignlab.trainers.run import run
+from alignlab.training import teacher_cache
+from tests.trainers.conftest import DENSE, SPARSE, even_ids
+
+Make = Callable[..., Any]
+WIDTH = 262
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        prompt, taught = (int(torch.randint(1, 6, (), generator=generator)) for _ in range(2))
+        ids = torch.randint(0, 250, (prompt + taught,), generator=generator).tolist()
+        found.append(Example(tuple(ids), (False,) * prompt + (True,) * taught))
+    return found
+
+
+@pytest.fixture
+def save_teacher(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+
+    def save(
+        architecture: Any = DENSE | {"hidden_size": 48}, *, seed: int = 7, more: int = 0, scale: float = 8.0,
+        of_tokens: Any = tokenizer, name: str = "teacher",
+    ) -> str:
+        torch.manual_seed(seed)
+        model = new_model(
+            architecture, vocab_size=WIDTH + more, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        with torch.no_grad():
+            for weight in model.get_output_embeddings().parameters():
+                weight.mul_(scale)  # a teacher that has something to say
+        save_model(model, tmp_path / name)
+        of_tokens.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def make_distill(make_model: Make, tokenizer: Any, tmp_path: Path) -> Callable[..., DistillTrainer]:
+    def make(
+        teacher: str, *, data: Any = None, folder: str = "run", callbacks: Any = (), architecture: Any = DENSE,
+        options: Any = None, **changes: Any,
+    ) -> DistillTrainer:
+        base: dict[str, Any] = {
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_sequences": 4, "learning_rate": 1e-2, "trackers": (),
+        }
+        return DistillTrainer(
+            make_model(architecture), DistillConfig(**base | changes, teacher={"name": teacher}),
+            data or examples(8), tokenizer=tokenizer, callbacks=callbacks, **options or {},
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_gkd(make_model: Make, tokenizer: Any, tmp_path: Path, rows: Any) -> Callable[..., GKDTrainer]:
+    def make(
+        teacher: str, *, data: Any = None, rewards: Any = (), architecture: Any = DENSE, folder: str = "run",
+        options: Any = None, callbacks: Any = (), **changes: Any,
+    ) -> GKDTrainer:
+        base: dict[str, Any] = {
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "learning_rate": 1e-2, "trackers": (),
+            "sampling": {"max_new_tokens": 6},
+        }
+        return GKDTrainer(
+            make_model(architecture), rewards, GKDConfig(**base | changes, teacher={"name": teacher}),
+            data or rows, tokenizer=tokenizer, callbacks=callbacks, **options or {},
+        )
+
+    return make
+
+
+def plain_logits(model: Any, ids: tuple[int, ...], mask: tuple[bool, ...]) -> Tensor:
+    """Of the taught tokens, by a plain forward pass."""
+    found = model(torch.tensor([ids])).logits[0].float()[:-1]
+    return found[torch.tensor(mask[1:]), :WIDTH]
+
+
+def plain_loss(student: Any, teacher: Any, data: list[Example], *, beta: float, temperature: float, hard: float) -> Any:
+    total, count = torch.zeros(()), 0
+    for example in data:
+        ours = plain_logits(student, example.token_ids, example.completion_mask)
+        with torch.no_grad():
+            theirs = plain_logits(teacher, example.token_ids, example.completion_mask)
+        far = divergence((theirs / temperature).log_softmax(-1), (ours / temperature).log_softmax(-1), beta=beta)
+        targets = torch.tensor(example.token_ids)[torch.tensor(example.completion_mask)]
+        own = ours.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        total = total + ((1 - hard) * temperature**2 * far - hard * own).sum()
+        count += len(targets)
+    return total / count
+
+
+def gradient(trainer: Any, packs: Any) -> tuple[float, dict[str, Tensor]]:
+    kept: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> dict[str, float]:
+        kept.update({n: p.grad.clone() for n, p in trainer.learner.model.named_parameters() if p.grad is not None})
+        trainer.learner.optimizer.zero_grad()
+        return {}
+
+    trainer.learner._step = keep
+    return trainer.learner.update(packs, trainer.loss, trainer.weigh)["loss"], kept
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("budget", [10, 4096])
+@pytest.mark.parametrize(("beta", "temperature", "hard"), [(0.0, 1.0, 0.0), (0.5, 2.0, 0.3), (1.0, 0.7, 0.0)])
+def test_offline_is_a_plain_loss_however_it_is_cut(
+    budget: int, beta: float, temperature: float, hard: float, save_teacher: Make, make_distill: Make
+) -> None:
+    trainer = make_distill(
+        save_teacher(more=3), beta=beta, temperature=temperature, hard_label_weight=hard, tokens_per_microbatch=budget,
+        logprob_chunk_tokens=3,
+    )
+    value, found = gradient(trainer, trainer.packs(range(8)))
+    model = trainer.learner.model
+    expected = plain_loss(
+        model, trainer.learner.teacher.model, examples(8), beta=beta, temperature=temperature, hard=hard
+    )
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-5)
+    same(found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert all(p.grad is None for p in trainer.learner.teacher.parameters())
+
+
+def test_all_tokens_kept_are_the_whole_distribution_and_fewer_a_bound(save_teacher: Make, make_distill: Make) -> None:
+    teacher = save_teacher()
+    found = {}
+    for k in (None, 5, WIDTH):
+        trainer = make_distill(teacher, top_k=k, beta=0.5)
+        trainer.open(None, None, None)
+        found[k] = gradient(trainer, trainer.packs([3, 0, 6]))
+    assert found[WIDTH][0] == pytest.approx(found[None][0], rel=1e-5)
+    same(found[WIDTH][1], found[None][1])
+    assert 0 < found[5][0] < found[None][0]
+
+
+def test_a_teacher_is_asked_once(
+    save_teacher: Make, make_distill: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    teacher = save_teacher()
+    monkeypatch.setattr(teacher_cache, "ASKED_TOGETHER", 3)
+    trainer = make_distill(teacher, top_k=5)
+    asked: list[int] = []
+    ask = trainer._ask
+
+    def killed(some: Any) -> Any:
+        asked.append(len(some))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(some)
+
+    trainer._ask = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.open(None, None, None)
+    trainer.open(None, None, None)
+    assert asked == [3, 3, 3, 2]  # what was on the disk is not asked for again
+    assert "read 8 of 8" in capsys.readouterr().err
+    trainer.open(None, None, None)
+    assert len(asked) == 4
+    for row, example in enumerate(examples(8)):
+        top, kept = ask([example]), trainer._kept.of(row)
+        assert torch.equal(top.ids, kept.ids.long())
+        torch.testing.assert_close(top.logprobs, kept.logprobs)
+        torch.testing.assert_close(top.rest, kept.rest)
+
+
+def test_what_is_kept_is_told_apart(save_teacher: Make, make_distill: Make) -> None:
+    def path(teacher: str, data: Any, k: int, temperature: float = 1.0) -> Path:
+        trainer = make_distill(teacher)
+        model = trainer.learner.teacher.model
+        cache = teacher_cache.TeacherCache(model, k=k, temperature=temperature, width=WIDTH)
+        return cache.path(data)
+
+    first = save_teacher()
+    paths = {path(first, examples(8), 5), path(first, examples(8), 6), path(first, examples(7), 5)}
+    paths |= {path(first, examples(8), 5, 2.0), path(save_teacher(seed=8, name="other"), examples(8), 5)}
+    assert len(paths) == 5
+    assert path(first, examples(8), 5) in paths
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 20}, {"beta": 0.5}, {"beta": 1.0}])
+def test_the_student_learns_its_teacher(changes: Any, save_teacher: Make, make_distill: Make) -> None:
+    seen: list[float] = []
+    trainer = make_distill(
+        save_teacher(SPARSE), num_steps=40, num_sequences=8, **changes,
+        callbacks=[lambda _, __, metrics: seen.append(metrics["divergence"])],
+    )
+    trainer.train()
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_resumed_is_uninterrupted_and_another_teacher_is_refused(save_teacher: Make, make_distill: Make) -> None:
+    teacher = save_teacher()
+    whole = make_distill(teacher, folder="whole", top_k=5)
+    whole.train()
+
+    def stop(_: Any, step: int, __: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert make_distill(teacher, top_k=5, callbacks=[stop]).train().interrupted
+    again = make_distill(teacher, top_k=5)
+    again.train(resume=True)
+    for one, other in zip(whole.learner.model.parameters(), again.learner.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    save_teacher(seed=8)
+    with pytest.raises(CheckpointError, match="not the teacher"):
+        make_distill(teacher, top_k=5).train(resume=True)
+
+
+def test_accuracy_is_measured(save_teacher: Make, make_distill: Make, rows: Any) -> None:
+    options = {
+        "eval_dataset": rows, "reward_funcs": [even_ids], "evaluation": EvaluationSettings(
+            num_problems=2, num_samples=2, sampled={"max_new_tokens": 2}
+        ),
+    }
+    result = make_distill(save_teacher(), options=options).train()
+    assert result.before is not None and result.after is not None
+    with pytest.raises(ConfigError, match="nothing says what is right"):
+        make_distill(save_teacher(), options={"eval_dataset": rows})
+
+
+@pytest.mark.parametrize("make", ["make_distill", "make_gkd"])
+def test_teachers_that_do_not_fit(make: str, save_teacher: Make, request: pytest.FixtureRequest) -> None:
+    build = request.getfixturevalue(make)
+    with pytest.raises(ConfigError, match=r"the teacher has 260 logits.*262 ids"):
+        build(save_teacher(more=-2))
+    other = train_tokenizer(["xyz xyz xyy zz"], vocab_size=WIDTH)
+    with pytest.raises(ConfigError, match="must have the student's tokenizer"):
+        build(save_teacher(of_tokens=other))
+
+
+def test_more_is_to_be_kept_than_there_is(save_teacher: Make, make_distill: Make) -> None:
+    with pytest.raises(ConfigError, match="top_k is 263"):
+        make_distill(save_teacher(), top_k=263)
+
+
+def sampled_examples(trainer: GKDTrainer, step: int = 1) -> tuple[list[Example], list[Any]]:
+    batch = trainer.collect(step)
+    [packs] = trainer.make_experience(step, batch.rollouts)
+    return [
+        Example(
+            (*r.prompt.token_ids, *c.token_ids), (False,) * len(r.prompt.token_ids) + (True,) * len(c.token_ids)
+        )
+        for r in batch.rollouts for c in r.completions
+    ], packs
+
+
+@pytest.mark.parametrize("budget", [10, 4096])
+@pytest.mark.parametrize(("beta", "student_frac", "group"), [(0.5, 1.0, 2), (1.0, 0.5, 1), (0.0, 0.0, 1)])
+def test_on_policy_is_a_plain_loss_however_it_is_cut(
+    budget: int, beta: float, student_frac: float, group: int, save_teacher: Make, make_gkd: Make
+) -> None:
+    trainer = make_gkd(
+        save_teacher(SPARSE), beta=beta, temperature=1.5, student_frac=student_frac, group_size=group,
+        tokens_per_microbatch=budget,
+    )
+    data, packs = sampled_examples(trainer)
+    value, found = gradient(trainer, packs)
+    model = trainer.learner.model
+    expected = plain_loss(model, trainer.teacher.model, data, beta=beta, temperature=1.5, hard=0.0)
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-5)
+    same(found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_the_dataset_s_completions_are_those_of_fine_tuning(
+    save_teacher: Make, make_gkd: Make, rows: Any, tokenizer: Any
+) -> None:
+    trainer = make_gkd(save_teacher(), student_frac=0.0)
+    for rollout in trainer.collect(1).rollouts:
+        [completion] = rollout.completions
+        assert completion.text == rollout.prompt.columns["answer"]
+        assert completion.token_ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(DataError, match="row 0 has neither completion nor answer"):
+        make_gkd(save_teacher(), student_frac=0.5, data=[{"prompt": row["prompt"]} for row in rows])
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": SPARSE}, {"student_frac": 0.5}, {"rewards": [even_ids]}])
+def test_the_student_learns_on_its_own_samples(changes: Any, save_teacher: Make, make_gkd: Make) -> None:
+    seen: list[float] = []
+    trainer = make_gkd(
+        save_teacher(SPARSE), num_steps=60, num_prompts=8, **changes,
+        callbacks=[lambda _, __, metrics: seen.append(metrics["divergence"])],
+    )
+    trainer.train()
+    assert sum(seen[-4:]) < 0.6 * sum(seen[:4])
+
+
+def test_gkd_resumed_is_uninterrupted(save_teacher: Make, make_gkd: Make) -> None:
+    teacher = save_teacher()
+    whole = make_gkd(teacher, folder="whole", student_frac=0.5)
+    whole.train()
+
+    def stop(_: Any, step: int, __: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert make_gkd(teacher, student_frac=0.5, callbacks=[stop]).train().interrupted
+    again = make_gkd(teacher, student_frac=0.5)
+    again.train(resume=True)
+    for one, other in zip(whole.learner.model.parameters(), again.learner.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    save_teacher(seed=8)
+    with pytest.raises(CheckpointError, match="not the teacher"):
+        make_gkd(teacher, student_frac=0.5).train(resume=True)
+
+
+def test_settings() -> None:
+    with pytest.raises(ConfigError, match="group_size is 2, and must be 1 with student_frac below 1"):
+        GKDConfig(teacher={"name": "t"}, group_size=2, student_frac=0.5)
+    with pytest.raises(ConfigError, match=r"beta is 1\.5"):
+        DistillConfig(teacher={"name": "t"}, beta=1.5)
+    with pytest.raises(ConfigError, match="teacher"):
+        DistillConfig()
+
+
+@pytest.mark.parametrize("trainer", ["distill", "gkd"])
+def test_a_whole_run(trainer: str, save_teacher: Make, tmp_path: Path, tokenizer: Any) -> None:
+    """From settings alone, with and without what says what is right."""
+    settings: dict[str, Any] = {
+        "model": {"architecture": DENSE, "tokenizer": save_teacher()},
+        "data": {"task": "chain_sum", "size": 8},
+        "rewards": [{"name": "reasoning_gym_answer"}],
+        "trainer": {
+            "type": trainer, "teacher": {"name": save_teacher()}, "num_steps": 1, "trackers": [],
+            "output_dir": tmp_path / "run",
+        },
+        "evaluation": {"num_problems": 2, "num_samples": 1, "sampled": {"max_new_tokens": 2}},
+    }
+    if trainer == "gkd":
+        settings["trainer"] |= {"num_prompts": 2, "sampling": {"max_new_tokens": 2}}
+    assert set(run(RunConfig.model_validate(settings)).to_json()["after"]) == {"greedy", "sampled"}
+    settings["trainer"] |= {"output_dir": tmp_path / "silent"}
+    assert run(RunConfig.model_validate(settings | {"rewards": []})).to_json()["after"] is None
+    with pytest.raises(ConfigError, match="nothing says what is right"):
+        RunConfig.model_validate(settings | {"rewards": [], "eval_data": {"task": "chain_sum", "split": "eval"}})

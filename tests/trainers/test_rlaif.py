@@ -1,0 +1,233 @@
+"""RLAIF: each path from prompts to a trained policy, stopped and resumed in the middle of a stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignlab.config.constitution import load_constitution
+from alignlab.config.judge import ModelJudge
+from alignlab.config.model import LoraSettings
+from alignlab.config.run import EvaluationSettings
+from alignlab.config.trainers import RLAIFConfig
+from alignlab.errors import ConfigError, DataError, JudgeError
+from alignlab.rlaif.judge import PromptedJudge
+from alignlab.trainers.rlaif import RLAIFTrainer
+from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
+
+Make = Callable[..., Any]
+LORA = LoraSettings(rank=8)
+STAGE: dict[str, Any] = {"num_steps": 3, "learning_rate": 1e-2, "trackers": ()}
+SAMPLING = {"max_new_tokens": 6}
+POLICIES: dict[str, dict[str, Any]] = {
+    "direct": {"type": "grpo", "num_prompts": 2, "group_size": 4, "sampling": SAMPLING} | STAGE,
+    "reward_model": {"type": "grpo", "num_prompts": 2, "group_size": 4, "sampling": SAMPLING} | STAGE,
+    "dpo": {"type": "dpo", "num_pairs": 4} | STAGE,
+    "online_dpo": {"type": "online_dpo", "num_prompts": 4, "group_size": 2, "sampling": SAMPLING} | STAGE,
+}
+
+
+def letters(text: str) -> int:
+    return sum(character.isalpha() for character in text)
+
+
+class LetterModel(RuledModel):
+    """Prefers, and rates highly, an answer of many letters."""
+
+    def _choose(self, answers: list[str], choices: Any) -> Any:
+        counts = [letters(answer) for answer in answers]
+        if len(counts) == 2:
+            return float(counts[0] - counts[1]), 0.0
+        rating = min(1 + counts[0] // 2, len(choices))
+        return tuple(0.0 if str(rating) == choice else -1e9 for choice in choices)
+
+
+@dataclass
+class Interrupting(LetterModel):
+    """The same, and a signal at the given question."""
+
+    at: int = 1
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def choose(self, conversations: Any, choices: Any) -> Any:
+        self.at -= 1
+        if self.at == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().choose(conversations, choices)
+
+
+@pytest.fixture
+def make_trainer(
+    make_model: Make, tokenizer: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RLAIFTrainer]:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    constitution = tmp_path / "constitution.yaml"
+    constitution.write_text(yaml.safe_dump(CONSTITUTION.model_dump(mode="json")))
+
+    def make(path: str, *, model: Any = None, lora: Any = LORA, held_out: Any = None, **changes: Any) -> RLAIFTrainer:
+        base: dict[str, Any] = {
+            "output_dir": tmp_path / "run", "constitution": str(constitution), "path": path,
+            "judge": {"name": "given"},
+        }
+        if path in POLICIES:
+            base["policy"] = POLICIES[path]
+        if path in ("dpo", "reward_model"):
+            base["labels"] = {"sampling": SAMPLING, "prompts_per_batch": 2}
+        if path == "reward_model":
+            base["reward"] = {"num_pairs": 4} | STAGE
+        config = RLAIFConfig(**base | changes)
+        judge = PromptedJudge(model or LetterModel(), CONSTITUTION, config.judge)
+        scorer = EvaluationSettings(scorer=f"{__file__}:is_long") if held_out else None
+        return RLAIFTrainer(
+            make_model(), config, rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, judge=judge,
+            evaluation=scorer,
+        )
+
+    return make
+
+
+def is_long(*, prompts: Any, completions: Any, **_: Any) -> list[float]:
+    """Right is what has three letters or more."""
+    return [float(letters(completion) >= 3) for completion in completions]
+
+
+@pytest.mark.parametrize("path", list(POLICIES))
+def test_every_path_trains_a_policy(path: str, make_trainer: Make, rows: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(path, held_out=rows)
+    result = trainer.train()
+    assert not result.interrupted and result.num_steps == 3
+    assert result.model_path == (tmp_path / "run" / "policy" / "adapter") and (result.model_path).is_dir()
+    assert result.before is not None and result.after is not None
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["questions"]["asked"] > 0 and report["after"]["sampled"] == result.after.sampled
+    stages = {"direct": set(), "online_dpo": set(), "dpo": {"labels"}, "reward_model": {"labels", "reward"}}
+    assert {folder.name for folder in (tmp_path / "run").iterdir() if folder.is_dir()} == {"policy"} | stages[path]
+
+
+def test_labels_are_what_the_judge_prefers(make_trainer: Make, rows: Any, tmp_path: Path) -> None:
+    make_trainer("dpo").train()
+    found = [json.loads(line) for line in (tmp_path / "run" / "labels" / "preferences.jsonl").read_text().splitlines()]
+    assert found and all(letters(pair["chosen"]) > letters(pair["rejected"]) for pair in found)
+    assert all(pair["prompt"] in {row["prompt"] for row in rows} for pair in found)
+    report = json.loads((tmp_path / "run" / "labels" / "report.json").read_text())
+    assert report["outcomes"]["labelled"] == len(found) and report["num_pairs"] == len(rows)
+    assert report["agreement"] == 1 and report["first_rate"] == 0.5
+
+
+def test_a_policy_learns_what_its_judge_rates_highly(make_trainer: Make, rows: Any) -> None:
+    policy = POLICIES["direct"] | {"num_steps": 30, "num_prompts": 4, "group_size": 8}
+    result = make_trainer("direct", held_out=rows, policy=policy, lora=None).train()
+    assert result.before.sampled < 0.5 and result.after.sampled > result.before.sampled + 0.3
+
+
+@pytest.mark.parametrize("path", ["dpo", "direct", "online_dpo"])
+def test_a_stopped_run_goes_on_where_it_was(path: str, make_trainer: Make, tmp_path: Path) -> None:
+    """Stopped in its second question: among the labels, or in a step of the policy."""
+    whole = make_trainer(path, output_dir=tmp_path / "whole").train()
+    stopped = make_trainer(path, model=Interrupting(at=2)).train()
+    assert stopped.interrupted
+    later = make_trainer(path)
+    resumed = later.train(resume=True)
+    assert not resumed.interrupted and resumed.num_steps == 3
+    for name in ("adapter_model.safetensors",):
+        assert (resumed.model_path / name).read_bytes() == (whole.model_path / name).read_bytes()
+    if path == "dpo":
+        assert later.judge.counts["asked"] < 2 * 8  # what was judged before is not asked again
+    texts = [(tmp_path / run / "policy" / "metrics.jsonl").read_text().count("\n") for run in ("whole", "run")]
+    assert texts[0] == texts[1]
+
+
+def test_a_stage_that_is_done_is_not_done_again(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer("reward_model").train()
+    before = (tmp_path / "run" / "reward" / "adapter" / "adapter_model.safetensors").read_bytes()
+    again = make_trainer("reward_model")
+    assert again.train(resume=True).num_steps == 3 and again.judge.counts["asked"] == 0
+    assert (tmp_path / "run" / "reward" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
+    """Every answer is revised to "abab": the policy learns to say so."""
+    texts = [text for _ in range(8) for text in ("criticism", "abab")]
+
+    class Editor(RuledModel):
+        def write(self, conversations: Any, **_: Any) -> Any:
+            return ["abab" if len(conversation) == 3 else "criticism" for conversation in conversations]
+
+    revision = {"sampling": SAMPLING, "trainer": {"num_sequences": 4} | STAGE | {"num_steps": 30}}
+    trainer = make_trainer("revision", model=Editor(texts=texts), revision=revision, lora=None)
+    result = trainer.train()
+    assert result.model_path == tmp_path / "run" / "revision" / "model" and (result.model_path / "config.json").exists()
+    told = [json.loads(x) for x in (tmp_path / "run" / "revision" / "revisions.jsonl").read_text().splitlines()]
+    assert {row["completion"] for row in told} == {"abab"} and len(told) >= 6
+    assert result.metrics["loss"] < 0.5
+
+
+def test_a_judge_that_is_down_ends_the_run_and_keeps_it(make_trainer: Make) -> None:
+    from tests.rlaif.test_judge import DownModel
+
+    with pytest.raises(JudgeError, match="answered none of"):
+        make_trainer("dpo", model=DownModel()).train()
+    assert not make_trainer("dpo").train(resume=True).interrupted
+
+
+def test_labels_of_which_none_can_be_used_are_named(make_trainer: Make) -> None:
+    class Undecided(RuledModel):
+        def _choose(self, answers: list[str], choices: Any) -> Any:
+            return 0.0, 0.0
+
+    with pytest.raises(DataError, match=r"preferred no completion of 8 pairs .*min_confidence"):
+        make_trainer("dpo", model=Undecided()).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "direct"}, r"policy\.type is null, and must be given, of type grpo or ppo, with path direct"),
+        ({"path": "direct", "policy": POLICIES["dpo"]}, r"policy\.type is 'dpo'.*of type grpo or ppo"),
+        ({"path": "revision", "policy": POLICIES["dpo"]}, "policy is 'dpo', and must be left out with path revision"),
+        ({"path": "direct", "policy": POLICIES["direct"], "labels": {}}, "labels is 'given', and must be left out"),
+        ({"path": "dpo", "policy": POLICIES["dpo"], "reward": {}}, "reward is 'given', and must be left out"),
+        (
+            {"path": "dpo", "policy": POLICIES["dpo"] | {"output_dir": "x"}},
+            r"policy\.output_dir is 'x', and must be left out: every stage is in a folder of its own",
+        ),
+    ],
+)
+def test_sections_that_do_not_fit_the_path(changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RLAIFConfig(constitution="c.yaml", judge={"name": "m"}, **changes)
+
+
+def test_a_judge_on_the_policys_base_needs_a_frozen_one(make_trainer: Make) -> None:
+    with pytest.raises(ConfigError, match=r"judge\.name is not given, so that the policy's own base judges"):
+        make_trainer("direct", lora=None, judge={})
+
+
+def test_held_out_data_needs_a_scorer(make_trainer: Make, rows: Any) -> None:
+    trainer = make_trainer("direct")
+    with pytest.raises(ConfigError, match=r"give evaluation\.scorer"):
+        RLAIFTrainer(
+            trainer.model, trainer.config, rows, eval_dataset=rows, tokenizer=trainer.tokenizer, peft_config=LORA
+        )
+
+
+def test_a_constitution_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the constitution nowhere\.yaml must be a YAML file"):
+        load_constitution("nowhere.yaml")
+    (tmp_path / "c.yaml").write_text("name: x\nprinciples: []\n")
+    with pytest.raises(ConfigError, match="principles"):
+        load_constitution(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="holds list"):
+        load_constitution(tmp_path / "c.yaml")
+    assert ModelJudge().max_rating == 9 and shown([{"content": "Answer: x"}]) == ["x"]
