@@ -97,6 +97,19 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(budget: int, make_t
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
+def test_the_reference_point_is_of_all_ranks(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(precompute_reference=False)
+    leave_reference(trainer)
+    trainer.packs(range(6))
+    whole, told = float(trainer.reference_point), []
+    monkeypatch.setattr(trainer.learner, "reduce_sum", lambda value: told.append(value) or value)
+    trainer.packs([4, 5])  # what the other rank tells
+    assert float(trainer.reference_point) != pytest.approx(whole, rel=1e-3)
+    monkeypatch.setattr(trainer.learner, "reduce_sum", lambda value: value + told[0])
+    trainer.packs([0, 1, 2, 3])
+    assert float(trainer.reference_point) == pytest.approx(whole, rel=1e-4) and whole > 0
+
+
 def test_rewards_are_means_over_their_own_kind(make_trainer: Make) -> None:
     trainer = make_trainer(precompute_reference=False, num_sequences=12)
     leave_reference(trainer)
