@@ -116,8 +116,8 @@ def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPr
 def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPreference, ...]:
     """Each with the completion of the next one that has another prompt and another completion.
 
-    The next one is looked for among those of the same label first: so each completion, good or bad, is taken about
-    once, and those that the KL is estimated from are like those that are learnt from.
+    The good ones go before the bad ones, and round: so each completion, of a pair too, is taken about once, and those
+    that the KL is estimated from are like those that are learnt from.
 
     Raises:
         DataError: all labels are the same, or there is none for one of them.

@@ -29,6 +29,7 @@ from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
 
 _KINDS = ("desirable", "undesirable")
+_ROUNDING = 1e-3  # nats; a completion's log-prob differs by as much from pack to pack
 
 
 class KTOTrainer(OfflineTrainer):
@@ -105,11 +106,11 @@ class KTOTrainer(OfflineTrainer):
         sequences = experience.segments.sequence_of_token.clamp(min=0)
         ratios = log_ratios(output.logprobs, experience, 1 + max(experience.segments.sequence_ids))[sequences]
         desirable = experience.advantages > 0
-        rewards, point = self.config.beta * ratios, self.reference_point.expand_as(ratios)
-        metrics = {"reference_point": point}
+        rewards, point = self.config.beta * ratios, self.reference_point
+        metrics = {"reference_point": point.expand_as(ratios)}
         for name, kind in zip(_KINDS, (desirable, ~desirable), strict=True):
             metrics |= {f"{name}_frac": kind.float(), f"{name}_reward": torch.where(kind, rewards, 0.0)}
-        return self._loss(ratios, desirable, self.reference_point), metrics
+        return self._loss(ratios, desirable, point), metrics
 
     def _loss(self, ratios: Tensor, desirable: Tensor, point: Tensor) -> Tensor:
         config = self.config
@@ -160,7 +161,7 @@ class KTOTrainer(OfflineTrainer):
         ratios = self._log_ratios(packs, count)
         desirable = torch.tensor([each.desirable for each in self.eval_examples], device=ratios.device)
         lead = torch.where(desirable, ratios - point, point - ratios)
-        agrees = (lead > 0).float() + 0.5 * (lead == 0)  # a tie is a guess
+        agrees = torch.where(lead.abs() < _ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
         rewards = self.config.beta * ratios
         return LabelResult(
             accuracy=float(agrees.mean()),

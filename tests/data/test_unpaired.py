@@ -38,7 +38,7 @@ def test_labelled_rows_and_pairs_say_the_same(tokenizer: Any) -> None:
     one, other = read(rows, tokenizer), read(pairs, tokenizer)
     assert tuple(one) == tuple(other) and [x.desirable for x in one] == [True, False, True, False]
     assert one[0].prompt == one[1].prompt and one[0].completion[-1] == tokenizer.eos_token_id
-    assert [x.mismatched for x in one] == [one[2].completion, one[3].completion, one[0].completion, one[1].completion]
+    assert [x.mismatched for x in one] == [one[i].completion for i in (2, 3, 1, 1)]
 
 
 def test_chat_messages_and_strings_say_the_same(tokenizer: Any) -> None:

@@ -49,7 +49,9 @@ def test_ranks_train_in_step_on_prompts_of_their_own(tmp_path: Path) -> None:
     assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "of the second rank, which alone fails"
 
 
-@pytest.mark.parametrize(("kind", "form"), [("ppo", "lora"), ("ppo", "model"), ("dpo", "-")])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("ppo", "lora"), ("ppo", "model"), ("dpo", "-"), ("kto", "-"), ("online_dpo", "-")]
+)
 def test_other_trainers_keep_in_step(kind: str, form: str, tmp_path: Path) -> None:
     done = torchrun(str(ROOT / "tests/trainers/rank_others.py"), str(tmp_path), kind, form)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -57,7 +59,7 @@ def test_other_trainers_keep_in_step(kind: str, form: str, tmp_path: Path) -> No
     assert ranks[0].keys() == ranks[1].keys()
     for name, value in ranks[0].items():
         assert torch.equal(value, ranks[1][name]), name
-    assert kind == "dpo" or any(name.startswith("critic-") for name in ranks[0])
+    assert kind != "ppo" or any(name.startswith("critic-") for name in ranks[0])
 
 
 def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
