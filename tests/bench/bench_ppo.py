@@ -45,8 +45,8 @@ def measure(form: str, steps: int, reward_model: str | None) -> dict[str, Any]:
         )
         rows = [{"prompt": f"Tell me a story about the number {i}, and why it matters to people."} for i in range(8)]
         PPOTrainer(
-            model, [make_reward(form, reward_model)], config, rows, tokenizer=load_tokenizer(name), peft_config=LoraSettings(rank=16),
-            callbacks=[noted],
+            model, [make_reward(form, reward_model)], config, rows, tokenizer=load_tokenizer(name),
+            peft_config=LoraSettings(rank=16), callbacks=[noted],
         ).train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     del held
