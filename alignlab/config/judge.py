@@ -24,7 +24,7 @@ class _JudgeSettings(Frozen):
     max_rating: int = Field(9, ge=2, le=9)
     """Of a single completion, from 1 on: a digit is one token for every tokenizer."""
     max_questions: int | None = Field(None, ge=1)
-    """That a run may ask the judge; answers that are on disk already cost nothing."""
+    """That a run may ask the judge from one start to its end; answers that are on disk already cost nothing."""
     max_attempts: int = Field(3, ge=1)
     """For one question, before it goes without an answer."""
     cache: bool = True

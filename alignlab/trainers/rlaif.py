@@ -42,7 +42,7 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
-from alignlab.errors import ConfigError, DataError
+from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
 from alignlab.rlaif.collecting import collect
@@ -75,7 +75,7 @@ from alignlab.types import Prompt, Rollout, RolloutEngine
 _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
-_BEFORE = "before.json"
+_BEFORE, _MADE_WITH = "before.json", "made_with.json"
 
 
 class Stopped(Exception):
@@ -203,6 +203,11 @@ class RLAIFTrainer:
         revised = [row for row in rows if row["outcome"] == "revised"]
         told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in revised]
         self._show("critique and revision", sorted(Counter(row["outcome"] for row in rows).items()))
+        if not told:
+            raise DataError(
+                f"none of {len(rows)} answers was revised ({dict(Counter(row['outcome'] for row in rows))}); see "
+                f"{folder}, and choose another judge or constitution"
+            )
         self._keep(folder / "revisions.jsonl", told)
         trainer = SFTTrainer(
             copy.deepcopy(self.model), _in_folder(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
@@ -216,7 +221,7 @@ class RLAIFTrainer:
         if self.accelerator.is_main_process:
             save_model(self._trained, path)
             self.tokenizer.save_pretrained(path)
-        self._trained.config.name_or_path = str(path.resolve())
+        self._trained.config.name_or_path = self.base_model = str(path.resolve())
         return replace(result, model_path=path)
 
     def _label(self, settings: LabelSettings, folder: Path, model: Model) -> list[dict[str, Any]]:
@@ -241,6 +246,7 @@ class RLAIFTrainer:
         work: Callable[[Sequence[Rollout]], Sequence[dict[str, Any]]], title: str,
     ) -> list[dict[str, Any]]:
         """A row for each prompt: what `work` makes of the completions that the policy samples."""
+        self._check_made_with(folder / _MADE_WITH, settings)
         prompts = self.prompts[: settings.num_prompts]
         engine: list[RolloutEngine] = []
         sampling = settings.sampling.params(n=group, seed=self.config.seed)
@@ -256,6 +262,30 @@ class RLAIFTrainer:
         if rows is None:
             raise Stopped(TrainResult(0, 0.0, folder, True, None, {}, None, None, folder))
         return rows
+
+    def _check_made_with(self, path: Path, settings: RevisionSettings | LabelSettings) -> None:
+        """Rows of two judges, constitutions or samplings are not mixed by a resumed run.
+
+        Raises:
+            CheckpointError: earlier rows were made with others.
+        """
+        told = {
+            "constitution": self.constitution.model_dump(mode="json"),
+            "judge": self.config.judge.model_dump(mode="json", exclude={"max_questions", "cache"}),
+            "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
+            "seed": self.config.seed,
+        }
+        self.accelerator.wait_for_everyone()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return self._keep_text(path, json.dumps(told, indent=1) + "\n")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in told.items() if before.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{path.parent} holds rows that were made with another {' and '.join(changed)}, see {path.name}; go on "
+                "with what the run was started with, or use another output_dir"
+            )
 
     def _train_reward(
         self, config: RewardConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]]

@@ -19,7 +19,7 @@ from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
-from alignlab.errors import ConfigError, DataError, JudgeError
+from alignlab.errors import CheckpointError, ConfigError, DataError, JudgeError
 from alignlab.rlaif.judge import PromptedJudge
 from alignlab.trainers.rlaif import RLAIFTrainer
 from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
@@ -173,6 +173,22 @@ def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
     told = [json.loads(x) for x in (tmp_path / "run" / "revision" / "revisions.jsonl").read_text().splitlines()]
     assert {row["completion"] for row in told} == {"abab"} and len(told) >= 6
     assert result.metrics["loss"] < 0.5
+
+
+def test_rows_of_two_judges_are_not_mixed(make_trainer: Make) -> None:
+    assert make_trainer("dpo", model=Interrupting(at=2)).train().interrupted
+    with pytest.raises(CheckpointError, match=r"made with another judge, see made_with\.json"):
+        make_trainer("dpo", judge={"name": "given", "votes": 2}).train(resume=True)
+    assert not make_trainer("dpo", judge={"name": "given", "max_questions": 99}).train(resume=True).interrupted
+
+
+def test_answers_of_which_none_is_revised_are_named(make_trainer: Make) -> None:
+    class Mute(RuledModel):
+        def write(self, conversations: Any, **_: Any) -> Any:
+            return [" "] * len(conversations)
+
+    with pytest.raises(DataError, match="none of 8 answers was revised"):
+        make_trainer("revision", model=Mute(), revision={"sampling": SAMPLING, "trainer": STAGE}).train()
 
 
 def test_a_base_in_bfloat16_is_trained_by_adapters(make_trainer: Make, make_model: Make) -> None:
