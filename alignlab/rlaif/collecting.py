@@ -42,6 +42,7 @@ def collect(
             journal.append(work(left[start : start + batch_size]))
             progress.step(number, {})
             if interrupt.requested:
+                progress.note(f"stopped by {interrupt.signal}; what is done is kept, go on with --resume")
                 break
     accelerator.wait_for_everyone()
     rows = {row["index"]: row for row in _rows(folder)}

@@ -20,10 +20,13 @@ from alignlab.models.adapters import adapters_disabled, has_adapters
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
+from alignlab.rlaif.answers import answer_key
 from alignlab.rlaif.chat_model import Conversation, Failure
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
+
+_UNASKED = "the chat template refuses the question, or it is longer than the judge's positions"
 
 
 class LocalChatModel:
@@ -45,7 +48,7 @@ class LocalChatModel:
             raise ConfigError(
                 "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
             )
-        self.identity = digest_of_model(model)
+        self.identity = f"{digest_of_model(model)} {answer_key(template=tokenizer.chat_template)}"
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
@@ -56,37 +59,36 @@ class LocalChatModel:
     ) -> list[tuple[float, ...] | Failure]:
         """Log-probability of the first token of each choice; the conversation is computed once for all of them."""
         tokens = self._first_tokens(choices)
-        asked = self._prompts(conversations)
+        asked = self._prompts(conversations, room=1)
         groups = [
             Rollout(prompt, tuple(Completion((token,), "", (0.0,), None, "stop", (0,)) for token in tokens))
             for prompt in asked.values()
         ]
         scores = iter(self._score(groups))
         return [
-            next(scores) if i in asked else Failure("refused", "the chat template refuses the question")
-            for i in range(len(conversations))
+            next(scores) if i in asked else Failure("refused", _UNASKED) for i in range(len(conversations))
         ]
 
     def write(
         self, conversations: Sequence[Conversation], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[str | Failure]:
         """A sampled answer to each conversation."""
-        asked = self._prompts(conversations)
+        asked = self._prompts(conversations, room=max_new_tokens)
         sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         with self._base():
             # Of the model inside: an engine of one with adapters would merge them.
             engine = EmbeddedEngine(causal_lm(self._model), self._tokenizer, RolloutSettings())
             rollouts = iter(engine.generate(list(asked.values()), sampling))
         return [
-            next(rollouts).completions[0].text if i in asked else Failure("refused", "the chat template refuses it")
+            next(rollouts).completions[0].text if i in asked else Failure("refused", _UNASKED)
             for i in range(len(conversations))
         ]
 
     def _base(self) -> AbstractContextManager[None]:
         return adapters_disabled(self._model) if has_adapters(self._model) else nullcontext()
 
-    def _prompts(self, conversations: Sequence[Conversation]) -> dict[int, Prompt]:
-        """By index, those that the template takes."""
+    def _prompts(self, conversations: Sequence[Conversation], *, room: int) -> dict[int, Prompt]:
+        """By index, those that the template takes and that leave room for the answer."""
         rendered = {}
         for i, conversation in enumerate(conversations):
             try:
@@ -94,7 +96,8 @@ class LocalChatModel:
             except BadRow:
                 continue
         encoded = self._render.encode(list(rendered.values()))
-        return {i: Prompt(ids, "", index=i) for i, ids in zip(rendered, encoded, strict=True)}
+        limit = causal_lm(self._model).config.get_text_config().max_position_embeddings - room
+        return {i: Prompt(ids, "", index=i) for i, ids in zip(rendered, encoded, strict=True) if len(ids) <= limit}
 
     def _first_tokens(self, choices: Sequence[str]) -> list[int]:
         tokens = [self._tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -80,6 +81,21 @@ def test_a_question_that_the_template_refuses_fails_alone(model: Any, tokenizer:
     assert isinstance(told[1], Failure) and told[1].kind == "refused" and told[2] == pytest.approx(alone[0], abs=1e-6)
     written = judge.write(questions, max_new_tokens=2, temperature=1.0, seed=0)
     assert [isinstance(text, Failure) for text in written] == [False, True, False]
+
+
+def test_a_question_that_is_too_long_fails_alone(model: Any, tokenizer: Any) -> None:
+    model.config.max_position_embeddings = 40
+    questions = [[{"role": "user", "content": text}] for text in ("a", "b" * 60, "b" * 15)]
+    judge = LocalChatModel(model, tokenizer)
+    assert [isinstance(each, Failure) for each in judge.choose(questions, ["1", "2"])] == [False, True, False]
+    written = judge.write(questions, max_new_tokens=8, temperature=1.0, seed=0)
+    assert [isinstance(each, Failure) for each in written] == [False, True, True]
+
+
+def test_another_template_is_another_judge(model: Any, tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE + " "
+    assert LocalChatModel(model, tokenizer).identity != LocalChatModel(model, other).identity
 
 
 def test_choices_must_begin_differently_and_a_judge_must_chat(model: Any, tokenizer: Any) -> None:
