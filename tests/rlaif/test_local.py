@@ -85,7 +85,7 @@ def test_a_question_that_the_template_refuses_fails_alone(model: Any, tokenizer:
 
 def test_a_question_that_is_too_long_fails_alone(model: Any, tokenizer: Any) -> None:
     model.config.max_position_embeddings = 40
-    questions = [[{"role": "user", "content": text}] for text in ("a", "b" * 60, "b" * 15)]
+    questions = [[{"role": "user", "content": text}] for text in ("a", "b" * 60, "b" * 20)]
     judge = LocalChatModel(model, tokenizer)
     assert [isinstance(each, Failure) for each in judge.choose(questions, ["1", "2"])] == [False, True, False]
     written = judge.write(questions, max_new_tokens=8, temperature=1.0, seed=0)
