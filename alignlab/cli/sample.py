@@ -7,8 +7,10 @@ interrupted one stopped. The last line of standard output is the result as JSON.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from alignlab.errors import ConfigError
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
     from alignlab.training.teacher_samples import SampleSettings
+    from alignlab.types import Prompt
 
 NAME = "sample"
 SUMMARY = "a teacher's approved completions, as data for fine-tuning"
@@ -51,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix != ".jsonl":
         raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; leave it out for all")
     settings = settings_of(config, args)
     settings.check(len(config.rewards))
 
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.data.prompts import PromptRenderer, load_prompts
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
@@ -65,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.training.reward_runner import RewardRunner
     from alignlab.training.teacher_samples import rejected, sample_teacher
 
-    trainer = config.trainer if isinstance(config.trainer, OnlineConfig) else None
+    last = stages_of(config.trainer)[-1]
+    trainer = last if isinstance(last, OnlineConfig) else None
     limits = trainer.reward_limits if trainer else RewardLimits()
     rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
     policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     identity = {
         "model": fingerprint(policy.named_parameters()),
         "data": config.data.model_dump_json(),
+        "rows": digest_of_prompts(prompts),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }
     bind_rewards(rewards.rewards, policy, tokenizer, share=True)
@@ -91,13 +98,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
+    """Of what is asked and of the columns that rewards see: other rows are another output."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.token_ids, dict(prompt.columns)], default=str, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:
     """What the config and the flags say together."""
     from alignlab.config.rollout import SamplingSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.training.teacher_samples import SampleSettings
 
-    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
+    last = stages_of(config.trainer)[-1]
+    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
     named = {"num_samples": args.num_samples, "prompts_at_once": args.prompts_at_once}
     return SampleSettings(
         sampling_settings(args, **dict(trained)),

@@ -210,15 +210,18 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _in_chunks(
     compare: Callable[..., Tensor], hidden: Tensor, head: Head, others: Sequence[Tensor], chunk_tokens: int
 ) -> Tensor:
-    """`compare(hidden, weight, bias, *others)` of each chunk, computed again in the backward pass."""
+    """`compare(hidden, weight, bias, *others)` of each chunk, computed again in the backward pass.
+
+    Without a token one empty chunk is compared: ranks that train the head wait for its gradient, 0 here.
+    """
     parts = [
         checkpoint(
             compare, hidden[chunk], head.weight, head.bias, *(other[chunk] for other in others),
             use_reentrant=False, preserve_rng_state=False,
         )
-        for chunk in _slices(len(hidden), chunk_tokens)
+        for chunk in (*_slices(len(hidden), chunk_tokens),) or (slice(0, 0),)
     ]
-    return torch.cat(parts) if parts else at_least_float32(hidden).sum(-1)
+    return torch.cat(parts)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -34,6 +34,7 @@ from alignlab.trainers.distilling import (
 )
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
+from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
@@ -89,11 +90,17 @@ class GKDTrainer(OnlineTrainer):
     ) -> None:
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
+        check_room(self.teacher.model, self.prompts, config, whose="the teacher")
         settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
         self._given: dict[int, tuple[int, ...]] = {}
         if config.student_frac < 1:
             render = PromptRenderer(settings, self.tokenizer)
             self._given = {prompt.index: given_completion(prompt, render) for prompt in self.prompts}
+            if len(self._given) < len(self.prompts):
+                raise DataError(
+                    f"{len(self.prompts)} prompts have {len(self._given)} different indices, and the dataset's "
+                    "completions are found by them; number the prompts (Prompt.index)"
+                )
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""

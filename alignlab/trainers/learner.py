@@ -272,7 +272,7 @@ class Learner:
         where = [
             f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
             for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))
-            for i in (~output[0].isfinite()).nonzero()[:1].flatten().tolist()
+            for i in _not_finite(output).nonzero()[:1].flatten().tolist()
         ]
         raise NumericsError(
             f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
@@ -291,6 +291,12 @@ class Learner:
             "expert_load_max": float(load.max()) * load.shape[-1],
             **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
         }
+
+
+def _not_finite(output: Sequence[Tensor | None]) -> Tensor:
+    """Tokens [N] at which any number of the output is not finite."""
+    known = [each for each in output if each is not None and each.is_floating_point() and each.dim() == 1]
+    return torch.stack([~each.isfinite() for each in known]).any(dim=0)
 
 
 class CriticLearner(Learner):

@@ -29,13 +29,14 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from alignlab.data.examples import Example
+from alignlab.errors import CheckpointError
 from alignlab.functional.distillation import TopTokens
 from alignlab.models.packaged import cache_folder
 from alignlab.training.checkpoint import fingerprint
-from alignlab.training.files import sync_file, write_atomically
+from alignlab.training.files import READ_BYTES, sync_file, write_atomically
 from alignlab.training.reference_cache import digest_of_model
 
-_FORMAT = 1
+_FORMAT = 2
 _TYPES = {"ids": np.int32, "logprobs": np.float32, "rest": np.float32}
 _DONE = "done.json"
 ASKED_TOGETHER = 512
@@ -59,6 +60,35 @@ class KeptTeacher:
         """What the teacher answers at the taught tokens of one example."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
         return TopTokens(*(torch.from_numpy(np.array(array[rows])) for array in self._arrays))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of each array's file."""
+    found = {}
+    for name in _TYPES:
+        digest = xxhash.xxh3_128()
+        with (folder / f"{name}.npy").open("rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+        found[name] = digest.hexdigest()
+    return found
+
+
+def _check_whole(folder: Path) -> None:
+    """See that the files are what was written.
+
+    Raises:
+        CheckpointError: one is damaged or missing.
+    """
+    try:
+        whole = json.loads((folder / _DONE).read_text())["digests"] == _digests(folder)
+    except (OSError, ValueError, KeyError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"the teacher's answers in {folder} are damaged: they are not what was written; delete the folder, and "
+            "the teacher is asked again"
+        )
 
 
 class TeacherCache:
@@ -89,7 +119,9 @@ class TeacherCache:
         offsets = [0, *accumulate(sum(example.completion_mask) for example in examples)]
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
-            if not path.exists():
+            if path.exists():
+                _check_whole(path)
+            else:
                 self._make(path, examples, offsets, ask)
         return KeptTeacher(path, offsets)
 
@@ -109,6 +141,7 @@ class TeacherCache:
         print(file=sys.stderr, flush=True)
         for name in _TYPES:
             sync_file(unfinished / f"{name}.npy")
+        write_atomically(told, json.dumps({"examples": len(examples), "digests": _digests(unfinished)}))
         os.replace(unfinished, path)
         sync_file(path.parent)
 

@@ -165,6 +165,14 @@ def test_no_tokens_have_no_divergence():
     found.sum().backward()
 
 
+def test_without_tokens_a_trained_head_has_a_gradient_of_0():
+    """Ranks wait for the gradients of all that is trained."""
+    hidden, head, theirs, their_head = make(0)
+    head = distillation.Head(head.weight.detach().requires_grad_(), head.bias, head.softcap)
+    distillation.chunked_divergence(hidden, head, theirs, their_head, beta=0.5, width=11).sum().backward()
+    assert head.weight.grad is not None and not head.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

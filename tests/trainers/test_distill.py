@@ -23,6 +23,7 @@ from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.gkd import GKDTrainer
 from alignlab.trainers.run import run
 from alignlab.training import teacher_cache
+from alignlab.types import Prompt
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
 
 Make = Callable[..., Any]
@@ -197,6 +198,21 @@ def test_a_teacher_is_asked_once(
         torch.testing.assert_close(top.rest, kept.rest)
 
 
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_damaged_answers_are_not_learnt_from(damage: str, save_teacher: Make, make_distill: Make) -> None:
+    trainer = make_distill(save_teacher(), top_k=5)
+    trainer.open(None, None, None)
+    [folder] = {Path(array.filename).parent for array in trainer._kept._arrays}
+    file = folder / "logprobs.npy"
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-4] + bytes(4) if damage == "changed" else content[:-4])
+    with pytest.raises(CheckpointError, match=r"are damaged.*delete the folder"):
+        trainer.open(None, None, None)
+
+
 def test_what_is_kept_is_told_apart(save_teacher: Make, make_distill: Make) -> None:
     def path(teacher: str, data: Any, k: int, temperature: float = 1.0) -> Path:
         trainer = make_distill(teacher)
@@ -305,6 +321,9 @@ def test_the_dataset_s_completions_are_those_of_fine_tuning(
         [completion] = rollout.completions
         assert completion.text == rollout.prompt.columns["answer"]
         assert completion.token_ids[-1] == tokenizer.eos_token_id
+    alike = [Prompt((8, 9), "ab", columns={"answer": str(i)}) for i in range(2)]
+    with pytest.raises(DataError, match=r"2 prompts have 1 different indices"):
+        make_gkd(save_teacher(), student_frac=0.5, data=alike)
     with pytest.raises(DataError, match="row 0 has neither completion nor answer"):
         make_gkd(save_teacher(), student_frac=0.5, data=[{"prompt": row["prompt"]} for row in rows])
 
