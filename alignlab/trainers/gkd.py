@@ -95,12 +95,13 @@ class GKDTrainer(OnlineTrainer):
         self._given: dict[int, tuple[int, ...]] = {}
         if config.student_frac < 1:
             render = PromptRenderer(settings, self.tokenizer)
-            self._given = {prompt.index: given_completion(prompt, render) for prompt in self.prompts}
-            if len(self._given) < len(self.prompts):
+            numbers = {prompt.index for prompt in self.prompts}
+            if len(numbers) < len(self.prompts):
                 raise DataError(
-                    f"{len(self.prompts)} prompts have {len(self._given)} different indices, and the dataset's "
-                    "completions are found by them; number the prompts (Prompt.index)"
+                    f"{len(self.prompts)} prompts have {len(numbers)} different indices, and the dataset's completions "
+                    "are found by them; number the prompts (Prompt.index)"
                 )
+            self._given = {prompt.index: given_completion(prompt, render) for prompt in self.prompts}
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""
