@@ -1,4 +1,4 @@
-"""Run by torchrun: another trainer than GRPO on two ranks. Usage: rank_others.py FOLDER ppo|dpo|kto|online_dpo FORM"""
+"""Run by torchrun: another trainer than GRPO on two ranks. Usage: rank_others.py FOLDER KIND FORM, see below."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.trainers import DPOConfig, KTOConfig, OnlineDPOConfig, PPOConfig
+from alignlab.config.trainers import DPOConfig, KTOConfig, OnlineDPOConfig, PPOConfig, RewardConfig
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.checkpoints import new_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.kto import KTOTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
 from tests.trainers.conftest import DENSE, even_ids
 from tests.trainers.test_dpo import pairs
 from tests.trainers.test_kto import labelled
@@ -37,7 +38,7 @@ def main() -> None:
     model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
     shared: dict[str, Any] = {"output_dir": folder / "run", "num_steps": 2, "learning_rate": 1e-2, "trackers": ()}
     lora, rows = LoraSettings(rank=2), [{"prompt": f"ab{i}"} for i in range(12)]
-    trainer: PPOTrainer | DPOTrainer | KTOTrainer | OnlineDPOTrainer
+    trainer: PPOTrainer | DPOTrainer | KTOTrainer | OnlineDPOTrainer | RewardTrainer
     if kind == "ppo":
         config = PPOConfig(
             **shared, num_prompts=4, sampling={"max_new_tokens": 6}, critic={"form": form}, gradient_checkpointing=True
@@ -46,6 +47,11 @@ def main() -> None:
     elif kind == "online_dpo":
         online = OnlineDPOConfig(**shared, num_prompts=4, sampling={"max_new_tokens": 6}, tokens_per_microbatch=16)
         trainer = OnlineDPOTrainer(model, one_rank_ties, online, rows, tokenizer=tokenizer, peft_config=lora)
+    elif kind == "reward":
+        trainer = RewardTrainer(
+            model, RewardConfig(**shared, num_pairs=4), pairs(8), eval_dataset=pairs(3, seed=1),
+            tokenizer=tokenizer, peft_config=lora if form == "lora" else None,
+        )
     elif kind == "kto":
         kto = KTOConfig(**shared, num_sequences=4, tokens_per_microbatch=12)
         trainer = KTOTrainer(

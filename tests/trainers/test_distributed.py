@@ -50,7 +50,11 @@ def test_ranks_train_in_step_on_prompts_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [("ppo", "lora"), ("ppo", "model"), ("dpo", "-"), ("kto", "-"), ("online_dpo", "-")]
+    ("kind", "form"),
+    [
+        ("ppo", "lora"), ("ppo", "model"), ("dpo", "-"), ("kto", "-"), ("online_dpo", "-"), ("reward", "lora"),
+        ("reward", "all"),
+    ],
 )
 def test_other_trainers_keep_in_step(kind: str, form: str, tmp_path: Path) -> None:
     done = torchrun(str(ROOT / "tests/trainers/rank_others.py"), str(tmp_path), kind, form)

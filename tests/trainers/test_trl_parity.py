@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from alignlab.config.trainers import DPOConfig
+from alignlab.config.trainers import DPOConfig, RewardConfig
 from alignlab.models.checkpoints import load_model
+from alignlab.models.reward_checkpoints import padded_tokenizer, save_reward_model
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.reward import RewardTrainer
 from tests.trainers.test_dpo import pairs
+from tests.trainers.test_reward import gradients
 
 trl = pytest.importorskip("trl")
 # Ours -> TRL's name and settings.
@@ -25,6 +29,9 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ipo_mean": ({}, {"loss_type": ["ipo"]}),
     "robust": ({"label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
 }
+
+
+DATA_OF_REWARDS = [replace(pair, margin=0.25 * (i % 4)) for i, pair in enumerate(pairs(6))]
 
 
 @pytest.fixture
@@ -104,3 +111,46 @@ def test_dpo(loss: str, checkpoint: str, tokenizer: Any, tmp_path: Path) -> None
     largest = max(float(g.abs().max()) for g in gradient.values())
     for name, one in gradient.items():
         torch.testing.assert_close(one, other_gradient[name], rtol=1e-4, atol=1e-5 * largest)
+
+
+def rewards_of_trl(folder: str, tokenizer: Any, centring: float) -> tuple[float, dict[str, Tensor]]:
+    from datasets import Dataset
+
+    data = [
+        {"chosen_ids": [*p.prompt, *p.chosen], "rejected_ids": [*p.prompt, *p.rejected], "margin": p.margin}
+        for p in DATA_OF_REWARDS
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        config = trl.RewardConfig(
+            output_dir=f"{folder}/trl", use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+            center_rewards_coefficient=centring, disable_dropout=True,
+        )
+        rows = Dataset.from_list([{"chosen": "ab", "rejected": "ac"}] * 2)
+        trainer = trl.RewardTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        batch = trainer.data_collator(data)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_reward(checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Bradley-Terry with margins and centring, from one head."""
+    config = RewardConfig(
+        output_dir=tmp_path / "ours", num_pairs=6, trackers=(), tokens_per_microbatch=40, centring_coef=0.05
+    )
+    trainer = RewardTrainer(
+        load_model(checkpoint, dtype=torch.float32), config, DATA_OF_REWARDS, tokenizer=tokenizer
+    )
+    padded = padded_tokenizer(tokenizer)
+    save_reward_model(trainer.reward_model, tmp_path / "head", padded)
+    value, found = gradients(trainer, range(6))
+    other, expected = rewards_of_trl(str(tmp_path / "head"), padded, 0.05)
+    assert value == pytest.approx(other, rel=1e-5)
+    # TRL's padding token, whose embedding `transformers` keeps from learning, is in no pair here.
+    ours = {name.removeprefix("model.") if name.startswith("model.") else name: g for name, g in found.items()}
+    assert ours.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, one in ours.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-4, atol=1e-5 * largest)
