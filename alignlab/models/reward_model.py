@@ -80,9 +80,7 @@ class RewardModel(nn.Module):
             segments: how they divide into sequences.
             mask: [N] bool, tokens on which an MoE's routers are counted and balanced.
         """
-        # Routers of a shared model count what the policy chooses in training, and nothing of this.
-        counted = mask if self.role is None else torch.zeros_like(mask)
-        record = RoutingRecord(counted=counted) if routers(self.model) else None
+        record = RoutingRecord(counted=mask) if routers(self.model) else None
         options = {} if record is None else {"routing": record}
         hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
         ends = last_tokens(segments)

@@ -67,6 +67,7 @@ def test_gradients() -> None:
 
 def test_brier_by_hand() -> None:
     assert float(brier_score(rewards(0.0))) == 0.25
+    assert float(brier_score(rewards(math.log(3)))) == pytest.approx(1 / 16)
     assert float(brier_score(rewards(math.log(3), -math.log(3)))) == pytest.approx((1 / 16 + 9 / 16) / 2)
 
 
