@@ -1,25 +1,36 @@
-"""The same batch through TRL's trainers: one loss, one gradient, in float32."""
+"""The same pairs through TRL's trainers: one loss, one gradient, in float32.
+
+Without a counterpart: `ipo` of summed log-ratios, as TRL's IPO is of means. ORPO's likelihood is another: TRL's is the
+mean over all tokens of the batch's prompts and chosen completions but each prompt's first; ours, as DPO's family has
+it, the mean over pairs of the mean over the chosen completion. They coincide where prompts are of one token and chosen
+completions equally long.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from alignlab.config.trainers import DPOConfig, RewardConfig
+from alignlab.config.trainers import DPOConfig
+from alignlab.data.preferences import Preference
 from alignlab.models.checkpoints import load_model
-from alignlab.models.reward_checkpoints import padded_tokenizer, save_reward_model
 from alignlab.trainers.dpo import DPOTrainer
-from alignlab.trainers.reward import RewardTrainer
 from tests.trainers.test_dpo import pairs
-from tests.trainers.test_reward import gradients
+from tests.trainers.trl_batches import (
+    SETTINGS,
+    Step,
+    as_trl_warns,
+    assert_same,
+    move,
+    save_llama,
+    step_of_ours,
+    step_of_trl,
+)
 
 trl = pytest.importorskip("trl")
 # Ours -> TRL's name and settings.
@@ -31,126 +42,118 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-DATA_OF_REWARDS = [replace(pair, margin=0.25 * (i % 4)) for i, pair in enumerate(pairs(6))]
-
-
 @pytest.fixture
 def checkpoint(tmp_path: Path, tokenizer: Any) -> str:
-    """A tiny Llama, which TRL knows."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    return str(tmp_path / "llama")
+    return save_llama(tmp_path / "llama", tokenizer)
 
 
-def move(model: torch.nn.Module) -> None:
-    """The policy leaves the reference, in the same way in both."""
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            weight.add_(torch.sin(torch.arange(weight.numel()).float()).view_as(weight) * 0.02 + 0.001 * len(name))
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
-def of_trl(checkpoint: str, tokenizer: Any, settings: dict[str, Any], folder: Path) -> tuple[float, dict[str, Tensor]]:
+def rows_of_text() -> Any:
+    """What a TRL trainer wants to be made with; nothing is learnt from it."""
     from datasets import Dataset
 
-    data = [
-        {"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs(6)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's own
-        policy, reference = (AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32) for _ in range(2))
-        config = trl.DPOConfig(
-            output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], beta=0.1, gradient_checkpointing=False,
-            disable_dropout=True, **settings,
-        )
-        rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-        trainer = trl.DPOTrainer(
-            policy, reference, config, train_dataset=rows, processing_class=tokenizer
-        )
-        move(trainer.model)
-        loss = trainer._compute_loss(trainer.model, trainer.data_collator(data), False)
-        loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
 
 
 def of_ours(
-    checkpoint: str, tokenizer: Any, settings: dict[str, Any], folder: Path
-) -> tuple[float, dict[str, Tensor]]:
+    checkpoint: str, tokenizer: Any, folder: Path, data: Sequence[Preference], **settings: Any
+) -> Step:
     config = DPOConfig(
-        output_dir=folder, num_pairs=6, beta=0.1, trackers=(), tokens_per_microbatch=40, precompute_reference=False,
-        **settings,
+        output_dir=folder / "ours", num_pairs=len(data), trackers=(), tokens_per_microbatch=40,
+        precompute_reference=False, **settings,
     )
-    trainer = DPOTrainer(load_model(checkpoint, dtype=torch.float32), config, pairs(6), tokenizer=tokenizer)
+    trainer = DPOTrainer(load_model(checkpoint, dtype=torch.float32), config, data, tokenizer=tokenizer)
     move(trainer.learner.model)
-    kept: dict[str, Tensor] = {}
+    return step_of_ours(trainer, range(len(data)))
 
-    def keep(*_: Any) -> dict[str, float]:
-        kept.update({n: p.grad.clone() for n, p in trainer.learner.model.named_parameters() if p.grad is not None})
-        return {}
 
-    trainer.learner._step = keep  # type: ignore[method-assign]
-    metrics = trainer.learner.update(trainer.packs(range(6)), trainer.loss, trainer.weigh, measure=trainer.measure)
-    return metrics["loss"], kept
+def dpo_of_trl(checkpoint: str, tokenizer: Any, folder: Path, settings: dict[str, Any]) -> Step:
+    data = [
+        {"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs(6)
+    ]
+    with as_trl_warns():
+        policy, reference = (AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32) for _ in range(2))
+        config = trl.DPOConfig(output_dir=str(folder / "trl"), beta=0.1, disable_dropout=True, **SETTINGS, **settings)
+        trainer = trl.DPOTrainer(
+            policy, reference, config, train_dataset=rows_of_text(), processing_class=tokenizer
+        )
+        move(trainer.model)
+        return step_of_trl(
+            trainer.model, lambda: trainer._compute_loss(trainer.model, trainer.data_collator(data), False)
+        )
+
+
+def without_reference(checkpoint: str, tokenizer: Any, folder: Path, name: str, **settings: Any) -> Any:
+    """TRL's ORPO or CPO trainer."""
+    with as_trl_warns():
+        if name == "orpo":
+            from trl.experimental.orpo import ORPOConfig as Config
+            from trl.experimental.orpo import ORPOTrainer as Trainer
+        else:
+            from trl.experimental.cpo import CPOConfig as Config
+            from trl.experimental.cpo import CPOTrainer as Trainer
+        policy = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        config = Config(output_dir=str(folder / "trl"), **SETTINGS, **settings)
+        trainer = Trainer(policy, config, train_dataset=rows_of_text(), processing_class=tokenizer)
+    move(trainer.model)
+    return trainer
+
+
+def batch_of(trainer: Any, data: Sequence[Preference]) -> Any:
+    """By TRL's collator."""
+    rows = []
+    for pair in data:
+        row: dict[str, Any] = {}
+        for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = [*pair.prompt, *completion]
+            labels = [-100] * len(pair.prompt) + list(completion)
+            row |= {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
+        rows.append(row)
+    return trainer.data_collator(rows)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_dpo(loss: str, checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
     ours, theirs = LOSSES[loss]
-    makers: list[Callable[[], tuple[float, dict[str, Tensor]]]] = [
-        lambda: of_ours(checkpoint, tokenizer, {"loss": loss} | ours, tmp_path / "ours"),
-        lambda: of_trl(checkpoint, tokenizer, theirs, tmp_path / "trl"),
-    ]
-    (value, gradient), (other, other_gradient) = (make() for make in makers)
-    assert value == pytest.approx(other, rel=1e-5)
-    assert gradient.keys() == other_gradient.keys()
-    largest = max(float(g.abs().max()) for g in gradient.values())
-    for name, one in gradient.items():
-        torch.testing.assert_close(one, other_gradient[name], rtol=1e-4, atol=1e-5 * largest)
-
-
-def rewards_of_trl(folder: str, tokenizer: Any, centring: float) -> tuple[float, dict[str, Tensor]]:
-    from datasets import Dataset
-
-    data = [
-        {"chosen_ids": [*p.prompt, *p.chosen], "rejected_ids": [*p.prompt, *p.rejected], "margin": p.margin}
-        for p in DATA_OF_REWARDS
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's own
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        config = trl.RewardConfig(
-            output_dir=f"{folder}/trl", use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-            center_rewards_coefficient=centring, disable_dropout=True,
-        )
-        rows = Dataset.from_list([{"chosen": "ab", "rejected": "ac"}] * 2)
-        trainer = trl.RewardTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-        batch = trainer.data_collator(data)
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def test_reward(checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
-    """Bradley-Terry with margins and centring, from one head."""
-    config = RewardConfig(
-        output_dir=tmp_path / "ours", num_pairs=6, trackers=(), tokens_per_microbatch=40, centring_coef=0.05
+    assert_same(
+        of_ours(checkpoint, tokenizer, tmp_path, pairs(6), loss=loss, beta=0.1, **ours),
+        dpo_of_trl(checkpoint, tokenizer, tmp_path, theirs),
     )
-    trainer = RewardTrainer(
-        load_model(checkpoint, dtype=torch.float32), config, DATA_OF_REWARDS, tokenizer=tokenizer
+
+
+def test_simpo(checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
+    trainer = without_reference(
+        checkpoint, tokenizer, tmp_path, "cpo", loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=0.7
     )
-    padded = padded_tokenizer(tokenizer)
-    save_reward_model(trainer.reward_model, tmp_path / "head", padded)
-    value, found = gradients(trainer, range(6))
-    other, expected = rewards_of_trl(str(tmp_path / "head"), padded, 0.05)
-    assert value == pytest.approx(other, rel=1e-5)
-    # TRL's padding token, whose embedding `transformers` keeps from learning, is in no pair here.
-    ours = {name.removeprefix("model.") if name.startswith("model.") else name: g for name, g in found.items()}
-    assert ours.keys() == expected.keys()
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for name, one in ours.items():
-        torch.testing.assert_close(one, expected[name], rtol=1e-4, atol=1e-5 * largest)
+    batch = batch_of(trainer, pairs(6))
+    assert_same(
+        of_ours(checkpoint, tokenizer, tmp_path, pairs(6), loss="simpo", beta=2.5, simpo_gamma=0.7),
+        step_of_trl(trainer.model, lambda: trainer.compute_loss(trainer.model, batch)),
+    )
+
+
+def test_orpo_where_both_likelihoods_are_the_same(checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
+    data = [Preference(p.prompt[:1], (*p.chosen, 5, 6, 7)[:4], p.rejected) for p in pairs(6)]
+    trainer = without_reference(checkpoint, tokenizer, tmp_path, "orpo", beta=0.3)
+    batch = batch_of(trainer, data)
+    assert_same(
+        of_ours(checkpoint, tokenizer, tmp_path, data, loss="orpo", beta=0.3),
+        step_of_trl(trainer.model, lambda: trainer.compute_loss(trainer.model, batch)),
+    )
+
+
+def test_orpo_with_trl_s_odds_and_our_likelihood(checkpoint: str, tokenizer: Any, tmp_path: Path) -> None:
+    trainer = without_reference(checkpoint, tokenizer, tmp_path, "orpo", beta=0.3)
+    batch = batch_of(trainer, pairs(6))
+
+    def loss() -> torch.Tensor:
+        chosen, rejected = trainer.concatenated_forward(trainer.model, batch)[:2]
+        return -trainer.odds_ratio_loss(chosen, rejected)[0].mean() - chosen.mean()
+
+    ours = of_ours(checkpoint, tokenizer, tmp_path, pairs(6), loss="orpo", beta=0.3)
+    assert_same(ours, step_of_trl(trainer.model, loss))
+    assert ours[0] != pytest.approx(float(trainer.compute_loss(trainer.model, batch).detach()), rel=1e-3)
