@@ -4,7 +4,8 @@ The log-prob of a span is the sum over its tokens, so that a teacher can judge a
 What that is worth:
 - A span's probability under one way to tokenise it is a lower bound of the text's, which other ways share in. A teacher
   is asked for the tokens that its own tokenizer gives the whole completion, the likeliest way in general.
-- The student's end token is set against the teacher's. No other special token has a like.
+- The student's end token is set against the teacher's: the token that its chat template writes after an assistant's
+  message, or its eos token where there is none. No other special token has a like.
 - The teacher reads the prompt through its own chat template.
 - A completion whose bytes are no text (half a character), or which the teacher's tokenizer changes, is not aligned.
 """
@@ -126,11 +127,26 @@ class TextAligner:
     def __init__(
         self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, settings: DataSettings
     ) -> None:
-        if teacher.eos_token_id is None:
-            raise ConfigError("a student's end is set against the teacher's eos token, and it has none; set eos_token")
         self._teacher = teacher
         self._student_bytes, self._teacher_bytes = TokenBytes(student), TokenBytes(teacher)
         self._render = PromptRenderer(settings, teacher)
+        self._end = self._end_token()
+
+    def _end_token(self) -> int:
+        """What the teacher writes where its answer ends."""
+        if self._render.chat:
+            answer = "An answer."
+            try:
+                messages = [*self._render.messages("A question?"), {"role": "assistant", "content": answer}]
+                after = self._render.render_chat(messages, generation=False).rpartition(answer)[2].strip()
+            except BadRow as error:
+                raise ConfigError(f"the teacher's chat template must render an answer, and it {error}") from error
+            ids = self._teacher(after, add_special_tokens=False)["input_ids"] if after else []
+            if ids and self._teacher_bytes.is_special(ids[0]):
+                return int(ids[0])
+        if self._teacher.eos_token_id is None:
+            raise ConfigError("a student's end is set against the teacher's eos token, and it has none; set eos_token")
+        return int(self._teacher.eos_token_id)
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """What the teacher is fed for each prompt.
@@ -160,7 +176,7 @@ class TextAligner:
         last = aligned.num_spans
         return AlignedCompletion(
             (*aligned.spans, last),
-            (*aligned.teacher_ids, self._teacher.eos_token_id),
+            (*aligned.teacher_ids, self._end),
             (*aligned.teacher_spans, last),
         )
 

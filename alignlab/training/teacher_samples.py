@@ -7,6 +7,7 @@ sampling, as in STaR (arXiv:2203.14465) and Llama 2 (arXiv:2307.09288, Sec. 3.2.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from alignlab.data.prompts import BadRow, PromptRenderer
 from alignlab.errors import ConfigError, DataError
 from alignlab.training.files import write_atomically
 from alignlab.training.reward_runner import RewardRunner
-from alignlab.types import Prompt, Rollout, RolloutEngine
+from alignlab.types import Completion, Prompt, Rollout, RolloutEngine
 
 Keep = Literal["all", "best"]
 REJECTIONS = ("truncated", "empty", "no_reward", "below_min_reward", "duplicate", "not_best", "rendered_otherwise")
@@ -107,7 +108,7 @@ def sample_teacher(
     if output.exists():
         raise ConfigError(f"{output} exists, and is not overwritten; remove it, or choose another output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    told = {"settings": repr(settings), "prompts": [p.index for p in prompts], **identity}
+    told = {"settings": repr(settings), "prompts": _digest(prompts), **identity}
     partial = output.with_name(output.name + _PARTIAL)
     with partial.open("a+", encoding="utf-8") as file:
         chunks = _begun(file, partial, told)
@@ -191,7 +192,7 @@ def _sample_chunk(
 
 
 def _row(rollout: Rollout, i: int, render: PromptRenderer) -> dict[str, Any] | None:
-    """One kept completion; None where a supervised example would not begin with the prompt that the teacher saw."""
+    """One kept completion; None where a supervised example would not be what the teacher saw and wrote."""
     prompt, completion, reward = rollout.prompt, rollout.completions[i], rollout.rewards[i]
     row: dict[str, Any] = {"prompt": render(prompt.text), "completion": completion.text}
     if render.chat:
@@ -201,16 +202,41 @@ def _row(rollout: Rollout, i: int, render: PromptRenderer) -> dict[str, Any] | N
         example = completion_example(row["prompt"], row["completion"], plainly(render))
     except BadRow:
         return None
+    if not _wrote(completion, render):
+        return None
     length = len(prompt.token_ids)
     if example.token_ids[:length] != prompt.token_ids or example.completion_mask.index(True) != length:
         return None
     return row | {"reward": None if math.isnan(reward) else reward, "row": prompt.index}
 
 
+def _wrote(completion: Completion, render: PromptRenderer) -> bool:
+    """Whether the text is all that was sampled: no half character, and no special token but the end."""
+    tokenizer = render.tokenizer
+    special = set(tokenizer.all_special_ids)
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ids = completion.token_ids
+    if ids and ids[-1] in special:
+        ids = ids[:-1]
+    if special.intersection(ids) or "\ufffd" in completion.text:
+        return False
+    # A stop string may follow the text; a tokenizer may put a space before it.
+    return str(tokenizer.decode(ids)).lstrip().startswith(completion.text.lstrip())
+
+
 def plainly(render: PromptRenderer) -> PromptRenderer:
     """As the rows are read again: what stands around a prompt is written in them."""
     bare = DataSettings(path="rows", chat=render.chat, max_prompt_tokens=render.settings.max_prompt_tokens)
     return PromptRenderer(bare, render.tokenizer)
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of what the samples and their rewards depend on: each prompt's row, tokens and columns."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        told = (prompt.index, prompt.token_ids, prompt.text, sorted(prompt.columns.items()))
+        found.update(repr(told).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _begun(file: IO[str], path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:

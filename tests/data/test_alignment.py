@@ -121,6 +121,16 @@ def test_an_end_alone_is_aligned_with_the_teacher_s(student: Any, teacher: Any) 
     assert (aligned.spans, aligned.teacher_ids, aligned.teacher_spans) == ((0,), (teacher.eos_token_id,), (0,))
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_end_is_the_one_that_the_teacher_s_template_writes(student: Any, chat: bool) -> None:
+    teacher = train_tokenizer(["other others bother hem " * 5], vocab_size=290)
+    teacher.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    teacher.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}<end_of_turn>\n")
+    found = aligner(student, teacher, chat=chat).completion(written(student, "the"))
+    end = teacher.convert_tokens_to_ids("<end_of_turn>") if chat else teacher.eos_token_id
+    assert found is not None and found.teacher_ids[-1] == end
+
+
 def test_what_is_no_text_is_not_aligned(student: Any, teacher: Any) -> None:
     whole = written(student, "漢", end=False)
     assert len(whole.token_ids) > 1
@@ -180,7 +190,7 @@ def test_the_teacher_reads_prompts_through_its_own_template(student: Any, teache
     assert chatting.decode(chat) == "[system]Be.[user]the other>"
     with pytest.raises(DataError, match="row 7 has no token"):
         aligner(student, teacher).prompt_ids([Prompt((1,), "", index=7)])
-    chatting.chat_template = "{{ raise_exception('no') }}"
+    chatting.chat_template = "{% if messages[-1].content == 'the other' %}{{ raise_exception('no') }}{% endif %}"
     with pytest.raises(DataError, match=r"row 0 has messages .* for the teacher"):
         aligner(student, chatting).prompt_ids([prompt])
 

@@ -149,6 +149,33 @@ def test_other_settings_do_not_go_on(draw: Any, tokenizer: Any, tmp_path: Path) 
     assert len(rows_of(tmp_path / "out.jsonl")) == 5
 
 
+@pytest.mark.parametrize("changed", [{"prompt": "say 44"}, {"answer": "9"}])
+def test_other_data_in_the_same_rows_does_not_go_on(changed: Any, draw: Any, tokenizer: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        draw(Parrot(tokenizer, fail_at=1))
+    with pytest.raises(ConfigError, match="other data"):
+        draw(rows=[*ROWS[:-1], ROWS[-1] | changed])
+
+
+@pytest.mark.parametrize("kind", ["special token", "half a character", "text of other tokens"])
+def test_what_the_text_does_not_tell_of_is_not_kept(kind: str, draw: Any, tokenizer: Any) -> None:
+    class Odd(Parrot):
+        def _say(self, prompt: Prompt, i: int) -> Completion:
+            said = super()._say(prompt, i)
+            ids, text = said.token_ids, said.text
+            if prompt.index == 0 and kind == "special token":
+                ids = (tokenizer.eos_token_id, *ids)
+            elif prompt.index == 0 and kind == "half a character":
+                ids = (*ids, tokenizer("é")["input_ids"][0])
+                text = tokenizer.decode(ids)
+            elif prompt.index == 0:
+                ids = tuple(tokenizer("x")["input_ids"])
+            return replace(said, token_ids=ids, text=text, logprobs=(0.0,) * len(ids), routing=None)
+
+    counts = draw(Odd(tokenizer), reward=None, min_reward=None)
+    assert counts["kept"] == 8 and counts["rendered_otherwise"] == 2
+
+
 def test_a_file_that_another_process_writes_is_left_alone(draw: Any, tmp_path: Path) -> None:
     import fcntl
 
