@@ -7,10 +7,8 @@ interrupted one stopped. The last line of standard output is the result as JSON.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,6 @@ from alignlab.errors import ConfigError
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
     from alignlab.training.teacher_samples import SampleSettings
-    from alignlab.types import Prompt
 
 NAME = "sample"
 SUMMARY = "a teacher's approved completions, as data for fine-tuning"
@@ -79,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     identity = {
         "model": fingerprint(policy.named_parameters()),
         "data": config.data.model_dump_json(),
-        "rows": digest_of_prompts(prompts),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }
     bind_rewards(rewards.rewards, policy, tokenizer, share=True)
@@ -96,14 +92,6 @@ def run(args: argparse.Namespace) -> int:
     share = round(counts["kept"] / counts["completions"], 4)
     print(json.dumps({"output": str(output), "kept_frac": share, **counts}))
     return 0
-
-
-def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
-    """Of what is asked and of the columns that rewards see: other rows are another output."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.token_ids, dict(prompt.columns)], default=str, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:
