@@ -179,19 +179,22 @@ def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts
     Raises:
         ConfigError, DataError: it does not, or its chat template refuses a prompt.
     """
-    from alignlab.config.trainers import OnPolicyDistillConfig
+    from alignlab.config.trainers import OnPolicyDistillConfig, stages_of
     from alignlab.data.alignment import TextAligner
     from alignlab.models.checkpoints import load_tokenizer
     from alignlab.trainers.teacher import check_same_tokens
 
-    if not isinstance(config.trainer, OnPolicyDistillConfig):
-        return
-    theirs = load_tokenizer(config.trainer.teacher.name)
-    if config.trainer.alignment == "tokens":
-        check_same_tokens(theirs, tokenizer)
-    else:
-        TextAligner(tokenizer, theirs, config.data).prompt_ids(prompts)
-    tell("teacher", f"{config.trainer.teacher.name}, {len(theirs)} tokens, judges by {config.trainer.alignment}")
+    for stage in stages_of(config.trainer):
+        teacher = getattr(stage, "teacher", None)
+        if teacher is None:
+            continue
+        theirs = load_tokenizer(teacher.name)
+        alignment = stage.alignment if isinstance(stage, OnPolicyDistillConfig) else "tokens"
+        if alignment == "tokens":
+            check_same_tokens(theirs, tokenizer)
+        else:
+            TextAligner(tokenizer, theirs, config.data).prompt_ids(prompts)
+        tell("teacher", f"{teacher.name}, {len(theirs)} tokens, judges by {alignment}")
 
 
 def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptDataset) -> None:

@@ -51,12 +51,14 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix != ".jsonl":
         raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; use 1 or more, or leave it out")
     settings = settings_of(config, args)
     settings.check(len(config.rewards))
 
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.data.prompts import PromptRenderer, load_prompts
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.training.reward_runner import RewardRunner
     from alignlab.training.teacher_samples import rejected, sample_teacher
 
-    trainer = config.trainer if isinstance(config.trainer, OnlineConfig) else None
+    last = stages_of(config.trainer)[-1]
+    trainer = last if isinstance(last, OnlineConfig) else None
     limits = trainer.reward_limits if trainer else RewardLimits()
     rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
     policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
@@ -94,10 +97,11 @@ def run(args: argparse.Namespace) -> int:
 def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:
     """What the config and the flags say together."""
     from alignlab.config.rollout import SamplingSettings
-    from alignlab.config.trainers import OnlineConfig
+    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.training.teacher_samples import SampleSettings
 
-    trained = config.trainer.sampling if isinstance(config.trainer, OnlineConfig) else SamplingSettings()
+    last = stages_of(config.trainer)[-1]
+    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
     named = {"num_samples": args.num_samples, "prompts_at_once": args.prompts_at_once}
     return SampleSettings(
         sampling_settings(args, **dict(trained)),
