@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix != ".jsonl":
         raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
     if args.num_prompts is not None and args.num_prompts < 1:
-        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; leave it out for all")
+        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; use 1 or more")
     settings = settings_of(config, args)
     settings.check(len(config.rewards))
 

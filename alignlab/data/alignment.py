@@ -7,7 +7,8 @@ What that is worth:
 - The student's end token is set against the teacher's: the token that its chat template writes after an assistant's
   message, or its eos token where there is none. No other special token has a like.
 - The teacher reads the prompt through its own chat template.
-- A completion whose bytes are no text (half a character), or which the teacher's tokenizer changes, is not aligned.
+- A completion whose bytes are no text (half a character), or which the teacher's tokenizer changes, is not aligned;
+  nor is one that with its prompt is longer in the teacher's tokens than the teacher has positions.
 """
 
 from __future__ import annotations
@@ -166,8 +167,16 @@ class TextAligner:
             raise DataError(f"the prompt of row {empty[0]} has no token of the teacher's, and needs one; drop the row")
         return found
 
-    def completion(self, completion: Completion) -> AlignedCompletion | None:
-        """A completion in both tokenisations; None where they do not write the same text."""
+    def completion(self, completion: Completion, *, room: int | None = None) -> AlignedCompletion | None:
+        """A completion in both tokenisations; None where they do not write the same text, or the teacher has no room.
+
+        Args:
+            room: the most tokens of its own that the teacher can read after the prompt; None for any number.
+        """
+        aligned = self._with_end(completion)
+        return None if aligned and room is not None and len(aligned.teacher_ids) > room else aligned
+
+    def _with_end(self, completion: Completion) -> AlignedCompletion | None:
         written = completion.token_ids
         ended = completion.finish_reason == "stop" and self._student_bytes.is_special(written[-1])
         aligned = self._written(written[:-1] if ended else written)

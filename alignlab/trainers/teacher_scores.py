@@ -12,6 +12,7 @@ from torch import Tensor
 from alignlab.data.alignment import AlignedCompletion, TextAligner
 from alignlab.data.packing import pack_rollouts
 from alignlab.functional.reverse_kl import spread_over_spans
+from alignlab.models.attention import causal_lm
 from alignlab.models.policy import Policy
 from alignlab.trainers.learner import Learner
 from alignlab.types import Completion, Experience, Prompt, Rollout
@@ -52,20 +53,29 @@ class TextScores:
 
     def __init__(self, learner: Learner, teacher: Policy, aligner: TextAligner, *, budget: int) -> None:
         self._learner, self._teacher, self._aligner, self._budget = learner, teacher, aligner, budget
+        text_config = causal_lm(teacher.model).config.get_text_config()
+        self._positions: int | None = getattr(text_config, "max_position_embeddings", None)
 
     def of(self, rollouts: Sequence[Rollout], packs: Sequence[Experience]) -> tuple[list[Tensor], Tensor]:
         """See `TeacherScores`; it can judge completions that are aligned."""
-        aligned = [self._aligner.completion(c) for rollout in rollouts for c in rollout.completions]
-        judged = self._judge(rollouts, aligned)
+        prompts = self._aligner.prompt_ids([rollout.prompt for rollout in rollouts])
+        aligned = [
+            self._aligner.completion(c, room=None if self._positions is None else self._positions - len(prompt))
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
+            for c in rollout.completions
+        ]
+        judged = self._judge(prompts, rollouts, aligned)
         can = torch.tensor([each is not None for each in aligned], device=self._learner.device)
         return [self._on_students_tokens(pack, aligned, judged) for pack in packs], can
 
     def _judge(
-        self, rollouts: Sequence[Rollout], aligned: Sequence[AlignedCompletion | None]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        rollouts: Sequence[Rollout],
+        aligned: Sequence[AlignedCompletion | None],
     ) -> dict[int, Tensor]:
         """Log-probs of the teacher's tokens, by completion."""
         rest = iter(aligned)
-        prompts = self._aligner.prompt_ids([rollout.prompt for rollout in rollouts])
         theirs = [
             Rollout(Prompt(prompt, ""), tuple(_as_completion(next(rest)) for _ in rollout.completions))
             for prompt, rollout in zip(prompts, rollouts, strict=True)

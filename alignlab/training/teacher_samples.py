@@ -221,7 +221,7 @@ def _wrote(completion: Completion, render: PromptRenderer) -> bool:
     if special.intersection(ids) or "\ufffd" in completion.text:
         return False
     # A stop string may follow the text; a tokenizer may put a space before it.
-    return str(tokenizer.decode(ids)).lstrip().startswith(completion.text.lstrip())
+    return str(tokenizer.decode(list(ids))).lstrip().startswith(completion.text.lstrip())
 
 
 def plainly(render: PromptRenderer) -> PromptRenderer:

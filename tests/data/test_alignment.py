@@ -131,6 +131,13 @@ def test_an_end_is_the_one_that_the_teacher_s_template_writes(student: Any, chat
     assert found is not None and found.teacher_ids[-1] == end
 
 
+def test_what_the_teacher_has_no_room_for_is_not_aligned(student: Any, teacher: Any) -> None:
+    align, said = aligner(student, teacher), written(student, "the theme")
+    whole = align.completion(said)
+    assert whole is not None and align.completion(said, room=len(whole.teacher_ids)) == whole
+    assert align.completion(said, room=len(whole.teacher_ids) - 1) is None
+
+
 def test_what_is_no_text_is_not_aligned(student: Any, teacher: Any) -> None:
     whole = written(student, "漢", end=False)
     assert len(whole.token_ids) > 1

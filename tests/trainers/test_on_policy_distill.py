@@ -278,6 +278,25 @@ def test_what_is_no_text_is_left_out_and_counted(make_trainer: Make, other_teach
     assert trained == {0, 2}
 
 
+def test_what_the_teacher_has_no_room_for_is_left_out(make_trainer: Make, other_teacher: str, tokenizer: Any) -> None:
+    trainer = make_trainer(other_teacher, alignment="text")
+    [rollout, *_] = trainer.collect(1).rollouts
+
+    def said(text: str) -> Any:
+        ids = tuple(tokenizer(text)["input_ids"])
+        zeros = (0.0,) * len(ids)
+        return replace(
+            rollout.completions[0], token_ids=ids, text=text, logprobs=zeros, raw_logprobs=None,
+            finish_reason="length", policy_versions=(0,) * len(ids),
+        )
+
+    aligner = trainer.scores._aligner
+    trainer.scores._positions = len(aligner.prompt_ids([rollout.prompt])[0]) + 1
+    mixed = replace(rollout, completions=(said("a"), said("QZXQZX"), said("a"), said("QZXQZX")))
+    per_completion(trainer, [mixed])
+    assert trainer.credit_metrics["unaligned_frac"] == 0.5
+
+
 def test_a_teacher_chooses_its_own_experts(
     make_trainer: Make, tokenizer: Any, teacher: str, student_folder: str
 ) -> None:
