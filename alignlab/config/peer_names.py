@@ -94,12 +94,29 @@ _SFT = {
     "max_length": "max_prompt_tokens of the section data",
 }
 
+_GKD = {
+    "lmbda": "student_frac",
+    "teacher_model_name_or_path": "teacher.name",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "seq_kd": "not needed: alignlab sample writes the teacher's samples, and type: sft learns from them",
+    "per_device_train_batch_size": "num_prompts, over all ranks",
+}
+
+_DISTILL = {
+    "teacher_model_name_or_path": "teacher.name",
+    "lmbda": "not needed: nothing is sampled; use type: gkd",
+    "per_device_train_batch_size": "num_sequences, over all ranks",
+    "max_length": "max_prompt_tokens of the section data",
+}
+
 # By the name of our class: their key -> ours.
 PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
     "PPOConfig": _SHARED | _PPO,
     "DPOConfig": _SHARED | _DPO,
     "OnPolicyDistillConfig": _SHARED | _GRPO | _ON_POLICY_DISTILL,
+    "GKDConfig": _SHARED | _GKD,
+    "DistillConfig": _SHARED | _DISTILL,
     "KTOConfig": _SHARED | _KTO,
     "OnlineDPOConfig": _SHARED | _ONLINE_DPO,
     "SFTConfig": _SHARED | _SFT,

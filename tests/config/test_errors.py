@@ -4,7 +4,7 @@ import pytest
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, SFTConfig
+from alignlab.config.trainers import DistillConfig, GKDConfig, GRPOConfig, OnPolicyDistillConfig, SFTConfig
 from alignlab.errors import ConfigError
 
 RUN = {"model": {"name": "m"}, "data": {"task": "chain_sum"}, "rewards": [{"name": "r"}], "trainer": {"type": "grpo"}}
@@ -83,7 +83,7 @@ def test_every_name_offered_in_place_of_trl_s_exists():
     from alignlab.config.messages import _walk
     from alignlab.config.peer_names import PEER_NAMES
 
-    for owner in (GRPOConfig, OnPolicyDistillConfig, SFTConfig, LoraSettings):
+    for owner in (GRPOConfig, OnPolicyDistillConfig, GKDConfig, DistillConfig, SFTConfig, LoraSettings):
         for ours in PEER_NAMES[owner.__name__].values():
             if " " not in ours:
                 assert _walk(ours.split("."), owner)[0] == ours.split("."), ours

@@ -361,6 +361,10 @@ def test_gkd_resumed_is_uninterrupted(save_teacher: Make, make_gkd: Make) -> Non
 def test_settings() -> None:
     with pytest.raises(ConfigError, match="group_size is 2, and must be 1 with student_frac below 1"):
         GKDConfig(teacher={"name": "t"}, group_size=2, student_frac=0.5)
+    with pytest.raises(ConfigError, match="mask_truncated is True, and must be false with student_frac 0"):
+        GKDConfig(teacher={"name": "t"}, student_frac=0.0, mask_truncated=True)
+    with pytest.raises(ConfigError, match="lmbda is here student_frac"):
+        GKDConfig(teacher={"name": "t"}, lmbda=0.5)
     with pytest.raises(ConfigError, match=r"beta is 1\.5"):
         DistillConfig(teacher={"name": "t"}, beta=1.5)
     with pytest.raises(ConfigError, match="teacher"):

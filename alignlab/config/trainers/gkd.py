@@ -34,6 +34,14 @@ class GKDConfig(OnlineConfig):
             raise BrokenRule("group_size", self.group_size, must, "use group_size 1 and more num_prompts")
         return self
 
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        """Where the student samples nothing, nothing reads what would be said of it."""
+        if self.student_frac == 0 and self.mask_truncated:
+            must = "be false with student_frac 0: the dataset's completions are whole"
+            raise BrokenRule("mask_truncated", True, must, "remove it, or let the student sample")
+        return self
+
     @property
     def method(self) -> str:
         """What is done, in a few words."""
