@@ -12,6 +12,8 @@ from alignlab.cli.train import add_config_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from alignlab.config.constitution import Constitution
+    from alignlab.config.judge import JudgeSettings
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.run import RunConfig
     from alignlab.config.trainers import TrainerConfig
@@ -152,10 +154,32 @@ def judge_lines(config: RunConfig) -> Iterator[str]:
     if not isinstance(config.trainer, RLAIFConfig):
         return
     judge, constitution = config.trainer.judge, load_constitution(config.trainer.constitution)
+    check_judge(judge, constitution)
     yield f"{constitution.name}: {', '.join(principle.name for principle in constitution.principles)}"
     where = f"{judge.model} at {judge.url}" if judge.backend == "endpoint" else judge.name or "the policy's own base"
     votes = "" if judge.backend == "reward_model" else f", {judge.answers}, {judge.votes} votes a pair"
     yield f"{judge.backend}: {where}{votes}; alignlab judge says how good it is"
+
+
+def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
+    """See what can be seen of a judge without loading or asking it.
+
+    Raises:
+        ConfigError, CheckpointError: its model or key is missing, or a vote would be cast twice.
+    """
+    from alignlab.models.checkpoints import check_checkpoint
+    from alignlab.rlaif.endpoint import EndpointChatModel
+    from alignlab.rlaif.judges import check_votes
+    from alignlab.training.model_reward import ModelReward
+
+    if judge.backend == "reward_model":
+        ModelReward(judge.name)
+        return
+    check_votes(judge, constitution)
+    if judge.backend == "endpoint":
+        EndpointChatModel(judge)
+    elif judge.name is not None:
+        check_checkpoint(judge.name)
 
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:

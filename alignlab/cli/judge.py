@@ -49,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     feedback(config)
+    for name in ("num_pairs", "num_wrong"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, and must be at least 1; use 1 or more")
     pairs = load_pairs(args.pairs) if args.pairs is not None else task_pairs(config, args)
     if args.write_examples is not None:
         write_examples(config, pairs[: args.num_pairs], Path(args.write_examples), args.kind)
@@ -148,8 +152,11 @@ def ask(config: RunConfig, pairs: list[Pair]) -> dict[str, Any]:
 
 def judge_of(config: RunConfig) -> Judge:
     """The judge that the run would ask."""
+    import torch
+
     from alignlab.config.constitution import load_constitution
     from alignlab.rlaif.judges import make_judge, shares_base
+    from alignlab.rlaif.local import default_device
     from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
 
     trainer = feedback(config)
@@ -157,6 +164,7 @@ def judge_of(config: RunConfig) -> Judge:
     if shares_base(trainer.judge):
         tokenizer = make_tokenizer(config)
         policy = make_model(config.model, tokenizer, model_dtype(config.model))
+        torch.nn.Module.to(policy, default_device())
     constitution = load_constitution(trainer.constitution)
     return make_judge(trainer.judge, constitution, policy=policy, tokenizer=tokenizer, seed=trainer.seed)
 

@@ -24,7 +24,8 @@ class _JudgeSettings(Frozen):
     max_rating: int = Field(9, ge=2, le=9)
     """Of a single completion, from 1 on: a digit is one token for every tokenizer."""
     max_questions: int | None = Field(None, ge=1)
-    """That a run may ask the judge from one start to its end; answers that are on disk already cost nothing."""
+    """Comparisons and ratings that each rank may ask for, from one start to its end. Answers that are on disk already
+    cost nothing. Labels are then made of what was answered; a policy that the judge rewards stops, to be resumed."""
     max_attempts: int = Field(3, ge=1)
     """For one question, before it goes without an answer."""
     cache: bool = True
@@ -44,6 +45,13 @@ class _JudgeSettings(Frozen):
         return self
 
 
+HOW_IT_IS_REACHED = {
+    "max_questions", "max_attempts", "cache", "url", "api_key_env", "request_timeout_s", "max_concurrent",
+    "retry_wait_s", "tokens_per_batch",
+}  # fmt: skip
+"""Fields that leave a judge's answers as they are: a resumed run may have others."""
+
+
 class ModelJudge(_JudgeSettings):
     """A model in this process, computed by our layers and sampled by our engine."""
 
@@ -54,6 +62,12 @@ class ModelJudge(_JudgeSettings):
     """auto: bfloat16."""
     tokens_per_batch: int = Field(4096, ge=1)
     """Tokens in one forward pass."""
+
+    @model_validator(mode="after")
+    def _check_unread(self) -> Self:
+        sampled = self.answers == "sampled"
+        _refuse_unread(self, "tokens_per_batch" if sampled else "max_attempts", self.answers)
+        return self
 
     @model_validator(mode="after")
     def _check_dtype(self) -> Self:
@@ -81,12 +95,25 @@ class EndpointJudge(_JudgeSettings):
     """Before the second attempt; doubled before each further one."""
 
     @model_validator(mode="after")
+    def _check_unread(self) -> Self:
+        if self.answers == "sampled":
+            _refuse_unread(self, "top_logprobs", self.answers)
+        return self
+
+    @model_validator(mode="after")
     def _check_url(self) -> Self:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             must = "be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
             raise BrokenRule("url", self.url, must, "correct it")
         return self
+
+
+def _refuse_unread(settings: _JudgeSettings, name: str, answers: str) -> None:
+    default = type(settings).model_fields[name].default
+    if getattr(settings, name) != default:
+        must = f"stay {default} with answers {answers}, which do not read it"
+        raise BrokenRule(name, getattr(settings, name), must, f"remove {name}")
 
 
 class RewardJudge(Frozen):

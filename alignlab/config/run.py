@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.data import DataSettings
+from alignlab.config.judge import ModelJudge
 from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
@@ -89,6 +90,7 @@ class RunConfig(Frozen):
         self._check_warm_start()
         self._check_data()
         self._check_critic()
+        self._check_judge()
         self._check_rewards()
         self._check_without_rewards()
         self._check_scorer()
@@ -132,6 +134,12 @@ class RunConfig(Frozen):
         if form != "model" and self.model.architecture is not None:
             must = "be model for a new model, all of whose weights train: the others share an adapter's frozen base"
             raise BrokenRule("trainer.critic.form", form, must, "use model")
+
+    def _check_judge(self) -> None:
+        judge = self.trainer.judge if isinstance(self.trainer, RLAIFConfig) else None
+        if isinstance(judge, ModelJudge) and judge.name is None and self.model.lora is None:
+            must = "be given where the policy's own base judges (no trainer.judge.name): all weights would be trained"
+            raise BrokenRule("model.lora", None, must, "use lora: {rank: 16}, or name a judge")
 
     def _check_without_rewards(self) -> None:
         """What needs a reward where a trainer does not."""

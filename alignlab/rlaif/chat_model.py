@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from alignlab.errors import JudgeError
+
 Conversation = Sequence[dict[str, Any]]
-FailureKind = Literal["nonsense", "timeout", "unreachable", "refused"]
+FailureKind = Literal["nonsense", "timeout", "unreachable", "unusable", "refused"]
+DOWN = ("timeout", "unreachable", "unusable")
+"""Failures that are the judge's, and not of one question."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,27 @@ class Failure:
 
     Attributes:
         kind: nonsense: the answer is none of the choices; timeout; unreachable: no connection, or the server's fault;
-            refused: the question was understood, and is not answered.
+            unusable: the server answers nobody, as without a key, or not in the way that is asked; refused: this
+            question is not answered.
         message: what happened.
     """
 
     kind: FailureKind
     message: str
+
+
+def refuse_silence(answers: Sequence[object]) -> None:
+    """A judge that answers nothing at all is not asked on and on.
+
+    Raises:
+        JudgeError: every answer is a failure of the judge's own.
+    """
+    down = [answer for answer in answers if isinstance(answer, Failure) and answer.kind in DOWN]
+    if down and len(down) == len(answers):
+        raise JudgeError(
+            f"the judge answered none of {len(answers)} questions, the first because: {down[0].message}; see that it "
+            "runs, and go on where it stopped (alignlab train --resume)"
+        )
 
 
 class ChatModel(Protocol):

@@ -8,10 +8,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from alignlab.errors import CheckpointError, DataError
+from alignlab.rlaif.chat_model import DOWN
 from alignlab.rlaif.journal import Journal
 from alignlab.training.interrupt import catch_interrupts
 from alignlab.training.progress import TrainingProgress
-from alignlab.types import Prompt
+from alignlab.types import Prompt, Text
 
 Work = Callable[[Sequence[Prompt]], Sequence[Mapping[str, Any]]]
 
@@ -21,19 +23,27 @@ def collect(
 ) -> list[dict[str, Any]] | None:
     """The rows that `work` makes of all prompts, in the order of the prompts; every rank calls it together.
 
-    What an earlier start has done, on however many ranks, is not done again. SIGINT or SIGTERM ends it after the batch.
+    What an earlier start has done, on however many ranks, is not done again; but what it got no answer to is asked once
+    more. SIGINT or SIGTERM ends it after the batch.
 
     Args:
-        work: makes one row of each prompt, with its `index`.
+        work: makes one row of each prompt, with its `index`, its `prompt` and an `outcome`.
         folder: of the journals.
 
     Returns:
         One row a prompt; None where a signal came first.
+
+    Raises:
+        DataError: two prompts have one index.
+        CheckpointError: earlier rows are of other prompts.
     """
+    if len({prompt.index for prompt in prompts}) < len(prompts):
+        raise DataError("two prompts have the same index, by which what is done is known; number them (Prompt.index)")
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    done = {row["index"] for row in _rows(folder)}
+    known = {row["index"]: row for row in _rows(folder)}
+    _check_same(prompts, known, folder)
     accelerator.wait_for_everyone()  # nobody writes before all have read
-    left = [prompt for prompt in prompts if prompt.index not in done][rank::ranks]
+    left = [prompt for prompt in prompts if not _is_done(known.get(prompt.index))][rank::ranks]
     journal = Journal(folder / f"rank{rank}.jsonl")
     starts = range(0, len(left), batch_size)
     progress = TrainingProgress(len(starts), title=title, enabled=rank == 0)
@@ -49,6 +59,32 @@ def collect(
     if any(prompt.index not in rows for prompt in prompts):
         return None
     return [rows[prompt.index] for prompt in prompts]
+
+
+def finished(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
+    """The rows of a stage that is over, as they are: later stages have learnt from them."""
+    rows = {row["index"]: row for row in _rows(folder)}
+    _check_same(prompts, rows, folder)
+    return [rows[prompt.index] for prompt in prompts if prompt.index in rows]
+
+
+def _is_done(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and row["outcome"] not in ("unanswered", *DOWN)
+
+
+def _check_same(prompts: Sequence[Prompt], rows: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    for prompt in prompts:
+        row = rows.get(prompt.index)
+        if row is not None and row["prompt"] != as_json(prompt.text):
+            raise CheckpointError(
+                f"{folder} holds a row of another prompt {prompt.index} ({str(row['prompt'])[:60]!r}); go on with the "
+                "data that the run was started with, or use another output_dir"
+            )
+
+
+def as_json(text: Text) -> Any:
+    """A prompt as a row holds it."""
+    return text if isinstance(text, str) else [dict(message) for message in text]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ import httpx2
 
 from alignlab.config.judge import EndpointJudge
 from alignlab.errors import ConfigError
-from alignlab.rlaif.chat_model import Conversation, Failure
+from alignlab.rlaif.chat_model import Conversation, Failure, FailureKind
 
 _TOO_MANY, _SERVER_FAULT, _FAULT = 429, 500, 400
+_OF_EVERYBODY = (401, 403, 404)  # no key, no right, no such model
 _Answer = TypeVar("_Answer")
 
 
@@ -32,7 +33,7 @@ class EndpointChatModel:
     """
 
     def __init__(self, settings: EndpointJudge, *, transport: httpx2.BaseTransport | None = None) -> None:
-        self.identity = f"{settings.url} {settings.model}"
+        self.identity = f"{settings.url} {settings.model} {settings.top_logprobs}"
         self.num_retries = 0
         self._settings = settings
         self._lock = threading.Lock()
@@ -95,12 +96,13 @@ class EndpointChatModel:
         if status == _TOO_MANY or status >= _SERVER_FAULT:
             return Failure("unreachable", f"{address} answers with status {status}: {response.text[:200]}")
         if status >= _FAULT:
-            return Failure("refused", f"{address} answers with status {status}: {response.text[:200]}")
+            kind: FailureKind = "unusable" if status in _OF_EVERYBODY else "refused"
+            return Failure(kind, f"{address} answers with status {status}: {response.text[:200]}")
         try:
             choice: dict[str, Any] = response.json()["choices"][0]
             return choice
         except (ValueError, LookupError, TypeError):
-            return Failure("refused", f"{address} answers with something else than a completion: {response.text[:200]}")
+            return Failure("unusable", f"{address} answers with no completion: {response.text[:200]}")
 
 
 def _authorization(settings: EndpointJudge) -> dict[str, str]:
@@ -125,11 +127,18 @@ def _text(choice: Any) -> str | Failure:
 def _choice_logprobs(choice: Any, choices: Sequence[str]) -> tuple[float, ...] | Failure:
     try:
         likeliest = choice["logprobs"]["content"][0]["top_logprobs"]
-        listed = [(str(one["token"]), float(one["logprob"])) for one in likeliest]
+        told = [(str(one["token"]), float(one["logprob"])) for one in likeliest]
     except (LookupError, TypeError, ValueError):
-        return Failure("refused", "the server gives no log-probabilities (top_logprobs); use answers: sampled")
+        return Failure("unusable", "the server gives no log-probabilities (top_logprobs); use answers: sampled")
+    listed = [(token, logprob) for token, logprob in told if math.isfinite(logprob)]
     found = [[logprob for token, logprob in listed if token.strip() == one] for one in choices]
     if not any(found):
         return Failure("nonsense", f"none of {', '.join(choices)} is among the likeliest tokens {listed[:3]}")
     least = min(logprob for _, logprob in listed)
-    return tuple(math.log(sum(map(math.exp, each))) if each else least for each in found)
+    return tuple(_total(each) if each else least for each in found)
+
+
+def _total(logprobs: Sequence[float]) -> float:
+    """The log of the sum of probabilities."""
+    top = max(logprobs)
+    return top + math.log(sum(math.exp(logprob - top) for logprob in logprobs))

@@ -16,11 +16,12 @@ from typing import Protocol
 
 from alignlab.config.constitution import Constitution, Principle
 from alignlab.config.judge import PromptedSettings
-from alignlab.errors import JudgeError
 from alignlab.rlaif import questions
 from alignlab.rlaif.answers import AnswerStore, answer_key
-from alignlab.rlaif.chat_model import ChatModel, Conversation, Failure
+from alignlab.rlaif.chat_model import ChatModel, Conversation, Failure, refuse_silence
 from alignlab.types import Text
+
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class PromptedJudge:
         settings: how.
         store: answers on disk; None keeps none.
         seed: of the choice of principles, and of sampled answers.
-        counts: of questions: asked (attempts), cached, answered, unanswered, over_budget, and by `FailureKind`.
+        counts: of questions: asked (attempts), cached, answered, unanswered, over_budget, and by `FailureKind`; and of
+            requests that were sent once more: retried.
     """
 
     model: ChatModel
@@ -93,7 +95,7 @@ class PromptedJudge:
         for _ in pairs:
             both = tuple((_first(next(answers)), _second(next(answers))) for _ in range(self.settings.votes))
             means = [fmean((one, other)) for one, other in both if one is not None and other is not None]
-            verdicts.append(Verdict(fmean(means) if means else None, both))
+            verdicts.append(Verdict(settled(fmean(means)) if means else None, both))
         return verdicts
 
     def rate(self, answers: Sequence[tuple[Text, str]]) -> list[float | None]:
@@ -133,34 +135,34 @@ class PromptedJudge:
         known = self.store.get(keys) if self.store is not None else {}
         self.counts["cached"] += sum(key in known for key in keys)
         left = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
-        # A probability is what it is: only a sampled answer may be another the next time.
+        # A probability is what it is: only a sampled answer that is nonsense may be another the next time.
         for attempt in range(self.settings.max_attempts if self.settings.answers == "sampled" else 1):
-            left = self._ask(left, known, attempt)
-            if not left:
-                break
-        self.counts["unanswered"] += sum(key in left for key in keys)
+            found = self._ask(left, attempt)
+            known |= {key: answer for key, answer in found.items() if not isinstance(answer, Failure)}
+            if not known:
+                refuse_silence(list(found.values()))
+            left = {k: left[k] for k, each in found.items() if isinstance(each, Failure) and each.kind == "nonsense"}
+        self.counts["unanswered"] += sum(key not in known for key in keys)
         return [known.get(key) for key in keys]
 
-    def _ask(
-        self, left: dict[str, _Question], known: dict[str, list[float]], attempt: int
-    ) -> dict[str, _Question]:
-        """Ask each question once more; answers go into `known`, and what may be asked again is returned."""
+    def _ask(self, left: dict[str, _Question], attempt: int) -> dict[str, list[float] | Failure]:
+        """What becomes of the questions that the budget leaves room for; answers are kept."""
         limit = self.settings.max_questions
         room = len(left) if limit is None else max(0, limit - self.counts["asked"])
         now = dict(list(left.items())[:room])
-        self.counts["over_budget"] += (len(left) - len(now)) if attempt == 0 else 0
+        self.counts["over_budget"] += len(left) - len(now)
         if not now:
-            return left
+            return {}
         self.counts["asked"] += len(now)
+        before = self.model.num_retries
         found = dict(zip(now, self._read(list(now.values()), attempt), strict=True))
-        _refuse_silence(list(found.values()))
+        self.counts["retried"] += self.model.num_retries - before
         answered = {key: answer for key, answer in found.items() if not isinstance(answer, Failure)}
         self.counts["answered"] += len(answered)
         self.counts.update(answer.kind for answer in found.values() if isinstance(answer, Failure))
-        known.update(answered)
         if self.store is not None:
             self.store.put(answered)
-        return {key: question for key, question in left.items() if key not in answered}
+        return found
 
     def _read(self, asked: Sequence[_Question], attempt: int) -> list[list[float] | Failure]:
         """Probabilities of the choices: the model's, or 1 for the one that a sampled answer ends with."""
@@ -192,18 +194,9 @@ class PromptedJudge:
         )
 
 
-def _refuse_silence(answers: Sequence[list[float] | Failure]) -> None:
-    """A judge that answers nothing at all is not asked on and on.
-
-    Raises:
-        JudgeError: it cannot be reached, is too slow or refuses, for every question.
-    """
-    failures = [answer for answer in answers if isinstance(answer, Failure) and answer.kind != "nonsense"]
-    if len(failures) == len(answers):
-        raise JudgeError(
-            f"the judge answered none of {len(answers)} questions, the first because: {failures[0].message}; see that "
-            "it runs and takes the question, and go on with --resume"
-        )
+def settled(probability: float) -> float:
+    """One half where it differs by rounding alone: a judge of equal answers, or of positions, prefers none."""
+    return 0.5 if abs(probability - 0.5) < _ROUNDING else probability
 
 
 def normalised(logprobs: Sequence[float]) -> list[float]:

@@ -38,14 +38,23 @@ def make_judge(
     """
     if isinstance(settings, RewardJudge):
         return RewardModelJudge(ModelReward(settings.name), load_tokenizer(settings.name))
+    check_votes(settings, constitution)
+    store = AnswerStore(cache_folder() / "judge" / "answers.sqlite") if settings.cache else None
+    return PromptedJudge(chat_model(settings, policy, tokenizer), constitution, settings, store, seed)
+
+
+def check_votes(settings: PromptedSettings, constitution: Constitution) -> None:
+    """See that no vote is cast twice.
+
+    Raises:
+        ConfigError: it is.
+    """
     principles = len(constitution.principles)
     if settings.answers == "probabilities" and settings.votes > principles:
         raise ConfigError(
             f"judge.votes is {settings.votes}, and must be at most the {principles} principles of {constitution.name} "
             f"with answers: probabilities, which are the same each time; use {principles}, or answers: sampled"
         )
-    store = AnswerStore(cache_folder() / "judge" / "answers.sqlite") if settings.cache else None
-    return PromptedJudge(chat_model(settings, policy, tokenizer), constitution, settings, store, seed)
 
 
 def chat_model(

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from alignlab.rlaif.collecting import as_json
 from alignlab.rlaif.judge import Judge, Verdict
-from alignlab.types import Rollout, Text
+from alignlab.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,13 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         outcome = "identical"
     return {
         "index": rollout.prompt.index,
-        "prompt": _as_json(rollout.prompt.text),
+        "prompt": as_json(rollout.prompt.text),
         "first": first,
         "second": second,
         "probability": None,
         "by_order": [],
         "outcome": outcome,
     }
-
-
-def _as_json(text: Text) -> Any:
-    return text if isinstance(text, str) else [dict(message) for message in text]
 
 
 def preferences(rows: Sequence[Mapping[str, Any]], *, min_confidence: float) -> list[dict[str, Any]]:

@@ -125,6 +125,11 @@ class LocalChatModel:
         return [tuple(row) for row in found]
 
 
+def default_device() -> str:
+    """Where a judge is computed that has no policy beside it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_local(
     settings: ModelJudge, policy: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> LocalChatModel:
@@ -138,7 +143,7 @@ def load_local(
             raise ConfigError("judge.name is not given, and there is no policy whose base could judge; give judge.name")
         return LocalChatModel(policy, tokenizer, tokens_per_batch=settings.tokens_per_batch)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-    device = torch.device("cpu") if policy is None else next(policy.parameters()).device
+    device = next(policy.parameters()).device if policy is not None else torch.device(default_device())
     model = load_model(settings.name, dtype=dtype, device=device)
     if isinstance(model, PeftModel):  # trained to judge: here the adapter is meant
         model = model.merge_and_unload()

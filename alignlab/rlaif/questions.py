@@ -60,9 +60,15 @@ def revision(
 
 
 def chosen(text: str, choices: Sequence[str]) -> int | None:
-    """Which choice a sampled answer ends with: the last one that stands alone in it; None where there is none."""
-    found = re.findall(r"(?<![\w.])(" + "|".join(map(re.escape, choices)) + r")(?!\w|\.\d)", text)
-    return choices.index(found[-1]) if found else None
+    """Which choice a sampled answer ends with; None where its last line is something else.
+
+    The line may begin with words and a colon, be in bold, and name the scale behind its number ("7/9", "7 out of 9").
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    one = "|".join(map(re.escape, choices))
+    scale = rf"(?:[\s*]*(?:/|out of)\s*{re.escape(choices[-1])})?"
+    found = re.fullmatch(rf"(?:.*:)?[\s*]*({one}){scale}[\s*.]*", lines[-1]) if lines else None
+    return choices.index(found[1]) if found else None
 
 
 def _shown(prompt: Text) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from alignlab.config.constitution import Constitution
 from alignlab.rlaif import questions
-from alignlab.rlaif.chat_model import ChatModel, Failure
+from alignlab.rlaif.chat_model import ChatModel, Failure, refuse_silence
+from alignlab.rlaif.collecting import as_json
 from alignlab.types import Rollout, message_text
 
 
@@ -37,6 +38,9 @@ class Reviser:
     def revise(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
         """A row for the first completion of each prompt.
 
+        Raises:
+            JudgeError: the critic answers nothing at all.
+
         Returns:
             Rows with index, prompt, answer, critiques, completion (the last revision; None where a text was not
             written), and outcome: revised, empty (an empty text was), or the kind of a failure.
@@ -44,7 +48,7 @@ class Reviser:
         rows: list[dict[str, Any]] = [
             {
                 "index": rollout.prompt.index,
-                "prompt": rollout.prompt.text if isinstance(rollout.prompt.text, str) else list(rollout.prompt.text),
+                "prompt": as_json(rollout.prompt.text),
                 "answer": rollout.completions[0].text,
                 "completion": rollout.completions[0].text,
                 "critiques": [],
@@ -80,9 +84,11 @@ class Reviser:
         if not conversations:
             return []
         seed = random.Random(f"{self.seed}/{turn}").getrandbits(31)
-        return self.model.write(
+        written = self.model.write(
             conversations, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed
         )
+        refuse_silence(written)
+        return written
 
     def _principle(self, row: dict[str, Any], number: int) -> Any:
         known = self.constitution.principles

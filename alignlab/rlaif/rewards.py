@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import TypeVar
 
+from alignlab.errors import JudgeError
 from alignlab.rlaif.judge import Judge
 from alignlab.training.reward_calls import CallerReward
 from alignlab.types import Text, message_text
+
+_Answers = TypeVar("_Answers")
 
 
 class RatingReward(CallerReward):
@@ -21,7 +25,11 @@ class RatingReward(CallerReward):
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
         """One rating a completion; None where the judge gave none."""
         texts = [message_text(completion) for completion in completions]
-        return self.judge.rate(list(zip(prompts, texts, strict=True)))
+        return within_budget(self.judge, lambda: self.judge.rate(list(zip(prompts, texts, strict=True))))
+
+    def metrics(self) -> dict[str, float]:
+        """What became of the questions so far."""
+        return counted(self.judge)
 
 
 class WinReward(CallerReward):
@@ -45,13 +53,39 @@ class WinReward(CallerReward):
                 wins[j].append(1 - probability)
         return [fmean(own) if own else None for own in wins]
 
+    def metrics(self) -> dict[str, float]:
+        """What became of the questions so far."""
+        return counted(self.judge)
+
     def _probabilities(self, prompts: Sequence[Text], texts: Sequence[str]) -> dict[tuple[int, int], float | None]:
         """Of each pair of one prompt, that its first completion is the better one."""
         groups = itertools.groupby(range(len(texts)), key=lambda i: str(prompts[i]))
         found = {pair: _plain(texts, pair) for _, group in groups for pair in itertools.combinations(group, 2)}
         asked = [pair for pair, known in found.items() if known is None]
-        verdicts = self.judge.compare([(prompts[i], texts[i], texts[j]) for i, j in asked])
+        shown = [(prompts[i], texts[i], texts[j]) for i, j in asked]
+        verdicts = within_budget(self.judge, lambda: self.judge.compare(shown))
         return found | {pair: verdict.probability for pair, verdict in zip(asked, verdicts, strict=True)}
+
+
+def within_budget(judge: Judge, ask: Callable[[], _Answers]) -> _Answers:
+    """What `ask` returns.
+
+    Raises:
+        JudgeError: the budget left a question out: a policy does not learn on without its reward.
+    """
+    before = judge.counts["over_budget"]
+    answers = ask()
+    if judge.counts["over_budget"] > before:
+        raise JudgeError(
+            f"the judge has been asked {judge.counts['asked']} questions, which is judge.max_questions; raise it, and "
+            "go on with --resume"
+        )
+    return answers
+
+
+def counted(judge: Judge) -> dict[str, float]:
+    """Counts of a judge as metrics."""
+    return {f"judge/{name}": float(judge.counts[name]) for name in ("asked", "cached", "unanswered")}
 
 
 def _plain(texts: Sequence[str], pair: tuple[int, int]) -> float | None:

@@ -11,6 +11,12 @@ from alignlab.rollout.vllm.requirement import require_vllm
 from alignlab.types import RolloutEngine
 
 
+def give_back(engine: RolloutEngine) -> None:
+    """End an engine that is not used again: its servers take another run's weights, its process's memory is free."""
+    if not isinstance(engine, EmbeddedEngine):
+        engine.close()  # type: ignore[attr-defined]  # of vLLM
+
+
 def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> RolloutEngine:
     """An engine that generates from the policy's weights.
 

@@ -195,7 +195,7 @@ class OnlineTrainer(TrainingLoop):
         finished = time.perf_counter()
         metrics = kept_fractions({name: sum(u[name] for u in updates) / len(updates) for name in updates[0]})
         metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
-        return metrics | self.credit_metrics | self.engine.metrics() | {
+        return metrics | self.credit_metrics | self.engine.metrics() | self.rewards.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
             "generate_s": batch.seconds,
             "wait_s": generated - start,

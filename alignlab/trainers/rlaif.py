@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.constitution import load_constitution
-from alignlab.config.judge import ModelJudge
+from alignlab.config.judge import HOW_IT_IS_REACHED, ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
@@ -45,7 +45,7 @@ from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
-from alignlab.rlaif.collecting import collect
+from alignlab.rlaif.collecting import collect, finished
 from alignlab.rlaif.journal import write_rows
 from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
@@ -53,7 +53,7 @@ from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser
 from alignlab.rlaif.rewards import RatingReward, WinReward
-from alignlab.rollout.engines import make_engine
+from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_base, resolve_model, resolve_prompts
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.grpo import GRPOTrainer
@@ -68,6 +68,7 @@ from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
 from alignlab.training.files import write_atomically
 from alignlab.training.model_reward import ModelReward
+from alignlab.training.reference_cache import digest_of_model
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder, holds_run
 from alignlab.types import Prompt, Rollout, RolloutEngine
@@ -128,6 +129,7 @@ class RLAIFTrainer:
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
+        self._judge_is_given = judge is not None
         self.judge = judge or make_judge(
             config.judge, self.constitution, policy=self.model, tokenizer=self.tokenizer, seed=config.seed
         )
@@ -164,7 +166,7 @@ class RLAIFTrainer:
         Raises:
             ConfigError, CheckpointError: see `TrainingLoop.train`.
             DataError: a stage has nothing to learn from.
-            JudgeError: the judge answers nothing at all.
+            JudgeError: the judge answers nothing at all, or the last stage has used its budget up.
         """
         rank = self.accelerator.process_index
         with RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank) as folder:
@@ -194,12 +196,14 @@ class RLAIFTrainer:
     def _revise(self, settings: RevisionSettings, folder: Path) -> TrainResult:
         """Critique and revision, and what the policy learns of it, merged into one model."""
         critic = self._judge_of(self.model)
-        assert isinstance(critic, PromptedJudge), "the config's rules ask for one that writes"
+        if not isinstance(critic, PromptedJudge):
+            raise ConfigError(f"revision needs a judge that writes, and {type(critic).__name__} does not; give another")
         reviser = Reviser(
             critic.model, self.constitution, num_revisions=settings.num_revisions,
             max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=self.config.seed,
         )
-        rows = self._collect(settings, folder, self.model, 1, reviser.revise, "critique and revision")
+        kept = folder / "revisions.jsonl"
+        rows = self._collect(settings, kept, self.model, 1, reviser.revise, "critique and revision")
         revised = [row for row in rows if row["outcome"] == "revised"]
         told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in revised]
         self._show("critique and revision", sorted(Counter(row["outcome"] for row in rows).items()))
@@ -208,9 +212,9 @@ class RLAIFTrainer:
                 f"none of {len(rows)} answers was revised ({dict(Counter(row['outcome'] for row in rows))}); see "
                 f"{folder}, and choose another judge or constitution"
             )
-        self._keep(folder / "revisions.jsonl", told)
+        self._keep(kept, told)
         trainer = SFTTrainer(
-            copy.deepcopy(self.model), _in_folder(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
+            copy.deepcopy(self.model), self._section(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
             peft_config=self.peft_config, callbacks=self.callbacks,
         )
         result = self._train(trainer)
@@ -227,7 +231,8 @@ class RLAIFTrainer:
     def _label(self, settings: LabelSettings, folder: Path, model: Model) -> list[dict[str, Any]]:
         """Pairs of the policy's completions, as the judge prefers them."""
         judge = self._judge_of(model)
-        rows = self._collect(settings, folder, model, 2, lambda pairs: judge_pairs(judge, pairs), "AI preferences")
+        kept = folder / "preferences.jsonl"
+        rows = self._collect(settings, kept, model, 2, lambda pairs: judge_pairs(judge, pairs), "AI preferences")
         told = label_report(rows, judge.counts, min_confidence=settings.min_confidence)
         self._show("AI preferences", told.lines())
         found = preferences(rows, min_confidence=settings.min_confidence)
@@ -236,18 +241,24 @@ class RLAIFTrainer:
                 f"the judge preferred no completion of {told.num_pairs} pairs ({dict(told.outcomes)}); lower "
                 "labels.min_confidence, sample at a higher temperature, or choose another judge"
             )
-        self._keep(folder / "preferences.jsonl", found)
+        self._keep(kept, found)
         if self.accelerator.is_main_process:
             write_atomically(folder / "report.json", json.dumps(told.to_json(), indent=1) + "\n")
         return found
 
     def _collect(
-        self, settings: RevisionSettings | LabelSettings, folder: Path, model: Any, group: int,
+        self, settings: RevisionSettings | LabelSettings, kept: Path, model: Any, group: int,
         work: Callable[[Sequence[Rollout]], Sequence[dict[str, Any]]], title: str,
     ) -> list[dict[str, Any]]:
-        """A row for each prompt: what `work` makes of the completions that the policy samples."""
-        self._check_made_with(folder / _MADE_WITH, settings)
+        """A row for each prompt: what `work` makes of the completions that the policy samples.
+
+        Where `kept`, which is written when all is done, is there, the rows are as they were then.
+        """
+        folder = kept.parent
+        self._check_made_with(folder / _MADE_WITH, settings, model)
         prompts = self.prompts[: settings.num_prompts]
+        if kept.exists():
+            return finished(prompts, folder)
         engine: list[RolloutEngine] = []
         sampling = settings.sampling.params(n=group, seed=self.config.seed)
 
@@ -256,22 +267,28 @@ class RLAIFTrainer:
                 engine.append(make_engine(model, self.tokenizer, settings.rollout))
             return work(engine[0].generate(batch, sampling))
 
-        rows = collect(
-            prompts, one_batch, folder, batch_size=settings.prompts_per_batch, accelerator=self.accelerator, title=title
-        )
+        try:
+            rows = collect(
+                prompts, one_batch, folder, batch_size=settings.prompts_per_batch, accelerator=self.accelerator,
+                title=title,
+            )
+        finally:
+            for each in engine:
+                give_back(each)
         if rows is None:
             raise Stopped(TrainResult(0, 0.0, folder, True, None, {}, None, None, folder))
         return rows
 
-    def _check_made_with(self, path: Path, settings: RevisionSettings | LabelSettings) -> None:
-        """Rows of two judges, constitutions or samplings are not mixed by a resumed run.
+    def _check_made_with(self, path: Path, settings: RevisionSettings | LabelSettings, model: Any) -> None:
+        """Rows of two policies, judges, constitutions or samplings are not mixed by a resumed run.
 
         Raises:
             CheckpointError: earlier rows were made with others.
         """
         told = {
             "constitution": self.constitution.model_dump(mode="json"),
-            "judge": self.config.judge.model_dump(mode="json", exclude={"max_questions", "cache"}),
+            "model": digest_of_model(model),
+            "judge": self.config.judge.model_dump(mode="json", exclude=HOW_IT_IS_REACHED),
             "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
             "seed": self.config.seed,
         }
@@ -292,7 +309,7 @@ class RLAIFTrainer:
     ) -> Path:
         """The folder of a reward model of the labelled pairs."""
         trainer = RewardTrainer(
-            copy.deepcopy(model), _in_folder(config, folder, probability_column="probability"), rows,
+            copy.deepcopy(model), self._section(config, folder, probability_column="probability"), rows,
             tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
         )
         return self._train(trainer).model_path
@@ -306,11 +323,12 @@ class RLAIFTrainer:
         trainer: OfflineTrainer | OnlineTrainer
         if isinstance(config, DPOConfig):
             soft = config.loss == "sigmoid" and not config.label_smoothing  # what can take them gets soft labels
-            section = _in_folder(config, folder, probability_column="probability" if soft else None)
+            section = self._section(config, folder, probability_column="probability" if soft else None)
             trainer = DPOTrainer(policy, section, rows, **given)
         else:
             kind = _ONLINE[type(config)]
-            trainer = kind(policy, self._reward_of(policy, reward), _in_folder(config, folder), self.prompts, **given)
+            section = self._section(config, folder)
+            trainer = kind(policy, self._reward_of(policy, reward), section, self.prompts, **given)
         result = self._train(trainer)
         self._trained = trainer.learner.model
         return result
@@ -325,8 +343,9 @@ class RLAIFTrainer:
     def _judge_of(self, model: Any) -> Judge:
         """The judge; one that shares the policy's base looks at it with the adapter off, as it is in this stage."""
         settings = self.config.judge
-        if not isinstance(settings, ModelJudge) or not isinstance(self.judge, PromptedJudge) or settings.name:
+        if self._judge_is_given or not isinstance(settings, ModelJudge) or settings.name is not None:
             return self.judge
+        assert isinstance(self.judge, PromptedJudge)
         return replace(self.judge, model=chat_model(settings, model, self.tokenizer))
 
     def _train(self, trainer: OfflineTrainer | OnlineTrainer) -> TrainResult:
@@ -385,7 +404,6 @@ class RLAIFTrainer:
             table.add_row(name, str(value))
         Console(stderr=True).print(table)
 
-
-def _in_folder(config: Any, folder: Path, **changes: Any) -> Any:
-    """The stage's section, in a folder of its own."""
-    return config.model_copy(update={"output_dir": folder, **changes})
+    def _section(self, config: Any, folder: Path, **changes: Any) -> Any:
+        """A stage's section, in a folder of its own, with the run's seed."""
+        return config.model_copy(update={"output_dir": folder, "seed": self.config.seed, **changes})

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from alignlab.errors import JudgeError
+
 
 class RewardFailure(Exception):
     """What went wrong in one call: its kind, which is counted, and the sample it is shown on."""
@@ -65,7 +67,12 @@ def failed(error: RewardFailure) -> Future[Any]:
 
 class CallerReward:
     """A reward that runs in the caller's thread and sees to its own time: one that was abandoned, as others are after
-    `time_limit_s`, would leave the policy's model in another role."""
+    `time_limit_s`, would leave the policy's model in another role. A JudgeError of it is no failed reward: it ends the
+    run, which can be resumed."""
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to see of it so far, by name."""
+        return {}
 
 
 def in_caller(function: Callable[[], Any]) -> Future[Any]:
@@ -73,6 +80,8 @@ def in_caller(function: Callable[[], Any]) -> Future[Any]:
     future: Future[Any] = Future()
     try:
         future.set_result(function())
+    except JudgeError:
+        raise
     except Exception as error:
         future.set_exception(error)
     return future

@@ -111,6 +111,13 @@ class RewardRunner:
         """Failed calls so far, over all functions."""
         return self.failures.total()
 
+    def metrics(self) -> dict[str, float]:
+        """What there is to see of the rewards' work so far, by name."""
+        found: dict[str, float] = {}
+        for reward in self.rewards:
+            found |= reward.function.metrics() if isinstance(reward.function, CallerReward) else {}
+        return found
+
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with `rewards`, the weighted sum of the parts that apply to each completion, and `reward_parts`.
 

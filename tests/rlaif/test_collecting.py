@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from alignlab.errors import DataError
-from alignlab.rlaif.collecting import collect
+from alignlab.errors import CheckpointError, DataError
+from alignlab.rlaif.collecting import collect, finished
 from alignlab.rlaif.journal import Journal, write_rows
 from alignlab.types import Prompt
 
@@ -31,7 +31,8 @@ PROMPTS = [Prompt((1,), "p", index=i) for i in (5, 3, 8, 1, 7)]
 
 
 def run(
-    folder: Path, done: list[int], *, ranks: Any = None, stop_at: int | None = None, fail_at: int | None = None
+    folder: Path, done: list[int], *, ranks: Any = None, stop_at: int | None = None, fail_at: int | None = None,
+    late_at: int | None = None, prompts: Any = PROMPTS,
 ) -> Any:
     def work(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
         indices = [prompt.index for prompt in batch]
@@ -40,9 +41,10 @@ def run(
         if stop_at in indices:
             os.kill(os.getpid(), signal.SIGINT)
         done.extend(indices)
-        return [{"index": index, "value": 10 * index} for index in indices]
+        rows = [{"index": i, "prompt": "p", "value": 10 * i, "outcome": "done"} for i in indices]
+        return [row | {"outcome": "timeout"} if row["index"] == late_at else row for row in rows]
 
-    return collect(PROMPTS, work, folder, batch_size=2, accelerator=ranks or Ranks(), title="test")
+    return collect(prompts, work, folder, batch_size=2, accelerator=ranks or Ranks(), title="test")
 
 
 def test_rows_come_in_the_order_of_the_prompts_and_once(tmp_path: Path) -> None:
@@ -70,6 +72,21 @@ def test_ranks_share_the_work_and_a_later_start_may_have_fewer(tmp_path: Path) -
     done: list[int] = []
     assert run(tmp_path, done, ranks=Ranks(1, 2)) is None and done == [3, 1]
     assert [row["index"] for row in run(tmp_path, done)] == [5, 3, 8, 1, 7] and done == [3, 1, 5, 8, 7]
+
+
+def test_what_got_no_answer_is_asked_again(tmp_path: Path) -> None:
+    done: list[int] = []
+    assert [row["outcome"] for row in run(tmp_path, done, late_at=8)] == ["done", "done", "timeout", "done", "done"]
+    assert [row["outcome"] for row in run(tmp_path, done)] == ["done"] * 5 and done == [5, 3, 8, 1, 7, 8]
+    assert [row["outcome"] for row in finished(PROMPTS, tmp_path)] == ["done"] * 5
+
+
+def test_prompts_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two prompts have the same index"):
+        run(tmp_path, [], prompts=[Prompt((1,), text) for text in "ab"])
+    run(tmp_path, [], stop_at=3)
+    with pytest.raises(CheckpointError, match="holds a row of another prompt 3"):
+        run(tmp_path, [], prompts=[Prompt((1,), "q", index=3)])
 
 
 def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ def test_a_choice_that_is_not_listed_has_at_most_the_least_listed_probability() 
     assert told == pytest.approx((math.log(0.6), math.log(0.01)))
 
 
+def test_impossible_tokens_are_no_fault() -> None:
+    """Servers write -9999 for a probability of 0, and may write numbers that are none."""
+    listed = [{"token": "1", "logprob": 0.0}, {"token": "2", "logprob": -9999.0}, {"token": "1", "logprob": math.nan}]
+
+    def handle(_: httpx2.Request) -> httpx2.Response:
+        told = {"choices": [{"logprobs": {"content": [{"top_logprobs": listed}]}}]}
+        return httpx2.Response(200, content=json.dumps(told))
+
+    assert model(handle).choose([QUESTION], ["1", "2"]) == [(0.0, -9999.0)]
+
+
+def test_the_number_of_tokens_that_are_told_is_part_of_who_it_is() -> None:
+    assert model(lambda _: None).identity != model(lambda _: None, top_logprobs=2).identity
+
+
 def test_none_of_the_choices_is_nonsense() -> None:
     [told] = model(lambda _: likeliest(a=0.9, b=0.1)).choose([QUESTION], ["1", "2"])
     assert isinstance(told, Failure) and told.kind == "nonsense"
@@ -61,7 +76,7 @@ def test_none_of_the_choices_is_nonsense() -> None:
 @pytest.mark.parametrize("logprobs", [None, {"content": []}, {"content": None}])
 def test_a_server_without_probabilities_is_told_apart(logprobs: Any) -> None:
     [told] = model(lambda _: answer(message={"content": "1"}, logprobs=logprobs)).choose([QUESTION], ["1", "2"])
-    assert isinstance(told, Failure) and told.kind == "refused" and "answers: sampled" in told.message
+    assert isinstance(told, Failure) and told.kind == "unusable" and "answers: sampled" in told.message
 
 
 def test_texts_are_sampled_with_a_seed() -> None:
@@ -92,13 +107,16 @@ def test_a_slow_a_lost_and_an_angry_server_are_told_apart() -> None:
     kinds = {}
     for name, handle in {
         "late": late, "gone": gone, "angry": lambda _: httpx2.Response(401, text="no key"),
-        "odd": lambda _: httpx2.Response(200, text="<html>"),
+        "odd": lambda _: httpx2.Response(200, text="<html>"), "picky": lambda _: httpx2.Response(400, text="too long"),
     }.items():  # fmt: skip
         asked = model(handle, max_attempts=2)
         [told] = asked.choose([QUESTION], ["1", "2"])
         assert isinstance(told, Failure)
         kinds[name] = (told.kind, asked.num_retries)
-    assert kinds == {"late": ("timeout", 1), "gone": ("unreachable", 1), "angry": ("refused", 0), "odd": ("refused", 0)}
+    assert kinds == {
+        "late": ("timeout", 1), "gone": ("unreachable", 1), "angry": ("unusable", 0), "odd": ("unusable", 0),
+        "picky": ("refused", 0),
+    }  # fmt: skip
 
 
 def test_answers_come_in_the_order_of_the_questions() -> None:

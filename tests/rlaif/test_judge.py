@@ -14,8 +14,8 @@ from alignlab.rlaif.answers import AnswerStore
 from alignlab.rlaif.chat_model import Failure
 from alignlab.rlaif.judge import expected_rating, normalised
 from alignlab.rlaif.judges import make_judge as judge_of_settings
-from alignlab.rlaif.questions import chosen
-from tests.rlaif.conftest import CONSTITUTION, RuledModel
+from alignlab.rlaif.questions import chosen, ratings
+from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
 
 Make = Callable[..., Any]
 
@@ -65,7 +65,7 @@ def test_nonsense_is_no_answer_and_is_counted(make_judge: Make) -> None:
 
 def test_sampled_answers_are_votes_and_nonsense_is_asked_again(make_judge: Make) -> None:
     """Votes: (1, 2) both for the first; then nonsense once, mended by the second attempt, for the second."""
-    model = RuledModel(texts=["Well, 1", "I say:\n2", "hm", "so 1", "2"])
+    model = RuledModel(texts=["Well,\n1", "I say:\n2", "hm", "so: 1", "2"])
     judge = make_judge(model, answers="sampled", votes=2)
     [verdict] = judge.compare([("q", "a", "b")])
     assert verdict.by_order == ((1.0, 1.0), (0.0, 0.0)) and verdict.probability == 0.5
@@ -81,12 +81,68 @@ def test_a_sampled_answer_that_stays_nonsense_is_none(make_judge: Make) -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("2", 1), ("Answer 1 is bad. So: 2", 1), ("2, and not 1.", 0), ("12", None), ("1.5", None), ("", None),
-        ("x1", None),
+        ("2", 1), ("Answer 1 is bad. So: 2", 1), ("because\n **2**.\n\n", 1), ("2, and not 1.", None), ("12", None),
+        ("1.5", None), ("", None), ("x1", None), ("Answer 2 is better than Answer 1.", None), ("2 > 1", None),
     ],
 )
 def test_the_last_choice_that_stands_alone_counts(text: str, place: int | None) -> None:
     assert chosen(text, ("1", "2")) == place
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [("7", 7), ("Rating: 7/9", 7), ("good\nRating: **7** out of 9.", 7), ("7 (1 = worst, 9 = best)", None), ("9/9", 9)],
+)
+def test_a_rating_is_not_its_scale(text: str, rating: int | None) -> None:
+    assert chosen(text, ratings(9)) == (None if rating is None else rating - 1)
+
+
+class PickyModel(RuledModel):
+    """Refuses one question; what it does with the others is told by `kind`."""
+
+    kind: Any = None
+
+    def choose(self, conversations: Any, choices: Any) -> list[Any]:
+        told = super().choose(conversations, choices)
+        return [
+            Failure("refused", "too long") if "long" in shown(c) else Failure(self.kind, "down") if self.kind else one
+            for c, one in zip(conversations, told, strict=True)
+        ]
+
+
+def test_one_question_that_cannot_be_answered_ends_nothing(make_judge: Make, tmp_path: Path) -> None:
+    """Nor where all others are known, or there are none."""
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    for _ in range(2):
+        judge = make_judge(PickyModel(), store=store)
+        assert judge.rate([("q", "xx"), ("q", "long")]) == [pytest.approx(0.125), None]
+    assert make_judge(PickyModel()).rate([("q", "long")]) == [None]
+
+
+def test_a_judge_that_is_down_is_told_from_one_that_was_answering(make_judge: Make, tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    make_judge(store=store).rate([("q", "xx")])
+    down = PickyModel()
+    down.kind = "timeout"
+    assert make_judge(down, store=store).rate([("q", "xx"), ("q", "xxx")]) == [pytest.approx(0.125), None]
+    with pytest.raises(JudgeError, match=r"answered none of 1 questions, .*: down"):
+        make_judge(down, store=store).rate([("q", "xxx")])
+
+
+def test_what_a_server_did_not_answer_is_not_sent_on_and_on(make_judge: Make) -> None:
+    """Only nonsense is sampled anew: the endpoint has its own patience."""
+    judge = make_judge(RuledModel(texts=["1", Failure("timeout", "late")]), answers="sampled", max_attempts=3)
+    [verdict] = judge.compare([("q", "a", "b")])
+    assert verdict.probability is None and judge.counts["asked"] == 2 and judge.counts["unanswered"] == 1
+
+
+def test_a_preference_by_rounding_is_none(make_judge: Make) -> None:
+    class Rounding(RuledModel):
+        def _choose(self, answers: list[str], choices: Any) -> Any:
+            return (1e-7 if answers[0] < answers[1] else 0.0), 0.0
+
+    [verdict] = make_judge(Rounding()).compare([("q", "a", "b")])
+    assert verdict.probability == 0.5 and verdict.by_order[0][0] != 0.5
 
 
 def test_answers_are_kept_and_cost_nothing_again(make_judge: Make, tmp_path: Path) -> None:

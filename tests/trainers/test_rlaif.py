@@ -20,6 +20,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.errors import CheckpointError, ConfigError, DataError, JudgeError
+from alignlab.rlaif.chat_model import Failure
 from alignlab.rlaif.judge import PromptedJudge
 from alignlab.trainers.rlaif import RLAIFTrainer
 from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
@@ -76,7 +77,8 @@ def make_trainer(
     constitution.write_text(yaml.safe_dump(CONSTITUTION.model_dump(mode="json")))
 
     def make(
-        path: str, *, model: Any = None, base: Any = None, lora: Any = LORA, held_out: Any = None, **changes: Any
+        path: str, *, model: Any = None, base: Any = None, lora: Any = LORA, held_out: Any = None, data: Any = None,
+        **changes: Any,
     ) -> RLAIFTrainer:
         told: dict[str, Any] = {
             "output_dir": tmp_path / "run", "constitution": str(constitution), "path": path,
@@ -92,7 +94,7 @@ def make_trainer(
         judge = PromptedJudge(model or LetterModel(), CONSTITUTION, config.judge)
         scorer = EvaluationSettings(scorer=f"{__file__}:is_long") if held_out else None
         return RLAIFTrainer(
-            base or make_model(), config, rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
+            base or make_model(), config, data or rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
             judge=judge, evaluation=scorer,
         )
 
@@ -175,10 +177,14 @@ def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
     assert result.metrics["loss"] < 0.5
 
 
-def test_rows_of_two_judges_are_not_mixed(make_trainer: Make) -> None:
+def test_rows_of_two_judges_are_not_mixed(make_trainer: Make, make_model: Make) -> None:
     assert make_trainer("dpo", model=Interrupting(at=2)).train().interrupted
     with pytest.raises(CheckpointError, match=r"made with another judge, see made_with\.json"):
         make_trainer("dpo", judge={"name": "given", "votes": 2}).train(resume=True)
+    with pytest.raises(CheckpointError, match=r"made with another model"):
+        make_trainer("dpo", base=make_model(seed=1)).train(resume=True)
+    with pytest.raises(CheckpointError, match="holds a row of another prompt"):
+        make_trainer("dpo", data=[{"prompt": f"cd{i}"} for i in range(8)]).train(resume=True)
     assert not make_trainer("dpo", judge={"name": "given", "max_questions": 99}).train(resume=True).interrupted
 
 
@@ -204,6 +210,78 @@ def test_a_judge_that_is_down_ends_the_run_and_keeps_it(make_trainer: Make) -> N
     assert not make_trainer("dpo").train(resume=True).interrupted
 
 
+class Failing(LetterModel):
+    """Down from the given question on."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def choose(self, conversations: Any, choices: Any) -> Any:
+        self.at -= 1
+        down = [Failure("unreachable", "gone")] * len(conversations)
+        return down if self.at < 0 else super().choose(conversations, choices)
+
+
+@pytest.mark.parametrize("path", ["direct", "online_dpo"])
+def test_a_judge_that_goes_down_in_training_ends_it_and_no_step_is_lost(
+    path: str, make_trainer: Make, tmp_path: Path
+) -> None:
+    whole = make_trainer(path, output_dir=tmp_path / "whole").train()
+    with pytest.raises(JudgeError, match="answered none of"):
+        make_trainer(path, model=Failing(2)).train()
+    resumed = make_trainer(path).train(resume=True)
+    assert resumed.num_steps == 3
+    weights = [(result.model_path / "adapter_model.safetensors").read_bytes() for result in (whole, resumed)]
+    assert weights[0] == weights[1]
+
+
+def test_a_policy_does_not_learn_on_when_the_budget_is_spent(make_trainer: Make) -> None:
+    judge = {"name": "given", "max_questions": 12}
+    with pytest.raises(JudgeError, match=r"asked 12 questions, which is judge\.max_questions; raise it"):
+        make_trainer("direct", judge=judge).train()
+    assert make_trainer("direct", judge={"name": "given"}).train(resume=True).num_steps == 3
+
+
+def test_labels_are_made_of_what_the_budget_allows(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer("dpo", judge={"name": "given", "max_questions": 10}).train()
+    report = json.loads((tmp_path / "run" / "labels" / "report.json").read_text())
+    assert report["outcomes"]["unanswered"] == 3 and report["counts"]["over_budget"] > 0
+    # What was learnt from stays as it is.
+    again = make_trainer("dpo")
+    again.train(resume=True)
+    assert again.judge.counts["asked"] == 0
+
+
+def test_a_critic_that_is_down_ends_the_run_and_is_asked_again(make_trainer: Make) -> None:
+    class Editor(RuledModel):
+        def write(self, conversations: Any, **_: Any) -> Any:
+            return [Failure("timeout", "late") if self.bias else "abab"] * len(conversations)
+
+    revision = {"sampling": SAMPLING, "trainer": STAGE}
+    with pytest.raises(JudgeError, match="the first because: late"):
+        make_trainer("revision", model=Editor(bias=1.0), revision=revision).train()
+    assert make_trainer("revision", model=Editor(), revision=revision).train(resume=True).num_steps == 3
+
+
+def test_a_judge_that_is_given_is_the_one_that_is_asked(make_trainer: Make) -> None:
+    mine = LetterModel()
+    make_trainer("direct", model=mine, judge={}).train()
+    assert mine.asked
+
+
+def test_what_judges_are_asked_is_in_the_metrics(make_trainer: Make, tmp_path: Path) -> None:
+    make_trainer("direct").train()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["judge/asked"] for line in lines] == [8, 16, 24]
+
+
+def test_the_runs_seed_is_every_stages(make_trainer: Make, tmp_path: Path) -> None:
+    found = [make_trainer("direct", seed=seed, output_dir=tmp_path / str(seed)).train() for seed in (0, 1)]
+    weights = [(result.model_path / "adapter_model.safetensors").read_bytes() for result in found]
+    assert weights[0] != weights[1]
+
+
 def test_labels_of_which_none_can_be_used_are_named(make_trainer: Make) -> None:
     class Undecided(RuledModel):
         def _choose(self, answers: list[str], choices: Any) -> Any:
@@ -224,6 +302,12 @@ def test_labels_of_which_none_can_be_used_are_named(make_trainer: Make) -> None:
         (
             {"path": "dpo", "policy": POLICIES["dpo"] | {"output_dir": "x"}},
             r"policy\.output_dir is 'x', and must be left out: every stage is in a folder of its own",
+        ),
+        ({"path": "dpo", "policy": POLICIES["dpo"] | {"seed": 3}}, r"policy\.seed is '3', and must be left out"),
+        ({"path": "dpo", "policy": POLICIES["dpo"] | {"eval_every_steps": 1}}, r"policy\.eval_every_steps is '1'"),
+        (
+            {"path": "reward_model", "policy": POLICIES["direct"], "reward": {"margin_column": "by"}},
+            r"reward\.margin_column is 'by', and must be left out",
         ),
     ],
 )

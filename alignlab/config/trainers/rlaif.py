@@ -29,6 +29,14 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "online_dpo": ("online_dpo",),
 }
 LABELLED = ("dpo", "reward_model")
+# Fields of a stage that are the run's to fill, and why they are to be left out.
+_OF_THE_RUN = {
+    "output_dir": "be left out: every stage is in a folder of its own in trainer.output_dir",
+    "seed": "be left out: it is trainer.seed for every stage",
+    "eval_every_steps": "be left out: held-out data is looked at before the first stage and after the last",
+    "margin_column": "be left out: a judge gives a probability, and no margin",
+    "probability_column": "be left out: the judge's labels are soft where the loss takes them",
+}
 
 
 class _Sampled(Frozen):
@@ -136,10 +144,11 @@ class RLAIFConfig(Frozen):
         revision = self.revision.trainer if self.revision else None
         stages = {"revision.trainer": revision, "reward": self.reward, "policy": self.policy}
         for name, stage in stages.items():
-            default = TrainerConfig.model_fields["output_dir"].default
-            if stage is not None and stage.output_dir != default:
-                must = "be left out: every stage is in a folder of its own in trainer.output_dir"
-                raise BrokenRule(f"{name}.output_dir", str(stage.output_dir), must, "remove it")
+            for field, must in _OF_THE_RUN.items():
+                known = None if stage is None else type(stage).model_fields.get(field)
+                value = getattr(stage, field, None)
+                if known is not None and value != known.default:
+                    raise BrokenRule(f"{name}.{field}", str(value), must, "remove it")
 
     @property
     def method(self) -> str:

@@ -60,7 +60,7 @@ def test_vllms_probabilities_are_those_of_our_layers(
 
     monkeypatch.setenv(VARIABLE, "wrong")  # the key is read when the judge is made
     [refused] = EndpointChatModel(asked).choose(QUESTIONS[:1], CHOICES)
-    assert isinstance(refused, Failure) and refused.kind == "refused" and "401" in refused.message
+    assert isinstance(refused, Failure) and refused.kind == "unusable" and "401" in refused.message
     server.stop(signal.SIGKILL)
     [gone] = EndpointChatModel(asked).choose(QUESTIONS[:1], CHOICES)
     assert isinstance(gone, Failure) and gone.kind in ("unreachable", "timeout")
