@@ -47,12 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Sample, filter, write."""
     from alignlab.config.loader import load_config
 
-    config = load_config(args.config, args.set)
-    output = Path(args.output)
-    if output.suffix != ".jsonl":
-        raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
-    if args.num_prompts is not None and args.num_prompts < 1:
-        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; use 1 or more")
+    config, output = load_config(args.config, args.set), Path(args.output)
+    check_arguments(args)
     settings = settings_of(config, args)
     settings.check(len(config.rewards))
 
@@ -92,6 +88,14 @@ def run(args: argparse.Namespace) -> int:
     share = round(counts["kept"] / counts["completions"], 4)
     print(json.dumps({"output": str(output), "kept_frac": share, **counts}))
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse an output or a number of prompts that nothing can be made of."""
+    if Path(args.output).suffix != ".jsonl":
+        raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ConfigError(f"--num-prompts is {args.num_prompts}, and must be at least 1; use 1 or more")
 
 
 def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from accelerate import Accelerator
 from alignlab.errors import CheckpointError, DataError
 from alignlab.rlaif.chat_model import DOWN
 from alignlab.rlaif.journal import Journal
+from alignlab.training.files import write_atomically
 from alignlab.training.interrupt import catch_interrupts
 from alignlab.training.progress import TrainingProgress
 from alignlab.types import Prompt, Text
 
+_MADE_WITH = "made_with.json"
 Work = Callable[[Sequence[Prompt]], Sequence[Mapping[str, Any]]]
 
 
@@ -37,8 +40,6 @@ def collect(
         DataError: two prompts have one index.
         CheckpointError: earlier rows are of other prompts.
     """
-    if len({prompt.index for prompt in prompts}) < len(prompts):
-        raise DataError("two prompts have the same index, by which what is done is known; number them (Prompt.index)")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     known = {row["index"]: row for row in _rows(folder)}
     _check_same(prompts, known, folder)
@@ -61,6 +62,31 @@ def collect(
     return [rows[prompt.index] for prompt in prompts]
 
 
+def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> None:
+    """Rows of two policies, judges, constitutions or samplings are not mixed by a resumed run.
+
+    Args:
+        folder: of the rows; `told` is kept there when there is none yet, by the rank that `writes`.
+        told: what rows depend on, as JSON.
+
+    Raises:
+        CheckpointError: earlier rows were made with something else.
+    """
+    path = folder / _MADE_WITH
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if writes:
+            write_atomically(path, json.dumps(told, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in told.items() if before.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"{folder} holds rows that were made with another {' and '.join(changed)}, see {path.name}; go on with "
+            "what the run was started with, or use another output_dir"
+        )
+
+
 def finished(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
     """The rows of a stage that is over, as they are: later stages have learnt from them."""
     rows = {row["index"]: row for row in _rows(folder)}
@@ -73,6 +99,8 @@ def _is_done(row: Mapping[str, Any] | None) -> bool:
 
 
 def _check_same(prompts: Sequence[Prompt], rows: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    if len({prompt.index for prompt in prompts}) < len(prompts):
+        raise DataError("two prompts have the same index, by which what is done is known; number them (Prompt.index)")
     for prompt in prompts:
         row = rows.get(prompt.index)
         if row is not None and row["prompt"] != as_json(prompt.text):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Protocol
@@ -138,10 +138,10 @@ class PromptedJudge:
         # A probability is what it is: only a sampled answer that is nonsense may be another the next time.
         for attempt in range(self.settings.max_attempts if self.settings.answers == "sampled" else 1):
             found = self._ask(left, attempt)
-            known |= {key: answer for key, answer in found.items() if not isinstance(answer, Failure)}
+            known |= _told(found)
             if not known:
                 refuse_silence(list(found.values()))
-            left = {k: left[k] for k, each in found.items() if isinstance(each, Failure) and each.kind == "nonsense"}
+            left = {key: left[key] for key, answer in found.items() if _is_nonsense(answer)}
         self.counts["unanswered"] += sum(key not in known for key in keys)
         return [known.get(key) for key in keys]
 
@@ -157,7 +157,7 @@ class PromptedJudge:
         before = self.model.num_retries
         found = dict(zip(now, self._read(list(now.values()), attempt), strict=True))
         self.counts["retried"] += self.model.num_retries - before
-        answered = {key: answer for key, answer in found.items() if not isinstance(answer, Failure)}
+        answered = _told(found)
         self.counts["answered"] += len(answered)
         self.counts.update(answer.kind for answer in found.values() if isinstance(answer, Failure))
         if self.store is not None:
@@ -192,6 +192,15 @@ class PromptedJudge:
         return answer_key(
             model=self.model.identity, conversation=list(question.conversation), choices=question.choices, how=how
         )
+
+
+def _told(answers: Mapping[str, list[float] | Failure]) -> dict[str, list[float]]:
+    """Those that are no failures."""
+    return {key: answer for key, answer in answers.items() if not isinstance(answer, Failure)}
+
+
+def _is_nonsense(answer: list[float] | Failure) -> bool:
+    return isinstance(answer, Failure) and answer.kind == "nonsense"
 
 
 def settled(probability: float) -> float:

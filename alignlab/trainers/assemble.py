@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from alignlab.types import Prompt
 logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any]
+_Made = TypeVar("_Made")
 Dataset = str | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
 
 
@@ -145,14 +146,10 @@ def make_reference(policy: Policy) -> Policy | None:
 
 def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
     """Supervised examples from a path, settings, rows as `examples_from_rows` reads them, or examples made already."""
-    if isinstance(dataset, str):
-        dataset = DataSettings(path=dataset)
-    if isinstance(dataset, DataSettings):
-        return load_examples(dataset, tokenizer)
-    rows = list(dataset)
-    if all(isinstance(row, Example) for row in rows):
-        return rows
-    return examples_from_rows(rows, DataSettings(path="rows"), tokenizer)
+    return _resolve(
+        dataset, Example, lambda settings: load_examples(settings, tokenizer),
+        lambda rows, settings: examples_from_rows(rows, settings, tokenizer),
+    )
 
 
 def resolve_preferences(
@@ -163,26 +160,30 @@ def resolve_preferences(
     Args:
         columns: margin_column and probability_column, see there.
     """
-    if isinstance(dataset, str):
-        dataset = DataSettings(path=dataset)
-    if isinstance(dataset, DataSettings):
-        return load_preferences(dataset, tokenizer, **columns)
-    rows = list(dataset)
-    if all(isinstance(row, Preference) for row in rows):
-        return rows
-    return preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, **columns)
+    return _resolve(
+        dataset, Preference, lambda settings: load_preferences(settings, tokenizer, **columns),
+        lambda rows, settings: preferences_from_rows(rows, settings, tokenizer, **columns),
+    )
 
 
 def resolve_unpaired(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[UnpairedPreference]:
     """Unpaired preferences from a path, settings, rows as `unpaired_from_rows` reads them, or made already."""
-    if isinstance(dataset, str):
-        dataset = DataSettings(path=dataset)
-    if isinstance(dataset, DataSettings):
-        return load_unpaired(dataset, tokenizer)
+    found = _resolve(
+        dataset, UnpairedPreference, lambda settings: load_unpaired(settings, tokenizer),
+        lambda rows, settings: unpaired_from_rows(rows, settings, tokenizer),
+    )
+    return mismatch(found) if isinstance(found, list) else found
+
+
+def _resolve(
+    dataset: Any, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
+    read: Callable[[list[Any], DataSettings], Sequence[_Made]],
+) -> Sequence[_Made]:
+    """What a path or settings name, by `load`; rows, by `read`; or a list of what was made already."""
+    if isinstance(dataset, str | DataSettings):
+        return load(DataSettings(path=dataset) if isinstance(dataset, str) else dataset)
     rows = list(dataset)
-    if all(isinstance(row, UnpairedPreference) for row in rows):
-        return mismatch(rows)
-    return unpaired_from_rows(rows, DataSettings(path="rows"), tokenizer)
+    return rows if all(isinstance(row, kind) for row in rows) else read(rows, DataSettings(path="rows"))
 
 
 def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:

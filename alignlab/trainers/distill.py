@@ -31,13 +31,12 @@ from alignlab.trainers.distilling import (
     StudentOutput,
     StudentPolicy,
     TaughtExperience,
-    check_same_teacher,
     shared_width,
 )
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.preflight import choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import load_teacher
+from alignlab.trainers.teacher import check_same_teacher, load_teacher
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.run_folder import RunFolder
@@ -116,13 +115,14 @@ class DistillTrainer(OfflineTrainer):
 
     def _ask(self, examples: Sequence[Example]) -> TopTokens:
         """The teacher's likeliest tokens where each taught token of `examples` is predicted, in order."""
-        teacher, how = self.learner.teacher, self.learner.policy.comparison
+        teacher, how, k = self.learner.teacher, self.learner.policy.comparison, self.config.top_k
+        assert k is not None, "asked for what is kept"
         found: dict[int, TopTokens] = {}
         for pack in pack_examples(examples, budget=self.config.tokens_per_microbatch):
             moved = pack.to(self.learner.device)
             hidden, _ = teacher.predicting_states(moved.tokens, moved.segments, moved.completion_mask)
             top = chunked_top_tokens(
-                hidden, Head(*output_head(teacher.model)), k=self.config.top_k or how.width, width=how.width,
+                hidden, Head(*output_head(teacher.model)), k=k, width=how.width,
                 temperature=how.temperature, chunk_tokens=self.config.logprob_chunk_tokens,
             )
             counts = [int(part.sum()) for part in pack.completion_mask.split(pack.segments.lengths)]

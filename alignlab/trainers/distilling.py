@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers.base import TrainerConfig
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_divergence, chunked_divergence
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.models.attention import causal_lm, output_head
@@ -152,14 +152,3 @@ def shared_width(
             "the tokenizer that it was trained with"
         )
     return needed
-
-
-def check_same_teacher(name: str, known: str, given: str) -> None:
-    """Raises:
-    CheckpointError: a run is resumed with another teacher than it began with.
-    """
-    if known != given:
-        raise CheckpointError(
-            f"{name} is not the teacher that the run began with, or has other weights now; resume with the teacher "
-            "that the run was started with"
-        )

@@ -45,11 +45,6 @@ class DPOTrainer(OfflineTrainer):
         """Every pair of the step weighs the same."""
         return pair_mean
 
-    @property
-    def measure(self) -> Weigh:
-        """As the loss."""
-        return pair_mean
-
     def examples(self, dataset: Any) -> Sequence[Preference]:
         """Preferences of a dataset."""
         return resolve_preferences(dataset, self.tokenizer, probability_column=self.config.probability_column)
@@ -88,11 +83,6 @@ class DPOTrainer(OfflineTrainer):
         """
         check_reference(self.reference, state["reference"])
         super().load_state(state)
-
-    def evaluate_at(self, step: int) -> bool:
-        """Every `eval_every_steps`, where there is held-out data."""
-        every = self.config.eval_every_steps
-        return bool(self.eval_examples) and every is not None and step % every == 0
 
     def evaluate(self) -> PreferenceResult | None:
         """How often the chosen completion of held-out pairs leads; each rank looks at all of them."""

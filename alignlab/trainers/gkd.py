@@ -29,14 +29,13 @@ from alignlab.trainers.distilling import (
     StudentLearner,
     StudentOutput,
     StudentPolicy,
-    check_same_teacher,
     shared_width,
 )
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import load_teacher
+from alignlab.trainers.teacher import check_same_teacher, load_teacher
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -143,8 +142,7 @@ class GKDTrainer(OnlineTrainer):
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which completions [P, G] are trained on: no reward is needed."""
-        cut = [[completion.finish_reason == "length" for completion in rollout.completions] for rollout in rollouts]
-        return ~torch.tensor(cut) if self.config.mask_truncated else torch.ones_like(torch.tensor(cut))
+        return self.whole(rollouts)
 
     def credit(
         self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]

@@ -55,11 +55,6 @@ class KTOTrainer(OfflineTrainer):
         """Every completion of the step weighs the same; its loss stands on each of its tokens."""
         return sequence_mean
 
-    @property
-    def measure(self) -> Weigh:
-        """As the loss."""
-        return sequence_mean
-
     def examples(self, dataset: Any) -> Sequence[UnpairedPreference]:
         """Unpaired preferences of a dataset."""
         return resolve_unpaired(dataset, self.tokenizer)
@@ -143,11 +138,6 @@ class KTOTrainer(OfflineTrainer):
         """
         check_reference(self.reference, state["reference"])
         super().load_state(state)
-
-    def evaluate_at(self, step: int) -> bool:
-        """Every `eval_every_steps`, where there is held-out data."""
-        every = self.config.eval_every_steps
-        return bool(self.eval_examples) and every is not None and step % every == 0
 
     def evaluate(self) -> LabelResult | None:
         """How often held-out labels are agreed with: good completions have more reward than the reference point, bad

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from alignlab.config.trainers import TrainerConfig
+from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
@@ -108,7 +108,13 @@ class TrainingLoop(ABC):
         return None
 
     def evaluate_at(self, step: int) -> bool:
-        """Whether held-out data is evaluated after this step."""
+        """Whether held-out data is evaluated after this step: every `eval_every_steps`, where there is any."""
+        every = self.config.eval_every_steps if isinstance(self.config, EvaluatedConfig) else None
+        return self.has_held_out and every is not None and step % every == 0
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is held-out data."""
         return False
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027

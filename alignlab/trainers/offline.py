@@ -21,7 +21,7 @@ from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
-from alignlab.trainers.reduction import Weigh, token_mean
+from alignlab.trainers.reduction import Weigh
 from alignlab.types import Experience
 
 
@@ -81,8 +81,13 @@ class OfflineTrainer(TrainingLoop):
 
     @property
     def measure(self) -> Weigh:
-        """How metrics are averaged."""
-        return token_mean
+        """How metrics are averaged: as the loss."""
+        return self.weigh
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are held-out examples."""
+        return bool(self.eval_examples)
 
     @abstractmethod
     def examples(self, dataset: Any) -> Sequence[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from alignlab.config.data import DataSettings
 from alignlab.config.trainers import OnPolicyDistillConfig
 from alignlab.data.alignment import TextAligner
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import ConfigError
 from alignlab.functional.advantages import group_normalized
 from alignlab.functional.kl import kl_k1
 from alignlab.functional.reverse_kl import reverse_kl_advantages
@@ -31,7 +31,7 @@ from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
-from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher
+from alignlab.trainers.teacher import check_same_teacher, check_same_tokens, check_width, load_teacher
 from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Experience, Prompt, Rollout
@@ -97,8 +97,7 @@ class OnPolicyDistillTrainer(OnlineTrainer):
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which completions [P, G] are trained on: the teacher judges those without a reward too."""
-        cut = [[completion.finish_reason == "length" for completion in rollout.completions] for rollout in rollouts]
-        return ~torch.tensor(cut) if self.config.mask_truncated else torch.ones_like(torch.tensor(cut))
+        return self.whole(rollouts)
 
     def credit(
         self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
@@ -163,9 +162,5 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         Raises:
             CheckpointError: the teacher is another.
         """
-        if state["teacher"] != self._teacher_fingerprint:
-            raise CheckpointError(
-                f"{self.config.teacher.name} is not the teacher that the run began with, or has other weights now; "
-                "resume with the teacher that the run was started with"
-            )
+        check_same_teacher(self.config.teacher.name, state["teacher"], self._teacher_fingerprint)
         super().load_state(state)

@@ -6,7 +6,6 @@ A trainer derives from `OnlineTrainer` and decides how completions are credited 
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from abc import abstractmethod
@@ -295,15 +294,12 @@ class OnlineTrainer(TrainingLoop):
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which completions [P, G] are trained on: those with a reward and, under `mask_truncated`, an end."""
-        return torch.tensor(
-            [
-                [
-                    not math.isnan(reward) and not (self.config.mask_truncated and completion.finish_reason == "length")
-                    for reward, completion in zip(rollout.rewards, rollout.completions, strict=True)
-                ]
-                for rollout in rollouts
-            ]
-        )
+        return self.whole(rollouts) & ~torch.tensor([rollout.rewards for rollout in rollouts]).isnan()
+
+    def whole(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which completions [P, G] have an end, or need none."""
+        cut = [[completion.finish_reason == "length" for completion in rollout.completions] for rollout in rollouts]
+        return ~(torch.tensor(cut) & self.config.mask_truncated)
 
     def _score(self, packs: Sequence[Experience], needs: frozenset[str]) -> list[Experience]:
         scored = [pack.to(self.learner.device) for pack in packs]
@@ -322,10 +318,10 @@ class OnlineTrainer(TrainingLoop):
         scores = self.learner.score_reference(free, self.reference)
         return [replace(pack, ref_logprobs=score) for pack, score in zip(packs, scores, strict=True)]
 
-    def evaluate_at(self, step: int) -> bool:
-        """Every `eval_every_steps`, where there is held-out data."""
-        every = self.config.eval_every_steps
-        return bool(self.eval_prompts) and every is not None and step % every == 0
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are held-out prompts."""
+        return bool(self.eval_prompts)
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""

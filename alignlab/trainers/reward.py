@@ -95,11 +95,6 @@ class RewardTrainer(OfflineTrainer):
         """Every pair of the step weighs the same."""
         return pair_mean
 
-    @property
-    def measure(self) -> Weigh:
-        """As the loss."""
-        return pair_mean
-
     def examples(self, dataset: Any) -> Sequence[Preference]:
         """Preferences of a dataset."""
         config = self.config
@@ -133,11 +128,6 @@ class RewardTrainer(OfflineTrainer):
             pairs.chosen, pairs.rejected, margins=pairs.margins, probabilities=pairs.probabilities
         )
         return likelihood + centring
-
-    def evaluate_at(self, step: int) -> bool:
-        """Every `eval_every_steps`, where there is held-out data."""
-        every = self.config.eval_every_steps
-        return bool(self.eval_examples) and every is not None and step % every == 0
 
     def evaluate(self) -> PreferenceResult | None:
         """How often, how far and how surely held-out chosen completions lead; each rank looks at all of them."""

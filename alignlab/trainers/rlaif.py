@@ -42,10 +42,10 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
-from alignlab.errors import CheckpointError, ConfigError, DataError
+from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
-from alignlab.rlaif.collecting import collect, finished
+from alignlab.rlaif.collecting import check_made_with, collect, finished
 from alignlab.rlaif.journal import write_rows
 from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
@@ -76,7 +76,7 @@ from alignlab.types import Prompt, Rollout, RolloutEngine
 _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
-_BEFORE, _MADE_WITH = "before.json", "made_with.json"
+_BEFORE = "before.json"
 
 
 class Stopped(Exception):
@@ -255,7 +255,15 @@ class RLAIFTrainer:
         Where `kept`, which is written when all is done, is there, the rows are as they were then.
         """
         folder = kept.parent
-        self._check_made_with(folder / _MADE_WITH, settings, model)
+        self.accelerator.wait_for_everyone()
+        told = {
+            "constitution": self.constitution.model_dump(mode="json"),
+            "model": digest_of_model(model),
+            "judge": self.config.judge.model_dump(mode="json", exclude=HOW_IT_IS_REACHED),
+            "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
+            "seed": self.config.seed,
+        }
+        check_made_with(folder, told, writes=self.accelerator.is_main_process)
         prompts = self.prompts[: settings.num_prompts]
         if kept.exists():
             return finished(prompts, folder)
@@ -278,31 +286,6 @@ class RLAIFTrainer:
         if rows is None:
             raise Stopped(TrainResult(0, 0.0, folder, True, None, {}, None, None, folder))
         return rows
-
-    def _check_made_with(self, path: Path, settings: RevisionSettings | LabelSettings, model: Any) -> None:
-        """Rows of two policies, judges, constitutions or samplings are not mixed by a resumed run.
-
-        Raises:
-            CheckpointError: earlier rows were made with others.
-        """
-        told = {
-            "constitution": self.constitution.model_dump(mode="json"),
-            "model": digest_of_model(model),
-            "judge": self.config.judge.model_dump(mode="json", exclude=HOW_IT_IS_REACHED),
-            "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
-            "seed": self.config.seed,
-        }
-        self.accelerator.wait_for_everyone()
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return self._keep_text(path, json.dumps(told, indent=1) + "\n")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in told.items() if before.get(name) != value]
-        if changed:
-            raise CheckpointError(
-                f"{path.parent} holds rows that were made with another {' and '.join(changed)}, see {path.name}; go on "
-                "with what the run was started with, or use another output_dir"
-            )
 
     def _train_reward(
         self, config: RewardConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]]

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from alignlab.config.trainers.base import EvaluatedConfig as EvaluatedConfig
 from alignlab.config.trainers.base import TrainerConfig as TrainerConfig
 from alignlab.config.trainers.distill import DistillConfig as DistillConfig
 from alignlab.config.trainers.dpo import DPOConfig as DPOConfig

@@ -67,3 +67,10 @@ class TrainerConfig(Frozen):
             must = f"be less than num_steps ({self.num_steps})"
             raise BrokenRule("warmup_steps", self.warmup_steps, must, f"use {self.num_steps // 10}")
         return self
+
+
+class EvaluatedConfig(TrainerConfig):
+    """What every trainer has that looks at held-out data."""
+
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate during training too; before and after is always done where there is evaluation data."""

@@ -7,10 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from alignlab.config.messages import BrokenRule
+from alignlab.config.trainers.base import EvaluatedConfig
 from alignlab.config.trainers.pairs import PairLossConfig
 
 
-class DPOConfig(PairLossConfig):
+class DPOConfig(PairLossConfig, EvaluatedConfig):
     """Learning from preferences directly, without a reward model (DPO, arXiv:2305.18290, and its family)."""
 
     measures = "preferences"
@@ -23,8 +24,6 @@ class DPOConfig(PairLossConfig):
     probability_column: str | None = None
     """Column with how probably the chosen completion is the better one, in [0.5, 1]: a judge's soft label
     (arXiv:2309.00267), for loss sigmoid."""
-    eval_every_steps: int | None = Field(None, ge=1)
-    """Evaluate during training too; before and after is always done where there is evaluation data."""
 
     @model_validator(mode="after")
     def _check_probabilities(self) -> Self:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from alignlab.config.trainers.base import TrainerConfig
+from alignlab.config.trainers.base import EvaluatedConfig
 
 
-class KTOConfig(TrainerConfig):
+class KTOConfig(EvaluatedConfig):
     """Learning from completions that are good or bad, each by itself (KTO, arXiv:2402.01306)."""
 
     measures = "labels"
@@ -25,8 +25,6 @@ class KTOConfig(TrainerConfig):
     precompute_reference: bool = True
     """Score all completions by the reference once, before the first step, and keep that on disk for later runs; false
     scores each batch as it comes."""
-    eval_every_steps: int | None = Field(None, ge=1)
-    """Evaluate during training too; before and after is always done where there is evaluation data."""
 
     @property
     def method(self) -> str:

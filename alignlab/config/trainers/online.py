@@ -11,7 +11,7 @@ from alignlab.config.messages import BrokenRule
 from alignlab.config.online_rules import ONLINE_RULES, POLICY_GRADIENT_RULES
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
-from alignlab.config.trainers.base import TrainerConfig
+from alignlab.config.trainers.base import EvaluatedConfig
 
 MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "token_tis": (None, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.5, 2.0), "geometric_mask": (0.95, 1.05),
@@ -69,7 +69,7 @@ class MismatchSettings(Frozen):
         return self
 
 
-class OnlineConfig(TrainerConfig):
+class OnlineConfig(EvaluatedConfig):
     """What every trainer has that learns from its own rollouts."""
 
     takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "needed"
@@ -87,8 +87,6 @@ class OnlineConfig(TrainerConfig):
     mask_truncated: bool = False
     """Leave completions cut off by the length limit out of the loss."""
     reward_limits: RewardLimits = RewardLimits()
-    eval_every_steps: int | None = Field(None, ge=1)
-    """Evaluate during training too; before and after is always done where there is evaluation data."""
 
     @model_validator(mode="before")
     @classmethod

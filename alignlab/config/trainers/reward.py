@@ -7,10 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from alignlab.config.messages import BrokenRule
-from alignlab.config.trainers.base import TrainerConfig
+from alignlab.config.trainers.base import EvaluatedConfig
 
 
-class RewardConfig(TrainerConfig):
+class RewardConfig(EvaluatedConfig):
     """A Bradley-Terry reward model, learnt from preferences (arXiv:2203.02155)."""
 
     measures = "preferences"
@@ -26,8 +26,6 @@ class RewardConfig(TrainerConfig):
     probability_column: str | None = None
     """Column with how probably the chosen completion is the better one, in [0.5, 1]: a judge's soft label
     (arXiv:2309.00267)."""
-    eval_every_steps: int | None = Field(None, ge=1)
-    """Evaluate during training too; before and after is always done where there is evaluation data."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
