@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.prompts import BadRow, PromptRenderer, check_text
 from alignlab.errors import DataError
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
@@ -33,7 +33,7 @@ from alignlab.trainers.distilling import (
 )
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.preflight import check_room
+from alignlab.trainers.preflight import check_room, num_positions
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import check_same_teacher, load_teacher
 from alignlab.training.checkpoint import fingerprint
@@ -100,7 +100,8 @@ class GKDTrainer(OnlineTrainer):
                     f"{len(self.prompts)} prompts have {len(numbers)} different indices, and the dataset's completions "
                     "are found by them; number the prompts (Prompt.index)"
                 )
-            self._given = {prompt.index: given_completion(prompt, render) for prompt in self.prompts}
+            limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
+            self._given = {prompt.index: given_completion(prompt, render, limit) for prompt in self.prompts}
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""
@@ -169,11 +170,11 @@ class GKDTrainer(OnlineTrainer):
         super().load_state(state)
 
 
-def given_completion(prompt: Prompt, render: PromptRenderer) -> tuple[int, ...]:
-    """The tokens with which the dataset completes a prompt, the end token among them.
+def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tuple[int, ...]:
+    """The tokens with which the dataset completes a prompt, the end token among them; `limit` is of both together.
 
     Raises:
-        DataError: it does not, or they cannot be rendered.
+        DataError: it does not, or they cannot be rendered, or are too many.
     """
     text = next((prompt.columns[name] for name in COMPLETIONS if prompt.columns.get(name) is not None), None)
     if text is None:
@@ -182,9 +183,15 @@ def given_completion(prompt: Prompt, render: PromptRenderer) -> tuple[int, ...]:
             "completes the other prompts; add the column, or use student_frac 1"
         )
     try:
-        example = completion_example(prompt.text, text if isinstance(text, list) else str(text), render)
+        completion = check_text(text if isinstance(text, list) else str(text), "the completion")
+        example = completion_example(prompt.text, completion, render)
     except BadRow as error:
         raise DataError(f"row {prompt.index} {error}; correct it, or use student_frac 1") from None
     if example.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
         raise DataError(f"row {prompt.index} begins otherwise with its completion than without; use student_frac 1")
+    if len(example.token_ids) > limit:
+        raise DataError(
+            f"row {prompt.index} has {len(example.token_ids)} tokens with its completion, and the student and its "
+            f"teacher have {limit:g} positions; shorten it, or leave it out"
+        )
     return example.token_ids[len(prompt.token_ids) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +21,18 @@ TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, 
 """Settings that change the distribution sampled from, and where they do not."""
 
 
+def num_positions(model: Any) -> float:
+    """Tokens that a sequence of the model's may have; without an end where its config names none."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model") -> None:
     """See that the longest prompt leaves room for its completion, in the model and in the engine.
 
     Raises:
         ConfigError: it does not.
     """
-    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(model)
     served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     wanted = config.sampling.max_new_tokens

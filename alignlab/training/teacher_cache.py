@@ -130,6 +130,9 @@ class TeacherCache:
         unfinished.mkdir(exist_ok=True)
         told = unfinished / _DONE
         done = json.loads(told.read_text())["examples"] if told.exists() else 0
+        row = sum(np.dtype(kind).itemsize * (1 if name == "rest" else self._k) for name, kind in _TYPES.items())
+        size = offsets[-1] * row
+        print(f"alignlab: the teacher's answers take {size / 2**30:.2f} GiB, in {path}", file=sys.stderr)
         arrays = self._arrays(unfinished, offsets[-1], new=not told.exists())
         for start in range(done, len(examples), ASKED_TOGETHER):
             stop = min(start + ASKED_TOGETHER, len(examples))

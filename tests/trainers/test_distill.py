@@ -188,7 +188,8 @@ def test_a_teacher_is_asked_once(
         trainer.open(None, None, None)
     trainer.open(None, None, None)
     assert asked == [3, 3, 3, 2]  # what was on the disk is not asked for again
-    assert "read 8 of 8" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "read 8 of 8" in told and "GiB, in " in told
     trainer.open(None, None, None)
     assert len(asked) == 4
     for row, example in enumerate(examples(8)):
@@ -321,6 +322,10 @@ def test_the_dataset_s_completions_are_those_of_fine_tuning(
         [completion] = rollout.completions
         assert completion.text == rollout.prompt.columns["answer"]
         assert completion.token_ids[-1] == tokenizer.eos_token_id
+    for answer, message in (("", "has an empty string"), ("1" * 5000, "positions; shorten it")):
+        bad = [row | {"answer": answer} for row in rows]
+        with pytest.raises(DataError, match=f"row 0 .*{message}"):
+            make_gkd(save_teacher(), student_frac=0.5, data=bad)
     alike = [Prompt((8, 9), "ab", columns={"answer": str(i)}) for i in range(2)]
     with pytest.raises(DataError, match=r"2 prompts have 1 different indices"):
         make_gkd(save_teacher(), student_frac=0.5, data=alike)
