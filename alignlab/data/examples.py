@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report, split_row
+from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
@@ -33,6 +34,11 @@ class Example:
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.completion_mask) >= 1
         assert not self.completion_mask[0], "the first token of a sequence has no predecessor"
+
+    @property
+    def sequences(self) -> Sequences:
+        """The one."""
+        return (self.token_ids,)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
+from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
 from alignlab.types import Completion, Prompt, Rollout, Text
@@ -67,6 +68,11 @@ class Preference:
     @property
     def num_tokens(self) -> int:
         return len(self.chosen) + len(self.rejected)
+
+    @property
+    def sequences(self) -> Sequences:
+        """Both completions behind the prompt."""
+        return self.prompt + self.chosen, self.prompt + self.rejected
 
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """The pair as a group of two completions, to be packed; see `group_of`."""

@@ -14,9 +14,12 @@ class IndexSampler:
 
     Each epoch is a permutation of all items that depends on (seed, epoch) alone. A batch goes on into the next epoch
     where one ends in the middle of it, so no item is left out and none comes twice in an epoch, whatever the sizes.
+
+    Args:
+        digest: of the items; see `data.sequences.digest_of`.
     """
 
-    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_items: int, batch_size: int, seed: int, *, digest: str = "") -> None:
         if num_items < 1 or batch_size < 1:
             raise ConfigError(
                 f"a sampler needs at least one item and a batch of at least one, and has {num_items} items and "
@@ -25,6 +28,7 @@ class IndexSampler:
         self.num_items = num_items
         self.batch_size = batch_size
         self.seed = seed
+        self.digest = digest
         self.epoch = 0
         self._position = 0
         self._order = self._permutation(0)
@@ -46,17 +50,20 @@ class IndexSampler:
             self._position = stop
         return taken
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Where it stands, as JSON can hold it."""
-        return {"num_items": self.num_items, "seed": self.seed, "epoch": self.epoch, "position": self._position}
+        return {
+            "num_items": self.num_items, "seed": self.seed, "digest": self.digest,
+            "epoch": self.epoch, "position": self._position,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken.
 
         Raises:
-            CheckpointError: the state is of a dataset of another size, or of another seed.
+            CheckpointError: the state is of other data, or of another seed.
         """
-        for name, own in (("num_items", self.num_items), ("seed", self.seed)):
+        for name, own in (("num_items", self.num_items), ("seed", self.seed), ("digest", self.digest)):
             if state[name] != own:
                 raise CheckpointError(
                     f"the data's position can be resumed on the same data and seed only, and {name} was "

@@ -18,6 +18,7 @@ from alignlab.data.preferences import (
     read_rows,
 )
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, split_row
+from alignlab.data.sequences import Sequences
 from alignlab.errors import DataError
 from alignlab.types import Rollout
 
@@ -41,6 +42,11 @@ class UnpairedPreference:
     @property
     def num_tokens(self) -> int:
         return len(self.completion) + len(self.mismatched)
+
+    @property
+    def sequences(self) -> Sequences:
+        """Its completion and the mismatched one behind the prompt."""
+        return self.prompt + self.completion, self.prompt + self.mismatched
 
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """Its completion and the mismatched one as a group, to be packed; see `group_of`."""

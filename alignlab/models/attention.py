@@ -12,6 +12,7 @@ Shapes: N tokens, H heads, K kv heads, D head size, V vocabulary; the model's hi
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, Protocol, cast
 
@@ -113,6 +114,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal language model itself, whether or not adapters are wrapped around it."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def num_positions(model: nn.Module) -> float:
+    """Tokens that a sequence of the model's may have; without an end where its config names none."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def hidden_states(

@@ -20,6 +20,8 @@ from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import FAMILIES
 
+_NUMBERS_OF_LAYERS = ("mlp_only_layers",)
+
 
 def evenly_spaced(num_layers: int, count: int) -> tuple[int, ...]:
     """`count` of `num_layers` layers at about equal distances, the first and the last among them.
@@ -131,10 +133,12 @@ def _keep_own_layers(config: PolicyConfig, layers: Sequence[int]) -> None:
 
 
 def _keep_layers(config: PreTrainedConfig, layers: Sequence[int]) -> None:
-    """Cut a config to the layers: their number, and each list with an entry a layer."""
+    """Cut a config to the layers: their number, each list with an entry a layer, and each list of layers."""
     count = config.num_hidden_layers
     for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == count:
+        if name in _NUMBERS_OF_LAYERS and value:
+            setattr(config, name, [layers.index(index) for index in value if index in layers])
+        elif "layer" in name and isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[index] for index in layers])
     config.num_hidden_layers = len(layers)
 

@@ -19,9 +19,10 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
+from alignlab.data.sequences import check_lengths
 from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
-from alignlab.models.attention import output_head
+from alignlab.models.attention import num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import Dataset, Model, Reward, resolve_examples, resolve_prompts, resolve_rewards
@@ -78,7 +79,10 @@ class DistillTrainer(OfflineTrainer):
         super().__init__(model, config, train_dataset, **options)
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
-        self._teacher_fingerprint = fingerprint(self.learner.teacher.named_parameters())
+        teacher = self.learner.teacher
+        assert teacher is not None, "it is there until it was asked"
+        check_lengths(self.train_examples, num_positions(teacher.model), whose="the teacher")
+        self._teacher_fingerprint = fingerprint(teacher.named_parameters())
         self._kept: KeptTeacher | None = None
 
     def make_learner(
@@ -104,19 +108,19 @@ class DistillTrainer(OfflineTrainer):
         return resolve_examples(dataset, self.tokenizer)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
-        """With `top_k`, ask the teacher about all examples, or read what it answered an earlier run."""
-        if self.config.top_k is None:
+        """With `top_k`, ask the teacher about all examples, or read what it answered an earlier run; then let it go."""
+        teacher = self.learner.teacher
+        if self.config.top_k is None or teacher is None:
             return
         how = self.learner.policy.comparison
-        cache = TeacherCache(
-            self.learner.teacher.model, k=self.config.top_k, temperature=how.temperature, width=how.width
-        )
+        cache = TeacherCache(teacher.model, k=self.config.top_k, temperature=how.temperature, width=how.width)
         self._kept = cache.get_or_make(self.train_examples, self._ask)
+        self.learner.teacher = None
 
     def _ask(self, examples: Sequence[Example]) -> TopTokens:
         """The teacher's likeliest tokens where each taught token of `examples` is predicted, in order."""
         teacher, how, k = self.learner.teacher, self.learner.policy.comparison, self.config.top_k
-        assert k is not None, "asked for what is kept"
+        assert teacher is not None and k is not None, "asked for what is kept"
         found: dict[int, TopTokens] = {}
         for pack in pack_examples(examples, budget=self.config.tokens_per_microbatch):
             moved = pack.to(self.learner.device)

@@ -107,7 +107,8 @@ class StudentLearner(Learner):
     """Owns a student and its optimizer; asks the teacher where a pack does not say what it would answer.
 
     Args:
-        teacher: frozen, on the student's device; a mixture among them chooses its own experts.
+        teacher: frozen, on the student's device; a mixture among them chooses its own experts. None later on where
+            every pack says what it would answer.
         others: see `Learner`.
     """
 
@@ -117,7 +118,7 @@ class StudentLearner(Learner):
         self, policy: StudentPolicy, config: TrainerConfig, accelerator: Accelerator, *, teacher: Policy, **others: Any
     ) -> None:
         super().__init__(policy, config, accelerator, **others)
-        self.teacher = teacher
+        self.teacher: Policy | None = teacher
 
     def _forward(self, policy: nn.Module, pack: Experience) -> Any:
         return policy(
@@ -129,6 +130,7 @@ class StudentLearner(Learner):
         if isinstance(pack, TaughtExperience) and pack.teacher_ids is not None:
             assert pack.teacher_logprobs is not None and pack.teacher_rest is not None
             return TopTokens(pack.teacher_ids, pack.teacher_logprobs, pack.teacher_rest)
+        assert self.teacher is not None, "packs without its answers need the teacher"
         with torch.no_grad():
             hidden, _ = self.teacher.predicting_states(pack.tokens, pack.segments, pack.completion_mask)
         return hidden, Head(*output_head(self.teacher.model))

@@ -21,6 +21,7 @@ from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text
 from alignlab.errors import DataError
+from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.trainers.assemble import Dataset, Model, Reward
@@ -33,7 +34,7 @@ from alignlab.trainers.distilling import (
 )
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.preflight import check_room, num_positions
+from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import check_same_teacher, load_teacher
 from alignlab.training.checkpoint import fingerprint

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
+from alignlab.data.sequences import check_lengths, digest_of
 from alignlab.errors import DataError
+from alignlab.models.attention import num_positions
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.learner import Learner
@@ -65,7 +67,10 @@ class OfflineTrainer(TrainingLoop):
         if not self.train_examples:
             raise DataError("the training data holds no example; check its path and its columns")
         self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
-        self.sampler = IndexSampler(len(self.train_examples), size, config.seed)
+        for examples in (self.train_examples, self.eval_examples):
+            check_lengths(examples, num_positions(learner.model), whose="the model")
+        digest = digest_of(example.sequences for example in self.train_examples)
+        self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
 
     def make_learner(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,
@@ -91,7 +96,7 @@ class OfflineTrainer(TrainingLoop):
 
     @abstractmethod
     def examples(self, dataset: Any) -> Sequence[Any]:
-        """Token ids of a dataset, ready to be packed."""
+        """Token ids of a dataset, ready to be packed; each item is a `data.sequences.HasSequences`."""
 
     @abstractmethod
     def packs(self, rows: Sequence[int]) -> list[Experience]:

@@ -28,6 +28,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
+from alignlab.data.sequences import digest_of
 from alignlab.errors import CheckpointError, RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
@@ -118,7 +119,8 @@ class OnlineTrainer(TrainingLoop):
         self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
         self.engine = make_engine(model, tokenizer, config.rollout)
-        self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed)
+        digest = digest_of((prompt.token_ids,) for prompt in self.prompts)
+        self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)

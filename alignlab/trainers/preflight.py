@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,13 @@ from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
 from alignlab.errors import ConfigError
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import num_positions
 from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
 TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Settings that change the distribution sampled from, and where they do not."""
-
-
-def num_positions(model: Any) -> float:
-    """Tokens that a sequence of the model's may have; without an end where its config names none."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model") -> None:

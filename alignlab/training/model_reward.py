@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.packing import pack_rollouts
 from alignlab.errors import ConfigError
+from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.reward_checkpoints import is_reward_model, known_base, load_reward_model, load_reward_role
 from alignlab.models.reward_model import RewardModel
@@ -109,12 +110,15 @@ class ModelReward(CallerReward):
     def __call__(
         self, *, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float | None]:
-        """The reward of each completion; None for one without a token."""
+        """The reward of each completion; None for one without a token, or with more than the model has positions."""
         if self._reward is None:
             self._reward = load_reward_model(self.path, device="cuda" if torch.cuda.is_available() else "cpu")
-        packs = pack_rollouts(_groups(prompt_ids, completion_ids), budget=self.budget)
-        values = self._reward.rewards(packs, len(completion_ids)).tolist()
-        return [value if ids else None for value, ids in zip(values, completion_ids, strict=True)]
+        limit = num_positions(self._reward.model)
+        fits = [len(p) + len(c) <= limit for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        read = [ids if fit else () for ids, fit in zip(completion_ids, fits, strict=True)]
+        packs = pack_rollouts(_groups(prompt_ids, read), budget=self.budget)
+        values = self._reward.rewards(packs, len(read)).tolist()
+        return [value if ids else None for value, ids in zip(values, read, strict=True)]
 
 
 def bind_rewards(

@@ -48,7 +48,7 @@ def test_order_is_the_same_in_every_process() -> None:
 def test_takes_across_the_end_of_an_epoch() -> None:
     sampler = IndexSampler(3, 2, seed=0)
     assert len(sampler.take(7)) == 7
-    assert sampler.state_dict() == {"num_items": 3, "seed": 0, "epoch": 2, "position": 1}
+    assert sampler.state_dict() == {"num_items": 3, "seed": 0, "digest": "", "epoch": 2, "position": 1}
 
 
 @pytest.mark.parametrize(("num_items", "seed", "named"), [(4, 0, "num_items was 3"), (3, 1, "seed was 0")])
@@ -56,6 +56,13 @@ def test_a_state_of_other_data_is_refused(num_items: int, seed: int, named: str)
     state = IndexSampler(3, 2, seed=0).state_dict()
     with pytest.raises(CheckpointError, match=named):
         IndexSampler(num_items, 2, seed=seed).load_state_dict(state)
+
+
+def test_a_state_of_other_items_of_the_same_number_is_refused() -> None:
+    state = IndexSampler(3, 2, seed=0, digest="a").state_dict()
+    IndexSampler(3, 2, seed=0, digest="a").load_state_dict(state)
+    with pytest.raises(CheckpointError, match="digest was a and is b"):
+        IndexSampler(3, 2, seed=0, digest="b").load_state_dict(state)
 
 
 def test_no_items_are_refused() -> None:

@@ -118,6 +118,15 @@ def test_a_foreign_model_has_students_where_its_layers_are_one_list() -> None:
     torch.testing.assert_close(logits(student_from(teacher, [0, 2])), logits(cut))
 
 
+@pytest.mark.parametrize("layers", [[0, 2], [1, 2], [0, 1, 2]])
+def test_a_foreign_mixture_has_students_of_dense_and_sparse_layers(layers: list[int]) -> None:
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(HUB["qwen3-moe-mixed"]()).eval()
+    student = student_from(teacher, layers)
+    assert student.config.mlp_only_layers == [i for i, layer in enumerate(layers) if layer == 1]
+    torch.testing.assert_close(logits(student), logits(without_others(teacher, layers)))
+
+
 def test_layers_that_cannot_be_found_or_chosen_are_refused() -> None:
     teacher = random_model(SHAPE)
     with pytest.raises(ConfigError, match="layers is empty"):

@@ -190,10 +190,15 @@ def test_a_teacher_is_asked_once(
     assert asked == [3, 3, 3, 2]  # what was on the disk is not asked for again
     told = capsys.readouterr().err
     assert "read 8 of 8" in told and "GiB, in " in told
-    trainer.open(None, None, None)
+    assert trainer.learner.teacher is None, "it was held until it had told all"
+    later = make_distill(teacher, top_k=5)
+    ask, later._ask = later._ask, killed
+    beside = later.learner.teacher
+    later.open(None, None, None)
     assert len(asked) == 4
+    later.learner.teacher = beside
     for row, example in enumerate(examples(8)):
-        top, kept = ask([example]), trainer._kept.of(row)
+        top, kept = ask([example]), later._kept.of(row)
         assert torch.equal(top.ids, kept.ids.long())
         torch.testing.assert_close(top.logprobs, kept.logprobs)
         torch.testing.assert_close(top.rest, kept.rest)
@@ -201,7 +206,8 @@ def test_a_teacher_is_asked_once(
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
 def test_damaged_answers_are_not_learnt_from(damage: str, save_teacher: Make, make_distill: Make) -> None:
-    trainer = make_distill(save_teacher(), top_k=5)
+    teacher = save_teacher()
+    trainer = make_distill(teacher, top_k=5)
     trainer.open(None, None, None)
     [folder] = {Path(array.filename).parent for array in trainer._kept._arrays}
     file = folder / "logprobs.npy"
@@ -211,7 +217,7 @@ def test_damaged_answers_are_not_learnt_from(damage: str, save_teacher: Make, ma
     else:
         file.write_bytes(content[:-4] + bytes(4) if damage == "changed" else content[:-4])
     with pytest.raises(CheckpointError, match=r"are damaged.*delete the folder"):
-        trainer.open(None, None, None)
+        make_distill(teacher, top_k=5).open(None, None, None)
 
 
 def test_what_is_kept_is_told_apart(save_teacher: Make, make_distill: Make) -> None:
@@ -278,6 +284,14 @@ def test_teachers_that_do_not_fit(make: str, save_teacher: Make, request: pytest
     other = train_tokenizer(["xyz xyz xyy zz"], vocab_size=WIDTH)
     with pytest.raises(ConfigError, match="must have the student's tokenizer"):
         build(save_teacher(of_tokens=other))
+
+
+def test_a_teacher_reads_whole_examples(save_teacher: Make, make_distill: Make) -> None:
+    short = save_teacher(DENSE | {"max_position_embeddings": 5})
+    longest = max(len(example.token_ids) for example in examples(8))
+    with pytest.raises(DataError, match=f"has {longest} tokens, and must fit the teacher's 5 positions"):
+        make_distill(short, data=[max(examples(8), key=lambda example: len(example.token_ids))])
+    make_distill(short, data=[Example((1, 2, 3, 4, 5), (False, True, True, True, True))])
 
 
 def test_more_is_to_be_kept_than_there_is(save_teacher: Make, make_distill: Make) -> None:

@@ -231,6 +231,20 @@ def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
         make_trainer(lora=None, num_steps=2, seed=1).train(resume=True)
 
 
+def test_other_rows_are_not_gone_on_with(make_trainer: Make) -> None:
+    make_trainer(num_steps=1).train()
+    with pytest.raises(CheckpointError, match="on the same data and seed only, and digest was"):
+        make_trainer(num_steps=2, data=[*pairs(7), *pairs(1, seed=5)]).train(resume=True)
+
+
+def test_rows_longer_than_the_model_reads_are_refused(make_trainer: Make) -> None:
+    long = Preference((1,), (2,) * 4096, (3,))
+    with pytest.raises(DataError, match="example 8 .* has 4097 tokens, and must fit the model's 4096 positions"):
+        make_trainer(data=[*pairs(8), long])
+    with pytest.raises(DataError, match="example 0 .* has 4097 tokens"):
+        make_trainer(held_out=[long])
+
+
 def test_texts_of_two_speakers_need_a_prompt_where_chats_are_rendered(tokenizer: Any) -> None:
     chats = copy.deepcopy(tokenizer)
     chats.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

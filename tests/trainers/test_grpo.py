@@ -136,6 +136,14 @@ def test_resume_with_other_weights_is_refused(make_model: Make, make_config: Mak
         other.train(resume=True)
 
 
+def test_resume_with_other_prompts_is_refused(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    config = make_config(num_steps=1)
+    GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train()
+    other = GRPOTrainer(make_model(), even_ids, config, [*rows[1:], rows[0]], tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="on the same data and seed only, and digest was"):
+        other.train(resume=True)
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
 def test_resume_with_another_starting_policy_is_refused(
     lora: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any

@@ -126,6 +126,14 @@ def test_what_was_sampled_is_scored_as_it_is(lora: Any, make_reward: Make) -> No
     assert named.weight == 0.5 and isinstance(named.function, ModelReward) and not named.options
 
 
+def test_what_is_longer_than_its_positions_has_no_reward(make_reward: Make, tmp_path: Path) -> None:
+    folder = make_reward()
+    config = tmp_path / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 5}))
+    found = ModelReward(folder)(prompt_ids=[(5, 6, 7)] * 3, completion_ids=[(8, 1), (9, 10, 11), (8, 1)])
+    assert found[1] is None and found[0] == found[2] == close(plain(folder))[0]
+
+
 def test_it_lives_on_the_policy_s_base_where_that_is_its_own(make_reward: Make, make_trainer: Make) -> None:
     folder = make_reward()
     reward = ModelReward(folder)

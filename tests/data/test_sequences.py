@@ -1,0 +1,39 @@
+"""Sequences of token ids: what tells data apart, and what is too long."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignlab.data.examples import Example
+from alignlab.data.preferences import Preference
+from alignlab.data.sequences import check_lengths, digest_of
+from alignlab.data.unpaired import UnpairedPreference
+from alignlab.errors import DataError
+
+PAIR = Preference((1, 2), (3, 4, 5), (6,))
+UNPAIRED = UnpairedPreference((1, 2), (3,), True, mismatched=(7, 8))
+
+
+def test_an_item_is_what_a_model_reads() -> None:
+    assert Example((1, 2), (False, True)).sequences == ((1, 2),)
+    assert PAIR.sequences == ((1, 2, 3, 4, 5), (1, 2, 6))
+    assert UNPAIRED.sequences == ((1, 2, 3), (1, 2, 7, 8))
+
+
+def test_a_digest_tells_tokens_order_and_ends() -> None:
+    known = [
+        [((1, 2), (3,))], [((1,), (2, 3))], [((1, 2),), ((3,),)], [((3,),), ((1, 2),)], [((1, 2, 3),)], [((1, 2), (4,))],
+        [((1, 2), (3,), ())], [],
+    ]  # fmt: skip
+    assert len({digest_of(items) for items in known}) == len(known)
+    assert digest_of([((1, 2), (3,))]) == digest_of(iter([((1, 2), (3,))]))
+
+
+@pytest.mark.parametrize(("item", "longest"), [(Example((1, 2, 3), (False, True, True)), 3), (PAIR, 5), (UNPAIRED, 4)])
+def test_what_is_too_long_is_named(item: Example | Preference | UnpairedPreference, longest: int) -> None:
+    short = Example((1, 2), (False, True))
+    check_lengths([short, item], longest, whose="the model")
+    check_lengths([short, item], float("inf"), whose="the model")
+    told = rf"example 1 \(the first is 0\) has {longest} tokens, and must fit the teacher's {longest - 1} positions"
+    with pytest.raises(DataError, match=told):
+        check_lengths([short, item], longest - 1, whose="the teacher")
