@@ -97,6 +97,27 @@ def test_check_tells_sizes_and_tries_the_rewards(run_file, capsys):
     assert "3 evaluation prompts are also trained on" in told
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "told"),
+    [
+        ({"prompt": "say", "completion": "red"}, "sft", ", of which 2 taught"),
+        ({"prompt": "say", "chosen": "red", "rejected": "a"}, "dpo", "2 pairs of"),
+        ({"prompt": "say", "chosen": "red", "rejected": "a"}, "reward", "2 pairs of"),
+        ({"prompt": "say", "chosen": "red", "rejected": "a"}, "kto", "2 desirable and 2 undesirable"),
+    ],
+)
+def test_check_reads_rows_as_the_training_does(row, kind, told, run_file, tmp_path, capsys):
+    lines = [json.dumps(row | {"prompt": prompt}) for prompt in ("say", "tell")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = [f"data.path={tmp_path / 'rows.jsonl'}", "eval_data=null", "rewards=[]", "evaluation={}"]
+    trainer = f"trainer={json.dumps({'type': kind, 'output_dir': str(tmp_path / 'run')})}"
+    assert main(["check", str(run_file), *data, trainer]) == 0
+    assert told in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "say"}) + "\n", encoding="utf-8")
+    assert main(["check", str(run_file), *data, trainer]) == 2
+    assert "row 0" in capsys.readouterr().err
+
+
 def test_check_warns_of_learning_rates_that_do_not_fit(run_file, capsys):
     assert main(["check", str(run_file), "trainer.learning_rate=1e-6"]) == 0
     assert "1e-06 is low for LoRA" in capsys.readouterr().out

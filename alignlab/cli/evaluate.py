@@ -321,7 +321,7 @@ def refuse_deaf_scorer(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrain
     Raises:
         ConfigError: with what was tried.
     """
-    from alignlab.cli.check import value_of_own_answer
+    from alignlab.cli.check_rewards import value_of_own_answer
 
     value = value_of_own_answer(scorer, prompt, tokenizer)
     if value is not None and value != 1.0:

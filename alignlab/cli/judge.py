@@ -19,10 +19,8 @@ from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
+    from alignlab.rlaif.examples import KnownPair
     from alignlab.rlaif.judge import Judge
-    from alignlab.types import Text
-
-    Pair = tuple[Text, str, str]
 
 NAME = "judge"
 SUMMARY = "how often a judge is right, agrees with itself, and prefers what it sees first"
@@ -41,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--write-examples", metavar="FILE", help="write JSONL to teach a judge, and ask none")
     parser.add_argument("--kind", choices=("both", "comparisons", "ratings"), default="both", help="of examples")
+    parser.add_argument(
+        "--reason", metavar="TEXT",
+        help="of examples, with judge.answers sampled: what is written before the choice; {answer} is the right answer",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, and must be at least 1; use 1 or more")
-    pairs = load_pairs(args.pairs) if args.pairs is not None else task_pairs(config, args)
+    check_reason(args, feedback(config).judge)
+    pairs = load_pairs(args) if args.pairs is not None else task_pairs(config, args)
     if args.write_examples is not None:
         write_examples(config, pairs[: args.num_pairs], Path(args.write_examples), args.kind)
         return 0
@@ -61,8 +64,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_pairs(path: str) -> list[Pair]:
-    """(prompt, chosen, rejected) of each row of a file.
+def check_reason(args: argparse.Namespace, judge: Any) -> None:
+    """See that --reason is asked for where it is written.
+
+    Raises:
+        ConfigError: it is not, or does not name the answer.
+    """
+    if args.reason is None:
+        return
+    if args.write_examples is None or judge.backend == "reward_model" or judge.answers != "sampled":
+        raise ConfigError(
+            f"--reason is {args.reason!r}, and goes with --write-examples and a judge that writes before it chooses; "
+            "leave it out, or set trainer.judge.answers=sampled"
+        )
+    if "{answer}" not in args.reason:
+        raise ConfigError(f"--reason is {args.reason!r}, and must contain {{answer}}; put it in")
+
+
+def reason_for(args: argparse.Namespace, answer: str) -> str:
+    """What a judge is to say of a pair with this right answer."""
+    return "" if args.reason is None else str(args.reason).replace("{answer}", answer)
+
+
+def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
+    """Prompt, chosen and rejected of each row of a file.
 
     Raises:
         DataError: a row has not all three.
@@ -70,25 +95,29 @@ def load_pairs(path: str) -> list[Pair]:
     from alignlab.config.data import DataSettings
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
+    from alignlab.rlaif.examples import KnownPair
     from alignlab.types import message_text
 
     pairs = []
-    for index, row in enumerate(load_rows(DataSettings(path=path))):
+    for index, row in enumerate(load_rows(DataSettings(path=args.pairs))):
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
         if missing:
-            raise DataError(f"{path}: row {index} (the first is 0) has no {missing[0]}; add it, or leave the row out")
-        pairs.append((row["prompt"], message_text(row["chosen"]), message_text(row["rejected"])))
+            told = f"{args.pairs}: row {index} (the first is 0) has no {missing[0]}"
+            raise DataError(f"{told}; add it, or leave the row out")
+        chosen = message_text(row["chosen"])
+        pairs.append(KnownPair(row["prompt"], chosen, message_text(row["rejected"]), reason_for(args, chosen)))
     return pairs
 
 
-def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[Pair]:
-    """(prompt, right answer, wrong answer) of the config's task, in each of the templates.
+def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[KnownPair]:
+    """Right and wrong answers of the config's task, in each of the templates.
 
     Raises:
         ConfigError: there is no task, or a template has no place for the answer.
     """
     from alignlab.data.preferences import right_and_wrong
     from alignlab.data.sources import load_rows
+    from alignlab.rlaif.examples import KnownPair
     from alignlab.trainers.run import evaluation_data
 
     data = evaluation_data(config) if args.held_out else config.data
@@ -99,7 +128,12 @@ def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[Pair]:
     if unfit:
         raise ConfigError(f"--answer-template is {unfit[0]!r}, and must contain {{answer}}; put it in")
     return [
-        (row["prompt"], *(template.replace("{answer}", row[name]) for name in ("chosen", "rejected")))
+        KnownPair(
+            row["prompt"],
+            better=template.replace("{answer}", row["chosen"]),
+            worse=template.replace("{answer}", row["rejected"]),
+            reason=reason_for(args, row["chosen"]),
+        )
         for row in right_and_wrong(load_rows(data), num_wrong=args.num_wrong)
         for template in templates
     ]
@@ -119,7 +153,7 @@ def feedback(config: RunConfig) -> Any:
     return config.trainer
 
 
-def write_examples(config: RunConfig, pairs: list[Pair], path: Path, kind: str) -> None:
+def write_examples(config: RunConfig, pairs: list[KnownPair], path: Path, kind: str) -> None:
     """Questions and right answers."""
     from alignlab.config.constitution import load_constitution
     from alignlab.rlaif.examples import comparisons, rated
@@ -130,13 +164,13 @@ def write_examples(config: RunConfig, pairs: list[Pair], path: Path, kind: str) 
     if trainer.judge.backend == "reward_model":
         raise ConfigError("judge.backend is reward_model, which is asked nothing; teach one by trainer.type reward")
     constitution = load_constitution(trainer.constitution)
-    rows = [] if kind == "ratings" else list(comparisons(constitution, pairs))
-    rows += [] if kind == "comparisons" else rated(constitution, pairs, max_rating=trainer.judge.max_rating)
+    rows = [] if kind == "ratings" else list(comparisons(constitution, pairs, trainer.judge))
+    rows += [] if kind == "comparisons" else rated(constitution, pairs, trainer.judge)
     write_rows(path, rows)
     print(f"alignlab judge: wrote {len(rows)} questions about {len(pairs)} pairs to {path}", file=sys.stderr)
 
 
-def ask(config: RunConfig, pairs: list[Pair]) -> dict[str, Any]:
+def ask(config: RunConfig, pairs: list[KnownPair]) -> dict[str, Any]:
     """What the judge makes of the pairs; shows it as a table on standard error."""
     from rich.console import Console
     from rich.table import Table
@@ -169,14 +203,14 @@ def judge_of(config: RunConfig) -> Judge:
     return make_judge(trainer.judge, constitution, policy=policy, tokenizer=tokenizer, seed=trainer.seed)
 
 
-def measure(judge: Judge, pairs: list[Pair]) -> dict[str, Any]:
+def measure(judge: Judge, pairs: list[KnownPair]) -> dict[str, Any]:
     """How often comparisons and ratings favour the better completion, a tie for one half; how surely, how fairly."""
     from alignlab.rlaif.labels import bias
 
-    verdicts = judge.compare(pairs)
+    verdicts = judge.compare([(pair.prompt, pair.better, pair.worse) for pair in pairs])
     known = [verdict.probability for verdict in verdicts if verdict.probability is not None]
-    good = judge.rate([(prompt, chosen) for prompt, chosen, _ in pairs])
-    bad = judge.rate([(prompt, rejected) for prompt, _, rejected in pairs])
+    good = judge.rate([(pair.prompt, pair.better) for pair in pairs])
+    bad = judge.rate([(pair.prompt, pair.worse) for pair in pairs])
     leads = [g - b for g, b in zip(good, bad, strict=True) if g is not None and b is not None]
     agreement, first_rate = bias(verdicts)
     return {

@@ -22,8 +22,8 @@ def test_an_item_is_what_a_model_reads() -> None:
 
 def test_a_digest_tells_tokens_order_and_ends() -> None:
     known = [
-        [((1, 2), (3,))], [((1,), (2, 3))], [((1, 2),), ((3,),)], [((3,),), ((1, 2),)], [((1, 2, 3),)], [((1, 2), (4,))],
-        [((1, 2), (3,), ())], [],
+        [((1, 2), (3,))], [((1,), (2, 3))], [((1, 2),), ((3,),)], [((3,),), ((1, 2),)], [((1, 2, 3),)],
+        [((1, 2), (4,))], [((1, 2), (3,), ())], [],
     ]  # fmt: skip
     assert len({digest_of(items) for items in known}) == len(known)
     assert digest_of([((1, 2), (3,))]) == digest_of(iter([((1, 2), (3,))]))

@@ -239,9 +239,9 @@ def test_other_rows_are_not_gone_on_with(make_trainer: Make) -> None:
 
 def test_rows_longer_than_the_model_reads_are_refused(make_trainer: Make) -> None:
     long = Preference((1,), (2,) * 4096, (3,))
-    with pytest.raises(DataError, match="example 8 .* has 4097 tokens, and must fit the model's 4096 positions"):
+    with pytest.raises(DataError, match=r"example 8 .* has 4097 tokens, and must fit the model's 4096 positions"):
         make_trainer(data=[*pairs(8), long])
-    with pytest.raises(DataError, match="example 0 .* has 4097 tokens"):
+    with pytest.raises(DataError, match=r"example 0 .* has 4097 tokens"):
         make_trainer(held_out=[long])
 
 

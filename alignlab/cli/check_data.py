@@ -1,0 +1,111 @@
+"""What `alignlab check` says of a config's data: rows are read as the training reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from alignlab.config.data import DataSettings
+    from alignlab.config.run import RunConfig
+    from alignlab.data.prompts import PromptDataset
+
+Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], str]
+
+NOT_MEASURED = {
+    "accuracy": "accuracy will not be measured",
+    "preferences": "how often the chosen completion leads will not be measured",
+    "labels": "how often labels are agreed with will not be measured",
+}
+
+
+def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, PromptDataset | None]:
+    """A line about what is learnt from; and the prompts, where the policy answers prompts.
+
+    Raises:
+        ConfigError, DataError: the training would refuse it.
+    """
+    from alignlab.data.prompts import load_prompts
+
+    describe = fixed_data().get(config.trainer.type)
+    if describe is not None:
+        return describe(config.data, tokenizer, config.trainer), None
+    prompts = load_prompts(config.data, tokenizer)
+    return prompts_line(prompts), prompts
+
+
+def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, PromptDataset | None]:
+    """The same of what is measured on; no line where the trainer measures nothing on any.
+
+    Raises:
+        ConfigError, DataError: the training would refuse it.
+    """
+    from alignlab.data.prompts import load_prompts
+    from alignlab.trainers.run import measured_data
+
+    measures, settings = config.trainer.measures, measured_data(config)
+    if measures == "nothing":
+        return None, None
+    if settings is None:
+        return f"none: {NOT_MEASURED[measures]}", None
+    if measures != "accuracy":
+        return fixed_data()[config.trainer.type](settings, tokenizer, config.trainer), None
+    prompts = load_prompts(settings, tokenizer)
+    return prompts_line(prompts), prompts
+
+
+def fixed_data() -> Mapping[str, Describe]:
+    """By `trainer.type`, what describes the examples of trainers that learn from a fixed set of them."""
+    return {
+        "sft": examples_line, "distill": examples_line, "dpo": pairs_line, "reward": pairs_line, "kto": labels_line,
+    }  # fmt: skip
+
+
+def examples_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
+    """How many completions to learn from."""
+    from alignlab.data.examples import load_examples
+
+    examples = load_examples(settings, tokenizer)
+    taught = sum(sum(example.completion_mask) for example in examples) / len(examples)
+    told = f"{len(examples)} examples of {lengths([len(example.token_ids) for example in examples])}"
+    return f"{told}, of which {taught:.0f} taught{skips(examples.skipped)}"
+
+
+def pairs_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
+    """How many pairs."""
+    from alignlab.data.preferences import load_preferences
+
+    columns = {name: getattr(trainer, name, None) for name in ("margin_column", "probability_column")}
+    pairs = load_preferences(settings, tokenizer, **columns)
+    each = [len(pair.prompt) + pair.num_tokens for pair in pairs]
+    return f"{len(pairs)} pairs of {lengths(each)} with their prompt{skips(pairs.skipped)}"
+
+
+def labels_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
+    """How many completions that are labelled good or bad."""
+    from alignlab.data.unpaired import load_unpaired
+
+    found = load_unpaired(settings, tokenizer)
+    each = [len(one.prompt) + len(one.completion) for one in found]
+    good = sum(one.desirable for one in found)
+    told = f"{good} desirable and {len(found) - good} undesirable completions of {lengths(each)} with their prompt"
+    return told + skips(found.skipped)
+
+
+def prompts_line(prompts: PromptDataset) -> str:
+    """How many prompts, with which columns."""
+    told = f"{len(prompts)} prompts of {lengths([len(prompt.token_ids) for prompt in prompts])}"
+    return f"{told}{skips(prompts.skipped)}; columns: {', '.join(prompts.columns) or 'none'}"
+
+
+def lengths(each: Sequence[int]) -> str:
+    """How long they are."""
+    return f"{min(each)} to {max(each)} tokens (mean {sum(each) / len(each):.0f})"
+
+
+def skips(skipped: Counter[str]) -> str:
+    """What was left out."""
+    return "".join(f", {count} skipped ({reason})" for reason, count in skipped.items())
