@@ -51,25 +51,30 @@ def choose_correction(
     settings: MismatchSettings, rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool
 ) -> Correction:
     """The correction that the settings name or, by default, the one that fits engine, precision and model."""
-    name, reason = settings.correction, "as configured"
+    name: str = settings.correction
+    reason = "as configured"
     if name == "auto":
-        behind = max_staleness(rollout)
-        if behind:
-            name, reason = "icepop" if sparse else "token_tis", f"tokens may be from weights {behind} updates old"
-        elif isinstance(rollout, RolloutSettings):
-            name, reason = "none", "the embedded engine runs the trainer's own layers"
-        elif dtype == torch.float32:
-            name, reason = "none", "vLLM agrees with the trainer in float32"
-        elif sparse:
-            name, reason = "icepop", f"vLLM's routers choose other experts now and then in {dtype}"
-        else:
-            name, reason = "token_tis", f"vLLM rounds otherwise than the trainer in {dtype}"
+        name, reason = _fitting(rollout, dtype, sparse=sparse)
     usual_low, usual_high = MISMATCH_BOUNDS.get(name, (None, None))
     low, high = (given or usual for given, usual in ((settings.low, usual_low), (settings.high, usual_high)))
     # What the user did not choose and what changes the loss is shown at the level that the command prints.
     level = logging.WARNING if settings.correction == "auto" and name != "none" else logging.INFO
     _log.log(level, "mismatch correction: %s (%s), bounds %s to %s", name, reason, low, high)
     return Correction(name, low, high)
+
+
+def _fitting(rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool) -> tuple[str, str]:
+    """Name of the correction that fits, and why."""
+    behind = max_staleness(rollout)
+    if behind:
+        return "icepop" if sparse else "token_tis", f"tokens may be from weights {behind} updates old"
+    if isinstance(rollout, RolloutSettings):
+        return "none", "the embedded engine runs the trainer's own layers"
+    if dtype == torch.float32:
+        return "none", "vLLM agrees with the trainer in float32"
+    if sparse:
+        return "icepop", f"vLLM's routers choose other experts now and then in {dtype}"
+    return "token_tis", f"vLLM rounds otherwise than the trainer in {dtype}"
 
 
 def kept_by_length(weights: Tensor, pack: Experience, max_tokens: int) -> dict[str, Tensor]:
