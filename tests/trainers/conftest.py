@@ -74,3 +74,12 @@ def rows() -> list[dict[str, Any]]:
 def even_ids(*, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
     """The fraction of tokens with an even id: about a half for a random policy, 1 for one that has learnt it."""
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def leave_base(trainer: Any) -> None:
+    """Give the adapters weights, with which a model is no longer its base."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in trainer.learner.policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)

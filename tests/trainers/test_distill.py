@@ -245,23 +245,26 @@ def test_the_student_learns_its_teacher(changes: Any, save_teacher: Make, make_d
     assert seen[-1] < 0.5 * seen[0]
 
 
-def test_resumed_is_uninterrupted_and_another_teacher_is_refused(save_teacher: Make, make_distill: Make) -> None:
-    teacher = save_teacher()
-    whole = make_distill(teacher, folder="whole", top_k=5)
+@pytest.mark.parametrize(("kind", "changes"), [("make_distill", {"top_k": 5}), ("make_gkd", {"student_frac": 0.5})])
+def test_resumed_is_uninterrupted_and_another_teacher_is_refused(
+    kind: str, changes: dict[str, Any], save_teacher: Make, request: pytest.FixtureRequest
+) -> None:
+    make, teacher = request.getfixturevalue(kind), save_teacher()
+    whole = make(teacher, folder="whole", **changes)
     whole.train()
 
     def stop(_: Any, step: int, __: Any) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert make_distill(teacher, top_k=5, callbacks=[stop]).train().interrupted
-    again = make_distill(teacher, top_k=5)
+    assert make(teacher, callbacks=[stop], **changes).train().interrupted
+    again = make(teacher, **changes)
     again.train(resume=True)
     for one, other in zip(whole.learner.model.parameters(), again.learner.model.parameters(), strict=True):
         assert torch.equal(one, other)
     save_teacher(seed=8)
     with pytest.raises(CheckpointError, match="not the teacher"):
-        make_distill(teacher, top_k=5).train(resume=True)
+        make(teacher, **changes).train(resume=True)
 
 
 def test_accuracy_is_measured(save_teacher: Make, make_distill: Make, rows: Any) -> None:
@@ -356,25 +359,6 @@ def test_the_student_learns_on_its_own_samples(changes: Any, save_teacher: Make,
     )
     trainer.train()
     assert sum(seen[-4:]) < 0.6 * sum(seen[:4])
-
-
-def test_gkd_resumed_is_uninterrupted(save_teacher: Make, make_gkd: Make) -> None:
-    teacher = save_teacher()
-    whole = make_gkd(teacher, folder="whole", student_frac=0.5)
-    whole.train()
-
-    def stop(_: Any, step: int, __: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    assert make_gkd(teacher, student_frac=0.5, callbacks=[stop]).train().interrupted
-    again = make_gkd(teacher, student_frac=0.5)
-    again.train(resume=True)
-    for one, other in zip(whole.learner.model.parameters(), again.learner.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    save_teacher(seed=8)
-    with pytest.raises(CheckpointError, match="not the teacher"):
-        make_gkd(teacher, student_frac=0.5).train(resume=True)
 
 
 def test_settings() -> None:

@@ -26,7 +26,7 @@ from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.pairs import pairs_of
 from alignlab.trainers.reference import Reference
 from alignlab.training.reference_cache import digest_of_model
-from tests.trainers.conftest import SPARSE
+from tests.trainers.conftest import SPARSE, leave_base
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=4)
@@ -67,14 +67,6 @@ def make_trainer(
     return make
 
 
-def leave_reference(trainer: DPOTrainer) -> None:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, weight in trainer.learner.policy.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.5)
-
-
 def logprob(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
     """Of each token of a completion, by a plain forward pass."""
     ids = torch.tensor([[*prompt, *completion]])
@@ -86,7 +78,7 @@ def logprob(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) ->
 def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_trainer: Make) -> None:
     settings = {"loss": name} | FAMILY[name]
     trainer = make_trainer(**settings, tokens_per_microbatch=30, precompute_reference=False)
-    leave_reference(trainer)
+    leave_base(trainer)
     data, model, beta = trainer.train_examples[:4], trainer.learner.model, trainer.config.beta
     trainer.learner.policy.zero_grad()
     total = torch.zeros(())
@@ -129,7 +121,7 @@ def test_soft_labels_smooth_each_pair_by_itself(make_trainer: Make) -> None:
     """The loss of a pair whose label is right with probability p is p of the loss, 1 - p of that of the other label."""
     known = [replace(pair, probability=p) for pair, p in zip(pairs(4), (1.0, 0.5, 0.75, 0.9), strict=True)]
     trainer = make_trainer(data=known, probability_column="sure", tokens_per_microbatch=30, precompute_reference=False)
-    leave_reference(trainer)
+    leave_base(trainer)
     packs = trainer.packs(range(4))
     assert len(packs) > 1
     total, expected = 0.0, 0.0

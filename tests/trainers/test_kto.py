@@ -19,7 +19,8 @@ from alignlab.data.unpaired import UnpairedPreference
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.trainers.kto import KTOTrainer
 from alignlab.trainers.reference import Reference
-from tests.trainers.test_dpo import LORA, leave_reference, logprob, pairs
+from tests.trainers.conftest import leave_base
+from tests.trainers.test_dpo import LORA, logprob, pairs
 
 Make = Callable[..., Any]
 
@@ -73,7 +74,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(budget: int, make_t
     trainer = make_trainer(
         tokens_per_microbatch=budget, precompute_reference=False, beta=0.3, desirable_weight=0.7, undesirable_weight=1.3
     )
-    leave_reference(trainer)
+    leave_base(trainer)
     data, model = trainer.train_examples[:6], trainer.learner.model
     with torch.no_grad():
         point = torch.stack([log_ratio(model, x.prompt, x.mismatched) for x in data]).mean().clamp(min=0)
@@ -99,7 +100,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(budget: int, make_t
 
 def test_the_reference_point_is_of_all_ranks(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(precompute_reference=False)
-    leave_reference(trainer)
+    leave_base(trainer)
     trainer.packs(range(6))
     whole, told = float(trainer.reference_point), []
     monkeypatch.setattr(trainer.learner, "reduce_sum", lambda value: told.append(value) or value)
@@ -112,7 +113,7 @@ def test_the_reference_point_is_of_all_ranks(make_trainer: Make, monkeypatch: py
 
 def test_rewards_are_means_over_their_own_kind(make_trainer: Make) -> None:
     trainer = make_trainer(precompute_reference=False, num_sequences=12)
-    leave_reference(trainer)
+    leave_base(trainer)
     data, model = trainer.train_examples, trainer.learner.model
     expected = {
         kind: sum(0.1 * log_ratio(model, x.prompt, x.completion).item() for x in data if x.desirable == kind) / count
@@ -150,7 +151,7 @@ def test_held_out_numbers_do_not_depend_on_the_cut(make_trainer: Make) -> None:
     found = []
     for budget in (10, 4096):
         trainer = make_trainer(held_out=labelled(7, seed=1), tokens_per_microbatch=budget)
-        leave_reference(trainer)
+        leave_base(trainer)
         found.append(trainer.evaluate())
     one, other = found
     assert one.accuracy == other.accuracy

@@ -19,8 +19,8 @@ from alignlab.errors import ConfigError
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.training.rollout_store import read_rollouts
 from alignlab.types import Rollout
-from tests.trainers.conftest import SPARSE, even_ids
-from tests.trainers.test_dpo import LORA, leave_reference, logprob
+from tests.trainers.conftest import SPARSE, even_ids, leave_base
+from tests.trainers.test_dpo import LORA, logprob
 
 Make = Callable[..., Any]
 
@@ -107,7 +107,7 @@ def gradients(trainer: OnlineDPOTrainer, packs: Any) -> tuple[dict[str, float], 
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_loss_and_gradient_are_those_of_plain_forward_passes(loss: str, budget: int, make_trainer: Make) -> None:
     trainer = make_trainer(loss=loss, tokens_per_microbatch=budget, sampling={"max_new_tokens": 6, "temperature": 1.0})
-    leave_reference(trainer)
+    leave_base(trainer)
     trainer.engine.update_weights(1)
     rollouts = trainer.collect(1).rollouts
     rollouts[1] = rewarded(rollouts[1], 1.0, 1.0, 1.0, 1.0)

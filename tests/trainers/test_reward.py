@@ -28,7 +28,7 @@ from alignlab.models.checkpoints import load_model, save_model
 from alignlab.models.reward_checkpoints import load_reward_model
 from alignlab.trainers.reward import RewardTrainer, pairs_of
 from alignlab.training.evaluation import evaluation_from_json
-from tests.trainers.conftest import DENSE, SPARSE
+from tests.trainers.conftest import DENSE, SPARSE, leave_base
 from tests.trainers.test_dpo import pairs
 
 Make = Callable[..., Any]
@@ -55,14 +55,6 @@ def make_trainer(make_model: Make, tokenizer: Any, tmp_path: Path) -> Callable[.
         )
 
     return make
-
-
-def excite(trainer: RewardTrainer) -> None:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, weight in trainer.learner.policy.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.5)
 
 
 def reward_of(trainer: RewardTrainer, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
@@ -103,7 +95,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
     trainer = make_trainer(
         architecture=architecture, lora=lora, data=with_labels(8), centring_coef=0.3, tokens_per_microbatch=30
     )
-    excite(trainer)
+    leave_base(trainer)
     assert len(trainer.packs(range(4))) > 1
     value, found = gradients(trainer, range(4))
     trainer.learner.policy.zero_grad()
@@ -127,7 +119,7 @@ def test_any_cut_is_the_same_gradient(budget: int, make_trainer: Make) -> None:
         for name, size in (("whole", 100000), ("cut", budget))
     )
     for trainer in (whole, cut):
-        excite(trainer)
+        leave_base(trainer)
     (value, expected), (other, found) = gradients(whole, range(6)), gradients(cut, range(6))
     assert other == pytest.approx(value, rel=1e-6)
     assert_same(found, expected)
@@ -168,7 +160,7 @@ def test_a_tie_is_a_guess(make_trainer: Make) -> None:
 
 def test_held_out_numbers_are_those_of_the_pairs(make_trainer: Make) -> None:
     trainer = make_trainer(held_out=with_labels(5, seed=1), tokens_per_microbatch=30)
-    excite(trainer)
+    leave_base(trainer)
     leads = []
     for pair in trainer.eval_examples:
         with torch.no_grad():
