@@ -37,7 +37,7 @@ from alignlab.trainers.distilling import (
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.preflight import choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import check_same_teacher, load_teacher
+from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.run_folder import RunFolder
@@ -170,18 +170,9 @@ class DistillTrainer(OfflineTrainer):
             pass_at=self.evaluation.pass_at,
         )
 
-    def state(self) -> dict[str, Any]:
-        """Position in the data, and which teacher."""
-        return super().state() | {"teacher": self._teacher_fingerprint}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            CheckpointError: the teacher is another.
-        """
-        check_same_teacher(self.config.teacher.name, state["teacher"], self._teacher_fingerprint)
-        super().load_state(state)
+    def frozen(self) -> dict[str, str]:
+        """The teacher."""
+        return super().frozen() | {"teacher": self._teacher_fingerprint}
 
 
 def join(parts: Sequence[TopTokens]) -> TopTokens:

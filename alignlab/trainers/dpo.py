@@ -20,7 +20,7 @@ from alignlab.trainers.assemble import resolve_preferences
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import pair_loss, pair_metrics, pair_token_loss, pairs_of, with_labels
 from alignlab.trainers.reduction import Weigh, pair_mean
-from alignlab.trainers.reference import Reference, check_reference, reference_fingerprint
+from alignlab.trainers.reference import Reference, fingerprint_of
 from alignlab.training.evaluation import PreferenceResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
@@ -71,18 +71,9 @@ class DPOTrainer(OfflineTrainer):
         """The loss of each pair, on one token of it [N]; metrics likewise."""
         return pair_token_loss(output, experience, self.config)
 
-    def state(self) -> dict[str, Any]:
-        """Position in the data, and which reference."""
-        return super().state() | {"reference": reference_fingerprint(self.reference)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            CheckpointError: the reference is another.
-        """
-        check_reference(self.reference, state["reference"])
-        super().load_state(state)
+    def frozen(self) -> dict[str, str]:
+        """The reference, where it is a copy."""
+        return super().frozen() | fingerprint_of(None if self.reference is None else self.reference.policy)
 
     def evaluate(self) -> PreferenceResult | None:
         """How often the chosen completion of held-out pairs leads; each rank looks at all of them."""

@@ -36,7 +36,7 @@ from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import check_same_teacher, load_teacher
+from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -157,18 +157,9 @@ class GKDTrainer(OnlineTrainer):
             for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
         ]
 
-    def state(self) -> dict[str, Any]:
-        """What every online trainer keeps, and which teacher."""
-        return super().state() | {"teacher": self._teacher_fingerprint}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            CheckpointError: the teacher is another.
-        """
-        check_same_teacher(self.config.teacher.name, state["teacher"], self._teacher_fingerprint)
-        super().load_state(state)
+    def frozen(self) -> dict[str, str]:
+        """The teacher."""
+        return super().frozen() | {"teacher": self._teacher_fingerprint}
 
 
 def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tuple[int, ...]:

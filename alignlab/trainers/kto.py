@@ -23,7 +23,7 @@ from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.assemble import resolve_unpaired
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.reduction import Weigh, sequence_mean
-from alignlab.trainers.reference import Reference, check_reference, reference_fingerprint
+from alignlab.trainers.reference import Reference, fingerprint_of
 from alignlab.training.evaluation import LabelResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
@@ -126,18 +126,9 @@ class KTOTrainer(OfflineTrainer):
         del metrics["undesirable_frac"]  # the rest
         return metrics
 
-    def state(self) -> dict[str, Any]:
-        """Position in the data, and which reference."""
-        return super().state() | {"reference": reference_fingerprint(self.reference)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            CheckpointError: the reference is another.
-        """
-        check_reference(self.reference, state["reference"])
-        super().load_state(state)
+    def frozen(self) -> dict[str, str]:
+        """The reference, where it is a copy."""
+        return super().frozen() | fingerprint_of(self.reference.policy)
 
     def evaluate(self) -> LabelResult | None:
         """How often held-out labels are agreed with: good completions have more reward than the reference point, bad

@@ -120,12 +120,26 @@ class TrainingLoop(ABC):
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027
         """Open what a trainer writes in its run folder, to be closed with `stack`; nothing by default."""
 
-    def state(self) -> dict[str, Any]:
-        """What a trainer needs to go on, as JSON."""
+    def frozen(self) -> dict[str, str]:
+        """Fingerprint of each model beside the policy that has to be the same when a run goes on, by what it is."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what `state` gave."""
+    def state(self) -> dict[str, Any]:
+        """What a trainer needs to go on, as JSON."""
+        return {"frozen": self.frozen()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            CheckpointError: a frozen model is another.
+        """
+        for name, now in self.frozen().items():
+            if state["frozen"].get(name, now) != now:
+                raise CheckpointError(
+                    f"the {name} has other weights than when the run began; resume with the model that the run was "
+                    "started with"
+                )
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Train to `num_steps`; SIGINT or SIGTERM finishes the step, saves and returns.

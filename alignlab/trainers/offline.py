@@ -118,8 +118,9 @@ class OfflineTrainer(TrainingLoop):
 
     def state(self) -> dict[str, Any]:
         """Position in the data."""
-        return {"sampler": self.sampler.state_dict()}
+        return super().state() | {"sampler": self.sampler.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
+        super().load_state(state)
         self.sampler.load_state_dict(state["sampler"])

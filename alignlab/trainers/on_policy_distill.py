@@ -8,7 +8,7 @@ of any architecture and, with `alignment: text`, of any tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
-from alignlab.trainers.teacher import check_same_teacher, check_same_tokens, check_width, load_teacher
+from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher
 from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Experience, Prompt, Rollout
@@ -152,15 +152,6 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         if self.config.alignment == "text":
             self.credit_metrics["unaligned_frac"] = unaligned / max(completions, 1.0)
 
-    def state(self) -> dict[str, Any]:
-        """What every online trainer keeps, and which teacher."""
-        return super().state() | {"teacher": self._teacher_fingerprint}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            CheckpointError: the teacher is another.
-        """
-        check_same_teacher(self.config.teacher.name, state["teacher"], self._teacher_fingerprint)
-        super().load_state(state)
+    def frozen(self) -> dict[str, str]:
+        """The teacher."""
+        return super().frozen() | {"teacher": self._teacher_fingerprint}

@@ -29,7 +29,7 @@ from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
 from alignlab.data.sequences import digest_of
-from alignlab.errors import CheckpointError, RolloutError
+from alignlab.errors import RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
@@ -53,8 +53,8 @@ from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
 from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
+from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.rollout_metrics import rollout_metrics
-from alignlab.training.checkpoint import fingerprint
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.model_reward import bind_rewards
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
@@ -353,14 +353,17 @@ class OnlineTrainer(TrainingLoop):
         self.store = None
         self.rewards.close()
 
+    def frozen(self) -> dict[str, str]:
+        """The copy that the KL is measured to, where there is one."""
+        return super().frozen() | fingerprint_of(self.reference)
+
     def state(self) -> dict[str, Any]:
         """Position in the data, version of the policy, failures of rewards so far, which reference."""
-        return {
+        return super().state() | {
             "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
             "reward_failures": self._failures_of_ranks(),
             "objective": self.objective.state(),
-            "reference": self.reference and fingerprint(self.reference.named_parameters()),
         }
 
     def _failures_of_ranks(self) -> list[list[tuple[str, str, int]]]:
@@ -376,12 +379,7 @@ class OnlineTrainer(TrainingLoop):
         Raises:
             CheckpointError: the frozen copy that the KL is measured to is not the policy that the run began with.
         """
-        reference = self.reference and fingerprint(self.reference.named_parameters())
-        if reference and state["reference"] and reference != state["reference"]:
-            raise CheckpointError(
-                "the reference of the KL is a copy of the policy that the run began with, and the model given now is "
-                "another; resume with the model that the run was started with"
-            )
+        super().load_state(state)
         self.objective.load_state(state["objective"])
         self.sampler.load_state_dict(state["sampler"])
         own = state["reward_failures"][self.accelerator.process_index]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import CompletionGroup
-from alignlab.errors import CheckpointError
 from alignlab.trainers.assemble import make_reference
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import fingerprint
@@ -73,21 +74,6 @@ class Reference:
         return [replace(pack, ref_logprobs=score) for pack, score in zip(moved, scores, strict=True)]
 
 
-def reference_fingerprint(reference: Reference | None) -> str | None:
-    """Of a frozen copy's weights; None where there is none."""
-    if reference is None or reference.policy is None:
-        return None
-    return fingerprint(reference.policy.named_parameters())
-
-
-def check_reference(reference: Reference | None, known: str | None) -> None:
-    """See that a run that resumes measures against the same weights.
-
-    Raises:
-        CheckpointError: the reference is another.
-    """
-    if known != reference_fingerprint(reference):
-        raise CheckpointError(
-            "the reference is a copy of the policy that the run began with, and the model given now is another; "
-            "resume with the model that the run was started with"
-        )
+def fingerprint_of(reference: nn.Module | None) -> dict[str, str]:
+    """Of a frozen copy's weights, by what it is; empty where there is no copy. See `TrainingLoop.frozen`."""
+    return {} if reference is None else {"reference": fingerprint(reference.named_parameters())}

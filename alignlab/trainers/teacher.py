@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.teacher import TeacherSettings
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import ConfigError
 from alignlab.models.attention import output_head
 from alignlab.models.checkpoints import load_model
 from alignlab.models.policy import Policy
@@ -52,12 +52,3 @@ def check_width(teacher: PreTrainedModel, student: PreTrainedTokenizerBase) -> N
         )
 
 
-def check_same_teacher(name: str, known: str, given: str) -> None:
-    """Raises:
-    CheckpointError: a run is resumed with another teacher than it began with.
-    """
-    if known != given:
-        raise CheckpointError(
-            f"{name} is not the teacher that the run began with, or has other weights now; resume with the teacher "
-            "that the run was started with"
-        )

@@ -263,7 +263,7 @@ def test_resumed_is_uninterrupted_and_another_teacher_is_refused(
     for one, other in zip(whole.learner.model.parameters(), again.learner.model.parameters(), strict=True):
         assert torch.equal(one, other)
     save_teacher(seed=8)
-    with pytest.raises(CheckpointError, match="not the teacher"):
+    with pytest.raises(CheckpointError, match="the teacher has other weights"):
         make(teacher, **changes).train(resume=True)
 
 
