@@ -11,6 +11,8 @@ from alignlab.cli.check_rewards import answer_notes, try_rewards
 from alignlab.cli.train import add_config_arguments
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.config.constitution import Constitution
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     answered = [*(prompts or ()), *(eval_prompts or ())][:1]
     tell_all("reward", (line for prompt in answered for line in try_rewards(config, prompt, tokenizer)))
     tell_all("judge", judge_lines(config))
-    tell_all("trainer", map(trainer_line, stages))
+    tell_all("trainer", (trainer_line(stage, config.trainer.output_dir) for stage in stages))
     check_teacher(config, tokenizer, prompts or ())
     check_training(config, tokenizer, prompts or ())
     tell_all("note", (line for prompt in answered for line in answer_notes(config, prompt, tokenizer)))
@@ -215,9 +217,9 @@ def model_line(config: RunConfig) -> str:
     return f"{what}, {lora} trained, dtype {model.dtype}"
 
 
-def trainer_line(trainer: TrainerConfig) -> str:
+def trainer_line(trainer: TrainerConfig, folder: Path) -> str:
     """What would be run."""
-    common = f"{trainer.num_steps} steps, learning rate {trainer.learning_rate:g}, into {trainer.output_dir}"
+    common = f"{trainer.num_steps} steps, learning rate {trainer.learning_rate:g}, into {folder}"
     return f"{trainer.method}: {common}; {trainer.step}"
 
 
