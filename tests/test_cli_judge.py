@@ -129,6 +129,22 @@ def test_wrong_uses_are_named(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"name": "nowhere/judge"}, "nowhere/judge"),
+        ({"votes": 4}, "judge.votes is 4, and must be at most the 3 principles of test"),
+        ({"backend": "reward_model", "name": "nowhere"}, "must be a local folder of a reward model"),
+        ({"backend": "endpoint", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+    ],
+)
+def test_check_looks_at_the_judge(judge: dict[str, Any], message: str, config: str, capsys: Any) -> None:
+    assert main(["check", config]) == 0
+    assert "test: long, odd, calm" in capsys.readouterr().out
+    assert main(["check", config, f"trainer.judge={json.dumps(judge)}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_pairs_without_a_column_are_named(config: str, capsys: Any) -> None:
     path = Path(config).parent / "few.jsonl"
     path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps({"prompt": "q", "chosen": "a"}) + "\n")

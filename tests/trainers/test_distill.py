@@ -16,7 +16,7 @@ from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.config.trainers import DistillConfig, GKDConfig
 from alignlab.data.examples import Example
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.errors import CheckpointError, ConfigError, DataError
+from alignlab.errors import CheckpointError, ConfigError, DataError, NumericsError
 from alignlab.functional.distillation import divergence
 from alignlab.models.checkpoints import new_model, save_model
 from alignlab.trainers.distill import DistillTrainer
@@ -295,6 +295,21 @@ def test_a_teacher_reads_whole_examples(save_teacher: Make, make_distill: Make) 
     with pytest.raises(DataError, match=f"has {longest} tokens, and must fit the teacher's 5 positions"):
         make_distill(short, data=[max(examples(8), key=lambda example: len(example.token_ids))])
     make_distill(short, data=[Example((1, 2, 3, 4, 5), (False, True, True, True, True))])
+
+
+def test_a_teacher_has_room_for_what_the_student_writes(save_teacher: Make, make_gkd: Make) -> None:
+    short = save_teacher(DENSE | {"max_position_embeddings": 7})
+    with pytest.raises(ConfigError, match=r"max_new_tokens is 6, .* must fit the teacher's 7 positions"):
+        make_gkd(short)
+    make_gkd(short, sampling={"max_new_tokens": 5})
+
+
+def test_where_the_teacher_says_no_number_is_named(save_teacher: Make, make_distill: Make) -> None:
+    trainer = make_distill(save_teacher())
+    with torch.no_grad():
+        trainer.learner.teacher.model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(NumericsError, match=r"outputs not finite in \['sequence 0 of pack 0'"):
+        trainer.learner.update(trainer.packs([0]), trainer.loss, trainer.weigh)
 
 
 def test_more_is_to_be_kept_than_there_is(save_teacher: Make, make_distill: Make) -> None:
