@@ -148,11 +148,54 @@ def _pieces(row: Mapping[str, Any], render: PromptRenderer, answer_column: str, 
 def _cut_after(prompt: Text, completion: Text, render: PromptRenderer) -> list[_Piece]:
     if render.chat:
         before = render.messages(prompt)
-        after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        after = _without_prompt(prompt, completion)
+        if before[-1]["role"] == "assistant":
+            return _continued_pieces(before, after, render)
         return _chat_pieces([*before, *after], render, first_taught=len(before))
     if not isinstance(completion, str):
         raise BadRow("wrong_type", "has chat messages in the column 'completion', and prompts are plain here")
     return [_Piece(render(prompt), False), _Piece(completion, True)]
+
+
+def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
+    """The completion as messages; of a whole conversation, as TRL's datasets may have it, what follows the prompt."""
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    if completion[0]["role"] not in ("system", "user"):
+        return list(completion)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if list(completion[: len(asked)]) != asked:
+        raise BadRow(
+            "other_prompt",
+            f"has a completion that begins with the {completion[0]['role']}'s message, and not with the prompt; give "
+            "what follows the prompt, or the whole conversation",
+        )
+    if len(completion) == len(asked):
+        raise BadRow("empty", "has nothing in a completion after the prompt")
+    return list(completion[len(asked) :])
+
+
+def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
+    """The rendered chat, where the completion goes on with the prompt's last message, the assistant's."""
+    texts = [before[-1]["content"], *(message["content"] for message in after)]
+    if len(after) > 1 or after[0]["role"] != "assistant" or not all(isinstance(text, str) for text in texts):
+        raise BadRow("wrong_type", "has a prompt that ends with the assistant's message, which one text has to go on")
+    _check_not_blank(after[0])
+    start = render.render_chat(before)
+    through = render.render_chat([*before[:-1], {**before[-1], "content": "".join(texts)}], generation=False)
+    if not through.startswith(start):
+        raise BadRow(
+            "unstable_template",
+            "is rendered by the chat template so that the assistant's begun message changes once it goes on; give a "
+            "prompt that ends with the user's, or another template",
+        )
+    return [_Piece(start, False), _Piece(through[len(start) :].rstrip(), True)]
+
+
+def _check_not_blank(message: Message) -> None:
+    """A message that only calls tools has no content, and is something to teach."""
+    if isinstance(message["content"], str) and not message["content"].strip() and set(message) <= {"role", "content"}:
+        raise BadRow("empty", "has an empty message of the assistant's where one is taught")
 
 
 def _completion(columns: Mapping[str, Any], answer_column: str, answer_template: str) -> Text:
@@ -179,6 +222,7 @@ def _chat_pieces(messages: Sequence[Message], render: PromptRenderer, *, first_t
             continue
         if i == 0:
             raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
+        _check_not_blank(messages[i])
         before = render.render_chat(messages[:i], continue_last=False)
         through = render.render_chat(messages[: i + 1], generation=False)
         if not before.startswith(done) or not through.startswith(before):

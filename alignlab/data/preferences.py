@@ -272,8 +272,18 @@ def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     shared = next(differ, min(len(chosen), len(rejected)))
     if shared in (len(chosen), len(rejected)):
         raise BadRow("empty", "has nothing in 'chosen' or 'rejected' after what the two have in common")
-    if isinstance(chosen, str) and chosen[:shared].endswith(" "):
-        shared -= 1  # a completion keeps the space before its first word
+    if isinstance(chosen, str):
+        shared = _word_begin(chosen, shared)
     if shared == 0:
         raise BadRow("other_prompt", "has no column of prompts, and 'chosen' and 'rejected' do not begin alike")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _word_begin(text: str, place: int) -> int:
+    """Where the word begins that `place` is in: the space before a word belongs to it, a line's end to what is before.
+
+    A model that goes on from the middle of a word has tokens to write that no natural text has there.
+    """
+    while place > 0 and not text[place - 1].isspace():
+        place -= 1
+    return place - 1 if text[:place].endswith(" ") else place

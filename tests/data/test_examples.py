@@ -10,6 +10,7 @@ from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError, DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+BLANK = {"role": "assistant", "content": " "}
 
 
 def taught(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -65,6 +66,29 @@ def test_of_prompt_and_completion_only_the_completion_is_taught(chat_tokenizer: 
     assert taught(example, chat_tokenizer) == "b<|im_end|>"
 
 
+@pytest.mark.parametrize("prompt", ["hi", [USER]])
+def test_a_completion_that_holds_the_whole_conversation_is_what_follows_the_prompt(
+    prompt: Any, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = DataSettings(system_prompt="Be brief.")
+    whole, rest = (
+        examples_from_rows([{"prompt": prompt, "completion": completion}], settings, chat_tokenizer)[0]
+        for completion in ([USER, ANSWER], [ANSWER])
+    )
+    assert whole == rest
+
+
+def test_a_begun_message_is_gone_on_with_where_a_rollout_would(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = [USER, {"role": "assistant", "content": "1 +"}]
+    [rollout] = prompts_from_rows([{"prompt": prompt}], DataSettings(), chat_tokenizer)
+    for completion in (" 2", [{"role": "assistant", "content": " 2"}]):
+        [example] = examples_from_rows([{"prompt": prompt, "completion": completion}], DataSettings(), chat_tokenizer)
+        assert example.token_ids[: len(rollout.token_ids)] == rollout.token_ids
+        assert taught(example, chat_tokenizer) == " 2<|im_end|>"
+    with pytest.raises(DataError, match="ends with the assistant's message, which one text has to go on"):
+        examples_from_rows([{"prompt": prompt, "completion": [ANSWER, ANSWER]}], DataSettings(), chat_tokenizer)
+
+
 def test_a_template_that_ends_no_turn_gets_one_eos(framing_tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = examples_from_rows([{"prompt": "hi", "answer": "yo"}], DataSettings(), framing_tokenizer)
     assert framing_tokenizer.decode(example.token_ids) == "<bos>[user]hi[assistant]yo<|endoftext|>"
@@ -100,6 +124,11 @@ def test_an_unstable_template_is_refused(
         ({"prompt": "hi", "answer": " "}, "empty", "empty string in the column 'answer'"),
         ({"prompt": "hi", "completion": ""}, "empty", "empty string in the column 'completion'"),
         ({"messages": [USER]}, "empty", "no message of the assistant's"),
+        ({"messages": [USER, BLANK]}, "empty", "an empty message of the assistant's"),
+        ({"prompt": [USER, ANSWER], "completion": [BLANK]}, "empty", "an empty message of the assistant's"),
+        ({"prompt": "hi", "completion": [USER]}, "empty", "nothing in a completion after the prompt"),
+        ({"prompt": "ho", "completion": [USER, ANSWER]}, "other_prompt", "begins with the user's message, and not"),
+        ({"prompt": [USER, USER], "completion": [USER, ANSWER]}, "other_prompt", "begins with the user's message"),
         ({"messages": [ANSWER]}, "empty", "begins with the assistant's message"),
         ({"prompt": "1" * 99, "answer": "3"}, "too_long", "max_prompt_tokens is 60"),
     ],

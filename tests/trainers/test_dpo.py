@@ -17,7 +17,7 @@ from torch import Tensor
 from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import DPOConfig
-from alignlab.data.preferences import Preference, preferences_from_rows
+from alignlab.data.preferences import Preference, _common_prompt, preferences_from_rows
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
 from alignlab.models.adapters import add_lora
@@ -305,6 +305,32 @@ def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> Non
     [one] = make_trainer(data=[{"prompt": "ab", "chosen": " 1", "rejected": " 2"}]).train_examples
     [other] = make_trainer(data=[{"chosen": "ab 1", "rejected": "ab 2"}]).train_examples
     assert one == other and one.chosen != one.rejected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("France? Paris", "France? Prague", "France?"), ("sum 12", "sum 13", "sum"), ("a\nbc", "a\nbd", "a\n"),
+        ("a  b", "a  c", "a "),
+    ],
+)
+def test_a_prompt_that_both_begin_with_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
+    found = _common_prompt(chosen, rejected)
+    assert found == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
+
+
+def test_pairs_of_whole_conversations_beside_their_prompt(tokenizer: Any) -> None:
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    asked, texts = {"role": "user", "content": "q"}, [{"role": "assistant", "content": text} for text in ("a", "b")]
+    whole, rest = (
+        preferences_from_rows([row], DataSettings(path="rows"), chats)[0]
+        for row in (
+            {"prompt": "q", "chosen": [asked, texts[0]], "rejected": [asked, texts[1]]},
+            {"prompt": "q", "chosen": [texts[0]], "rejected": [texts[1]]},
+        )
+    )
+    assert whole == rest and chats.decode(whole.prompt) == "<user>q"
 
 
 def test_settings_that_are_not_read_are_refused() -> None:
