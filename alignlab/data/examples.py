@@ -40,6 +40,11 @@ class Example:
         """The one."""
         return (self.token_ids,)
 
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """1 for each token that is taught, 0 for the others."""
+        return tuple(map(float, self.completion_mask))
+
 
 @dataclass(frozen=True)
 class ExampleDataset(Sequence[Example]):

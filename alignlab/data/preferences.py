@@ -74,6 +74,11 @@ class Preference:
         """Both completions behind the prompt."""
         return self.prompt + self.chosen, self.prompt + self.rejected
 
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """Margin and probability."""
+        return self.margin, self.probability
+
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """The pair as a group of two completions, to be packed; see `group_of`."""
         return group_of(self.prompt, (self.chosen, self.rejected), logprobs)

@@ -21,14 +21,20 @@ class HasSequences(Protocol):
         """Token ids of each sequence, its prompt included."""
         ...
 
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """What is known of it beside them."""
+        ...
 
-def digest_of(items: Iterable[Sequences]) -> str:
-    """Tells apart items of other tokens, or in another order."""
+
+def digest_of(items: Iterable[tuple[Sequences, tuple[float, ...]]]) -> str:
+    """Tells apart items, (sequences, labels), of other tokens or labels, or in another order."""
     digest = xxhash.xxh3_128()
-    for sequences in items:
-        digest.update(array("q", [len(sequences), *map(len, sequences)]).tobytes())
+    for sequences, labels in items:
+        digest.update(array("q", [len(sequences), *map(len, sequences), len(labels)]).tobytes())
         for ids in sequences:
             digest.update(array("q", ids).tobytes())
+        digest.update(array("d", labels).tobytes())
     return digest.hexdigest()
 
 

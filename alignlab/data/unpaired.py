@@ -48,6 +48,11 @@ class UnpairedPreference:
         """Its completion and the mismatched one behind the prompt."""
         return self.prompt + self.completion, self.prompt + self.mismatched
 
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """Whether it is a good one."""
+        return (float(self.desirable),)
+
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """Its completion and the mismatched one as a group, to be packed; see `group_of`."""
         return group_of(self.prompt, (self.completion, self.mismatched), logprobs)
@@ -123,7 +128,8 @@ def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPrefere
     """Each with the completion of the next one that has another prompt and another completion.
 
     The good ones go before the bad ones, and round: so each completion, of a pair too, is taken about once, and those
-    that the KL is estimated from are like those that are learnt from.
+    that the KL is estimated from are like those that are learnt from. It is cut where it would make a sequence longer
+    than all that are learnt from.
 
     Raises:
         DataError: all labels are the same, or there is none for one of them.
@@ -138,7 +144,10 @@ def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPrefere
     places = sorted(range(len(preferences)), key=lambda i: not preferences[i].desirable)
     ordered = [preferences[i] for i in places]
     found = dict(zip(places, _others(ordered), strict=True))
-    return tuple(replace(each, mismatched=found[i]) for i, each in enumerate(preferences))
+    longest = max(len(each.prompt) + len(each.completion) for each in preferences)
+    return tuple(
+        replace(each, mismatched=found[i][: longest - len(each.prompt)]) for i, each in enumerate(preferences)
+    )
 
 
 def _others(ordered: Sequence[UnpairedPreference]) -> list[tuple[int, ...]]:

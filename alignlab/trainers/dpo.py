@@ -15,12 +15,13 @@ from torch import Tensor
 from alignlab.config.trainers import DPOConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
+from alignlab.errors import ConfigError
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.assemble import resolve_preferences
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import pair_loss, pair_metrics, pair_token_loss, pairs_of, with_labels
 from alignlab.trainers.reduction import Weigh, pair_mean
-from alignlab.trainers.reference import Reference, fingerprint_of
+from alignlab.trainers.reference import Reference
 from alignlab.training.evaluation import PreferenceResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
@@ -30,6 +31,9 @@ class DPOTrainer(OfflineTrainer):
     """Direct preference optimisation; arguments are `OfflineTrainer`'s.
 
     Datasets: a path, settings, rows with `chosen` and `rejected` (see `preferences_from_rows`), or preferences.
+
+    Raises:
+        ConfigError: a preference's probability is below 1, and the loss takes labels for certain.
     """
 
     config: DPOConfig
@@ -37,6 +41,13 @@ class DPOTrainer(OfflineTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        labels = {pair.probability for pair in (*self.train_examples, *self.eval_examples)}
+        self.has_soft_labels = labels != {1.0}
+        if self.has_soft_labels and (self.config.loss != "sigmoid" or self.config.label_smoothing):
+            raise ConfigError(
+                f"some preferences have a probability below 1, such as {min(labels)}, which loss sigmoid alone takes, "
+                "and without label_smoothing; use that, or preferences whose probability is 1"
+            )
         budget, needed = self.config.tokens_per_microbatch, self.config.needs_reference
         self.reference = Reference(self.learner, budget=budget) if needed else None
 
@@ -64,8 +75,7 @@ class DPOTrainer(OfflineTrainer):
         else:
             plain = pack_groups([examples[i].as_group() for i in rows], budget=self.config.tokens_per_microbatch)
             packs = [replace(pack, rollout_logprobs=None) for pack in plain]
-        soft = self.config.probability_column is not None
-        return with_labels(packs, [examples[i] for i in rows]) if soft else packs
+        return with_labels(packs, [examples[i] for i in rows]) if self.has_soft_labels else packs
 
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of each pair, on one token of it [N]; metrics likewise."""
@@ -73,7 +83,7 @@ class DPOTrainer(OfflineTrainer):
 
     def frozen(self) -> dict[str, str]:
         """The reference, where it is a copy."""
-        return super().frozen() | fingerprint_of(None if self.reference is None else self.reference.policy)
+        return super().frozen() | (self.reference.frozen if self.reference is not None else {})
 
     def evaluate(self) -> PreferenceResult | None:
         """How often the chosen completion of held-out pairs leads; each rank looks at all of them."""

@@ -22,14 +22,14 @@ from alignlab.functional.reduction import sequence_sum
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.assemble import resolve_unpaired
 from alignlab.trainers.offline import OfflineTrainer
+from alignlab.trainers.pairs import ROUNDING
 from alignlab.trainers.reduction import Weigh, sequence_mean
-from alignlab.trainers.reference import Reference, fingerprint_of
+from alignlab.trainers.reference import Reference
 from alignlab.training.evaluation import LabelResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
 
 _KINDS = ("desirable", "undesirable")
-_ROUNDING = 1e-3  # nats; a completion's log-prob differs by as much from pack to pack
 
 
 class KTOTrainer(OfflineTrainer):
@@ -128,7 +128,7 @@ class KTOTrainer(OfflineTrainer):
 
     def frozen(self) -> dict[str, str]:
         """The reference, where it is a copy."""
-        return super().frozen() | fingerprint_of(self.reference.policy)
+        return super().frozen() | self.reference.frozen
 
     def evaluate(self) -> LabelResult | None:
         """How often held-out labels are agreed with: good completions have more reward than the reference point, bad
@@ -142,7 +142,7 @@ class KTOTrainer(OfflineTrainer):
         ratios = self._log_ratios(packs, count)
         desirable = torch.tensor([each.desirable for each in self.eval_examples], device=ratios.device)
         lead = torch.where(desirable, ratios - point, point - ratios)
-        agrees = torch.where(lead.abs() < _ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
+        agrees = torch.where(lead.abs() <= ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
         rewards = self.config.beta * ratios
         return LabelResult(
             accuracy=float(agrees.mean()),

@@ -29,6 +29,8 @@ from alignlab.training.checkpoint import fingerprint, load_optimizer_tensors, op
 from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.types import Experience
 
+_COUNTERS = ("empty_updates", "skipped_updates")
+
 # (output of what is trained, pack) -> loss of each token [N], and metrics of each [N], averaged over trained tokens.
 TokenLoss = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 
@@ -189,7 +191,7 @@ class Learner:
         """One optimizer step on all of `packs`; every rank must call it together. Metrics are summed by `measure`.
 
         The loss is `sum(token_loss * weights)` over all packs and ranks, with denominators of the whole step. A step
-        without a trained token on any rank changes nothing, and is counted.
+        without a trained token on any rank changes nothing, is counted, and has no loss and no metrics of tokens.
 
         Raises:
             NumericsError: a gradient is not finite and the config says stop.
@@ -209,6 +211,8 @@ class Learner:
             with self._synchronised(last=i == len(packs) - 1):
                 self._backward(pack, loss, weigh(pack, totals), measure(pack, totals), totals, sums)
         metrics = self._step(packs, totals)
+        if totals.is_empty:
+            return metrics
         names = sorted(sums)
         values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
         return metrics | dict(zip(names, values, strict=True))
@@ -291,6 +295,15 @@ class Learner:
             "expert_load_max": float(load.max()) * load.shape[-1],
             **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
         }
+
+
+def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the updates that have it; of what is counted from the run's begin on, the last count."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        found[name] = values[-1] if name.rpartition("/")[2] in _COUNTERS else sum(values) / len(values)
+    return found
 
 
 def _not_finite(output: Sequence[Tensor | None]) -> Tensor:

@@ -69,7 +69,7 @@ class OfflineTrainer(TrainingLoop):
         self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
         for examples in (self.train_examples, self.eval_examples):
             check_lengths(examples, num_positions(learner.model), whose="the model")
-        digest = digest_of(example.sequences for example in self.train_examples)
+        digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
 
     def make_learner(

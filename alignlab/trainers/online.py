@@ -47,7 +47,7 @@ from alignlab.trainers.assemble import (
     resolve_prompts,
     resolve_rewards,
 )
-from alignlab.trainers.learner import Learner
+from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
@@ -56,7 +56,7 @@ from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.rollout_metrics import rollout_metrics
 from alignlab.training.evaluation import EvaluationResult, evaluate
-from alignlab.training.model_reward import bind_rewards
+from alignlab.training.model_reward import bind_rewards, fingerprints_of
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
@@ -118,8 +118,9 @@ class OnlineTrainer(TrainingLoop):
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
+        self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
-        digest = digest_of((prompt.token_ids,) for prompt in self.prompts)
+        digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
@@ -194,7 +195,7 @@ class OnlineTrainer(TrainingLoop):
         with self.phase("sync"):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
-        metrics = kept_fractions({name: sum(u[name] for u in updates) / len(updates) for name in updates[0]})
+        metrics = kept_fractions(mean_over_updates(updates))
         metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
         return metrics | self.credit_metrics | self.engine.metrics() | self.rewards.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
@@ -354,8 +355,8 @@ class OnlineTrainer(TrainingLoop):
         self.rewards.close()
 
     def frozen(self) -> dict[str, str]:
-        """The copy that the KL is measured to, where there is one."""
-        return super().frozen() | fingerprint_of(self.reference)
+        """The copy that the KL is measured to, where there is one, and the reward models."""
+        return super().frozen() | self._frozen
 
     def state(self) -> dict[str, Any]:
         """Position in the data, version of the policy, failures of rewards so far, which reference."""

@@ -20,6 +20,7 @@ from alignlab.models.policy import PolicyOutput
 from alignlab.types import Experience
 
 _OF_MEANS = ("ipo_mean", "simpo", "orpo")
+ROUNDING = 1e-3  # nats; a completion's log-prob differs by as much from pack to pack
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def pair_loss(pairs: Pairs, config: PairLossConfig) -> Tensor:
 
 def pair_metrics(pairs: Pairs, config: PairLossConfig) -> dict[str, Tensor]:
     """[P] of each metric: whether the chosen completion leads, by how much, and how likely both are."""
-    leads = pairs.mean_margins if config.loss in _OF_MEANS else pairs.margins
+    of_means = config.loss in _OF_MEANS
+    leads = pairs.mean_margins if of_means else pairs.margins
+    # A reference is scored in other packs than the policy; without one, equal log-probs alone are a tie.
+    rounding = ROUNDING if config.needs_reference else 0.0
+    length = torch.minimum(pairs.chosen_tokens, pairs.rejected_tokens) if of_means else torch.ones_like(leads)
+    ties = leads.abs() <= rounding / length
     return {
-        "preference_accuracy": (leads > 0).float() + 0.5 * (leads == 0),  # a tie is a guess
+        "preference_accuracy": torch.where(ties, 0.5, (leads > 0).float()),  # a tie is a guess
         "margin": config.beta * leads,
         "chosen_logprob": pairs.chosen,
         "rejected_logprob": pairs.rejected,

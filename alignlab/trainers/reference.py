@@ -26,20 +26,26 @@ class Reference:
         budget: tokens of a pack.
 
     Attributes:
-        policy: a frozen copy; None for an adapter, whose reference is the base with the adapter off.
+        policy: a frozen copy; None for an adapter, whose reference is the base with the adapter off, and once all is
+            known that it is to be asked.
+        frozen: see `TrainingLoop.frozen`.
     """
 
     def __init__(self, learner: Learner, *, budget: int) -> None:
         self.learner, self.budget = learner, budget
         self.policy = make_reference(learner.policy)
+        self.frozen = fingerprint_of(self.policy)
         self._known: dict[str, list[tuple[float, ...]]] = {}
 
     def precompute(self, data: Mapping[str, Sequence[CompletionGroup]]) -> None:
-        """Score all examples of each name, or read what an earlier run has scored."""
+        """Score all examples of each name, or read what an earlier run has scored; then let a copy go."""
+        if self._known:
+            return
         cache = ReferenceCache((self.policy or self.learner.policy).model)
         for name, examples in data.items():
             if examples:
                 self._known[name] = cache.get_or_make(examples, self._score)
+        self.policy = None
 
     def groups(self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int]) -> list[Rollout]:
         """Some of the examples of a name, with the reference's log-probs where they are known."""
@@ -49,7 +55,7 @@ class Reference:
     def packs(self, name: str, groups: Sequence[Rollout]) -> list[Experience]:
         """Groups, or parts of them, that `groups` has made, packed with the reference's log-probs; none is divided."""
         packs = pack_groups(groups, budget=self.budget)
-        if name not in self._known:
+        if not self._known:
             return self._scored(packs)
         return [replace(pack, ref_logprobs=pack.rollout_logprobs, rollout_logprobs=None) for pack in packs]
 

@@ -22,6 +22,7 @@ from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.reward_checkpoints import is_reward_model, known_base, load_reward_model, load_reward_role
 from alignlab.models.reward_model import RewardModel
+from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.training.reward_calls import CallerReward
 from alignlab.types import Completion, Prompt, Rollout
@@ -92,6 +93,16 @@ class ModelReward(CallerReward):
         logger.info("the reward model %s is loaded beside the policy: %s", self.path, why)
         self._reward = load_reward_model(self.path, device=next(policy.parameters()).device)
 
+    def fingerprint(self) -> str:
+        """Of the weights that are the reward model's own; it is bound."""
+        assert self._reward is not None
+        role = self._reward.role
+        return fingerprint(
+            (name, weight)
+            for name, weight in self._reward.named_parameters()
+            if role is None or f".{role}." in name or name.startswith("score.")
+        )
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See that ids mean the same to the policy and to the reward model.
 
@@ -128,6 +139,12 @@ def bind_rewards(
     models = [reward.function for reward in rewards if isinstance(reward.function, ModelReward)]
     for number, model in enumerate(models):
         model.bind(policy, tokenizer, share=share, role=f"{ROLE}_{number}" if number else ROLE)
+
+
+def fingerprints_of(rewards: Sequence[LoadedReward]) -> dict[str, str]:
+    """Of the reward models among reward functions, which are bound, by what they are; see `TrainingLoop.frozen`."""
+    models = [reward.function for reward in rewards if isinstance(reward.function, ModelReward)]
+    return {f"reward model {number}": model.fingerprint() for number, model in enumerate(models, start=1)}
 
 
 def _groups(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Rollout]:

@@ -20,7 +20,7 @@ from alignlab.models.packaged import cache_folder
 from alignlab.rollout.weight_proof import digests
 from alignlab.training.files import publish
 
-_FORMAT = 1
+_FORMAT = 2
 Scores = list[tuple[float, ...]]
 
 
@@ -59,7 +59,14 @@ class ReferenceCache:
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Of every byte of the weights, buffers and config that log-probs depend on, adapters left out."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_of_adapter(model, name)}
+    """Of every byte of the weights, buffers and config that log-probs depend on, adapters left out.
+
+    It is the same whichever layers have an adapter. Routers count their load as they train; log-probs do not see it.
+    """
+    state = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not is_of_adapter(model, name) and not name.endswith(".expert_load")
+    }
     told = [_FORMAT, causal_lm(model).config.to_json_string(), sorted(digests(state).items())]
     return xxhash.xxh3_128_hexdigest(json.dumps(told).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from alignlab.data.examples import Example
@@ -25,8 +27,17 @@ def test_a_digest_tells_tokens_order_and_ends() -> None:
         [((1, 2), (3,))], [((1,), (2, 3))], [((1, 2),), ((3,),)], [((3,),), ((1, 2),)], [((1, 2, 3),)],
         [((1, 2), (4,))], [((1, 2), (3,), ())], [],
     ]  # fmt: skip
-    assert len({digest_of(items) for items in known}) == len(known)
-    assert digest_of([((1, 2), (3,))]) == digest_of(iter([((1, 2), (3,))]))
+    digests = {digest_of((sequences, ()) for sequences in items) for items in known}
+    assert len(digests) == len(known)
+    assert digest_of([(((1, 2), (3,)), ())]) in digests
+
+
+def test_a_digest_tells_labels() -> None:
+    items = [
+        Example((1, 2, 3), (False, True, True)), Example((1, 2, 3), (False, False, True)), PAIR,
+        replace(PAIR, margin=1.0), replace(PAIR, probability=0.9), UNPAIRED, replace(UNPAIRED, desirable=False),
+    ]  # fmt: skip
+    assert len({digest_of([(item.sequences, item.labels)]) for item in items}) == len(items)
 
 
 @pytest.mark.parametrize(("item", "longest"), [(Example((1, 2, 3), (False, True, True)), 3), (PAIR, 5), (UNPAIRED, 4)])

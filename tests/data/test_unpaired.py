@@ -61,6 +61,12 @@ def test_the_partner_is_the_next_with_another_prompt_and_another_completion() ->
     assert [x.mismatched for x in found] == [(9,), (7,), (9,), (5,), (7,)]
 
 
+def test_a_partner_makes_no_sequence_longer_than_those_that_are_learnt_from() -> None:
+    long = UnpairedPreference((1,) * 5, (2, 3), True)
+    short = UnpairedPreference((4,), (5,) * 6, False)
+    assert [x.mismatched for x in mismatch([long, short])] == [(5, 5), (2, 3)]
+
+
 def test_partners_are_those_of_a_slow_search() -> None:
     generator = random.Random(0)
     for _ in range(50):

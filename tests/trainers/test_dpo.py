@@ -23,7 +23,7 @@ from alignlab.functional import preference_losses as losses
 from alignlab.models.adapters import add_lora
 from alignlab.models.moe import routers
 from alignlab.trainers.dpo import DPOTrainer
-from alignlab.trainers.pairs import pairs_of
+from alignlab.trainers.pairs import Pairs, pair_metrics, pairs_of
 from alignlab.trainers.reference import Reference
 from alignlab.training.reference_cache import digest_of_model
 from tests.trainers.conftest import SPARSE, leave_base
@@ -136,6 +136,11 @@ def test_soft_labels_smooth_each_pair_by_itself(make_trainer: Make) -> None:
                 right = torch.sigmoid(0.1 * margin)
                 expected -= float(p * torch.log(right) + (1 - p) * torch.log(1 - right))
     assert total == pytest.approx(expected, rel=1e-5)
+    own = make_trainer(data=known, folder="own")
+    assert own.has_soft_labels and own.packs([0])[0].probabilities is not None, "no column is needed"
+    for changes in ({"loss": "hinge"}, {"label_smoothing": 0.1}):
+        with pytest.raises(ConfigError, match=r"probability below 1, such as 0\.5, which loss sigmoid alone takes"):
+            make_trainer(data=known, **changes)
     for changes, message in (
         ({"loss": "ipo"}, "must be null with loss ipo"),
         ({"label_smoothing": 0.1}, "must be 0 with probability_column"),
@@ -156,6 +161,17 @@ def test_the_loss_starts_at_log_two(lora: Any, make_trainer: Make) -> None:
 def test_equal_policies_guess(make_trainer: Make) -> None:
     trainer = make_trainer(held_out=pairs(5, seed=1), num_steps=1, precompute_reference=False)
     assert trainer.train().before.accuracy == 0.5
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo_mean"])
+def test_what_differs_by_rounding_is_a_guess(loss: str, make_trainer: Make) -> None:
+    trainer = make_trainer(loss=loss)
+    one, two = torch.ones(4), 2 * torch.ones(4)
+    ratios = torch.tensor([0.0, 9e-4, -9e-4, 2.1e-3])
+    found = pair_metrics(Pairs(one, one, ratios, 0 * one, two, two, one), trainer.config)
+    assert found["preference_accuracy"].tolist() == [0.5, 0.5, 0.5, 1.0]
+    free = pair_metrics(Pairs(ratios, 0 * one, ratios, 0 * one, two, two, one), DPOConfig(loss="simpo"))
+    assert free["preference_accuracy"].tolist() == [0.5, 1.0, 0.0, 1.0]
 
 
 def test_a_pair_is_never_divided(make_trainer: Make) -> None:
@@ -213,8 +229,14 @@ def test_any_change_of_the_reference_is_another_reference(make_model: Make) -> N
 
     keys = [changed(change) for change in (lambda model: None, last_row, bias, theta)]
     assert len(set(keys)) == 4 and changed(lambda model: None) == keys[0]
-    model = make_model()
-    assert digest_of_model(add_lora(model, LORA)) == digest_of_model(add_lora(make_model(), LoraSettings(rank=3)))
+    adapters = (LORA, LoraSettings(rank=3), LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]))
+    digests = [digest_of_model(make_model()), *(digest_of_model(add_lora(make_model(), lora)) for lora in adapters)]
+    assert len(set(digests)) == 1, "an adapter, wherever it is, leaves its base the same"
+
+    def load(model: Any) -> None:
+        routers(model)[0].expert_load += 0.1
+
+    assert changed(load) == keys[0], "what a router counts is in no log-prob"
 
 
 def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
@@ -245,11 +267,13 @@ def test_texts_of_two_speakers_need_a_prompt_where_chats_are_rendered(tokenizer:
         preferences_from_rows(rows, DataSettings(path="rows"), chats)
 
 
-def test_precomputed_and_live_references_train_alike(make_trainer: Make) -> None:
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "copy"])
+def test_precomputed_and_live_references_train_alike(lora: Any, make_trainer: Make) -> None:
     ends = []
     for precompute in (True, False):
-        trainer = make_trainer(folder=str(precompute), precompute_reference=precompute)
+        trainer = make_trainer(folder=str(precompute), precompute_reference=precompute, lora=lora)
         trainer.train()
+        assert (trainer.reference.policy is None) == (precompute or lora is not None), "a copy is let go once asked"
         ends.append(torch.cat([p.detach().flatten() for p in trainer.learner.trained.values()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
 

@@ -18,7 +18,7 @@ from alignlab.data.packing import pack_rollouts
 from alignlab.errors import NumericsError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.grpo import GRPOTrainer
-from alignlab.trainers.learner import Learner
+from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.types import Completion, Experience, Prompt, Rollout
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
 
@@ -131,6 +131,17 @@ def test_weights_divide_by_the_whole_step(make_model: Callable[..., PreTrainedMo
     assert metrics["loss"] == pytest.approx(1)
     assert metrics["seven"] == pytest.approx(7)
     assert learner.update(packs, ones, constant(100))["loss"] == pytest.approx(tokens / (12 * 100))
+
+
+def test_metrics_of_several_updates_are_means_of_those_that_have_them() -> None:
+    updates = [
+        {"learning_rate": 1.0, "loss": 2.0}, {"learning_rate": 3.0, "empty_updates": 4.0},
+        {"learning_rate": 5.0, "empty_updates": 4.0, "critic/skipped_updates": 1.0, "loss": 6.0},
+        {"learning_rate": 7.0, "empty_updates": 5.0, "critic/skipped_updates": 3.0},
+    ]  # fmt: skip
+    assert mean_over_updates(updates) == {
+        "learning_rate": 4.0, "loss": 4.0, "empty_updates": 5.0, "critic/skipped_updates": 3.0,
+    }  # fmt: skip
 
 
 def test_nonfinite_gradient_stops_with_the_tensor_named(

@@ -23,7 +23,7 @@ from alignlab.config.rewards import RewardLimits, RewardSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, PPOConfig, RewardConfig
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.errors import ConfigError, RewardError
+from alignlab.errors import CheckpointError, ConfigError, RewardError
 from alignlab.models.checkpoints import load_model, save_model
 from alignlab.models.reward_checkpoints import load_reward_model
 from alignlab.trainers.grpo import GRPOTrainer
@@ -208,6 +208,25 @@ def test_a_run_with_it_resumes_bit_for_bit_and_saves_the_policy_alone(
     assert saved and not [name for name in saved if "reward" in name or "score" in name]
     for file in whole.config.output_dir.rglob("*.safetensors"):
         assert not [name for name in load_file(file) if ".reward." in name]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_another_reward_model_is_not_gone_on_with(
+    shared: bool, make_base: Make, make_reward: Make, make_trainer: Make
+) -> None:
+    base = make_base()
+    of_reward = base if shared else make_base("other", seed=3)
+    one, two = (make_reward(name, base=of_reward, seed=seed) for name, seed in (("one", 0), ("two", 7)))
+
+    def run(folder: str, num_steps: int, *, resume: bool) -> None:
+        reward = ModelReward(folder)
+        make_trainer(reward, kind=GRPOTrainer, folder="cut", num_steps=num_steps).train(resume=resume)
+        assert reward.shares_policy == shared
+
+    run(one, 1, resume=False)
+    run(one, 2, resume=True)
+    with pytest.raises(CheckpointError, match="the reward model 1 has other weights than when the run began"):
+        run(two, 3, resume=True)
 
 
 def test_two_of_them_are_two_roles(make_reward: Make, make_trainer: Make) -> None:

@@ -87,9 +87,20 @@ def test_a_step_without_a_pair_changes_nothing(make_trainer: Make) -> None:
     before = {name: p.detach().clone() for name, p in trainer.learner.trained.items()}
     metrics = trainer.train_step(1)
     assert metrics["num_pairs"] == 0 and metrics["groups_tied"] == 4 and metrics["empty_updates"] == 1
-    assert metrics["loss"] == 0
+    assert "loss" not in metrics and "preference_accuracy" not in metrics, "none is not 0"
     for name, value in trainer.learner.trained.items():
         assert torch.equal(value, before[name])
+
+
+def test_minibatches_without_a_pair_are_no_losses_of_0(make_trainer: Make) -> None:
+    def half_tied(*, prompts: Any, completions: Any, **_: Any) -> list[float]:
+        tied = prompts[: len(prompts) // 2]
+        return [0.0 if prompt in tied else float(i) for i, prompt in enumerate(prompts)]
+
+    trainer = make_trainer(reward=half_tied, num_minibatches=4, learning_rate=1e-9)
+    metrics = trainer.train_step(1)
+    assert metrics["num_pairs"] == 2 and metrics["empty_updates"] == 2
+    assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-4) and metrics["preference_accuracy"] == 0.5
 
 
 def gradients(trainer: OnlineDPOTrainer, packs: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
