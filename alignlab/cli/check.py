@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignlab.cli.check_rewards import answer_notes, try_rewards
+from alignlab.cli.check_rewards import try_rewards
 from alignlab.cli.train import add_config_arguments
 
 if TYPE_CHECKING:
@@ -51,20 +51,17 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
-    line, prompts = training_data(config, tokenizer)
-    tell("data", line)
-    measured_line, eval_prompts = held_out_data(config, tokenizer)
-    if measured_line is not None:
-        tell("eval data", measured_line)
-    answered = [*(prompts or ()), *(eval_prompts or ())][:1]
-    tell_all("reward", (line for prompt in answered for line in try_rewards(config, prompt, tokenizer)))
+    lines, prompts = training_data(config, tokenizer)
+    tell_all("data", lines)
+    lines, eval_prompts = held_out_data(config, tokenizer)
+    tell_all("eval data", lines)
+    tell_all("reward", try_rewards(config, tokenizer, [*prompts, *eval_prompts][:1]))
     tell_all("judge", judge_lines(config))
     tell_all("trainer", (trainer_line(stage, config.trainer.output_dir) for stage in stages))
-    check_teacher(config, tokenizer, prompts or ())
-    check_training(config, tokenizer, prompts or ())
-    tell_all("note", (line for prompt in answered for line in answer_notes(config, prompt, tokenizer)))
+    check_teacher(config, tokenizer, prompts)
+    check_training(config, tokenizer, prompts)
     tell_all("note", itertools.chain.from_iterable(map(server_notes, stages)))
-    tell_all("note", notes(config, prompts or (), eval_prompts or ()))
+    tell_all("note", notes(config, prompts, eval_prompts))
     print("ok: nothing was trained")
     return 0
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alignlab.config.data import DataSettings
     from alignlab.config.run import RunConfig
     from alignlab.data.prompts import PromptDataset
+    from alignlab.types import Prompt
 
 Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], str]
 
@@ -22,7 +23,7 @@ NOT_MEASURED = {
 }
 
 
-def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, PromptDataset | None]:
+def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Sequence[Prompt]]:
     """A line about what is learnt from; and the prompts, where the policy answers prompts.
 
     Raises:
@@ -32,12 +33,12 @@ def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     describe = fixed_data().get(config.trainer.type)
     if describe is not None:
-        return describe(config.data, tokenizer, config.trainer), None
+        return [describe(config.data, tokenizer, config.trainer)], ()
     prompts = load_prompts(config.data, tokenizer)
-    return prompts_line(prompts), prompts
+    return [prompts_line(prompts)], prompts
 
 
-def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, PromptDataset | None]:
+def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Sequence[Prompt]]:
     """The same of what is measured on; no line where the trainer measures nothing on any.
 
     Raises:
@@ -48,13 +49,13 @@ def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     measures, settings = config.trainer.measures, measured_data(config)
     if measures == "nothing":
-        return None, None
+        return [], ()
     if settings is None:
-        return f"none: {NOT_MEASURED[measures]}", None
+        return [f"none: {NOT_MEASURED[measures]}"], ()
     if measures != "accuracy":
-        return fixed_data()[config.trainer.type](settings, tokenizer, config.trainer), None
+        return [fixed_data()[config.trainer.type](settings, tokenizer, config.trainer)], ()
     prompts = load_prompts(settings, tokenizer)
-    return prompts_line(prompts), prompts
+    return [prompts_line(prompts)], prompts
 
 
 def fixed_data() -> Mapping[str, Describe]:

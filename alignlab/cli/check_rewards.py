@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 WRONG_ANSWER = "I do not know."
 
 
-def try_rewards(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Each reward's value of the first row's own answer and of a wrong one.
+def try_rewards(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> Iterator[str]:
+    """What each reward gives to these prompts, and where accuracy would stay 0.
 
     Raises:
         RewardError: a function fails.
     """
+    for prompt in prompts:
+        yield from values_of(config, prompt, tokenizer)
+        yield from answer_notes(config, prompt, tokenizer)
+
+
+def values_of(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Each reward's value of a row's own answer and of a wrong one."""
     from alignlab.config.rewards import RewardLimits, RewardSettings
     from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.training.reward_functions import load_reward
