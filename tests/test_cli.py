@@ -439,7 +439,7 @@ def test_eval_names_a_model_that_is_not_there_before_any_is_loaded(run_file, tmp
     base = str(run_file.parent / "model")
     monkeypatch.setattr("alignlab.cli.evaluate.load_policy", lambda *words: pytest.fail("a model was loaded"))
     (tmp_path / "empty").mkdir()
-    for wrong, message in ((str(tmp_path / "none"), "cannot be loaded"), (str(tmp_path / "empty"), "hold safetensors")):
+    for wrong, message in ((str(tmp_path / "none"), "is no folder"), (str(tmp_path / "empty"), "hold safetensors")):
         assert main(["eval", base, f"b={wrong}", "--config", str(run_file)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and "MODEL b: " in err and wrong in err and message in err and "nothing was evaluated" in err

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab.errors import ConfigError
+from alignlab.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,14 @@ def resolve_checkpoint(name: str) -> str:
 
     Raises:
         ConfigError: the package is not installed.
+        CheckpointError: the name can only be a folder's, and there is none.
     """
     model = PACKAGED.get(name.lower())
     if model is None:
+        if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not Path(name).is_dir():
+            raise CheckpointError(
+                f"there is no folder {name}, and a Hub id is owner/model; correct the path, or make what is to be there"
+            )
         return name
     folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"
     if not folder.is_dir():

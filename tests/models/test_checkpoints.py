@@ -208,7 +208,7 @@ def test_a_checkpoint_is_checked_without_reading_its_weights(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="is a reward model"):
         check_checkpoint(str(adapter))
     config.write_text(kept)
-    with pytest.raises(CheckpointError, match="nowhere cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere"):
         check_checkpoint(str(tmp_path / "nowhere"))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
