@@ -13,8 +13,9 @@ from alignlab.cli.train import add_config_arguments
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from alignlab.cli.check_data import Data
     from alignlab.config.constitution import Constitution
     from alignlab.config.judge import JudgeSettings
     from alignlab.config.run import RunConfig
@@ -51,17 +52,16 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = make_tokenizer(config)
     template = "with" if tokenizer.chat_template else "without"
     tell("tokenizer", f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}")
-    lines, prompts = training_data(config, tokenizer)
-    tell_all("data", lines)
-    lines, eval_prompts = held_out_data(config, tokenizer)
-    tell_all("eval data", lines)
-    tell_all("reward", try_rewards(config, tokenizer, [*prompts, *eval_prompts][:1]))
+    data, held_out = training_data(config, tokenizer), held_out_data(config, tokenizer)
+    tell_all("data", data.lines)
+    tell_all("eval data", held_out.lines)
+    tell_all("reward", try_rewards(config, tokenizer, [*data.prompts, *held_out.prompts][:1]))
     tell_all("judge", judge_lines(config))
     tell_all("trainer", (trainer_line(stage, config.trainer.output_dir) for stage in stages))
-    check_teacher(config, tokenizer, prompts)
-    check_training(config, tokenizer, prompts)
+    check_teacher(config, tokenizer, data.prompts)
+    check_training(config, tokenizer, data, held_out)
     tell_all("note", itertools.chain.from_iterable(map(server_notes, stages)))
-    tell_all("note", notes(config, prompts, eval_prompts))
+    tell_all("note", notes(config, data.prompts, held_out.prompts))
     print("ok: nothing was trained")
     return 0
 
@@ -157,29 +157,45 @@ def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts
     tell("teacher", f"{trainer.teacher.name}, {len(theirs)} tokens, judges by {alignment}")
 
 
-def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
-    """What a training would refuse at its start: trackers, a new model's shape, a warm start's answers.
+def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Data, held_out: Data) -> None:
+    """What a training would refuse at its start: trackers, what does not fit the model, a warm start's answers.
 
     Raises:
         ConfigError, DataError: one of them is wrong.
     """
-    from accelerate import init_empty_weights
-
     from alignlab.config.trainers import stages_of
     from alignlab.data.examples import load_examples
-    from alignlab.models.checkpoints import new_model
+    from alignlab.data.sequences import check_lengths
+    from alignlab.models.attention import num_positions
     from alignlab.training.metrics import check_trackers
 
     for stage in stages_of(config.trainer):
         check_trackers(stage.trackers)
-    if config.model.architecture is not None:
-        with init_empty_weights():
-            model = new_model(config.model.architecture, vocab_size=len(tokenizer))
-        check_room(model, prompts, config)
+    model = shape_of(config, tokenizer)
+    check_room(model, data.prompts, config)
+    for examples in (data.examples, held_out.examples):
+        check_lengths(examples, num_positions(model), whose="the model")
     warm = config.warm_start
     if warm is not None:
         few = (warm.data or config.data).model_copy(update={"size": 8})
         load_examples(few, tokenizer, answer_column=warm.answer_column, answer_template=warm.answer_template)
+
+
+def shape_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model without its weights.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be had.
+    """
+    from accelerate import init_empty_weights
+
+    from alignlab.models.checkpoints import empty_model, new_model
+
+    if config.model.name is not None:
+        return empty_model(config.model.name)
+    assert config.model.architecture is not None, "a model has a name or a shape"
+    with init_empty_weights():
+        return new_model(config.model.architecture, vocab_size=len(tokenizer))
 
 
 def check_room(model: Any, prompts: Sequence[Prompt], config: RunConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from alignlab.config.data import DataSettings
     from alignlab.config.run import RunConfig
     from alignlab.data.prompts import PromptDataset
+    from alignlab.data.sequences import HasSequences
     from alignlab.types import Prompt
 
-Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], str]
+Described = tuple[str, Sequence["HasSequences"]]
+Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], Described]
 
 NOT_MEASURED = {
     "accuracy": "accuracy will not be measured",
@@ -23,8 +25,16 @@ NOT_MEASURED = {
 }
 
 
-def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Sequence[Prompt]]:
-    """A line about what is learnt from; and the prompts, where the policy answers prompts.
+class Data(NamedTuple):
+    """What is said of a source, the prompts that the policy answers, and the examples that are learnt from."""
+
+    lines: Sequence[str] = ()
+    prompts: Sequence[Prompt] = ()
+    examples: Sequence[HasSequences] = ()
+
+
+def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """What is learnt from; of trainers that measure accuracy, the prompts too.
 
     Raises:
         ConfigError, DataError: the training would refuse it.
@@ -33,13 +43,15 @@ def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     describe = fixed_data().get(config.trainer.type)
     if describe is not None:
-        return [describe(config.data, tokenizer, config.trainer)], ()
+        line, examples = describe(config.data, tokenizer, config.trainer)
+        prompts = load_prompts(config.data, tokenizer) if config.trainer.measures == "accuracy" else ()
+        return Data([line], prompts, examples)
     prompts = load_prompts(config.data, tokenizer)
-    return [prompts_line(prompts)], prompts
+    return Data([prompts_line(prompts)], prompts)
 
 
-def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Sequence[Prompt]]:
-    """The same of what is measured on; no line where the trainer measures nothing on any.
+def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """What is measured on; no line where the trainer measures nothing on any.
 
     Raises:
         ConfigError, DataError: the training would refuse it.
@@ -49,51 +61,52 @@ def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     measures, settings = config.trainer.measures, measured_data(config)
     if measures == "nothing":
-        return [], ()
+        return Data()
     if settings is None:
-        return [f"none: {NOT_MEASURED[measures]}"], ()
+        return Data([f"none: {NOT_MEASURED[measures]}"])
     if measures != "accuracy":
-        return [fixed_data()[config.trainer.type](settings, tokenizer, config.trainer)], ()
+        line, examples = fixed_data()[config.trainer.type](settings, tokenizer, config.trainer)
+        return Data([line], (), examples)
     prompts = load_prompts(settings, tokenizer)
-    return [prompts_line(prompts)], prompts
+    return Data([prompts_line(prompts)], prompts)
 
 
 def fixed_data() -> Mapping[str, Describe]:
-    """By `trainer.type`, what describes the examples of trainers that learn from a fixed set of them."""
+    """By `trainer.type`, what reads the examples of trainers that learn from a fixed set, and says how many."""
     return {
-        "sft": examples_line, "distill": examples_line, "dpo": pairs_line, "reward": pairs_line, "kto": labels_line,
-    }  # fmt: skip
+        "sft": completions, "distill": completions, "dpo": pairs, "reward": pairs, "kto": labelled,
+    }
 
 
-def examples_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
-    """How many completions to learn from."""
+def completions(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
+    """Completions to learn from."""
     from alignlab.data.examples import load_examples
 
     examples = load_examples(settings, tokenizer)
     taught = sum(sum(example.completion_mask) for example in examples) / len(examples)
     told = f"{len(examples)} examples of {lengths([len(example.token_ids) for example in examples])}"
-    return f"{told}, of which {taught:.0f} taught{skips(examples.skipped)}"
+    return f"{told}, of which {taught:.0f} taught{skips(examples.skipped)}", examples
 
 
-def pairs_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
-    """How many pairs."""
+def pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
+    """Pairs of completions."""
     from alignlab.data.preferences import load_preferences
 
     columns = {name: getattr(trainer, name, None) for name in ("margin_column", "probability_column")}
-    pairs = load_preferences(settings, tokenizer, **columns)
-    each = [len(pair.prompt) + pair.num_tokens for pair in pairs]
-    return f"{len(pairs)} pairs of {lengths(each)} with their prompt{skips(pairs.skipped)}"
+    found = load_preferences(settings, tokenizer, **columns)
+    each = [len(pair.prompt) + pair.num_tokens for pair in found]
+    return f"{len(found)} pairs of {lengths(each)} with their prompt{skips(found.skipped)}", found
 
 
-def labels_line(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> str:
-    """How many completions that are labelled good or bad."""
+def labelled(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
+    """Completions that are labelled good or bad."""
     from alignlab.data.unpaired import load_unpaired
 
     found = load_unpaired(settings, tokenizer)
     each = [len(one.prompt) + len(one.completion) for one in found]
     good = sum(one.desirable for one in found)
     told = f"{good} desirable and {len(found) - good} undesirable completions of {lengths(each)} with their prompt"
-    return told + skips(found.skipped)
+    return told + skips(found.skipped), found
 
 
 def prompts_line(prompts: PromptDataset) -> str:

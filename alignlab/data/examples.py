@@ -154,7 +154,7 @@ def _cut_after(prompt: Text, completion: Text, render: PromptRenderer) -> list[_
     if render.chat:
         before = render.messages(prompt)
         after = _without_prompt(prompt, completion)
-        if before[-1]["role"] == "assistant":
+        if before[-1]["role"] == after[0]["role"] == "assistant":
             return _continued_pieces(before, after, render)
         return _chat_pieces([*before, *after], render, first_taught=len(before))
     if not isinstance(completion, str):
@@ -166,15 +166,16 @@ def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
     """The completion as messages; of a whole conversation, as TRL's datasets may have it, what follows the prompt."""
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
-    if completion[0]["role"] not in ("system", "user"):
-        return list(completion)
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    first = completion[0]["role"]
     if list(completion[: len(asked)]) != asked:
-        raise BadRow(
-            "other_prompt",
-            f"has a completion that begins with the {completion[0]['role']}'s message, and not with the prompt; give "
-            "what follows the prompt, or the whole conversation",
-        )
+        if first == "system" or first == asked[-1]["role"] == "user":
+            raise BadRow(
+                "other_prompt",
+                f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
+                "the prompt, or the whole conversation",
+            )
+        return list(completion)
     if len(completion) == len(asked):
         raise BadRow("empty", "has nothing in a completion after the prompt")
     return list(completion[len(asked) :])
@@ -183,7 +184,7 @@ def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
 def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
     """The rendered chat, where the completion goes on with the prompt's last message, the assistant's."""
     texts = [before[-1]["content"], *(message["content"] for message in after)]
-    if len(after) > 1 or after[0]["role"] != "assistant" or not all(isinstance(text, str) for text in texts):
+    if len(after) > 1 or set(after[0]) > {"role", "content"} or not all(isinstance(text, str) for text in texts):
         raise BadRow("wrong_type", "has a prompt that ends with the assistant's message, which one text has to go on")
     _check_not_blank(after[0])
     start = render.render_chat(before)

@@ -285,10 +285,13 @@ def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 
 
 def _word_begin(text: str, place: int) -> int:
-    """Where the word begins that `place` is in: the space before a word belongs to it, a line's end to what is before.
+    """Where the word or number begins that `place` is in, the space before it included; of ASCII's letters and digits.
 
-    A model that goes on from the middle of a word has tokens to write that no natural text has there.
+    A model that goes on from the middle of a word has tokens to write that no natural text has there. Other scripts
+    need no spaces, and are cut where they are.
     """
-    while place > 0 and not text[place - 1].isspace():
-        place -= 1
-    return place - 1 if text[:place].endswith(" ") else place
+    begin = place
+    while begin > 0 and text[begin - 1].isascii() and text[begin - 1].isalnum():
+        begin -= 1
+    begin -= text[:begin].endswith(" ")
+    return begin or place

@@ -93,6 +93,21 @@ def check_checkpoint(name: str) -> None:
         ) from error
 
 
+def empty_model(name: str) -> PreTrainedModel:
+    """A checkpoint's model without its weights, all of whose sizes can be asked for; of an adapter, its base.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_checkpoint`.
+    """
+    check_checkpoint(name)
+    path = resolve_checkpoint(name)
+    if is_adapter(path):
+        return empty_model(base_of(path))
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
+    return model
+
+
 def _check_files(name: str, files: list[Path]) -> None:
     if not files:
         raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")

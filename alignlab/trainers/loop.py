@@ -137,7 +137,7 @@ class TrainingLoop(ABC):
         for name, now in self.frozen().items():
             if state["frozen"].get(name, now) != now:
                 raise CheckpointError(
-                    f"the {name} has other weights than when the run began; resume with the model that the run was "
+                    f"the {name} has other weights than when the run began; resume with the {name} that the run was "
                     "started with"
                 )
 

@@ -206,7 +206,7 @@ class OnlineTrainer(TrainingLoop):
         }
 
     def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
-        """One optimizer step on a mini-batch; returns its metrics, the same names at each of a step."""
+        """One optimizer step on a mini-batch; returns its metrics."""
         return self.learner.update(packs, self.loss, self.weigh)
 
     def collect(self, step: int) -> Collected:
@@ -378,7 +378,7 @@ class OnlineTrainer(TrainingLoop):
         """Go on where `state` was taken; the engine takes over the restored weights.
 
         Raises:
-            CheckpointError: the frozen copy that the KL is measured to is not the policy that the run began with.
+            CheckpointError: a frozen model or the data are others than those that the run began with.
         """
         super().load_state(state)
         self.objective.load_state(state["objective"])

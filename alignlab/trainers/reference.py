@@ -42,10 +42,8 @@ class Reference:
         if self._known:
             return
         cache = ReferenceCache((self.policy or self.learner.policy).model)
-        for name, examples in data.items():
-            if examples:
-                self._known[name] = cache.get_or_make(examples, self._score)
-        self.policy = None
+        known = {name: cache.get_or_make(examples, self._score) for name, examples in data.items() if examples}
+        self._known, self.policy = known, None  # all or nothing: it may have been interrupted
 
     def groups(self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int]) -> list[Rollout]:
         """Some of the examples of a name, with the reference's log-probs where they are known."""

@@ -29,7 +29,7 @@ from alignlab.errors import CheckpointError
 from alignlab.training.files import sha256_of, sync_file
 from alignlab.training.random_state import RandomState, random_state
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"

@@ -94,13 +94,16 @@ class ModelReward(CallerReward):
         self._reward = load_reward_model(self.path, device=next(policy.parameters()).device)
 
     def fingerprint(self) -> str:
-        """Of the weights that are the reward model's own; it is bound."""
-        assert self._reward is not None
-        role = self._reward.role
+        """Of the weights that are the reward model's own, wherever they are held; it is bound."""
+        reward = self._reward
+        assert reward is not None
+        if not isinstance(reward.model, PeftModel):
+            return fingerprint(reward.named_parameters())
+        part = f".{reward.role or reward.model.active_adapter}."
         return fingerprint(
-            (name, weight)
-            for name, weight in self._reward.named_parameters()
-            if role is None or f".{role}." in name or name.startswith("score.")
+            (name.replace(part, "."), weight)
+            for name, weight in sorted(reward.named_parameters())
+            if part in name or name.startswith("score.")
         )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
