@@ -118,6 +118,29 @@ def test_check_reads_rows_as_the_training_does(row, kind, told, run_file, tmp_pa
     assert "row 0" in capsys.readouterr().err
 
 
+def test_check_sees_rows_that_the_model_has_no_positions_for(run_file, tmp_path, capsys):
+    config = run_file.parent / "model" / "config.json"
+    kept = config.read_text()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "say", "completion": "red " * 40}), encoding="utf-8")
+    bare = [f"data.path={tmp_path / 'rows.jsonl'}", "eval_data=null", "rewards=[]", "evaluation={}"]
+    trainer = f"trainer={json.dumps({'type': 'sft', 'output_dir': str(tmp_path / 'run')})}"
+    assert main(["check", str(run_file), *bare, trainer]) == 0
+    try:
+        config.write_text(json.dumps(json.loads(kept) | {"max_position_embeddings": 9}))
+        assert main(["check", str(run_file), *bare, trainer]) == 2
+        assert "and must fit the model's 9 positions" in capsys.readouterr().err
+        assert main(["check", str(run_file), "trainer.sampling.max_new_tokens=8"]) == 2
+        assert "must fit the model's 9 positions" in capsys.readouterr().err
+    finally:
+        config.write_text(kept)
+
+
+def test_check_notes_held_out_prompts_that_distillation_trains_on(run_file, tmp_path, capsys):
+    teacher = {"type": "distill", "teacher": {"name": str(run_file.parent / "model")}, "output_dir": str(tmp_path)}
+    assert main(["check", str(run_file), f"trainer={json.dumps(teacher)}"]) == 0
+    assert "3 evaluation prompts are also trained on" in capsys.readouterr().out
+
+
 def test_check_warns_of_learning_rates_that_do_not_fit(run_file, capsys):
     assert main(["check", str(run_file), "trainer.learning_rate=1e-6"]) == 0
     assert "1e-06 is low for LoRA" in capsys.readouterr().out

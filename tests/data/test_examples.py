@@ -85,8 +85,26 @@ def test_a_begun_message_is_gone_on_with_where_a_rollout_would(chat_tokenizer: P
         [example] = examples_from_rows([{"prompt": prompt, "completion": completion}], DataSettings(), chat_tokenizer)
         assert example.token_ids[: len(rollout.token_ids)] == rollout.token_ids
         assert taught(example, chat_tokenizer) == " 2<|im_end|>"
-    with pytest.raises(DataError, match="ends with the assistant's message, which one text has to go on"):
-        examples_from_rows([{"prompt": prompt, "completion": [ANSWER, ANSWER]}], DataSettings(), chat_tokenizer)
+    for several in ([ANSWER, ANSWER], [ANSWER | {"tool_calls": [{"name": "x"}]}]):
+        with pytest.raises(DataError, match="ends with the assistant's message, which one text has to go on"):
+            examples_from_rows([{"prompt": prompt, "completion": several}], DataSettings(), chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ([USER, ANSWER], [USER, {"role": "assistant", "content": "b"}]),
+        ([{"role": "system", "content": "x"}], [USER, {"role": "assistant", "content": "b"}]),
+        ([USER, ANSWER], [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "b"}]),
+    ],
+)
+def test_turns_that_follow_a_prompt_are_a_completion(
+    prompt: Any, completion: Any, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    [example] = examples_from_rows([{"prompt": prompt, "completion": completion}], DataSettings(), chat_tokenizer)
+    assert taught(example, chat_tokenizer) == "b<|im_end|>"
+    whole = chat_tokenizer.apply_chat_template([*prompt, *completion], tokenize=False).rstrip()
+    assert chat_tokenizer.decode(example.token_ids) == whole
 
 
 def test_a_template_that_ends_no_turn_gets_one_eos(framing_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -278,6 +278,27 @@ def test_precomputed_and_live_references_train_alike(lora: Any, make_trainer: Ma
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
 
 
+def test_a_reference_that_was_half_asked_is_asked_again(make_trainer: Make) -> None:
+    trainer = make_trainer(lora=None, held_out=pairs(3, seed=1))
+    ask, asked = trainer.reference._score, []
+
+    def stopped(examples: Any) -> Any:
+        asked.append(len(examples))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(examples)
+
+    trainer.reference._score = stopped
+    with pytest.raises(KeyboardInterrupt):
+        trainer.open(None, None, None)
+    assert trainer.reference.policy is not None
+    trainer.open(None, None, None)
+    assert asked == [8, 3, 3] and trainer.reference.policy is None
+    assert trainer.evaluate().margin == pytest.approx(0, abs=1e-5)
+    trainer.open(None, None, None)
+    assert asked == [8, 3, 3], "the copy is gone, and all is known"
+
+
 def test_resumed_is_uninterrupted(make_trainer: Make) -> None:
     def cut(trainer: DPOTrainer, step: int, metrics: Any) -> None:
         if step == 2:
@@ -335,7 +356,8 @@ def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> Non
     ("chosen", "rejected", "prompt"),
     [
         ("France? Paris", "France? Prague", "France?"), ("sum 12", "sum 13", "sum"), ("a\nbc", "a\nbd", "a\n"),
-        ("a  b", "a  c", "a "),
+        ("a  b", "a  c", "a "), ("2+2=4", "2+2=5", "2+2="), ("a:Yes", "a:No", "a:"),
+        ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"), ("abc", "abd", "ab"),
     ],
 )
 def test_a_prompt_that_both_begin_with_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:

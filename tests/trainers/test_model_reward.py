@@ -225,8 +225,16 @@ def test_another_reward_model_is_not_gone_on_with(
 
     run(one, 1, resume=False)
     run(one, 2, resume=True)
+    told = Path(one) / "reward_model.json"
+    if shared:  # the same reward model, of which nothing says any more whose base it is on
+        kept = told.read_text()
+        told.write_text(kept.replace(json.loads(kept)["base_digest"], "another"))
+        reward = ModelReward(one)
+        make_trainer(reward, kind=GRPOTrainer, folder="cut", num_steps=3).train(resume=True)
+        assert not reward.shares_policy
+        told.write_text(kept)
     with pytest.raises(CheckpointError, match="the reward model 1 has other weights than when the run began"):
-        run(two, 3, resume=True)
+        run(two, 4, resume=True)
 
 
 def test_two_of_them_are_two_roles(make_reward: Make, make_trainer: Make) -> None:
