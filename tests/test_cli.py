@@ -118,17 +118,23 @@ def test_check_reads_rows_as_the_training_does(row, kind, told, run_file, tmp_pa
     assert "row 0" in capsys.readouterr().err
 
 
-def test_check_sees_rows_that_the_model_has_no_positions_for(run_file, tmp_path, capsys):
+def test_check_sees_rows_that_the_model_has_no_positions_for(run_file, tmp_path, capsys, caplog):
     config = run_file.parent / "model" / "config.json"
     kept = config.read_text()
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "say", "completion": "red " * 40}), encoding="utf-8")
+    lines = [json.dumps({"prompt": "say", "completion": text}) for text in ("red", "red " * 40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     bare = [f"data.path={tmp_path / 'rows.jsonl'}", "eval_data=null", "rewards=[]", "evaluation={}"]
-    trainer = f"trainer={json.dumps({'type': 'sft', 'output_dir': str(tmp_path / 'run')})}"
+    section = {"type": "sft", "output_dir": str(tmp_path / "run"), "num_steps": 1, "trackers": []}
+    trainer = f"trainer={json.dumps(section)}"
     assert main(["check", str(run_file), *bare, trainer]) == 0
     try:
         config.write_text(json.dumps(json.loads(kept) | {"max_position_embeddings": 9}))
         assert main(["check", str(run_file), *bare, trainer]) == 2
         assert "and must fit the model's 9 positions" in capsys.readouterr().err
+        for command in ("check", "train"):
+            assert main([command, str(run_file), *bare, trainer, "data.on_bad_row=skip"]) == 0
+            assert "skipped 1 of 2 examples: more tokens than the model's 9 positions" in caplog.text
+            caplog.clear()
         assert main(["check", str(run_file), "trainer.sampling.max_new_tokens=8"]) == 2
         assert "must fit the model's 9 positions" in capsys.readouterr().err
     finally:

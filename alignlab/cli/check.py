@@ -165,7 +165,7 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     """
     from alignlab.config.trainers import stages_of
     from alignlab.data.examples import load_examples
-    from alignlab.data.sequences import check_lengths
+    from alignlab.data.sequences import fitting
     from alignlab.models.attention import num_positions
     from alignlab.training.metrics import check_trackers
 
@@ -174,7 +174,7 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     model = shape_of(config, tokenizer)
     check_room(model, data.prompts, config)
     for examples in (data.examples, held_out.examples):
-        check_lengths(examples, num_positions(model), whose="the model")
+        fitting(examples, {"the model": num_positions(model)}, skip=config.data.on_bad_row == "skip")
     warm = config.warm_start
     if warm is not None:
         few = (warm.data or config.data).model_copy(update={"size": 8})

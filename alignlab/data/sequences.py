@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import xxhash
 
 from alignlab.errors import DataError
 
+logger = logging.getLogger(__name__)
 Sequences = tuple[tuple[int, ...], ...]
 
 
@@ -27,6 +29,9 @@ class HasSequences(Protocol):
         ...
 
 
+Item = TypeVar("Item", bound=HasSequences)
+
+
 def digest_of(items: Iterable[tuple[Sequences, tuple[float, ...]]]) -> str:
     """Tells apart items, (sequences, labels), of other tokens or labels, or in another order."""
     digest = xxhash.xxh3_128()
@@ -38,20 +43,25 @@ def digest_of(items: Iterable[tuple[Sequences, tuple[float, ...]]]) -> str:
     return digest.hexdigest()
 
 
-def check_lengths(items: Sequence[HasSequences], positions: float, *, whose: str) -> None:
-    """See that every sequence fits.
+def fitting(items: Sequence[Item], positions: Mapping[str, float], *, skip: bool) -> Sequence[Item]:
+    """The items whose sequences fit.
 
     Args:
-        positions: tokens that a sequence may have.
-        whose: what has so many, as the message says it.
+        positions: tokens that a sequence may have, by what has so many, such as "the model".
+        skip: leave the others out, and say how many.
 
     Raises:
-        DataError: one does not.
+        DataError: one does not fit, and is not to be left out.
     """
-    for number, item in enumerate(items):
-        longest = max(map(len, item.sequences))
-        if longest > positions:
-            raise DataError(
-                f"example {number} (the first is 0) has {longest} tokens, and must fit {whose}'s {positions:g} "
-                "positions; shorten it, or leave it out"
-            )
+    whose, limit = min(positions.items(), key=lambda each: each[1])
+    longest = [max(map(len, item.sequences)) for item in items]
+    long = [number for number, length in enumerate(longest) if length > limit]
+    if not long:
+        return items
+    if not skip:
+        raise DataError(
+            f"example {long[0]} (the first is 0) has {longest[long[0]]} tokens, and must fit {whose}'s {limit:g} "
+            "positions; shorten it, or set data.on_bad_row=skip to leave such rows out"
+        )
+    logger.warning("skipped %d of %d examples: more tokens than %s's %g positions", len(long), len(items), whose, limit)
+    return [item for item, length in zip(items, longest, strict=True) if length <= limit]

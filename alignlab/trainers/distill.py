@@ -19,7 +19,6 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
-from alignlab.data.sequences import check_lengths
 from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
 from alignlab.models.attention import num_positions, output_head
@@ -81,7 +80,6 @@ class DistillTrainer(OfflineTrainer):
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
-        check_lengths(self.train_examples, num_positions(teacher.model), whose="the teacher")
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
         self._kept: KeptTeacher | None = None
 
@@ -97,6 +95,12 @@ class DistillTrainer(OfflineTrainer):
         how = Comparison(config.beta, config.temperature, width, labels=config.hard_label_weight > 0)
         student = StudentPolicy(model, how, chunk_tokens=chunk_tokens)
         return StudentLearner(student, config, accelerator, teacher=teacher, **schedule)
+
+    @property
+    def positions(self) -> dict[str, float]:
+        """The student's, and its teacher's."""
+        teacher = self.learner.teacher
+        return super().positions | ({} if teacher is None else {"the teacher": num_positions(teacher.model)})
 
     @property
     def weigh(self) -> Weigh:

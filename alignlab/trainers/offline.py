@@ -13,10 +13,11 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
-from alignlab.data.sequences import check_lengths, digest_of
+from alignlab.data.sequences import digest_of, fitting
 from alignlab.errors import DataError
 from alignlab.models.attention import num_positions
 from alignlab.models.policy import Policy, PolicyOutput
@@ -63,12 +64,10 @@ class OfflineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         learner = self.make_learner(model, tokenizer, config, accelerator, total_updates=config.num_steps)
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
-        self.train_examples: Sequence[Any] = self.examples(train_dataset)
+        self.train_examples: Sequence[Any] = self._fitting(train_dataset)
         if not self.train_examples:
-            raise DataError("the training data holds no example; check its path and its columns")
-        self.eval_examples: Sequence[Any] = () if eval_dataset is None else self.examples(eval_dataset)
-        for examples in (self.train_examples, self.eval_examples):
-            check_lengths(examples, num_positions(learner.model), whose="the model")
+            raise DataError("the training data holds no example that can be used; check its path and its columns")
+        self.eval_examples: Sequence[Any] = () if eval_dataset is None else self._fitting(eval_dataset)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
 
@@ -78,6 +77,15 @@ class OfflineTrainer(TrainingLoop):
     ) -> Learner:
         """What owns the policy; `schedule` is as `Learner` takes it."""
         return Learner(Policy(model, chunk_tokens=config.logprob_chunk_tokens), config, accelerator, **schedule)
+
+    def _fitting(self, dataset: Any) -> Sequence[Any]:
+        skip = isinstance(dataset, DataSettings) and dataset.on_bad_row == "skip"
+        return fitting(self.examples(dataset), self.positions, skip=skip)
+
+    @property
+    def positions(self) -> dict[str, float]:
+        """Tokens that an example may have, by what has so many positions."""
+        return {"the model": num_positions(self.learner.model)}
 
     @property
     @abstractmethod

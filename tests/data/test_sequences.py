@@ -8,7 +8,7 @@ import pytest
 
 from alignlab.data.examples import Example
 from alignlab.data.preferences import Preference
-from alignlab.data.sequences import check_lengths, digest_of
+from alignlab.data.sequences import digest_of, fitting
 from alignlab.data.unpaired import UnpairedPreference
 from alignlab.errors import DataError
 
@@ -43,8 +43,9 @@ def test_a_digest_tells_labels() -> None:
 @pytest.mark.parametrize(("item", "longest"), [(Example((1, 2, 3), (False, True, True)), 3), (PAIR, 5), (UNPAIRED, 4)])
 def test_what_is_too_long_is_named(item: Example | Preference | UnpairedPreference, longest: int) -> None:
     short = Example((1, 2), (False, True))
-    check_lengths([short, item], longest, whose="the model")
-    check_lengths([short, item], float("inf"), whose="the model")
+    for limit in (longest, float("inf")):
+        assert fitting([short, item], {"the model": limit}, skip=False) == [short, item]
     told = rf"example 1 \(the first is 0\) has {longest} tokens, and must fit the teacher's {longest - 1} positions"
     with pytest.raises(DataError, match=told):
-        check_lengths([short, item], longest - 1, whose="the teacher")
+        fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=False)
+    assert fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=True) == [short]
