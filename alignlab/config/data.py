@@ -40,7 +40,8 @@ class DataSettings(Frozen):
     """Render through the tokenizer's chat template; default: where the tokenizer has one."""
     max_prompt_tokens: int = Field(1024, ge=1)
     on_bad_row: Literal["error", "skip"] = "error"
-    """Bad rows and over-long prompts: stop with the row's number, or skip and count."""
+    """Bad rows, over-long prompts, and examples that the model has no positions for: stop with the number, or skip and
+    count."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
