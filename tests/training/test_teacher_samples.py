@@ -15,6 +15,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import load_examples
+from alignlab.data.examples import examples_from_rows
 from alignlab.data.prompts import PromptRenderer, prompts_from_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError, DataError, RewardError
@@ -223,11 +224,21 @@ def test_plain_prompts_keep_their_template(draw: Any, tokenizer: Any, tmp_path: 
     assert rows_of(tmp_path / "out.jsonl")[1]["prompt"] == "Q: say 1 A:"
 
 
-def test_a_turn_left_open_cannot_be_written_and_is_counted(draw: Any, tokenizer: Any) -> None:
+def test_a_turn_left_open_is_gone_on_with(draw: Any, tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     open_turn = [{"role": "user", "content": "say 9"}, {"role": "assistant", "content": "I say"}]
-    counts = draw(rows=[*ROWS, {"prompt": open_turn, "answer": "9"}])
-    assert counts["rendered_otherwise"] == 1 and counts["prompts_without"] == 1 and counts["kept"] == 5
+    assert draw(rows=[*ROWS, {"prompt": open_turn, "answer": "9"}])["kept"] == 6
+    [example] = examples_from_rows(rows_of(tmp_path / "out.jsonl")[5:], DataSettings(path="rows"), tokenizer)
+    assert tokenizer.decode(example.token_ids) == "<user>say 9<|endoftext|><assistant>I say9<|endoftext|>"
+    taught = [token for token, kept in zip(example.token_ids, example.completion_mask, strict=True) if kept]
+    assert tokenizer.decode(taught) == "9<|endoftext|>"
+
+
+def test_what_a_template_renders_otherwise_is_counted(draw: Any, tokenizer: Any) -> None:
+    changes = "{% if messages[0].content == 'say 3' and messages[-1].role == 'assistant' %}!{% endif %}"
+    tokenizer.chat_template = changes + TEMPLATE
+    counts = draw()
+    assert counts["rendered_otherwise"] == 1 and counts["prompts_without"] == 1 and counts["kept"] == 4
 
 
 def test_the_best_is_the_first_with_the_highest_reward(tokenizer: Any) -> None:
