@@ -14,8 +14,7 @@ import pytest
 from alignlab.config.data import DataSettings
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
-from alignlab.data.examples import load_examples
-from alignlab.data.examples import examples_from_rows
+from alignlab.data.examples import examples_from_rows, load_examples
 from alignlab.data.prompts import PromptRenderer, prompts_from_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError, DataError, RewardError
