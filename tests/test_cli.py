@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_check_sees_rows_that_the_model_has_no_positions_for(run_file, tmp_path,
         assert "must fit the model's 9 positions" in capsys.readouterr().err
     finally:
         config.write_text(kept)
+
+
+def test_check_sees_examples_that_the_teacher_has_no_positions_for(run_file, tmp_path, capsys):
+    short = tmp_path / "teacher"
+    shutil.copytree(run_file.parent / "model", short)
+    config = short / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2}))
+    trainer = {"type": "distill", "teacher": {"name": str(short)}, "output_dir": str(tmp_path / "run")}
+    assert main(["check", str(run_file), f"trainer={json.dumps(trainer)}"]) == 2
+    assert "and must fit the teacher's 2 positions" in capsys.readouterr().err
 
 
 def test_check_notes_held_out_prompts_that_distillation_trains_on(run_file, tmp_path, capsys):

@@ -166,15 +166,14 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     from alignlab.config.trainers import stages_of
     from alignlab.data.examples import load_examples
     from alignlab.data.sequences import fitting
-    from alignlab.models.attention import num_positions
     from alignlab.training.metrics import check_trackers
 
     for stage in stages_of(config.trainer):
         check_trackers(stage.trackers)
     model = shape_of(config, tokenizer)
     check_room(model, data.prompts, config)
-    for examples in (data.examples, held_out.examples):
-        fitting(examples, {"the model": num_positions(model)}, skip=config.data.on_bad_row == "skip")
+    for source in (data, held_out):
+        fitting(source.examples, positions_of(config, model), skip=source.skips)
     warm = config.warm_start
     if warm is not None:
         few = (warm.data or config.data).model_copy(update={"size": 8})
@@ -196,6 +195,18 @@ def shape_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     assert config.model.architecture is not None, "a model has a name or a shape"
     with init_empty_weights():
         return new_model(config.model.architecture, vocab_size=len(tokenizer))
+
+
+def positions_of(config: RunConfig, model: PreTrainedModel) -> dict[str, float]:
+    """Tokens that an example may have, by what has so many positions; as `OfflineTrainer.positions`."""
+    from alignlab.config.trainers import DistillConfig
+    from alignlab.models.attention import num_positions
+    from alignlab.models.checkpoints import empty_model
+
+    positions = {"the model": num_positions(model)}
+    if isinstance(config.trainer, DistillConfig):
+        positions["the teacher"] = num_positions(empty_model(config.trainer.teacher.name))
+    return positions
 
 
 def check_room(model: Any, prompts: Sequence[Prompt], config: RunConfig) -> None:

@@ -26,11 +26,13 @@ NOT_MEASURED = {
 
 
 class Data(NamedTuple):
-    """What is said of a source, the prompts that the policy answers, and the examples that are learnt from."""
+    """What is said of a source, the prompts that the policy answers, the examples that are learnt from, and whether
+    those that do not fit are skipped."""
 
     lines: Sequence[str] = ()
     prompts: Sequence[Prompt] = ()
     examples: Sequence[HasSequences] = ()
+    skips: bool = False
 
 
 def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -45,7 +47,7 @@ def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data
     if describe is not None:
         line, examples = describe(config.data, tokenizer, config.trainer)
         prompts = load_prompts(config.data, tokenizer) if config.trainer.measures == "accuracy" else ()
-        return Data([line], prompts, examples)
+        return Data([line], prompts, examples, config.data.on_bad_row == "skip")
     prompts = load_prompts(config.data, tokenizer)
     return Data([prompts_line(prompts)], prompts)
 
@@ -66,7 +68,7 @@ def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data
         return Data([f"none: {NOT_MEASURED[measures]}"])
     if measures != "accuracy":
         line, examples = fixed_data()[config.trainer.type](settings, tokenizer, config.trainer)
-        return Data([line], (), examples)
+        return Data([line], (), examples, settings.on_bad_row == "skip")
     prompts = load_prompts(settings, tokenizer)
     return Data([prompts_line(prompts)], prompts)
 

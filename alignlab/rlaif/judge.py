@@ -129,14 +129,18 @@ class PromptedJudge:
             drawn += draw.sample(known, min(len(known), self.settings.votes - len(drawn)))
         return drawn
 
+    @property
+    def _num_attempts(self) -> int:
+        """A probability is what it is: only a sampled answer that is nonsense may be another the next time."""
+        return self.settings.max_attempts if self.settings.answers == "sampled" else 1
+
     def _answers(self, asked: Sequence[_Question]) -> list[list[float] | None]:
         """Probabilities of the choices of each question, as kept or asked now; None without an answer."""
         keys = [self._key(question) for question in asked]
         known = self.store.get(keys) if self.store is not None else {}
         self.counts["cached"] += sum(key in known for key in keys)
         left = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
-        # A probability is what it is: only a sampled answer that is nonsense may be another the next time.
-        for attempt in range(self.settings.max_attempts if self.settings.answers == "sampled" else 1):
+        for attempt in range(self._num_attempts):
             found = self._ask(left, attempt)
             known |= _told(found)
             if not known:
