@@ -48,7 +48,7 @@ class VLLMServer:
         self.is_proved = False
         self.generation = 0
         self.turn = asyncio.Lock()
-        self.calls: set[asyncio.Task[Answer]] = set()
+        self.calls: set[anyio.CancelScope] = set()
         self.missed = 0
         self.records_routing = False
         self._http = http

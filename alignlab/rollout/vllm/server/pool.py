@@ -13,10 +13,12 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import anyio
 import httpx2
 
 from alignlab.config.rollout import VLLMServerSettings
@@ -25,6 +27,7 @@ from alignlab.rollout.loop_thread import LoopThread
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.server.access import server_token
 from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
+from alignlab.rollout.vllm.server.groups import each, task_group
 from alignlab.rollout.vllm.server.handout import Handout, SentWeights
 from alignlab.rollout.vllm.server.identity import check_identity
 
@@ -38,6 +41,9 @@ T = TypeVar("T")
 
 class ServerPool:
     """The servers of a run. Its methods may be called from any thread.
+
+    What is given up is cancelled by anyio's scopes: from those httpx2 shields the closing of its connections, and from
+    asyncio's own cancelling it does not.
 
     Args:
         settings: addresses and patience.
@@ -71,7 +77,8 @@ class ServerPool:
         self._handout = Handout(run, self._introduce, settings)
         self._number = 0
         self._loop = LoopThread("alignlab-servers")
-        self._running: set[Future[Any]] = set()
+        self._running: dict[asyncio.Task[Any], anyio.CancelScope] = {}
+        self._returning: dict[VLLMServer, asyncio.Task[None]] = {}
 
     @property
     def alive(self) -> list[VLLMServer]:
@@ -121,27 +128,48 @@ class ServerPool:
 
     def abandon(self) -> None:
         """Give up what is running; its callers get a RolloutError."""
-        for future in list(self._running):
-            future.cancel()
+        if self._running:
+            self._loop.submit(self._abandon()).result()
 
     def close(self) -> None:
         """Give up what is running and end all connections."""
-        self.abandon()
-        self._wait_for(self._http.aclose())
+        self._loop.submit(self._close()).result()
         self._loop.close()
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        future: Future[T] = self._loop.submit(work)
-        self._running.add(future)
+        future = self._loop.submit(self._unless_abandoned(work))
         try:
             return future.result()
-        except CancelledError as error:
-            raise RolloutError("generation was abandoned, because the run ends") from error
         except BaseException:
             future.cancel()
             raise
-        finally:
-            self._running.discard(future)
+
+    async def _unless_abandoned(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._abandonable():
+            return await work
+        raise RolloutError("generation was abandoned, because the run ends")
+
+    @contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        """This task goes on behind what it is doing once all is abandoned."""
+        task = asyncio.current_task()
+        assert task is not None
+        with anyio.CancelScope() as scope:
+            self._running[task] = scope
+            try:
+                yield
+            finally:
+                del self._running[task]
+
+    async def _abandon(self) -> None:
+        for scope in self._running.values():
+            scope.cancel()
+
+    async def _close(self) -> None:
+        running = list(self._running)
+        await self._abandon()
+        await asyncio.gather(*running, *self._returning.values(), return_exceptions=True)
+        await self._http.aclose()
 
     async def _open(self) -> list[dict[str, Any]]:
         until = time.monotonic() + self._settings.reconnect_s
@@ -173,7 +201,7 @@ class ServerPool:
         return about
 
     async def _release(self) -> None:
-        await asyncio.gather(*(server.release() for server in self.alive))
+        await each(VLLMServer.release, self.alive)
 
     async def _expect(self, sent: SentWeights) -> None:
         self._handout.sent = sent
@@ -186,22 +214,28 @@ class ServerPool:
         first, self._handout.sent = self._handout.sent is None, sent
         until = time.monotonic() + self._settings.reconnect_s
         while True:
-            results = await asyncio.gather(
-                *(self._give_in_turn(server, first=first) for server in self._servers), return_exceptions=True
-            )
-            for server, error in zip(self._servers, results, strict=True):
-                if isinstance(error, ServerLost):
-                    self._lose(server, error)
-                elif isinstance(error, BaseException):
-                    raise error
+            reasons = await each(partial(self._reason_against, first=first), self._servers)
+            for server, reason in zip(self._servers, reasons, strict=True):
+                if isinstance(reason, ServerLost):
+                    self._lose(server, reason)
+                elif reason is not None:
+                    raise reason
             if self.alive:
                 return
             if time.monotonic() >= until:
                 raise RolloutError(
-                    f"no server took the weights of version {sent.version} ({results[0]}); see what they say, start "
+                    f"no server took the weights of version {sent.version} ({reasons[0]}); see what they say, start "
                     "them again, and go on with --resume"
                 )
             await asyncio.sleep(min(self._settings.health_every_s, 1.0))
+
+    async def _reason_against(self, server: VLLMServer, *, first: bool) -> Exception | None:
+        """Give a server the weights; returns why it has not taken them."""
+        try:
+            await self._give_in_turn(server, first=first)
+        except (ServerLost, RolloutError, ConfigError, OSError) as error:
+            return error
+        return None
 
     async def _give_in_turn(self, server: VLLMServer, *, first: bool) -> None:
         async with server.turn:
@@ -210,24 +244,15 @@ class ServerPool:
                 self._admit(server, version)
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
-        tasks = [asyncio.create_task(self._answer(request)) for request in requests]
-        watch = asyncio.create_task(self._watch())
-        everything: asyncio.Future[list[Answer]] = asyncio.gather(*tasks)
-        either: set[asyncio.Future[Any]] = {everything, watch}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not everything.done():
-                watch.result()  # raises: it ends by that alone
-            return list(await everything)
-        finally:
-            everything.cancel()
-            for task in (*tasks, watch):
-                task.cancel()
-            await asyncio.gather(*tasks, watch, everything, return_exceptions=True)
+        async with task_group() as group:
+            group.start_soon(self._watch)
+            answers = await each(self._answer, requests)
+            group.cancel_scope.cancel()
+        return answers
 
     async def _answers_of(self, server: VLLMServer, requests: Sequence[Request]) -> list[Answer]:
         try:
-            return list(await asyncio.gather(*(self._call(server, request) for request in requests)))
+            return await each(partial(self._call, server), requests)
         except ServerLost as error:
             self._lose(server, error)
             raise
@@ -256,23 +281,16 @@ class ServerPool:
         sent = self._handout.sent
         assert sent is not None
         self._number += 1
-        call = asyncio.create_task(
-            server.complete(
-                request, f"{self.run}-{self._rank}-{self._number}", adapter=sent.adapter,
-                exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
-            )
-        )
-        server.calls.add(call)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise ServerLost("it was lost meanwhile") from None
-        finally:
-            server.calls.discard(call)
-            call.cancel()
+        with anyio.CancelScope() as scope:
+            server.calls.add(scope)
+            try:
+                return await server.complete(
+                    request, f"{self.run}-{self._rank}-{self._number}", adapter=sent.adapter,
+                    exact=self._settings.max_staleness == 0, sparse_layers=self._sparse_layers,
+                )
+            finally:
+                server.calls.discard(scope)
+        raise ServerLost("it was lost meanwhile")
 
     async def _take_place(self) -> tuple[int, int, int]:
         """A free place of a living server: number of the place, of the server, and its generation."""
@@ -310,7 +328,7 @@ class ServerPool:
         """
         since: float | None = None
         while True:
-            await self._look_at_all()
+            await each(self._look, self._servers)
             if self.alive:
                 since = None
             elif since is None:
@@ -322,18 +340,29 @@ class ServerPool:
                 )
             await asyncio.sleep(self._settings.health_every_s)
 
-    async def _look_at_all(self) -> None:
-        await asyncio.gather(*(self._look(server) for server in self._servers))
-
     async def _look(self, server: VLLMServer) -> None:
-        if not server.alive:
-            await self._try_again(server)
-        elif server.turn.locked() or await server.lives():
+        """See whether a server lives; one that was lost is given the weights in a task that outlasts the requests.
+
+        Raises:
+            RolloutError: what a server that came back was given did not arrive whole, or it is another run's.
+            ConfigError: it does not fit.
+        """
+        returning = self._returning.get(server)
+        if returning is not None and returning.done():
+            del self._returning[server]
+            returning.result()
+        elif returning is None and not server.alive:
+            self._returning[server] = asyncio.create_task(self._take_back(server))
+        elif server.alive and (server.turn.locked() or await server.lives()):
             server.missed = 0
-        else:
+        elif server.alive:
             server.missed += 1
             if server.missed >= MAX_MISSED:
                 self._lose(server, ServerLost(f"it did not say that it lives, {MAX_MISSED} times"))
+
+    async def _take_back(self, server: VLLMServer) -> None:
+        with self._abandonable():
+            await self._try_again(server)
 
     async def _try_again(self, server: VLLMServer) -> None:
         """Admit a server that is there, with the present weights."""
