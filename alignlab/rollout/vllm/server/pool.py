@@ -128,8 +128,7 @@ class ServerPool:
 
     def abandon(self) -> None:
         """Give up what is running; its callers get a RolloutError."""
-        if self._running:
-            self._loop.submit(self._abandon()).result()
+        self._loop.submit(self._abandon()).result()
 
     def close(self) -> None:
         """Give up what is running and end all connections."""
