@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from alignlab.config.rollout import VLLMServerSettings
@@ -160,8 +161,8 @@ def requests(count: int) -> list[Request]:
     return [Request((1, 2), {}) for _ in range(count)]
 
 
-def test_a_server_that_is_back_is_given_the_weights_once_however_short_the_requests(start: Any, connect: Any) -> None:
-    """Requests on the others end, and giving it the weights goes on."""
+def one_is_being_given_the_weights(start: Any, connect: Any) -> tuple[ServerPool, StandIn, StandIn]:
+    """(pool, its server that lives, one started again after a loss, which has not yet said that it has the weights)."""
     first, second = start(), start()
     pool = connect(first, second)
     second.die()
@@ -171,6 +172,12 @@ def test_a_server_that_is_back_is_given_the_weights_once_however_short_the_reque
     again.free.clear()
     while not again.began.is_set():
         pool.answers(requests(1))
+    return pool, first, again
+
+
+def test_a_server_that_is_back_is_given_the_weights_once_however_short_the_requests(start: Any, connect: Any) -> None:
+    """Requests on the others end, and giving it the weights goes on."""
+    pool, _, again = one_is_being_given_the_weights(start, connect)
     for _ in range(20):
         assert [answer.token_ids for answer in pool.answers(requests(2))] == [(7,), (7,)]
     assert len(pool.alive) == 1
@@ -182,15 +189,7 @@ def test_a_server_that_is_back_is_given_the_weights_once_however_short_the_reque
 
 
 def test_an_update_waits_for_the_weights_that_a_server_is_being_given(start: Any, connect: Any, tmp_path: Path) -> None:
-    first, second = start(), start()
-    pool = connect(first, second)
-    second.die()
-    while len(pool.alive) == 2:
-        pool.answers(requests(4))
-    again = start(second.server_port)
-    again.free.clear()
-    while not again.began.is_set():
-        pool.answers(requests(1))
+    pool, first, again = one_is_being_given_the_weights(start, connect)
     update = threading.Thread(target=lambda: pool.put(weights(tmp_path, 2)))
     update.start()
     while first.version != f"{RUN}-2-2":
@@ -234,3 +233,14 @@ def test_who_waits_when_all_is_given_up_hears_of_it(start: Any, connect: Any) ->
     assert [str(error) for error in errors] == ["generation was abandoned, because the run ends"]
     server.together.abort()
     assert pool.answers(requests(1))[0].token_ids == (7,)
+
+
+def test_the_cause_of_an_error_survives_the_others_that_ran_beside_it(connect: Any, start: Any) -> None:
+    """Of several requests to a server that is gone, one error is raised, and it tells the connection's."""
+    server = start()
+    pool = connect(server)
+    [known] = pool.alive
+    server.die()
+    with pytest.raises(ServerLost, match="ConnectError") as raised:
+        pool.answers_of(known, requests(3))
+    assert isinstance(raised.value.__cause__, httpx2.ConnectError)

@@ -23,7 +23,7 @@ async def task_group() -> AsyncIterator[TaskGroup]:
         first: BaseException = errors
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        raise first from None
+        raise first from first.__cause__
 
 
 async def each(function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
