@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.rollout import RolloutSettings
+from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.attention import causal_lm
 from alignlab.rollout.block_manager import BlockManager
@@ -212,6 +213,8 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
         """Compute one step and take its tokens; returns how many. Finished sequences go into `routing`."""
+        if self._runner.device.type == "cpu":
+            follow_free_cores()
         step = scheduler.schedule()
         samples = scheduler.commit(step)
         logits = self._runner.logits(step, [index for _, index in samples])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignlab.config.trainers import TrainerConfig
+from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import CheckpointError, NumericsError
 from alignlab.models.adapters import adapters_disabled, has_adapters, is_of_adapter
 from alignlab.models.attention import causal_lm
@@ -172,7 +173,7 @@ class Learner:
         policy.eval()
         try:
             with torch.no_grad(), policy.in_use():
-                return [self._forward(policy, pack) for pack in packs]
+                return [self._forward(policy, pack) for pack in self._paced(packs)]
         finally:
             policy.train(was_training)
 
@@ -207,7 +208,7 @@ class Learner:
         packs = [pack.to(self.device) for pack in packs]
         totals = count_step(packs, self.reduce_sum)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for i, pack in enumerate(packs):
+        for i, pack in enumerate(self._paced(packs)):
             with self._synchronised(last=i == len(packs) - 1):
                 self._backward(pack, loss, weigh(pack, totals), measure(pack, totals), totals, sums)
         metrics = self._step(packs, totals)
@@ -216,6 +217,13 @@ class Learner:
         names = sorted(sums)
         values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
         return metrics | dict(zip(names, values, strict=True))
+
+    def _paced(self, packs: Sequence[Experience]) -> Iterator[Experience]:
+        """The packs one by one, each computed with as many threads as there are free cores then."""
+        for pack in packs:
+            if self.device.type == "cpu":
+                follow_free_cores()
+            yield pack
 
     def _forward(self, policy: torch.nn.Module, pack: Experience) -> PolicyOutput:
         output: PolicyOutput = policy(

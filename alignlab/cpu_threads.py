@@ -1,0 +1,157 @@
+"""The number of threads that compute on the CPU follows the cores that other processes leave free.
+
+A parallel product is over when its slowest thread is. Where another process is on a core, the thread on that core waits
+for its turn, and all others wait for it: beside two busy processes on two cores, two threads are slower than one. How
+long a waiting thread spins can only be chosen before the process starts; the number of threads can be changed at any
+time, between two products.
+
+Another number of threads adds in another order, and so rounds otherwise in the last bit. Whoever needs the same bits
+beside busy processes too sets `OMP_NUM_THREADS`: then the number stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+WINDOW_S = 0.5
+"""Shortest time over which the use of the cores is measured."""
+CONFIRMATIONS = 2
+"""Windows in a row that must ask for the same number of threads before it changes."""
+SPARE_CORES = 0.3
+"""Share of a core that other processes may use without costing a thread."""
+_IDLE = ("idle", "iowait")
+_COUNTED_TWICE = ("guest", "guest_nice")  # the kernel counts them under user and nice too
+_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of control groups, version 2
+
+
+@dataclass(frozen=True)
+class CpuUsage:
+    """Seconds of core time since some fixed moment.
+
+    Attributes:
+        wall: that passed.
+        busy: that all processes used together, on the cores that this process may run on.
+        own: that this process used.
+    """
+
+    wall: float
+    busy: float
+    own: float
+
+
+def read_cpu_usage() -> CpuUsage:
+    """Return the use of the cores so far, by the operating system's counts."""
+    allowed = _allowed_cores()
+    busy = 0.0
+    for core, times in enumerate(psutil.cpu_times(percpu=True)):
+        if core in allowed:
+            busy += sum(s for name, s in times._asdict().items() if name not in _IDLE + _COUNTED_TWICE)
+    return CpuUsage(time.monotonic(), busy, time.process_time())
+
+
+class CpuThreads:
+    """Chooses how many threads compute.
+
+    Args:
+        limit: most threads, >= 1.
+        num_cores: cores that this process may use, >= 1.
+        read: measures the use of the cores.
+        clock: seconds since some fixed moment; the `wall` of `read`.
+
+    Attributes:
+        wanted: number of threads now.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        num_cores: float,
+        read: Callable[[], CpuUsage] = read_cpu_usage,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit, self.num_cores = limit, num_cores
+        self.wanted = limit
+        self._read, self._clock = read, clock
+        self._last = read()
+        self._asked, self._confirmations = limit, 0
+        self._has_warned = False
+
+    def update(self) -> int:
+        """Measure, where enough time has passed, and return the number of threads to compute with.
+
+        One thread for each core that other processes leave, at least one; the number changes when two windows in a row
+        ask for the same other one.
+        """
+        if self._clock() - self._last.wall < WINDOW_S:
+            return self.wanted
+        now = self._read()
+        used_by_others = (now.busy - self._last.busy) - (now.own - self._last.own)
+        others = max(0.0, used_by_others / (now.wall - self._last.wall))
+        self._last = now
+        asked = max(1, min(self.limit, math.floor(self.num_cores - others + SPARE_CORES)))
+        self._confirmations = self._confirmations + 1 if asked == self._asked else 1
+        self._asked = asked
+        if asked != self.wanted and self._confirmations >= CONFIRMATIONS:
+            self._change(asked, others)
+        return self.wanted
+
+    def _change(self, number: int, others: float) -> None:
+        if not self._has_warned and number < self.wanted:
+            logger.warning(
+                "other processes use %.1f of %g cores: computing with %d thread(s) instead of %d until they are done; "
+                "another number of threads rounds otherwise in the last bit, so set OMP_NUM_THREADS where runs must be "
+                "equal bit for bit beside busy processes",
+                others, self.num_cores, number, self.wanted,
+            )  # fmt: skip
+            self._has_warned = True
+        self.wanted = number
+
+
+_threads: CpuThreads | None = None
+_initial_threads = 0  # of torch, before any change
+
+
+def follow_free_cores() -> int:
+    """Compute with as many threads as there are free cores, from now on, in the calling thread; return their number.
+
+    Called between two pieces of work, often: it measures twice a second at most. Nothing changes where the environment
+    has `OMP_NUM_THREADS`. A number that the user gives to `torch.set_num_threads` is the new limit.
+    """
+    global _initial_threads, _threads
+    current = torch.get_num_threads()  # OpenMP's number is the calling thread's own
+    if "OMP_NUM_THREADS" in os.environ:
+        return current
+    if _threads is None:
+        _initial_threads, num_cores = current, available_cores()
+        _threads = CpuThreads(max(1, min(current, math.ceil(num_cores))), num_cores)
+    elif current not in (_threads.wanted, _threads.limit, _initial_threads):
+        _threads.limit = _threads.wanted = current
+    wanted = _threads.update()
+    if current != wanted:
+        torch.set_num_threads(wanted)
+    return wanted
+
+
+def available_cores() -> float:
+    """Return how many cores this process may use: those it may run on, within its container's share of time."""
+    num_cores = float(len(_allowed_cores()))
+    if not _QUOTA_FILE.is_file():
+        return num_cores
+    quota, _, period = _QUOTA_FILE.read_text().partition(" ")
+    return num_cores if quota == "max" else min(num_cores, max(1.0, int(quota) / int(period)))
+
+
+def _allowed_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
