@@ -58,6 +58,7 @@ PUBLIC = {
     "Prompt",
     "RLAIFConfig",
     "RLAIFTrainer",
+    "RenderSettings",
     "RewardConfig",
     "RewardModel",
     "RewardSettings",

@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> int:
     """Stream one completion."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
 
-    from alignlab.config.data import DataSettings
+    from alignlab.config.render import RenderSettings
     from alignlab.config.rollout import RolloutSettings
     from alignlab.data.prompts import prompts_from_rows
     from alignlab.rollout.engine import EmbeddedEngine
 
     model, tokenizer = load_policy(args.model, args.adapter, args.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None) or DataSettings().max_prompt_tokens
-    settings = DataSettings(
+    limit = getattr(model.config, "max_position_embeddings", None) or RenderSettings().max_prompt_tokens
+    settings = RenderSettings(
         chat=False if args.plain else None,
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,

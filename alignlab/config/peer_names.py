@@ -133,6 +133,7 @@ PEER_NAMES: dict[str, dict[str, str]] = {
         "dataset_train_split": "split",
         "max_prompt_length": "max_prompt_tokens",
     },
+    "RenderSettings": {"max_prompt_length": "max_prompt_tokens"},
     "SamplingSettings": {"max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens"},
     "KLSettings": {"beta": "coef"},
 }

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import BadRow, PromptRenderer
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Completion, Prompt
@@ -126,7 +126,7 @@ class TextAligner:
     """
 
     def __init__(
-        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, settings: DataSettings
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, settings: RenderSettings
     ) -> None:
         self._teacher = teacher
         self._student_bytes, self._teacher_bytes = TokenBytes(student), TokenBytes(teacher)

@@ -11,6 +11,7 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report, split_row
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
@@ -94,7 +95,7 @@ def load_examples(
 
 def examples_from_rows(
     rows: Iterable[Mapping[str, Any]],
-    settings: DataSettings,
+    settings: RenderSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     answer_column: str = "answer",

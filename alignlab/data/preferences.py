@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
 from alignlab.data.sequences import Sequences
@@ -141,7 +142,7 @@ def right_and_wrong(rows: Iterable[Mapping[str, Any]], *, num_wrong: int = 1) ->
 
 
 def preferences_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase,
     *, margin_column: str | None = None, probability_column: str | None = None,
 ) -> PreferenceDataset:
     """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
@@ -169,7 +170,7 @@ def preferences_from_rows(
 
 def read_rows(
     rows: Iterable[Mapping[str, Any]],
-    settings: DataSettings,
+    settings: RenderSettings,
     tokenizer: PreTrainedTokenizerBase,
     make: Callable[[Mapping[str, Any], PromptRenderer], Iterable[T]],
 ) -> tuple[list[T], Counter[str]]:
@@ -251,7 +252,7 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
         raise BadRow(
             "missing_column",
             f"has no column {name!r}, and where one speaker ends and the other begins in the texts of 'chosen' and "
-            "'rejected' is not known; give a prompt, chat messages, or data.chat=false",
+            f"'rejected' is not known; give a prompt, chat messages, or {render.settings.setting('chat', False)}",
         )
     return _common_prompt(chosen, rejected)
 

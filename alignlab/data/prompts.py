@@ -12,6 +12,7 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Message, Prompt, Text
@@ -19,7 +20,7 @@ from alignlab.types import Message, Prompt, Text
 logger = logging.getLogger(__name__)
 
 _NOT_CHAT = (
-    "a row's prompt is a list of chat messages, and prompts are plain here (data.chat is false, or the tokenizer has "
+    "a row's prompt is a list of chat messages, and prompts are plain here (chat is false, or the tokenizer has "
     "no chat template); use a tokenizer with one, or plain prompts"
 )
 
@@ -70,7 +71,7 @@ def load_prompts(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def prompts_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PromptDataset:
     """Render and tokenise rows: dicts, or a `datasets.Dataset`.
 
@@ -83,7 +84,7 @@ def prompts_from_rows(
     """
     if isinstance(rows, Mapping):
         raise DataError(
-            f"{_source(settings)} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
+            f"{settings.source} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
             "list of dicts"
         )
     render = PromptRenderer(settings, tokenizer)
@@ -115,17 +116,20 @@ class PromptRenderer:
     plain prompt gets those that the tokenizer adds: one at the beginning at most, and none at the end.
     """
 
-    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self.chat = has_template if settings.chat is None else settings.chat
         if self.chat and not has_template:
-            raise ConfigError("data.chat is true, and the tokenizer has no chat template; set data.chat=false")
+            raise ConfigError(
+                f"{settings.setting('chat')} is true, and the tokenizer has no chat template; set "
+                f"{settings.setting('chat', False)}"
+            )
         if settings.system_prompt is not None and not self.chat:
             raise ConfigError(
-                "data.system_prompt needs a chat template, and prompts are plain here; "
-                "put the text into data.prompt_template instead"
+                f"{settings.setting('system_prompt')} needs a chat template, and prompts are plain here; "
+                f"put the text into {settings.setting('prompt_template')} instead"
             )
 
     def __call__(self, text: Text) -> str:
@@ -143,7 +147,8 @@ class PromptRenderer:
             text = [{"role": "user", "content": self._plain(text)}]
         elif self.settings.prompt_template is not None:
             raise ConfigError(
-                "data.prompt_template is put around plain prompts, and a row's prompt is a list of messages; remove it"
+                f"{self.settings.setting('prompt_template')} is put around plain prompts, and a row's prompt is a list "
+                "of messages; remove it"
             )
         if self.settings.system_prompt is None or text[0]["role"] == "system":
             return list(text)
@@ -177,7 +182,7 @@ class PromptRenderer:
         if len(token_ids) > self.settings.max_prompt_tokens:
             raise BadRow(
                 "too_long",
-                f"has a prompt of {len(token_ids)} tokens, and data.max_prompt_tokens is "
+                f"has a prompt of {len(token_ids)} tokens, and {self.settings.setting('max_prompt_tokens')} is "
                 f"{self.settings.max_prompt_tokens}; raise it",
             )
 
@@ -219,7 +224,7 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     if columns.get("messages") is None:
         raise BadRow(
             "missing_column",
-            f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set data.prompt_column",
+            f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set prompt_column",
         )
     columns.pop(prompt_column, None)
     messages = check_text(columns.pop("messages"), "messages")
@@ -262,27 +267,23 @@ def check_text(value: Any, column: str) -> Text:
     return messages
 
 
-def count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: DataSettings) -> None:
+def count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: RenderSettings) -> None:
     """Do with a bad row what `settings.on_bad_row` says."""
     if settings.on_bad_row == "error":
         raise DataError(
-            f"{_source(settings)}: row {index} (the first is 0) {error}; "
-            "correct the row, or set data.on_bad_row=skip to leave such rows out"
+            f"{settings.source}: row {index} (the first is 0) {error}; "
+            f"correct the row, or set {settings.setting('on_bad_row', 'skip')} to leave such rows out"
         ) from error
     skipped[error.reason] += 1
 
 
-def report(num_usable: int, skipped: Counter[str], settings: DataSettings) -> None:
+def report(num_usable: int, skipped: Counter[str], settings: RenderSettings) -> None:
     """Say how many rows were left out; refuse a dataset of which nothing remains."""
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     if not num_usable:
         raise DataError(
-            f"{_source(settings)}: a dataset must hold at least one usable row, and this has none "
-            f"(skipped: {counts or 'no rows at all'}); check the file and data.prompt_column"
+            f"{settings.source}: a dataset must hold at least one usable row, and this has none "
+            f"(skipped: {counts or 'no rows at all'}); check the rows and {settings.setting('prompt_column')}"
         )
     if skipped:
-        logger.warning("%s: skipped %d rows (%s)", _source(settings), skipped.total(), counts)
-
-
-def _source(settings: DataSettings) -> str:
-    return settings.path or settings.task or "the given rows"
+        logger.warning("%s: skipped %d rows (%s)", settings.source, skipped.total(), counts)

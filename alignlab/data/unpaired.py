@@ -10,6 +10,7 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.preferences import (
     completion_tokens,
     group_of,
@@ -92,7 +93,7 @@ def load_unpaired(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def unpaired_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase
 ) -> UnpairedDataset:
     """Render and tokenise rows of one of two forms, strings or chat messages (TRL's forms).
 

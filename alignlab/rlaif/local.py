@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.judge import ModelJudge
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.prompts import BadRow, PromptRenderer
@@ -52,7 +52,7 @@ class LocalChatModel:
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
-        self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+        self._render = PromptRenderer(RenderSettings(), tokenizer)
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]

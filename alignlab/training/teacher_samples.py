@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer
@@ -226,7 +226,7 @@ def _wrote(completion: Completion, render: PromptRenderer) -> bool:
 
 def plainly(render: PromptRenderer) -> PromptRenderer:
     """As the rows are read again: what stands around a prompt is written in them."""
-    bare = DataSettings(path="rows", chat=render.chat, max_prompt_tokens=render.settings.max_prompt_tokens)
+    bare = RenderSettings(chat=render.chat, max_prompt_tokens=render.settings.max_prompt_tokens)
     return PromptRenderer(bare, render.tokenizer)
 
 

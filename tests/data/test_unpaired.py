@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.unpaired import UnpairedPreference, mismatch, unpaired_from_rows
 from alignlab.errors import DataError
@@ -22,7 +22,7 @@ def tokenizer() -> Any:
 
 
 def read(rows: Any, tokenizer: Any, **settings: Any) -> Any:
-    return unpaired_from_rows(rows, DataSettings(path="rows", **settings), tokenizer)
+    return unpaired_from_rows(rows, RenderSettings(**settings), tokenizer)
 
 
 def each(prompt: int, completion: int, desirable: bool) -> UnpairedPreference:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import DPOConfig
 from alignlab.data.preferences import Preference, _common_prompt, preferences_from_rows
 from alignlab.errors import CheckpointError, ConfigError, DataError
@@ -264,7 +264,7 @@ def test_texts_of_two_speakers_need_a_prompt_where_chats_are_rendered(tokenizer:
     chats.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     rows = [{"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}]
     with pytest.raises(DataError, match=r"row 0 .* give a prompt, chat messages, or data\.chat=false"):
-        preferences_from_rows(rows, DataSettings(path="rows"), chats)
+        preferences_from_rows(rows, RenderSettings(), chats)
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "copy"])
@@ -370,7 +370,7 @@ def test_pairs_of_whole_conversations_beside_their_prompt(tokenizer: Any) -> Non
     chats.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     asked, texts = {"role": "user", "content": "q"}, [{"role": "assistant", "content": text} for text in ("a", "b")]
     whole, rest = (
-        preferences_from_rows([row], DataSettings(path="rows"), chats)[0]
+        preferences_from_rows([row], RenderSettings(), chats)[0]
         for row in (
             {"prompt": "q", "chosen": [asked, texts[0]], "rejected": [asked, texts[1]]},
             {"prompt": "q", "chosen": [texts[0]], "rejected": [texts[1]]},
