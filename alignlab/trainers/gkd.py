@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text
@@ -24,7 +23,7 @@ from alignlab.errors import DataError
 from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
-from alignlab.trainers.assemble import Dataset, Model, Reward
+from alignlab.trainers.assemble import Model, Reward
 from alignlab.trainers.distilling import (
     Comparison,
     StudentLearner,
@@ -32,6 +31,7 @@ from alignlab.trainers.distilling import (
     StudentPolicy,
     shared_width,
 )
+from alignlab.trainers.given_data import Dataset
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
@@ -91,10 +91,9 @@ class GKDTrainer(OnlineTrainer):
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
         check_room(self.teacher.model, self.prompts, config, whose="the teacher")
-        settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
         self._given: dict[int, tuple[int, ...]] = {}
         if config.student_frac < 1:
-            render = PromptRenderer(settings, self.tokenizer)
+            render = PromptRenderer(self.render_settings, self.tokenizer)
             numbers = {prompt.index for prompt in self.prompts}
             if len(numbers) < len(self.prompts):
                 raise DataError(

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.constitution import load_constitution
 from alignlab.config.judge import HOW_IT_IS_REACHED, ModelJudge
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import (
@@ -54,8 +55,9 @@ from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
-from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_base, resolve_model, resolve_prompts
+from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -95,6 +97,7 @@ class RLAIFTrainer:
         config: the trainer's section.
         train_dataset: prompts; see `OnlineTrainer`.
         eval_dataset: the same, held out; needs `evaluation.scorer`.
+        render_settings, eval_render_settings: see `OnlineTrainer`.
         tokenizer: default: the one beside the model.
         peft_config: a LoRA adapter for each stage that trains; None trains all weights.
         evaluation: how held-out accuracy is measured.
@@ -113,20 +116,25 @@ class RLAIFTrainer:
         train_dataset: Dataset,
         *,
         eval_dataset: Dataset | None = None,
+        render_settings: RenderSettings | None = None,
+        eval_render_settings: RenderSettings | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         evaluation: EvaluationSettings | None = None,
         judge: Judge | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        train = given_data(train_dataset, render_settings)
+        held_out = given_held_out(eval_dataset, eval_render_settings, train)
+        check_lora(peft_config)
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
         self.accelerator = make_accelerator()
         base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
         self.model: Any = base.to(self.accelerator.device)
         self._check_adapter()
-        self.prompts = resolve_prompts(train_dataset, self.tokenizer)
-        self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        self.prompts = resolve_prompts(train, self.tokenizer)
+        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
         self._judge_is_given = judge is not None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
+from alignlab.config.render import RenderSettings
 from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import (
     DistillConfig,
@@ -51,7 +52,7 @@ from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult
+from alignlab.training.evaluation import Evaluation, EvaluationResult, LikelihoodResult
 from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
@@ -91,8 +92,8 @@ class RunSummary:
         kind = "adapter" if self.trains_adapter else "model"
         return {
             "task": self.task,
-            "before": _accuracy(self.result.before),
-            "after": _accuracy(self.result.after),
+            "before": _headline(self.result.before),
+            "after": _headline(self.result.after),
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
@@ -100,11 +101,11 @@ class RunSummary:
         }
 
 
-def _accuracy(result: Evaluation | None) -> dict[str, float] | None:
+def _headline(result: Evaluation | None) -> dict[str, float] | None:
     if result is None:
         return None
-    names = ("greedy", "sampled") if isinstance(result, EvaluationResult) else ("accuracy",)
-    return {name: round(getattr(result, name), 4) for name in names}
+    names = {EvaluationResult: ("greedy", "sampled"), LikelihoodResult: ("loss", "perplexity")}
+    return {name: round(getattr(result, name), 4) for name in names.get(type(result), ("accuracy",))}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
@@ -196,15 +197,17 @@ def warm_start(
     resume: bool,
 ) -> TrainResult:
     """Supervised fine-tuning of all weights on prompts and answers; the result is in `warm_start/model`."""
+    source = settings.data or config.data
     examples = load_examples(
-        settings.data or config.data,
+        source,
         tokenizer,
         answer_column=settings.answer_column,
         answer_template=settings.answer_template,
     )
     folder = config.trainer.output_dir / WARM_START
     trainer = SFTTrainer(
-        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer
+        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
+        render_settings=RenderSettings(on_bad_row=source.on_bad_row),
     )
     return trainer.train(resume=resume and holds_run(folder))
 
