@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report, split_row
+from alignlab.data.rows import check_characters, plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -122,9 +122,9 @@ def examples_from_rows(
     render = PromptRenderer(settings, tokenizer)
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, row in enumerate(readable_rows(rows, settings)):
         try:
-            pieces = _pieces(row, render, answer_column, answer_template)
+            pieces = _pieces(plain_row(row), render, answer_column, answer_template)
             examples.append(_example(pieces, render))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
@@ -213,6 +213,7 @@ def _completion(columns: Mapping[str, Any], answer_column: str, answer_template:
         raise BadRow("missing_column", f"has no column 'completion' and no column {answer_column!r}")
     if not str(answer).strip():
         raise BadRow("empty", f"has an empty string in the column {answer_column!r}")
+    check_characters(answer, answer_column)
     return answer_template.replace("{answer}", str(answer))
 
 

@@ -15,6 +15,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
+from alignlab.data.rows import as_number, plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -184,9 +185,9 @@ def read_rows(
     render = PromptRenderer(settings, tokenizer)
     found: list[T] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, row in enumerate(readable_rows(rows, settings)):
         try:
-            found += make(row, render)
+            found += make(plain_row(row), render)
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(found), skipped, settings)
@@ -223,9 +224,7 @@ def _number(row: Mapping[str, Any], column: str, what: str) -> float:
     value = row.get(column)
     if value is None:
         raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
-    return float(value)
+    return as_number(value, column)
 
 
 def _margin(row: Mapping[str, Any], column: str) -> float:
@@ -237,8 +236,6 @@ def _margin(row: Mapping[str, Any], column: str) -> float:
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a row."""
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict with chosen and rejected")
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
         raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")

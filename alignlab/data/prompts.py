@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
+from alignlab.data.rows import BadRow as BadRow
+from alignlab.data.rows import check_characters, plain_row, readable_rows
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Message, Prompt, Text
@@ -23,14 +24,6 @@ _NOT_CHAT = (
     "a row's prompt is a list of chat messages, and prompts are plain here (chat is false, or the tokenizer has "
     "no chat template); use a tokenizer with one, or plain prompts"
 )
-
-
-class BadRow(Exception):
-    """A row that cannot be used: `reason` is counted, the message says what is wrong and how to mend it."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -82,17 +75,12 @@ def prompts_from_rows(
     Raises:
         ConfigError, DataError: as `load_prompts`.
     """
-    if isinstance(rows, Mapping):
-        raise DataError(
-            f"{settings.source} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
-            "list of dicts"
-        )
     render = PromptRenderer(settings, tokenizer)
     usable: list[tuple[int, Text, str, dict[str, Any]]] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, row in enumerate(readable_rows(rows, settings)):
         try:
-            text, columns = split_row(row, settings.prompt_column)
+            text, columns = split_row(plain_row(row), settings.prompt_column)
             usable.append((index, text, render(text), columns))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
@@ -216,14 +204,14 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     Raises:
         BadRow: the prompt is missing, of another type, or empty.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict such as {{{prompt_column!r}: ...}}")
     columns = dict(row)
     if columns.get(prompt_column) is not None:
         return check_text(columns.pop(prompt_column), prompt_column), columns
     if columns.get("messages") is None:
+        nothing = [name for name in (prompt_column, "messages") if name in columns]
         raise BadRow(
             "missing_column",
+            f"has nothing in the column {nothing[0]!r}" if nothing else
             f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set prompt_column",
         )
     columns.pop(prompt_column, None)
@@ -247,8 +235,11 @@ def check_text(value: Any, column: str) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise BadRow("empty", f"has an empty string in the column {column!r}")
+        check_characters(value, column)
         return value
-    if not isinstance(value, Sequence):
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()  # pandas reads lists as arrays
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray | memoryview):
         raise BadRow(
             "wrong_type",
             f"has {type(value).__name__} in the column {column!r}, which holds a string or a list of chat messages",
@@ -264,6 +255,7 @@ def check_text(value: Any, column: str) -> Text:
                 f"has {message!r:.80} in the column {column!r}, where each chat message is a dict of role and content",
             )
         messages.append({key: part for key, part in message.items() if part is not None})
+    check_characters(messages, column)
     return messages
 
 

@@ -33,6 +33,7 @@ from alignlab.config.trainers import (
 )
 from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
+from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
@@ -162,7 +163,7 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     texts = []
     for index, row in enumerate(itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)):
         try:
-            text, columns = split_row(row, config.data.prompt_column)
+            text, columns = split_row(plain_row(row), config.data.prompt_column)
             texts.append(f"{message_text(text)}{columns.get(column, '')}")
         except BadRow as error:
             count_or_raise(Counter(), error, index, config.data)

@@ -1,0 +1,215 @@
+"""Rows as they come, made plain: what is missing, what is damaged, labels and numbers, what Arrow has filled in."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+from alignlab.config.render import RenderSettings
+from alignlab.errors import DataError
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""Columns of text beside the prompt's, and of what chat templates are given."""
+_NOT_THERE = ("NAType", "NaTType")  # of pandas
+_WHOLE = 2.0**53  # below this, a float64 holds every whole number
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `reason` is counted, the message says what is wrong and how to mend it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class DamagedRow:
+    """Stands for a row that its file does not hold whole.
+
+    Attributes:
+        message: what is wrong with it, completing "row 3 ...", with the line of the file.
+    """
+
+    message: str
+
+
+def plain_row(row: Any) -> dict[str, Any]:
+    """Return a row as a dict, with None for each value that is missing: NaN, and pandas' NA and NaT.
+
+    Raises:
+        BadRow: it is damaged, or no mapping of names to values.
+    """
+    if isinstance(row, DamagedRow):
+        raise BadRow("damaged", row.message)
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict such as {{'prompt': ...}}")
+    for name in row:
+        if not isinstance(name, str):
+            raise BadRow("wrong_type", f"has a column called {name!r} ({type(name).__name__}); names must be strings")
+    return {name: None if is_missing(value) else value for name, value in row.items()}
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a value stands for none: None, NaN, and pandas' NA and NaT."""
+    if value is None or type(value).__name__ in _NOT_THERE:
+        return True
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, float):  # numpy.float64 too
+        return value != value
+    return getattr(value, "ndim", None) == 0 and hasattr(value, "item") and bool(value != value)
+
+
+def as_label(value: Any, column: str) -> bool:
+    """Return a label: true or false, 1 or 0 (1.0 and 0.0 too), also as text, which all values of a CSV file are.
+
+    Raises:
+        BadRow: it is another value, such as the -1 of labels that are +1 and -1.
+    """
+    label = scalar(value)
+    if isinstance(label, str):
+        known = _LABELS.get(label.strip().lower())
+    elif isinstance(label, bool):
+        known = label
+    else:
+        known = bool(label) if isinstance(label, Real | Decimal) and label in (0, 1) else None
+    if known is None:
+        raise BadRow(
+            "wrong_type",
+            f"has {value!r:.80} in the column {column!r}, which holds true or false, 1 or 0, as values or as text; "
+            "write 1 for a good completion and 0 for a bad one",
+        )
+    return known
+
+
+def as_number(value: Any, column: str) -> float:
+    """Return a number, also one that is text, which all values of a CSV file are: 0.5, -3, 1e-3.
+
+    Raises:
+        BadRow: it is no number, or text of another form, such as "1,5", "50%" or "1_000".
+    """
+    number = scalar(value)
+    if isinstance(number, str) and _NUMBER.fullmatch(number.strip()):
+        return float(number)
+    if isinstance(number, bool) or not isinstance(number, Real | Decimal | Fraction):
+        raise BadRow(
+            "wrong_type",
+            f"has {value!r:.80} in the column {column!r}, which holds numbers; write them as 0.5, -3 or 1e-3",
+        )
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(math.inf, number)
+
+
+def scalar(value: Any) -> Any:
+    """Return a single number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def check_characters(value: Any, column: str) -> None:
+    """Refuse text with half a character, such as a lone "\\ud83d": it is no text in any encoding.
+
+    Args:
+        value: text, or lists and dicts of it.
+
+    Raises:
+        BadRow: it has one.
+    """
+    for text in _texts(value):
+        half = None if text.isascii() else _HALF_CHARACTER.search(text)
+        if half is not None:
+            raise BadRow(
+                "not_unicode",
+                f"has half a character (U+{ord(half.group()):X}) in the column {column!r}, which no tokenizer takes; "
+                "cut its text between characters",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
+    """Return the first `settings.size` rows, without what tables have put into them.
+
+    - A column of whole numbers with gaps is stored as floats by pandas, 72 as 72.0: it is read as whole numbers.
+    - Arrow gives all dicts of a column the same keys, and fills with None: those of text columns, such as messages and
+      tools, are taken out. A None of other columns, which rewards receive, stays.
+
+    Raises:
+        DataError: they are no rows, or a row of a table cannot be decoded.
+    """
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"{settings.source} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
+            "list of dicts"
+        )
+    if is_arrow(rows):
+        rows = _arrow_rows(rows, frozenset((settings.prompt_column, *TEXT_COLUMNS)), settings)
+    taken = list(itertools.islice(rows, settings.size))
+    mappings = [row for row in taken if isinstance(row, Mapping)]
+    names = dict.fromkeys(name for row in mappings for name in row)
+    gapped = [name for name in names if is_gapped(row.get(name) for row in mappings)]
+    if not gapped:
+        return taken
+    return [_with_whole(row, gapped) if isinstance(row, Mapping) else row for row in taken]
+
+
+def is_gapped(values: Iterable[Any]) -> bool:
+    """Tell whether values are whole numbers that a gap has made floats: some missing, all others whole floats."""
+    gap = number = False
+    for value in values:
+        if is_missing(value):
+            gap = True
+        elif isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE:
+            number = True
+        else:
+            return False
+    return gap and number
+
+
+def _with_whole(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return dict(row) | {name: int(row[name]) for name in names if not is_missing(row.get(name))}
+
+
+def is_arrow(rows: Any) -> bool:
+    """Tell whether rows are a `datasets.Dataset`, which need not be imported for that."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset" for kind in type(rows).__mro__)
+
+
+def _arrow_rows(rows: Any, text_columns: frozenset[str], settings: RenderSettings) -> Iterator[dict[str, Any]]:
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+        except Exception as error:  # decoders of images and sounds raise what they like
+            raise DataError(
+                f"{settings.source}: row {index} (the first is 0) cannot be decoded: {error}; remove the columns that "
+                "hold no text"
+            ) from error
+        yield {name: without_none(value) if name in text_columns else value for name, value in row.items()}
+
+
+def without_none(value: Any) -> Any:
+    """Return a value without the entries of its dicts that are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_none(part) for key, part in value.items() if part is not None}
+    return [without_none(part) for part in value] if isinstance(value, list) else value
