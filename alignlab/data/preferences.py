@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
+from alignlab.data.common_prompt import common_prompt
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
 from alignlab.data.rows import as_number, plain_row, readable_rows
@@ -251,7 +252,7 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
             f"has no column {name!r}, and where one speaker ends and the other begins in the texts of 'chosen' and "
             f"'rejected' is not known; give a prompt, chat messages, or {render.settings.setting('chat', False)}",
         )
-    return _common_prompt(chosen, rejected)
+    return common_prompt(chosen, rejected, render.special_texts)
 
 
 def completion_tokens(
@@ -267,29 +268,3 @@ def completion_tokens(
     if not all(example.completion_mask[first:]):
         raise BadRow("wrong_type", "has completions of several turns; put all but the last into the prompt")
     return example.token_ids[:first], example.token_ids[first:]
-
-
-def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of two conversations or texts that begin alike."""
-    differ = (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
-    shared = next(differ, min(len(chosen), len(rejected)))
-    if shared in (len(chosen), len(rejected)):
-        raise BadRow("empty", "has nothing in 'chosen' or 'rejected' after what the two have in common")
-    if isinstance(chosen, str):
-        shared = _word_begin(chosen, shared)
-    if shared == 0:
-        raise BadRow("other_prompt", "has no column of prompts, and 'chosen' and 'rejected' do not begin alike")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _word_begin(text: str, place: int) -> int:
-    """Where the word or number begins that `place` is in, the space before it included; of ASCII's letters and digits.
-
-    A model that goes on from the middle of a word has tokens to write that no natural text has there. Other scripts
-    need no spaces, and are cut where they are.
-    """
-    begin = place
-    while begin > 0 and text[begin - 1].isascii() and text[begin - 1].isalnum():
-        begin -= 1
-    begin -= text[:begin].endswith(" ")
-    return begin or place

@@ -120,6 +120,12 @@ class PromptRenderer:
                 f"put the text into {settings.setting('prompt_template')} instead"
             )
 
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts of the tokenizer's special tokens."""
+        added = (str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(dict.fromkeys(text for text in (*added, *self.tokenizer.all_special_tokens) if text))
+
     def __call__(self, text: Text) -> str:
         """The string that the model reads before it writes its completion.
 

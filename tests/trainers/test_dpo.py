@@ -17,7 +17,8 @@ from torch import Tensor
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import DPOConfig
-from alignlab.data.preferences import Preference, _common_prompt, preferences_from_rows
+from alignlab.data.common_prompt import common_prompt
+from alignlab.data.preferences import Preference, preferences_from_rows
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
 from alignlab.models.adapters import add_lora
@@ -357,11 +358,11 @@ def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> Non
     [
         ("France? Paris", "France? Prague", "France?"), ("sum 12", "sum 13", "sum"), ("a\nbc", "a\nbd", "a\n"),
         ("a  b", "a  c", "a "), ("2+2=4", "2+2=5", "2+2="), ("a:Yes", "a:No", "a:"),
-        ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"), ("abc", "abd", "ab"),
+        ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"),
     ],
 )
 def test_a_prompt_that_both_begin_with_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
-    found = _common_prompt(chosen, rejected)
+    found = common_prompt(chosen, rejected)
     assert found == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
 
 
