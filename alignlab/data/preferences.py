@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
+from alignlab.data.messages import BadRow, check_text
+from alignlab.data.prompts import count_or_raise, report
+from alignlab.data.rendering import PromptRenderer
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow, check_text
 from alignlab.data.preferences import (
     completion_tokens,
     group_of,
@@ -18,7 +19,8 @@ from alignlab.data.preferences import (
     preference_rows,
     read_rows,
 )
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text, split_row
+from alignlab.data.prompts import split_row
+from alignlab.data.rendering import PromptRenderer
 from alignlab.data.sequences import Sequences
 from alignlab.errors import DataError
 from alignlab.types import Rollout
