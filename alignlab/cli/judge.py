@@ -93,7 +93,8 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
         DataError: a row has not all three.
     """
     from alignlab.config.data import DataSettings
-    from alignlab.data.rows import BadRow, plain_row
+    from alignlab.data.messages import BadRow
+    from alignlab.data.rows import plain_row
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
     from alignlab.rlaif.examples import KnownPair

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.rollout import RolloutSettings
     from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.data.prompts import PromptRenderer, load_prompts
+    from alignlab.data.prompts import load_prompts
+    from alignlab.data.rendering import PromptRenderer
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
     from alignlab.training.model_reward import bind_rewards

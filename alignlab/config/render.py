@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from datetime import date
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,18 @@ class RenderSettings(Frozen):
     chat: bool | None = None
     """Render through the tokenizer's chat template; default: where the tokenizer has one."""
     max_prompt_tokens: int = Field(1024, ge=1)
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools that the chat template is given, as JSON schemas; a row's column `tools` has precedence."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {enable_thinking: false}; those of a row's column of this name have
+    precedence."""
+    template_date: date = date(2024, 7, 26)
+    """The day that a chat template takes for today: the same on every day, so that a run can be resumed."""
+    escape_special_tokens: bool = False
+    """Encode special tokens that a row's texts spell, such as <|im_end|>, as text; the template's own stay special."""
+    taught_turns: Literal["together", "separately", "last"] = "together"
+    """Of a conversation in supervised data: teach all of the assistant's turns in one example, each in an example of
+    its own with the history as the template writes it there, or the last one alone."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Bad rows, over-long prompts, and examples that the model has no positions for: stop with the number, or skip and
     count."""

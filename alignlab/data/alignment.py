@@ -23,7 +23,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.render import RenderSettings
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Completion, Prompt
 

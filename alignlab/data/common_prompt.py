@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from alignlab.data.rows import BadRow
+from alignlab.data.messages import BadRow
 from alignlab.types import Text
 
 _ENDS_A_LABEL = ":=>]"

@@ -1,4 +1,4 @@
-"""Rows as they come, made plain: what is missing, what is damaged, labels and numbers, what Arrow has filled in."""
+"""Rows as they come, made plain: what is missing, what is damaged, labels and numbers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from numbers import Real
 from typing import Any
 
 from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow
 from alignlab.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""Columns of text beside the prompt's, and of what chat templates are given."""
 _NOT_THERE = ("NAType", "NaTType")  # of pandas
 _WHOLE = 2.0**53  # below this, a float64 holds every whole number
-
-
-class BadRow(Exception):
-    """A row that cannot be used: `reason` is counted, the message says what is wrong and how to mend it."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -117,43 +107,10 @@ def scalar(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def check_characters(value: Any, column: str) -> None:
-    """Refuse text with half a character, such as a lone "\\ud83d": it is no text in any encoding.
-
-    Args:
-        value: text, or lists and dicts of it.
-
-    Raises:
-        BadRow: it has one.
-    """
-    for text in _texts(value):
-        half = None if text.isascii() else _HALF_CHARACTER.search(text)
-        if half is not None:
-            raise BadRow(
-                "not_unicode",
-                f"has half a character (U+{ord(half.group()):X}) in the column {column!r}, which no tokenizer takes; "
-                "cut its text between characters",
-            )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _texts(key)
-            yield from _texts(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _texts(part)
-
-
 def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
-    """Return the first `settings.size` rows, without what tables have put into them.
+    """Return the first `settings.size` rows, with whole numbers where a table has stored them as floats.
 
-    - A column of whole numbers with gaps is stored as floats by pandas, 72 as 72.0: it is read as whole numbers.
-    - Arrow gives all dicts of a column the same keys, and fills with None: those of text columns, such as messages and
-      tools, are taken out. A None of other columns, which rewards receive, stays.
+    pandas stores a column of whole numbers with gaps as floats, 72 as 72.0, also in Parquet and JSON.
 
     Raises:
         DataError: they are no rows, or a row of a table cannot be decoded.
@@ -164,7 +121,7 @@ def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
             "list of dicts"
         )
     if is_arrow(rows):
-        rows = _arrow_rows(rows, frozenset((settings.prompt_column, *TEXT_COLUMNS)), settings)
+        rows = _arrow_rows(rows, settings)
     taken = list(itertools.islice(rows, settings.size))
     mappings = [row for row in taken if isinstance(row, Mapping)]
     names = dict.fromkeys(name for row in mappings for name in row)
@@ -196,7 +153,7 @@ def is_arrow(rows: Any) -> bool:
     return any(f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset" for kind in type(rows).__mro__)
 
 
-def _arrow_rows(rows: Any, text_columns: frozenset[str], settings: RenderSettings) -> Iterator[dict[str, Any]]:
+def _arrow_rows(rows: Any, settings: RenderSettings) -> Iterator[Any]:
     for index in range(len(rows)):
         try:
             row = rows[index]
@@ -205,11 +162,4 @@ def _arrow_rows(rows: Any, text_columns: frozenset[str], settings: RenderSetting
                 f"{settings.source}: row {index} (the first is 0) cannot be decoded: {error}; remove the columns that "
                 "hold no text"
             ) from error
-        yield {name: without_none(value) if name in text_columns else value for name, value in row.items()}
-
-
-def without_none(value: Any) -> Any:
-    """Return a value without the entries of its dicts that are None, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: without_none(part) for key, part in value.items() if part is not None}
-    return [without_none(part) for part in value] if isinstance(value, list) else value
+        yield row

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.judge import ModelJudge
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings
+from alignlab.data.messages import BadRow
 from alignlab.data.packing import pack_rollouts
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, has_adapters
 from alignlab.models.attention import causal_lm

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.render import RenderSettings
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
 from alignlab.rlaif.judge import Verdict
 from alignlab.training.model_reward import ModelReward
 from alignlab.types import Text

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text
+from alignlab.data.messages import BadRow, check_text
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import DataError
 from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer

@@ -32,7 +32,8 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.data.examples import load_examples
-from alignlab.data.prompts import BadRow, count_or_raise, split_row
+from alignlab.data.messages import BadRow
+from alignlab.data.prompts import count_or_raise, split_row
 from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer

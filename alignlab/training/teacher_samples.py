@@ -22,7 +22,8 @@ from typing import IO, Any, Literal
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError, DataError
 from alignlab.training.files import write_atomically
 from alignlab.training.reward_runner import RewardRunner
