@@ -165,7 +165,9 @@ def _examples_of(
 def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: str) -> list[list[_Piece]]:
     if render.chat:
         before = render.messages(prompt)
-        after = _without_prompt(prompt, completion)
+        system, after = _without_prompt(prompt, completion)
+        if system:  # a conversation's own message goes before that of the settings
+            before = [*system, *(before[1:] if before[0]["role"] == "system" else before)]
         if before[-1]["role"] == after[0]["role"] == "assistant":
             return [_continued_pieces(before, after, render)]
         return _chat_pieces([*before, *after], render, len(before), turns)
@@ -174,23 +176,38 @@ def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: st
     return [[_Piece(render(prompt), False), _Piece(render.plain_completion(completion), True)]]
 
 
-def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
-    """The completion as messages; of a whole conversation, as TRL's datasets may have it, what follows the prompt."""
+def _without_prompt(prompt: Text, completion: Text) -> tuple[list[Message], list[Message]]:
+    """Return the system message that a completion brings with it, if it does, and what follows the prompt in it.
+
+    A completion may be a whole conversation, as TRL's datasets have it: what it begins with must be the prompt, but for
+    white space and for a system message, which a column of text has no place for.
+
+    Raises:
+        BadRow: it begins with other messages, or nothing follows.
+    """
     if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
+        return [], [{"role": "assistant", "content": completion}]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     first = completion[0]["role"]
-    if list(completion[: len(asked)]) != asked:
-        if first == "system" or first == asked[-1]["role"] == "user":
-            raise BadRow(
-                "other_prompt",
-                f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
-                "the prompt, or the whole conversation",
-            )
-        return list(completion)
-    if len(completion) == len(asked):
-        raise BadRow("empty", "has nothing in a completion after the prompt")
-    return list(completion[len(asked) :])
+    num_system = int(first == "system" != asked[0]["role"])
+    system, rest = list(completion[:num_system]), list(completion[num_system:])
+    if len(rest) >= len(asked) and all(map(_same_message, asked, rest)):
+        if len(rest) == len(asked):
+            raise BadRow("empty", "has nothing in a completion after the prompt")
+        return system, rest[len(asked) :]
+    if first == "system" or first == asked[-1]["role"] == "user":
+        raise BadRow(
+            "other_prompt",
+            f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
+            "the prompt, or the whole conversation",
+        )
+    return [], rest
+
+
+def _same_message(one: Message, other: Message) -> bool:
+    """Tell whether two messages say the same, but for white space."""
+    first, second = ({**message, "content": str(message["content"]).split()} for message in (one, other))
+    return first == second
 
 
 def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
