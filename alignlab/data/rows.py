@@ -13,11 +13,13 @@ from numbers import Real
 from typing import Any
 
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow
+from alignlab.data.messages import TEMPLATE_COLUMNS, BadRow
 from alignlab.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", *TEMPLATE_COLUMNS)
+"""Columns of text beside the prompt's, and those that chat templates are given."""
 _NOT_THERE = ("NAType", "NaTType")  # of pandas
 _WHOLE = 2.0**53  # below this, a float64 holds every whole number
 
@@ -36,6 +38,8 @@ class DamagedRow:
 def plain_row(row: Any) -> dict[str, Any]:
     """Return a row as a dict, with None for each value that is missing: NaN, and pandas' NA and NaT.
 
+    Lists that pandas has read as arrays of objects become lists again; so do all arrays in columns of text.
+
     Raises:
         BadRow: it is damaged, or no mapping of names to values.
     """
@@ -46,7 +50,28 @@ def plain_row(row: Any) -> dict[str, Any]:
     for name in row:
         if not isinstance(name, str):
             raise BadRow("wrong_type", f"has a column called {name!r} ({type(name).__name__}); names must be strings")
-    return {name: None if is_missing(value) else value for name, value in row.items()}
+    return {name: _plain_value(value, name) for name, value in row.items()}
+
+
+def _plain_value(value: Any, name: str) -> Any:
+    if is_missing(value):
+        return None
+    if name in TEXT_COLUMNS or (_is_array(value) and value.dtype == object):
+        return without_arrays(value)
+    return value
+
+
+def without_arrays(value: Any) -> Any:
+    """Return a structure with lists for its arrays."""
+    if isinstance(value, Mapping):
+        return {key: without_arrays(held) for key, held in value.items()}
+    if _is_array(value):
+        value = value.tolist()
+    return [without_arrays(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _is_array(value: Any) -> bool:
+    return getattr(value, "ndim", 0) > 0 and hasattr(value, "tolist") and hasattr(value, "dtype")
 
 
 def is_missing(value: Any) -> bool:
@@ -76,7 +101,7 @@ def as_label(value: Any, column: str) -> bool:
     if known is None:
         raise BadRow(
             "wrong_type",
-            f"has {value!r:.80} in the column {column!r}, which holds true or false, 1 or 0, as values or as text; "
+            f"has {shown(value)} in the column {column!r}, which holds true or false, 1 or 0, as values or as text; "
             "write 1 for a good completion and 0 for a bad one",
         )
     return known
@@ -94,12 +119,20 @@ def as_number(value: Any, column: str) -> float:
     if isinstance(number, bool) or not isinstance(number, Real | Decimal | Fraction):
         raise BadRow(
             "wrong_type",
-            f"has {value!r:.80} in the column {column!r}, which holds numbers; write them as 0.5, -3 or 1e-3",
+            f"has {shown(value)} in the column {column!r}, which holds numbers; write them as 0.5, -3 or 1e-3",
         )
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages quote it; of an integer too long to be written, its type."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return f"a value of type {type(value).__name__}"
 
 
 def scalar(value: Any) -> Any:
