@@ -380,6 +380,28 @@ def test_pairs_of_whole_conversations_beside_their_prompt(tokenizer: Any) -> Non
     assert whole == rest and chats.decode(whole.prompt) == "<user>q"
 
 
+def test_a_text_prompt_and_conversations_agree_but_for_white_space_and_a_system_message(tokenizer: Any) -> None:
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "q r"}
+
+    def prompt_of(before: Any, text: str = "q  r\n", **settings: Any) -> str:
+        whole = {name: [*before, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        [pair] = preferences_from_rows([{"prompt": text, **whole}], RenderSettings(**settings), chats)
+        return chats.decode(pair.prompt)
+
+    assert prompt_of([asked]) == "<user>q  r\n<assistant>"
+    assert prompt_of([system, asked], "q r") == "<system>s<user>q r<assistant>"
+    assert prompt_of([system, asked], "q r", system_prompt="other") == "<system>s<user>q r<assistant>"
+    assert prompt_of([asked], "q r", system_prompt="other") == "<system>other<user>q r<assistant>"
+    for before in ([system, {"role": "user", "content": "qr"}], [system], [{"role": "user", "content": "Q r"}]):
+        with pytest.raises(DataError, match="row 0 .* and not with the prompt"):
+            prompt_of(before, "q r")
+
+
 def test_settings_that_are_not_read_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"label_smoothing is 0\.1, and must stay 0\.0 with loss hinge"):
         DPOConfig(loss="hinge", label_smoothing=0.1)
