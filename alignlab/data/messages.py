@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message may have what the assistant thought before its answer."""
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns of a row that the chat template is given beside the messages."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -110,11 +108,6 @@ def template_values_of(value: Any) -> dict[str, Any]:
     return {str(name): held for name, held in value.items() if held is not None}
 
 
-def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those columns that the chat template is given, to be written beside a prompt that is read again."""
-    return {name: columns[name] for name in TEMPLATE_COLUMNS if columns.get(name) is not None}
-
-
 def without_none(value: Any) -> Any:
     """Return a structure without the fields that are None: a table of `datasets` fills up mappings with them."""
     if isinstance(value, Mapping):
@@ -162,7 +155,8 @@ def _with_joined_parts(message: dict[str, Any], column: str) -> dict[str, Any]:
             f"has a content of type {type(parts).__name__} in the column {column!r}, which must be text; write it as a "
             "string",
         )
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         kind, text = _part(part, column)
         (thoughts if kind == "thought" else texts).append(text)
