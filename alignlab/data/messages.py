@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -106,6 +107,20 @@ def template_values_of(value: Any) -> dict[str, Any]:
             '{"enable_thinking": false}',
         )
     return {str(name): held for name, held in value.items() if held is not None}
+
+
+def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a prompt that its chat template was given, as JSON, for a row that is rendered again.
+
+    Columns of these names that no template can take are for the rewards, and left out.
+    """
+    made: dict[str, Any] = {}
+    readers: dict[str, Callable[[Any], Any]] = {"tools": tools_of, "chat_template_kwargs": template_values_of}
+    for name, read in readers.items():
+        if columns.get(name) is not None:
+            with suppress(BadRow):
+                made[name] = read(columns[name])
+    return made
 
 
 def without_none(value: Any) -> Any:
