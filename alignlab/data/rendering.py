@@ -168,8 +168,21 @@ class PromptRenderer:
         form, lost = self._best_form(messages, generation=not taught)
         if form is None:
             raise self._refusal(messages, generation=not taught)
+        lost = lost or self._unused_tools(form, generation=not taught)
         self._refuse_lost([fragment for fragment in lost if fragment.message not in taught], messages)
         return form
+
+    def _unused_tools(self, form: Sequence[Message], *, generation: bool) -> list[Fragment]:
+        """Return the tools where they change nothing: their names may stand in calls, and not in a list of tools."""
+        if not self._tools:
+            return []
+        without = copy.copy(self)
+        without._tools = ()
+        try:
+            same = without.render_chat(form, generation=generation) == self.render_chat(form, generation=generation)
+        except BadRow:  # of a template that needs tools
+            same = False
+        return fragments_of_tools(self._tools) if same else []
 
     def _best_form(
         self, messages: Sequence[Message], *, generation: bool

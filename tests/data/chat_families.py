@@ -40,11 +40,13 @@ _QWEN25 = _QWEN_TOOLS + _QWEN_TURNS.replace("%THOUGHT%", "{{ m.content or '' }}"
 
 # Thoughts stay after the user's last message alone, and the last turn has an empty one where it has none.
 _QWEN3_THOUGHT = (
-    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{% set ns.text = m.content or '' %}{% set ns.thought = '' %}"
+    "{% if m.role != 'assistant' %}{{ m.content }}{% else %}{% set ns.text = m.content or '' %}"
+    "{% set ns.thought = '' %}"
     "{% if m.reasoning_content is string %}{% set ns.thought = m.reasoning_content %}"
     "{% elif '</think>' in ns.text %}{% set ns.thought = ns.text.split('</think>')[0].split('<think>')[-1] %}"
     "{% set ns.text = ns.text.split('</think>')[-1] %}{% endif %}"
-    "{% if loop.index0 > ns.last and (loop.last or ns.thought) %}<think>\n{{ ns.thought | trim }}\n</think>\n\n{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or ns.thought) %}"
+    "<think>\n{{ ns.thought | trim }}\n</think>\n\n{% endif %}"
     "{{ ns.text.lstrip('\n') }}{% endif %}"
 )
 _QWEN3 = (
@@ -100,7 +102,8 @@ _GEMMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set before = messages[0].content + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set before = '' %}{% set turns = messages %}{% endif %}" + _ALTERNATE
     + "{% for m in turns %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ before if loop.first else '' }}{% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}"
+    "{{ before if loop.first else '' }}{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for p in m.content %}"
     "{{ p.text | trim }}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
@@ -111,8 +114,10 @@ _MISTRAL = (
     "{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
     "{% if tools and loop.index0 == ns.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
     "[INST]{{ messages[0].content + '\n\n' if loop.index0 == ns.last and messages[0].role == 'system' else '' }}"
-    "{{ m.content }}[/INST]{% elif m.role == 'tool' %}[TOOL_RESULTS]{\"content\": {{ m.content | tojson }}}[/TOOL_RESULTS]"
-    "{% elif m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]{{ eos_token }}"
+    "{{ m.content }}[/INST]{% elif m.role == 'tool' %}"
+    "[TOOL_RESULTS]{\"content\": {{ m.content | tojson }}}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]"
+    "{{ eos_token }}"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -140,8 +145,10 @@ _HARMONY = (
     "{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>"
     "{% elif m.role == 'tool' %}<|start|>functions to=assistant<|message|>{{ m.content | tojson }}<|end|>"
     "{% elif m.role == 'assistant' %}"
-    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
-    "{% if m.tool_calls %}<|start|>assistant to={{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>"
+    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}"
+    "{% if m.tool_calls %}<|start|>assistant to={{ m.tool_calls[0].function.name }}<|channel|>"
+    "commentary json<|message|>"
     "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
     "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"

@@ -56,7 +56,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "chatml": dict.fromkeys((*NO_TOOLS, "a thought"), "leaves it out"),
     "smollm": dict.fromkeys((*NO_TOOLS, "a thought"), "leaves it out"),
     "qwen2.5": {"a thought": "No clouds"},
-    "qwen3": {},
+    "qwen3": {"a call and its result": "before message 3 changes"},
     "qwen coder": {"a thought": "No clouds"},
     "llama 3": {"a thought": "No clouds"},
     "llama 2": {**dict.fromkeys(NO_TOOLS, "get_weather|alternate"), "a thought": "No clouds"},
