@@ -145,7 +145,7 @@ def completion_example(prompt: Text, completion: Text, render: PromptRenderer) -
     Raises:
         BadRow: they cannot be rendered whole, or cut apart.
     """
-    return _example(_cut_after(prompt, completion, render, "together")[0], render)
+    return _example(_cut_after(prompt, completion, render, "compared")[0], render)
 
 
 def _examples_of(
@@ -256,7 +256,7 @@ def _chat_pieces(
     white space after it.
 
     Args:
-        turns: see `RenderSettings.taught_turns`.
+        turns: see `RenderSettings.taught_turns`; or "compared", as together, of a completion beside others.
     """
     taught = [i for i in range(first_taught, len(messages)) if messages[i]["role"] == "assistant"]
     if not taught:
@@ -265,13 +265,13 @@ def _chat_pieces(
         raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
     for i in taught:
         _check_not_blank(messages[i])
-    if turns != "together":
+    if turns in ("separately", "last"):
         chosen = taught if turns == "separately" else taught[-1:]
-        return [_turns(messages[: i + 1], [i], render) for i in chosen]
-    return [_turns(messages, taught, render)]
+        return [_turns(messages[: i + 1], [i], render, turns) for i in chosen]
+    return [_turns(messages, taught, render, turns)]
 
 
-def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRenderer) -> list[_Piece]:
+def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRenderer, turns: str) -> list[_Piece]:
     """The rendered chat, cut where each taught turn begins and ends."""
     form = render.lossless(messages, taught=taught)
     pieces: list[_Piece] = []
@@ -280,7 +280,7 @@ def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRen
         before = render.render_chat(form[:i], continue_last=False)
         through = render.render_chat(form[: i + 1], generation=False)
         if not before.startswith(done) or not through.startswith(before):
-            raise BadRow("unstable_template", _unstable(i, render, several=bool(pieces)))
+            raise BadRow("unstable_template", _unstable(i, render, turns if pieces else "one"))
         turn = through[len(before) :].rstrip()
         render.check_taught(messages, i, turn)
         pieces += [_Piece(before[len(done) :], False), _Piece(turn, True)]
@@ -288,14 +288,16 @@ def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRen
     return pieces
 
 
-def _unstable(index: int, render: PromptRenderer, *, several: bool) -> str:
+def _unstable(index: int, render: PromptRenderer, turns: str) -> str:
     """The complaint about a template that writes a conversation's beginning in another way once more follows."""
     setting = render.settings.setting
-    if several:
+    if turns == "together":
         fix = (
             f"set {setting('taught_turns', 'separately')} to teach each turn after the history as it is then, or "
             f"{setting('taught_turns', 'last')} to teach the last one alone"
         )
+    elif turns == "compared":
+        fix = "put all but the last turn of the completion into the prompt"
     else:
         fix = (
             "where the generation prompt begins a thought, give an answer that begins with one, turn the thought off "

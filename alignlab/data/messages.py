@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message may have what the assistant thought before its answer."""
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns of a row that the chat template is given beside the messages."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -151,8 +150,17 @@ def template_values_of(value: Any) -> dict[str, Any]:
 
 
 def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those columns that the chat template is given, to be written beside a prompt that is read again."""
-    return {name: columns[name] for name in TEMPLATE_COLUMNS if columns.get(name) is not None}
+    """Return the columns of a prompt that its chat template was given, as JSON, for a row that is rendered again.
+
+    Columns of these names that no template can take are for the rewards, and left out.
+    """
+    made: dict[str, Any] = {}
+    readers: dict[str, Callable[[Any], Any]] = {"tools": tools_of, "chat_template_kwargs": template_values_of}
+    for name, read in readers.items():
+        if columns.get(name) is not None:
+            with suppress(BadRow):
+                made[name] = read(columns[name])
+    return made
 
 
 def without_none(value: Any) -> Any:
@@ -202,7 +210,8 @@ def _with_joined_parts(message: dict[str, Any], column: str) -> dict[str, Any]:
             f"has a content of type {type(parts).__name__} in the column {column!r}, which must be text; write it as a "
             "string",
         )
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         kind, text = _part(part, column)
         (thoughts if kind == "thought" else texts).append(text)

@@ -201,6 +201,11 @@ def read_rows(
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("preferences end with the tokenizer's eos token, and it has none; set eos_token")
+    if settings.taught_turns != "together":
+        raise ConfigError(
+            f"{settings.setting('taught_turns')} is {settings.taught_turns}, and is for supervised data alone; put the "
+            "turns that are not compared into the prompt, and remove it"
+        )
     render = PromptRenderer(settings, tokenizer)
     found: list[T] = []
     skipped: Counter[str] = Counter()

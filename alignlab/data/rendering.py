@@ -38,10 +38,12 @@ class PromptRenderer:
         settings: how rows are rendered.
         tokenizer: the model's, with its chat template.
         needs_thoughts: refuse a taught turn without its thought; otherwise that is logged once.
+        notices: what is logged once; default: notices of its own.
     """
 
     def __init__(
-        self, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase, *, needs_thoughts: bool = True
+        self, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase, *, needs_thoughts: bool = True,
+        notices: Notices | None = None,
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
@@ -49,10 +51,10 @@ class PromptRenderer:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self.chat = has_template if settings.chat is None else settings.chat
         self._check_settings(has_template)
-        self._notices = Notices(settings.source)
+        self.notices = notices or Notices(settings.source)
         self._special = SpecialText(tokenizer)
         self._tools: Sequence[Mapping[str, Any]] = settings.tools
-        self._template = ChatTemplate(tokenizer, settings.template_date, self._notices) if self.chat else None
+        self._template = ChatTemplate(tokenizer, settings.template_date, self.notices) if self.chat else None
         self._values: dict[str, Any] = dict(settings.chat_template_kwargs)
         if self._template is not None:
             self._template.check_values(self._values, settings.setting("chat_template_kwargs"))
@@ -97,16 +99,16 @@ class PromptRenderer:
             return self
         check_media(columns)
         own = copy.copy(self)
-        own._notices = self._notices.of_row(index)
+        own.notices = self.notices.of_row(index)
         tools, values = (columns.get(name) for name in ("tools", "chat_template_kwargs"))
         if self._template is None:
             if tools or values:
-                self._notices.of_row(index).say(
+                self.notices.of_row(index).say(
                     "plain", "the column %r is for a chat template, and prompts are plain here: it is not rendered",
                     "tools" if tools else "chat_template_kwargs",
                 )
             return own
-        own._template = self._template.with_notices(own._notices)
+        own._template = self._template.with_notices(own.notices)
         if tools is not None:
             own._tools = tools_of(tools)
         if values is not None:
@@ -122,6 +124,12 @@ class PromptRenderer:
     def special_texts(self) -> tuple[str, ...]:
         """Spellings of the tokenizer's special tokens."""
         return self._special.spellings
+
+    @property
+    def template_columns(self) -> dict[str, Any]:
+        """What the chat template is given beside messages, as columns of a row that is read without these settings."""
+        given = {"tools": [dict(tool) for tool in self._tools], "chat_template_kwargs": self._values}
+        return {name: value for name, value in given.items() if value}
 
     def __call__(self, text: Text) -> str:
         """Return the string that the model reads before it writes its completion.
@@ -150,7 +158,7 @@ class PromptRenderer:
             return list(checked)
         return [{"role": "system", "content": self.settings.system_prompt}, *checked]
 
-    def lossless(self, messages: Sequence[Message], *, taught: Collection[int] = ()) -> list[Message]:
+    def lossless(self, messages: Sequence[Message], *, taught: Collection[int] = ()) -> Sequence[Message]:
         """Return the messages in the form in which the chat template writes all of them.
 
         Args:
@@ -165,12 +173,25 @@ class PromptRenderer:
         form, lost = self._best_form(messages, generation=not taught)
         if form is None:
             raise self._refusal(messages, generation=not taught)
+        lost = lost or self._unused_tools(form, generation=not taught)
         self._refuse_lost([fragment for fragment in lost if fragment.message not in taught], messages)
         return form
 
+    def _unused_tools(self, form: Sequence[Message], *, generation: bool) -> list[Fragment]:
+        """Return the tools where they change nothing: their names may stand in calls, and not in a list of tools."""
+        if not self._tools:
+            return []
+        without = copy.copy(self)
+        without._tools = ()
+        try:
+            same = without.render_chat(form, generation=generation) == self.render_chat(form, generation=generation)
+        except BadRow:  # of a template that needs tools
+            same = False
+        return fragments_of_tools(self._tools) if same else []
+
     def _best_form(
         self, messages: Sequence[Message], *, generation: bool
-    ) -> tuple[list[Message] | None, list[Fragment]]:
+    ) -> tuple[Sequence[Message] | None, list[Fragment]]:
         """Return the first form of the fewest losses, and what is lost in it.
 
         The form is None where the template refuses the messages as they are, and no other form is without a loss but
@@ -181,7 +202,7 @@ class PromptRenderer:
             *fragments_of_tools(self._tools),
             *fragments_of_documents(self._values.get("documents")),
         ]
-        best: list[Message] | None = None
+        best: Sequence[Message] | None = None
         least, refused = wanted, False
         for form in forms_of(messages):
             try:
@@ -215,7 +236,7 @@ class PromptRenderer:
     def _refuse_lost(self, lost: Sequence[Fragment], messages: Sequence[Message]) -> None:
         earlier = list(filter(_is_earlier_thought, lost))
         if earlier:
-            self._notices.say(
+            self.notices.say(
                 "earlier thoughts",
                 "the chat template leaves out what the assistant thought in an earlier turn, here %s; a model that is "
                 "used by this template never reads it either",
@@ -254,7 +275,7 @@ class PromptRenderer:
         own = [fragment for fragment in fragments_of(messages[: index + 1]) if fragment.message == index]
         for one in missing(own, unmarked(turn)):
             if one.kind == "thought" and not self.needs_thoughts:
-                self._notices.say("thoughts", "the chat template leaves out %s; it is not read", one.described)
+                self.notices.say("thoughts", "the chat template leaves out %s; it is not read", one.described)
                 continue
             raise BadRow(
                 "not_rendered",
@@ -325,12 +346,12 @@ class PromptRenderer:
 
     def _say_special(self, messages: Sequence[Message]) -> None:
         """Log once that a row's texts spell special tokens, and become them."""
-        if self.settings.escape_special_tokens or self._notices.was_said("special"):
+        if self.settings.escape_special_tokens or self.notices.was_said("special"):
             return
         for fragment in fragments_of(messages):
             spelled = self._special.spelled_in(fragment.text)
             if spelled is not None:
-                self._notices.say(
+                self.notices.say(
                     "special",
                     "the text spells the special token %s and is encoded as that token; to have such tokens in rows as "
                     "text, set %s",

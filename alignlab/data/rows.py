@@ -13,12 +13,12 @@ from numbers import Real
 from typing import Any
 
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import TEMPLATE_COLUMNS, BadRow
+from alignlab.data.messages import BadRow
 from alignlab.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", *TEMPLATE_COLUMNS)
+TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
 """Columns of text beside the prompt's, and those that chat templates are given."""
 _NOT_THERE = ("NAType", "NaTType")  # of pandas
 _WHOLE = 2.0**53  # below this, a float64 holds every whole number

@@ -53,7 +53,8 @@ class LocalChatModel:
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
-        self._render = PromptRenderer(RenderSettings(), tokenizer)
+        # A completion must not end its own turn in the question to the judge.
+        self._render = PromptRenderer(RenderSettings(escape_special_tokens=tokenizer.is_fast), tokenizer)
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]

@@ -31,7 +31,7 @@ class RewardModelJudge:
     def __init__(self, reward: ModelReward, tokenizer: PreTrainedTokenizerBase) -> None:
         self.counts: Counter[str] = Counter()
         self._reward = reward
-        self._render = PromptRenderer(RenderSettings(), tokenizer)
+        self._render = PromptRenderer(RenderSettings(), tokenizer, needs_thoughts=False)
 
     def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
         """p(first is better) = sigmoid(reward of the first - reward of the second)."""

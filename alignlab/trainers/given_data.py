@@ -124,6 +124,13 @@ def given_held_out(
     return given_data(dataset, settings, name=name, settings_name=settings_name)
 
 
+def sampled_settings(settings: RenderSettings) -> RenderSettings:
+    """How rows of completions that were sampled from prompts are rendered: as the prompts, their system prompt and
+    their tools included."""
+    changed = {"size": None, "prompt_column": "prompt", "taught_turns": "together"}
+    return RenderSettings(**_shared(settings) | changed)
+
+
 def _check_settings(settings: Any, name: str) -> None:
     if settings is None:
         return

@@ -52,12 +52,12 @@ from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
 from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
-from alignlab.rlaif.revision import Reviser
+from alignlab.rlaif.revision import Reviser, taught_rows
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
-from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts
+from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -133,6 +133,7 @@ class RLAIFTrainer:
         base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
         self.model: Any = base.to(self.accelerator.device)
         self._check_adapter()
+        self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         self.evaluation = evaluation or EvaluationSettings()
@@ -212,8 +213,7 @@ class RLAIFTrainer:
         )
         kept = folder / "revisions.jsonl"
         rows = self._collect(settings, kept, self.model, 1, reviser.revise, "critique and revision")
-        revised = [row for row in rows if row["outcome"] == "revised"]
-        told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in revised]
+        told = taught_rows(rows)
         self._show("critique and revision", sorted(Counter(row["outcome"] for row in rows).items()))
         if not told:
             raise DataError(
@@ -223,7 +223,7 @@ class RLAIFTrainer:
         self._keep(kept, told)
         trainer = SFTTrainer(
             copy.deepcopy(self.model), self._section(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
-            peft_config=self.peft_config, callbacks=self.callbacks,
+            peft_config=self.peft_config, callbacks=self.callbacks, render_settings=self._stage_settings,
         )
         result = self._train(trainer)
         trained = trainer.learner.model
@@ -302,6 +302,7 @@ class RLAIFTrainer:
         trainer = RewardTrainer(
             copy.deepcopy(model), self._section(config, folder, probability_column="probability"), rows,
             tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
+            render_settings=self._stage_settings,
         )
         return self._train(trainer).model_path
 
@@ -315,11 +316,10 @@ class RLAIFTrainer:
         if isinstance(config, DPOConfig):
             soft = config.loss == "sigmoid" and not config.label_smoothing  # what can take them gets soft labels
             section = self._section(config, folder, probability_column="probability" if soft else None)
-            trainer = DPOTrainer(policy, section, rows, **given)
+            trainer = DPOTrainer(policy, section, rows, render_settings=self._stage_settings, **given)
         else:
-            kind = _ONLINE[type(config)]
             section = self._section(config, folder)
-            trainer = kind(policy, self._reward_of(policy, reward), section, self.prompts, **given)
+            trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
         result = self._train(trainer)
         self._trained = trainer.learner.model
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -260,9 +261,18 @@ def evaluation_data(config: RunConfig) -> DataSettings | None:
 
 def generate_options(data: DataSettings) -> tuple[str, ...]:
     """Flags with which `alignlab generate` renders a prompt as the training did."""
-    plain = ("--plain",) if data.chat is False else ()
-    named = {"--system-prompt": data.system_prompt, "--prompt-template": data.prompt_template}
-    return plain + tuple(word for flag, text in named.items() if text is not None for word in (flag, text))
+    given = {"--plain": data.chat is False, "--escape-special-tokens": data.escape_special_tokens}
+    default = RenderSettings()
+    day = str(data.template_date) if data.template_date != default.template_date else None
+    named = {
+        "--system-prompt": data.system_prompt,
+        "--prompt-template": data.prompt_template,
+        "--tools": json.dumps(data.tools) if data.tools else None,
+        "--chat-template-kwargs": json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else None,
+        "--template-date": day,
+    }
+    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    return flags + tuple(word for flag, text in named.items() if text is not None for word in (flag, text))
 
 
 def _task(data: DataSettings) -> str:
