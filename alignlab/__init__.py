@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alignlab.config.data import DataSettings as DataSettings
     from alignlab.config.loader import load_config as load_config
     from alignlab.config.model import LoraSettings as LoraSettings
+    from alignlab.config.render import RenderSettings as RenderSettings
     from alignlab.config.rewards import RewardSettings as RewardSettings
     from alignlab.config.rollout import RolloutSettings as RolloutSettings
     from alignlab.config.rollout import SamplingSettings as SamplingSettings
@@ -83,6 +84,7 @@ _HOMES = {
     "RLAIFConfig": "alignlab.config.trainers",
     "RLAIFTrainer": "alignlab.trainers.rlaif",
     "Prompt": "alignlab.types",
+    "RenderSettings": "alignlab.config.render",
     "RewardConfig": "alignlab.config.trainers",
     "RewardModel": "alignlab.models.reward_model",
     "RewardSettings": "alignlab.config.rewards",

@@ -24,7 +24,7 @@ def message_text(text: Text) -> str:
     """The plain text of a prompt or completion: of a chat, the content of its last message."""
     if isinstance(text, str):
         return text
-    return str(text[-1]["content"]) if text else ""
+    return str(text[-1].get("content") or "") if text else ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Completion:
         finish_reason: "stop" (end token, stop token or stop string), "length" or "aborted".
         policy_versions: version of the weights that sampled each token.
         routing: [prompt + completion tokens, L, K] int16, experts chosen, -1 where there is no record; None if dense.
+        own: of each token, whether the policy wrote it and not, say, a tool; None where the policy wrote all.
     """
 
     token_ids: tuple[int, ...]
@@ -99,6 +100,7 @@ class Completion:
     finish_reason: FinishReason
     policy_versions: tuple[int, ...]
     routing: Tensor | None = None
+    own: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ PUBLIC = {
     "Prompt",
     "RLAIFConfig",
     "RLAIFTrainer",
+    "RenderSettings",
     "RewardConfig",
     "RewardModel",
     "RewardSettings",

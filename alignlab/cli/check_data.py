@@ -21,6 +21,7 @@ Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], Described]
 NOT_MEASURED = {
     "accuracy": "accuracy will not be measured",
     "preferences": "how often the chosen completion leads will not be measured",
+    "likelihood": "how likely held-out completions are will not be measured",
     "labels": "how often labels are agreed with will not be measured",
 }
 

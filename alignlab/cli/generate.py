@@ -6,13 +6,18 @@ The prompt is a user's message where the tokenizer has a chat template, plain te
 from __future__ import annotations
 
 import argparse
+import json
+from datetime import date
+from typing import Any
 
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
+from alignlab.errors import ConfigError
 
 NAME = "generate"
 SUMMARY = "complete a prompt, streaming the text"
 EXAMPLE = 'alignlab generate smollm2-135m-instruct "What is 2 + 3?" --temperature 0 --max-new-tokens 32'
 MAX_NEW_TOKENS = 256
+_JSON_NAMES = {list: "list", dict: "object"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,24 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
     parser.add_argument("--plain", action="store_true", help="no chat template")
+    parser.add_argument("--tools", metavar="JSON", help="tools that the chat template is given, a list of schemas")
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help='such as {"enable_thinking": false}')
+    parser.add_argument("--template-date", metavar="DAY", help="today's date in the chat template, such as 2026-11-30")
+    parser.add_argument("--escape-special-tokens", action="store_true", help="special tokens in PROMPT are text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Stream one completion."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
 
-    from alignlab.config.data import DataSettings
+    from alignlab.config.render import RenderSettings
     from alignlab.config.rollout import RolloutSettings
     from alignlab.data.prompts import prompts_from_rows
     from alignlab.rollout.engine import EmbeddedEngine
 
     model, tokenizer = load_policy(args.model, args.adapter, args.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None) or DataSettings().max_prompt_tokens
-    settings = DataSettings(
+    limit = getattr(model.config, "max_position_embeddings", None) or RenderSettings().max_prompt_tokens
+    settings = RenderSettings(
         chat=False if args.plain else None,
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,
         max_prompt_tokens=limit,
+        escape_special_tokens=args.escape_special_tokens,
+        **template_settings(args),
     )
     [prompt] = prompts_from_rows([{"prompt": args.prompt}], settings, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
@@ -50,3 +61,29 @@ def run(args: argparse.Namespace) -> int:
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def template_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the chat template, as fields of `RenderSettings`.
+
+    Raises:
+        ConfigError: a flag's JSON or date cannot be read.
+    """
+    settings: dict[str, Any] = {}
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        text = getattr(args, name)
+        if text is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        try:
+            settings[name] = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{flag} must be JSON, and is {text!r}: {error}; correct it") from error
+        if not isinstance(settings[name], kind):
+            raise ConfigError(f"{flag} must be a JSON {_JSON_NAMES[kind]}, and is {text!r}; correct it")
+    if args.template_date is not None:
+        try:
+            settings["template_date"] = date.fromisoformat(args.template_date)
+        except ValueError as error:
+            raise ConfigError(f"--template-date must be a day, such as 2026-11-30: {error}; correct it") from error
+    return settings

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.rollout import RolloutSettings
     from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.data.prompts import PromptRenderer, load_prompts
+    from alignlab.data.prompts import load_prompts
+    from alignlab.data.rendering import PromptRenderer
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
     from alignlab.training.model_reward import bind_rewards
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
         rewards.close()
     plain = bool(tokenizer.chat_template) and config.data.chat is False
     print(f"alignlab sample: left out: {rejected(counts)}", file=sys.stderr)
-    print(f"fine-tune on it: data.path={output}{' data.chat=false' if plain else ''}", file=sys.stderr)
+    day = config.data.template_date
+    dated = "" if day == type(config.data).model_fields["template_date"].default else f" data.template_date={day}"
+    print(f"fine-tune on it: data.path={output}{' data.chat=false' if plain else ''}{dated}", file=sys.stderr)
     share = round(counts["kept"] / counts["completions"], 4)
     print(json.dumps({"output": str(output), "kept_frac": share, **counts}))
     return 0

@@ -1,22 +1,23 @@
-"""Where prompts come from and what is done with rows that cannot be used."""
+"""Where rows come from."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import json
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.render import RenderSettings
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 
 
-class DataSettings(Frozen):
-    """One source of prompts: exactly one of `path` and `task`."""
+class DataSettings(RenderSettings):
+    """One source of rows, exactly one of `path` and `task`; and how its rows become text and tokens."""
 
     path: str | None = None
-    """A Hub dataset id, or a local .jsonl, .json, .parquet or .csv file."""
+    """A Hub dataset id, a local .jsonl, .json, .parquet or .csv file (all but Parquet also with .gz), or a folder."""
     task: str | None = None
     """A reasoning_gym task, such as chain_sum."""
     task_options: dict[str, Any] = {}
@@ -25,23 +26,20 @@ class DataSettings(Frozen):
     """A Hub dataset's configuration."""
     split: str = "train"
     """A Hub dataset's split. For a task: "train" or "eval", disjoint by question."""
-    size: int | None = Field(None, ge=1)
-    """Rows to take; default all (for a task, 1000)."""
     eval_frac: float = Field(0.2, gt=0, lt=1)
     """For a task: the fraction of distinct questions that belongs to the split "eval"."""
     seed: int = 0
     """For a task: seed of its generator."""
-    prompt_column: str = "prompt"
-    """A string, or a list of chat messages."""
-    system_prompt: str | None = None
-    prompt_template: str | None = None
-    """Text with `{prompt}` in it, put around a plain prompt."""
-    chat: bool | None = None
-    """Render through the tokenizer's chat template; default: where the tokenizer has one."""
-    max_prompt_tokens: int = Field(1024, ge=1)
-    on_bad_row: Literal["error", "skip"] = "error"
-    """Bad rows, over-long prompts, and examples that the model has no positions for: stop with the number, or skip and
-    count."""
+
+    @property
+    def source(self) -> str:
+        """The path or the task; the name of rows of neither."""
+        return self.path or self.task or super().source
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return how a config has one of them, with a value where one is advised."""
+        text = json.dumps(value).strip('"')
+        return f"data.{name}" if value is None else f"data.{name}={text}"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -53,10 +51,8 @@ class DataSettings(Frozen):
             self._check_no_task()
         if self.task is None and self.task_options:
             raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
-        if self.path is not None and self.path.lower().endswith(FILES):
+        if self.path is not None and self.path.lower().removesuffix(".gz").endswith(FILES):
             self._check_file()
-        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
-            raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
 
     def _check_no_task(self) -> None:

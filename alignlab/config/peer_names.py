@@ -89,6 +89,7 @@ _ONLINE_DPO = {
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
+    "eval_steps": "eval_every_steps",
     "padding_free": "not needed: nothing is padded",
     "completion_only_loss": "not needed: the loss is always on the completion alone",
     "max_length": "max_prompt_tokens of the section data",
@@ -133,6 +134,7 @@ PEER_NAMES: dict[str, dict[str, str]] = {
         "dataset_train_split": "split",
         "max_prompt_length": "max_prompt_tokens",
     },
+    "RenderSettings": {"max_prompt_length": "max_prompt_tokens"},
     "SamplingSettings": {"max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens"},
     "KLSettings": {"beta": "coef"},
 }

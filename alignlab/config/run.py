@@ -52,6 +52,9 @@ class WarmStart(Frozen):
     def _check(self) -> Self:
         if "{answer}" not in self.answer_template:
             raise BrokenRule("answer_template", self.answer_template, "contain {answer}", 'use "{answer}"')
+        if self.trainer.eval_every_steps is not None:
+            must = "be null: nothing is measured in a warm start"
+            raise BrokenRule("trainer.eval_every_steps", self.trainer.eval_every_steps, must, "remove it")
         return self
 
 
@@ -111,6 +114,9 @@ class RunConfig(Frozen):
         for name, data in (("data", self.data), ("eval_data", self.eval_data)):
             if data is not None and data.path is None and data.task is None:
                 raise BrokenRule(f"{name}.path", None, "be given where there is no task", "give a path or a task")
+        if self.data.taught_turns != "together" and self.trainer.type not in ("sft", "distill") and not self.warm_start:
+            must = f"stay together for trainer {self.trainer.type}, which teaches no turns of a conversation"
+            raise BrokenRule("data.taught_turns", self.data.taught_turns, must, "remove it")
         self._check_disjoint("data", self.data)
         if self.warm_start is not None and self.warm_start.data is not None:
             self._check_disjoint("warm_start.data", self.warm_start.data)

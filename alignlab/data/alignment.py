@@ -22,8 +22,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Completion, Prompt
 
@@ -126,11 +127,14 @@ class TextAligner:
     """
 
     def __init__(
-        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, settings: DataSettings
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, settings: RenderSettings
     ) -> None:
         self._teacher = teacher
         self._student_bytes, self._teacher_bytes = TokenBytes(student), TokenBytes(teacher)
-        self._render = PromptRenderer(settings, teacher)
+        try:
+            self._render = PromptRenderer(settings, teacher)
+        except ConfigError as error:
+            raise ConfigError(f"the teacher's tokenizer: {error}") from error
         self._end = self._end_token()
 
     def _end_token(self) -> int:
@@ -139,10 +143,11 @@ class TextAligner:
             answer = "An answer."
             try:
                 messages = [*self._render.messages("A question?"), {"role": "assistant", "content": answer}]
-                after = self._render.render_chat(messages, generation=False).rpartition(answer)[2].strip()
+                _, answered, after = self._render.render_chat(messages, generation=False).rpartition(answer)
             except BadRow as error:
                 raise ConfigError(f"the teacher's chat template must render an answer, and it {error}") from error
-            ids = self._teacher(after, add_special_tokens=False)["input_ids"] if after else []
+            written = answered and after.strip()
+            ids = self._teacher(after.strip(), add_special_tokens=False)["input_ids"] if written else []
             if ids and self._teacher_bytes.is_special(ids[0]):
                 return int(ids[0])
         if self._teacher.eos_token_id is None:
@@ -153,14 +158,17 @@ class TextAligner:
         """What the teacher is fed for each prompt.
 
         Raises:
-            DataError: its chat template refuses a prompt, or a prompt comes to no tokens.
+            ConfigError: its chat template leaves the settings' system prompt or tools out.
+            DataError: its chat template refuses a prompt or leaves something of it out, or a prompt comes to no tokens.
         """
         texts = []
         for prompt in prompts:
             try:
-                texts.append(self._render(prompt.text))
+                texts.append(self._render.of_row(prompt.columns, prompt.index)(prompt.text))
             except BadRow as error:
                 raise DataError(f"the prompt of row {prompt.index} {error}; correct it for the teacher") from error
+            except ConfigError as error:
+                raise ConfigError(f"the teacher's tokenizer: {error}") from error
         found = self._render.encode(texts)
         empty = [prompt.index for prompt, ids in zip(prompts, found, strict=True) if not ids]
         if empty:

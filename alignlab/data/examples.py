@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,11 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report, split_row
+from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow, check_characters, check_text
+from alignlab.data.prompts import count_or_raise, report, split_row
+from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -52,7 +55,8 @@ class ExampleDataset(Sequence[Example]):
 
     Attributes:
         examples: those that can be used.
-        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template.
+        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, media,
+            not_rendered, too_long, unstable_template.
     """
 
     examples: tuple[Example, ...]
@@ -94,7 +98,7 @@ def load_examples(
 
 def examples_from_rows(
     rows: Iterable[Mapping[str, Any]],
-    settings: DataSettings,
+    settings: RenderSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
     answer_column: str = "answer",
@@ -102,11 +106,13 @@ def examples_from_rows(
 ) -> ExampleDataset:
     """Render and tokenise rows of one of three forms.
 
-    - `messages`, and no prompt: every message of the assistant's is taught, nothing else.
+    - `messages`, and no prompt: every message of the assistant's is taught, nothing else; see
+      `RenderSettings.taught_turns`.
     - a prompt and `completion` (TRL's form; a string, or chat messages): the completion is taught.
     - a prompt and `answer_column`: `answer_template` with the answer in place of `{answer}` is taught.
 
-    The prompt is rendered as for rollouts, so that what is taught follows the very tokens that rollouts start from.
+    The chat template is given the columns `tools` and `chat_template_kwargs`. The prompt is rendered as for rollouts,
+    so that what is taught follows the very tokens that rollouts start from.
     The end-of-sequence token closes each example, once, and is taught.
 
     Raises:
@@ -121,10 +127,12 @@ def examples_from_rows(
     render = PromptRenderer(settings, tokenizer)
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, given in enumerate(readable_rows(rows, settings)):
         try:
-            pieces = _pieces(row, render, answer_column, answer_template)
-            examples.append(_example(pieces, render))
+            row = plain_row(given)
+            own = render.of_row(row, index)
+            found = _examples_of(row, own, answer_column, answer_template)
+            examples += [_example(pieces, own) for pieces in found]
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(examples), skipped, settings)
@@ -132,75 +140,98 @@ def examples_from_rows(
 
 
 def completion_example(prompt: Text, completion: Text, render: PromptRenderer) -> Example:
-    """A prompt and one completion of it, closed by the end-of-sequence token; the completion is taught.
+    """A prompt and one completion of it, closed by the end-of-sequence token; the assistant's turns are taught.
 
     Raises:
-        BadRow: they cannot be rendered, or cut apart.
+        BadRow: they cannot be rendered whole, or cut apart.
     """
-    return _example(_cut_after(prompt, completion, render), render)
+    return _example(_cut_after(prompt, completion, render, "compared")[0], render)
 
 
-def _pieces(row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str) -> list[_Piece]:
+def _examples_of(
+    row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str
+) -> list[list[_Piece]]:
+    """The pieces of each example of a row."""
+    turns = render.settings.taught_turns
     if row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
         messages = check_text(row["messages"], "messages")
         if isinstance(messages, str):
             raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
-        return _chat_pieces(render.messages(messages), render, first_taught=0)
+        return _chat_pieces(render.messages(messages), render, 0, turns)
     prompt, columns = split_row(row, render.settings.prompt_column)
-    return _cut_after(prompt, _completion(columns, answer_column, answer_template), render)
+    return _cut_after(prompt, _completion(columns, answer_column, answer_template), render, turns)
 
 
-def _cut_after(prompt: Text, completion: Text, render: PromptRenderer) -> list[_Piece]:
+def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: str) -> list[list[_Piece]]:
     if render.chat:
         before = render.messages(prompt)
-        after = _without_prompt(prompt, completion)
+        system, after = _without_prompt(prompt, completion)
+        if system:  # a conversation's own message goes before that of the settings
+            before = [*system, *(before[1:] if before[0]["role"] == "system" else before)]
         if before[-1]["role"] == after[0]["role"] == "assistant":
-            return _continued_pieces(before, after, render)
-        return _chat_pieces([*before, *after], render, first_taught=len(before))
+            return [_continued_pieces(before, after, render)]
+        return _chat_pieces([*before, *after], render, len(before), turns)
     if not isinstance(completion, str):
         raise BadRow("wrong_type", "has chat messages in the column 'completion', and prompts are plain here")
-    return [_Piece(render(prompt), False), _Piece(completion, True)]
+    return [[_Piece(render(prompt), False), _Piece(render.plain_completion(completion), True)]]
 
 
-def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
-    """The completion as messages; of a whole conversation, as TRL's datasets may have it, what follows the prompt."""
+def _without_prompt(prompt: Text, completion: Text) -> tuple[list[Message], list[Message]]:
+    """Return the system message that a completion brings with it, if it does, and what follows the prompt in it.
+
+    A completion may be a whole conversation, as TRL's datasets have it: what it begins with must be the prompt, but for
+    white space and for a system message, which a column of text has no place for.
+
+    Raises:
+        BadRow: it begins with other messages, or nothing follows.
+    """
     if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
+        return [], [{"role": "assistant", "content": completion}]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     first = completion[0]["role"]
-    if list(completion[: len(asked)]) != asked:
-        if first == "system" or first == asked[-1]["role"] == "user":
-            raise BadRow(
-                "other_prompt",
-                f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
-                "the prompt, or the whole conversation",
-            )
-        return list(completion)
-    if len(completion) == len(asked):
-        raise BadRow("empty", "has nothing in a completion after the prompt")
-    return list(completion[len(asked) :])
+    num_system = int(first == "system" != asked[0]["role"])
+    system, rest = list(completion[:num_system]), list(completion[num_system:])
+    if len(rest) >= len(asked) and all(map(_same_message, asked, rest)):
+        if len(rest) == len(asked):
+            raise BadRow("empty", "has nothing in a completion after the prompt")
+        return system, rest[len(asked) :]
+    if first == "system" or first == asked[-1]["role"] == "user":
+        raise BadRow(
+            "other_prompt",
+            f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
+            "the prompt, or the whole conversation",
+        )
+    return [], rest
+
+
+def _same_message(one: Message, other: Message) -> bool:
+    """Tell whether two messages say the same, but for white space."""
+    first, second = ({**message, "content": str(message["content"]).split()} for message in (one, other))
+    return first == second
 
 
 def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
     """The rendered chat, where the completion goes on with the prompt's last message, the assistant's."""
-    texts = [before[-1]["content"], *(message["content"] for message in after)]
-    if len(after) > 1 or set(after[0]) > {"role", "content"} or not all(isinstance(text, str) for text in texts):
+    if len(after) > 1 or set(after[0]) > {"role", "content"}:
         raise BadRow("wrong_type", "has a prompt that ends with the assistant's message, which one text has to go on")
     _check_not_blank(after[0])
-    start = render.render_chat(before)
-    through = render.render_chat([*before[:-1], {**before[-1], "content": "".join(texts)}], generation=False)
+    start = render.render_chat(render.lossless(before))
+    joined = [*before[:-1], {**before[-1], "content": before[-1]["content"] + after[0]["content"]}]
+    through = render.render_chat(render.lossless(joined, taught=[len(joined) - 1]), generation=False)
     if not through.startswith(start):
         raise BadRow(
             "unstable_template",
             "is rendered by the chat template so that the assistant's begun message changes once it goes on; give a "
             "prompt that ends with the user's, or another template",
         )
-    return [_Piece(start, False), _Piece(through[len(start) :].rstrip(), True)]
+    turn = through[len(start) :].rstrip()
+    render.check_taught([*before, *after], len(before), turn)
+    return [_Piece(start, False), _Piece(turn, True)]
 
 
 def _check_not_blank(message: Message) -> None:
     """A message that only calls tools has no content, and is something to teach."""
-    if isinstance(message["content"], str) and not message["content"].strip() and set(message) <= {"role", "content"}:
+    if not message["content"].strip() and set(message) <= {"role", "content"}:
         raise BadRow("empty", "has an empty message of the assistant's where one is taught")
 
 
@@ -212,37 +243,70 @@ def _completion(columns: Mapping[str, Any], answer_column: str, answer_template:
         raise BadRow("missing_column", f"has no column 'completion' and no column {answer_column!r}")
     if not str(answer).strip():
         raise BadRow("empty", f"has an empty string in the column {answer_column!r}")
+    check_characters(answer, answer_column)
     return answer_template.replace("{answer}", str(answer))
 
 
-def _chat_pieces(messages: Sequence[Message], render: PromptRenderer, *, first_taught: int) -> list[_Piece]:
-    """The rendered chat, cut where the assistant begins and ends; its turns from `first_taught` on are taught.
+def _chat_pieces(
+    messages: Sequence[Message], render: PromptRenderer, first_taught: int, turns: str
+) -> list[list[_Piece]]:
+    """The pieces of each example of a chat, whose turns of the assistant's from `first_taught` on are taught.
 
     A turn is what the template adds for the message to the beginning that a rollout would start from, without the
     white space after it.
+
+    Args:
+        turns: see `RenderSettings.taught_turns`; or "compared", as together, of a completion beside others.
     """
+    taught = [i for i in range(first_taught, len(messages)) if messages[i]["role"] == "assistant"]
+    if not taught:
+        raise BadRow("empty", "has no message of the assistant's, so there is nothing to teach")
+    if taught[0] == 0:
+        raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
+    for i in taught:
+        _check_not_blank(messages[i])
+    if turns in ("separately", "last"):
+        chosen = taught if turns == "separately" else taught[-1:]
+        return [_turns(messages[: i + 1], [i], render, turns) for i in chosen]
+    return [_turns(messages, taught, render, turns)]
+
+
+def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRenderer, turns: str) -> list[_Piece]:
+    """The rendered chat, cut where each taught turn begins and ends."""
+    form = render.lossless(messages, taught=taught)
     pieces: list[_Piece] = []
     done = ""
-    for i in range(first_taught, len(messages)):
-        if messages[i]["role"] != "assistant":
-            continue
-        if i == 0:
-            raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
-        _check_not_blank(messages[i])
-        before = render.render_chat(messages[:i], continue_last=False)
-        through = render.render_chat(messages[: i + 1], generation=False)
+    for i in taught:
+        before = render.render_chat(form[:i], continue_last=False)
+        through = render.render_chat(form[: i + 1], generation=False)
         if not before.startswith(done) or not through.startswith(before):
-            raise BadRow(
-                "unstable_template",
-                f"is rendered by the chat template so that the text before message {i} changes once the message "
-                "follows, and what the assistant wrote cannot be told apart; give fewer turns, or another template",
-            )
+            raise BadRow("unstable_template", _unstable(i, render, turns if pieces else "one"))
         turn = through[len(before) :].rstrip()
+        render.check_taught(messages, i, turn)
         pieces += [_Piece(before[len(done) :], False), _Piece(turn, True)]
         done = before + turn
-    if not pieces:
-        raise BadRow("empty", "has no message of the assistant's, so there is nothing to teach")
     return pieces
+
+
+def _unstable(index: int, render: PromptRenderer, turns: str) -> str:
+    """The complaint about a template that writes a conversation's beginning in another way once more follows."""
+    setting = render.settings.setting
+    if turns == "together":
+        fix = (
+            f"set {setting('taught_turns', 'separately')} to teach each turn after the history as it is then, or "
+            f"{setting('taught_turns', 'last')} to teach the last one alone"
+        )
+    elif turns == "compared":
+        fix = "put all but the last turn of the completion into the prompt"
+    else:
+        fix = (
+            "where the generation prompt begins a thought, give an answer that begins with one, turn the thought off "
+            f"by {setting('chat_template_kwargs')}, or use a tokenizer with another template"
+        )
+    return (
+        f"is rendered by the chat template so that the text before message {index} changes once the message follows, "
+        f"and what the assistant wrote cannot be told apart; {fix}"
+    )
 
 
 def _example(pieces: Sequence[_Piece], render: PromptRenderer) -> Example:
@@ -275,7 +339,7 @@ def _continuation(ids: Sequence[int], whole: str, piece: str, render: PromptRend
     together = list(render.encode([whole])[0])
     if together[: len(ids)] == list(ids) and len(together) > len(ids):
         return together[len(ids) :]
-    alone = list(render.tokenizer(piece, add_special_tokens=False)["input_ids"])
+    alone = render.encode_alone(piece)
     if render.tokenizer.decode([*ids, *alone]) != render.tokenizer.decode(together):
         raise BadRow(
             "wrong_type", f"has a text that the tokenizer cannot cut before {piece[:40]!r} without changing it"

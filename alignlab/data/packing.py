@@ -178,6 +178,12 @@ class _Run:
         return self.branch.completion.logprobs if self.branch else (0.0,) * len(self.token_ids)
 
     @property
+    def completion_mask(self) -> tuple[bool, ...]:
+        if self.branch is None:
+            return (False,) * len(self.token_ids)
+        return self.branch.completion.own or (True,) * len(self.token_ids)
+
+    @property
     def routing(self) -> Tensor | None:
         """The owner's record of these tokens, [tokens of the run, L, K]."""
         if self.owner.routing is None:
@@ -218,7 +224,7 @@ def _rollout_pack(units: Sequence[_Unit], share_prefix: bool) -> Experience:
     return Experience(
         tokens=torch.tensor([token for run in runs for token in run.token_ids], dtype=torch.long),
         segments=_segments(units, share_prefix),
-        completion_mask=torch.tensor([run.branch is not None for run in runs for _ in run.token_ids]),
+        completion_mask=torch.tensor([is_own for run in runs for is_own in run.completion_mask]),
         rollout_logprobs=torch.tensor([x for run in runs for x in run.rollout_logprobs], dtype=torch.float32),
         routing=_routing(runs),
     )

@@ -12,8 +12,13 @@ from typing import Any, Protocol, TypeVar, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
+from alignlab.data.common_prompt import common_prompt
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text, count_or_raise, report
+from alignlab.data.messages import BadRow, check_text
+from alignlab.data.prompts import count_or_raise, report
+from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import as_number, plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -35,14 +40,21 @@ class CompletionGroup(Protocol):
         ...
 
 
+Mask = tuple[bool, ...] | None
+"""Of each token of a completion, whether the assistant wrote it; None where it wrote all."""
+
+
 def group_of(
-    prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], logprobs: Sequence[float] | None = None
+    prompt: tuple[int, ...],
+    completions: Sequence[tuple[int, ...]],
+    masks: Sequence[Mask],
+    logprobs: Sequence[float] | None = None,
 ) -> Rollout:
     """Completions of a prompt as a group, to be packed; `logprobs` of all of them, end to end, by default 0."""
     known = iter(itertools.repeat(0.0) if logprobs is None else logprobs)
     made = [
-        Completion(ids, "", tuple(itertools.islice(known, len(ids))), None, "stop", (0,) * len(ids))
-        for ids in completions
+        Completion(ids, "", tuple(itertools.islice(known, len(ids))), None, "stop", (0,) * len(ids), own=mask)
+        for ids, mask in zip(completions, masks, strict=True)
     ]
     return Rollout(Prompt(prompt, ""), tuple(made))
 
@@ -57,6 +69,7 @@ class Preference:
         rejected: the other.
         margin: how much better the chosen one is, >= 0, where that is known.
         probability: that the chosen one is the better one, in [0.5, 1], where a judge told that.
+        chosen_mask, rejected_mask: of each token, whether the assistant wrote it, and not a tool; None for all.
     """
 
     prompt: tuple[int, ...]
@@ -64,6 +77,8 @@ class Preference:
     rejected: tuple[int, ...]
     margin: float = 0.0
     probability: float = 1.0
+    chosen_mask: Mask = None
+    rejected_mask: Mask = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,12 +91,17 @@ class Preference:
 
     @property
     def labels(self) -> tuple[float, ...]:
-        """Margin and probability."""
-        return self.margin, self.probability
+        """Margin and probability; and of completions that the assistant did not write alone, the masks."""
+        masks = (self.chosen_mask, self.rejected_mask)
+        written = [mask or (True,) * len(ids) for mask, ids in zip(masks, (self.chosen, self.rejected), strict=True)]
+        own = () if masks == (None, None) else (float(is_own) for mask in written for is_own in mask)
+        return self.margin, self.probability, *own
 
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """The pair as a group of two completions, to be packed; see `group_of`."""
-        return group_of(self.prompt, (self.chosen, self.rejected), logprobs)
+        return group_of(
+            self.prompt, (self.chosen, self.rejected), (self.chosen_mask, self.rejected_mask), logprobs
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,7 @@ class PreferenceDataset(Sequence[Preference]):
     Attributes:
         preferences: those that can be used.
         skipped: rows left out, counted by reason: missing_column, wrong_type, empty, too_long, unstable_template,
-            identical, other_prompt, bad_margin, bad_probability.
+            identical, other_prompt, bad_margin, bad_probability, media, not_rendered.
     """
 
     preferences: tuple[Preference, ...]
@@ -141,14 +161,15 @@ def right_and_wrong(rows: Iterable[Mapping[str, Any]], *, num_wrong: int = 1) ->
 
 
 def preferences_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase,
     *, margin_column: str | None = None, probability_column: str | None = None,
 ) -> PreferenceDataset:
     """Render and tokenise rows with the columns `chosen` and `rejected`, strings or chat messages (TRL's forms).
 
-    With a prompt column the two are completions of it. Without, both hold the prompt and the completion, and the prompt
-    is what they have in common at their beginning. The end-of-sequence token closes each, once. `margin_column` holds
-    how much better the chosen one is, `probability_column` how probably it is the better one.
+    With a prompt column the two are completions of it; what others than the assistant say in them, such as tools, is
+    read and not learnt. Without, both hold the prompt and the completion, and the prompt is what they have in common at
+    their beginning. The end-of-sequence token closes each, once. `margin_column` holds how much better the chosen one
+    is, `probability_column` how probably it is the better one.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
@@ -169,7 +190,7 @@ def preferences_from_rows(
 
 def read_rows(
     rows: Iterable[Mapping[str, Any]],
-    settings: DataSettings,
+    settings: RenderSettings,
     tokenizer: PreTrainedTokenizerBase,
     make: Callable[[Mapping[str, Any], PromptRenderer], Iterable[T]],
 ) -> tuple[list[T], Counter[str]]:
@@ -180,12 +201,18 @@ def read_rows(
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("preferences end with the tokenizer's eos token, and it has none; set eos_token")
+    if settings.taught_turns != "together":
+        raise ConfigError(
+            f"{settings.setting('taught_turns')} is {settings.taught_turns}, and is for supervised data alone; put the "
+            "turns that are not compared into the prompt, and remove it"
+        )
     render = PromptRenderer(settings, tokenizer)
     found: list[T] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, given in enumerate(readable_rows(rows, settings)):
         try:
-            found += make(row, render)
+            row = plain_row(given)
+            found += make(row, render.of_row(row, index))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(found), skipped, settings)
@@ -199,12 +226,14 @@ def preference_from_row(row: Mapping[str, Any], render: PromptRenderer) -> Prefe
         BadRow: it cannot be used.
     """
     prompt, chosen, rejected = _columns(row, render)
-    (start, good), (other, bad) = (completion_tokens(prompt, text, render) for text in (chosen, rejected))
+    (start, good, good_mask), (other, bad, bad_mask) = (
+        completion_tokens(prompt, text, render) for text in (chosen, rejected)
+    )
     if start != other:
         raise BadRow("other_prompt", "is tokenised with another prompt before 'chosen' than before 'rejected'")
     if good == bad:
         raise BadRow("identical", "has the same completion in 'chosen' and 'rejected'")
-    return Preference(start, good, bad)
+    return Preference(start, good, bad, chosen_mask=good_mask, rejected_mask=bad_mask)
 
 
 def _probability(row: Mapping[str, Any], column: str) -> float:
@@ -222,9 +251,7 @@ def _number(row: Mapping[str, Any], column: str, what: str) -> float:
     value = row.get(column)
     if value is None:
         raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
-    return float(value)
+    return as_number(value, column)
 
 
 def _margin(row: Mapping[str, Any], column: str) -> float:
@@ -236,8 +263,6 @@ def _margin(row: Mapping[str, Any], column: str) -> float:
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a row."""
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict with chosen and rejected")
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
         raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
@@ -251,47 +276,20 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
         raise BadRow(
             "missing_column",
             f"has no column {name!r}, and where one speaker ends and the other begins in the texts of 'chosen' and "
-            "'rejected' is not known; give a prompt, chat messages, or data.chat=false",
+            f"'rejected' is not known; give a prompt, chat messages, or {render.settings.setting('chat', False)}",
         )
-    return _common_prompt(chosen, rejected)
+    return common_prompt(chosen, rejected, render.special_texts)
 
 
 def completion_tokens(
     prompt: Text, completion: Text, render: PromptRenderer
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of a prompt, and of a completion of it with its end token.
+) -> tuple[tuple[int, ...], tuple[int, ...], Mask]:
+    """Token ids of a prompt, and of a completion of it with its end token; and which of the latter are the assistant's.
 
     Raises:
-        BadRow: they cannot be rendered, or the completion is of several turns.
+        BadRow: they cannot be rendered.
     """
     example = completion_example(prompt, completion, render)
     first = example.completion_mask.index(True)
-    if not all(example.completion_mask[first:]):
-        raise BadRow("wrong_type", "has completions of several turns; put all but the last into the prompt")
-    return example.token_ids[:first], example.token_ids[first:]
-
-
-def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of two conversations or texts that begin alike."""
-    differ = (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
-    shared = next(differ, min(len(chosen), len(rejected)))
-    if shared in (len(chosen), len(rejected)):
-        raise BadRow("empty", "has nothing in 'chosen' or 'rejected' after what the two have in common")
-    if isinstance(chosen, str):
-        shared = _word_begin(chosen, shared)
-    if shared == 0:
-        raise BadRow("other_prompt", "has no column of prompts, and 'chosen' and 'rejected' do not begin alike")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _word_begin(text: str, place: int) -> int:
-    """Where the word or number begins that `place` is in, the space before it included; of ASCII's letters and digits.
-
-    A model that goes on from the middle of a word has tokens to write that no natural text has there. Other scripts
-    need no spaces, and are cut where they are.
-    """
-    begin = place
-    while begin > 0 and text[begin - 1].isascii() and text[begin - 1].isalnum():
-        begin -= 1
-    begin -= text[:begin].endswith(" ")
-    return begin or place
+    mask = example.completion_mask[first:]
+    return example.token_ids[:first], example.token_ids[first:], None if all(mask) else mask

@@ -43,12 +43,16 @@ def digest_of(items: Iterable[tuple[Sequences, tuple[float, ...]]]) -> str:
     return digest.hexdigest()
 
 
-def fitting(items: Sequence[Item], positions: Mapping[str, float], *, skip: bool) -> Sequence[Item]:
+def fitting(
+    items: Sequence[Item], positions: Mapping[str, float], *, skip: bool,
+    advice: str = "data.on_bad_row=skip",
+) -> Sequence[Item]:
     """The items whose sequences fit.
 
     Args:
         positions: tokens that a sequence may have, by what has so many, such as "the model".
         skip: leave the others out, and say how many.
+        advice: how the user asks for that.
 
     Raises:
         DataError: one does not fit, and is not to be left out.
@@ -61,7 +65,7 @@ def fitting(items: Sequence[Item], positions: Mapping[str, float], *, skip: bool
     if not skip:
         raise DataError(
             f"example {long[0]} (the first is 0) has {longest[long[0]]} tokens, and must fit {whose}'s {limit:g} "
-            "positions; shorten it, or set data.on_bad_row=skip to leave such rows out"
+            f"positions; shorten it, or set {advice} to leave such rows out"
         )
     logger.warning("skipped %d of %d examples: more tokens than %s's %g positions", len(long), len(items), whose, limit)
     return [item for item, length in zip(items, longest, strict=True) if length <= limit]

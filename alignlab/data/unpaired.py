@@ -10,14 +10,19 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow, check_text
 from alignlab.data.preferences import (
+    Mask,
     completion_tokens,
     group_of,
     preference_from_row,
     preference_rows,
     read_rows,
 )
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text, split_row
+from alignlab.data.prompts import split_row
+from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import as_label
 from alignlab.data.sequences import Sequences
 from alignlab.errors import DataError
 from alignlab.types import Rollout
@@ -32,12 +37,15 @@ class UnpairedPreference:
         completion: at least one token.
         desirable: whether it is a good one.
         mismatched: a completion of another prompt of the dataset, from which the KL to the reference is estimated.
+        completion_mask, mismatched_mask: of each token, whether the assistant wrote it, and not a tool; None for all.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     desirable: bool
     mismatched: tuple[int, ...] = ()
+    completion_mask: Mask = None
+    mismatched_mask: Mask = None
 
     @property
     def num_tokens(self) -> int:
@@ -50,12 +58,14 @@ class UnpairedPreference:
 
     @property
     def labels(self) -> tuple[float, ...]:
-        """Whether it is a good one."""
-        return (float(self.desirable),)
+        """Whether it is a good one; and of a completion that the assistant did not write alone, the mask."""
+        return float(self.desirable), *map(float, self.completion_mask or ())
 
     def as_group(self, logprobs: Sequence[float] | None = None) -> Rollout:
         """Its completion and the mismatched one as a group, to be packed; see `group_of`."""
-        return group_of(self.prompt, (self.completion, self.mismatched), logprobs)
+        return group_of(
+            self.prompt, (self.completion, self.mismatched), (self.completion_mask, self.mismatched_mask), logprobs
+        )
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,12 @@ def load_unpaired(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def unpaired_from_rows(
-    rows: Iterable[Mapping[str, Any]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase
 ) -> UnpairedDataset:
     """Render and tokenise rows of one of two forms, strings or chat messages (TRL's forms).
 
-    - a prompt, `completion` and `label`, true where the completion is good;
+    - a prompt, `completion` and `label`, true or 1 where the completion is good, false or 0 where it is bad, also as
+      text;
     - `chosen` and `rejected`, see `preferences_from_rows`: a good completion and a bad one.
 
     Raises:
@@ -109,19 +120,17 @@ def unpaired_from_rows(
 
 
 def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPreference]:
-    if isinstance(row, Mapping) and row.get("completion") is None and {"chosen", "rejected"} & set(row):
+    if row.get("completion") is None and {"chosen", "rejected"} & set(row):
         pair = preference_from_row(row, render)
-        both = ((pair.chosen, True), (pair.rejected, False))
-        return [UnpairedPreference(pair.prompt, ids, desirable) for ids, desirable in both]
+        both = ((pair.chosen, True, pair.chosen_mask), (pair.rejected, False, pair.rejected_mask))
+        return [UnpairedPreference(pair.prompt, ids, good, completion_mask=mask) for ids, good, mask in both]
     prompt, columns = split_row(row, render.settings.prompt_column)
     missing = [name for name in ("completion", "label") if columns.get(name) is None]
     if missing:
         raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
-    completion, label = check_text(columns["completion"], "completion"), columns["label"]
-    if not isinstance(label, bool):
-        raise BadRow("wrong_type", f"has {label!r} in the column 'label', which holds true or false")
-    start, ids = completion_tokens(prompt, completion, render)
-    return [UnpairedPreference(start, ids, label)]
+    completion, label = check_text(columns["completion"], "completion"), as_label(columns["label"], "label")
+    start, ids, mask = completion_tokens(prompt, completion, render)
+    return [UnpairedPreference(start, ids, label, completion_mask=mask)]
 
 
 def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPreference, ...]:
@@ -145,13 +154,17 @@ def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPrefere
     ordered = [preferences[i] for i in places]
     found = dict(zip(places, _others(ordered), strict=True))
     longest = max(len(each.prompt) + len(each.completion) for each in preferences)
-    return tuple(
-        replace(each, mismatched=found[i][: longest - len(each.prompt)]) for i, each in enumerate(preferences)
-    )
+    return tuple(_with_mismatched(each, found[i], longest - len(each.prompt)) for i, each in enumerate(preferences))
 
 
-def _others(ordered: Sequence[UnpairedPreference]) -> list[tuple[int, ...]]:
-    """For each, the completion of the next one, round the end, that shares neither prompt nor completion with it."""
+def _with_mismatched(preference: UnpairedPreference, other: UnpairedPreference, room: int) -> UnpairedPreference:
+    """The preference with the completion of another, cut to `room` tokens."""
+    mask = None if other.completion_mask is None else other.completion_mask[:room]
+    return replace(preference, mismatched=other.completion[:room], mismatched_mask=mask)
+
+
+def _others(ordered: Sequence[UnpairedPreference]) -> list[UnpairedPreference]:
+    """For each, the next one, round the end, that shares neither prompt nor completion with it."""
     count, around = len(ordered), [*ordered, *ordered]
     next_prompt = _next_changes([each.prompt for each in around])
     next_completion = _next_changes([each.completion for each in around])
@@ -170,7 +183,7 @@ def _others(ordered: Sequence[UnpairedPreference]) -> list[tuple[int, ...]]:
                 "the KL to the reference is estimated from completions of other prompts, and for one of the rows there "
                 "is none with another prompt and another completion; add rows with other prompts"
             )
-        found.append(around[j].completion)
+        found.append(around[j])
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from alignlab.data.messages import template_columns
 from alignlab.rlaif.collecting import as_json
 from alignlab.rlaif.judge import Judge, Verdict
 from alignlab.types import Rollout
@@ -55,7 +56,7 @@ def judge_pairs(judge: Judge, rollouts: Sequence[Rollout]) -> list[dict[str, Any
 
     Returns:
         Rows with index, prompt, first, second, probability (that the first is better; None without an answer),
-        by_order, and outcome: judged, unanswered, identical or empty.
+        by_order, and outcome: judged, unanswered, identical or empty; and what the prompt's chat template was given.
     """
     rows = [_row(rollout) for rollout in rollouts]
     shown = [row for row in rows if row["outcome"] == "judged"]
@@ -76,6 +77,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
     return {
         "index": rollout.prompt.index,
         "prompt": as_json(rollout.prompt.text),
+        **template_columns(rollout.prompt.columns),
         "first": first,
         "second": second,
         "probability": None,
@@ -85,7 +87,8 @@ def _row(rollout: Rollout) -> dict[str, Any]:
 
 
 def preferences(rows: Sequence[Mapping[str, Any]], *, min_confidence: float) -> list[dict[str, Any]]:
-    """Rows of preferences from judged ones: prompt, chosen, rejected, and how probably the chosen one is better.
+    """Rows of preferences from judged ones: prompt, chosen, rejected, and how probably the chosen one is better; with
+    what the prompt's chat template was given.
 
     Args:
         min_confidence: a pair whose better completion is less probable is a tie and left out, in [0.5, 1).
@@ -97,7 +100,8 @@ def preferences(rows: Sequence[Mapping[str, Any]], *, min_confidence: float) -> 
         first_is_better = row["probability"] > 0.5
         chosen, rejected = (row["first"], row["second"]) if first_is_better else (row["second"], row["first"])
         probability = row["probability"] if first_is_better else 1 - row["probability"]
-        found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "probability": probability})
+        pair = {"chosen": chosen, "rejected": rejected, "probability": probability}
+        found.append({"prompt": row["prompt"], **template_columns(row), **pair})
     return found
 
 

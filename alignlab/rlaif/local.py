@@ -10,11 +10,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.judge import ModelJudge
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings
+from alignlab.data.messages import BadRow
 from alignlab.data.packing import pack_rollouts
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, has_adapters
 from alignlab.models.attention import causal_lm
@@ -52,7 +53,8 @@ class LocalChatModel:
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
-        self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+        # A completion must not end its own turn in the question to the judge.
+        self._render = PromptRenderer(RenderSettings(escape_special_tokens=tokenizer.is_fast), tokenizer)
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]

@@ -6,12 +6,13 @@ al. (2022), arXiv:2212.08073, Sec. 3.1.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
 from alignlab.config.constitution import Constitution, Principle
 from alignlab.rlaif.chat_model import Conversation
-from alignlab.types import Text, message_text
+from alignlab.types import Message, Text, message_text
 
 FIRST_OR_SECOND = ("1", "2")
 
@@ -75,7 +76,15 @@ def _shown(prompt: Text) -> str:
     """The prompt as a judge reads it: a single message as it is, a conversation with who said what."""
     if isinstance(prompt, str) or len(prompt) == 1:
         return f"Question: {message_text(prompt)}"
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
+
+
+def _said(message: Message) -> str:
+    """What a message says, the calls of tools in it included."""
+    calls = [
+        json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()
+    ]
+    return "\n".join(part for part in (message_text([message]), *(f"(calls {call})" for call in calls)) if part)
 
 
 def _asked(constitution: Constitution, question: str) -> Conversation:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignlab.config.constitution import Constitution
+from alignlab.data.messages import template_columns
 from alignlab.rlaif import questions
 from alignlab.rlaif.chat_model import ChatModel, Failure, refuse_silence
 from alignlab.rlaif.collecting import as_json
@@ -49,6 +50,7 @@ class Reviser:
             {
                 "index": rollout.prompt.index,
                 "prompt": as_json(rollout.prompt.text),
+                **template_columns(rollout.prompt.columns),
                 "answer": rollout.completions[0].text,
                 "completion": rollout.completions[0].text,
                 "critiques": [],
@@ -94,6 +96,12 @@ class Reviser:
         known = self.constitution.principles
         order = random.Random(f"{self.seed}/{message_text(row['prompt'])}").sample(known, len(known))
         return order[number % len(order)]
+
+
+def taught_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The revised completions, as supervised rows: prompt, completion, and what the prompt's template was given."""
+    revised = [row for row in rows if row["outcome"] == "revised"]
+    return [{"prompt": row["prompt"], **template_columns(row), "completion": row["completion"]} for row in revised]
 
 
 def _take(row: dict[str, Any], text: str | Failure, field: str) -> None:

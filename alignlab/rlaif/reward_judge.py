@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
 from alignlab.rlaif.judge import Verdict
 from alignlab.training.model_reward import ModelReward
 from alignlab.types import Text
@@ -30,7 +31,7 @@ class RewardModelJudge:
     def __init__(self, reward: ModelReward, tokenizer: PreTrainedTokenizerBase) -> None:
         self.counts: Counter[str] = Counter()
         self._reward = reward
-        self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+        self._render = PromptRenderer(RenderSettings(), tokenizer, needs_thoughts=False)
 
     def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
         """p(first is better) = sigmoid(reward of the first - reward of the second)."""

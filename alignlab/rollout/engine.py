@@ -147,7 +147,7 @@ class EmbeddedEngine:
             sequences += [
                 TokenSequence(
                     request, key, list(prompt.token_ids),
-                    detokenizer=Detokenizer(self._tokenizer) if params.stop else None,
+                    detokenizer=Detokenizer(self._tokenizer, self._ends) if params.stop else None,
                 )
                 for key in keys
             ]
@@ -253,14 +253,19 @@ class EmbeddedEngine:
                 )
             sequence.append(int(token), logprob, raw_logprob, self.policy_version)
 
+    @property
+    def _ends(self) -> frozenset[int]:
+        """The tokens that end the model's completions."""
+        return end_token_ids(self._lm, self._tokenizer, SamplingParams())
+
     def _completion(self, sequence: TokenSequence, routing: Tensor | None) -> Completion:
         # Offsets into the text as it came are offsets into that text alone: some tokenizers decode the whole otherwise.
         came = sequence.detokenizer
-        text = decode(self._tokenizer, sequence.sampled_ids) if came is None else came.whole
+        text = decode(self._tokenizer, sequence.sampled_ids, self._ends) if came is None else came.whole
         return replace(sequence.completion(text), routing=routing)
 
     def _stream(self, sequence: TokenSequence) -> Iterator[str]:
-        sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer)
+        sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer, self._ends)
         held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
         emitted = 0
         with self._running([sequence]) as scheduler:

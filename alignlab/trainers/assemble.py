@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
-from alignlab.data.examples import Example, examples_from_rows, load_examples
-from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
-from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
-from alignlab.data.unpaired import UnpairedPreference, load_unpaired, mismatch, unpaired_from_rows
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.training.reward_functions import LoadedReward, load_reward
-from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any]
-_Made = TypeVar("_Made")
-Dataset = str | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
 
 
 def make_accelerator() -> Accelerator:
@@ -74,13 +66,17 @@ def resolve_model(
     would lose most of an optimizer's small updates.
 
     Raises:
-        ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained.
+        ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained; the adapter is no
+            LoRA.
     """
+    check_lora(peft_config)
     model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
         model = add_lora(model, peft_config)
+    if isinstance(model, PeftModel):
+        check_lora(model.peft_config[model.active_adapter])
     if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
         model.set_adapter(model.active_adapter)  # as one loaded by name, to be trained further
     _check_trained_dtype(model)
@@ -100,6 +96,21 @@ def resolve_base(
     if isinstance(model, str):
         model = load_model(model, dtype=torch.bfloat16 if adapted else torch.float32)
     return model, tokenizer
+
+
+def check_lora(peft_config: object) -> None:
+    """Refuse an adapter of another kind than LoRA.
+
+    Raises:
+        ConfigError: it is of another kind, or no description of an adapter.
+    """
+    if peft_config is None or type(peft_config) in (LoraSettings, LoraConfig):
+        return
+    kind = type(peft_config).__name__
+    raise ConfigError(
+        f"peft_config must be LoraSettings or PEFT's LoraConfig, and is {kind}; what is trained here is LoRA or all "
+        "weights: use LoraSettings(rank=16), or leave it out to train all weights"
+    )
 
 
 def _resolve_tokenizer(model: Model, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -142,61 +153,3 @@ def make_reference(policy: Policy) -> Policy | None:
             )
         return None
     return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-def resolve_examples(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
-    """Supervised examples from a path, settings, rows as `examples_from_rows` reads them, or examples made already."""
-    return _resolve(
-        dataset, Example, lambda settings: load_examples(settings, tokenizer),
-        lambda rows, settings: examples_from_rows(rows, settings, tokenizer),
-    )
-
-
-def resolve_preferences(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, **columns: str | None
-) -> Sequence[Preference]:
-    """Preferences from a path, settings, rows as `preferences_from_rows` reads them, or preferences made already.
-
-    Args:
-        columns: margin_column and probability_column, see there.
-    """
-    return _resolve(
-        dataset, Preference, lambda settings: load_preferences(settings, tokenizer, **columns),
-        lambda rows, settings: preferences_from_rows(rows, settings, tokenizer, **columns),
-    )
-
-
-def resolve_unpaired(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[UnpairedPreference]:
-    """Unpaired preferences from a path, settings, rows as `unpaired_from_rows` reads them, or made already."""
-    found = _resolve(
-        dataset, UnpairedPreference, lambda settings: load_unpaired(settings, tokenizer),
-        lambda rows, settings: unpaired_from_rows(rows, settings, tokenizer),
-    )
-    return mismatch(found) if isinstance(found, list) else found
-
-
-def _resolve(
-    dataset: Any, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
-    read: Callable[[list[Any], DataSettings], Sequence[_Made]],
-) -> Sequence[_Made]:
-    """What a path or settings name, by `load`; rows, by `read`; or a list of what was made already."""
-    if isinstance(dataset, str | DataSettings):
-        return load(DataSettings(path=dataset) if isinstance(dataset, str) else dataset)
-    rows = list(dataset)
-    return rows if all(isinstance(row, kind) for row in rows) else read(rows, DataSettings(path="rows"))
-
-
-def resolve_prompts(dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
-    """Prompts from a path, settings, rows with TRL's `prompt` or `messages` columns, or prompts made already."""
-    if dataset is None:
-        return ()
-    if isinstance(dataset, str):
-        dataset = DataSettings(path=dataset)
-    if isinstance(dataset, DataSettings):
-        return load_prompts(dataset, tokenizer)
-    if isinstance(dataset, PromptDataset):
-        return dataset
-    rows: list[Any] = list(dataset)
-    if all(isinstance(row, Prompt) for row in rows):
-        return rows
-    return prompts_from_rows(rows, DataSettings(path="rows"), tokenizer)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
@@ -24,7 +25,7 @@ from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
 from alignlab.models.attention import num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.rollout.engine import EmbeddedEngine
-from alignlab.trainers.assemble import Dataset, Model, Reward, resolve_examples, resolve_prompts, resolve_rewards
+from alignlab.trainers.assemble import Model, Reward, resolve_rewards
 from alignlab.trainers.distilling import (
     Comparison,
     StudentLearner,
@@ -32,6 +33,14 @@ from alignlab.trainers.distilling import (
     StudentPolicy,
     TaughtExperience,
     shared_width,
+)
+from alignlab.trainers.given_data import (
+    Dataset,
+    GivenData,
+    given_data,
+    given_held_out,
+    resolve_examples,
+    resolve_prompts,
 )
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.preflight import choose_scorer
@@ -68,6 +77,8 @@ class DistillTrainer(OfflineTrainer):
         train_dataset: Any,
         *,
         eval_dataset: Dataset | None = None,
+        render_settings: RenderSettings | None = None,
+        eval_render_settings: RenderSettings | None = None,
         reward_funcs: Reward | Sequence[Reward] = (),
         evaluation: EvaluationSettings | None = None,
         **options: Any,
@@ -75,9 +86,11 @@ class DistillTrainer(OfflineTrainer):
         self.evaluation = evaluation or EvaluationSettings()
         rewards = resolve_rewards(reward_funcs) if reward_funcs else []
         scorer = choose_scorer(self.evaluation, rewards, needed=eval_dataset is not None)
-        super().__init__(model, config, train_dataset, **options)
+        train = given_data(train_dataset, render_settings)
+        held_out = given_held_out(eval_dataset, eval_render_settings, train)
+        super().__init__(model, config, train, **options)
         self.scorer = scorer
-        self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -107,9 +120,9 @@ class DistillTrainer(OfflineTrainer):
         """Every completion token weighs the same."""
         return token_mean
 
-    def examples(self, dataset: Any) -> Sequence[Example]:
+    def examples(self, data: GivenData) -> Sequence[Example]:
         """Of settings, a path, or rows with `prompt` and `completion` or `messages`; or examples made already."""
-        return resolve_examples(dataset, self.tokenizer)
+        return resolve_examples(data, self.tokenizer)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """With `top_k`, ask the teacher about all examples, or read what it answered an earlier run; then let it go."""

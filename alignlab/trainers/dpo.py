@@ -17,7 +17,7 @@ from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
 from alignlab.errors import ConfigError
 from alignlab.models.policy import PolicyOutput
-from alignlab.trainers.assemble import resolve_preferences
+from alignlab.trainers.given_data import GivenData, resolve_preferences
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import pair_loss, pair_metrics, pair_token_loss, pairs_of, with_labels
 from alignlab.trainers.reduction import Weigh, pair_mean
@@ -56,9 +56,9 @@ class DPOTrainer(OfflineTrainer):
         """Every pair of the step weighs the same."""
         return pair_mean
 
-    def examples(self, dataset: Any) -> Sequence[Preference]:
+    def examples(self, data: GivenData) -> Sequence[Preference]:
         """Preferences of a dataset."""
-        return resolve_preferences(dataset, self.tokenizer, probability_column=self.config.probability_column)
+        return resolve_preferences(data, self.tokenizer, probability_column=self.config.probability_column)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Score all pairs by the reference, or read what an earlier run has scored."""

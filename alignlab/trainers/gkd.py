@@ -16,15 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer, check_text
+from alignlab.data.messages import BadRow, check_text
+from alignlab.data.preferences import Mask
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import DataError
 from alignlab.models.attention import num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
-from alignlab.trainers.assemble import Dataset, Model, Reward
+from alignlab.rollout.detokenizer import decode
+from alignlab.trainers.assemble import Model, Reward
 from alignlab.trainers.distilling import (
     Comparison,
     StudentLearner,
@@ -32,6 +34,7 @@ from alignlab.trainers.distilling import (
     StudentPolicy,
     shared_width,
 )
+from alignlab.trainers.given_data import Dataset
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
@@ -91,10 +94,9 @@ class GKDTrainer(OnlineTrainer):
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
         check_room(self.teacher.model, self.prompts, config, whose="the teacher")
-        settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
-        self._given: dict[int, tuple[int, ...]] = {}
+        self._given: dict[int, tuple[tuple[int, ...], Mask]] = {}
         if config.student_frac < 1:
-            render = PromptRenderer(settings, self.tokenizer)
+            render = PromptRenderer(self.render_settings, self.tokenizer)
             numbers = {prompt.index for prompt in self.prompts}
             if len(numbers) < len(self.prompts):
                 raise DataError(
@@ -137,9 +139,9 @@ class GKDTrainer(OnlineTrainer):
         ]
 
     def _rollout_of_dataset(self, prompt: Prompt) -> Rollout:
-        ids = self._given[prompt.index]
-        text, version = self.tokenizer.decode(ids, skip_special_tokens=True), self.engine.policy_version
-        completion = Completion(ids, text, (0.0,) * len(ids), None, "stop", (version,) * len(ids))
+        ids, own = self._given[prompt.index]
+        text, version = decode(self.tokenizer, ids), self.engine.policy_version
+        completion = Completion(ids, text, (0.0,) * len(ids), None, "stop", (version,) * len(ids), own=own)
         return Rollout(prompt, (completion,), (math.nan,), {name: (None,) for name in self.rewards.names})
 
     def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
@@ -162,8 +164,11 @@ class GKDTrainer(OnlineTrainer):
         return super().frozen() | {"teacher": self._teacher_fingerprint}
 
 
-def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tuple[int, ...]:
-    """The tokens with which the dataset completes a prompt, the end token among them; `limit` is of both together.
+def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tuple[tuple[int, ...], Mask]:
+    """The tokens with which the dataset completes a prompt, the end token among them, and which are the assistant's.
+
+    Args:
+        limit: of the tokens of both together.
 
     Raises:
         DataError: it does not, or they cannot be rendered, or are too many.
@@ -176,7 +181,7 @@ def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tu
         )
     try:
         completion = check_text(text if isinstance(text, list) else str(text), "the completion")
-        example = completion_example(prompt.text, completion, render)
+        example = completion_example(prompt.text, completion, render.of_row(prompt.columns, prompt.index))
     except BadRow as error:
         raise DataError(f"row {prompt.index} {error}; correct it, or use student_frac 1") from None
     if example.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
@@ -186,4 +191,5 @@ def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tu
             f"row {prompt.index} has {len(example.token_ids)} tokens with its completion, and the student and its "
             f"teacher have {limit:g} positions; shorten it, or leave it out"
         )
-    return example.token_ids[len(prompt.token_ids) :]
+    own = example.completion_mask[len(prompt.token_ids) :]
+    return example.token_ids[len(prompt.token_ids) :], None if all(own) else own

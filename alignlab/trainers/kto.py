@@ -20,7 +20,7 @@ from alignlab.data.unpaired import UnpairedPreference
 from alignlab.functional.preference_losses import kto, kto_reference_point
 from alignlab.functional.reduction import sequence_sum
 from alignlab.models.policy import PolicyOutput
-from alignlab.trainers.assemble import resolve_unpaired
+from alignlab.trainers.given_data import GivenData, resolve_unpaired
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import ROUNDING
 from alignlab.trainers.reduction import Weigh, sequence_mean
@@ -55,9 +55,9 @@ class KTOTrainer(OfflineTrainer):
         """Every completion of the step weighs the same; its loss stands on each of its tokens."""
         return sequence_mean
 
-    def examples(self, dataset: Any) -> Sequence[UnpairedPreference]:
+    def examples(self, data: GivenData) -> Sequence[UnpairedPreference]:
         """Unpaired preferences of a dataset."""
-        return resolve_unpaired(dataset, self.tokenizer)
+        return resolve_unpaired(data, self.tokenizer)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Score all completions by the reference, or read what an earlier run has scored."""

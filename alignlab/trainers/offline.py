@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
 from alignlab.data.sequences import digest_of, fitting
@@ -22,6 +22,7 @@ from alignlab.errors import DataError
 from alignlab.models.attention import num_positions
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
+from alignlab.trainers.given_data import GivenData, given_data, given_held_out
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.reduction import Weigh
@@ -37,8 +38,10 @@ class OfflineTrainer(TrainingLoop):
     Args:
         model: a name or path, or a live model, with or without a PEFT adapter.
         config: the trainer's section.
-        train_dataset: what `examples` understands.
+        train_dataset: a path, `DataSettings`, rows, or what `examples` makes of them.
         eval_dataset: the same, held out.
+        render_settings: how rows in memory become tokens; a source has these in its `DataSettings`.
+        eval_render_settings: of held-out rows; default: `render_settings`, but for its `size`.
         tokenizer: default: the one beside the model.
         peft_config: a LoRA adapter to train; None trains what the model marks as trainable.
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
@@ -53,10 +56,14 @@ class OfflineTrainer(TrainingLoop):
         train_dataset: Any,
         *,
         eval_dataset: Any = None,
+        render_settings: RenderSettings | None = None,
+        eval_render_settings: RenderSettings | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        train = given_data(train_dataset, render_settings)
+        held_out = given_held_out(eval_dataset, eval_render_settings, train)
         accelerator = make_accelerator()
         size: int = getattr(config, self.size_field)
         check_shares(self.size_field, size, accelerator.num_processes)
@@ -64,10 +71,10 @@ class OfflineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         learner = self.make_learner(model, tokenizer, config, accelerator, total_updates=config.num_steps)
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
-        self.train_examples: Sequence[Any] = self._fitting(train_dataset)
+        self.train_examples: Sequence[Any] = self._fitting(train)
         if not self.train_examples:
             raise DataError("the training data holds no example that can be used; check its path and its columns")
-        self.eval_examples: Sequence[Any] = () if eval_dataset is None else self._fitting(eval_dataset)
+        self.eval_examples: Sequence[Any] = () if held_out is None else self._fitting(held_out)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
 
@@ -78,9 +85,9 @@ class OfflineTrainer(TrainingLoop):
         """What owns the policy; `schedule` is as `Learner` takes it."""
         return Learner(Policy(model, chunk_tokens=config.logprob_chunk_tokens), config, accelerator, **schedule)
 
-    def _fitting(self, dataset: Any) -> Sequence[Any]:
-        skip = isinstance(dataset, DataSettings) and dataset.on_bad_row == "skip"
-        return fitting(self.examples(dataset), self.positions, skip=skip)
+    def _fitting(self, data: GivenData) -> Sequence[Any]:
+        advice = data.settings.setting("on_bad_row", "skip")
+        return fitting(self.examples(data), self.positions, skip=data.skips, advice=advice)
 
     @property
     def positions(self) -> dict[str, float]:
@@ -103,7 +110,7 @@ class OfflineTrainer(TrainingLoop):
         return bool(self.eval_examples)
 
     @abstractmethod
-    def examples(self, dataset: Any) -> Sequence[Any]:
+    def examples(self, data: GivenData) -> Sequence[Any]:
         """Token ids of a dataset, ready to be packed; each item is a `data.sequences.HasSequences`."""
 
     @abstractmethod

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.config.data import DataSettings
 from alignlab.config.trainers import OnPolicyDistillConfig
 from alignlab.data.alignment import TextAligner
 from alignlab.errors import ConfigError
@@ -25,7 +24,8 @@ from alignlab.functional.reverse_kl import reverse_kl_advantages
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
-from alignlab.trainers.assemble import Dataset, Model, Reward
+from alignlab.trainers.assemble import Model, Reward
+from alignlab.trainers.given_data import Dataset
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
@@ -68,16 +68,15 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self.teacher = load_teacher(config.teacher, self.learner.device, chunk_tokens=config.logprob_chunk_tokens)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
-        self.scores = self._make_scores(tokenizer, train_dataset)
+        self.scores = self._make_scores(tokenizer)
 
-    def _make_scores(self, tokenizer: Any, train_dataset: Dataset) -> TeacherScores:
+    def _make_scores(self, tokenizer: Any) -> TeacherScores:
         if self.config.alignment == "tokens":
             check_same_tokens(tokenizer, self.tokenizer)
             check_width(causal_lm(self.teacher.model), self.tokenizer)
             self._check_room(self.prompts)
             return TokenScores(self.learner, self.teacher)
-        settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
-        aligner = TextAligner(self.tokenizer, tokenizer, settings)
+        aligner = TextAligner(self.tokenizer, tokenizer, self.render_settings)
         check_width(causal_lm(self.teacher.model), tokenizer)
         # What its template refuses, or is too long for it, is said before anything is sampled.
         self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)])

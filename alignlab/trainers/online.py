@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
@@ -36,7 +37,6 @@ from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
 from alignlab.trainers.ahead import Collected, RolloutsAhead, check_age
 from alignlab.trainers.assemble import (
-    Dataset,
     Model,
     Reward,
     check_shares,
@@ -44,9 +44,9 @@ from alignlab.trainers.assemble import (
     make_rank_group,
     make_reference,
     resolve_model,
-    resolve_prompts,
     resolve_rewards,
 )
+from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts
 from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
@@ -72,6 +72,8 @@ class OnlineTrainer(TrainingLoop):
         config: the trainer's section.
         train_dataset: a path, settings, rows with a `prompt` or `messages` column, or prompts.
         eval_dataset: the same, held out.
+        render_settings: how rows in memory become prompts; a source has these in its `DataSettings`.
+        eval_render_settings: of held-out rows; default: `render_settings`, but for its `size`.
         tokenizer: default: the one beside the model.
         peft_config: a LoRA adapter to train; None trains what the model marks as trainable.
         evaluation: how held-out accuracy is measured.
@@ -88,11 +90,15 @@ class OnlineTrainer(TrainingLoop):
         train_dataset: Dataset,
         *,
         eval_dataset: Dataset | None = None,
+        render_settings: RenderSettings | None = None,
+        eval_render_settings: RenderSettings | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         evaluation: EvaluationSettings | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        train = given_data(train_dataset, render_settings)
+        held_out = given_held_out(eval_dataset, eval_render_settings, train)
         accelerator = make_accelerator()
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
@@ -100,8 +106,9 @@ class OnlineTrainer(TrainingLoop):
         needed = config.takes_rewards == "needed" or bool(reward_funcs)
         rewards = RewardRunner(resolve_rewards(reward_funcs) if needed else [], config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
-        self.prompts = resolve_prompts(train_dataset, tokenizer)
-        self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
+        self.render_settings = train.settings
+        self.prompts = resolve_prompts(train, tokenizer)
+        self.eval_prompts = resolve_prompts(held_out, tokenizer)
         check_room(model, self.prompts, config)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)

@@ -34,7 +34,7 @@ def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, w
         if limit is not None and longest + wanted > limit:
             raise ConfigError(
                 f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
-                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
+                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower max_prompt_tokens of the data"
             )
 
 

@@ -24,7 +24,7 @@ from alignlab.data.preferences import Preference
 from alignlab.functional.reward_losses import bradley_terry, brier_score, calibration_error, reward_centring
 from alignlab.models.reward_checkpoints import classifier_of, padded_tokenizer, save_reward_model
 from alignlab.models.reward_model import RewardModel, RewardOutput, last_tokens
-from alignlab.trainers.assemble import resolve_preferences
+from alignlab.trainers.given_data import GivenData, resolve_preferences
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import with_labels
@@ -95,11 +95,11 @@ class RewardTrainer(OfflineTrainer):
         """Every pair of the step weighs the same."""
         return pair_mean
 
-    def examples(self, dataset: Any) -> Sequence[Preference]:
+    def examples(self, data: GivenData) -> Sequence[Preference]:
         """Preferences of a dataset."""
         config = self.config
         return resolve_preferences(
-            dataset, self.tokenizer, margin_column=config.margin_column, probability_column=config.probability_column
+            data, self.tokenizer, margin_column=config.margin_column, probability_column=config.probability_column
         )
 
     def packs(self, rows: Sequence[int]) -> list[Experience]:

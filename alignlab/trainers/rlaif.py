@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.constitution import load_constitution
 from alignlab.config.judge import HOW_IT_IS_REACHED, ModelJudge
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import (
@@ -51,11 +52,12 @@ from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
 from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
-from alignlab.rlaif.revision import Reviser
+from alignlab.rlaif.revision import Reviser, taught_rows
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
-from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_base, resolve_model, resolve_prompts
+from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -95,6 +97,7 @@ class RLAIFTrainer:
         config: the trainer's section.
         train_dataset: prompts; see `OnlineTrainer`.
         eval_dataset: the same, held out; needs `evaluation.scorer`.
+        render_settings, eval_render_settings: see `OnlineTrainer`.
         tokenizer: default: the one beside the model.
         peft_config: a LoRA adapter for each stage that trains; None trains all weights.
         evaluation: how held-out accuracy is measured.
@@ -113,20 +116,26 @@ class RLAIFTrainer:
         train_dataset: Dataset,
         *,
         eval_dataset: Dataset | None = None,
+        render_settings: RenderSettings | None = None,
+        eval_render_settings: RenderSettings | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: LoraSettings | LoraConfig | None = None,
         evaluation: EvaluationSettings | None = None,
         judge: Judge | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        train = given_data(train_dataset, render_settings)
+        held_out = given_held_out(eval_dataset, eval_render_settings, train)
+        check_lora(peft_config)
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
         self.accelerator = make_accelerator()
         base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
         self.model: Any = base.to(self.accelerator.device)
         self._check_adapter()
-        self.prompts = resolve_prompts(train_dataset, self.tokenizer)
-        self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        self._stage_settings = sampled_settings(train.settings)
+        self.prompts = resolve_prompts(train, self.tokenizer)
+        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
         self._judge_is_given = judge is not None
@@ -204,8 +213,7 @@ class RLAIFTrainer:
         )
         kept = folder / "revisions.jsonl"
         rows = self._collect(settings, kept, self.model, 1, reviser.revise, "critique and revision")
-        revised = [row for row in rows if row["outcome"] == "revised"]
-        told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in revised]
+        told = taught_rows(rows)
         self._show("critique and revision", sorted(Counter(row["outcome"] for row in rows).items()))
         if not told:
             raise DataError(
@@ -215,7 +223,7 @@ class RLAIFTrainer:
         self._keep(kept, told)
         trainer = SFTTrainer(
             copy.deepcopy(self.model), self._section(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
-            peft_config=self.peft_config, callbacks=self.callbacks,
+            peft_config=self.peft_config, callbacks=self.callbacks, render_settings=self._stage_settings,
         )
         result = self._train(trainer)
         trained = trainer.learner.model
@@ -294,6 +302,7 @@ class RLAIFTrainer:
         trainer = RewardTrainer(
             copy.deepcopy(model), self._section(config, folder, probability_column="probability"), rows,
             tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
+            render_settings=self._stage_settings,
         )
         return self._train(trainer).model_path
 
@@ -307,11 +316,10 @@ class RLAIFTrainer:
         if isinstance(config, DPOConfig):
             soft = config.loss == "sigmoid" and not config.label_smoothing  # what can take them gets soft labels
             section = self._section(config, folder, probability_column="probability" if soft else None)
-            trainer = DPOTrainer(policy, section, rows, **given)
+            trainer = DPOTrainer(policy, section, rows, render_settings=self._stage_settings, **given)
         else:
-            kind = _ONLINE[type(config)]
             section = self._section(config, folder)
-            trainer = kind(policy, self._reward_of(policy, reward), section, self.prompts, **given)
+            trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
         result = self._train(trainer)
         self._trained = trainer.learner.model
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.model import ModelSettings, TokenizerTraining
+from alignlab.config.render import RenderSettings
 from alignlab.config.run import RunConfig, WarmStart
 from alignlab.config.trainers import (
     DistillConfig,
@@ -31,7 +33,9 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.data.examples import load_examples
-from alignlab.data.prompts import BadRow, count_or_raise, split_row
+from alignlab.data.messages import BadRow
+from alignlab.data.prompts import count_or_raise, split_row
+from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
@@ -51,7 +55,7 @@ from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult
+from alignlab.training.evaluation import Evaluation, EvaluationResult, LikelihoodResult
 from alignlab.training.run_folder import holds_run
 from alignlab.types import message_text
 
@@ -91,8 +95,8 @@ class RunSummary:
         kind = "adapter" if self.trains_adapter else "model"
         return {
             "task": self.task,
-            "before": _accuracy(self.result.before),
-            "after": _accuracy(self.result.after),
+            "before": _headline(self.result.before),
+            "after": _headline(self.result.after),
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
@@ -100,11 +104,11 @@ class RunSummary:
         }
 
 
-def _accuracy(result: Evaluation | None) -> dict[str, float] | None:
+def _headline(result: Evaluation | None) -> dict[str, float] | None:
     if result is None:
         return None
-    names = ("greedy", "sampled") if isinstance(result, EvaluationResult) else ("accuracy",)
-    return {name: round(getattr(result, name), 4) for name in names}
+    names = {EvaluationResult: ("greedy", "sampled"), LikelihoodResult: ("loss", "perplexity")}
+    return {name: round(getattr(result, name), 4) for name in names.get(type(result), ("accuracy",))}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
@@ -161,7 +165,7 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     texts = []
     for index, row in enumerate(itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)):
         try:
-            text, columns = split_row(row, config.data.prompt_column)
+            text, columns = split_row(plain_row(row), config.data.prompt_column)
             texts.append(f"{message_text(text)}{columns.get(column, '')}")
         except BadRow as error:
             count_or_raise(Counter(), error, index, config.data)
@@ -196,15 +200,17 @@ def warm_start(
     resume: bool,
 ) -> TrainResult:
     """Supervised fine-tuning of all weights on prompts and answers; the result is in `warm_start/model`."""
+    source = settings.data or config.data
     examples = load_examples(
-        settings.data or config.data,
+        source,
         tokenizer,
         answer_column=settings.answer_column,
         answer_template=settings.answer_template,
     )
     folder = config.trainer.output_dir / WARM_START
     trainer = SFTTrainer(
-        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer
+        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
+        render_settings=RenderSettings(on_bad_row=source.on_bad_row),
     )
     return trainer.train(resume=resume and holds_run(folder))
 
@@ -255,9 +261,18 @@ def evaluation_data(config: RunConfig) -> DataSettings | None:
 
 def generate_options(data: DataSettings) -> tuple[str, ...]:
     """Flags with which `alignlab generate` renders a prompt as the training did."""
-    plain = ("--plain",) if data.chat is False else ()
-    named = {"--system-prompt": data.system_prompt, "--prompt-template": data.prompt_template}
-    return plain + tuple(word for flag, text in named.items() if text is not None for word in (flag, text))
+    given = {"--plain": data.chat is False, "--escape-special-tokens": data.escape_special_tokens}
+    default = RenderSettings()
+    day = str(data.template_date) if data.template_date != default.template_date else None
+    named = {
+        "--system-prompt": data.system_prompt,
+        "--prompt-template": data.prompt_template,
+        "--tools": json.dumps(data.tools) if data.tools else None,
+        "--chat-template-kwargs": json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else None,
+        "--template-date": day,
+    }
+    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    return flags + tuple(word for flag, text in named.items() if text is not None for word in (flag, text))
 
 
 def _task(data: DataSettings) -> str:

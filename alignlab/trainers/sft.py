@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -11,9 +10,10 @@ from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
 from alignlab.models.policy import PolicyOutput
-from alignlab.trainers.assemble import resolve_examples
+from alignlab.trainers.given_data import GivenData, resolve_examples
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.reduction import Weigh, token_mean
+from alignlab.training.evaluation import LikelihoodResult
 from alignlab.types import Experience
 
 
@@ -28,14 +28,29 @@ class SFTTrainer(OfflineTrainer):
         """Every completion token weighs the same."""
         return token_mean
 
-    def examples(self, dataset: Any) -> Sequence[Example]:
+    def examples(self, data: GivenData) -> Sequence[Example]:
         """Of settings, a path, or rows with `prompt` and `completion` or `messages`; or examples made already."""
-        return resolve_examples(dataset, self.tokenizer)
+        return resolve_examples(data, self.tokenizer)
 
     def packs(self, rows: Sequence[int]) -> list[Experience]:
         """Each example a sequence of its own."""
-        return pack_examples([self.train_examples[i] for i in rows], budget=self.config.tokens_per_microbatch)
+        return self._packs([self.train_examples[i] for i in rows])
+
+    def _packs(self, examples: Sequence[Example]) -> list[Experience]:
+        return pack_examples(examples, budget=self.config.tokens_per_microbatch)
 
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-log p of each token [N]."""
         return -output.logprobs, {"entropy": output.entropy}
+
+    def evaluate(self) -> LikelihoodResult | None:
+        """How likely the completions of held-out examples are; each rank looks at all of them."""
+        if not self.eval_examples:
+            return None
+        total, num_tokens = 0.0, 0
+        for pack in self._packs(self.eval_examples):
+            moved = pack.to(self.learner.device)
+            logprobs = self.learner.score([moved])[0][moved.completion_mask]
+            total -= float(logprobs.double().sum())
+            num_tokens += len(logprobs)
+        return LikelihoodResult(total / num_tokens, num_examples=len(self.eval_examples), num_tokens=num_tokens)

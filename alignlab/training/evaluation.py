@@ -1,7 +1,9 @@
-"""Held-out accuracy: how many problems the policy answers right, greedily and when it samples."""
+"""What is measured on held-out data: right answers, greedy and sampled; preferences, labels, likelihood."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -19,6 +21,7 @@ from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_t
 ANSWER_COLUMN = "answer"
 RIGHT = 1.0
 KEPT_TEXTS = 4
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -155,13 +158,47 @@ class LabelResult:
         return {"eval/accuracy": self.accuracy, "eval/margin": self.margin, "eval/loss": self.loss}
 
 
-Evaluation = EvaluationResult | PreferenceResult | LabelResult
+@dataclass(frozen=True)
+class LikelihoodResult:
+    """How likely held-out completions are.
+
+    Attributes:
+        loss: mean of -log p over all completion tokens, nats.
+        num_examples, num_tokens: that were looked at.
+    """
+
+    loss: float
+    num_examples: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is no floating-point number."""
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LikelihoodResult:
+        """Take back what `to_json` gave."""
+        return cls(**value)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, as they are logged."""
+        return {"eval/loss": self.loss, "eval/perplexity": self.perplexity}
+
+
+Evaluation = EvaluationResult | PreferenceResult | LabelResult | LikelihoodResult
 
 
 def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
     """Take back what `to_json` of any of them gave."""
     if "num_completions" in value:
         return LabelResult.from_json(value)
+    if "num_examples" in value:
+        return LikelihoodResult.from_json(value)
     return (PreferenceResult if "num_pairs" in value else EvaluationResult).from_json(value)
 
 

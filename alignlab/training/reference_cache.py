@@ -19,6 +19,7 @@ from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
 from alignlab.rollout.weight_proof import digests
 from alignlab.training.files import publish
+from alignlab.types import Completion
 
 _FORMAT = 2
 Scores = list[tuple[float, ...]]
@@ -54,8 +55,13 @@ class ReferenceCache:
     def path(self, examples: Sequence[CompletionGroup]) -> Path:
         """Where the scores of these examples are kept."""
         groups = (example.as_group() for example in examples)
-        tokens = json.dumps([[group.prompt.token_ids, *(c.token_ids for c in group.completions)] for group in groups])
+        tokens = json.dumps([[group.prompt.token_ids, *map(_scored, group.completions)] for group in groups])
         return self._folder / f"{xxhash.xxh3_128_hexdigest((self._model + tokens).encode())}.safetensors"
+
+
+def _scored(completion: Completion) -> object:
+    """What the scores of a completion depend on; only the policy's own tokens are scored."""
+    return completion.token_ids if completion.own is None else [completion.token_ids, completion.own]
 
 
 def digest_of_model(model: nn.Module) -> str:

@@ -14,7 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.training.curves import plot_curves
-from alignlab.training.evaluation import EvaluatedProblem, Evaluation, EvaluationResult, LabelResult, PreferenceResult
+from alignlab.training.evaluation import (
+    EvaluatedProblem,
+    Evaluation,
+    EvaluationResult,
+    LabelResult,
+    LikelihoodResult,
+    PreferenceResult,
+)
 from alignlab.training.files import write_atomically
 from alignlab.training.run_folder import RunFolder
 
@@ -130,6 +137,8 @@ def _show_evaluations(console: Console, report: RunReport) -> None:
         console.print(preference_table(before, after, title=report.title))
     elif isinstance(before, LabelResult) and isinstance(after, LabelResult):
         console.print(label_table(before, after, title=report.title))
+    elif isinstance(before, LikelihoodResult) and isinstance(after, LikelihoodResult):
+        console.print(likelihood_table(before, after, title=report.title))
 
 
 def preference_table(before: PreferenceResult, after: PreferenceResult, *, title: str = "") -> Table:
@@ -141,6 +150,12 @@ def label_table(before: LabelResult, after: LabelResult, *, title: str = "") -> 
     """What the held-out completions came to that are labelled good or bad, before and after."""
     measures = {"accuracy": "label agreed with", "margin": "margin", "loss": "loss"}
     return _change_table(before, after, measures, title=f"{title}: {before.num_completions} held-out completions")
+
+
+def likelihood_table(before: LikelihoodResult, after: LikelihoodResult, *, title: str = "") -> Table:
+    """How likely the held-out completions are, before and after."""
+    measures = {"loss": "loss per token", "perplexity": "perplexity"}
+    return _change_table(before, after, measures, title=f"{title}: {before.num_examples} held-out examples")
 
 
 def _change_table(before: Any, after: Any, measures: Mapping[str, str], *, title: str) -> Table:

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
-from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.messages import BadRow
+from alignlab.data.rendering import PromptRenderer
+from alignlab.data.special_text import unmarked
 from alignlab.errors import ConfigError, DataError
+from alignlab.rollout.detokenizer import special_ids
 from alignlab.training.files import write_atomically
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine
@@ -175,7 +178,7 @@ def _sample_chunk(
     start: int,
 ) -> dict[str, Any]:
     """The rows of some prompts, and counts."""
-    failures = rewards.num_failures
+    bare, failures = plainly(render), rewards.num_failures
     seed = random.Random(f"{settings.seed}/{start}").getrandbits(62)
     sampling = settings.sampling.params(n=settings.num_samples, seed=seed)
     rollouts = rewards.score(engine.generate(prompts, sampling))
@@ -183,7 +186,7 @@ def _sample_chunk(
     counts: Counter[str] = Counter(prompts=len(prompts), completions=len(prompts) * settings.num_samples)
     for rollout in rollouts:
         kept, left_out = select(rollout, min_reward=settings.min_reward, keep=settings.keep)
-        found = [row for row in (_row(rollout, i, render) for i in kept) if row is not None]
+        found = [row for row in (_row(rollout, i, render, bare) for i in kept) if row is not None]
         counts.update(left_out)
         counts.update(rendered_otherwise=len(kept) - len(found), kept=len(found), prompts_without=int(not found))
         rows += found
@@ -191,15 +194,21 @@ def _sample_chunk(
     return {"rows": rows, "counts": dict(counts)}
 
 
-def _row(rollout: Rollout, i: int, render: PromptRenderer) -> dict[str, Any] | None:
-    """One kept completion; None where a supervised example would not be what the teacher saw and wrote."""
+def _row(rollout: Rollout, i: int, render: PromptRenderer, bare: PromptRenderer) -> dict[str, Any] | None:
+    """One kept completion; None where a supervised example would not be what the teacher saw and wrote.
+
+    Args:
+        bare: renders the row when it is read again, see `plainly`.
+    """
     prompt, completion, reward = rollout.prompt, rollout.completions[i], rollout.rewards[i]
-    row: dict[str, Any] = {"prompt": render(prompt.text), "completion": completion.text}
+    render = render.of_row(prompt.columns, prompt.index)
+    row: dict[str, Any] = {"prompt": unmarked(render(prompt.text)), "completion": completion.text}
     if render.chat:
         row["prompt"] = [dict(message) for message in render.messages(prompt.text)]
         row["completion"] = [{"role": "assistant", "content": completion.text}]
+        row |= render.template_columns
     try:
-        example = completion_example(row["prompt"], row["completion"], plainly(render))
+        example = completion_example(row["prompt"], row["completion"], bare.of_row(row, prompt.index))
     except BadRow:
         return None
     if not _wrote(completion, render):
@@ -211,23 +220,25 @@ def _row(rollout: Rollout, i: int, render: PromptRenderer) -> dict[str, Any] | N
 
 
 def _wrote(completion: Completion, render: PromptRenderer) -> bool:
-    """Whether the text is all that was sampled: no half character, and no special token but the end."""
+    """Whether the text is all that was sampled: no half character, and no special token but tags and the end."""
     tokenizer = render.tokenizer
-    special = set(tokenizer.all_special_ids)
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     ids = completion.token_ids
-    if ids and ids[-1] in special:
+    if ids and ids[-1] in special.structure | special.tags:
         ids = ids[:-1]
-    if special.intersection(ids) or "\ufffd" in completion.text:
+    if special.structure.intersection(ids) or "\ufffd" in completion.text:
         return False
     # A stop string may follow the text; a tokenizer may put a space before it.
     return str(tokenizer.decode(list(ids))).lstrip().startswith(completion.text.lstrip())
 
 
 def plainly(render: PromptRenderer) -> PromptRenderer:
-    """As the rows are read again: what stands around a prompt is written in them."""
-    bare = DataSettings(path="rows", chat=render.chat, max_prompt_tokens=render.settings.max_prompt_tokens)
-    return PromptRenderer(bare, render.tokenizer)
+    """The renderer by which the rows are read again: what stands around a prompt is written in them."""
+    settings = render.settings
+    bare = RenderSettings(
+        chat=render.chat, max_prompt_tokens=settings.max_prompt_tokens, template_date=settings.template_date
+    )
+    return PromptRenderer(bare, render.tokenizer, notices=render.notices)
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

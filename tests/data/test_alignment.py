@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.alignment import TextAligner, TokenBytes, aligned_spans
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def sentencepiece() -> PreTrainedTokenizerBase:
 
 
 def aligner(student: Any, teacher: Any, **settings: Any) -> TextAligner:
-    return TextAligner(student, teacher, DataSettings(**settings))
+    return TextAligner(student, teacher, RenderSettings(**settings))
 
 
 def written(tokenizer: Any, text: str, *, end: bool = True) -> Completion:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
 from alignlab.errors import ConfigError, DataError
 
@@ -83,7 +84,7 @@ def test_one_bos_and_no_eos(framing_tokenizer: PreTrainedTokenizerFast, chat: bo
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"question": "hi"}, "missing_column", "no column 'prompt'.*question"),
-    ({"prompt": None}, "missing_column", "no column 'prompt'"),
+    ({"prompt": None}, "missing_column", "nothing in the column 'prompt'"),
     ({"prompt": 7}, "wrong_type", "has int in the column 'prompt'"),
     ({"prompt": [{"content": "hi"}]}, "wrong_type", "dict of role and content"),
     ({"prompt": [{"role": "user"}]}, "wrong_type", "dict of role and content"),
@@ -233,24 +234,24 @@ def test_a_byte_order_mark_is_no_part_of_the_data(
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(b"\xef\xbb\xbf" + texts[suffix].encode())
     assert [p.text for p in load_prompts(DataSettings(path=str(path)), plain_tokenizer)] == ["one"]
-    path.write_bytes(b"prompt\n\xff\xfe\n")
+    path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with pytest.raises(DataError, match="must be text in UTF-8"):
         load_prompts(DataSettings(path=str(path)), plain_tokenizer)
 
 
 def test_a_message_without_content_is_a_bad_row(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}, {"prompt": "ok"}]
-    settings = DataSettings(path="rows", on_bad_row="skip")
+    settings = RenderSettings(on_bad_row="skip")
     assert prompts_from_rows(rows, settings, chat_tokenizer).skipped == {"wrong_type": 1}
 
 
 def test_rows_of_another_kind_are_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     wrong: Any = ["one", "two"]
     with pytest.raises(DataError, match=r"row 0 .* is str, and must be a dict"):
-        prompts_from_rows(wrong, DataSettings(path="rows"), plain_tokenizer)
+        prompts_from_rows(wrong, RenderSettings(), plain_tokenizer)
     splits: Any = {"train": [], "test": []}
     with pytest.raises(DataError, match="must be rows, and is a mapping of train, test"):
-        prompts_from_rows(splits, DataSettings(path="rows"), plain_tokenizer)
+        prompts_from_rows(splits, RenderSettings(), plain_tokenizer)
 
 
 def test_a_split_of_a_file_s_own_is_refused() -> None:

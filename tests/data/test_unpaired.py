@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.unpaired import UnpairedPreference, mismatch, unpaired_from_rows
 from alignlab.errors import DataError
@@ -22,7 +22,7 @@ def tokenizer() -> Any:
 
 
 def read(rows: Any, tokenizer: Any, **settings: Any) -> Any:
-    return unpaired_from_rows(rows, DataSettings(path="rows", **settings), tokenizer)
+    return unpaired_from_rows(rows, RenderSettings(**settings), tokenizer)
 
 
 def each(prompt: int, completion: int, desirable: bool) -> UnpairedPreference:
@@ -94,8 +94,8 @@ def test_a_long_run_of_equal_completions_is_passed_quickly() -> None:
         ({"prompt": "a", "completion": "b"}, "has no column 'label'"),
         ({"prompt": "a", "label": True}, "has no column 'completion'"),
         ({"completion": "b", "label": True}, "has no column 'prompt'"),
-        ({"prompt": "a", "completion": "b", "label": 1}, "has 1 in the column 'label', which holds true or false"),
-        ({"prompt": "a", "completion": "b", "label": "true"}, "has 'true' in the column 'label'"),
+        ({"prompt": "a", "completion": "b", "label": -1}, "has -1 in the column 'label', which holds true or false"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "has 'good' in the column 'label'"),
         ({"prompt": "a", "completion": " ", "label": True}, "has an empty string in the column 'completion'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has the same completion in 'chosen' and 'rejected'"),
         ({"prompt": "a", "chosen": "b"}, "has no column 'rejected'"),

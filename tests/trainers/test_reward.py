@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.cli import main
-from alignlab.config.data import DataSettings
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import RewardConfig
 from alignlab.data.preferences import Preference, preferences_from_rows
 from alignlab.errors import ConfigError, DataError
@@ -239,16 +239,16 @@ def test_what_is_saved_is_what_was_trained(lora: Any, make_trainer: Make, make_m
 
 def test_margins_come_from_a_column(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "better_by": by} for by in (0.5, 2)]
-    found = preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, margin_column="better_by")
+    found = preferences_from_rows(rows, RenderSettings(), tokenizer, margin_column="better_by")
     assert [pair.margin for pair in found] == [0.5, 2.0]
 
 
 def test_soft_labels_come_from_a_column(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "sure": p} for p in (0.5, 1, 0.4)]
-    found = preferences_from_rows(rows[:2], DataSettings(path="rows"), tokenizer, probability_column="sure")
+    found = preferences_from_rows(rows[:2], RenderSettings(), tokenizer, probability_column="sure")
     assert [pair.probability for pair in found] == [0.5, 1.0]
     with pytest.raises(DataError, match=r"row 2 .*has probability 0\.4 .*must be from 0\.5"):
-        preferences_from_rows(rows, DataSettings(path="rows"), tokenizer, probability_column="sure")
+        preferences_from_rows(rows, RenderSettings(), tokenizer, probability_column="sure")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_rows_without_a_proper_margin(value: Any, message: str, make_trainer: Ma
     rows = [good, good | {"by": value}, good | {"rejected": "b"}]
     with pytest.raises(DataError, match=f"row 1 .*{message}"):
         make_trainer(data=rows, margin_column="by")
-    skipping = DataSettings(path="rows", on_bad_row="skip")
+    skipping = RenderSettings(on_bad_row="skip")
     found = preferences_from_rows(rows, skipping, tokenizer, margin_column="by")
     assert len(found) == 1 and found.skipped.total() == 2 and found.skipped["identical"] == 1
 

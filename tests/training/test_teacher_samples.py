@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from alignlab.config.data import DataSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import examples_from_rows, load_examples
@@ -71,7 +72,7 @@ def tokenizer() -> Any:
 @pytest.fixture
 def draw(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     def make(engine: Any = None, reward: Any = right, rows: Any = ROWS, limits: Any = None, **changes: Any) -> Any:
-        data = DataSettings(path="rows", **changes.pop("data", {}))
+        data = RenderSettings(**changes.pop("data", {}))
         functions = [] if reward is None else [load_reward(reward)]
         options: dict[str, Any] = {"num_samples": 4, "min_reward": 1.0, "prompts_at_once": 2} | changes
         return sample_teacher(
@@ -206,7 +207,7 @@ def test_fine_tuning_reads_the_prompt_that_the_teacher_saw(
     """A chat with its system prompt, read again without any setting but the path."""
     tokenizer.chat_template = TEMPLATE
     draw(data=data)
-    prompts = prompts_from_rows(ROWS, DataSettings(path="rows", **data), tokenizer)
+    prompts = prompts_from_rows(ROWS, RenderSettings(**data), tokenizer)
     examples = load_examples(DataSettings(path=str(tmp_path / "out.jsonl")), tokenizer)
     for prompt, example in zip(prompts, examples, strict=True):
         length = len(prompt.token_ids)
@@ -227,7 +228,7 @@ def test_a_turn_left_open_is_gone_on_with(draw: Any, tokenizer: Any, tmp_path: P
     tokenizer.chat_template = TEMPLATE
     open_turn = [{"role": "user", "content": "say 9"}, {"role": "assistant", "content": "I say"}]
     assert draw(rows=[*ROWS, {"prompt": open_turn, "answer": "9"}])["kept"] == 6
-    [example] = examples_from_rows(rows_of(tmp_path / "out.jsonl")[5:], DataSettings(path="rows"), tokenizer)
+    [example] = examples_from_rows(rows_of(tmp_path / "out.jsonl")[5:], RenderSettings(), tokenizer)
     assert tokenizer.decode(example.token_ids) == "<user>say 9<|endoftext|><assistant>I say9<|endoftext|>"
     taught = [token for token, kept in zip(example.token_ids, example.completion_mask, strict=True) if kept]
     assert tokenizer.decode(taught) == "9<|endoftext|>"

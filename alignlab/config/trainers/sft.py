@@ -6,13 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from alignlab.config.trainers.base import TrainerConfig
+from alignlab.config.trainers.base import EvaluatedConfig
 
 
-class SFTConfig(TrainerConfig):
+class SFTConfig(EvaluatedConfig):
     """Supervised fine-tuning on prompt and completion; the loss is on the completion alone."""
 
     takes_rewards = "optional"
+    measures = "likelihood"
     type: Literal["sft"] = "sft"
     num_sequences: int = Field(32, ge=1)
     """Examples a step, over all ranks."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.online_rules import MAX_VLLM_TEMPERATURE
 from alignlab.errors import RolloutError
-from alignlab.rollout.detokenizer import decode
+from alignlab.rollout.detokenizer import decode, special_ids
 from alignlab.rollout.requests import completion_keys, end_token_ids
 from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -73,14 +73,18 @@ def make_requests(
     requests = []
     for prompt, one, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
         ends = sorted(end_token_ids(lm, tokenizer, one))
-        requests += [Request(prompt.token_ids, _params(one, key, ends)) for key in keys]
+        # Where tags are special tokens, they are part of the text that stop strings are looked for in.
+        params = {"skip_special_tokens": not special_ids(tokenizer).tags}
+        requests += [Request(prompt.token_ids, _params(one, key, ends) | params) for key in keys]
     return requests
 
 
-def make_completion(answer: Answer, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams) -> Completion:
+def make_completion(
+    answer: Answer, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams, lm: PreTrainedModel
+) -> Completion:
     """The answer with its text, and with the log-probs that the sampling gives it."""
-    text = decode(tokenizer, answer.token_ids)
-    if answer.stop_text is not None:
+    text = decode(tokenizer, answer.token_ids, end_token_ids(lm, tokenizer, SamplingParams()))
+    if answer.stop_text is not None and answer.stop_text in text:  # one with the token of a turn in it is left out
         text = text[: text.rfind(answer.stop_text)]
     greedy = sampling.temperature == 0
     return Completion(
@@ -121,5 +125,4 @@ def _params(sampling: SamplingParams, key: int, ends: list[int]) -> dict[str, An
         "ignore_eos": True,  # all end tokens are named
         "logprobs": 0,
         "detokenize": bool(sampling.stop),
-        "skip_special_tokens": True,
     }

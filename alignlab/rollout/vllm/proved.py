@@ -170,7 +170,7 @@ class ProvedEngine(ABC):
         requests = make_requests(prompts, each, self._lm, self._tokenizer)
         found = iter(answers(requests) if requests else ())
         return [
-            Rollout(prompt, tuple(make_completion(next(found), self._tokenizer, one) for _ in range(one.n)))
+            Rollout(prompt, tuple(make_completion(next(found), self._tokenizer, one, self._lm) for _ in range(one.n)))
             for prompt, one in zip(prompts, each, strict=True)
         ]
 

@@ -1,0 +1,145 @@
+"""A tokenizer's chat template: how it is called, and what is added to it that templates lack."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.data.messages import BadRow
+from alignlab.data.notices import Notices
+from alignlab.errors import ConfigError
+from alignlab.types import Message
+
+RESERVED_NAMES = frozenset(
+    (
+        "conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+        "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "strftime_now",
+    )
+)  # fmt: skip
+"""Variables that are set by other means than `chat_template_kwargs`."""
+_PROBE = ({"role": "user", "content": "A question?"}, {"role": "assistant", "content": "ANSWER-OF-THE-PROBE"})
+
+
+class ChatTemplate:
+    """Renders messages by a tokenizer's template, on the same day for ever.
+
+    A template that begins no turn of the assistant's where it is asked to is given the header that it writes before
+    an answer.
+
+    Raises:
+        ConfigError: there are several templates, and none is the default.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: datetime.date, notices: Notices) -> None:
+        self._tokenizer = tokenizer
+        self._moment = datetime.datetime.combine(day, datetime.time())
+        self._notices = notices
+        self._headers: dict[str, str] = {}  # by the variables of the template; shared by the rows
+
+    def with_notices(self, notices: Notices) -> Self:
+        """Return the same template, which logs as these do."""
+        own = copy.copy(self)
+        own._notices = notices
+        return own
+
+    def check_values(self, values: Mapping[str, Any], source: str) -> None:
+        """Log once that the template has no variable of a name; `source` says where the name was given.
+
+        Raises:
+            ConfigError: there are several templates, and none is the default.
+        """
+        text = self._text(values)
+        for name in values:
+            if name not in ("chat_template", "documents") and not re.search(rf"\b{re.escape(name)}\b", text):
+                self._notices.say(
+                    f"variable {name}", "%s has %r, which the chat template has no variable for: it changes nothing",
+                    source, name,
+                )
+
+    def _text(self, values: Mapping[str, Any]) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template(values.get("chat_template")))
+        except ValueError as error:
+            raise ConfigError(
+                f"the tokenizer has several chat templates: {error}; name one, such as "
+                "data.chat_template_kwargs={chat_template: NAME}"
+            ) from error
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
+        generation: bool, open_ended: bool,
+    ) -> str:
+        """Return the text of the messages.
+
+        Args:
+            generation: with what begins the assistant's turn.
+            open_ended: without what ends the last message.
+
+        Raises:
+            BadRow: the template refuses them, or prints parts of a content as Python does.
+        """
+        text = self._call(messages, tools, values, generation=generation, open_ended=open_ended)
+        return text + self._header(values) if generation else text
+
+    def _call(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], values: Mapping[str, Any], *,
+        generation: bool, open_ended: bool,
+    ) -> str:
+        try:
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    continue_final_message=open_ended,
+                    strftime_now=self._today,
+                    **values,
+                )
+            )
+        except Exception as error:  # templates raise what they like
+            raise BadRow("wrong_type", f"has messages that the chat template refuses: {error}") from error
+        if any(isinstance(message.get("content"), list) for message in messages) and "{'type': 'text'" in text:
+            raise BadRow("wrong_type", "has a content in parts that the chat template prints as Python does")
+        return text
+
+    def _today(self, form: str) -> str:
+        self._notices.say(
+            "date",
+            "the chat template writes today's date, and is given %s on every day, so that the tokens of a run stay the "
+            "same; see data.template_date",
+            self._moment.date(),
+        )
+        return self._moment.strftime(form)
+
+    def _header(self, values: Mapping[str, Any]) -> str:
+        """Return what begins an answer where the template does not begin it by itself; mostly nothing."""
+        key = repr(sorted(values.items(), key=lambda item: item[0]))
+        if key not in self._headers:
+            self._headers[key] = self._missing_header(values)
+        return self._headers[key]
+
+    def _missing_header(self, values: Mapping[str, Any]) -> str:
+        try:
+            asked = self._call(_PROBE[:1], (), values, generation=True, open_ended=False)
+            closed = self._call(_PROBE[:1], (), values, generation=False, open_ended=False)
+            answered = self._call(_PROBE, (), values, generation=False, open_ended=False)
+        except BadRow:  # nothing is known, so nothing is added
+            return ""
+        before, answer, _ = answered.partition(_PROBE[1]["content"])
+        header = before.removeprefix(closed)
+        if asked != closed or not answer or not before.startswith(closed) or not header.strip():
+            return ""
+        self._notices.say(
+            "header",
+            "the chat template has no generation prompt; the header %r, which it writes before an answer, begins the "
+            "assistant's turn",
+            header,
+        )
+        return header
