@@ -159,7 +159,7 @@ def test_a_stop_string_after_broken_bytes(make_engine: MakeEngine) -> None:
 
 
 def with_tags(bare: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with more special tokens: a pair of tags, one tag alone, a token of turns, an end of the model's."""
+    """The tokenizer with more special tokens: a pair of tags, one tag, a token of turns, an end of the model's."""
     made = copy.deepcopy(bare)
     tokens = ("<answer>", "</answer>", "<|call|>", "<|turn|>", "<|eom|>")
     made.add_special_tokens({"additional_special_tokens": [AddedToken(token, special=True) for token in tokens]})
