@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.errors import RolloutError
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.rollout.vllm.completions import Answer, make_completion, make_requests
 from alignlab.types import Prompt, SamplingParams
 from tests.rollout.conftest import END, MakeEngine, flat, make_prompts
 
@@ -152,3 +156,44 @@ def test_a_stop_string_after_broken_bytes(make_engine: MakeEngine) -> None:
         detokenizer.push(token)
     assert detokenizer.whole.startswith(detokenizer.text)
     assert detokenizer.whole.index(".") == detokenizer.text.index(".")
+
+
+def with_tags(bare: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with more special tokens: a pair of tags, one tag, a token of turns, an end of the model's."""
+    made = copy.deepcopy(bare)
+    tokens = ("<answer>", "</answer>", "<|call|>", "<|turn|>", "<|eom|>")
+    made.add_special_tokens({"additional_special_tokens": [AddedToken(token, special=True) for token in tokens]})
+    made.chat_template = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}<|turn|>"
+    return made
+
+
+WRITTEN = "<|turn|>a<|call|><answer>5</answer><|eom|><end>"
+
+
+def test_tags_that_are_special_tokens_are_part_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    tagged = with_tags(tokenizer)
+    ids = tagged(WRITTEN)["input_ids"]
+    ends = tagged.convert_tokens_to_ids(["<|eom|>", "<end>"])
+    assert decode(tagged, ids, ends) == "a<|call|><answer>5</answer>"
+    assert decode(tagged, ids) == "a<|call|><answer>5</answer><|eom|>"
+    detokenizer = Detokenizer(tagged, ends)
+    for token in ids:
+        detokenizer.push(token)
+    assert detokenizer.whole == "a<|call|><answer>5</answer>"
+    tagged.add_special_tokens({"additional_special_tokens": [AddedToken("<|late|>", special=True)]})
+    late = tagged.convert_tokens_to_ids("<|late|>")
+    assert decode(tagged, [late]) == "<|late|>", "a token that is added later is known"
+
+
+def test_an_engine_of_vllm_looks_for_stop_strings_in_the_same_text(
+    tokenizer: PreTrainedTokenizerFast, llama: PreTrainedModel
+) -> None:
+    tagged, sampling = with_tags(tokenizer), SamplingParams(stop=("</answer>",))
+    for one, skips in ((tokenizer, True), (tagged, False)):
+        [request] = make_requests(make_prompts(3), [sampling], llama, one)
+        assert request.params["skip_special_tokens"] is skips
+    ids = tuple(tagged("a<answer>5</answer>")["input_ids"])
+    answer = Answer(ids, (0.0,) * len(ids), "stop", "</answer>", (0,) * len(ids), None)
+    assert make_completion(answer, tagged, sampling, llama).text == "a<answer>5"
+    turn = replace(answer, stop_text="<|turn|>")
+    assert make_completion(turn, tagged, sampling, llama).text == "a<answer>5</answer>"

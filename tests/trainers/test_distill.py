@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.config.render import RenderSettings
 from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.config.trainers import DistillConfig, GKDConfig
 from alignlab.data.examples import Example
+from alignlab.data.rendering import PromptRenderer
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError, DataError, NumericsError
 from alignlab.functional.distillation import divergence
 from alignlab.models.checkpoints import new_model, save_model
 from alignlab.trainers.distill import DistillTrainer
-from alignlab.trainers.gkd import GKDTrainer
+from alignlab.trainers.gkd import GKDTrainer, given_completion
 from alignlab.trainers.run import run
 from alignlab.training import teacher_cache
 from alignlab.types import Prompt
@@ -409,3 +412,17 @@ def test_a_whole_run(trainer: str, save_teacher: Make, tmp_path: Path, tokenizer
     assert run(RunConfig.model_validate(settings | {"rewards": []})).to_json()["after"] is None
     with pytest.raises(ConfigError, match="nothing says what is right"):
         RunConfig.model_validate(settings | {"rewards": [], "eval_data": {"task": "chain_sum", "split": "eval"}})
+
+
+def test_a_tools_answer_in_the_dataset_s_completion_is_not_learnt() -> None:
+    chat = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    chat.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("tool", "b"), ("assistant", "c"))]
+    prompt = Prompt(tuple(chat("[user]q.[assistant]")["input_ids"]), "q", columns={"completion": turns})
+    ids, own = given_completion(prompt, PromptRenderer(RenderSettings(), chat), math.inf)
+    assert own is not None
+    taught = chat.decode([token for token, is_own in zip(ids, own, strict=True) if is_own])
+    assert taught == f"a.c.{chat.eos_token}" and "b" in chat.decode(ids)

@@ -409,3 +409,29 @@ def test_settings_that_are_not_read_are_refused() -> None:
         DPOConfig(simpo_gamma=0.5)
     with pytest.raises(ConfigError, match="be above 0 with loss robust"):
         DPOConfig(loss="robust")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precompute", [True, False])
+def test_what_a_tool_says_in_a_completion_is_read_and_not_counted(precompute: bool, make_trainer: Make) -> None:
+    mask = (True, False, False, True)
+    pair = Preference((5, 6), (7, 8, 9, 10), (11, 12), chosen_mask=mask)
+    trainer = make_trainer(data=[pair, *pairs(3)], num_pairs=4, lora=None, precompute_reference=precompute)
+    if precompute:
+        trainer.reference.precompute({"train": trainer.train_examples})
+    [pack] = trainer.packs([0])
+    known = pairs_of(trainer.learner.score([pack])[0], pack)
+    counted = logprob(trainer.learner.model, pair.prompt, pair.chosen)[torch.tensor(mask)]
+    assert known.chosen_tokens.tolist() == [2] and known.rejected_tokens.tolist() == [2]
+    assert known.chosen.item() == pytest.approx(counted.sum().item(), abs=1e-4)
+    assert known.chosen_ratio.item() == pytest.approx(0, abs=1e-4), "the reference's is of the same tokens"
+
+
+def test_the_reference_of_masked_and_whole_completions_is_not_mixed_up(make_trainer: Make) -> None:
+    from alignlab.training.reference_cache import ReferenceCache
+
+    cache = ReferenceCache(make_trainer().learner.model)
+    whole = Preference((5, 6), (7, 8, 9), (11, 12))
+    masked = replace(whole, chosen_mask=(True, False, True))
+    assert cache.path([whole]) != cache.path([masked])
+    assert whole.labels != masked.labels

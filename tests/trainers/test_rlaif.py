@@ -17,12 +17,16 @@ import yaml
 from alignlab.config.constitution import load_constitution
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.errors import CheckpointError, ConfigError, DataError, JudgeError
 from alignlab.rlaif.chat_model import Failure
 from alignlab.rlaif.judge import PromptedJudge
+from alignlab.rlaif.labels import judge_pairs, preferences
+from alignlab.rlaif.revision import taught_rows
 from alignlab.trainers.rlaif import RLAIFTrainer
+from alignlab.types import Completion, Prompt, Rollout
 from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
 
 Make = Callable[..., Any]
@@ -78,7 +82,7 @@ def make_trainer(
 
     def make(
         path: str, *, model: Any = None, base: Any = None, lora: Any = LORA, held_out: Any = None, data: Any = None,
-        **changes: Any,
+        render_settings: Any = None, callbacks: Any = (), **changes: Any,
     ) -> RLAIFTrainer:
         told: dict[str, Any] = {
             "output_dir": tmp_path / "run", "constitution": str(constitution), "path": path,
@@ -95,7 +99,7 @@ def make_trainer(
         scorer = EvaluationSettings(scorer=f"{__file__}:is_long") if held_out else None
         return RLAIFTrainer(
             base or make_model(), config, data or rows, eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora,
-            judge=judge, evaluation=scorer,
+            judge=judge, evaluation=scorer, render_settings=render_settings, callbacks=callbacks,
         )
 
     return make
@@ -339,3 +343,26 @@ def test_a_constitution_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds list"):
         load_constitution(tmp_path / "c.yaml")
     assert ModelJudge().max_rating == 9 and shown([{"content": "Answer: x"}]) == ["x"]
+
+
+def test_labelled_pairs_have_the_prompts_that_were_sampled_from(make_trainer: Make, rows: Any) -> None:
+    seen: list[Any] = []
+    settings = RenderSettings(prompt_template="Q: {prompt} A:")
+    trainer = make_trainer(
+        "dpo", render_settings=settings, callbacks=[lambda stage, *_: seen.append(stage.train_examples)]
+    )
+    trainer.train()
+    sampled = {prompt.token_ids for prompt in trainer.prompts}
+    assert seen and all(pair.prompt in sampled for pair in seen[0])
+
+
+def test_rows_of_stages_keep_what_the_template_was_given() -> None:
+    columns = {"tools": json.dumps([{"function": {"name": "x"}}]), "chat_template_kwargs": {"a": 1}, "answer": "1"}
+    completions = [Completion((1,), text, (0.0,), None, "stop", (0,)) for text in ("a", "abc")]
+    rollout = Rollout(Prompt((1,), "q", columns=columns), tuple(completions))
+    judged = judge_pairs(PromptedJudge(LetterModel(), CONSTITUTION, ModelJudge(name="x")), [rollout])
+    given = {"tools": [{"function": {"name": "x"}}], "chat_template_kwargs": {"a": 1}}
+    [pair] = preferences(json.loads(json.dumps(judged)), min_confidence=0.5)
+    assert {name: pair[name] for name in given} == given and pair["chosen"] == "abc"
+    [row] = taught_rows([{"prompt": "q", **given, "completion": "b", "outcome": "revised"}])
+    assert row == {"prompt": "q", **given, "completion": "b"}

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alignlab.cli import parse
+from alignlab.cli.generate import template_settings
 from alignlab.config.loader import load_config
+from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import load_prompts
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError, DataError
@@ -159,3 +162,29 @@ def test_a_student_begins_with_its_teacher_s_layers_and_samples(
     assert config["num_hidden_layers"] == 1
     metrics = [json.loads(line) for line in (tmp_path / "distill/metrics.jsonl").read_text().splitlines()]
     assert all("reverse_kl" in line for line in metrics if "tokens_per_s" in line)
+
+
+def test_generate_takes_the_flags_that_a_run_reports(config_file: Path) -> None:
+    overrides = [
+        "data.tools=[{function: {name: look_up}}]", "data.chat_template_kwargs={enable_thinking: false}",
+        "data.template_date=2026-11-03", "data.escape_special_tokens=true",
+    ]
+    data: Any = load_config(config_file, overrides).data
+    args = parse(["generate", "model", "prompt", *generate_options(data)])
+    assert args.escape_special_tokens
+    settings = RenderSettings(**template_settings(args))
+    assert settings == RenderSettings(
+        tools=data.tools, chat_template_kwargs=data.chat_template_kwargs, template_date=data.template_date
+    )
+    for flag, value, named in (
+        ("--tools", "{", "--tools must be JSON"),
+        ("--chat-template-kwargs", "[]", "must be a JSON object"),
+        ("--template-date", "tomorrow", "must be a day"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            template_settings(parse(["generate", "model", "prompt", flag, value]))
+
+
+def test_turns_to_teach_are_refused_where_no_turn_is_taught(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.taught_turns.* must stay together for trainer grpo"):
+        load_config(config_file, ["data.taught_turns=last", "warm_start=null"])
