@@ -124,7 +124,7 @@ def as_number(value: Any, column: str) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.inf if number > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf
 
 
 def shown(value: Any) -> str:
