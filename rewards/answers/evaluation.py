@@ -52,7 +52,7 @@ class Evaluator:
         """Return the value of a tree, a Fraction where it is exact. Raises NoValue where there is none."""
         try:
             value = self._of(node)
-        except (ZeroDivisionError, OverflowError, ValueError, TypeError, mpmath.NoConvergence) as error:
+        except (ZeroDivisionError, OverflowError, ValueError, TypeError, mpmath.libmp.NoConvergence) as error:
             raise NoValue(str(error)) from error
         if not isinstance(value, Fraction) and self.context.isnan(value):
             raise NoValue("not a number")

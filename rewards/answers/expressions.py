@@ -40,164 +40,29 @@ class Node:
     value: Fraction | str | None = None
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _DEGREE = Node("/", (Node("symbol", value="pi"), Node("number", value=Fraction(180))))
 _NO_FACTORS = frozenset(("times", "cdot", "circ", "rfloor", "rceil", "overline", "bar"))
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "asin",
-        "acos",
-        "atan",
-        "acot",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "asinh",
-        "acosh",
-        "atanh",
-        "arcsinh",
-        "arccosh",
-        "arctanh",
-        "exp",
-        "log",
-        "ln",
-        "lg",
-        "sqrt",
-        "cbrt",
-        "abs",
-        "max",
-        "min",
-        "gcd",
-        "lcm",
-        "floor",
-        "ceil",
-        "ceiling",
-        "factorial",
-        "binomial",
-        "binom",
-        "Re",
-        "Im",
-        "arg",
-        "sgn",
-        "sign",
-    ]
+FUNCTIONS = _names(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot asin acos atan acot sinh cosh tanh coth asinh acosh "
+    "atanh arcsinh arccosh arctanh exp log ln lg sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial "
+    "binomial binom Re Im arg sgn sign"
 )
-_LONG_ARGUMENTS = frozenset(
-    [
-        "sqrt",
-        "cbrt",
-        "abs",
-        "max",
-        "min",
-        "gcd",
-        "lcm",
-        "floor",
-        "ceil",
-        "ceiling",
-        "factorial",
-        "binomial",
-        "binom",
-        "Re",
-        "Im",
-        "arg",
-        "sgn",
-        "sign",
-        "exp",
-    ]
+_LONG_ARGUMENTS = _names(
+    "sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial binomial binom Re Im arg sgn sign exp"
 )
-_GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-    ]
+_GREEK = _names(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
+    "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar"
 )
 _INFINITIES = frozenset(("infty", "infinity", "Infinity", "oo", "inf"))
 # Short words of English that are no products of letters.
-_WORDS = frozenset(
-    [
-        "is",
-        "of",
-        "to",
-        "in",
-        "it",
-        "we",
-        "so",
-        "an",
-        "at",
-        "by",
-        "he",
-        "no",
-        "or",
-        "and",
-        "the",
-        "was",
-        "are",
-        "has",
-        "all",
-        "for",
-        "you",
-        "can",
-        "if",
-        "as",
-        "on",
-        "be",
-        "not",
-        "yes",
-        "dne",
-        "one",
-        "two",
-        "six",
-        "ten",
-        "our",
-        "its",
-        "let",
-        "now",
-    ]
+_WORDS = _names(
+    "is of to in it we so an at by he no or and the was are has all for you can if as on be not yes dne one "
+    "two six ten our its let now"
 )
 
 _TOKEN = re.compile(

@@ -63,7 +63,7 @@ def without_markdown(text: str) -> str:
 
     Asterisks between numbers and letters, as in `x**2` and `2*3`, are left: they are powers and products.
     """
-    text = re.sub(r"(?m)^[ \t]{0,8}(?:>[ \t]?)*(?:#{1,6}[ \t]+|[-*+•][ \t]+)?", "", text)
+    text = re.sub(r"(?m)^[ \t]{0,8}(?:>[ \t]?)*(?:#{1,6}[ \t]+|[*•][ \t]+|[-+][ \t]+(?![\d.]))?", "", text)
     text = _HTML.sub("", text)
     for _ in range(2):  # bold inside italics
         text = _BOLD.sub(r"\2", text)

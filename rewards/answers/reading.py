@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from alignlab_rewards.answers.equality import symbols_of
-from alignlab_rewards.answers.expressions import Node, NotMathematics, read_expression
+from alignlab_rewards.answers.equality import operations_of, symbols_of
+from alignlab_rewards.answers.expressions import FUNCTIONS, Node, NotMathematics, read_expression
 from alignlab_rewards.answers.markup import ROW_BREAK, plain_notation, words
 from alignlab_rewards.answers.units import CURRENCIES, Unit, read_scale, read_unit
 
@@ -110,6 +110,7 @@ _BUILDER = re.compile(r"^\s*\\?[A-Za-z]+\s*(?:\\in\s*\\mathbb\s?\{[A-Z]\}\s*)?(?
 _MEMBER = re.compile(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*(.+)$", re.DOTALL)
 _REALS = re.compile(r"^(?:\\mathbb\s?\{?R\}?|(?:all|any|every) real(?: number)?s?|reals)$", re.IGNORECASE)
 _EMPTY = re.compile(r"^(?:\\emptyset|\\\{\s*\\\}|(?:the )?empty set)$", re.IGNORECASE)
+_POINT_NAME = re.compile(r"^[A-Z]\s?(?=\([^()]*,[^()]*\)$)")
 _OPENINGS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "\\langle": ("\\rangle",), "]": "[]", "{": "}"}
 _INFINITY = Quantity(Node("infinity"))
 _MINUS_INFINITY = Quantity(Node("-", (Node("infinity"),)))
@@ -233,7 +234,13 @@ def _separated(text: str, inside_brackets: bool = False) -> tuple[list[str], str
     comma = re.compile(r",(?!\d{3}(?!\d))|(?<!\d)," if thousands else ",")
     joiner = "or" if _split(text, re.compile(r"\bor\b"))[1:] else "and" if _split(text, _WORD_JOINER)[1:] else ","
     parts = [piece for part in _split(text, comma) for piece in _split(part, _WORD_JOINER)]
-    return [part for part in (re.sub(r"^(?:either|both)\s", "", part.strip()) for part in parts) if part], joiner
+    return [
+        part
+        for part in (
+            re.sub(r"^(?:(?:either|both|maybe|perhaps|possibly|even)\s+)+", "", part.strip()) for part in parts
+        )
+        if part
+    ], joiner
 
 
 def _items(parts: list[str], prose: bool, depth: int) -> tuple[Answer, ...]:
@@ -255,6 +262,7 @@ def _items(parts: list[str], prose: bool, depth: int) -> tuple[Answer, ...]:
 
 def _bracketed(text: str, prose: bool, depth: int) -> Answer | None:
     """`(1, 2)`, `[1, 2)`, `\\{1, 2\\}`: brackets around the whole."""
+    text = _POINT_NAME.sub("", text)
     opening = next((bracket for bracket in _OPENINGS if text.startswith(bracket)), None)
     if opening is None:
         return None
@@ -365,7 +373,7 @@ def _with_unit(text: str, measured: bool) -> Quantity | None:
             node = read_expression(text[:cut], letters=False)
         except NotMathematics:
             continue
-        if symbols_of(node):
+        if symbols_of(node) or (unit.measures_angles and operations_of(node) & FUNCTIONS):
             continue
         if scale:
             node = Node("*", (node, Node("number", value=Fraction(scale))))

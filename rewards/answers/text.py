@@ -18,7 +18,7 @@ _IS_RIGHT = re.compile(
 _OTHER_CHOICE = re.compile(r"\(?\b[A-J]\)|\bor\b|\band\s+\(?[A-J]\b")
 _VERDICTS = frozenset(("yes", "no", "true", "false"))
 _LEADING = re.compile(
-    r"(?:(?:so|therefore|thus|hence|answer|and|well)[,:]?\s+)?(yes|no|true|false)\b(?!\s+(?:or|and|solution|one|two)\b)",
+    r"(?:(?:so|therefore|thus|hence|answer|and|well)[,:]?\s+)?(yes|no|true|false)\b(?!\s*(?:/|,?\s(?:or|and|solutions?|one|two)\b))",
     re.IGNORECASE,
 )
 _UNDECIDED = re.compile(
@@ -69,6 +69,18 @@ def choice_of(text: str) -> tuple[str, str] | None:
     return match[1].upper(), match[2].strip(" .")
 
 
+def _spellings(text: str) -> list[str]:
+    """An answer's words, and others that say the same."""
+    wanted = words(text).casefold()
+    same = _SAME_WORDS.get(wanted, wanted)
+    return [wanted, same, *(other for other, meaning in _SAME_WORDS.items() if meaning == same)] if wanted else []
+
+
+def are_letters(*texts: str) -> bool:
+    """Return True if all texts are single words of two or more letters, which are no products of these."""
+    return all(re.fullmatch(r"[^\W\d_]{2,}", words(text)) for text in texts)
+
+
 def is_verdict(text: str) -> bool:
     """Return True for yes, no, true and false."""
     return words(text).casefold() in _VERDICTS
@@ -85,8 +97,9 @@ def ends_with_text(expected: str, sentence: str) -> bool:
 
     A single letter counts only behind a word that chooses, as in "I choose B".
     """
-    wanted, said = words(expected).casefold(), words(sentence).casefold()
-    if not wanted or not said.endswith(wanted):
+    said = words(sentence).casefold()
+    wanted = next((text for text in _spellings(expected) if said.endswith(text)), "")
+    if not wanted:
         return False
     before = said[: len(said) - len(wanted)]
     if before and (before[-1].isalnum() or before[-1] in "-+*/^_\\"):

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _PREFIXES = {"k": 3, "c": -2, "m": -3, "d": -1}
 _LONG_PREFIXES = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1}
 
@@ -21,7 +26,7 @@ _TABLE: dict[str, dict[str, str]] = {
         "day days": "86400", "week weeks": "604800",
     },
     "month": {"month months": "1", "yr yrs year years": "12"},
-    "mass": {"g gram grams": "1", "lb lbs pound pounds": "453.59237", "oz ounce ounces": "28.349523125", "t ton tons tonne tonnes": "1000000"},
+    "mass": {"g gram grams": "1", "lb lbs": "453.59237", "oz ounce ounces": "28.349523125", "t ton tons tonne tonnes": "1000000"},
     "volume": {"l L liter liters litre litres": "1"},
     "angle": {"deg degree degrees \\circ": "1", "rad radian radians": "57.29577951308232"},
     "celsius": {"\\circC": "1"},
@@ -47,101 +52,18 @@ _PREFIXED = {"m", "s", "g", "l", "L", "N", "J", "W", "Pa", "Hz", "V", "A", "mol"
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 # Words that end a unit: what comes after them is another part of the sentence.
-_NOT_A_UNIT = frozenset(
-    [
-        "of",
-        "them",
-        "from",
-        "out",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "and",
-        "or",
-        "but",
-        "not",
-        "so",
-        "if",
-        "then",
-        "because",
-        "since",
-        "with",
-        "who",
-        "which",
-        "that",
-        "when",
-        "where",
-        "as",
-        "at",
-        "on",
-        "for",
-        "i",
-        "we",
-        "you",
-        "it",
-        "they",
-        "to",
-        "think",
-        "too",
-        "also",
-        "well",
-        "have",
-        "has",
-        "had",
-        "he",
-        "she",
-        "our",
-        "answer",
-        "final",
-        "therefore",
-        "thus",
-        "hence",
-        "instead",
-        "either",
-        "neither",
-        "nor",
-        "both",
-        "wait",
-        "no",
-        "yes",
-        "actually",
-        "than",
-        "by",
-        "be",
-        "if",
-        "maybe",
-        "perhaps",
-        "versus",
-        "vs",
-        "until",
-    ]
+_NOT_A_UNIT = _word_set(
+    "of them from out the is are was were and or but not so if then because since with who which that when "
+    "where as at on for i we you it they to think too also well have has had he she our answer final "
+    "therefore thus hence instead either neither nor both wait no yes actually than by be if maybe perhaps "
+    "versus vs until"
 )
-_MONTHS = frozenset(
-    [
-        "january",
-        "february",
-        "march",
-        "april",
-        "may",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-        "monday",
-        "tuesday",
-        "wednesday",
-        "thursday",
-        "friday",
-        "saturday",
-        "sunday",
-    ]
+_MONTHS = _word_set(
+    "january february march april may june july august september october november december monday tuesday "
+    "wednesday thursday friday saturday sunday"
 )
 _FACTOR = re.compile(r"(\\circ\s?[CF](?![A-Za-z])|\\[A-Za-z]+|[A-Za-z]+)\s*(?:\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d)))?")
+_FRACTION = re.compile(r"^\\frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}$")
 _SQUARED = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _JOINER = re.compile(r"\s*(?:(/|\bper\b)|[*.·]|\\cdot|-)?\s*")
 
@@ -164,6 +86,11 @@ class Unit:
     def known(self) -> bool:
         """True for a unit of measure, False for other words."""
         return bool(self.dimensions)
+
+    @property
+    def measures_angles(self) -> bool:
+        """True for degrees and radians, which may belong to a function's argument: `sin 30°`."""
+        return self.dimensions == (("angle", 1),)
 
 
 def _names() -> dict[str, tuple[str, Fraction]]:
@@ -192,7 +119,7 @@ def read_unit(text: str) -> Unit | None:
     Words that are no unit of measure name what was counted; up to four are allowed, none of which may be a word that
     joins parts of a sentence or a month's name.
     """
-    text = text.strip(" .")
+    text = _FRACTION.sub(r"\1/\2", text.strip(" ."))
     if not text:
         return Unit()
     if len(text) > 60:

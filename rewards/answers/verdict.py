@@ -10,7 +10,7 @@ from alignlab_rewards.answers.extraction import Statement, boxed, stated_answer,
 from alignlab_rewards.answers.markup import words
 from alignlab_rewards.answers.reading import Answer, is_mathematics, read_answer
 from alignlab_rewards.answers.symbolic import same_by_math_verify
-from alignlab_rewards.answers.text import choice_of, ends_with_text, is_verdict, leading_verdict, same_text
+from alignlab_rewards.answers.text import are_letters, choice_of, ends_with_text, is_verdict, leading_verdict, same_text
 
 # Values of a column of binary fractions are only as exact as these.
 BINARY_TOLERANCE = 1e-12
@@ -66,6 +66,8 @@ def _judge(expected: Expectation, statement: Statement) -> bool | None:
     for reading in statement.texts[:_MAX_READINGS]:
         if same_text(expected.text, reading):
             return True
+        if are_letters(expected.text, reading):
+            return False
         choice = choice_of(reading)
         if expected.choice is not None and choice is not None:
             return expected.choice[0] == choice[0]
