@@ -17,6 +17,11 @@ _SAID: set[tuple[str, str]] = set()
 
 # The last line of a solution in GSM8K's form.
 _AFTER_HASHES = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n]*\S)\s*\Z")
+_MAX_NUMBER = 1000
+_DIGITS = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+_PLAIN_NUMBER = re.compile(
+    r"([+-]?)\\?[$€£]?([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+)
 _GAPS_AS_TEXT = frozenset({"nan", "NaN", "<NA>", "NaT"})
 
 
@@ -135,15 +140,14 @@ def _number_text(value: Any) -> str | None:
     return format(Decimal(repr(value)) if isinstance(value, float) else Decimal(str(value)), "f")
 
 
+def in_digits(text: str) -> Fraction | None:
+    """Return the value of a text that is digits, perhaps with a sign and a point; None for anything else."""
+    return Fraction(text) if len(text) <= _MAX_NUMBER and _DIGITS.fullmatch(text) else None
+
+
 def plain_number(text: str) -> Fraction | None:
-    """Return the value of a text that is one number in digits, such as `-1,234.50`, `$18` or `72.`; None otherwise."""
+    """Return the value of a text that is one number, such as `-1,234.50`, `$18` or `72.`; None for anything else."""
     match = _PLAIN_NUMBER.fullmatch(text.strip().replace("\u2212", "-"))
-    if match is None or len(text) > 1000:
+    if match is None or len(text) > _MAX_NUMBER:
         return None
-    sign, digits = match[1] or match[2] or "", match[3].replace(",", "")
-    return Fraction(sign + (digits.rstrip(".") if digits[-1] == "." else digits))
-
-
-_PLAIN_NUMBER = re.compile(
-    r"([+-]?)\\?[$€£]?([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-)
+    return Fraction((match[1] or match[2]) + match[3].replace(",", "").removesuffix("."))
