@@ -291,6 +291,8 @@ def _relation_intervals(relation: Relation) -> list[Interval] | None:
     if len(sides) != 2:
         return None
     left, right = sides
+    if left.op == "abs" and signs[0] in brackets and not symbols_of(right):
+        return _around_zero(left.args[0], right, brackets[signs[0]])
     if signs[0] == "!=":
         name, value = (left, right) if left.op == "symbol" else (right, left)
         if name.op != "symbol" or symbols_of(value):
@@ -301,6 +303,17 @@ def _relation_intervals(relation: Relation) -> list[Interval] | None:
     if right.op == "symbol" and not symbols_of(left):
         return [(brackets[signs[0]][0], left, _INFINITY, ")")]
     return None
+
+
+def _around_zero(inside: Node, size: Node, brackets: tuple[str, str]) -> list[Interval] | None:
+    """`|x| < 3` as (-3, 3), `|x - 1| < 3` as (-2, 4)."""
+    terms = inside.args if inside.op == "+" else (inside,)
+    variables = [term for term in terms if term.op == "symbol"]
+    constants = [term for term in terms if not symbols_of(term)]
+    if len(variables) != 1 or len(constants) + 1 != len(terms):
+        return None
+    ends = [Node("+", (end, *(Node("-", (term,)) for term in constants))) for end in (Node("-", (size,)), size)]
+    return [(brackets[0], ends[0], ends[1], brackets[1])]
 
 
 def _same_variable(expected: Answer, given: Answer) -> bool:

@@ -182,8 +182,10 @@ class _Reader:
     def _juxtaposed(self) -> bool:
         """True before something that multiplies what stands to its left: never a number, which would be ambiguous."""
         token = self.peek()
-        if token is None or token.kind == "number":
+        if token is None:
             return False
+        if token.kind == "number":
+            return self.tokens[self.position - 1].text == "!"
         if token.text == "|":
             return self.bars == 0
         return (token.kind in ("letter", "command") and token.text not in _NO_FACTORS) or token.text in ("(", "{")

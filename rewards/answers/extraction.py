@@ -41,7 +41,8 @@ _NO_ANSWER = re.compile(
     r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?])[*_\"')]{0,3}\s+|\n+")
+# "B. Paris" is one choice and no two sentences.
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-J]\.)[*_\"')]{0,3}\s+|\n+")
 _CLAUSE_END = re.compile(
     r"[,;]\s(?!\s*(?:and|or)\b)|\s(?:because|since|which|so|where|when|as|for|if|but|with|after|by)\s|\s[-–—]+\s(?=[A-Za-z])|\s\((?=[a-z])"
 )
@@ -53,7 +54,7 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _STATES = re.compile(
-    r"(?:\b(?:is|are|was|equals|gives|makes|leaves|yields|becomes|get|gets|have|has|of)|[=:])\s*$", re.IGNORECASE
+    r"(?:\b(?:is|are|was|equals|gives|makes|leaves|yields|becomes|get|gets|have|has|total of)|[=:])\s*$", re.IGNORECASE
 )
 _NUMBER = r"(?:(?<![\w.)\]}])[-+−]\s?)?[$€£¥₹]?(?<![\w.,])(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
 _LAST_NUMBERS = re.compile(_NUMBER)
@@ -65,6 +66,7 @@ _CLOSING_REMARK = re.compile(
     r"(?:I hope|hope this|let me know|feel free|please let|if you (?:have|need|want)|would you like|do you want|good luck|is there anything)\b",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,3}$", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:[aAI]\s|[aAI]$)")
 
 
@@ -243,7 +245,8 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
         last = numbers[-1]
         if hedge and hedge[-1].end() == last.start():
             yield plain[hedge[-1].start() : last.end()]
-        yield last[0]
+        if not _DENIED.search(plain[: last.start()]):
+            yield last[0]
 
 
 def _stated_later(rest: str) -> bool:
@@ -258,5 +261,5 @@ def _ends(plain: str) -> Iterator[str]:
     offset = max(0, len(plain) - 300)
     for start in starts[-40:]:
         end = plain[offset + start :].strip()
-        if not _ARTICLE.match(end):
+        if not _ARTICLE.match(end) and not _DENIED.search(plain[: offset + start]):
             yield end

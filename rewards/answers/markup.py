@@ -38,7 +38,7 @@ _TEXT = re.compile(
     r"|operatorname\*?|bf|rm|it|unit|si|mathbfit|textcolor\{[a-z]{1,20}\}|color\{[a-z]{1,20}\})\s?\{([^{}]*)\}"
 )
 _SWITCH = re.compile(
-    r"\\(?:displaystyle|textstyle|bf|rm|it|limits|nolimits|left|right|[bB]igg?[lrm]?|middle|mathopen|mathclose)(?![A-Za-z])"
+    r"\\(?:displaystyle|textstyle|scriptstyle|large|Large|LARGE|huge|Huge|small|tiny|normalsize|bf|rm|it|limits|nolimits|left|right|[bB]igg?[lrm]?|middle|mathopen|mathclose)(?![A-Za-z])"
 )
 _SPACE = re.compile(
     r"\\(?:quad|qquad|hspace\{[^{}]{0,20}\}|phantom\{[^{}]{0,40}\}|hfill|newline)(?![A-Za-z])|\\[ ;:>]|(?<!\\)~|\u00a0"
@@ -109,6 +109,7 @@ def plain_notation(text: str) -> str:
     )
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r" \\circ ", text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
+    text = re.sub(r"(?<=\d)\s?(?:\^\s?)?\{?\s?(?:st|nd|rd|th)\b\s?\}?", "", text)
     text = _SPACED_THOUSANDS.sub(lambda match: match[1] + match[2].replace(" ", ","), text)
     return _TIMES_LETTER.sub("*", re.sub(r"\s+", " ", text)).strip()
 

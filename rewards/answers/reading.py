@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from alignlab_rewards.answers.equality import operations_of, symbols_of
+from alignlab_rewards.answers.equality import constant, operations_of, symbols_of
 from alignlab_rewards.answers.expressions import FUNCTIONS, Node, NotMathematics, read_expression
 from alignlab_rewards.answers.markup import ROW_BREAK, plain_notation, words
 from alignlab_rewards.answers.units import CURRENCIES, Unit, read_scale, read_unit
@@ -109,6 +110,7 @@ _MATRIX = re.compile(
 _BUILDER = re.compile(r"^\s*\\?[A-Za-z]+\s*(?:\\in\s*\\mathbb\s?\{[A-Z]\}\s*)?(?:\||:)\s*(.+)$", re.DOTALL)
 _MEMBER = re.compile(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*\\in(?![A-Za-z])\s*(.+)$", re.DOTALL)
 _REALS = re.compile(r"^(?:\\mathbb\s?\{?R\}?|(?:all|any|every) real(?: number)?s?|reals)$", re.IGNORECASE)
+_ALL_BUT = re.compile(r"^\\mathbb\s?\{?R\}?\s*(?:\\setminus|\\backslash|-)\s*\\\{(.+)\\\}$")
 _EMPTY = re.compile(r"^(?:\\emptyset|\\\{\s*\\\}|(?:the )?empty set)$", re.IGNORECASE)
 _POINT_NAME = re.compile(r"^[A-Z]\s?(?=\([^()]*,[^()]*\)$)")
 _OPENINGS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "\\langle": ("\\rangle",), "]": "[]", "{": "}"}
@@ -150,7 +152,7 @@ def _read(text: str, prose: bool, depth: int) -> Answer:
     if depth > _MAX_NESTING or not text.strip():
         raise NotMathematics("empty, or nested too deep")
     text = text.strip()
-    for form in (_special, _matrix, _compound, _plus_minus, _union, _member, _list, _bracketed, _relation, _ratio):
+    for form in (_special, _matrix, _compound, _plus_minus, _without_points, _union, _member, _list, _bracketed, _relation, _ratio):
         answer = form(text, prose, depth)
         if answer is not None:
             return answer
@@ -211,6 +213,19 @@ def _union(text: str, prose: bool, depth: int) -> Answer | None:
     if len(parts) < 2:
         return None
     return Items(tuple(_read(part, prose, depth + 1) for part in parts), joiner="cup")
+
+
+def _without_points(text: str, prose: bool, depth: int) -> Answer | None:
+    """All real numbers but some: a union of intervals."""
+    match = _ALL_BUT.match(text)
+    if match is None:
+        return None
+    points = [_quantity(part, False) for part in _separated(match[1], inside_brackets=True)[0]]
+    values = {constant(point.node): point for point in points}
+    if None in values or len(values) > MAX_ITEMS:
+        return None
+    ends = [_MINUS_INFINITY, *(values[value] for value in sorted(values)), _INFINITY]
+    return Items(tuple(Items(pair, "(", ")") for pair in itertools.pairwise(ends)), joiner="cup")
 
 
 def _member(text: str, prose: bool, depth: int) -> Answer | None:

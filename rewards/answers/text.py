@@ -16,6 +16,7 @@ _IS_RIGHT = re.compile(
     re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(r"\(?\b[A-J]\)|\bor\b|\band\s+\(?[A-J]\b")
+_DENIES = re.compile(r"(?:is|was|cannot|can't|isn't|does)\b.*\b(?:not|n't|wrong|incorrect|false)\b|(?:cannot|can't|isn't|doesn't)\b")
 _VERDICTS = frozenset(("yes", "no", "true", "false"))
 _LEADING = re.compile(
     r"(?:(?:so|therefore|thus|hence|answer|and|well)[,:]?\s+)?(yes|no|true|false)\b(?!\s*(?:/|,?\s(?:or|and|solutions?|one|two)\b))",
@@ -62,7 +63,7 @@ def choice_of(text: str) -> tuple[str, str] | None:
     if right is not None:
         return right[1], ""
     match = _CHOICE.fullmatch(plain)
-    if match is None or _OTHER_CHOICE.search(match[2]):
+    if match is None or _OTHER_CHOICE.search(match[2]) or _DENIES.match(match[2]):
         return None
     if match[1].islower() and not plain.startswith("("):
         return None

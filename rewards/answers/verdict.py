@@ -71,11 +71,11 @@ def _judge(expected: Expectation, statement: Statement) -> bool | None:
         choice = choice_of(reading)
         if expected.choice is not None and choice is not None:
             return expected.choice[0] == choice[0]
-        given = read_answer(reading, prose=statement.prose)
-        if not is_mathematics(given) and choice is not None and choice[1]:
-            given = read_answer(choice[1], prose=statement.prose)
-        if is_mathematics(given):
-            return same_answer(expected.answer, given, relative_tolerance=expected.relative_tolerance)
+        # "A: 15" is a label and its answer, before it is a ratio.
+        for text in [choice[1], reading] if choice is not None and choice[1] else [reading]:
+            given = read_answer(text, prose=statement.prose)
+            if is_mathematics(given):
+                return same_answer(expected.answer, given, relative_tolerance=expected.relative_tolerance)
         if not statement.prose and same_by_math_verify(expected.text, reading):
             return True
     return False if statement.decisive else None
