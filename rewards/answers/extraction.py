@@ -42,7 +42,7 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 # "B. Paris" is one choice and no two sentences.
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-J]\.)[*_\"')]{0,3}\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-J]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)[*_\"')]{0,3}\s+|\n+")
 _CLAUSE_END = re.compile(
     r"[,;]\s(?!\s*(?:and|or)\b)|\s(?:because|since|which|so|where|when|as|for|if|but|with|after|by)\s|\s[-–—]+\s(?=[A-Za-z])|\s\((?=[a-z])"
 )
