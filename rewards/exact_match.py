@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignlab.types import Text, message_text
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer, in_digits
+
+from alignlab.types import Text, message_text
 
 
 def exact_match(

@@ -27,8 +27,8 @@ def math_answer(
     The final answer is the last `\boxed{}`; else what an `<answer>` tag, a line `#### 72` or a sentence such as "The
     answer is 72" says last; else the end, the emphasised part or the last number of the last sentence that has one. Two
     answers, "11 or 12", are not one of them. Numbers are compared exactly (1/3 is not 0.33), expressions for all values
-    of their variables, sets in any order, intervals with their brackets, words as words. Units and currencies must agree
-    where both answers have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time:
+    of their variables, sets in any order, intervals with their brackets, words as words. Units and currencies must
+    agree where both answers have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time:
     numbers too large to be computed are only compared as they are written.
 
     Args:
@@ -38,8 +38,8 @@ def math_answer(
         solution: the same under TRL's name for the column; used where there is no `answer`.
         thinking: how the reasoning of thinking models is told from their answer. "auto": only what follows the last
             `</think>` (or the closing tag of another family) counts; a completion that opens `<think>` and never closes
-            it has no answer; one without tags counts whole. "required": the same, and a completion without a closing tag
-            has no answer, for chat templates that open the reasoning in the prompt. "keep": all of it counts.
+            it has no answer; one without tags counts whole. "required": the same, and a completion without a closing
+            tag has no answer, for chat templates that open the reasoning in the prompt. "keep": all of it counts.
         relative_tolerance: numbers that differ by no more than this fraction of the expected one are equal; 0 is exact.
         columns: unused.
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from alignlab.types import Text, message_text
 from alignlab_rewards.answers.columns import expected_answer, plain_number
+
+from alignlab.types import Text, message_text
 
 # A sign counts unless something that can be subtracted from stands right before it; a point needs a digit behind it.
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
@@ -33,8 +34,8 @@ def reasoning_gym_answer(
     Args:
         prompts: the questions, strings or chat messages.
         completions: strings or chat messages.
-        answer: the dataset's column; the reward does not apply where it is None or NaN, which the log says once. Without
-            a task, a text that ends with a line `#### 72`, as in GSM8K, is the 72.
+        answer: the dataset's column; the reward does not apply where it is None or NaN, which the log says once.
+            Without a task, a text that ends with a line `#### 72`, as in GSM8K, is the 72.
         task, task_options, metadata: the columns of a task's rows. With `task` given, the task's own `score_answer`
             must return exactly 1; without it, numbers are compared by value, and other answers as text.
         extract: how the answer is taken from the completion; see `extract_answer`.

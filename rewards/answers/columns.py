@@ -133,11 +133,10 @@ def _number_text(value: Any) -> str | None:
         return str(value)
     if not isinstance(value, (Real, Decimal)):
         return None
-    if math.isinf(value):
-        return "infinity" if value > 0 else "-infinity"
-    if value == int(value):
-        return str(int(value))
-    return format(Decimal(repr(value)) if isinstance(value, float) else Decimal(str(value)), "f")
+    number = value if isinstance(value, Decimal) else Decimal(repr(float(value)))
+    if number.is_infinite():
+        return "infinity" if number > 0 else "-infinity"
+    return str(int(number)) if number == int(number) else format(number, "f")
 
 
 def in_digits(text: str) -> Fraction | None:

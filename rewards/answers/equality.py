@@ -32,7 +32,7 @@ def equal(left: Node, right: Node, *, relative_tolerance: float = 0.0) -> bool:
 
     Exact numbers are compared exactly, irrational ones to 40 digits: a difference counts as none if it is that small or
     shrinks with the precision. Expressions with variables are compared at points that depend on the names alone:
-    positive ones, and ones of both signs where both sides are real. `log` may be natural or decimal, on both sides alike.
+    positive ones, and ones of both signs where both sides are real. `log` may be natural or decimal, on both sides.
     """
     if left == right:
         return True

@@ -1,7 +1,7 @@
 """Values of expressions: exact fractions where possible, else many digits, and never a computation without a bound.
 
 A number is exact while it has at most `MAX_BITS` bits; beyond that, and for irrational values, it is a complex number
-of mpmath with the precision asked for. Magnitudes are limited before they are computed: `10^{10^{10}}` has no value here.
+of mpmath with the precision asked for. Magnitudes are limited before anything is computed: `10^{10^{10}}` has no value.
 """
 
 from __future__ import annotations
@@ -207,9 +207,9 @@ class Evaluator:
 
     def binomial(self, n: Value, k: Value) -> Value:
         """Return the binomial coefficient."""
-        if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1:
-            if 0 <= n <= 3000:
-                return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
+        whole = isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1
+        if whole and 0 <= n <= 3000:
+            return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
         return self.divide(
             self.factorial(n),
             self.multiply(self.factorial(k), self.factorial(self.add(n, self.multiply(Fraction(-1), k)))),

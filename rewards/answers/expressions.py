@@ -219,10 +219,8 @@ class _Reader:
     def postfix(self) -> Node:
         node = self.atom()
         while self.at("!", "circ"):
-            if self.take().text == "!":
-                node = Node("!", (node,))
-            else:  # degrees inside an expression, as in \\sin 30^\\circ
-                node = Node("*", (node, _DEGREE))
+            # Degrees inside an expression, as in \sin 30^\circ.
+            node = Node("!", (node,)) if self.take().text == "!" else Node("*", (node, _DEGREE))
         return node
 
     def atom(self) -> Node:
@@ -276,32 +274,18 @@ class _Reader:
         return value + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
 
     def _mixed(self, whole: Fraction) -> Fraction:
-        r"""Add the proper fraction of two whole numbers that stands right behind: `2 1/2`, `2\frac{1}{2}`."""
+        r"""Add the proper fraction of two whole numbers right behind: `2 1/2`, `2\frac{1}{2}`, `2\frac12`."""
         following = [token.text for token in self.tokens[self.position : self.position + 7]]
-        spans = (
-            (following[:3], (0, 2), len(following) > 1 and following[1] == "/"),
-            (
-                following[:7],
-                (2, 5),
-                following[:2] == ["frac", "{"] and following[3:5] == ["}", "{"] and following[6:] == ["}"],
-            ),
+        digits = following[1] if following[:1] == ["frac"] and len(following) > 1 else ""
+        forms = (
+            (3, following[:1], following[2:3], following[1:2] == ["/"]),
+            (7, following[2:3], following[5:6], following[:2] == ["frac", "{"] and following[3:5] == ["}", "{"]),
+            (2, [digits[:1]], [digits[1:]], len(digits) == 2),
         )
-        for part, (top, bottom), fits in spans:
-            if (
-                fits
-                and len(part) > bottom
-                and part[top].isdigit()
-                and part[bottom].isdigit()
-                and len(part[top] + part[bottom]) < 20
-            ):
-                if 0 < int(part[top]) < int(part[bottom]):
-                    self.position += len(part)
-                    return whole + Fraction(int(part[top]), int(part[bottom]))
-        if following[:1] == ["frac"] and len(following) > 1 and following[1].isdigit() and len(following[1]) == 2:
-            top, bottom = map(int, following[1])
-            if 0 < top < bottom:
-                self.position += 2
-                return whole + Fraction(top, bottom)
+        for length, top, bottom, fits in forms:
+            if fits and _is_proper(top, bottom) and (length < 7 or following[6:] == ["}"]):
+                self.position += length
+                return whole + Fraction(int(top[0]), int(bottom[0]))
         return whole
 
     def _symbol(self, name: str) -> Node:
@@ -404,6 +388,12 @@ class _Reader:
         while self._juxtaposed() and (self.peek() or _Token("", "")).text not in FUNCTIONS:
             node = Node("*", (node, self.power()))
         return node
+
+
+def _is_proper(top: list[str], bottom: list[str]) -> bool:
+    return all(len(part) == 1 and part[0].isdigit() and len(part[0]) < 10 for part in (top, bottom)) and (
+        0 < int(top[0]) < int(bottom[0])
+    )
 
 
 def _decimal(text: str) -> Fraction:

@@ -30,19 +30,24 @@ _MAX_SENTENCE = 1000
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![A-Za-z])\s{0,3}")
 _TAG = re.compile(r"<answer>(.{0,5000}?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?m)^[ \t]{0,8}####[ \t]{0,8}([^\n]{1,400})$")
+_STATING = r"is|are|was|would be|should be|must be|will be|becomes|equals|comes out to be"
+_BETWEEN = r"therefore|thus|then|simply|indeed|just|now|clearly|actually|given by|equal to|option|choice|letter"
+_MARKS = r"\s*[*_`]{0,3}\s*"
 _ANCHOR = re.compile(
     r"\b(?:(?:final|correct|right|my|numerical|exact)\s+)*(?:answers?|result|solution|option|choice)\b"
     r"(?:\s+(?:to|of|for)\s+(?:the|this|your)\s+\w+)?"
-    r"\s*[*_`]{0,3}\s*(?:(?:is|are|was|would be|should be|must be|will be|becomes|equals|comes out to be)\b(?:\s+(?:therefore|thus|then|simply|indeed|just|now|clearly|actually|given by|equal to|option|choice|letter))*|(?=[:=]))\s*[*_`]{0,3}\s*[:=]?\s*[*_`]{0,3}"
+    rf"{_MARKS}(?:(?:{_STATING})\b(?:\s+(?:{_BETWEEN}))*|(?=[:=])){_MARKS}[:=]?\s*[*_`]{{0,3}}"
     r"|(?m:^[ \t#*_>]{0,8}(?:final\s+)?answer[ \t]*[*_]{0,3}[ \t]*$)",
     re.IGNORECASE,
 )
 _NO_ANSWER = re.compile(
-    r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
+    r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed"
+    r"|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
     re.IGNORECASE,
 )
 # "B. Paris" is one choice and no two sentences.
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-J]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)[*_\"')]{0,3}\s+|\n+")
+_ABBREVIATED = "".join(rf"(?<!\b{text}\.)" for text in ("[A-J]", "Mr", "Ms", "Dr", "St", "Mrs"))
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_ABBREVIATED}[*_\"')]{{0,3}}\s+|\n+")
 _CLAUSE_END = re.compile(
     r"[,;]\s(?!\s*(?:and|or)\b)|\s(?:because|since|which|so|where|when|as|for|if|but|with|after|by)\s|\s[-–—]+\s(?=[A-Za-z])|\s\((?=[a-z])"
 )
@@ -56,14 +61,19 @@ _MATH = re.compile(
 _STATES = re.compile(
     r"(?:\b(?:is|are|was|equals|gives|makes|leaves|yields|becomes|get|gets|have|has|total of)|[=:])\s*$", re.IGNORECASE
 )
-_NUMBER = r"(?:(?<![\w.)\]}])[-+−]\s?)?[$€£¥₹]?(?<![\w.,])(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
+_NUMBER = (
+    r"(?:(?<![\w.)\]}])[-+−]\s?)?[$€£¥₹]?(?<![\w.,])(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
+)
 _LAST_NUMBERS = re.compile(_NUMBER)
 _HEDGED = re.compile(rf"{_NUMBER}\s*(?:or|/|and/or)\s*(?:maybe |possibly |even )?(?={_NUMBER})", re.IGNORECASE)
 _START = re.compile(
-    r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[{√.|]|[A-Za-zα-ωπ](?![A-Za-z])|(?:sqrt|pi|sin|cos|tan|log|ln|exp|arcsin|arccos|arctan|oo|infinity)(?![A-Za-z]))"
+    r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[{√.|]|[A-Za-zα-ωπ](?![A-Za-z])"
+    r"|(?:sqrt|pi|sin|cos|tan|log|ln|exp|arcsin|arccos|arctan|oo|infinity)(?![A-Za-z]))"
 )
 _CLOSING_REMARK = re.compile(
-    r"(?:I hope|hope this|let me know|feel free|please let|if you (?:have|need|want)|would you like|do you want|good luck|is there anything)\b",
+    r"(?:I hope|hope this|let me know|feel free|please let"
+    r"|if you (?:have|need|want)|would you like|do you want|good luck|is there anything)\b",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,3}$", re.IGNORECASE)
@@ -90,7 +100,7 @@ def after_thinking(text: str, thinking: Thinking = "auto") -> str | None:
 
     Args:
         text: a completion.
-        thinking: "auto": what follows the last closing tag, nothing where an opening tag is never closed, else the whole.
+        thinking: "auto": what follows the last closing tag, nothing where an opening tag is never closed, else all.
             "required": what follows the last closing tag, and nothing where there is none, for templates that open the
             reasoning in the prompt. "keep": the whole, tags and reasoning included.
     """

@@ -12,14 +12,64 @@ _LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢ]+")
 _VULGAR = re.compile(r"([0-9]?)([¼-¾⅐-⅞])")
 _ROOT = re.compile(r"([√∛])\s*(\(|[0-9.]+|[A-Za-zπ])?")
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-    "∙": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/", "∕": "/", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ",
-    "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "∅": r"\emptyset ", "∪": r"\cup ", "∩": r"\cap ",
-    "∈": r"\in ", "°": r"\circ ", "º": r"\circ ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "…": "...", "∖": r"\setminus ",
-    "∫": r"\int ", "∑": r"\sum ", "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "→": r"\to ",
-    "⇒": r"\Rightarrow ", "∴": " ", "ℓ": "l", "Ω": r"\Omega ", "µ": r"\mu ",
-}  # fmt: skip
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "‐": "-",
+    "‑": "-",
+    "﹣": "-",
+    "×": r"\times ",
+    "✕": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "∙": r"\cdot ",
+    "∗": "*",
+    "÷": "/",
+    "⁄": "/",
+    "∕": "/",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "⩽": r"\le ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∞": r"\infty ",
+    "∅": r"\emptyset ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "°": r"\circ ",
+    "º": r"\circ ",
+    "′": "'",
+    "’": "'",
+    "‘": "'",
+    "“": '"',
+    "”": '"',
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "…": "...",
+    "∖": r"\setminus ",
+    "∫": r"\int ",
+    "∑": r"\sum ",
+    "∏": r"\prod ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "→": r"\to ",
+    "⇒": r"\Rightarrow ",
+    "∴": " ",
+    "ℓ": "l",
+    "Ω": r"\Omega ",
+    "µ": r"\mu ",
+}
 _GREEK = {
     letter: f"\\{unicodedata.name(letter).split()[-1].lower().replace('lamda', 'lambda')} "
     for letter in "αβγδεζηθικλμνξπρστυφχψω"
@@ -45,13 +95,56 @@ _SPACE = re.compile(
 )
 _THIN = re.compile(r"(?<=\d)(?:\\[,!:;]|\\ |[\u2009\u202f\u00a0~]|\{,\}(?:\\!)?|,\\!)(?=\d{3}(?!\d))")
 _NAMES = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le", "leqslant": "le", "geq": "ge",
-    "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "land": "and",
-    "lor": "or", "wedge": "and", "vee": "or", "ast": "*", "div": "/", "colon": ":", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
-    "degree": "circ", "degrees": "circ", "textdegree": "circ", "dots": "...", "ldots": "...", "cdots": "...", "bigcup": "cup",
-    "imath": "i", "tan": "tan", "tg": "tan", "ctg": "cot", "arctg": "arctan", "implies": "Rightarrow", "lbrack": "[", "rbrack": "]",
-    "minus": "-", "textminus": "-", "prime": "'", "euro": "€", "pounds": "£", "yen": "¥", "textdollar": "$", "infin": "infty",
-}  # fmt: skip
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "cfrac": "frac",
+    "dbinom": "binom",
+    "tbinom": "binom",
+    "leq": "le",
+    "leqslant": "le",
+    "geq": "ge",
+    "geqslant": "ge",
+    "neq": "ne",
+    "lt": "<",
+    "gt": ">",
+    "varnothing": "emptyset",
+    "lbrace": "{",
+    "rbrace": "}",
+    "land": "and",
+    "lor": "or",
+    "wedge": "and",
+    "vee": "or",
+    "ast": "*",
+    "div": "/",
+    "colon": ":",
+    "lvert": "|",
+    "rvert": "|",
+    "vert": "|",
+    "mid": "|",
+    "degree": "circ",
+    "degrees": "circ",
+    "textdegree": "circ",
+    "dots": "...",
+    "ldots": "...",
+    "cdots": "...",
+    "bigcup": "cup",
+    "imath": "i",
+    "tan": "tan",
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "arctan",
+    "implies": "Rightarrow",
+    "lbrack": "[",
+    "rbrack": "]",
+    "minus": "-",
+    "textminus": "-",
+    "prime": "'",
+    "euro": "€",
+    "pounds": "£",
+    "yen": "¥",
+    "textdollar": "$",
+    "infin": "infty",
+}
 _NAME = re.compile(r"\\([A-Za-z]+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
 _TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
@@ -75,9 +168,9 @@ def without_delimiters(text: str) -> str:
     text = text.strip()
     for opening, closing in _DELIMITERS:
         inside = text[len(opening) : -len(closing)]
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
-            if opening not in inside and not inside.endswith("\\"):
-                return without_delimiters(inside)
+        around = text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing)
+        if around and opening not in inside and not inside.endswith("\\"):
+            return without_delimiters(inside)
     return text
 
 

@@ -18,6 +18,9 @@ MAX_ITEMS = 64
 _MAX_NESTING = 5
 
 
+NO_UNIT = Unit()
+
+
 @dataclass(frozen=True)
 class Quantity:
     """An expression with its unit.
@@ -29,7 +32,7 @@ class Quantity:
     """
 
     node: Node
-    unit: Unit = Unit()
+    unit: Unit = NO_UNIT
     percent: bool = False
 
 
@@ -82,7 +85,8 @@ class Words:
 Answer = Quantity | Items | Relation | Ratio | Matrix | Words
 
 _BEFORE = re.compile(
-    r"^(?:(?:about|approximately|approx\.?|roughly|exactly|only|just|around|nearly|almost|equals?|a total of|\\approx|\\sim|[=:≈~])\s*)+",
+    r"^(?:(?:about|approximately|approx\.?|roughly|exactly"
+    r"|only|just|around|nearly|almost|equals?|a total of|\\approx|\\sim|[=:≈~])\s*)+",
     re.IGNORECASE,
 )
 _PERCENT = re.compile(r"\s*(?:%|per\s?cent|pct)$", re.IGNORECASE)
@@ -152,7 +156,19 @@ def _read(text: str, prose: bool, depth: int) -> Answer:
     if depth > _MAX_NESTING or not text.strip():
         raise NotMathematics("empty, or nested too deep")
     text = text.strip()
-    for form in (_special, _matrix, _compound, _plus_minus, _without_points, _union, _member, _list, _bracketed, _relation, _ratio):
+    for form in (
+        _special,
+        _matrix,
+        _compound,
+        _plus_minus,
+        _without_points,
+        _union,
+        _member,
+        _list,
+        _bracketed,
+        _relation,
+        _ratio,
+    ):
         answer = form(text, prose, depth)
         if answer is not None:
             return answer

@@ -10,9 +10,8 @@ import logging
 import re
 import threading
 
-from math_verify import parse, verify
-
 from alignlab_rewards.answers.markup import ROW_BREAK, plain_notation
+from math_verify import parse, verify
 
 MAX_LENGTH = 80
 _MAX_BRACKETS = 10

@@ -16,7 +16,10 @@ _IS_RIGHT = re.compile(
     re.DOTALL,
 )
 _OTHER_CHOICE = re.compile(r"\(?\b[A-J]\)|\bor\b|\band\s+\(?[A-J]\b")
-_DENIES = re.compile(r"(?:is|was|cannot|can't|isn't|does)\b.*\b(?:not|n't|wrong|incorrect|false)\b|(?:cannot|can't|isn't|doesn't)\b")
+_DENIES = re.compile(
+    r"(?:is|was|cannot|can't|isn't|does)\b.*\b(?:not|n't|wrong|incorrect|false)\b"
+    r"|(?:cannot|can't|isn't|doesn't)\b"
+)
 _VERDICTS = frozenset(("yes", "no", "true", "false"))
 _LEADING = re.compile(
     r"(?:(?:so|therefore|thus|hence|answer|and|well)[,:]?\s+)?(yes|no|true|false)\b(?!\s*(?:/|,?\s(?:or|and|solutions?|one|two)\b))",
@@ -55,7 +58,7 @@ def same_text(expected: str, given: str) -> bool:
 
 
 def choice_of(text: str) -> tuple[str, str] | None:
-    """Return letter and content of a single choice: ("B", "") for `(B)`, ("B", "Paris") for `B. Paris`; None otherwise."""
+    """Return letter and content of a single choice: ("B", "") for `(B)`, ("B", "Paris") for `B. Paris`; or None."""
     plain = plain_notation(text).strip()
     if len(plain) > 300:
         return None

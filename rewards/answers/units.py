@@ -18,15 +18,26 @@ _LONG_PREFIXES = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1}
 # Dimension, then each name with its factor. A name of one dimension is never one of another.
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
-        "m meter meters metre metres": "1", "in inch inches": "0.0254", "ft foot feet": "0.3048",
-        "yd yard yards": "0.9144", "mi mile miles": "1609.344",
+        "m meter meters metre metres": "1",
+        "in inch inches": "0.0254",
+        "ft foot feet": "0.3048",
+        "yd yard yards": "0.9144",
+        "mi mile miles": "1609.344",
     },
     "time": {
-        "s sec secs second seconds": "1", "min mins minute minutes": "60", "h hr hrs hour hours": "3600",
-        "day days": "86400", "week weeks": "604800",
+        "s sec secs second seconds": "1",
+        "min mins minute minutes": "60",
+        "h hr hrs hour hours": "3600",
+        "day days": "86400",
+        "week weeks": "604800",
     },
     "month": {"month months": "1", "yr yrs year years": "12"},
-    "mass": {"g gram grams": "1", "lb lbs": "453.59237", "oz ounce ounces": "28.349523125", "t ton tons tonne tonnes": "1000000"},
+    "mass": {
+        "g gram grams": "1",
+        "lb lbs": "453.59237",
+        "oz ounce ounces": "28.349523125",
+        "t ton tons tonne tonnes": "1000000",
+    },
     "volume": {"l L liter liters litre litres": "1"},
     "angle": {"deg degree degrees \\circ": "1", "rad radian radians": "57.29577951308232"},
     "celsius": {"\\circC": "1"},
@@ -47,7 +58,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "voltage": {"V volt volts": "1"},
     "resistance": {"\\Omega ohm ohms": "1"},
     "amount": {"mol mole moles": "1"},
-}  # fmt: skip
+}
 _PREFIXED = {"m", "s", "g", "l", "L", "N", "J", "W", "Pa", "Hz", "V", "A", "mol", "cal"}
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -100,13 +111,13 @@ def _names() -> dict[str, tuple[str, Fraction]]:
             for name in spellings.split():
                 names[name] = (dimension, Fraction(factor))
     for name in _PREFIXED:
-        dimension, factor = names[name]
+        dimension, base = names[name]
         for prefix, power in _PREFIXES.items():
-            names.setdefault(prefix + name, (dimension, factor * Fraction(10) ** power))
+            names.setdefault(prefix + name, (dimension, base * Fraction(10) ** power))
     for prefix, power in _LONG_PREFIXES.items():
         for name in ("meter", "meters", "metre", "metres", "gram", "grams", "liter", "liters", "litre", "litres"):
-            dimension, factor = names[name]
-            names[prefix + name] = (dimension, factor * Fraction(10) ** power)
+            dimension, base = names[name]
+            names[prefix + name] = (dimension, base * Fraction(10) ** power)
     return names
 
 

@@ -1,4 +1,4 @@
-"""Answers that are no single number: choices, words, expressions, equations, sets, intervals, tuples, matrices, ratios."""
+"""Answers that are no single number: choices, words, expressions, equations, sets, tuples, matrices, ratios."""
 
 STRUCTURES: dict[str, list[tuple[str, str, float]]] = {
     "choices": [
@@ -218,7 +218,7 @@ STRUCTURES: dict[str, list[tuple[str, str, float]]] = {
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1 & 2\end{pmatrix}}", 0.0),
         (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}}", 1.0),
         (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}}", 0.0),
-        (r"\begin{pmatrix}1/2 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{\begin{pmatrix} 0.5 & 2 \\ 3 & 4 \end{pmatrix}}", 1.0),
+        (r"\begin{pmatrix}1/2 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{\begin{pmatrix}0.5 & 2 \\ 3 & 4\end{pmatrix}}", 1.0),
         (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{[[1, 2], [3, 4]]}", 1.0),
         (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}", r"\boxed{[[1, 2], [4, 3]]}", 0.0),
     ],
