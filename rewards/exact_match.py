@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer, in_digits
+
 from alignlab.types import Text, message_text
 
 
@@ -13,17 +15,28 @@ def exact_match(
 ) -> list[float | None]:
     """1.0 where completion and answer are equal but for white space around them, else 0.0.
 
+    Text is compared as text. Where the column holds numbers, as a column of whole numbers with gaps does (72.0), digits
+    of the same value are equal. A text that ends with a line `#### 72`, as in GSM8K, is the 72, or itself as a whole.
+
     Args:
         completions: strings or chat messages.
-        answer: the dataset's column; the reward does not apply where it is None.
+        answer: the dataset's column; the reward does not apply where it is None, NaN or empty, which the log says once.
         ignore_case: compare without regard to case.
         columns: unused.
     """
-
-    def norm(text: str) -> str:
-        return text.strip().casefold() if ignore_case else text.strip()
-
     return [
-        None if expected is None else float(norm(message_text(completion)) == norm(str(expected)))
+        _value(expected_answer(expected, reward="exact_match"), message_text(completion).strip(), ignore_case)
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+def _value(expected: ExpectedAnswer | None, said: str, ignore_case: bool) -> float | None:
+    if expected is None:
+        return None
+    value = in_digits(expected.text) if expected.numeric else None
+    if value is not None and value == in_digits(said):
+        return 1.0
+    texts = [expected.text, expected.whole]
+    if ignore_case:
+        return float(said.casefold() in [text.casefold() for text in texts])
+    return float(said in texts)

@@ -1,35 +1,16 @@
-"""1 where the completion's mathematical answer equals the expected one, by the library math-verify."""
+"""1 where the completion's final answer is the expected one: numbers as numbers, mathematics as such, text as text."""
 
 from __future__ import annotations
 
-import logging
-import re
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from math_verify import parse, verify
+from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer
+from alignlab_rewards.answers.extraction import Thinking, after_thinking
+from alignlab_rewards.answers.verdict import Expectation, is_right
 
 from alignlab.types import Text, message_text
-
-# Its own time limits are signals, which fail in a thread: they are off, the caller keeps the time, the warning is moot.
-for _name in ("math_verify.parser", "math_verify.grader"):
-    logging.getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())
-
-
-# What math-verify would compute before it compares, and might not finish computing: powers of powers, exponents and
-# factorials of thousands. No thread that is computing such a number can be stopped.
-_POWER = r"(?:\^|\*\*)\s*"
-_EXPLODES = re.compile(
-    rf"{_POWER}[{{(]*\s*-?\d{{4,}}"  # a long exponent
-    rf"|{_POWER}[{{(][^{{}}()]*{_POWER}|{_POWER}\d+\s*{_POWER}"  # a power in an exponent
-    r"|\d{4,}\s*[)}]*\s*!|![)}\s]*!"  # a long factorial, or one of a factorial
-)
-# Marked LaTeX, or words outside of it: math-verify finds the answer in it. Anything else is one expression.
-_MARKED = re.compile(r"(?<!\\)\$|\\boxed")
-_LATEX_WORDS = re.compile(r"\\(?:text\w*|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{3,}")
-_TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}")
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 
 
 def math_answer(
@@ -37,62 +18,57 @@ def math_answer(
     completions: Sequence[Text],
     answer: Sequence[Any] | None = None,
     solution: Sequence[Any] | None = None,
+    thinking: Thinking = "auto",
+    relative_tolerance: float = 0.0,
     **columns: Any,
 ) -> list[float | None]:
-    r"""1.0 where an answer found in the completion is mathematically equal to the expected one, else 0.0.
+    r"""1.0 where the completion's final answer is the expected one, else 0.0.
 
-    The completion's answer is the last `\boxed{}`, else LaTeX between dollars, else a plain number or expression, as
-    math-verify finds it; an answer that it cannot read is wrong, and so is one with a power of powers or an exponent of
-    thousands, which it might compute for ever. Expected words are compared as text with the last box or the whole.
+    The final answer is the last `\boxed{}`; else what an `<answer>` tag, a line `#### 72` or a sentence such as "The
+    answer is 72" says last; else the end, the emphasised part or the last number of the last sentence that has one. Two
+    answers, "11 or 12", are not one of them. Numbers are compared exactly (1/3 is not 0.33), expressions for all values
+    of their variables, sets in any order, intervals with their brackets, words as words. Units and currencies must
+    agree where both answers have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time:
+    numbers too large to be computed are only compared as they are written.
 
     Args:
         completions: strings or chat messages.
-        answer: the dataset's column: a number, an expression, LaTeX, or a text with a `\boxed{}` in it.
+        answer: the dataset's column: a number, an expression, LaTeX, words, a list of several answers, or a text with a
+            `\boxed{}` or a last line `#### 72` in it.
         solution: the same under TRL's name for the column; used where there is no `answer`.
+        thinking: how the reasoning of thinking models is told from their answer. "auto": only what follows the last
+            `</think>` (or the closing tag of another family) counts; a completion that opens `<think>` and never closes
+            it has no answer; one without tags counts whole. "required": the same, and a completion without a closing
+            tag has no answer, for chat templates that open the reasoning in the prompt. "keep": all of it counts.
+        relative_tolerance: numbers that differ by no more than this fraction of the expected one are equal; 0 is exact.
         columns: unused.
 
     Returns:
-        None where there is no expected answer, or none that math-verify can read.
+        None where there is no expected answer: None, NaN or an empty text, which the log says once.
     """
     expected = answer if answer is not None else solution
     if expected is None:
         raise ValueError("math_answer needs a column 'answer' or 'solution' in the dataset")
+    if thinking not in ("auto", "required", "keep"):
+        raise ValueError(f"math_answer's option thinking must be auto, required or keep, and is {thinking!r}")
+    if not 0 <= relative_tolerance < 1:
+        raise ValueError(
+            f"math_answer's relative_tolerance must be at least 0 and below 1, and is {relative_tolerance}"
+        )
     return [
-        None if gold is None else _value(str(gold), message_text(completion))
+        _value(expected_answer(gold, reward="math_answer"), message_text(completion), thinking, relative_tolerance)
         for gold, completion in zip(expected, completions, strict=True)
     ]
 
 
-def _value(gold: str, completion: str) -> float | None:
-    if _is_words(gold):
-        return float(_plain(_final(completion)) == _plain(_final(gold)))
-    if _EXPLODES.search(gold):
+def _value(gold: ExpectedAnswer | None, completion: str, thinking: Thinking, relative_tolerance: float) -> float | None:
+    if gold is None:
         return None
-    prose = _MARKED.search(gold) or _WORD.search(_LATEX_WORDS.sub("", gold))
-    read = parse(gold if prose else f"${gold}$", parsing_timeout=None)
-    if not read:
-        return None
-    if _EXPLODES.search(completion):
-        return 0.0
-    try:
-        return float(verify(read, parse(completion, parsing_timeout=None), timeout_seconds=None))
-    except Exception as error:  # sympy raises anything at all on what a model writes
-        logging.getLogger(__name__).debug("counted as wrong: %r: %r", completion, error)
-        return 0.0
+    said = after_thinking(completion, thinking)
+    return 0.0 if said is None else float(is_right(_expectation(gold, relative_tolerance), said))
 
 
-def _is_words(gold: str) -> bool:
-    """Whether the expected answer is words and no mathematics: `even`, or a name in `\\text{}`."""
-    plain = _plain(_final(gold))
-    return bool(re.fullmatch(r"[a-z][a-z\s.'-]*", plain)) and len(plain.replace(" ", "")) > 2
-
-
-def _final(text: str) -> str:
-    """What stands in the last box, or the whole text."""
-    boxed = _BOXED.findall(text)
-    return str(boxed[-1]) if boxed else text
-
-
-def _plain(text: str) -> str:
-    """Without marks, case and the white space around it."""
-    return _TEXT.sub(r"\1", text).strip().strip("$.").strip().casefold()
+@functools.lru_cache(maxsize=1024)
+def _expectation(gold: ExpectedAnswer, relative_tolerance: float) -> Expectation:
+    """Read an expected answer once for all completions of its group."""
+    return Expectation.of(gold, relative_tolerance)

@@ -6,8 +6,9 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, Literal
+
+from alignlab_rewards.answers.columns import expected_answer, plain_number
 
 from alignlab.types import Text, message_text
 
@@ -21,7 +22,7 @@ def reasoning_gym_answer(
     *,
     prompts: Sequence[Text],
     completions: Sequence[Text],
-    answer: Sequence[str | None],
+    answer: Sequence[Any],
     task: Sequence[str | None] | None = None,
     task_options: Sequence[Mapping[str, Any] | None] | None = None,
     metadata: Sequence[Mapping[str, Any] | None] | None = None,
@@ -33,7 +34,8 @@ def reasoning_gym_answer(
     Args:
         prompts: the questions, strings or chat messages.
         completions: strings or chat messages.
-        answer: the dataset's column; the reward does not apply where it is None.
+        answer: the dataset's column; the reward does not apply where it is None or NaN, which the log says once.
+            Without a task, a text that ends with a line `#### 72`, as in GSM8K, is the 72.
         task, task_options, metadata: the columns of a task's rows. With `task` given, the task's own `score_answer`
             must return exactly 1; without it, numbers are compared by value, and other answers as text.
         extract: how the answer is taken from the completion; see `extract_answer`.
@@ -43,14 +45,28 @@ def reasoning_gym_answer(
     rows = zip(prompts, completions, answer, task or nothing, task_options or nothing, metadata or nothing, strict=True)
     values: list[float | None] = []
     for prompt, completion, expected, name, options, details in rows:
-        if expected is None:
+        gold = _expected(expected, name, extract)
+        if gold is None:
             values.append(None)
             continue
-        found = extract_answer(message_text(completion), extract)
-        entry = {"question": message_text(prompt), "answer": expected, "metadata": details or {}}
-        right = found is not None and (_same(found, expected) if name is None else _scored(found, name, options, entry))
+        given = extract_answer(message_text(completion), extract)
+        entry = {"question": message_text(prompt), "answer": gold, "metadata": details or {}}
+        right = given is not None and (_same(given, gold) if name is None else _scored(given, name, options, entry))
         values.append(float(right))
     return values
+
+
+def _expected(value: Any, task: str | None, extract: str) -> str | None:
+    """Return the expected answer's text: of a task's row as it stands, since its scorer compares with that."""
+    if task is not None and isinstance(value, str):
+        return value
+    gold = expected_answer(value, reward="reasoning_gym_answer")
+    if gold is not None and gold.several and extract == "last_number":
+        raise ValueError(
+            f"reasoning_gym_answer compares the last number with one expected answer, and a row holds {value!r:.100}; "
+            "use the reward math_answer, or extract: whole"
+        )
+    return None if gold is None else gold.text
 
 
 def extract_answer(text: str, extract: str = "last_number") -> str | None:
@@ -73,11 +89,11 @@ def extract_answer(text: str, extract: str = "last_number") -> str | None:
     raise ValueError(f"extract must be last_number, tagged or whole, and is {extract!r}")
 
 
-def _same(found: str, expected: str) -> bool:
-    numbers = [extract_answer(text) for text in (found, str(expected))]
-    if numbers == [found.strip(), str(expected).strip()]:
-        return Decimal(found) == Decimal(expected)
-    return found.strip() == str(expected).strip()
+def _same(given: str, expected: str) -> bool:
+    numbers = plain_number(given), plain_number(expected)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1]
+    return given.strip() == expected.strip()
 
 
 def _scored(found: str, task: str, options: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> bool:

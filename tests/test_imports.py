@@ -182,7 +182,7 @@ def test_names_for_type_checkers_are_the_lazy_ones():
 def test_every_package_is_installed_and_every_plugin_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "alignlab").rglob("__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"alignlab_rewards"}
+    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"alignlab_rewards", "alignlab_rewards.answers"}
     for target in project["project"]["entry-points"]["alignlab.rewards"].values():
         module, function = target.split(":")
         file = module.replace("alignlab_rewards.", "rewards.").replace(".", "/")

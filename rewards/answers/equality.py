@@ -1,0 +1,139 @@
+"""Equal expressions: exactly as numbers, and at several points where there are variables."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+from alignlab_rewards.answers.evaluation import Evaluator, NoValue, Value
+from alignlab_rewards.answers.expressions import Node
+
+_DIGITS = (50, 100)
+_MAX_SYMBOLS = 12
+_CONSTANTS = frozenset(("e", "i", "pi"))
+
+
+def symbols_of(node: Node) -> frozenset[str]:
+    """Return the names of a tree's variables."""
+    if node.op == "symbol":
+        return frozenset((str(node.value),)) - _CONSTANTS
+    return frozenset().union(*(symbols_of(argument) for argument in node.args))
+
+
+def operations_of(node: Node) -> frozenset[str]:
+    """Return the operations of a tree."""
+    return frozenset((node.op,)).union(*(operations_of(argument) for argument in node.args))
+
+
+def equal(left: Node, right: Node, *, relative_tolerance: float = 0.0) -> bool:
+    """Return True if two expressions are equal as numbers, or for all values of their variables.
+
+    Exact numbers are compared exactly, irrational ones to 40 digits: a difference counts as none if it is that small or
+    shrinks with the precision. Expressions with variables are compared at points that depend on the names alone:
+    positive ones, and ones of both signs where both sides are real. `log` may be natural or decimal, on both sides.
+    """
+    if left == right:
+        return True
+    readings = (False, True) if "log" in operations_of(left) | operations_of(right) else (False,)
+    return any(_equal_under(left, right, decimal_log, relative_tolerance) for decimal_log in readings)
+
+
+def _equal_under(left: Node, right: Node, decimal_log: bool, relative_tolerance: float) -> bool:
+    names = sorted(symbols_of(left) | symbols_of(right))
+    if len(names) > _MAX_SYMBOLS:
+        return False
+    compared = 0
+    for point, real in _points(names):
+        same = _equal_at(left, right, point, real, decimal_log, relative_tolerance)
+        if same is False:
+            return False
+        compared += same is True
+    return compared > 0
+
+
+def _points(names: list[str]) -> Iterator[tuple[dict[str, Fraction], bool]]:
+    """Yield values of the variables, and True where only real values are to be compared."""
+    if not names:
+        yield {}, False
+        return
+    for round_ in range(6):
+        values = {}
+        for name in names:
+            seed = zlib.crc32(f"{name}/{round_}".encode())
+            # Between 1/4 and 3 with a denominator that nothing written has as a factor.
+            size = Fraction(seed % 26903 + 2447, 9781)
+            values[name] = -size if (round_ >= 3 and seed >> 20 & 1) or round_ == 5 else size
+        yield values, round_ >= 3
+
+
+def _equal_at(
+    left: Node, right: Node, point: dict[str, Fraction], real: bool, decimal_log: bool, relative_tolerance: float
+) -> bool | None:
+    """Compare at one point; None where a side has no value there."""
+    differences = []
+    for digits in _DIGITS:
+        evaluator = Evaluator(digits, _inexact_point(point, digits), decimal_log=decimal_log, real=real)
+        try:
+            a, b = evaluator.value(left), evaluator.value(right)
+        except NoValue:
+            return None
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return a == b or abs(a - b) <= Fraction(relative_tolerance) * abs(a)
+        a, b = evaluator.inexact(a), evaluator.inexact(b)
+        if evaluator.context.isinf(a) or evaluator.context.isinf(b):
+            return bool(a == b)
+        difference, scale = abs(a - b), max(abs(a), abs(b))
+        if difference <= scale * max(evaluator.context.mpf(10) ** (10 - digits), relative_tolerance):
+            return True
+        differences.append(difference)
+    return bool(differences[1] < differences[0] * 1e-25)
+
+
+def _inexact_point(point: dict[str, Fraction], digits: int) -> dict[str, Value]:
+    """Values of limited precision: exact ones would grow with every operation."""
+    evaluator = Evaluator(digits)
+    return {name: evaluator.inexact(value) for name, value in point.items()}
+
+
+def proportional(left: Node, right: Node, *, positive: bool = False) -> bool:
+    """Return True if one expression is a constant, not 0, times the other, for all values of their variables.
+
+    Args:
+        left, right: expressions.
+        positive: accept a positive constant only, as for inequalities.
+    """
+    names = sorted(symbols_of(left) | symbols_of(right))
+    if not names or len(names) > _MAX_SYMBOLS:
+        return False
+    ratios: list[Any] = []
+    for point, _ in _points(names):
+        evaluator = Evaluator(_DIGITS[1], _inexact_point(point, _DIGITS[1]))
+        try:
+            a, b = evaluator.inexact(evaluator.value(left)), evaluator.inexact(evaluator.value(right))
+        except NoValue:
+            continue
+        tiny = evaluator.context.mpf(10) ** -80
+        if abs(a) < tiny or abs(b) < tiny or evaluator.context.isinf(a) or evaluator.context.isinf(b):
+            if abs(a) < tiny and abs(b) < tiny:
+                continue
+            return False
+        ratios.append(a / b)
+    if len(ratios) < 2:
+        return False
+    if positive and any(ratio.real <= 0 for ratio in ratios):
+        return False
+    return all(abs(ratio - ratios[0]) <= abs(ratios[0]) * 1e-40 for ratio in ratios)
+
+
+def constant(node: Node) -> Any | None:
+    """Return the value of an expression without variables, for ordering; None where it has none."""
+    if symbols_of(node):
+        return None
+    try:
+        evaluator = Evaluator(_DIGITS[0])
+        value = evaluator.value(node)
+    except NoValue:
+        return None
+    return value if isinstance(value, Fraction) else value.real if value.imag == 0 else None

@@ -1,0 +1,275 @@
+r"""The final answer in what a model wrote: texts that may be it, best first, without knowing what is expected.
+
+In this order, the last of each kind: a `\boxed{}`, an `<answer>` tag, a line `#### 72`, a sentence that says so
+("The answer is ..."), and else the last sentence that says something: its end, what it emphasises, its last number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from alignlab_rewards.answers.markup import plain_notation, without_markdown
+
+Thinking = Literal["auto", "required", "keep"]
+
+# Where the reasoning of thinking models ends, as their templates write it.
+_THINKING_ENDS = (
+    "</think>", "</thinking>", "</thought>", "</reasoning>", "</seed:think>", "[/THINK]", "◁/think▷",
+    "<|channel|>final<|message|>", "<|end_of_thought|>", "</thoughts>",
+)  # fmt: skip
+_THINKING_STARTS = re.compile(
+    r"\A\s*(?:<think>|<thinking>|<thought>|<thoughts>|<reasoning>|<seed:think>|\[THINK\]|◁think▷|<\|channel\|>analysis|<\|begin_of_thought\|>)"
+)
+MAX_TAIL = 20_000  # characters from the end in which a sentence with the answer is looked for
+_MAX_SENTENCES = 12
+_MAX_SENTENCE = 1000
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![A-Za-z])\s{0,3}")
+_TAG = re.compile(r"<answer>(.{0,5000}?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_HASHES = re.compile(r"(?m)^[ \t]{0,8}####[ \t]{0,8}([^\n]{1,400})$")
+_STATING = r"is|are|was|would be|should be|must be|will be|becomes|equals|comes out to be"
+_BETWEEN = r"therefore|thus|then|simply|indeed|just|now|clearly|actually|given by|equal to|option|choice|letter"
+_MARKS = r"\s*[*_`]{0,3}\s*"
+_ANCHOR = re.compile(
+    r"\b(?:(?:final|correct|right|my|numerical|exact)\s+)*(?:answers?|result|solution|option|choice)\b"
+    r"(?:\s+(?:to|of|for)\s+(?:the|this|your)\s+\w+)?"
+    rf"{_MARKS}(?:(?:{_STATING})\b(?:\s+(?:{_BETWEEN}))*|(?=[:=])){_MARKS}[:=]?\s*[*_`]{{0,3}}"
+    r"|(?m:^[ \t#*_>]{0,8}(?:final\s+)?answer[ \t]*[*_]{0,3}[ \t]*$)",
+    re.IGNORECASE,
+)
+_NO_ANSWER = re.compile(
+    r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed"
+    r"|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
+    re.IGNORECASE,
+)
+# "B. Paris" is one choice and no two sentences.
+_ABBREVIATED = "".join(rf"(?<!\b{text}\.)" for text in ("[A-J]", "Mr", "Ms", "Dr", "St", "Mrs"))
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_ABBREVIATED}[*_\"')]{{0,3}}\s+|\n+")
+_CLAUSE_END = re.compile(
+    r"[,;]\s(?!\s*(?:and|or)\b)|\s(?:because|since|which|so|where|when|as|for|if|but|with|after|by)\s|\s[-–—]+\s(?=[A-Za-z])|\s\((?=[a-z])"
+)
+_BOLD = re.compile(
+    r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]{1,300}?)(?<=\S)\*\*(?![\w(*])|(?<![\w`])`([^`\n]{1,200})`(?![\w`])|(?<!\w)__([^_\n]{1,200})__(?!\w)"
+)
+_MATH = re.compile(
+    r"\$\$(.{1,1000}?)\$\$|(?<!\\)\\\[(.{1,1000}?)\\\]|(?<!\\)\\\((.{1,1000}?)\\\)|(?<![\\$\d])\$(?![\s$])([^$\n]{1,400}?)(?<![\s\\])\$(?![\d$])",
+    re.DOTALL,
+)
+_STATES = re.compile(
+    r"(?:\b(?:is|are|was|equals|gives|makes|leaves|yields|becomes|get|gets|have|has|total of)|[=:])\s*$", re.IGNORECASE
+)
+_NUMBER = (
+    r"(?:(?<![\w.)\]}])[-+−]\s?)?[$€£¥₹]?(?<![\w.,])(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
+)
+_LAST_NUMBERS = re.compile(_NUMBER)
+_HEDGED = re.compile(rf"{_NUMBER}\s*(?:or|/|and/or)\s*(?:maybe |possibly |even )?(?={_NUMBER})", re.IGNORECASE)
+_START = re.compile(
+    r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[{√.|]|[A-Za-zα-ωπ](?![A-Za-z])"
+    r"|(?:sqrt|pi|sin|cos|tan|log|ln|exp|arcsin|arccos|arctan|oo|infinity)(?![A-Za-z]))"
+)
+_CLOSING_REMARK = re.compile(
+    r"(?:I hope|hope this|let me know|feel free|please let"
+    r"|if you (?:have|need|want)|would you like|do you want|good luck|is there anything)\b",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,3}$", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:[aAI]\s|[aAI]$)")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One place in a completion that may say the answer.
+
+    Attributes:
+        texts: readings of the place, best first.
+        prose: the texts are parts of sentences.
+        decisive: nothing before this place counts.
+    """
+
+    texts: tuple[str, ...]
+    prose: bool
+    decisive: bool
+
+
+def after_thinking(text: str, thinking: Thinking = "auto") -> str | None:
+    """Return what follows a thinking model's reasoning; None where there is nothing that could be an answer.
+
+    Args:
+        text: a completion.
+        thinking: "auto": what follows the last closing tag, nothing where an opening tag is never closed, else all.
+            "required": what follows the last closing tag, and nothing where there is none, for templates that open the
+            reasoning in the prompt. "keep": the whole, tags and reasoning included.
+    """
+    if thinking == "keep":
+        return text
+    end = max((text.rfind(tag) + len(tag) for tag in _THINKING_ENDS if tag in text), default=None)
+    if end is not None:
+        return text[end:]
+    if thinking == "required" or _THINKING_STARTS.match(text):
+        return None
+    return text
+
+
+def statements(text: str) -> Iterator[Statement]:
+    """Yield the places that may say the answer, best first; a decisive one is the last."""
+    marked = boxed(text) or _tagged(text) or _after_hashes(text)
+    if marked is not None:
+        yield Statement(tuple(_marked_readings(boxed(marked) or marked)), prose=False, decisive=True)
+        return
+    tail = text[-MAX_TAIL:]
+    yield from _anchored(tail)
+    yield from _sentences(tail)
+
+
+def stated_answer(text: str) -> str | None:
+    """Return what a sentence "The answer is ..." of a text says; None where there is no such sentence."""
+    return next((statement.texts[0] for statement in _anchored(text[-MAX_TAIL:])), None)
+
+
+def _marked_readings(content: str) -> Iterator[str]:
+    """A box's or tag's content, without a label in front, and what a sentence inside of it states."""
+    yield content
+    plain = plain_notation(content)
+    label = re.match(r"[A-Za-z][A-Za-z ]{1,40}:\s*(?=\S)", plain)
+    if label is not None:
+        yield plain[label.end() :]
+    stated = stated_answer(plain)
+    if stated is not None:
+        yield stated
+
+
+def boxed(text: str) -> str | None:
+    """Return what stands in the last box that is not empty; the innermost of boxes in each other."""
+    end = len(text)
+    for _ in range(20):
+        start = max(text.rfind(name, 0, end) for name in ("\\boxed", "\\fbox", "\\framebox", "\\bbox"))
+        if start < 0:
+            return None
+        match = _BOX.match(text, start)
+        inside = _box_content(text, match.end()) if match is not None else ""
+        if inside.strip():
+            return boxed(inside) or inside if "\\" in inside and _BOX.search(inside) else inside
+        end = start
+    return None
+
+
+def _box_content(text: str, position: int) -> str:
+    if not text.startswith("{", position):
+        following = re.compile(r"\\?[^\s$\\,;]+").match(text, position)
+        return following[0].rstrip(".") if following is not None else ""
+    depth = 0
+    for index in range(position, min(len(text), position + 5000)):
+        character = text[index]
+        if text[index - 1] == "\\" and text[index - 2] != "\\":
+            continue
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[position + 1 : index]
+    # Never closed: up to the end of the formula or line.
+    return re.split(r"\n|\$|\\\]|\\\)", text[position + 1 : position + 1000], maxsplit=1)[0]
+
+
+def _tagged(text: str) -> str | None:
+    start = text.lower().rfind("<answer>") if len(text) < 10**6 else text.rfind("<answer>")
+    match = _TAG.match(text, start) if start >= 0 else None
+    return match[1].strip() or None if match is not None else None
+
+
+def _after_hashes(text: str) -> str | None:
+    lines = [match[1].strip() for match in _HASHES.finditer(text[-MAX_TAIL:])]
+    numbers = [
+        line
+        for line in lines
+        if re.match(r"[*_`]{0,3}[-+−$€£¥\\(\[{.]?\s?[\d\\]", line) and not re.match(r"\d+[.)]\s", line)
+    ]
+    return numbers[-1] if numbers else None
+
+
+def _anchored(text: str) -> Iterator[Statement]:
+    anchors = list(_ANCHOR.finditer(text))
+    for anchor in reversed(anchors[-_MAX_SENTENCES:]):
+        phrase = _phrase(text[anchor.end() : anchor.end() + _MAX_SENTENCE])
+        plain = without_markdown(phrase).strip()
+        if not re.search(r"\w|[\\∅∞π√]", plain) or _NO_ANSWER.match(plain):
+            continue
+        yield Statement(tuple(_phrase_readings(phrase)), prose=True, decisive=True)
+        return
+
+
+def _phrase(text: str) -> str:
+    """The sentence that a text begins with; where its first line is empty, the next."""
+    lines = [line for line in re.split(r"\n+", text.lstrip(" \t*_`:")) if re.search(r"\w|[^\s*_#>$-]", line)]
+    first = lines[0] if lines else ""
+    display = re.match(r"\s*(?:\$\$|\\\[)", text.lstrip(" \t*_:\n"))
+    if display is not None:
+        match = _MATH.match(text.lstrip(" \t*_:\n"))
+        if match is not None:
+            return match[0]
+    return _SENTENCE_END.split(first, maxsplit=1)[0]
+
+
+def _phrase_readings(phrase: str) -> Iterator[str]:
+    """Readings of what follows "the answer is": all of it, its first clause, then as any sentence."""
+    plain = _trimmed(phrase)
+    yield plain
+    clause = _CLAUSE_END.split(plain, maxsplit=1)[0]
+    if clause != plain:
+        yield clause
+    first_math = _MATH.match(plain)
+    if first_math is not None:
+        yield first_math[0]
+    yield from _sentence_readings(phrase)
+
+
+def _trimmed(text: str) -> str:
+    """Without marks of emphasis and the end of the sentence."""
+    return re.sub(r"(?<=[^\s!])!+$", "", re.sub(r"[\s.]+$", "", without_markdown(text).strip())).strip()
+
+
+def _sentences(text: str) -> Iterator[Statement]:
+    sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence and sentence.strip(" *_#`->|$\t")]
+    sentences = [sentence for sentence in sentences if not _CLOSING_REMARK.match(sentence.lstrip(" *_>-"))]
+    for sentence in reversed(sentences[-_MAX_SENTENCES:]):
+        yield Statement(tuple(_sentence_readings(sentence[-_MAX_SENTENCE:])), prose=True, decisive=False)
+
+
+def _sentence_readings(sentence: str) -> Iterator[str]:
+    """The whole sentence, its emphasised end, its longest end that could be mathematics, its last number."""
+    plain = _trimmed(
+        re.sub(r"^\s*(?:\d{1,2}[.)]|[-*+•])\s+(?=\S)", "", sentence)
+        if not re.fullmatch(r"\s*\d+[.)]\s*", sentence)
+        else sentence
+    )
+    yield plain
+    emphasised = [*_BOLD.finditer(sentence)] or [*_MATH.finditer(sentence)]
+    if emphasised and not _stated_later(sentence[emphasised[-1].end() :]):
+        yield _trimmed(next(group for group in emphasised[-1].groups() if group is not None))
+    yield from _ends(plain)
+    hedge = [match for match in _HEDGED.finditer(plain)]
+    numbers = [*_LAST_NUMBERS.finditer(plain)]
+    if numbers:
+        last = numbers[-1]
+        if hedge and hedge[-1].end() == last.start():
+            yield plain[hedge[-1].start() : last.end()]
+        if not _DENIED.search(plain[: last.start()]):
+            yield last[0]
+
+
+def _stated_later(rest: str) -> bool:
+    """True where a number is stated behind the emphasis: `**12** less **7** is 5`."""
+    numbers = [*_LAST_NUMBERS.finditer(rest)]
+    return bool(numbers) and _STATES.search(rest[: numbers[-1].start()]) is not None
+
+
+def _ends(plain: str) -> Iterator[str]:
+    """Ends of a sentence that begin where mathematics could begin, the longest first."""
+    starts = [match.start() for match in _START.finditer(plain[-300:])]
+    offset = max(0, len(plain) - 300)
+    for start in starts[-40:]:
+        end = plain[offset + start :].strip()
+        if not _ARTICLE.match(end) and not _DENIED.search(plain[: offset + start]):
+            yield end

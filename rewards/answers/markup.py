@@ -1,0 +1,238 @@
+"""One plain notation for an answer: without Markdown, LaTeX layout, or other characters for the same sign."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢ", "0123456789+-()ni")
+_RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
+_LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢ]+")
+_VULGAR = re.compile(r"([0-9]?)([¼-¾⅐-⅞])")
+_ROOT = re.compile(r"([√∛])\s*(\(|[0-9.]+|[A-Za-zπ])?")
+_SIGNS = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "‐": "-",
+    "‑": "-",
+    "﹣": "-",
+    "×": r"\times ",
+    "✕": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "∙": r"\cdot ",
+    "∗": "*",
+    "÷": "/",
+    "⁄": "/",
+    "∕": "/",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "⩽": r"\le ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∞": r"\infty ",
+    "∅": r"\emptyset ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "°": r"\circ ",
+    "º": r"\circ ",
+    "′": "'",
+    "’": "'",
+    "‘": "'",
+    "“": '"',
+    "”": '"',
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "…": "...",
+    "∖": r"\setminus ",
+    "∫": r"\int ",
+    "∑": r"\sum ",
+    "∏": r"\prod ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "→": r"\to ",
+    "⇒": r"\Rightarrow ",
+    "∴": " ",
+    "ℓ": "l",
+    "Ω": r"\Omega ",
+    "µ": r"\mu ",
+}
+_GREEK = {
+    letter: f"\\{unicodedata.name(letter).split()[-1].lower().replace('lamda', 'lambda')} "
+    for letter in "αβγδεζηθικλμνξπρστυφχψω"
+}
+# Stands for LaTeX's double backslash, which ends a line or a row.
+ROW_BREAK = "␞"
+_CHARACTERS = str.maketrans({**_SIGNS, **_GREEK, "Δ": r"\Delta "})
+
+_BOLD = re.compile(r"(?<![\w)\]}*])(\*\*\*|\*\*|\*)(?=[^\s*])([^*\n]{1,300}?)(?<=[^\s*])\1(?![\w(*])")
+_UNDERLINED = re.compile(r"(?<!\w)(__|_)(?=[^\s_{])([^_\n]{1,300}?)(?<=[^\s_])\1(?!\w)")
+_CODE = re.compile(r"(?<!`)(`{1,3})(?!`)([^`\n]{1,300})\1(?!`)")
+_HTML = re.compile(r"</?(?:b|i|em|strong|u|sup|sub|br|p|span|center)\s?/?>", re.IGNORECASE)
+
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf|sc|normal|up)?|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|mbox|hbox|emph|underline"
+    r"|operatorname\*?|bf|rm|it|unit|si|mathbfit|textcolor\{[a-z]{1,20}\}|color\{[a-z]{1,20}\})\s?\{([^{}]*)\}"
+)
+_SWITCH = re.compile(
+    r"\\(?:displaystyle|textstyle|scriptstyle|large|Large|LARGE|huge|Huge|small|tiny|normalsize|bf|rm|it|limits|nolimits|left|right|[bB]igg?[lrm]?|middle|mathopen|mathclose)(?![A-Za-z])"
+)
+_SPACE = re.compile(
+    r"\\(?:quad|qquad|hspace\{[^{}]{0,20}\}|phantom\{[^{}]{0,40}\}|hfill|newline)(?![A-Za-z])|\\[ ;:>]|(?<!\\)~|\u00a0"
+)
+_THIN = re.compile(r"(?<=\d)(?:\\[,!:;]|\\ |[\u2009\u202f\u00a0~]|\{,\}(?:\\!)?|,\\!)(?=\d{3}(?!\d))")
+_NAMES = {
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "cfrac": "frac",
+    "dbinom": "binom",
+    "tbinom": "binom",
+    "leq": "le",
+    "leqslant": "le",
+    "geq": "ge",
+    "geqslant": "ge",
+    "neq": "ne",
+    "lt": "<",
+    "gt": ">",
+    "varnothing": "emptyset",
+    "lbrace": "{",
+    "rbrace": "}",
+    "land": "and",
+    "lor": "or",
+    "wedge": "and",
+    "vee": "or",
+    "ast": "*",
+    "div": "/",
+    "colon": ":",
+    "lvert": "|",
+    "rvert": "|",
+    "vert": "|",
+    "mid": "|",
+    "degree": "circ",
+    "degrees": "circ",
+    "textdegree": "circ",
+    "dots": "...",
+    "ldots": "...",
+    "cdots": "...",
+    "bigcup": "cup",
+    "imath": "i",
+    "tan": "tan",
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "arctan",
+    "implies": "Rightarrow",
+    "lbrack": "[",
+    "rbrack": "]",
+    "minus": "-",
+    "textminus": "-",
+    "prime": "'",
+    "euro": "€",
+    "pounds": "£",
+    "yen": "¥",
+    "textdollar": "$",
+    "infin": "infty",
+}
+_NAME = re.compile(r"\\([A-Za-z]+)")
+_SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
+_TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
+_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
+
+
+def without_markdown(text: str) -> str:
+    """Return a text without marks of bold, italics, code, headings, quotes and lists, and without HTML's.
+
+    Asterisks between numbers and letters, as in `x**2` and `2*3`, are left: they are powers and products.
+    """
+    text = re.sub(r"(?m)^[ \t]{0,8}(?:>[ \t]?)*(?:#{1,6}[ \t]+|[*•][ \t]+|[-+][ \t]+(?![\d.]))?", "", text)
+    text = _HTML.sub("", text)
+    for _ in range(2):  # bold inside italics
+        text = _BOLD.sub(r"\2", text)
+    return _CODE.sub(r"\2", _UNDERLINED.sub(r"\2", text))
+
+
+def without_delimiters(text: str) -> str:
+    """Return a text without the LaTeX delimiters that stand around the whole of it."""
+    text = text.strip()
+    for opening, closing in _DELIMITERS:
+        inside = text[len(opening) : -len(closing)]
+        around = text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing)
+        if around and opening not in inside and not inside.endswith("\\"):
+            return without_delimiters(inside)
+    return text
+
+
+def plain_notation(text: str) -> str:
+    r"""Return an answer in one notation: ASCII and LaTeX's names, without layout, fonts and spacing commands.
+
+    `\dfrac` is `\frac`, `\text{ cm}` is ` cm `, `½` is ` 1/2`, `x²` is `x^{2}`, `1{,}234` is `1,234`.
+    """
+    text = without_delimiters(without_markdown(text))
+    text = (
+        re.sub(r"(?<!\\)\\[()\[\]]|(?<!\\)\$(?=[^$]*(?<!\\)\$)|(?<=[^\s\d])\$$", " ", text)
+        if "\\" in text or text.count("$") > 1
+        else text
+    )
+    text = text.replace("\\\\", ROW_BREAK)
+    text = _THIN.sub(",", text)
+    text = _unicode(text)
+    for _ in range(3):  # \textbf{\text{...}}
+        text = _TEXT.sub(r" \1 ", text)
+    text = _SPACE.sub(" ", _SWITCH.sub(" ", text)).replace("\\,", " ").replace("\\!", "")
+    text = _NAME.sub(_renamed, text)
+    text = (
+        text.replace("{,}", ",")
+        .replace("\\%", "%")
+        .replace("\\$", "$")
+        .replace("\\&", "&")
+        .replace("\\#", "#")
+        .replace("\\_", "_")
+    )
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r" \\circ ", text)
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
+    text = re.sub(r"(?<=\d)\s?(?:\^\s?)?\{?\s?(?:st|nd|rd|th)\b\s?\}?", "", text)
+    text = _SPACED_THOUSANDS.sub(lambda match: match[1] + match[2].replace(" ", ","), text)
+    return _TIMES_LETTER.sub("*", re.sub(r"\s+", " ", text)).strip()
+
+
+def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _VULGAR.sub(lambda m: m[1] + " " + unicodedata.normalize("NFKC", m[2]), text)
+    text = _RAISED.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _LOWERED.sub(lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    text = _ROOT.sub(_root, text)
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    return re.sub("[\u200b-\u200f\u2060\ufeff\ufe0f]", "", text)
+
+
+def _root(match: re.Match[str]) -> str:
+    name = r"\sqrt" if match[1] == "√" else r"\sqrt[3]"
+    return name + ("(" if match[2] == "(" else "{" + match[2] + "}" if match[2] else " ")
+
+
+def _renamed(match: re.Match[str]) -> str:
+    name = _NAMES.get(match[1])
+    if name is None:
+        return match[0]
+    if name in ("{", "}"):
+        return "\\" + name
+    return f"\\{name}" if len(name) > 1 and name.isalpha() and name not in ("and", "or") else f" {name} "
+
+
+def words(text: str) -> str:
+    """Return an answer as text to compare: plain notation in single spaces, without the punctuation around it."""
+    text = plain_notation(text).strip(" .,;:!?\"'`*")
+    return re.sub(r"\s*([,;:=<>(){}\[\]/+*^-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip()
