@@ -20,6 +20,7 @@ from alignlab.data.preferences import Preference, load_preferences, preferences_
 from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
 from alignlab.data.unpaired import UnpairedPreference, load_unpaired, mismatch, unpaired_from_rows
 from alignlab.errors import ConfigError
+from alignlab.models.adapter_rules import check_base_is_reference, check_trainable
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
@@ -74,7 +75,8 @@ def resolve_model(
     would lose most of an optimizer's small updates.
 
     Raises:
-        ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained.
+        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter cannot be
+            trained, merged and saved exactly.
     """
     model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
     if peft_config is not None:
@@ -83,6 +85,8 @@ def resolve_model(
         model = add_lora(model, peft_config)
     if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
         model.set_adapter(model.active_adapter)  # as one loaded by name, to be trained further
+    if isinstance(model, PeftModel):
+        check_trainable(model)
     _check_trained_dtype(model)
     model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
     return model, tokenizer
@@ -133,8 +137,13 @@ def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
 
 
 def make_reference(policy: Policy) -> Policy | None:
-    """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off."""
+    """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off.
+
+    Raises:
+        ConfigError: the adapter was made by changing the base.
+    """
     if has_adapters(policy.model):
+        check_base_is_reference(policy.model)
         if any("lora_B" in name and bool(p.any()) for name, p in policy.named_parameters()):
             logger.warning(
                 "the adapter is not a new one: the reference is the base without it, and not the policy that the "
