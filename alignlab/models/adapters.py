@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,11 @@ from alignlab.models.expert_adapters import GroupedExperts, expert_targets, shar
 _log = logging.getLogger(__name__)
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
 _ALL = "all-linear"
+_SETTLED = (
+    "fan_in_fan_out is set to",  # PEFT sets it right
+    "`lora_bias=True` was passed",  # refused below
+    r"(?s).*tie_word_embeddings",  # merging here unties them
+)
 _FORMER_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -115,12 +120,14 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftMod
     check_lora_config(config)
     if config.target_modules is not None:
         _check_targets(model, config.target_modules)
+    _check_parameters(model, config.target_parameters or [])
     adapts_all = config.target_modules == _ALL
     experts = set(map(id, stacked_experts(model).values()))
     share = share_of_experts(model)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it right
+            for message in _SETTLED:
+                warnings.filterwarnings("ignore", message=message)
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
@@ -177,6 +184,18 @@ def _check_targets(model: PreTrainedModel, targets: Any) -> None:
             "(PEFT: target_parameters) to adapt them"
         )
     raise ConfigError(message)
+
+
+def _check_parameters(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Raise if PEFT's `target_parameters` names one that is not in the model: PEFT warns, and leaves it out."""
+    names = [f".{name}" for name, _ in model.named_parameters()]
+    unknown = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+    if unknown:
+        stacked = expert_targets(model)
+        raise ConfigError(
+            f"target_parameters names {', '.join(unknown)}, and no parameter of {type(model).__name__} is called so; "
+            + (f"its experts are {', '.join(stacked)}" if stacked else "leave it out: the model has no stacked experts")
+        )
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:

@@ -45,6 +45,9 @@ class GroupedExperts(ParamWrapper):
         return terms
 
 
+GroupedExperts.__name__ = ParamWrapper.__name__  # the name by which PEFT knows such wrappers
+
+
 def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters [E, ..., ...] of a mixture that hold all experts of a layer, by name."""
     return {

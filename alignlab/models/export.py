@@ -56,7 +56,12 @@ def write_base(model: Model, folder: Path) -> None:
     config.architectures = [type(written).__name__]
     config.dtype = causal_lm(model).dtype
     config.save_pretrained(folder)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in base_tensors(model).items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in base_tensors(model).items():
+        shared = tensor.data_ptr() in seen  # an untied head is the embeddings until then; safetensors takes none twice
+        tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+        seen.add(tensor.data_ptr())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
