@@ -208,7 +208,7 @@ def _takes_attention(path: str) -> bool:
 
 
 def _with_its_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """The model; one whose tokens cannot be packed gets its own attention back, and computes packs as padded batches."""
+    """The model; one whose tokens cannot be packed gets its own attention back, and computes padded batches."""
     if isinstance(model, PolicyForCausalLM):
         return model
     problem = packing_problem(model) if model.config._attn_implementation == ATTENTION else None

@@ -14,7 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from alignlab.models.attention import causal_lm
 
-_NAME = re.compile(r"drop")  # attention_dropout, attn_pdrop, resid_pdrop, layerdrop, drop_path_rate
+# attention_dropout, attn_pdrop, resid_pdrop, layerdrop, drop_path_rate; not those of heads that a policy has not
+_NAME = re.compile(r"^(?!classifier|summary).*drop")
 _ADAPTERS = re.compile(r"(^|\.)lora_dropout(\.|$)")
 
 

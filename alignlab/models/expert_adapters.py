@@ -1,7 +1,7 @@
 """Adapters on the experts of a mixture, whose weights are stacked parameters [E, out, in] and no linear layers.
 
-PEFT adapts such parameters by name (`target_parameters`): expert e computes with W_e + scale * B_e A_e. PEFT builds that
-sum for all experts in each forward pass; `GroupedExperts` keeps the low-rank products apart instead.
+PEFT adapts such parameters by name (`target_parameters`): expert e computes with W_e + scale * B_e A_e. PEFT builds
+that sum for all experts in each forward pass; `GroupedExperts` keeps the low-rank products apart instead.
 """
 
 from __future__ import annotations

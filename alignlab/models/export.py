@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
-from alignlab.errors import ConfigError
 from alignlab.models.attention import causal_lm
 from alignlab.models.families import write_hub_config
 from alignlab.models.merging import base_state, merged_state, untie_config, unties

@@ -27,9 +27,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.adapter_files import adapter_config, base_of, is_adapter
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
 from alignlab.models.attention import causal_lm
-from alignlab.models.adapter_files import adapter_config, base_of, is_adapter
 from alignlab.models.checkpoints import load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config

@@ -120,8 +120,9 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
 
 def test_saved_modules_and_tokens_are_no_unknown_tensors(tmp_path):
     base = load_model(save_base(tmp_path / "base"), dtype=torch.float32)
+    targets = ["q_proj", "embed_tokens"]
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True
+        task_type="CAUSAL_LM", r=2, target_modules=targets, modules_to_save=["lm_head"], use_dora=True
     )
     model = get_peft_model(base, config)
     save_model(model, tmp_path / "adapter")

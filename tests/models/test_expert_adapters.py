@@ -51,10 +51,12 @@ def experts_of(model: torch.nn.Module) -> list[Experts]:
 
 def test_experts_are_adapted_beside_the_linear_layers():
     model = add_lora(make_model(), LORA)
-    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name}
+    names = [name.partition(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name]
+    adapted = {name.rpartition(".")[2] for name in names}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "base_layer"}
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
-    assert all(p.dtype == torch.float32 for p in add_lora(make_model().bfloat16(), LORA).parameters() if p.requires_grad)
+    trained = [p for p in add_lora(make_model().bfloat16(), LORA).parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
 
 
 @pytest.mark.parametrize("rank", [3, 8])
@@ -162,13 +164,14 @@ def test_experts_of_a_dense_model_are_refused():
 
 @pytest.mark.parametrize("settings", [{"experts": True, "dropout": 0.1}, {"target_modules": ()}])
 def test_settings_that_cannot_be_together_are_refused(settings):
-    with pytest.raises(ConfigError, match="dropout is 0.1|target_modules is"):
+    with pytest.raises(ConfigError, match=r"dropout is 0.1|target_modules is"):
         LoraSettings(**settings)
 
 
 def test_experts_of_another_class_are_adapted_by_peft():
     torch.manual_seed(0)
-    model = OlmoeForCausalLM(OlmoeConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, num_experts=4, num_experts_per_tok=2)).eval()
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    model = OlmoeForCausalLM(OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)).eval()
     before = logits(model)
     adapted = shake(add_lora(model, LoraSettings(rank=3, experts=True, target_modules=("q_proj",))))
     live = logits(adapted)

@@ -38,7 +38,8 @@ FORMS = {
 
 def make_base(*, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=tied, initializer_range=0.2)).eval()
+    config = LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=tied, initializer_range=0.2)
+    model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -150,16 +151,15 @@ def test_merging_shares_what_has_no_adapter():
     model = adapted(make_base(tied=False), "rslora")
     state, live = merged_state(model), dict(model.get_base_model().state_dict())
     shared = {name for name in state if name in live and state[name].data_ptr() == live[name].data_ptr()}
-    assert set(state) - shared == {f"model.layers.{i}.self_attn.q_proj.{part}" for i in (0, 1) for part in ("weight",)} | {
-        f"model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1)
-    }
+    queries = {f"model.layers.{i}.self_attn.q_proj.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert set(state) - shared == queries, "whose names are others in the live model"
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_by_the_engine():
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
     with pytest.warns(UserWarning, match="lora_bias"):
         model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), config)
-    with pytest.raises(ConfigError, match="lora_bias is set, and .*q_proj has no bias"):
+    with pytest.raises(ConfigError, match=r"lora_bias is set, and .*q_proj has no bias"):
         EngineWeights(model, merge=True, pack=False)
 
 

@@ -47,8 +47,8 @@ class VLLMServerEngine(ProvedEngine):
         super().__init__(model, tokenizer, settings, policy_version=policy_version)
         if unties(model):
             raise ConfigError(
-                "the adapter makes the embeddings and the head differ, which the model ties, and a vLLM server loads it "
-                "tied; use rollout.engine: vllm or embedded, or take embed_tokens and lm_head out of the adapter"
+                "the adapter makes the embeddings and the head differ, which the model ties, and a vLLM server loads "
+                "it tied; use rollout.engine: vllm or embedded, or take embed_tokens and lm_head out of the adapter"
             )
         self._may_run_behind = settings.max_staleness > 0
         self._device = next(model.parameters()).device
