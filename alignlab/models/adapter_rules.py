@@ -98,7 +98,8 @@ def check_trainable(model: PeftModel) -> None:
     Raises:
         ConfigError: with what has to be changed on the model.
     """
-    for config in model.peft_config.values():
+    configs: list[Any] = list(model.peft_config.values())
+    for config in configs:
         if getattr(config, "is_prompt_learning", False):
             raise ConfigError(
                 f"the adapter is of PEFT's type {config.peft_type.value}, which puts tokens before the prompt, and the "
@@ -106,7 +107,8 @@ def check_trainable(model: PeftModel) -> None:
             )
     for config in active_configs(model):
         check_lora_config(config)
-    head = model.get_base_model().get_output_embeddings()
+    lm: Any = model.get_base_model()
+    head = lm.get_output_embeddings()
     if isinstance(head, LoraLayer):
         raise ConfigError(
             "an adapter is on the output head (lm_head), which must be frozen: log-probs are computed from its weight "

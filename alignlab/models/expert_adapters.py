@@ -7,7 +7,7 @@ that sum for all experts in each forward pass; `GroupedExperts` keeps the low-ra
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -23,10 +23,8 @@ class GroupedExperts(ParamWrapper):
         """As `Experts.forward`."""
         low_rank = None if kwargs else self._low_rank(x)
         if low_rank is None:
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
-        experts = self.get_base_layer()
-        return experts(x, *args, low_rank=low_rank)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
+        return cast(Tensor, self.get_base_layer()(x, *args, low_rank=low_rank))
 
     def _low_rank(self, x: Tensor) -> dict[str, LowRank] | None:
         """The terms of all nested wrappers; None where PEFT's own way has to be taken."""

@@ -22,8 +22,6 @@ from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_layer, tuner_layers
 from alignlab.models.attention import causal_lm
 
-_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
 
 def check_mergeable(model: nn.Module) -> None:
     """Raise if an adapter cannot be merged into weights of the base's names and shapes.
@@ -43,7 +41,7 @@ def wrappers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in causal_lm(model).named_modules():  # a module comes before those inside it
         if outer is not None and name.startswith(f"{outer}."):
             continue
-        if isinstance(module, _WRAPPERS):
+        if _is_wrapper(module):
             found[name], outer = module, name
     return found
 
@@ -99,7 +97,11 @@ def unties(model: nn.Module) -> bool:
     head = lm.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None:
         return False
-    return any(isinstance(module, _WRAPPERS) for module in (lm.get_input_embeddings(), head))
+    return any(_is_wrapper(module) for module in (lm.get_input_embeddings(), head))
+
+
+def _is_wrapper(module: object) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def untie_config(config: Any) -> None:
@@ -119,7 +121,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     lm = causal_lm(model)
     if unties(model):
         head = lm.get_output_embeddings()
-        plain: Any = base_module(head) if isinstance(head, _WRAPPERS) else head
+        plain: Any = base_module(head) if _is_wrapper(head) else head
         # PEFT merges in place: a head that shares its weight with the embeddings would change with them.
         plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
         untie_config(lm.config)
