@@ -1,6 +1,7 @@
 """Merge a LoRA adapter into its base model's weights, and save the result as the base's Hub family, with its tokenizer.
 
-A reward model's adapter gives a sequence-classification model. The sum is taken in float32 and rounded once.
+A reward model's adapter gives a sequence-classification model. The sum is taken in float32 and rounded once. Where an
+adapter on the embeddings or the head makes the two differ, a model that ties them is saved untied.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ def run(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.merging import merge_adapter
 
     if args.model is None:
         model = load_model(args.adapter, dtype=torch.float32)
     else:
         model = put_adapter(load_model(args.model, dtype=torch.float32), args.adapter)
     assert isinstance(model, PeftModel)
-    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    merged = merge_adapter(model)
     torch.nn.Module.to(merged, dtype)
     save_model(merged, output)
     load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter)).save_pretrained(output)
@@ -69,11 +70,13 @@ def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) ->
     import torch
 
     from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.merging import merge_adapter
     from alignlab.models.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
 
     base: Any = None if args.model is None else load_model(args.model, dtype=torch.float32)
     reward = load_reward_model(args.adapter, dtype=torch.float32, base=base)
     adapted: Any = reward.model
-    reward.model = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    merged: Any = merge_adapter(adapted)
+    reward.model = merged.to(dtype)
     tokenizer = load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter))
     save_reward_model(reward, output, padded_tokenizer(tokenizer))

@@ -65,20 +65,18 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     """The model with the adapter of a folder on it.
 
     Raises:
-        CheckpointError: the adapter is damaged, or of another model.
+        CheckpointError: the adapter is damaged, or of another model; or the model is an adapter itself.
     """
     from peft import PeftModel
 
-    from alignlab.models.checkpoints import refuse_reward_adapter
+    from alignlab.models.adapter_files import with_saved_adapter
 
-    refuse_reward_adapter(adapter)
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    if isinstance(model, PeftModel):
         raise CheckpointError(
-            f"the adapter {adapter} does not fit {model.config.name_or_path}: {error}; give the model that it was "
-            "trained on, or another adapter"
-        ) from error
+            f"the model that the adapter {adapter} is to be put on is an adapter itself; give the base of both, or "
+            "merge the first one (alignlab merge)"
+        )
+    return with_saved_adapter(model, adapter)
 
 
 def load_policy(
@@ -90,9 +88,7 @@ def load_policy(
         CheckpointError: one of them cannot be loaded.
     """
     import torch
-    from peft import PeftModel
 
-    from alignlab.models.adapters import compute_in_base_dtype
     from alignlab.models.checkpoints import load_model, load_tokenizer
 
     if adapter is not None and not is_adapter(adapter):
@@ -103,6 +99,4 @@ def load_policy(
     policy = load_model(model, dtype=getattr(torch, chosen), device=device)
     if adapter is not None:
         policy = put_adapter(policy, adapter)
-    if isinstance(policy, PeftModel):
-        policy = compute_in_base_dtype(policy)
     return policy.eval(), load_tokenizer(tokenizer_source(model, adapter))

@@ -113,7 +113,7 @@ def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) 
     import torch
     from accelerate.utils import set_seed
 
-    from alignlab.models.adapters import has_adapters
+    from alignlab.models.adapters import add_lora
     from alignlab.models.attention import causal_lm
     from alignlab.models.export import write_base
     from alignlab.rollout.vllm.options import (
@@ -140,7 +140,7 @@ def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) 
         on_cpu=on_cpu,
         sparse=bool(getattr(lm.config, "sparse_layers", ())),
     )
-    if travels_alone(settings, has_adapter=config.model.lora is not None or has_adapters(model), on_cpu=on_cpu):
-        rank = config.model.lora.rank if config.model.lora else check_adapter(model)
-        return options | adapter_options(rank, num_versions=settings.max_staleness + 1)
+    policy = model if config.model.lora is None else add_lora(lm, config.model.lora)
+    if travels_alone(settings, policy, on_cpu=on_cpu):
+        return options | adapter_options(check_adapter(policy), num_versions=settings.max_staleness + 1)
     return options | merged_options()

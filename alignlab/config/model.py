@@ -20,6 +20,18 @@ class LoraSettings(Frozen):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
+    experts: bool = False
+    """Adapt the experts of a mixture too, each with matrices of its own (PEFT's target_parameters)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.experts and self.dropout:
+            must = "be 0 with experts, whose low-rank products are not made from one input"
+            raise BrokenRule("dropout", self.dropout, must, "use 0, or remove experts")
+        if not self.target_modules and not self.experts:
+            must = "name at least one layer where experts are not adapted"
+            raise BrokenRule("target_modules", self.target_modules, must, "use all-linear")
+        return self
 
 
 class TokenizerTraining(Frozen):

@@ -121,7 +121,7 @@ PEER_NAMES: dict[str, dict[str, str]] = {
     "KTOConfig": _SHARED | _KTO,
     "OnlineDPOConfig": _SHARED | _ONLINE_DPO,
     "SFTConfig": _SHARED | _SFT,
-    "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+    "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_parameters": "experts"},
     "ModelSettings": {
         "model_name_or_path": "name",
         "torch_dtype": "dtype",

@@ -8,21 +8,37 @@ that saves only the layer's input and the rank-sized product.
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from alignlab.config.model import LoraSettings
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.adapter_rules import check_base_is_reference, check_lora_config, check_trainable
+from alignlab.models.config import PolicyConfig
+from alignlab.models.expert_adapters import GroupedExperts, expert_targets, share_of_experts, stacked_experts
+
+_log = logging.getLogger(__name__)
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_ALL = "all-linear"
+_SETTLED = (
+    "fan_in_fan_out is set to",  # PEFT sets it right
+    "`lora_bias=True` was passed",  # refused below
+    r"(?s).*tie_word_embeddings",  # merging here unties them
+)
+_FORMER_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -91,38 +107,94 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings | LoraConfig) -> PeftMod
 
     Args:
         model: any causal language model.
-        lora: our settings, or PEFT's own for everything else that PEFT can do.
+        lora: our settings, or PEFT's own for the other forms of LoRA that PEFT has.
 
     Returns:
         PEFT's model; the adapter's weights are float32, its products are computed in the model's dtype.
 
     Raises:
-        ConfigError: a target module is not in the model.
+        ConfigError: a target is not in the model, or the adapter is of a form that cannot be trained, merged and saved
+            exactly.
     """
-    if isinstance(lora, LoraSettings):
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
-            targets = [targets]  # a name, and no pattern of whole names
-        if targets != "all-linear":
-            _check_targets(model, targets)
-        lora = LoraConfig(
-            task_type="CAUSAL_LM", target_modules=targets, r=lora.rank, lora_dropout=lora.dropout,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int; a fraction is as good
+    config = _lora_config(model, lora) if isinstance(lora, LoraSettings) else lora
+    check_lora_config(config)
+    if config.target_modules is not None:
+        _check_targets(model, config.target_modules)
+    _check_parameters(model, config.target_parameters or [])
+    adapts_all = config.target_modules == _ALL
+    experts = set(map(id, stacked_experts(model).values()))
+    share = share_of_experts(model)
+    try:
+        with warnings.catch_warnings():
+            for message in _SETTLED:
+                warnings.filterwarnings("ignore", message=message)
+            adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
+    check_trainable(adapted)
+    if adapts_all and experts and not any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+        _log.warning(
+            "target_modules is all-linear, and the experts of this mixture, %.0f %% of its weights, are stacked "
+            "parameters (%s) and no linear layers: the adapter leaves them as they are; set lora.experts to true "
+            "(PEFT: target_parameters) to adapt them too",
+            100 * share, ", ".join(expert_targets(model)),
         )
-    return compute_in_base_dtype(get_peft_model(model, lora))
+    return compute_in_base_dtype(adapted)
 
 
-def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
-    """PEFT passes over names that match nothing as long as another one matches."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # PEFT takes a string for a pattern of the whole name, and names of a list for the name's end.
-    patterns = {targets: targets} if isinstance(targets, str) else {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
-    unknown = [target for target, pattern in patterns.items() if not any(re.fullmatch(pattern, n) for n in names)]
-    if unknown:
-        available = sorted({name.rsplit(".", 1)[-1] for name in names})
+def _lora_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
+    """PEFT's config of our settings."""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if isinstance(targets, str) and targets != _ALL and targets.isidentifier():
+        targets = [targets]  # a name, and no pattern of whole names
+    parameters = expert_targets(model) if lora.experts else None
+    if lora.experts and not parameters:
         raise ConfigError(
-            f"target_modules names {', '.join(unknown)}, and no linear layer of {type(model).__name__} is called so; "
-            f"use all-linear, or some of {', '.join(available)}"
+            f"lora.experts is true, and {type(model).__name__} has no stacked experts; leave it out"
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets, target_parameters=parameters, r=lora.rank,
+        lora_dropout=lora.dropout,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int; a fraction is as good
+    )
+
+
+def _check_targets(model: PreTrainedModel, targets: Any) -> None:
+    """Raise if a name or pattern matches no layer: PEFT passes over those as long as another one matches."""
+    if targets == _ALL:
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+    # PEFT takes a string for a pattern of the whole name, and names of a list for the name's end.
+    ends = [] if isinstance(targets, str) else sorted(targets)
+    patterns = {targets: targets} if isinstance(targets, str) else {end: rf"(.*\.)?{re.escape(end)}" for end in ends}
+    unknown = [target for target, pattern in patterns.items() if not any(re.fullmatch(pattern, n) for n in names)]
+    stacked = expert_targets(model)
+    if stacked and not isinstance(model.config, PolicyConfig):  # PEFT knows what experts of the Hub were called
+        unknown = [target for target in unknown if target.rpartition(".")[2] not in _FORMER_EXPERTS]
+    if not unknown:
+        return
+    available = sorted({name.rsplit(".", 1)[-1] for name in names})
+    message = (
+        f"target_modules names {', '.join(unknown)}, and no layer of {type(model).__name__} that takes an adapter is "
+        f"called so; use all-linear, or some of {', '.join(available)}"
+    )
+    if stacked:
+        message += (
+            f"; the experts of this mixture are stacked parameters ({', '.join(stacked)}): set lora.experts to true "
+            "(PEFT: target_parameters) to adapt them"
+        )
+    raise ConfigError(message)
+
+
+def _check_parameters(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Raise if PEFT's `target_parameters` names one that is not in the model: PEFT warns, and leaves it out."""
+    names = [f".{name}" for name, _ in model.named_parameters()]
+    unknown = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+    if unknown:
+        stacked = expert_targets(model)
+        raise ConfigError(
+            f"target_parameters names {', '.join(unknown)}, and no parameter of {type(model).__name__} is called so; "
+            + (f"its experts are {', '.join(stacked)}" if stacked else "leave it out: the model has no stacked experts")
         )
 
 
@@ -131,6 +203,8 @@ def compute_in_base_dtype(model: PeftModel) -> PeftModel:
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = ComputeDtypeLinear
+        elif type(module) is ParamWrapper:
+            module.__class__ = GroupedExperts
     return model
 
 
@@ -141,8 +215,13 @@ def has_adapters(model: nn.Module) -> bool:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its frozen base, exactly: the reference policy."""
+    """Within this context the model is its frozen base, exactly: the reference policy.
+
+    Raises:
+        ConfigError: the adapter was made by changing the base.
+    """
     assert isinstance(model, PeftModel), "only a model with adapters has a base to go back to"
+    check_base_is_reference(model)
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
@@ -158,6 +237,7 @@ def add_role(model: PeftModel, name: str, *, rank: int, alpha: float) -> None:
     config.r, config.lora_alpha, config.lora_dropout = rank, alpha, 0.0
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights, config.bias = True, "none"  # others write to the base
+    config.modules_to_save = config.trainable_token_indices = None  # whole copies of what the role leaves as it is
     _put_role(model, name, config)
 
 
@@ -182,7 +262,7 @@ def fill_adapter(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> 
         result: Any = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
     except RuntimeError as error:
         raise CheckpointError(f"the adapter does not fit the model: {error}; {fix}") from error
-    missing = [key for key in result.missing_keys if f".{name}." in key]
+    missing = [key for key in result.missing_keys if _is_of(key, name)]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"the adapter does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}; {fix}"
@@ -190,13 +270,14 @@ def fill_adapter(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def _put_role(model: PeftModel, name: str, config: PeftConfig) -> None:
+    check_base_is_reference(model)
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.add_adapter(name, config)
     compute_in_base_dtype(model)
     for parameter, trained in training:
         parameter.requires_grad = trained
     for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in parameter_name:
+        if _is_of(parameter_name, name):
             parameter.requires_grad = False
 
 
@@ -208,7 +289,7 @@ def in_role(model: PeftModel, name: str) -> Iterator[None]:
     try:
         model.set_adapter(name)
         for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad = f".{name}." in parameter_name
+            parameter.requires_grad = _is_of(parameter_name, name)
         yield
     finally:
         model.set_adapter(before)
@@ -218,33 +299,9 @@ def in_role(model: PeftModel, name: str) -> Iterator[None]:
 
 def is_of_adapter(model: nn.Module, parameter: str) -> bool:
     """Whether the parameter of that name belongs to an adapter, whichever, and not to the base."""
-    return isinstance(model, PeftModel) and any(f".{name}." in parameter for name in model.peft_config)
+    return isinstance(model, PeftModel) and any(_is_of(parameter, name) for name in model.peft_config)
 
 
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[nn.Linear, Tensor]:
-    """Weights that do without the adapter what the model does with it.
-
-    Returns:
-        By base linear layer, W + scale * B A in the dtype of W, rounded once.
-
-    Raises:
-        ConfigError: an adapter is more than a low-rank term on the weight of a linear layer.
-    """
-    merged = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base = layer.get_base_layer()
-        if not isinstance(layer, LoraLinear) or not isinstance(base, nn.Linear) or not _is_plain(layer):
-            raise ConfigError(
-                f"the adapter on {name} cannot be merged into one weight: it must be plain LoRA on a linear layer; "
-                "set rollout.merge_lora to false"
-            )
-        weight = base.weight.float()
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                up, down = (matrices[adapter].get_parameter("weight") for matrices in (layer.lora_B, layer.lora_A))
-                weight = weight.addmm(up, down, alpha=layer.scaling[adapter])
-        merged[base] = weight.to(base.weight.dtype)
-    return merged
+def _is_of(parameter: str, adapter: str) -> bool:
+    """Whether the parameter of that name is the adapter's: its name holds the adapter's, at the end or before it."""
+    return f".{adapter}." in f"{parameter}."

@@ -29,6 +29,10 @@ from alignlab.models.packed_attention import packed_attention
 from alignlab.types import Segments
 
 ATTENTION = "alignlab"
+_OWN_ATTENTION = (
+    "load it with alignlab.models.checkpoints.load_model or attn_implementation='eager', which train it on padded "
+    "batches, and generate with vLLM (rollout.engine)"
+)
 
 
 class PagedLayout(Protocol):
@@ -68,14 +72,17 @@ def attention(
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ConfigError(
             f"attention 'alignlab' knows neither attention sinks nor position biases, which {type(module).__name__} "
-            "uses; load this model with attn_implementation='eager'"
+            f"uses; {_OWN_ATTENTION}"
         )
     if layout is None:
         return _padded(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
         ), None
     if dropout:
-        raise ConfigError(f"attention_dropout is {dropout}, and packed attention has none; set it to 0")
+        raise ConfigError(
+            f"attention_dropout is {dropout}, and packed attention has none; set it to 0, or call "
+            "alignlab.models.dropout.switch_off_dropout(model), as every trainer does"
+        )
     _calls.count = getattr(_calls, "count", 0) + 1
     if isinstance(layout, Segments):
         return packed_attention(
@@ -157,12 +164,12 @@ def hidden_states(
 def _padded_hidden_states(lm: PreTrainedModel, tokens: Tensor, layout: Layout, **kwargs: Any) -> Tensor:
     """The same through a model's own attention. A prompt's states are those of its first completion's copy."""
     if not isinstance(layout, Segments):
-        raise ConfigError(
-            f"the embedded engine needs attention 'alignlab', and {type(lm).__name__} was loaded with "
-            f"{lm.config._attn_implementation!r}; load it with attn_implementation='alignlab'"
-        )
+        raise _unpaged(lm)
     if kwargs.get("routing") is not None:
-        raise ConfigError("expert choices can only be recorded on packed tokens; use attn_implementation='alignlab'")
+        raise ConfigError(
+            f"expert choices can only be recorded on packed tokens, and the attention of {type(lm).__name__} is "
+            f"{lm.config._attn_implementation!r}; call model.set_attn_implementation('alignlab')"
+        )
     runs = [torch.arange(a, a + n) for a, n in zip(layout.starts, layout.lengths, strict=True)]
     shared = set(layout.prefixes)
     sequences = [
@@ -183,15 +190,13 @@ def _check_architecture(lm: PreTrainedModel) -> None:
     """Attention of a class's own would not see the layout; masks of other kinds of layers would be lost to it."""
     if not lm._supports_attention_backend:
         raise ConfigError(
-            f"{type(lm).__name__} has an attention of its own, which cannot be packed; "
-            "load it with attn_implementation='eager'"
+            f"{type(lm).__name__} has an attention of its own, which cannot be packed; {_OWN_ATTENTION}"
         )
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
     unknown = sorted(kinds - {"full_attention", "sliding_attention"})
     if unknown:
         raise ConfigError(
-            f"{type(lm).__name__} has layers of type {', '.join(unknown)}, which cannot be packed; "
-            "load it with attn_implementation='eager'"
+            f"{type(lm).__name__} has layers of type {', '.join(unknown)}, which cannot be packed; {_OWN_ATTENTION}"
         )
 
 
@@ -201,8 +206,69 @@ def _require_layout_used(lm: PreTrainedModel, calls: int) -> None:
     if calls != layers:
         raise ConfigError(
             f"every layer must attend through attention 'alignlab' with its layout; in {type(lm).__name__} "
-            f"{calls} of {layers} did, so it cannot be packed; load it with attn_implementation='eager'"
+            f"{calls} of {layers} did, so it cannot be packed; {_OWN_ATTENTION}"
         )
+
+
+def require_paging(model: nn.Module) -> None:
+    """Raise if the embedded engine cannot run a model.
+
+    Raises:
+        ConfigError: its attention is not "alignlab".
+    """
+    lm = causal_lm(model)
+    if lm.config._attn_implementation != ATTENTION:
+        raise _unpaged(lm)
+    _check_architecture(lm)
+
+
+@torch.no_grad()
+def packing_problem(lm: PreTrainedModel) -> str | None:
+    """Why the tokens of a model cannot be computed as they are packed, by trying two of them; None where they can."""
+    before, training = lm.config._attn_implementation, lm.training
+    tokens = torch.zeros(2, dtype=torch.int64, device=lm.device)
+    try:
+        if lm._supports_attention_backend:
+            lm.set_attn_implementation(ATTENTION)
+            hidden_states(lm.eval(), tokens, torch.arange(2, device=lm.device), Segments.single(2, lm.device))
+        else:
+            _check_architecture(lm)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        lm.train(training)
+        lm.set_attn_implementation(before)
+    return None
+
+
+@torch.no_grad()
+def sees_later_tokens(lm: PreTrainedModel) -> bool:
+    """Whether a token's state depends on the tokens after it, as in an encoder, by trying two pairs of tokens."""
+    before, training = lm.config._attn_implementation, lm.training
+    pairs = torch.tensor([[0, 0], [0, 1]], device=lm.device)
+    try:
+        if before == ATTENTION:  # which would hide it
+            lm.set_attn_implementation("eager")
+        first, second = lm.eval().get_decoder()(input_ids=pairs, use_cache=False).last_hidden_state[:, 0]
+    finally:
+        lm.train(training)
+        lm.set_attn_implementation(before)
+    tolerance = (1e-4 if first.dtype == torch.float32 else 1e-2) * float(first.abs().max())
+    return bool((first - second).abs().max() > tolerance)
+
+
+def _unpaged(lm: PreTrainedModel) -> ConfigError:
+    """The embedded engine's refusal of a model whose attention is another, with what can be done about it."""
+    impossible = not lm._supports_attention_backend or packing_problem(lm) is not None
+    fix = (
+        "use rollout.engine: vllm if vLLM knows this architecture, or train it without rollouts (SFT, DPO, KTO)"
+        if impossible
+        else "call model.set_attn_implementation('alignlab') after import alignlab"
+    )
+    return ConfigError(
+        f"the embedded engine needs attention 'alignlab', and {type(lm).__name__} was loaded with "
+        f"{lm.config._attn_implementation!r}{', for tokens of it cannot be packed' if impossible else ''}; {fix}"
+    )
 
 
 def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
@@ -214,10 +280,14 @@ def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
     lm = causal_lm(model)
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if isinstance(head, BaseTunerLayer):
-        raise ConfigError("an adapter is on the output head, which must be frozen; take it out of target_modules")
+        raise ConfigError(
+            "an adapter is on the output head (lm_head), which must be frozen: log-probs are computed from its weight "
+            "chunk by chunk; take it out of target_modules, or merge the adapter first (alignlab merge)"
+        )
     for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(config, name, 1) not in (1, None):
             raise ConfigError(
-                f"{name} is {getattr(config, name)}, and logits must not be scaled; fold it into the head's weight"
+                f"{name} is {getattr(config, name)}, and logits must not be scaled; use another model, or save a copy "
+                f"of this one with tie_word_embeddings false, the scale in lm_head's weight, and {name} 1"
             )
     return head.weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -28,8 +28,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from alignlab.errors import CheckpointError, ConfigError
-from alignlab.models.adapters import compute_in_base_dtype
-from alignlab.models.attention import ATTENTION
+from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_tasks, with_saved_adapter
+from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
 from alignlab.models.packaged import resolve_checkpoint
@@ -60,11 +60,30 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
     if is_adapter(path):
-        refuse_reward_adapter(path)
-        base = load_model(base_of(path), dtype=dtype, device=device)
-        return compute_in_base_dtype(PeftModel.from_pretrained(base, path)).eval()
+        refuse_other_tasks(path)
+        return with_saved_adapter(_base_model(path, dtype, device), path)
     model: Any = _adopted(_from_hub(name, path, dtype))
-    return model.to(device).eval()
+    return _with_its_attention(model.to(device).eval())
+
+
+def _base_model(path: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """The base of an adapter's folder."""
+    base = base_of(path)
+    try:
+        model = load_model(base, dtype=dtype, device=device)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _check_base(path: str) -> None:
+    """See that the base of an adapter's folder is there."""
+    base = base_of(path)
+    try:
+        check_checkpoint(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}") from error
 
 
 def check_checkpoint(name: str) -> None:
@@ -82,15 +101,24 @@ def check_checkpoint(name: str) -> None:
     if Path(path).is_dir():
         _check_files(name, sorted(Path(path).glob("*.safetensors")))
     if is_adapter(path):
-        refuse_reward_adapter(path)
-        return check_checkpoint(base_of(path))
+        refuse_other_tasks(path)
+        return _check_base(path)
     try:
-        AutoConfig.from_pretrained(path, **_OPTIONS)
+        config = AutoConfig.from_pretrained(path, **_OPTIONS)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
             "safetensors"
         ) from error
+    _refuse_encoder_decoder(name, config)
+
+
+def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{name} is an encoder-decoder ({config.model_type}), and must be a decoder alone, whose prompt and "
+            "completion are one sequence; use a causal language model"
+        )
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -172,10 +200,27 @@ def _takes_attention(path: str) -> bool:
     """Whether the architecture looks its attention up by name."""
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        _refuse_encoder_decoder(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
     except (OSError, ValueError, KeyError):
         return True  # what is wrong with it is said when it is loaded
+
+
+def _with_its_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; one whose tokens cannot be packed gets its own attention back, and computes padded batches."""
+    if isinstance(model, PolicyForCausalLM):
+        return model
+    problem = packing_problem(model) if model.config._attn_implementation == ATTENTION else None
+    if problem is not None:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        _log.warning("%s is computed on padded batches: %s", type(model).__name__, problem.partition(";")[0])
+    if sees_later_tokens(model):
+        raise CheckpointError(
+            f"{model.config.name_or_path} is an encoder ({type(model).__name__}): its tokens see those after them, and "
+            "a language model's must not; use a decoder, or set is_decoder to true in its config if it is one"
+        )
+    return model
 
 
 def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
@@ -289,28 +334,3 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def refuse_reward_adapter(path: str) -> None:
-    """See that an adapter makes a language model.
-
-    Raises:
-        CheckpointError: it makes a reward model.
-    """
-    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
-        raise CheckpointError(
-            f"{path} is a reward model, and a language model is needed here; give its base, or name it in rewards"
-        )
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a local folder holds an adapter of PEFT's."""
-    return (Path(path) / "adapter_config.json").exists()
-
-
-def base_of(path: str) -> str:
-    """The checkpoint that an adapter belongs on."""
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not base:
-        raise CheckpointError(f"{path} does not name its base model; set base_model_name_or_path in its config")
-    return base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -14,31 +15,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
-from alignlab.errors import ConfigError
-from alignlab.models.adapters import merged_weights
 from alignlab.models.attention import causal_lm
 from alignlab.models.families import write_hub_config
+from alignlab.models.merging import base_state, merged_state, untie_config, unties
 from alignlab.models.transformer import PolicyForCausalLM
 
 Model = PreTrainedModel | PeftModel
-_ADAPTER_MARK = ".lora_"
-_COPIES = (".modules_to_save.", ".original_module.")
 
 
 def merged_tensors(model: Model) -> dict[str, Tensor]:
     """Every tensor of the model's checkpoint, an adapter merged into it.
 
-    Tensors share the model's memory where nothing has to be merged or laid out anew. A tied head is left out.
+    Tensors share the model's memory where nothing has to be merged or laid out anew. A head that is tied, and stays so,
+    is left out.
 
     Raises:
-        ConfigError: an adapter is more than a low-rank term on the weight of a linear layer.
+        ConfigError: an adapter cannot be merged into weights of the base's names and shapes.
     """
-    return _tensors(model, {base.weight.data_ptr(): merged for base, merged in merged_weights(model).items()})
+    return _tensors(model, merged_state(model))
 
 
 def base_tensors(model: Model) -> dict[str, Tensor]:
     """The same with the adapter left away."""
-    return _tensors(model, {})
+    return _tensors(model, base_state(model))
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -50,29 +49,26 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 def write_base(model: Model, folder: Path) -> None:
     """Write config and `base_tensors` as a checkpoint of the Hub family, or of our own type where there is none."""
     written = _written_as(causal_lm(model))
-    config = written.config
+    config = copy.deepcopy(written.config)
+    if unties(model):  # an update will bring a head of its own
+        untie_config(config)
     config.architectures = [type(written).__name__]
     config.dtype = causal_lm(model).dtype
     config.save_pretrained(folder)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in base_tensors(model).items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in base_tensors(model).items():
+        shared = tensor.data_ptr() in seen  # an untied head is the embeddings until then; safetensors takes none twice
+        tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+        seen.add(tensor.data_ptr())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tensors(model: Model, replaced: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name in the checkpoint; `replaced` holds others for some, by the address of their memory."""
+def _tensors(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state without adapters, by the names that the checkpoint has for it."""
     lm = causal_lm(model)
-    names = [name for name in lm.state_dict() if any(mark in name for mark in _COPIES)]
-    if names:
-        raise ConfigError(
-            f"the adapter trains whole modules (modules_to_save), such as {names[0]}, which cannot be exported; "
-            "leave modules_to_save out of the adapter's config"
-        )
-    tensors = {
-        name.replace(".base_layer.", "."): replaced.get(tensor.data_ptr(), tensor)
-        for name, tensor in lm.state_dict().items()
-        if _ADAPTER_MARK not in name and not name.endswith(".expert_load")
-    }
-    if lm.config.get_text_config().tie_word_embeddings:
+    tensors = {name: tensor for name, tensor in state.items() if not name.endswith(".expert_load")}
+    if lm.config.get_text_config().tie_word_embeddings and not unties(model):
         tensors.pop("lm_head.weight", None)
     return cast(dict[str, Tensor], revert_weight_conversion(_written_as(lm), tensors))
 

@@ -5,9 +5,9 @@ Shapes: N tokens, H hidden size, E experts, K experts a token, I intermediate si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,20 @@ class _Regroup(torch.autograd.Function):
         return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
 
 
+class LowRank(NamedTuple):
+    """A term that an adapter adds to a stacked weight: expert e has W_e + scale * up_e down_e.
+
+    Attributes:
+        down: [E, rank, in].
+        up: [E, out, rank].
+        scale: of the product.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
 class Experts(nn.Module):
     """SwiGLU experts, weights stacked: gate_up_proj [E, 2I, H], down_proj [E, H, I].
 
@@ -160,22 +174,43 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(sizes[0], 2 * sizes[1], sizes[2]))
         self.down_proj = nn.Parameter(torch.empty(sizes[0], sizes[2], sizes[1]))
 
-    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, low_rank: Mapping[str, LowRank] | None = None
+    ) -> Tensor:
         """Weighted sum of each token's experts.
 
         Args:
             hidden: [N, H].
             topk_ids, topk_weights: [N, K].
+            low_rank: an adapter's terms, by the name of the parameter that each is added to.
         """
+        low_rank = low_rank or {}
         copies = topk_ids.shape[1]
         order = topk_ids.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.bincount(topk_ids.flatten(), minlength=self.num_experts).cumsum(0, dtype=torch.int32)
         rows = _Regroup.apply(hidden, order, inverse, copies)
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        rows = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
+        rows = _grouped(F.silu(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
         outputs = _Regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
+
+
+def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
+    """rows [M, in], sorted by expert, times the weight [E, out, in] of each row's expert -> [M, out].
+
+    Args:
+        ends: [E] int32, where each expert's rows end.
+        term: is added to the weight; its two products are made apart, which costs rank / out of the weight's.
+    """
+    output = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    if term is None:
+        return output
+    multiple = 16 // rows.element_size()  # a grouped product reads rows of 16 bytes
+    padding = -term.down.shape[1] % multiple
+    down, up = F.pad(term.down, (0, 0, 0, padding)), F.pad(term.up, (0, padding)).contiguous()
+    inner = F.grouped_mm(rows, down.contiguous().transpose(1, 2), offs=ends)
+    return output + term.scale * F.grouped_mm(inner, up.transpose(1, 2), offs=ends)
 
 
 class SparseFeedForward(nn.Module):

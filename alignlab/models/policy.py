@@ -42,10 +42,14 @@ class Policy(nn.Module):
     Args:
         model: ours, one of `transformers`', or a PeftModel around it.
         chunk_tokens: tokens whose logits exist at one time.
+
+    Raises:
+        ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
     """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = 512) -> None:
         super().__init__()
+        output_head(model)
         self.model = model
         self.chunk_tokens = chunk_tokens
 

@@ -27,9 +27,10 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.adapter_files import adapter_config, base_of, is_adapter
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
 from alignlab.models.attention import causal_lm
-from alignlab.models.checkpoints import base_of, is_adapter, load_headless, load_model
+from alignlab.models.checkpoints import load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
 from alignlab.models.packaged import resolve_checkpoint
@@ -184,7 +185,7 @@ def known_base(name: str) -> str | None:
 def is_reward_model(path: str) -> bool:
     """Whether a local folder holds a sequence-classification model, or an adapter for one."""
     if is_adapter(path):
-        return PeftConfig.from_pretrained(path).task_type == _TASK
+        return bool(adapter_config(path).task_type == _TASK)
     config = Path(path) / "config.json"
     kinds = json.loads(config.read_text()).get("architectures") if config.is_file() else None
     return any(kind.endswith("ForSequenceClassification") for kind in kinds or ())
@@ -204,7 +205,7 @@ def _base(path: str, dtype: torch.dtype | None, device: torch.device | str) -> A
 
 def _read_adapter(path: str) -> tuple[PeftConfig, dict[str, Tensor], Tensor]:
     """(config of an adapter on a causal language model, its tensors, the head)."""
-    config: Any = PeftConfig.from_pretrained(path)
+    config: Any = adapter_config(path)
     file = Path(path) / _ADAPTER_TENSORS
     if not file.is_file():
         raise CheckpointError(f"{path} has no {_ADAPTER_TENSORS}; a reward model's adapter is kept in safetensors")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.rollout import RolloutSettings
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, require_paging
 from alignlab.rollout.block_manager import BlockManager
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.requests import check_prompts, completion_keys, end_token_ids, for_each
@@ -39,6 +39,9 @@ class EmbeddedEngine:
         policy_version: of the weights as they are now.
         share_prefixes: compute what sequences have in common once.
 
+    Raises:
+        ConfigError: the model's attention is another, or an adapter cannot be merged.
+
     Attributes:
         num_preempted: sequences that had to give their blocks up, since the engine was made.
         num_computed: tokens that went through the model, since the engine was made.
@@ -55,6 +58,7 @@ class EmbeddedEngine:
         self._settings = settings
         self._share = share_prefixes
         self._lm = causal_lm(model)
+        require_paging(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
         self._runner = Runner(model, self._weights, settings.block_size)
         self._blocks = BlockManager(0, settings.block_size)
@@ -132,7 +136,7 @@ class EmbeddedEngine:
         self._require_idle()
         if self._weights.is_stale:
             raise changed_weights(self.policy_version)
-        longest = self._lm.config.get_text_config().max_position_embeddings
+        longest = getattr(self._lm.config.get_text_config(), "max_position_embeddings", None)
         shorten = "shorten the prompt or lower max_new_tokens"
         check_prompts(
             prompts, sampling, self._lm.config.get_text_config().vocab_size,

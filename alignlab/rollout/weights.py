@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from alignlab.errors import RolloutError
-from alignlab.models.adapters import has_adapters, merged_weights
+from alignlab.models.adapters import has_adapters
 from alignlab.models.attention import causal_lm, output_head
+from alignlab.models.merging import check_mergeable, merged_module, wrappers
 from alignlab.models.transformer import PolicyForCausalLM
 
 _PACKED_ROWS = 64  # a hint; packings for 1 to 512 rows were equally fast at all sizes
@@ -61,10 +62,13 @@ class EngineWeights:
     def __init__(self, model: nn.Module, *, merge: bool, pack: bool) -> None:
         self._model = model
         self._merge = merge and has_adapters(model)
+        if self._merge:
+            check_mergeable(model)
         self._pack = pack and (self._merge or not has_adapters(model)) and _packing_helps(model)
         self._stand_ins: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name, own layer, stand-in
         self._packed_head: PackedLinear | None = None
         self._modules = list(model.modules())  # walking them takes longer than a token does
+        self._known = set(self._modules)
         self._parameters = list(model.parameters())
         self._stamp: tuple[int, ...] = ()
         self.refresh()
@@ -73,14 +77,14 @@ class EngineWeights:
         """Take the policy's present weights."""
         self._stand_ins, self._packed_head = [], None  # their memory goes before other copies are made
         self._stamp = self._present()
-        merged: dict[nn.Linear, Tensor] = merged_weights(self._model) if self._merge else {}
         head = causal_lm(self._model).get_output_embeddings()
-        for parent, name, layer in self._places(head):
-            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            assert isinstance(base, nn.Linear)
-            weight = merged.pop(base, base.weight)
-            packed = self._pack and layer is not head
-            stand_in = PackedLinear(weight, base.bias) if packed else _linear_like(base, weight)
+        adapted = set(wrappers(self._model).values())
+        for parent, name, layer in self._places(adapted, head):
+            stand_in = merged_module(layer) if layer in adapted else layer
+            if stand_in not in self._known:
+                stand_in.training = False
+            if self._pack and layer is not head and type(stand_in) is nn.Linear:
+                stand_in = PackedLinear(stand_in.weight, stand_in.bias)
             self._stand_ins.append((parent, name, layer, stand_in))
         if self._pack:
             with self.in_use():
@@ -117,11 +121,10 @@ class EngineWeights:
         logits = linear(hidden, weight, bias) if self._packed_head is None else self._packed_head(hidden)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def _places(self, head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    def _places(self, adapted: set[nn.Module], head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """(parent, name of the child, layer) of every layer that is to have a stand-in."""
-        adapted = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         inside = {module for layer in adapted for module in layer.modules()}
-        wanted: set[nn.Module] = set(adapted) if self._merge else set()
+        wanted = set(adapted) if self._merge else set()
         if self._pack:
             wanted |= {module for module in self._modules if type(module) is nn.Linear} - inside - {head}
         for parent in self._modules:
@@ -135,11 +138,3 @@ def _packing_helps(model: nn.Module) -> bool:
     if not isinstance(lm, PolicyForCausalLM) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _linear_like(base: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A linear layer with `weight`, and with the bias of `base` itself."""
-    layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = base.bias
-    return layer.eval()

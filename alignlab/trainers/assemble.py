@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
+from alignlab.models.adapter_rules import check_base_is_reference, check_trainable
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
@@ -66,8 +67,8 @@ def resolve_model(
     would lose most of an optimizer's small updates.
 
     Raises:
-        ConfigError: there is no tokenizer, or all of a bfloat16 model's weights would be trained; the adapter is no
-            LoRA.
+        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter is no LoRA
+            or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
     model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
@@ -79,6 +80,8 @@ def resolve_model(
         check_lora(model.peft_config[model.active_adapter])
     if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
         model.set_adapter(model.active_adapter)  # as one loaded by name, to be trained further
+    if isinstance(model, PeftModel):
+        check_trainable(model)
     _check_trained_dtype(model)
     model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
     return model, tokenizer
@@ -144,8 +147,13 @@ def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
 
 
 def make_reference(policy: Policy) -> Policy | None:
-    """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off."""
+    """A frozen copy of the policy; None for an adapter, whose reference is the base with the adapter off.
+
+    Raises:
+        ConfigError: the adapter was made by changing the base.
+    """
     if has_adapters(policy.model):
+        check_base_is_reference(policy.model)
         if any("lora_B" in name and bool(p.any()) for name, p in policy.named_parameters()):
             logger.warning(
                 "the adapter is not a new one: the reference is the base without it, and not the policy that the "

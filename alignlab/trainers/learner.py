@@ -6,6 +6,7 @@ Loops decide what to train on and which loss; the learner knows micro-batches, r
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from alignlab.errors import CheckpointError, NumericsError
 from alignlab.models.adapters import adapters_disabled, has_adapters, is_of_adapter
 from alignlab.models.attention import causal_lm
 from alignlab.models.critic import Critic
+from alignlab.models.dropout import switch_off_dropout
 from alignlab.models.moe import expert_counts, move_biases, routers, take_loads
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
@@ -30,6 +32,7 @@ from alignlab.training.checkpoint import fingerprint, load_optimizer_tensors, op
 from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.types import Experience
 
+_log = logging.getLogger(__name__)
 _COUNTERS = ("empty_updates", "skipped_updates")
 
 # (output of what is trained, pack) -> loss of each token [N], and metrics of each [N], averaged over trained tokens.
@@ -64,6 +67,7 @@ class Learner:
         self.policy = policy
         self.temperature, self.entropy_grad = temperature, entropy_grad
         self.has_routers = bool(routers(policy.model))
+        _without_dropout(policy.model)
         if config.gradient_checkpointing:
             exact = {"use_reentrant": False}
             causal_lm(policy.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=exact)
@@ -318,6 +322,17 @@ def _not_finite(output: Sequence[Tensor | None]) -> Tensor:
     """Tokens [N] at which any number of the output is not finite."""
     known = [each for each in output if each is not None and each.is_floating_point() and each.dim() == 1]
     return torch.stack([~each.isfinite() for each in known]).any(dim=0)
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Switch the model's own dropout off, and say so."""
+    values = switch_off_dropout(model)
+    if values:
+        _log.warning(
+            "dropout of the model is switched off (%s): rollouts and the reference have none, and log-probs with it "
+            "would be of another policy; for dropout in an adapter use lora.dropout",
+            ", ".join(f"{name} {value:g}" for name, value in values.items()),
+        )
 
 
 class CriticLearner(Learner):

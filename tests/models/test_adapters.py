@@ -16,7 +16,6 @@ from alignlab.models.adapters import (
     add_lora,
     compute_in_base_dtype,
     has_adapters,
-    merged_weights,
 )
 from tests.models.conftest import SIZES
 
@@ -125,41 +124,16 @@ def test_all_linear_leaves_the_head_alone(base):
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "qproj"), ".*no_such"])
-def test_unknown_target_modules_are_named(base, targets):
-    with pytest.raises(ConfigError, match=r"(qproj|no_such), and no linear layer .* down_proj, gate_proj, k_proj"):
-        add_lora(base, LoraSettings(target_modules=targets))
+@pytest.mark.parametrize("settings", [LoraSettings, lambda target_modules: LoraConfig(target_modules=target_modules)])
+def test_unknown_target_modules_are_named(base, targets, settings):
+    with pytest.raises(ConfigError, match=r"(qproj|no_such), and no layer .* down_proj, embed_tokens, gate_proj"):
+        add_lora(base, settings(target_modules=targets))
 
 
 def test_target_modules_choose_the_layers(base):
     model = add_lora(base, LoraSettings(target_modules=("q_proj", "v_proj")))
     names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     assert names == {"q_proj", "v_proj"}
-
-
-def test_merged_weights_do_what_the_adapter_does(base):
-    model = ours(base)
-    expected = model(TOKENS).logits
-    merged = merged_weights(model)
-    assert len(merged) == 14
-    for linear, weight in merged.items():
-        linear.weight.data = weight
-    with adapters_disabled(model):
-        torch.testing.assert_close(model(TOKENS).logits, expected)
-
-
-def test_merged_weights_are_rounded_once(base):
-    model = ours(base.bfloat16())
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
-    up, down = (matrices["default"].weight.double() for matrices in (layer.lora_B, layer.lora_A))
-    exact = layer.weight.double() + 1.5 * up @ down
-    merged = merged_weights(model)[layer.get_base_layer()]
-    assert merged.dtype == torch.bfloat16
-    assert (merged != exact.bfloat16()).double().mean() < 0.01, "up to ties broken by float32 rounding"
-
-
-def test_what_cannot_be_merged_is_refused(base):
-    with pytest.raises(ConfigError, match=r"q_proj cannot be merged .* set rollout.merge_lora to false"):
-        merged_weights(add_lora(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)))
 
 
 def test_variants_of_lora_go_peft_s_way(base):

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention import attention, hidden_states, output_head
+from alignlab.models.attention import attention, hidden_states, output_head, require_paging
 from alignlab.types import Segments
 from tests.models.conftest import SIZES, VOCAB, make_segments, sequences_of
 
@@ -127,8 +127,13 @@ def test_a_paged_layout_is_asked_layer_by_layer(llama, tokens):
 
 def test_a_paged_layout_needs_our_attention(llama, tokens):
     llama.set_attn_implementation("sdpa")
-    with pytest.raises(ConfigError, match=r"'sdpa'; load it with attn_implementation='alignlab'"):
+    with pytest.raises(ConfigError, match=r"'sdpa'; call model.set_attn_implementation\('alignlab'\)"):
         hidden_states(llama, tokens, torch.arange(len(tokens)), SimpleNamespace(attend=None))
+    assert llama.config._attn_implementation == "sdpa", "trying the advice leaves the model as it was"
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM was loaded with 'eager', for .* use rollout.engine: vllm"):
+        require_paging(bloom(attn_implementation="eager"))
+    llama.set_attn_implementation("alignlab")
+    require_paging(llama)
 
 
 def test_a_model_that_drops_the_layout_is_refused(llama, pack, tokens):

@@ -14,14 +14,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from alignlab.config.model import LoraSettings
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapters import add_lora
 from alignlab.models.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
 from alignlab.models.families import FAMILIES
+from alignlab.models.policy import Policy
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.types import Segments
 from tests.models.test_parity import HUB, SIZES
 
 TINY: dict[str, Any] = {
@@ -244,3 +258,40 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
 def test_wrong_architectures_are_named(architecture: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         new_model(architecture, vocab_size=30)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    """BERT's class of that name is a decoder only where its config says so."""
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    for is_decoder in (False, True):
+        torch.manual_seed(0)
+        config = BertConfig(**sizes, num_attention_heads=4, is_decoder=is_decoder)
+        BertLMHeadModel(config).save_pretrained(tmp_path / str(is_decoder))
+    with pytest.raises(CheckpointError, match=r"False is an encoder \(BertLMHeadModel\).*set is_decoder to true"):
+        load_model(str(tmp_path / "False"), dtype=torch.float32)
+    load_model(str(tmp_path / "True"), dtype=torch.float32)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=48, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    for use in (check_checkpoint, lambda name: load_model(name, dtype=torch.float32)):
+        with pytest.raises(CheckpointError, match=r"is an encoder-decoder \(t5\), and must be a decoder alone"):
+            use(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_packed_gets_its_own_attention_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    config = GptOssConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float32)
+    assert model.config._attn_implementation == "eager"
+    assert "GptOssForCausalLM is computed on padded batches: attention 'alignlab' knows neither" in caplog.text
+    tokens = torch.tensor([3, 9, 4, 7])
+    logprobs = Policy(model)(tokens, Segments.single(4), torch.arange(4) > 0).logprobs
+    wanted = model(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+    torch.testing.assert_close(logprobs[1:], wanted, rtol=1e-4, atol=1e-4)

@@ -29,6 +29,7 @@ from alignlab.training.optim import learning_rate_factor
 from tests.trainers.conftest import SPARSE, even_ids
 
 Make = Callable[..., Any]
+DROPPING = SPARSE | {"attention_dropout": 0.2}
 BIASED = SPARSE | {"router_bias_update_rate": 0.05, "router_aux_loss_coef": 0.5}
 
 
@@ -336,3 +337,28 @@ def test_ranks_share_out_the_examples(
             trainer.train_step(1)
     assert len(taken[0]) == len(taken[1]) == 3
     assert sorted(taken[0] + taken[1]) == sorted(IndexSampler(8, 6, 0).next())
+
+
+def test_experts_of_an_adapter_train_and_generate(
+    make_model: Make, make_config: Make, rows: Any, tokenizer: Any
+) -> None:
+    """Rollouts come from the merged experts: the engine's log-probs are the trainer's in the second step too."""
+    lora = LoraSettings(rank=4, experts=True)
+    gaps: list[float] = []
+    trainer = GRPOTrainer(
+        make_model(DROPPING), even_ids, make_config(num_steps=2, learning_rate=1e-2), rows, tokenizer=tokenizer,
+        peft_config=lora, callbacks=[series("rollout_gap", gaps)],
+    )
+    before = {name: p.detach().clone() for name, p in trainer.learner.trained.items() if ".experts." in name}
+    trainer.train()
+    moved = [name for name, p in trainer.learner.trained.items() if name in before and not torch.equal(p, before[name])]
+    assert len(before) == 4 and moved
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+def test_dropout_of_the_model_is_off_before_anything_is_generated(
+    make_model: Make, make_config: Make, rows: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = GRPOTrainer(make_model(DROPPING), even_ids, make_config(num_steps=1), rows, tokenizer=tokenizer)
+    assert "dropout of the model is switched off (attention_dropout 0.2)" in caplog.text
+    assert all(getattr(module, "attention_dropout", 0) == 0 for module in trainer.learner.model.modules())

@@ -19,7 +19,6 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError
-from alignlab.models.adapters import has_adapters
 from alignlab.models.export import Model, write_base
 from alignlab.rollout.vllm.completions import Answer, Request, padded
 from alignlab.rollout.vllm.options import engine_options, travels_alone
@@ -145,7 +144,7 @@ def _require_one_rank() -> None:
 
 def _make_sync(model: Model, settings: VLLMSettings) -> WeightSync:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    alone = travels_alone(settings, has_adapter=has_adapters(model), on_cpu=on_cpu)
+    alone = travels_alone(settings, model, on_cpu=on_cpu)
     return AdapterSync(model) if alone else MergedSync(model)
 
 

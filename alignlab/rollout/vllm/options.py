@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
 
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.export import Model
+from alignlab.models.merging import wrappers
 
 BACKEND = "alignlab"
 """The name by which vLLM finds our weight transfer."""
@@ -48,10 +51,12 @@ def engine_options(
     return options
 
 
-def travels_alone(settings: VLLMSettings | VLLMServerSettings, *, has_adapter: bool, on_cpu: bool) -> bool:
+def travels_alone(settings: VLLMSettings | VLLMServerSettings, model: Model, *, on_cpu: bool) -> bool:
     """Whether the adapter is sent alone: as the settings say; by default to a GPU, for on a CPU vLLM takes twice as
-    long to generate with one."""
-    return settings.sync == "adapter" or (settings.sync == "auto" and has_adapter and not on_cpu)
+    long to generate with one, and where vLLM can apply the adapter."""
+    if settings.sync != "auto":
+        return settings.sync == "adapter"
+    return has_adapters(model) and not on_cpu and why_not_alone(model) is None
 
 
 def merged_options() -> dict[str, Any]:
@@ -73,10 +78,22 @@ def check_adapter(model: Model) -> int:
     """
     if not isinstance(model, PeftModel) or not has_adapters(model):
         raise ConfigError("rollout.sync is adapter, and the policy has none; use merged, or give model.lora")
+    reason = why_not_alone(model)
+    if reason is not None:
+        raise ConfigError(f"rollout.sync is adapter, and the adapter {reason}; use rollout.sync: merged")
+    config: Any = model.peft_config[model.active_adapter]
+    return int(config.r)
+
+
+def why_not_alone(model: Model) -> str | None:
+    """Why vLLM could not apply the policy's adapter by itself; None where it can."""
+    assert isinstance(model, PeftModel)
     config: Any = model.peft_config[model.active_adapter]
     if config.r > _RANKS[-1] or config.rank_pattern:
-        raise ConfigError(
-            f"the adapter has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one rank of at "
-            f"most {_RANKS[-1]} to travel alone; use rollout.sync: merged"
-        )
-    return int(config.r)
+        return f"has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one of at most {_RANKS[-1]}"
+    layers: dict[str, Any] = dict(wrappers(model))
+    for name, layer in layers.items():
+        plain = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)
+        if not plain or layer.lora_variant or any(layer.lora_bias.values()):
+            return f"is more than plain LoRA on linear layers, in {name}"
+    return None

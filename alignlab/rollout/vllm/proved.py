@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
-from alignlab.errors import RolloutError
+from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.attention import causal_lm
 from alignlab.models.export import Model
 from alignlab.rollout.requests import check_prompts, for_each
@@ -95,8 +95,14 @@ class ProvedEngine(ABC):
     @property
     def context_tokens(self) -> int:
         """Limit of prompt and completion together."""
-        longest: int = self._lm.config.get_text_config().max_position_embeddings
-        return min(longest, self._settings.context_tokens or longest)
+        positions = getattr(self._lm.config.get_text_config(), "max_position_embeddings", None)
+        limits = [limit for limit in (positions, self._settings.context_tokens) if limit is not None]
+        if not limits:
+            raise ConfigError(
+                f"rollout.context_tokens is null, and must be given: the config of {type(self._lm).__name__} names no "
+                "limit of its own; use the longest prompt and completion together"
+            )
+        return min(limits)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """`sampling.n` completions of each prompt, in the order of `prompts`.
@@ -160,7 +166,7 @@ class ProvedEngine(ABC):
 
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, answers: Answers) -> list[Rollout]:
         each = for_each(prompts, sampling)
-        longest = self._lm.config.get_text_config().max_position_embeddings
+        longest = getattr(self._lm.config.get_text_config(), "max_position_embeddings", None)
         shorten = "shorten the prompt or lower max_new_tokens"
         limits = [
             (longest, "the model's max_position_embeddings", shorten),

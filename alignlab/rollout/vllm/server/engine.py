@@ -17,8 +17,9 @@ from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.export import Model, adapter_tensors, merged_tensors
+from alignlab.models.merging import unties
 from alignlab.rollout.vllm.completions import Answer, Request
-from alignlab.rollout.vllm.options import check_adapter
+from alignlab.rollout.vllm.options import check_adapter, why_not_alone
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.client import ServerLost
 from alignlab.rollout.vllm.server.handout import SentWeights
@@ -44,6 +45,11 @@ class VLLMServerEngine(ProvedEngine):
         self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMServerSettings, *, policy_version: int = 0
     ) -> None:
         super().__init__(model, tokenizer, settings, policy_version=policy_version)
+        if unties(model):
+            raise ConfigError(
+                "the adapter makes the embeddings and the head differ, which the model ties, and a vLLM server loads "
+                "it tied; use rollout.engine: vllm or embedded, or take embed_tokens and lm_head out of the adapter"
+            )
         self._may_run_behind = settings.max_staleness > 0
         self._device = next(model.parameters()).device
         dtype = str(self._lm.dtype).removeprefix("torch.")
@@ -85,7 +91,10 @@ class VLLMServerEngine(ProvedEngine):
         """Whether the adapter is sent alone: as configured, or where all servers are ready for it."""
         room = min(server["lora_rank"] for server in servers)
         alone = self._settings.sync == "adapter" or (
-            self._settings.sync == "auto" and has_adapters(self._model) and room > 0
+            self._settings.sync == "auto"
+            and has_adapters(self._model)
+            and room > 0
+            and why_not_alone(self._model) is None
         )
         for server in servers:
             self._check_room(server, alone)
