@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,12 +24,13 @@ from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
-from alignlab.training.reward_functions import LoadedReward, load_reward
+from alignlab.training.reward_functions import LoadedReward, load_reward, load_weighted
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
-Reward = str | RewardSettings | Callable[..., Any]
+Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
+Rewards = Reward | Sequence[Reward]
 _Made = TypeVar("_Made")
 Dataset = str | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
 
@@ -119,8 +121,8 @@ def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
         )
 
 
-def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
-    """One reward function or several, each by name, settings or as a callable.
+def resolve_rewards(rewards: Rewards) -> list[LoadedReward]:
+    """One reward function or several, each by name, settings, as a callable, or as a pair (name or callable, weight).
 
     Raises:
         ConfigError: there is none, or one cannot be found.
@@ -129,7 +131,18 @@ def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
         rewards = [rewards]
     if not rewards:
         raise ConfigError("reward_funcs is empty; reinforcement learning needs at least one reward function")
-    return [load_reward(RewardSettings(name=r) if isinstance(r, str) else r) for r in rewards]
+    return [_resolve_reward(reward) for reward in rewards]
+
+
+def _resolve_reward(reward: Any) -> LoadedReward:
+    if isinstance(reward, tuple) and len(reward) == 2:
+        return load_weighted(*reward)
+    if isinstance(reward, numbers.Real):
+        raise ConfigError(
+            f"reward_funcs holds the number {reward}, which is no reward; a weight stands in a pair with its reward: "
+            "reward_funcs=[(my_reward, 0.5)]"
+        )
+    return load_reward(RewardSettings(name=reward) if isinstance(reward, str) else reward)
 
 
 def make_reference(policy: Policy) -> Policy | None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from alignlab.training.curves import plot_curves
 from alignlab.training.evaluation import EvaluatedProblem, Evaluation, EvaluationResult, LabelResult, PreferenceResult
 from alignlab.training.files import write_atomically
+from alignlab.training.learning_signal import Verdict
 from alignlab.training.run_folder import RunFolder
 
 NUM_EXAMPLES = 4
@@ -52,6 +53,7 @@ class RunReport:
             --prompt-template TEXT, --plain.
         use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
+        verdict: whether anything was learnt, and why not.
     """
 
     title: str
@@ -65,6 +67,7 @@ class RunReport:
     generate_options: tuple[str, ...] = ()
     use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
 
     @property
     def command(self) -> str | None:
@@ -93,6 +96,7 @@ class RunReport:
             "model": None if self.model is None else str(self.model),
             "base_model": self.base_model,
             "command": self.command,
+            **self.verdict.to_json(),
             **self.summary,
         }
 
@@ -117,6 +121,10 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
     for name, path in (("adapter", report.adapter), ("model", report.model)):
         if path is not None:
             _show(console, name, str(path))
+    for text in report.verdict.warnings:
+        _show(console, "mind", text)
+    if report.verdict.reason is not None:
+        _show(console, "no success", report.verdict.reason)
     if report.command is not None:
         _show(console, "use it", report.command)
 
