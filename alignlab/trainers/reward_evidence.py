@@ -121,10 +121,11 @@ def stop_without_any_reward(signal: SignalMonitor, config: OnlineConfig, num_pro
     tried = steps * config.num_prompts
     completions = tried * config.group_size
     if signal.never_rewarded and tried >= num_prompts and completions >= MIN_COMPLETIONS:
+        names = " and ".join(map(repr, signal.settings.reward_names))
         raise RewardError(
             f"none of {completions} completions got a reward, over all {num_prompts} prompts of the training data: "
-            f"{' and '.join(signal.settings.reward_names)} said None or failed at each, so that nothing can be learnt; "
-            "correct the rewards or the data, and try them with alignlab check"
+            f"{names} gave None for each or failed, so that nothing can be learnt; correct the rewards or the data, and "
+            "try them with alignlab check"
         )
 
 

@@ -104,8 +104,10 @@ class RunSummary:
 def _accuracy(result: Evaluation | None) -> dict[str, float] | None:
     if result is None:
         return None
-    names = ("greedy", "sampled") if isinstance(result, EvaluationResult) else ("accuracy",)
-    return {name: round(getattr(result, name), 4) for name in names}
+    if not isinstance(result, EvaluationResult):
+        return {"accuracy": round(result.accuracy, 4)}
+    counts = {} if result.num_judged is None else {"num_judged": result.num_judged}
+    return {"greedy": round(result.greedy, 4), "sampled": round(result.sampled, 4), **counts}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunSummary:

@@ -122,7 +122,7 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         if path is not None:
             _show(console, name, str(path))
     for text in report.verdict.warnings:
-        _show(console, "mind", text)
+        _show(console, "warning", text)
     if report.verdict.reason is not None:
         _show(console, "no success", report.verdict.reason)
     if report.command is not None:
@@ -164,7 +164,7 @@ def _change_table(before: Any, after: Any, measures: Mapping[str, str], *, title
 
 def accuracy_table(before: EvaluationResult, after: EvaluationResult, *, title: str = "") -> Table:
     """Accuracy on the held-out problems, before and after."""
-    samples = f"{before.num_problems} held-out problems, {before.num_samples} samples each"
+    samples = f"{problems_judged(before)} held-out problems, {before.num_samples} samples each"
     table = Table(title=f"{title}: {samples}" if title else samples, title_justify="left")
     table.add_column("accuracy")
     for column in ("before", "after", "change"):
@@ -210,7 +210,15 @@ def evenly_spaced(size: int, count: int) -> list[int]:
     return [i * size // count for i in range(count)]
 
 
+def problems_judged(result: EvaluationResult) -> str:
+    """How many problems the accuracy is of, and of how many, where the scorer did not apply to all."""
+    judged, total = result.judged, result.num_problems
+    return str(total) if judged == total else f"{judged} of {total}"
+
+
 def _verdict(problem: EvaluatedProblem) -> Text:
+    if problem.greedy_correct is None:
+        return Text("not judged: ").append(_cut(problem.greedy))
     mark, style = ("right", "green") if problem.greedy_correct else ("wrong", "red")
     return Text(f"{mark}: ", style=style).append(_cut(problem.greedy), style="default")
 

@@ -146,7 +146,8 @@ def unused(name: str, sums: SignalSums) -> str:
 def _cause(sums: SignalSums, settings: SignalSettings) -> str:
     """Why these steps have no signal."""
     if settings.by_rewards and sums.rewarded == 0:
-        return f"no completion got a reward, for {' and '.join(settings.reward_names)} said None or failed at each"
+        names = " and ".join(map(repr, settings.reward_names))
+        return f"no completion got a reward, for {names} gave None for each or failed"
     if settings.max_new_tokens is not None and sums.trainable == 0:
         return (
             f"every completion was cut off at sampling.max_new_tokens ({settings.max_new_tokens}), and mask_truncated "
