@@ -124,8 +124,8 @@ def stop_without_any_reward(signal: SignalMonitor, config: OnlineConfig, num_pro
         names = " and ".join(map(repr, signal.settings.reward_names))
         raise RewardError(
             f"none of {completions} completions got a reward, over all {num_prompts} prompts of the training data: "
-            f"{names} gave None for each or failed, so that nothing can be learnt; correct the rewards or the data, and "
-            "try them with alignlab check"
+            f"{names} gave None for each or failed, so that nothing can be learnt; correct the rewards or the data, "
+            "and try them with alignlab check"
         )
 
 

@@ -128,7 +128,7 @@ class SignalMonitor:
         total, silent, settings = self.counts.total, self.counts.silent, self.settings
         if silent.steps and self._is_due("no_signal", silent.steps, PATIENCE):
             yield f"the last {silent.steps} steps taught nothing: {sentences.why_silent(silent, settings)}"
-        elif self._is_low and self._is_due("low_signal", total.steps, LOW_SIGNAL_STEPS):
+        elif silent.steps < PATIENCE and self._is_low and self._is_due("low_signal", total.steps, LOW_SIGNAL_STEPS):
             yield sentences.low_signal(total, settings)
         if self.counts.cut_streak and self._is_due("cut_off", self.counts.cut_streak, PATIENCE):
             yield sentences.cut_off(total, settings)
