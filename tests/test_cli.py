@@ -181,7 +181,7 @@ def test_a_run_that_learns_nothing_says_so_in_its_last_line(run_file, tmp_path, 
 
     status, result, err = train("same")
     assert status == 0 and result["learnt"] is False
-    assert result["reason"].startswith("nothing was learnt in 2 steps: every completion got the same reward, 1. To change")
+    assert result["reason"].startswith("nothing was learnt in 2 steps: every completion got the same reward, 1.")
     assert f"no success: {result['reason']}" in err
     status, result, err = train("silent")
     assert status == 2 and result["learnt"] is False and "adapter" in result

@@ -76,7 +76,8 @@ class OnlineTrainer(TrainingLoop):
 
     Args:
         model: a name or path, or a live model, with or without a PEFT adapter.
-        reward_funcs: plug-in names, settings or callables; the first one's value 1 means a right answer.
+        reward_funcs: plug-in names, folders of reward models, settings, callables, or pairs (name or callable, weight);
+            the first one's value 1 means a right answer.
         config: the trainer's section.
         train_dataset: a path, settings, rows with a `prompt` or `messages` column, or prompts.
         eval_dataset: the same, held out.
