@@ -43,7 +43,7 @@ def check_data(config: RunConfig, prompts: Sequence[Prompt], held_out: Sequence[
     from alignlab.training.reward_functions import load_reward
 
     rewards = [load_reward(reward) for reward in config.rewards]
-    check_weights(rewards, config.trainer)
+    check_weights(rewards, needed=config.trainer.takes_rewards == "needed")
     if prompts:
         check_columns(rewards, prompts, data="the training data")
     named = config.evaluation.scorer

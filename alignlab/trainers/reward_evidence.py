@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from alignlab.config.trainers import GRPOConfig, OnlineConfig, PPOConfig, TrainerConfig
+from alignlab.config.trainers import GRPOConfig, OnlineConfig, PPOConfig
 from alignlab.errors import ConfigError, RewardError
 from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.reward_columns import check_columns, reward_columns
@@ -54,19 +54,21 @@ def check_rewards(rewards: RewardRunner, prompts: Sequence[Prompt], config: Onli
     Raises:
         ConfigError: each weighs nothing, or one needs what the data do not have.
     """
-    check_weights(rewards.rewards, config)
+    check_weights(rewards.rewards, needed=config.takes_rewards == "needed")
     check_columns(rewards.rewards, prompts, data="the training data")
     rewards.columns = reward_columns(prompts)
 
 
-def check_weights(rewards: Sequence[LoadedReward], config: TrainerConfig) -> None:
-    """Refuse rewards that all weigh nothing, where they are what is learnt from.
+def check_weights(rewards: Sequence[LoadedReward], *, needed: bool) -> None:
+    """Refuse rewards that all weigh nothing.
+
+    Args:
+        needed: whether rewards are what is learnt from.
 
     Raises:
         ConfigError: they do.
     """
-    learns = config.takes_rewards == "needed"
-    if learns and rewards and not any(reward.weight for reward in rewards):
+    if needed and rewards and not any(reward.weight for reward in rewards):
         names = ", ".join(reward.name for reward in rewards)
         raise ConfigError(
             f"the weight of each reward ({names}) is 0, and at least one must weigh something: every total would be 0, "
@@ -137,8 +139,8 @@ def say_unrewarded(rollouts: Sequence[Rollout]) -> bool:
     rollout, i = groups[0]
     total = sum(len(each.completions) for each in rollouts)
     logger.warning(
-        "no reward applies to %d of %d completions of this step, and they are left out of the training; "
-        "unrewarded_frac in the metrics counts them, and this is said once. First: row %d, prompt %s, completion %s",
+        "%d of %d completions of a step have no reward, for each function gave None or failed, and are left out of the "
+        "training; unrewarded_frac in the metrics counts them, and this is said once. First: row %d, prompt %s, completion %s",
         len(groups), total, rollout.prompt.index, clipped(rollout.prompt.text), clipped(rollout.completions[i].text),
     )  # fmt: skip
     return True

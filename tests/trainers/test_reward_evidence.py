@@ -97,7 +97,7 @@ def test_a_run_without_any_reward_ends_with_an_error_and_a_saved_model(
     assert result.num_steps == 4 and result.metrics["unrewarded_frac"] == 1 and result.model_path.is_dir()
     assert json.loads((tmp_path / "run" / "report.json").read_text())["learnt"] is False
     said = [record.getMessage() for record in caplog.records]
-    assert sum("no reward applies to 8 of 8 completions of this step" in text for text in said) == 1
+    assert sum("8 of 8 completions of a step have no reward" in text for text in said) == 1
     assert sum("step 3: the last 3 steps taught nothing" in text for text in said) == 1
     with pytest.raises(NothingLearntError, match="in 4 steps"):
         make(silent).train(resume=True)
