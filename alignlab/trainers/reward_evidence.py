@@ -140,7 +140,8 @@ def say_unrewarded(rollouts: Sequence[Rollout]) -> bool:
     total = sum(len(each.completions) for each in rollouts)
     logger.warning(
         "%d of %d completions of a step have no reward, for each function gave None or failed, and are left out of the "
-        "training; unrewarded_frac in the metrics counts them, and this is said once. First: row %d, prompt %s, completion %s",
+        "training; unrewarded_frac in the metrics counts them, and this is said once. First: row %d, prompt %s, "
+        "completion %s",
         len(groups), total, rollout.prompt.index, clipped(rollout.prompt.text), clipped(rollout.completions[i].text),
     )  # fmt: skip
     return True

@@ -73,7 +73,8 @@ def _say_partial(reward: str, name: str, prompts: Sequence[Prompt], data: str) -
 def _try_shipped(reward: LoadedReward, columns: Sequence[str], data: str) -> None:
     """Call one of the rewards that come with alignlab on no completion at all: each checks its options and columns
     first. Another function is not called, for it may not expect an empty batch."""
-    if getattr(reward.function, "__module__", "").partition(".")[0] != _SHIPPED:
+    module = getattr(reward.function, "__module__", None)  # None, too, of a function that was made by exec
+    if module is None or module.partition(".")[0] != _SHIPPED:
         return
     known = parameters(reward.function) or {}
     given: dict[str, Any] = {name: [] for name in (*columns, *GIVEN[:2], GIVEN[3])} | dict(reward.options)

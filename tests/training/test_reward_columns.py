@@ -53,6 +53,9 @@ def test_the_nearest_name_is_offered(function: Any, near: str) -> None:
 def test_arguments_that_every_call_has_and_defaults_are_no_columns() -> None:
     check(lambda prompts, completions, completion_ids, prompt_ids, gold=None, **columns: [])
     check(print)
+    made: dict[str, Any] = {"__name__": None}
+    exec("def reward(completions, **columns): raise AssertionError", made)
+    check(made["reward"])
 
 
 def test_a_column_of_some_rows_alone_is_said(caplog: pytest.LogCaptureFixture) -> None:
