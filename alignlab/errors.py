@@ -1,5 +1,9 @@
 """Named errors: what a user can cause. Each message gives the rule, the value seen and the fix."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class AlignlabError(Exception):
     """Base of every error that alignlab raises on purpose."""
@@ -19,6 +23,20 @@ class RolloutError(AlignlabError):
 
 class RewardError(AlignlabError):
     """A reward plug-in cannot be found, or failed more often than the config allows."""
+
+
+class NothingLearntError(AlignlabError):
+    """A run is over, and not one of its completions could be trained on: the saved weights are those of the start.
+
+    Attributes:
+        result: the `TrainResult`; the model, the metrics and the report are written.
+        summary: the closing line of `alignlab train`, where a whole run was made from a config.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+        self.summary: dict[str, Any] = {}
 
 
 class CheckpointError(AlignlabError):

@@ -24,18 +24,56 @@ def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **given: Any) -> 
         options = dict(part) if isinstance(part, Mapping) else {"weight": part}
         weight = float(options.pop("weight", 1.0))
         part_function = _find(name)
-        unknown = set(options) - set(inspect.signature(part_function).parameters)
-        if unknown:
-            raise ValueError(f"{name}, a part of combine, has no option {sorted(unknown)[0]!r}")
-        values = part_function(**{**given, **options})
-        if not isinstance(values, list) or len(values) != count:
-            raise ValueError(
-                f"{name}, a part of combine, must return a list of {count} values, and returned {values!r:.200}"
-            )
+        arguments = _arguments(name, part_function, given, options)
+        values = _values(name, part_function(**arguments), count) if count else []
         for i, value in enumerate(values):
             if value is not None:
                 totals[i] = (totals[i] or 0.0) + weight * value
     return totals
+
+
+def _arguments(
+    name: str, function: Callable[..., Any], given: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a part is called with: what it takes of the call's arguments, and its options.
+
+    Raises:
+        ValueError: it has no such option, or requires what is neither given nor an option.
+    """
+    known = inspect.signature(function).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}, a part of combine, has no option {option!r}")
+    arguments = {**given, **options}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for column, parameter in known.items():
+        if parameter.default is parameter.empty and parameter.kind not in variadic and column not in arguments:
+            raise ValueError(
+                f"{name}, a part of combine, requires {column}, and the dataset has no such column; add it, or give "
+                "the part an option of that name"
+            )
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    return arguments if takes_all else {column: arguments[column] for column in known if column in arguments}
+
+
+def _values(name: str, result: Any, count: int) -> list[float | None]:
+    """A part's values; NaN in a tensor, an array or a Series, which hold no None, is None.
+
+    Raises:
+        ValueError: they are no list, or too many or too few.
+    """
+    is_array = hasattr(result, "tolist")
+    values = result.tolist() if is_array else result
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ValueError(
+            f"{name}, a part of combine, must return a list of {count} values, and returned {result!r:.200}"
+        )
+    return [None if is_array and _is_missing(value) else value for value in values]
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a value of an array stands for no value: NaN, or the NA of pandas."""
+    return type(value).__name__ == "NAType" or bool(value != value)
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -165,6 +165,33 @@ def test_check_warns_of_learning_rates_that_do_not_fit(run_file, capsys):
     assert "0.001 is high for all weights" in capsys.readouterr().out
 
 
+def test_a_run_that_learns_nothing_says_so_in_its_last_line(run_file, tmp_path, capfd):
+    reward = tmp_path / "rewards.py"
+    reward.write_text(
+        "def same(completions, **columns):\n    return [1.0] * len(completions)\n"
+        "def silent(completions, **columns):\n    return [None] * len(completions)\n"
+        "def needy(completions, gold, **columns):\n    return [1.0] * len(completions)\n"
+    )
+
+    def train(name):
+        words = [str(run_file), f"rewards=[{{name: {reward}:{name}}}]", f"trainer.output_dir={tmp_path / name}"]
+        status = main(["train", *words, "eval_data=null"])
+        out, err = capfd.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+    status, result, err = train("same")
+    assert status == 0 and result["learnt"] is False
+    assert result["reason"].startswith("nothing was learnt in 2 steps: every completion got the same reward, 1.")
+    assert f"no success: {result['reason']}" in err
+    status, result, err = train("silent")
+    assert status == 2 and result["learnt"] is False and "adapter" in result
+    assert err.splitlines()[-1].startswith("alignlab train: nothing was learnt in 2 steps: no completion got a reward")
+    status, result, err = train("needy")
+    assert status == 2 and result is None and "'needy' requires gold, and the training data has only answer" in err
+    assert main(["check", str(run_file), f"rewards=[{{name: {reward}:needy}}]", "eval_data=null"]) == 2
+    assert "'needy' requires gold, and the training data has only answer" in capfd.readouterr().err
+
+
 def test_check_stops_at_a_reward_that_fails(run_file, tmp_path, capsys):
     broken = tmp_path / "broken.py"
     broken.write_text("def broken(completions, **columns):\n    return [1.0]\n")

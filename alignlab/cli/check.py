@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     data, held_out = training_data(config, tokenizer), held_out_data(config, tokenizer)
     tell_all("data", data.lines)
     tell_all("eval data", held_out.lines)
-    tell_all("reward", try_rewards(config, tokenizer, [*data.prompts, *held_out.prompts][:1]))
+    tell_all("reward", try_rewards(config, tokenizer, data.prompts, held_out.prompts))
     tell_all("judge", judge_lines(config))
     tell_all("trainer", (trainer_line(stage, config.trainer.output_dir) for stage in stages))
     check_teacher(config, tokenizer, data.prompts)

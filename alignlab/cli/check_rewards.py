@@ -17,16 +17,39 @@ WRONG_ANSWER = "I do not know."
 
 
 def try_rewards(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], held_out: Sequence[Prompt]
 ) -> Iterator[str]:
-    """What each reward gives to these prompts, and where accuracy would stay 0.
+    """What each reward gives to the first prompt, and where accuracy would stay 0.
 
     Raises:
+        ConfigError: a reward needs a column that the data do not have, or all weigh nothing.
         RewardError: a function fails.
     """
-    for prompt in prompts:
+    check_data(config, prompts, held_out)
+    for prompt in [*prompts, *held_out][:1]:
         yield from values_of(config, prompt, tokenizer)
         yield from answer_notes(config, prompt, tokenizer)
+
+
+def check_data(config: RunConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Refuse rewards that can never work on the data, as the training would.
+
+    Raises:
+        ConfigError: one needs a column that the data do not have, or all weigh nothing.
+    """
+    from alignlab.config.rewards import RewardSettings
+    from alignlab.trainers.reward_evidence import check_weights
+    from alignlab.training.reward_columns import check_columns
+    from alignlab.training.reward_functions import load_reward
+
+    rewards = [load_reward(reward) for reward in config.rewards]
+    check_weights(rewards, needed=config.trainer.takes_rewards == "needed")
+    if prompts:
+        check_columns(rewards, prompts, data="the training data")
+    named = config.evaluation.scorer
+    scorer = [load_reward(RewardSettings(name=named))] if named else rewards[:1]
+    if held_out:
+        check_columns(scorer, held_out, data="the evaluation data")
 
 
 def values_of(config: RunConfig, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -62,7 +85,7 @@ def check_tokenizers(rewards: Sequence[LoadedReward], tokenizer: PreTrainedToken
 
 
 def score_once(rewards: Sequence[LoadedReward], limits: RewardLimits, rollout: Rollout) -> Rollout:
-    """The rollout with its rewards; that a reward does not apply to one row is no failure here.
+    """The rollout with its rewards.
 
     Raises:
         RewardError: a function fails.
@@ -75,7 +98,7 @@ def score_once(rewards: Sequence[LoadedReward], limits: RewardLimits, rollout: R
         [scored] = runner.score([rollout])
     finally:
         runner.close()
-    wrong = [f"{name} ({kind})" for name, kind in runner.failures if kind != "only None"]
+    wrong = [f"{name} ({kind})" for name, kind in runner.failures]
     if wrong:
         raise RewardError(f"rewards failed on the first row: {', '.join(wrong)}; see the warnings above")
     return scored

@@ -334,10 +334,13 @@ def refuse_deaf_scorer(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrain
 
 def show(result: EvaluationResult, num_problems: int) -> None:
     """The numbers, and some completions, on standard error."""
+    from alignlab.training.report import problems_judged
+
     for problem in result.samples[:num_problems]:
-        mark = "right" if problem.greedy_correct else "wrong"
+        mark = {True: "right", False: "wrong", None: "not judged"}[problem.greedy_correct]
         lines = [f"problem: {problem.prompt}", f"  answer: {problem.answer}", f"  greedy ({mark}): {problem.greedy}"]
         print("\n".join([*lines, *(f"  sampled: {text}" for text in problem.sampled)]), file=sys.stderr)
-    print(f"{result.num_problems} problems, {result.num_samples} samples each", file=sys.stderr)
+    print(f"{problems_judged(result)} problems, {result.num_samples} samples each", file=sys.stderr)
     for name, value in result.metrics().items():
-        print(f"  {name.removeprefix('eval/'):15} {value:.3f}", file=sys.stderr)
+        if name != "eval/num_judged":
+            print(f"  {name.removeprefix('eval/'):15} {value:.3f}", file=sys.stderr)

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.rollout.engines import make_engine
     from alignlab.training.checkpoint import fingerprint
     from alignlab.training.model_reward import bind_rewards
+    from alignlab.training.reward_columns import check_columns, reward_columns
     from alignlab.training.reward_functions import load_reward
     from alignlab.training.reward_runner import RewardRunner
     from alignlab.training.teacher_samples import rejected, sample_teacher
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
     policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
     prompts = load_prompts(config.data, tokenizer)[: args.num_prompts]
+    check_columns(rewards.rewards, prompts, data="the training data")
+    rewards.columns = reward_columns(prompts)
     identity = {
         "model": fingerprint(policy.named_parameters()),
         "data": config.data.model_dump_json(),

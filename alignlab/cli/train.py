@@ -1,6 +1,8 @@
 """Train as a config file says.
 
-Progress and the closing report go to standard error; the last line of standard output is the result as JSON.
+Progress and the closing report go to standard error; the last line of standard output is the result as JSON, in which
+`learnt` is false, with a `reason`, where no step could teach anything. Where not one completion could be trained on,
+the exit status is 2, too.
 Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with status 130; --resume goes on from it.
 """
 
@@ -9,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 NAME = "train"
 SUMMARY = "train as a config file says"
@@ -34,9 +38,19 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
+    from alignlab.errors import NothingLearntError
     from alignlab.trainers.run import run as train
 
-    summary = train(config, resume=args.resume)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(summary.to_json()), flush=True)
+    try:
+        summary = train(config, resume=args.resume)
+    except NothingLearntError as error:
+        tell(error.summary)
+        raise
+    tell(summary.to_json())
     return EXIT_INTERRUPTED if summary.result.interrupted else 0
+
+
+def tell(summary: Mapping[str, Any]) -> None:
+    """Print the closing line, on the first rank alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(summary), flush=True)

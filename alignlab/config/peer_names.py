@@ -37,7 +37,7 @@ _GRPO = {
     "scale_rewards": "advantage: group_normalized divides by the standard deviation, group_centered does not",
     "importance_sampling_level": "surrogate: ppo_clip is by token, gspo_clip by sequence",
     "mask_truncated_completions": "mask_truncated",
-    "reward_weights": "the weight of each of rewards",
+    "reward_weights": "the weight of each of rewards; in Python reward_funcs=[(function, weight), ...]",
     "use_vllm": "rollout.engine",
     "num_generations_eval": "num_samples of the section evaluation",
     "generation_kwargs": "sampling",

@@ -13,7 +13,8 @@ class RewardSettings(Frozen):
     """One reward function."""
 
     name: str
-    """An installed plug-in's name, `package.module.function`, or `file.py:function`."""
+    """An installed plug-in's name, the local folder of a reward model, `package.module.function`, or
+    `file.py:function`."""
     weight: float = 1.0
     options: dict[str, Any] = {}
     """Keyword arguments, passed on every call."""
@@ -25,4 +26,5 @@ class RewardLimits(Frozen):
     time_limit_s: float = Field(30.0, gt=0)
     """For one call on a whole batch."""
     max_failures: int = Field(10, ge=0)
-    """Failed calls on one rank, counted over the run and over all functions, before it stops."""
+    """Failed calls on one rank, counted over the run and over all functions, before it stops. None is no failure. A
+    function that fails at each of its first three calls ends the run whatever this says."""

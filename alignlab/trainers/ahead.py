@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from alignlab.errors import RolloutError
 from alignlab.types import Rollout
 
@@ -100,6 +102,42 @@ class RolloutsAhead:
                     future.set_result(self._collect(step))
                 except BaseException as error:  # whatever it is, the step that takes it must learn of it
                     future.set_exception(error)
+
+
+class CollectingVotes:
+    """Whether any rank has too few rollouts for a step; every rank calls it together.
+
+    Args:
+        num_rounds: in which a step's prompts are drawn; with one there is nothing to vote on.
+        group: of all ranks, for the messages of a thread that collects ahead: they must not meet those of the training.
+            None where rollouts are collected in the training's thread, or there is one rank.
+        any_rank: whether a flag is set on any rank, by the training's own messages.
+    """
+
+    def __init__(
+        self, num_rounds: int, group: torch.distributed.ProcessGroup | None, any_rank: Callable[[bool], bool]
+    ) -> None:
+        self._num_rounds, self._group, self._any_rank = num_rounds, group, any_rank
+
+    def __call__(self, short: bool, *, failed: bool = False) -> bool:
+        """Vote.
+
+        Args:
+            short: whether this rank has too few rollouts.
+            failed: whether this rank could not collect its rollouts.
+
+        Raises:
+            RolloutError: another rank has failed.
+        """
+        if self._num_rounds == 1:
+            return False
+        if self._group is None:
+            return not failed and self._any_rank(short)
+        votes = torch.tensor([float(short), float(failed)])
+        torch.distributed.all_reduce(votes, group=self._group)
+        if votes[1] > 0 and not failed:
+            raise RolloutError("another rank could not collect its rollouts; see its message")
+        return bool(votes[0] > 0)
 
 
 def check_age(rollouts: Sequence[Rollout], policy_version: int, max_staleness: int) -> None:

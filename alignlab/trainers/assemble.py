@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ from alignlab.models.adapter_rules import check_base_is_reference, check_trainab
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
-from alignlab.training.reward_functions import LoadedReward, load_reward
+from alignlab.training.reward_functions import LoadedReward, load_reward, load_weighted
 
 logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
-Reward = str | RewardSettings | Callable[..., Any]
+Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
+Rewards = Reward | Sequence[Reward]
 
 
 def make_accelerator() -> Accelerator:
@@ -67,8 +69,8 @@ def resolve_model(
     would lose most of an optimizer's small updates.
 
     Raises:
-        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter is no LoRA
-            or cannot be trained, merged and saved exactly.
+        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter
+            is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
     model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
@@ -133,8 +135,8 @@ def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
         )
 
 
-def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
-    """One reward function or several, each by name, settings or as a callable.
+def resolve_rewards(rewards: Rewards) -> list[LoadedReward]:
+    """One reward function or several, each by name, settings, as a callable, or as a pair (name or callable, weight).
 
     Raises:
         ConfigError: there is none, or one cannot be found.
@@ -143,7 +145,18 @@ def resolve_rewards(rewards: Reward | Sequence[Reward]) -> list[LoadedReward]:
         rewards = [rewards]
     if not rewards:
         raise ConfigError("reward_funcs is empty; reinforcement learning needs at least one reward function")
-    return [load_reward(RewardSettings(name=r) if isinstance(r, str) else r) for r in rewards]
+    return [_resolve_reward(reward) for reward in rewards]
+
+
+def _resolve_reward(reward: Any) -> LoadedReward:
+    if isinstance(reward, tuple) and len(reward) == 2:
+        return load_weighted(*reward)
+    if isinstance(reward, numbers.Real):
+        raise ConfigError(
+            f"reward_funcs holds the number {reward}, which is no reward; a weight stands in a pair with its reward: "
+            "reward_funcs=[(my_reward, 0.5)]"
+        )
+    return load_reward(RewardSettings(name=reward) if isinstance(reward, str) else reward)
 
 
 def make_reference(policy: Policy) -> Policy | None:

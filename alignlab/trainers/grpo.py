@@ -22,6 +22,8 @@ from alignlab.models.policy import Policy
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, constant, sequence_mean, token_mean
+from alignlab.trainers.reward_evidence import is_compared_over_step
+from alignlab.trainers.rollout_metrics import extremes
 from alignlab.types import Experience, Rollout
 
 
@@ -45,6 +47,14 @@ class GRPOTrainer(OnlineTrainer):
         mixed = advantage_functions.mixed_groups(torch.tensor([rollout.rewards]))
         return bool(mixed) or not self.config.dynamic_sampling
 
+    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which groups [P] hold a completion whose reward, less its baseline, is not zero; the KL is left out of it."""
+        rewards = self.shaped_rewards(rollouts)
+        if is_compared_over_step(self.config):
+            low, high = extremes(rewards, self.gather)
+            return self.trainable(rollouts).any(dim=1) & (low < high)
+        return ((advantage_functions.group_centered(rewards) != 0) & self.trainable(rollouts)).any(dim=1)
+
     @property
     def weigh(self) -> Weigh:
         """The reduction of `config.reduction`."""
@@ -65,16 +75,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def advantages(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:
         """Advantage [P, G] of each completion; 0 where it has no reward."""
-        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
-        if self.config.overlong_buffer_tokens is not None:
-            lengths = torch.tensor([len(c.token_ids) for rollout in rollouts for c in rollout.completions])
-            penalty = overlong_penalty(
-                lengths,
-                max_tokens=self.config.sampling.max_new_tokens,
-                buffer_tokens=self.config.overlong_buffer_tokens,
-                factor=self.config.overlong_penalty,
-            )
-            rewards = rewards + penalty.view_as(rewards)
+        rewards = self.shaped_rewards(rollouts)
         if self.objective.prices_kl:
             count = rewards.numel() // len(minibatches)
             rewards = rewards - self._price_of_kl(minibatches, count).view_as(rewards)
@@ -83,6 +84,20 @@ class GRPOTrainer(OnlineTrainer):
             first = self.accelerator.process_index * len(rollouts)
             return advantage_functions.batch_whitened(everyone)[first : first + len(rollouts)]
         return getattr(advantage_functions, self.config.advantage)(rewards)
+
+    def shaped_rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Reward [P, G] of each completion, less the penalty for its length; nan where it has none."""
+        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
+        if self.config.overlong_buffer_tokens is None:
+            return rewards
+        lengths = torch.tensor([len(c.token_ids) for rollout in rollouts for c in rollout.completions])
+        penalty = overlong_penalty(
+            lengths,
+            max_tokens=self.config.sampling.max_new_tokens,
+            buffer_tokens=self.config.overlong_buffer_tokens,
+            factor=self.config.overlong_penalty,
+        )
+        return rewards + penalty.view_as(rewards)
 
     def _price_of_kl(self, minibatches: Sequence[Sequence[Experience]], count: int) -> Tensor:
         """What each completion's KL costs in reward [P * G]; moves an adaptive coefficient afterwards.

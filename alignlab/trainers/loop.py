@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from accelerate import Accelerator
 
 from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
-from alignlab.errors import CheckpointError
+from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
+from alignlab.training.learning_signal import SignalMonitor, Verdict
 from alignlab.training.metrics import MetricsLogger, check_trackers
 from alignlab.training.progress import TrainingProgress
 from alignlab.training.random_state import random_state, restore_random_state
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder
 
+messages = logging.getLogger(__name__)
 Callback = Callable[[Any, int, Mapping[str, float]], None]
 
 
@@ -43,6 +46,7 @@ class TrainResult:
         metrics: of the last step.
         before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
         folder: everything the run made.
+        verdict: whether anything was learnt, and why not.
     """
 
     num_steps: int
@@ -54,6 +58,7 @@ class TrainResult:
     before: Evaluation | None
     after: Evaluation | None
     folder: Path
+    verdict: Verdict = field(default_factory=Verdict)
 
 
 class TrainingLoop(ABC):
@@ -84,6 +89,7 @@ class TrainingLoop(ABC):
         self.train_seconds = 0.0
         self.before: Evaluation | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
+        self.signal = SignalMonitor()
 
     @property
     def accelerator(self) -> Accelerator:
@@ -151,6 +157,7 @@ class TrainingLoop(ABC):
             ConfigError: the folder holds a run and `resume` is false, or another process is using it.
             CheckpointError: the newest checkpoint is damaged, or there is none to resume from.
             NumericsError, RewardError: see `Learner.update`, `RewardRunner.score`.
+            NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
         rank = self.accelerator.process_index
         check_trackers(self.config.trackers)  # before the folder is taken
@@ -170,6 +177,8 @@ class TrainingLoop(ABC):
             result = self._train(folder, logger)
             if self.is_main and not result.interrupted:
                 write_report(folder, self._report(result))
+        if result.verdict.nothing_to_learn_from and not result.interrupted:
+            raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
 
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
@@ -184,7 +193,8 @@ class TrainingLoop(ABC):
             after = None if interrupted else self._evaluate(logger)
             path = self._save_model(folder)
         return TrainResult(
-            self.step, self.train_seconds, path, interrupted, interrupt.signal, metrics, self.before, after, folder.path
+            self.step, self.train_seconds, path, interrupted, interrupt.signal, metrics, self.before, after,
+            folder.path, self.signal.verdict(),
         )
 
     def _report(self, result: TrainResult) -> RunReport:
@@ -200,6 +210,7 @@ class TrainingLoop(ABC):
             generate_options=self.generate_options,
             base_model=self.base_model,
             use=self.use_of(result.model_path),
+            verdict=result.verdict,
         )
 
     def use_of(self, path: Path) -> str | None:
@@ -238,6 +249,9 @@ class TrainingLoop(ABC):
         """The step just done, to the metrics file, the display and the callbacks."""
         logger.log(self.step, metrics)
         self.progress.step(self.step, metrics)
+        for line in self.signal.observe(metrics):
+            if self.is_main:
+                messages.warning("step %d: %s", self.step, line)
         for callback in self.callbacks:
             callback(self, self.step, metrics)
 
@@ -281,6 +295,7 @@ class TrainingLoop(ABC):
                 "trainer": type(self).__name__,
                 "train_seconds": self.train_seconds,
                 "before": self.before and self.before.to_json(),
+                "signal": self.signal.state(),
                 "learners": {role: learner.state() for role, learner in self.learners.items()},
                 "loop": self.state() if position is None else position,
             },
@@ -306,6 +321,8 @@ class TrainingLoop(ABC):
         self.train_seconds = checkpoint.state["train_seconds"]
         before = checkpoint.state["before"]
         self.before = before and evaluation_from_json(before)
+        if "signal" in checkpoint.state:  # earlier versions did not count it
+            self.signal.load_state(checkpoint.state["signal"])
         for role, learner in self.learners.items():
             own = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
             learner.load(own, checkpoint.state["learners"][role])

@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,12 +29,11 @@ from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.sampler import IndexSampler
 from alignlab.data.sequences import digest_of
-from alignlab.errors import RolloutError
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
-from alignlab.trainers.ahead import Collected, RolloutsAhead, check_age
+from alignlab.trainers.ahead import Collected, CollectingVotes, RolloutsAhead, check_age
 from alignlab.trainers.assemble import (
     Model,
     Reward,
@@ -51,13 +49,23 @@ from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
+from alignlab.trainers.pack_scores import score_packs
 from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
-from alignlab.trainers.rollout_metrics import rollout_metrics
+from alignlab.trainers.reward_evidence import (
+    check_rewards,
+    failures_of_ranks,
+    say_unrewarded,
+    signal_settings,
+    stop_broken_rewards,
+    stop_without_any_reward,
+)
+from alignlab.trainers.rollout_metrics import reward_range, rollout_metrics
 from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.model_reward import bind_rewards, fingerprints_of
-from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
+from alignlab.training.reward_runner import RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout
@@ -68,7 +76,8 @@ class OnlineTrainer(TrainingLoop):
 
     Args:
         model: a name or path, or a live model, with or without a PEFT adapter.
-        reward_funcs: plug-in names, settings or callables; the first one's value 1 means a right answer.
+        reward_funcs: plug-in names, folders of reward models, settings, callables, or pairs (name or callable, weight);
+            the first one's value 1 means a right answer.
         config: the trainer's section.
         train_dataset: a path, settings, rows with a `prompt` or `messages` column, or prompts.
         eval_dataset: the same, held out.
@@ -109,6 +118,7 @@ class OnlineTrainer(TrainingLoop):
         self.render_settings = train.settings
         self.prompts = resolve_prompts(train, tokenizer)
         self.eval_prompts = resolve_prompts(held_out, tokenizer)
+        check_rewards(rewards, self.prompts, config)
         check_room(model, self.prompts, config)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
@@ -122,6 +132,8 @@ class OnlineTrainer(TrainingLoop):
         )
         super().__init__(config=config, learner=learner, tokenizer=tokenizer, callbacks=callbacks)
         self.rewards = rewards
+        self.signal = SignalMonitor(signal_settings(config, rewards))
+        self._said_unrewarded = config.takes_rewards != "needed"  # a teacher judges those without a reward too
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
@@ -132,7 +144,8 @@ class OnlineTrainer(TrainingLoop):
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
-        self._collecting_ranks = make_rank_group() if self.max_staleness else None
+        group = make_rank_group() if self.max_staleness else None
+        self._any_rank_is_short = CollectingVotes(self.num_rounds, group, self._any_rank)
         self._position = self._position_now()
         self.ahead = self._make_ahead()
 
@@ -176,6 +189,18 @@ class OnlineTrainer(TrainingLoop):
         """Whether a rollout is learnt from, if there are others."""
         return True
 
+    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which groups [P] can move the policy. Every rank calls this together.
+
+        Here those with a completion to train on, for a teacher judges each; to learn from rewards, they must differ.
+        """
+        return self.trainable(rollouts).any(dim=1)
+
+    def trainable(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which completions [P, G] are trained on: those that teach and have a token."""
+        lengths = [[len(completion.token_ids) for completion in rollout.completions] for rollout in rollouts]
+        return self.teaches(rollouts) & (torch.tensor(lengths) > 0)
+
     def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss [N] of each token, and metrics [N] to average over trained tokens."""
         return self.objective(output, experience)
@@ -183,8 +208,10 @@ class OnlineTrainer(TrainingLoop):
     def train_step(self, step: int) -> dict[str, float]:
         """One batch of rollouts, learnt from."""
         start = time.perf_counter()
+        stop_without_any_reward(self.signal, self.config, len(self.prompts), step - 1)
         with self.phase("generate"):
             batch = self.ahead.take(step)
+            stop_broken_rewards(self.rewards, self.learner.reduce_sum)
             rollouts, left_out, self._position = batch.rollouts, batch.left_out, batch.position
             check_age(rollouts, self.engine.policy_version, self.max_staleness)
         if isinstance(self.engine, ProvedEngine):
@@ -202,8 +229,7 @@ class OnlineTrainer(TrainingLoop):
         with self.phase("sync"):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
-        metrics = kept_fractions(mean_over_updates(updates))
-        metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
+        metrics = kept_fractions(mean_over_updates(updates)) | self._measure_rollouts([*rollouts, *left_out], version)
         return metrics | self.credit_metrics | self.engine.metrics() | self.rewards.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
             "generate_s": batch.seconds,
@@ -211,6 +237,19 @@ class OnlineTrainer(TrainingLoop):
             "train_s": finished - generated,
             "reward_failures": self.learner.sum_over_ranks(self.rewards.num_failures),
         }
+
+    def _measure_rollouts(self, sampled: Sequence[Rollout], version: int) -> dict[str, float]:
+        """What all ranks have sampled, and how much of it can teach; every rank calls this together."""
+        self._said_unrewarded = self._said_unrewarded or say_unrewarded(sampled)
+        return rollout_metrics(
+            sampled, version, self.learner.reduce_sum,
+            trainable=self.trainable(sampled), informative=self.informative(sampled),
+        ) | reward_range(sampled, self.gather)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The rows of all ranks, on the host; every rank calls this together."""
+        everyone: Tensor = self.accelerator.gather(own.to(self.learner.device))
+        return everyone.cpu()
 
     def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
         """One optimizer step on a mini-batch; returns its metrics."""
@@ -233,34 +272,16 @@ class OnlineTrainer(TrainingLoop):
             try:
                 found = self.generate([self.prompts[row] for row in rows], seed)
             except BaseException:
-                self._any_rank_collects(False, failed=True)  # the others wait for this rank
+                self._any_rank_is_short(False, failed=True)  # the others wait for this rank
                 raise
             for rollout in found:
                 (kept if self.keeps(rollout) else dull).append(rollout)
-            if not self._any_rank_collects(len(kept) < wanted):
+            if not self._any_rank_is_short(len(kept) < wanted):
                 break
         # A group of equal rewards has no gradient: it stands in, so that every rank has something to compute.
         sampled = kept + dull
         seconds = time.perf_counter() - start
         return Collected(sampled[:wanted], sampled[wanted:], seconds, self._position_now())
-
-    def _any_rank_collects(self, short: bool, *, failed: bool = False) -> bool:
-        """Whether any rank has too few rollouts; every rank calls this together, where rounds may differ.
-
-        From the collecting thread its messages must not meet the training's, and go through a group of their own.
-
-        Raises:
-            RolloutError: another rank has failed.
-        """
-        if self.num_rounds == 1:
-            return False
-        if self._collecting_ranks is None:
-            return not failed and self._any_rank(short)
-        told = torch.tensor([float(short), float(failed)])
-        torch.distributed.all_reduce(told, group=self._collecting_ranks)
-        if told[1] > 0 and not failed:
-            raise RolloutError("another rank could not collect its rollouts; see its message")
-        return bool(told[0] > 0)
 
     def _make_ahead(self) -> RolloutsAhead:
         abandon = self.engine.abandon if isinstance(self.engine, VLLMServerEngine) else lambda: None
@@ -312,21 +333,7 @@ class OnlineTrainer(TrainingLoop):
         return ~(torch.tensor(cut) & self.config.mask_truncated)
 
     def _score(self, packs: Sequence[Experience], needs: frozenset[str]) -> list[Experience]:
-        scored = [pack.to(self.learner.device) for pack in packs]
-        if self.objective.routing != "rollout":
-            scored = [replace(pack, routing=None) for pack in scored]
-        if "old" in needs:
-            outputs = self.learner.outputs(scored)
-            scored = [replace(p, old_logprobs=o.logprobs) for p, o in zip(scored, outputs, strict=True)]
-            if self.objective.routing == "trainer":
-                scored = [replace(p, routing=o.routing) for p, o in zip(scored, outputs, strict=True)]
-        return self._score_by_reference(scored) if "ref" in needs else scored
-
-    def _score_by_reference(self, packs: Sequence[Experience]) -> list[Experience]:
-        """The packs with the reference's log-probs; it chooses its own experts."""
-        free = [replace(pack, routing=None) for pack in packs]
-        scores = self.learner.score_reference(free, self.reference)
-        return [replace(pack, ref_logprobs=score) for pack, score in zip(packs, scores, strict=True)]
+        return score_packs(packs, needs, self.learner, self.objective, self.reference)
 
     @property
     def has_held_out(self) -> bool:
@@ -370,16 +377,9 @@ class OnlineTrainer(TrainingLoop):
         return super().state() | {
             "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
-            "reward_failures": self._failures_of_ranks(),
+            "reward_failures": failures_of_ranks(self._position["failures"], self.rewards.names, self.gather),
             "objective": self.objective.state(),
         }
-
-    def _failures_of_ranks(self) -> list[list[tuple[str, str, int]]]:
-        """Failed calls of each rank's rewards; every rank calls this together."""
-        keys = [(name, kind) for name in self.rewards.names for kind in FAILURE_KINDS]
-        own = torch.tensor([[self._position["failures"][key] for key in keys]], device=self.learner.device)
-        counts = self.accelerator.gather(own).tolist()
-        return [[(*key, n) for key, n in zip(keys, row, strict=True) if n] for row in counts]
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; the engine takes over the restored weights.

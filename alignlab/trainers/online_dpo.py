@@ -67,6 +67,10 @@ class OnlineDPOTrainer(OnlineTrainer):
         """Every pair of the step weighs the same."""
         return pair_mean
 
+    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which groups [P] have a better and a worse completion."""
+        return torch.tensor([self.pair(rollout) is not None for rollout in rollouts])
+
     def pair(self, rollout: Rollout) -> tuple[int, int] | None:
         """Places of the best and the worst completion; None where fewer than two can be told apart."""
         [teaches] = self.teaches([rollout]).tolist()

@@ -31,6 +31,7 @@ from alignlab.trainers.learner import CriticLearner, Learner
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
+from alignlab.trainers.rollout_metrics import extremes
 from alignlab.types import Experience, Rollout
 
 
@@ -70,6 +71,14 @@ class PPOTrainer(OnlineTrainer):
     def learners(self) -> dict[str, Learner]:
         """Policy and critic."""
         return super().learners | {"critic-": self.critic_learner}
+
+    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which groups [P] have a completion to train on, of a step whose rewards are not all equal: a critic of equal
+        rewards can but learn that number, and the policy nothing. A step of a single completion counts."""
+        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
+        low, high = extremes(rewards, self.gather)
+        differ = low < high or self.config.num_prompts * self.config.group_size == 1
+        return self.trainable(rollouts).any(dim=1) & differ
 
     @property
     def weigh(self) -> Weigh:

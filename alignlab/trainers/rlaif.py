@@ -377,6 +377,7 @@ class RLAIFTrainer:
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
             base_model=self.base_model, summary={"questions": dict(self.judge.counts)},
+            verdict=result.verdict,
         )  # fmt: skip
 
     def _keep(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ from alignlab.data.prompts import count_or_raise, split_row
 from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
 from alignlab.trainers.distill import DistillTrainer
@@ -100,6 +100,7 @@ class RunSummary:
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
+            **self.result.verdict.to_json(),
             kind: str(self.result.model_path),
         }
 
@@ -107,8 +108,12 @@ class RunSummary:
 def _headline(result: Evaluation | None) -> dict[str, float] | None:
     if result is None:
         return None
-    names = {EvaluationResult: ("greedy", "sampled"), LikelihoodResult: ("loss", "perplexity")}
-    return {name: round(getattr(result, name), 4) for name in names.get(type(result), ("accuracy",))}
+    if isinstance(result, LikelihoodResult):
+        return {name: round(getattr(result, name), 4) for name in ("loss", "perplexity")}
+    if not isinstance(result, EvaluationResult):
+        return {"accuracy": round(result.accuracy, 4)}
+    counts = {} if result.num_judged is None else {"num_judged": result.num_judged}
+    return {"greedy": round(result.greedy, 4), "sampled": round(result.sampled, 4), **counts}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
@@ -143,7 +148,15 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         trainer.base_model = config.model.name
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
-    result = trainer.train(resume=resume)
+    try:
+        result = trainer.train(resume=resume)
+    except NothingLearntError as error:
+        error.summary = _summary(config, error.result).to_json()
+        raise
+    return _summary(config, result)
+
+
+def _summary(config: RunConfig, result: TrainResult) -> RunSummary:
     return RunSummary(_task(config.data), result, trains_adapter=is_adapter(str(result.model_path)))
 
 

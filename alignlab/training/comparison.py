@@ -14,10 +14,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.errors import RewardError
 from alignlab.functional.estimators import mcnemar_exact, mcnemar_interval, paired_bootstrap, sign_flip_test
 from alignlab.training.evaluation import EvaluatedProblem, EvaluationResult
 from alignlab.training.files import publish
-from alignlab.training.report import completions_table, evenly_spaced
+from alignlab.training.report import completions_table, evenly_spaced, problems_judged
 
 LEVEL = 0.95
 DIGITS = 4
@@ -93,11 +94,19 @@ class Difference:
 
 
 def difference(first: EvaluationResult, other: EvaluationResult) -> Difference:
-    """The other less the first, problem by problem. Both must be of the same problems and number of samples."""
+    """The other less the first, problem by problem, over those that are judged for both. Both must be of the same
+    problems and number of samples.
+
+    Raises:
+        RewardError: the scorer applies to no problem for both.
+    """
     pairs = list(zip(first.samples, other.samples, strict=True))
     assert first.num_samples == other.num_samples and all(a.prompt == b.prompt for a, b in pairs)
-    num_gained = sum(b.greedy_correct and not a.greedy_correct for a, b in pairs)
-    num_lost = sum(a.greedy_correct and not b.greedy_correct for a, b in pairs)
+    pairs = [(a, b) for a, b in pairs if a.greedy_correct is not None and b.greedy_correct is not None]
+    if not pairs:
+        raise RewardError("the scorer applies to no problem for both of two models; choose another evaluation.scorer")
+    num_gained = sum(bool(b.greedy_correct) and not a.greedy_correct for a, b in pairs)
+    num_lost = sum(bool(a.greedy_correct) and not b.greedy_correct for a, b in pairs)
     sampled = [(b.num_correct - a.num_correct) / first.num_samples for a, b in pairs]
     interval = mcnemar_interval(num_gained, num_lost, len(pairs), level=LEVEL)
     greedy = Change((num_gained - num_lost) / len(pairs), *interval, mcnemar_exact(num_gained, num_lost))
@@ -153,7 +162,7 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
         "bootstrap interval, both over problems."
     )
     table = Table(
-        title=f"{first.num_problems} problems, {first.num_samples} samples each",
+        title=f"{problems_judged(first)} problems, {first.num_samples} samples each",
         caption=Text(caption), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )
     table.add_column("model", overflow="fold", min_width=8)
@@ -197,7 +206,7 @@ def _count(number: int) -> str:
 def told_apart(policies: Sequence[MeasuredPolicy]) -> list[int]:
     """The problems that some policies answer right and others wrong, greedily."""
     verdicts = zip(*([p.greedy_correct for p in policy.result.samples] for policy in policies), strict=True)
-    return [i for i, each in enumerate(verdicts) if len(set(each)) > 1]
+    return [i for i, each in enumerate(verdicts) if len(set(each) - {None}) > 1]
 
 
 def told_apart_table(policies: Sequence[MeasuredPolicy], count: int) -> Table:

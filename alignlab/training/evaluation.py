@@ -14,10 +14,13 @@ from alignlab.config.rollout import SamplingSettings
 from alignlab.errors import ConfigError, RewardError
 from alignlab.functional.estimators import pass_at_k
 from alignlab.training.model_reward import ModelReward
+from alignlab.training.reward_columns import check_columns
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
 
+_Judged = tuple[list[bool | None], list[bool | None]] | None
+"""Whether a problem's greedy completion and its sampled ones are right; None where the scorer does not apply."""
 ANSWER_COLUMN = "answer"
 RIGHT = 1.0
 KEPT_TEXTS = 4
@@ -32,31 +35,32 @@ class EvaluatedProblem:
         prompt: the problem's text.
         answer: the row's `answer` column; None where there is none.
         greedy: the greedy completion's text.
-        greedy_correct: whether the scorer calls it right.
+        greedy_correct: whether the scorer calls it right; None where the scorer does not apply to the problem.
         sampled: texts of the first few sampled completions.
-        num_correct: of all sampled completions, how many are right.
+        num_correct: of all sampled completions, how many are right; 0 where the scorer does not apply.
     """
 
     prompt: str
     answer: str | None
     greedy: str
-    greedy_correct: bool
+    greedy_correct: bool | None
     sampled: tuple[str, ...]
     num_correct: int
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Accuracy over a set of problems, each a fraction in [0, 1].
+    """Accuracy over the problems of a set that the scorer applies to, each a fraction in [0, 1].
 
     Attributes:
         greedy: problems whose greedy completion the scorer values at exactly 1.
         sampled: sampled completions that it values at exactly 1.
         strict_greedy, strict_sampled: completions that are the answer and nothing else; None without an answer column.
         pass_at: by k, the unbiased estimate that at least one of k sampled completions is right.
-        num_problems, num_samples: problems, and sampled completions of each.
+        num_problems, num_samples: problems asked, and sampled completions of each.
         samples: what was said to each problem, in the order of the problems.
         greedy_tokens, sampled_tokens: mean length of a completion; None where it was not counted.
+        num_judged: problems that the scorer applies to, of which the fractions are; None for all.
     """
 
     greedy: float
@@ -69,6 +73,12 @@ class EvaluationResult:
     samples: tuple[EvaluatedProblem, ...] = field(default=(), repr=False)
     greedy_tokens: float | None = None
     sampled_tokens: float | None = None
+    num_judged: int | None = None
+
+    @property
+    def judged(self) -> int:
+        """Problems that the fractions are of."""
+        return self.num_problems if self.num_judged is None else self.num_judged
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -83,12 +93,14 @@ class EvaluationResult:
         return cls(**dict(value) | {"pass_at": {int(k): v for k, v in value["pass_at"].items()}, "samples": samples})
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as they are logged: eval/greedy, eval/sampled, eval/pass@k and, where known, the strict ones."""
+        """The numbers, as they are logged: eval/greedy, eval/sampled, eval/pass@k and, where known, the strict ones;
+        eval/num_judged where the scorer does not apply to all problems."""
         named = {
             "eval/greedy": self.greedy,
             "eval/sampled": self.sampled,
             "eval/strict_greedy": self.strict_greedy,
             "eval/strict_sampled": self.strict_sampled,
+            "eval/num_judged": self.num_judged,
         }
         passes = {f"eval/pass@{k}": value for k, value in self.pass_at.items()}
         return {name: value for name, value in named.items() if value is not None} | passes
@@ -215,7 +227,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Answer every problem once greedily and `num_samples` times at random, and count what is right.
 
-    A completion is right where the scorer's value is exactly 1; partial credit is not right.
+    A completion is right where the scorer's value is exactly 1; partial credit is not right. A problem is judged where
+    the scorer applies to all completions of it: the others, such as those of another task, are counted and left out.
 
     Args:
         sampling: of the sampled pass; the greedy one differs in its temperature, 0, alone.
@@ -224,8 +237,8 @@ def evaluate(
         time_limit_s: for one call of the scorer on all completions of a pass.
 
     Raises:
-        ConfigError: there are no problems, or a k is out of range.
-        RewardError: the scorer fails, or has no opinion on a completion: an accuracy must not hide that.
+        ConfigError: there are no problems, a k is out of range, or the scorer needs a column that they do not have.
+        RewardError: the scorer fails, or applies to no problem: an accuracy must not hide that.
     """
     require_scorer(scorer)
     if not prompts:
@@ -236,27 +249,43 @@ def evaluate(
             f"evaluation.pass_at holds {wrong[0]}, and each k must be from 1 to num_samples ({num_samples}); "
             "raise num_samples or lower k"
         )
+    check_columns([scorer], prompts, data="the evaluation data")
     greedy_sampling = sampling.model_copy(update={"temperature": 0.0})
     greedy = engine.generate(prompts, greedy_sampling.params(n=1, seed=seed))
     sampled = engine.generate(prompts, sampling.params(n=num_samples, seed=seed))
-    greedy_right = _right(greedy, scorer, time_limit_s)
-    sampled_right = _right(sampled, scorer, time_limit_s)
-    num_correct = [sum(group) for group in sampled_right]
+    values = zip(_right(greedy, scorer, time_limit_s), _right(sampled, scorer, time_limit_s), strict=True)
+    judged = [None if None in (*one, *many) else (one, many) for one, many in values]
+    places = _places(judged, scorer)
+    greedy_right = [one for one, _ in filter(None, judged)]
+    sampled_right = [many for _, many in filter(None, judged)]
     return EvaluationResult(
         greedy=_mean(greedy_right),
         sampled=_mean(sampled_right),
-        strict_greedy=_strict_accuracy(greedy),
-        strict_sampled=_strict_accuracy(sampled),
-        pass_at={k: fmean(pass_at_k(num_samples, count, k) for count in num_correct) for k in pass_at},
+        strict_greedy=_strict_accuracy([greedy[i] for i in places]),
+        strict_sampled=_strict_accuracy([sampled[i] for i in places]),
+        pass_at={k: fmean(pass_at_k(num_samples, sum(map(bool, many)), k) for many in sampled_right) for k in pass_at},
         num_problems=len(prompts),
         num_samples=num_samples,
-        samples=tuple(
-            _problem(one, many, right=right[0], num_correct=count)
-            for one, many, right, count in zip(greedy, sampled, greedy_right, num_correct, strict=True)
-        ),
+        samples=tuple(_problem(*each) for each in zip(greedy, sampled, judged, strict=True)),
         greedy_tokens=_mean_tokens(greedy),
         sampled_tokens=_mean_tokens(sampled),
+        num_judged=None if len(places) == len(prompts) else len(places),
     )
+
+
+def _places(judged: Sequence[_Judged], scorer: LoadedReward) -> list[int]:
+    """Which problems are judged.
+
+    Raises:
+        RewardError: none is.
+    """
+    places = [i for i, known in enumerate(judged) if known is not None]
+    if not places:
+        raise RewardError(
+            f"the scorer of an evaluation must value the completions of some problems, and {scorer.name} gave None for "
+            f"each of {len(judged)}; choose another evaluation.scorer, or other eval_data"
+        )
+    return places
 
 
 def require_scorer(scorer: LoadedReward) -> None:
@@ -272,8 +301,8 @@ def require_scorer(scorer: LoadedReward) -> None:
         )
 
 
-def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool]]:
-    """Whether each completion of each problem is right."""
+def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: float) -> list[list[bool | None]]:
+    """Whether each completion of each problem is right; None where the scorer does not apply."""
     runner = RewardRunner([scorer], RewardLimits(time_limit_s=time_limit_s, max_failures=0))
     try:
         scored = runner.score(rollouts)
@@ -283,16 +312,8 @@ def _right(rollouts: Sequence[Rollout], scorer: LoadedReward, time_limit_s: floa
         ) from error
     finally:
         runner.close()
-    return [[_is_right(value, rollout, scorer) for value in rollout.reward_parts[scorer.name]] for rollout in scored]
-
-
-def _is_right(value: float | None, rollout: Rollout, scorer: LoadedReward) -> bool:
-    if value is None:
-        raise RewardError(
-            f"the scorer of an evaluation must value every completion, and {scorer.name} gave none for a completion of "
-            f"row {rollout.prompt.index}; choose another evaluation.scorer, or leave such rows out of eval_data"
-        )
-    return value == RIGHT
+    values = [rollout.reward_parts[scorer.name] for rollout in scored]
+    return [[None if value is None else value == RIGHT for value in group] for group in values]
 
 
 def _strict_accuracy(rollouts: Sequence[Rollout]) -> float | None:
@@ -305,21 +326,22 @@ def _is_answer(prompt: Prompt, completion: Completion) -> bool:
     return completion.text.strip() == str(prompt.columns[ANSWER_COLUMN]).strip()
 
 
-def _mean(right: Sequence[Sequence[bool]]) -> float:
-    return fmean(value for group in right for value in group)
+def _mean(right: Sequence[Sequence[bool | None]]) -> float:
+    return fmean(bool(value) for group in right for value in group)
 
 
 def _mean_tokens(rollouts: Sequence[Rollout]) -> float:
     return fmean(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
 
 
-def _problem(greedy: Rollout, sampled: Rollout, *, right: bool, num_correct: int) -> EvaluatedProblem:
+def _problem(greedy: Rollout, sampled: Rollout, judged: _Judged) -> EvaluatedProblem:
     answer = greedy.prompt.columns.get(ANSWER_COLUMN)
+    one, many = judged or ([None], [])
     return EvaluatedProblem(
         prompt=message_text(greedy.prompt.text),
         answer=None if answer is None else str(answer),
         greedy=greedy.completions[0].text,
-        greedy_correct=right,
+        greedy_correct=one[0],
         sampled=tuple(completion.text for completion in sampled.completions[:KEPT_TEXTS]),
-        num_correct=num_correct,
+        num_correct=sum(map(bool, many)),
     )

@@ -19,6 +19,7 @@ from rich.text import Text
 SHOWN = {
     "reward": ("reward", "{:.3f}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "informative_frac": ("informative", "{:.2f}"),
     "loss": ("loss", "{:.4f}"),
     "kl": ("KL", "{:.4f}"),
     "entropy": ("entropy", "{:.3f}"),

@@ -23,6 +23,7 @@ from alignlab.training.evaluation import (
     PreferenceResult,
 )
 from alignlab.training.files import write_atomically
+from alignlab.training.learning_signal import Verdict
 from alignlab.training.run_folder import RunFolder
 
 NUM_EXAMPLES = 4
@@ -59,6 +60,7 @@ class RunReport:
             --prompt-template TEXT, --plain.
         use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
+        verdict: whether anything was learnt, and why not.
     """
 
     title: str
@@ -72,6 +74,7 @@ class RunReport:
     generate_options: tuple[str, ...] = ()
     use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
 
     @property
     def command(self) -> str | None:
@@ -100,6 +103,7 @@ class RunReport:
             "model": None if self.model is None else str(self.model),
             "base_model": self.base_model,
             "command": self.command,
+            **self.verdict.to_json(),
             **self.summary,
         }
 
@@ -124,6 +128,10 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
     for name, path in (("adapter", report.adapter), ("model", report.model)):
         if path is not None:
             _show(console, name, str(path))
+    for text in report.verdict.warnings:
+        _show(console, "warning", text)
+    if report.verdict.reason is not None:
+        _show(console, "no success", report.verdict.reason)
     if report.command is not None:
         _show(console, "use it", report.command)
 
@@ -171,7 +179,7 @@ def _change_table(before: Any, after: Any, measures: Mapping[str, str], *, title
 
 def accuracy_table(before: EvaluationResult, after: EvaluationResult, *, title: str = "") -> Table:
     """Accuracy on the held-out problems, before and after."""
-    samples = f"{before.num_problems} held-out problems, {before.num_samples} samples each"
+    samples = f"{problems_judged(before)} held-out problems, {before.num_samples} samples each"
     table = Table(title=f"{title}: {samples}" if title else samples, title_justify="left")
     table.add_column("accuracy")
     for column in ("before", "after", "change"):
@@ -217,7 +225,15 @@ def evenly_spaced(size: int, count: int) -> list[int]:
     return [i * size // count for i in range(count)]
 
 
+def problems_judged(result: EvaluationResult) -> str:
+    """How many problems the accuracy is of, and of how many, where the scorer did not apply to all."""
+    judged, total = result.judged, result.num_problems
+    return str(total) if judged == total else f"{judged} of {total}"
+
+
 def _verdict(problem: EvaluatedProblem) -> Text:
+    if problem.greedy_correct is None:
+        return Text("not judged: ").append(_cut(problem.greedy))
     mark, style = ("right", "green") if problem.greedy_correct else ("wrong", "red")
     return Text(f"{mark}: ", style=style).append(_cut(problem.greedy), style="default")
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -85,6 +85,19 @@ def in_caller(function: Callable[[], Any]) -> Future[Any]:
     except Exception as error:
         future.set_exception(error)
     return future
+
+
+async def contained(awaitable: Awaitable[Any]) -> Any:
+    """Await it, and turn an attempt to end the process into a failure: it would end the event loop instead, and all
+    that runs on it.
+
+    Raises:
+        RewardFailure: it raised SystemExit or KeyboardInterrupt.
+    """
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RewardFailure("raised", f"{type(error).__name__}: {error}") from error
 
 
 def in_thread(function: Callable[[], Any]) -> Future[Any]:

@@ -1,4 +1,5 @@
-"""Reward functions found by name: an installed plug-in, a dotted path, a file, or a live callable."""
+"""Reward functions found by name: an installed plug-in, a dotted path, a file, a reward model's folder, or a live
+callable."""
 
 from __future__ import annotations
 
@@ -7,18 +8,24 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import math
+import numbers
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
 
 ENTRY_POINT_GROUP = "alignlab.rewards"
+REWARD_MODEL = "reward_model"
 _GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
@@ -44,15 +51,16 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     """Find a reward function and check its options against its signature.
 
     A name is looked up, in this order, as `file.py:function` (relative to the working directory), as an installed
-    plug-in (entry points of the group "alignlab.rewards"), and as `package.module.function`.
+    plug-in (entry points of the group "alignlab.rewards"), as the local folder of a reward model, which is the plug-in
+    `reward_model` with that folder for its option `model`, and as `package.module.function`.
 
     Raises:
         ConfigError: there is no such function, it cannot be imported, or an option is unknown to it.
     """
     if not isinstance(reward, RewardSettings):
-        if not callable(reward):
-            raise ConfigError(f"a reward must be a callable or RewardSettings, and is {reward!r}; pass one of these")
+        _check_callable(reward)
         return LoadedReward(_callable_name(reward), reward)
+    reward = _of_model(reward)
     function = _find(reward.name)
     if not callable(function):
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
@@ -60,6 +68,27 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     if inspect.isclass(function):
         return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight)
     return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options))
+
+
+def load_weighted(reward: Any, weight: Any) -> LoadedReward:
+    """Find the reward of a pair (reward, weight), the reward being a name or a callable.
+
+    Raises:
+        ConfigError: the weight is no finite number, the settings have one of their own, or as `load_reward`.
+    """
+    is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight):
+        raise ConfigError(
+            f"the weight of a reward must be a finite number, and is {weight!r}; write it as (reward, weight), such as "
+            "(my_reward, 0.5)"
+        )
+    if isinstance(reward, RewardSettings):
+        raise ConfigError(
+            f"the reward {reward.name!r} has two weights, {reward.weight:g} in its RewardSettings and {weight:g} "
+            "beside them; give it in RewardSettings(weight=...) alone"
+        )
+    loaded = load_reward(RewardSettings(name=reward) if isinstance(reward, str) else reward)
+    return replace(loaded, weight=float(weight))
 
 
 def installed_rewards() -> dict[str, EntryPoint]:
@@ -75,6 +104,16 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] 
         return None
 
 
+def required(known: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names of the parameters that a call must give."""
+    return [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+
+
 def accepts_any(known: Mapping[str, inspect.Parameter]) -> bool:
     """Whether there is a `**columns` among the parameters."""
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
@@ -87,6 +126,12 @@ def _find(name: str) -> Any:
     installed = installed_rewards()
     if name in installed:
         return _imported(name, installed[name].load)
+    if Path(name).is_dir() or "/" in name:
+        raise ConfigError(
+            f"the reward model {name!r} must be a local folder of a reward model, and is none; train one with "
+            "trainer.type reward, or download a sequence-classification model of one label (hf download) and give its "
+            "folder"
+        )
     if "." in name or separator:
         return _imported(name, lambda: pkgutil.resolve_name(name))
     near = difflib.get_close_matches(name, installed, n=3, cutoff=0.4)
@@ -95,6 +140,36 @@ def _find(name: str) -> Any:
         f"a reward must be an installed plug-in, package.module.function or file.py:function, and {name!r} is none; "
         f"{hint}Installed: {', '.join(installed) or 'none'}"
     )
+
+
+def _check_callable(reward: Any) -> None:
+    """Refuse what is no reward function.
+
+    Raises:
+        ConfigError: it cannot be called, or is a model, which is called with token ids and knows no tokenizer.
+    """
+    if isinstance(reward, PreTrainedModel | PeftModel):
+        raise ConfigError(
+            f"a reward model is given by its folder, and reward_funcs holds a live {type(reward).__name__}, which has "
+            "no tokenizer; save both with save_pretrained(folder), and give the folder's name, or RewardSettings("
+            'name="reward_model", options={"model": folder})'
+        )
+    if not callable(reward):
+        raise ConfigError(
+            f"a reward must be a callable or RewardSettings, and is {reward!r}; pass one of these, or a pair "
+            "(callable, weight)"
+        )
+
+
+def _of_model(reward: RewardSettings) -> RewardSettings:
+    """The settings of the plug-in for reward models, where the name is the folder of one."""
+    if not Path(reward.name).is_dir():
+        return reward
+    from alignlab.models.reward_checkpoints import is_reward_model
+
+    if not is_reward_model(reward.name):
+        return reward
+    return reward.model_copy(update={"name": REWARD_MODEL, "options": {**reward.options, "model": reward.name}})
 
 
 def _imported(name: str, load: Callable[[], Any]) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
-import math
-import numbers
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,22 +18,22 @@ from alignlab.training.reward_calls import (
     CallerReward,
     RewardCall,
     RewardFailure,
+    contained,
     failed,
     in_caller,
     in_thread,
     is_async,
 )
-from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters
+from alignlab.training.reward_columns import RESERVED, missing_column
+from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters, required
+from alignlab.training.reward_values import clipped, number_of, values_of, weighted_sum
 from alignlab.types import Message, Rollout, Text
 
 logger = logging.getLogger(__name__)
 
 FAILURE_KINDS = (
-    "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "only None", "missing column",
+    "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "missing column",
 )  # fmt: skip
-_CLIP = 200
-_OF_TRL = ("trainer_state", "log_extra", "log_metric")
-_RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,11 @@ class _Batch:
             return given
         if "prompt_ids" in known:  # TRL gives none: only who names them gets them
             given["prompt_ids"] = [list(ids) for ids in self.prompt_ids]
-        self._refuse_missing([name for name in _required(known) if name not in given])
+        missing = [name for name in required(known) if name not in given]
+        if missing:
+            message = missing_column(reward.name, missing[0], list(self.columns), "the dataset")
+            raise RewardFailure("missing column", message)
         return given if accepts_any(known) else {name: given[name] for name in known if name in given}
-
-    def _refuse_missing(self, names: Sequence[str]) -> None:
-        of_trl = [name for name in names if name in _OF_TRL]
-        if of_trl:
-            raise RewardFailure(
-                "missing column", f"requires {of_trl[0]}, which TRL passes and alignlab does not; give it a default"
-            )
-        if names:
-            raise RewardFailure(
-                "missing column",
-                f"requires {', '.join(names)}, and the dataset has only {', '.join(self.columns) or 'no columns'}; "
-                "add the column, or set the reward's option of that name",
-            )
 
 
 class RewardRunner:
@@ -91,15 +80,28 @@ class RewardRunner:
     everything. Signals do not work in a thread: a function must not use `signal.alarm`. Untrusted code needs a process
     of its own. A `CallerReward` runs in the caller's thread instead, without a limit.
 
+    None for a sample, or for all of a call, is no failure: the reward does not apply to it, as one does not apply to
+    the rows of another task.
+
+    Args:
+        columns: of the whole dataset; a column that no row of a call has is passed all the same, as None for each.
+
     Attributes:
         failures: failed calls by (name of the reward, kind), the kind one of `FAILURE_KINDS`.
         names: of the rewards, in order, made distinct by a number where two are the same.
+        last_failures: by name, how the last failed call of a reward is reported.
+        num_calls, num_worked: by name, calls since this start, and those among them of which anything could be used.
     """
 
-    def __init__(self, rewards: Sequence[LoadedReward], limits: RewardLimits) -> None:
+    def __init__(
+        self, rewards: Sequence[LoadedReward], limits: RewardLimits, *, columns: Sequence[str] = ()
+    ) -> None:
         self.rewards = _with_distinct_names(rewards)
-        self.limits = limits
+        self.limits, self.columns = limits, tuple(columns)
         self.failures: Counter[tuple[str, str]] = Counter()
+        self.last_failures: dict[str, str] = {}
+        self.num_calls: Counter[str] = Counter()
+        self.num_worked: Counter[str] = Counter()
         self._loop = LoopThread("alignlab-reward-loop")
 
     @property
@@ -124,9 +126,9 @@ class RewardRunner:
         A part is None where its function returned None or failed; a completion to which no part applies has reward nan.
 
         Raises:
-            RewardError: more calls have failed than `limits.max_failures`.
+            RewardError: more calls have failed than `limits.max_failures`, or a completion's sum is beyond a float.
         """
-        batch = _batch(rollouts)
+        batch = _batch(rollouts, self.columns)
         if not len(batch):
             return list(rollouts)
         parts = self._parts(batch)
@@ -144,8 +146,14 @@ class RewardRunner:
         self._loop.close()
 
     def _total(self, values: Sequence[float | None]) -> float:
-        applying = [r.weight * v for r, v in zip(self.rewards, values, strict=True) if v is not None]
-        return math.fsum(applying) if applying else math.nan
+        try:
+            return weighted_sum([reward.weight for reward in self.rewards], values)
+        except OverflowError:
+            given = ", ".join(f"{r.name} {v!r} x {r.weight:g}" for r, v in zip(self.rewards, values, strict=True))
+            raise RewardError(
+                f"the weighted sum of a completion's rewards must be a finite number, and is beyond a float: {given}; "
+                "scale the functions or their weights down"
+            ) from None
 
     def _parts(self, batch: _Batch) -> dict[str, list[float | None]]:
         """Values by reward, in the order of the rewards; asynchronous functions are started before the others run."""
@@ -163,7 +171,7 @@ class RewardRunner:
         except RewardFailure as error:
             return RewardCall(failed(error), limit_s)
         if is_async(reward.function):
-            return RewardCall(self._loop.submit(reward.function(**arguments)), limit_s)
+            return RewardCall(self._loop.submit(contained(reward.function(**arguments))), limit_s)
         run = in_caller if isinstance(reward.function, CallerReward) else in_thread
         return RewardCall(run(lambda: reward.function(**arguments)), limit_s)
 
@@ -172,7 +180,7 @@ class RewardRunner:
         try:
             result = call.result()
             if inspect.isawaitable(result):
-                call.future = self._loop.submit(result)
+                call.future = self._loop.submit(contained(result))
                 result = call.result()
         except RewardFailure as error:
             if error.kind == "timeout":
@@ -181,23 +189,23 @@ class RewardRunner:
         return result
 
     def _collect(self, reward: LoadedReward, call: RewardCall, batch: _Batch) -> list[float | None]:
+        self.num_calls[reward.name] += 1
         try:
-            values = _as_list(self._result(call), len(batch))
+            values = values_of(self._result(call), len(batch))
         except RewardFailure as error:
             self._count(reward.name, error, batch)
             return [None] * len(batch)
         checked: list[float | None] = []
-        first_bad: RewardFailure | None = None
+        failures: list[RewardFailure] = []
         for sample, value in enumerate(values):
             try:
-                checked.append(_as_number(value, sample))
+                checked.append(number_of(value, sample))
             except RewardFailure as error:
                 checked.append(None)
-                first_bad = first_bad or error
-        if first_bad is None and all(value is None for value in checked):
-            first_bad = RewardFailure("only None", "returned None for every sample, so it applies to none of them")
-        if first_bad is not None:
-            self._count(reward.name, first_bad, batch)
+                failures.append(error)
+        self.num_worked[reward.name] += len(failures) < len(values)
+        if failures:
+            self._count(reward.name, failures[0], batch)
         return checked
 
     def _count(self, name: str, failure: RewardFailure, batch: _Batch) -> None:
@@ -205,8 +213,9 @@ class RewardRunner:
         self.failures[name, failure.kind] += 1
         report = (
             f"reward {name!r} failed ({failure.kind}): {failure}; sample {failure.sample}: "
-            f"prompt {_clip(batch.prompts[failure.sample])}, completion {_clip(batch.completions[failure.sample])}"
+            f"prompt {clipped(batch.prompts[failure.sample])}, completion {clipped(batch.completions[failure.sample])}"
         )
+        self.last_failures[name] = report
         logger.warning(
             "%s [failure %d, %d are survived]", report, self.num_failures, self.limits.max_failures,
             exc_info=failure.__cause__,
@@ -219,35 +228,11 @@ class RewardRunner:
             ) from failure.__cause__
 
 
-def _as_list(result: Any, count: int) -> list[Any]:
-    """The result as a list of `count` values; a tensor or an array of numbers is one too."""
-    values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, list | tuple):
-        raise RewardFailure("not a list", f"must return a list, and returned {type(result).__name__}")
-    if len(values) != count:
-        raise RewardFailure("wrong count", f"must return {count} values, one a completion, and returned {len(values)}")
-    return list(values)
-
-
-def _as_number(value: Any, sample: int) -> float | None:
-    try:
-        plain = value.item() if hasattr(value, "item") else value
-        if plain is None:
-            return None
-        number = float(plain) if isinstance(plain, numbers.Real) else None
-    except (RuntimeError, ValueError, OverflowError):  # an array of several, an integer beyond a float
-        number = None
-    if number is None:
-        raise RewardFailure("not a number", f"returned {_clip(value)} ({type(value).__name__})", sample)
-    if not math.isfinite(number):
-        raise RewardFailure("not finite", f"returned {value}", sample)
-    return number
-
-
-def _batch(rollouts: Sequence[Rollout]) -> _Batch:
+def _batch(rollouts: Sequence[Rollout], columns: Sequence[str]) -> _Batch:
     """One entry a completion. A column that a row lacks is None there."""
     pairs = [(rollout.prompt, completion) for rollout in rollouts for completion in rollout.completions]
-    names = dict.fromkeys(name for prompt, _ in pairs for name in prompt.columns if name not in _RESERVED)
+    found = (name for prompt, _ in pairs for name in prompt.columns if name not in RESERVED)
+    names = dict.fromkeys([*found, *columns])
     return _Batch(
         prompts=[prompt.text for prompt, _ in pairs],
         completions=[_like_prompt(prompt.text, completion.text) for prompt, completion in pairs],
@@ -267,26 +252,16 @@ def _like_prompt(prompt: Text, completion: str) -> str | list[Message]:
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
-def _required(known: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Names of the parameters that a call must give."""
-    return [
-        name
-        for name, parameter in known.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-
-
 def _with_distinct_names(rewards: Sequence[LoadedReward]) -> tuple[LoadedReward, ...]:
-    seen: Counter[str] = Counter()
+    taken = {reward.name for reward in rewards}
+    seen: set[str] = set()
     distinct = []
     for reward in rewards:
-        seen[reward.name] += 1
-        number = seen[reward.name]
-        distinct.append(reward if number == 1 else replace(reward, name=f"{reward.name}_{number}"))
+        name = reward.name
+        if name in seen:
+            name = next(other for number in itertools.count(2) if (other := f"{reward.name}_{number}") not in taken)
+            reward = replace(reward, name=name)
+        seen.add(name)
+        taken.add(name)
+        distinct.append(reward)
     return tuple(distinct)
-
-
-def _clip(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _CLIP else f"{text[:_CLIP]}..."

@@ -161,7 +161,8 @@ def test_the_loss_starts_at_log_two(lora: Any, make_trainer: Make) -> None:
 
 def test_equal_policies_guess(make_trainer: Make) -> None:
     trainer = make_trainer(held_out=pairs(5, seed=1), num_steps=1, precompute_reference=False)
-    assert trainer.train().before.accuracy == 0.5
+    result = trainer.train()
+    assert result.before.accuracy == 0.5 and result.verdict.to_json() == {"learnt": True}
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo_mean"])

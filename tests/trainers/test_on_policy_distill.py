@@ -212,7 +212,9 @@ def test_the_reverse_kl_falls(
         group_size=16, learning_rate=4e-3 if lora else 2e-3, peft_config=lora,
         callbacks=[lambda _, __, metrics: found.append(metrics["reverse_kl"])],
     )
-    metrics = trainer.train().metrics
+    result = trainer.train()
+    metrics = result.metrics
+    assert result.verdict.learnt and metrics["informative_frac"] == 1, "a teacher judges completions without a reward"
     assert sum(found[-5:]) < 0.5 * sum(found[:5])
     assert "reward" not in metrics and "accuracy" not in metrics and metrics["ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics.get("unaligned_frac", 0.0) < 0.2

@@ -7,6 +7,7 @@ import pytest
 
 from alignlab.config.rollout import SamplingSettings
 from alignlab.errors import ConfigError, RewardError
+from alignlab.training.comparison import MeasuredPolicy, comparison_table, difference
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, SamplingParams
@@ -128,12 +129,46 @@ def test_a_failing_scorer_is_an_error_and_not_a_zero(caplog: pytest.LogCaptureFi
         run(ScriptedEngine(), broken)
 
 
-def test_a_scorer_without_an_opinion_is_an_error() -> None:
-    def shy(completions: list[str], **columns: Any) -> list[float | None]:
-        return [None, *[1.0] * (len(completions) - 1)]
+def on_even_answers(**given: Any) -> list[float | None]:
+    """As `last_number`, but None for problem 1."""
+    values = zip(last_number(**given), given["prompts"], strict=True)
+    return [None if prompt == "problem 1" else value for value, prompt in values]
 
-    with pytest.raises(RewardError, match=r"must value every completion, and last_number gave none .* row 0"):
-        run(ScriptedEngine(), shy)
+
+def test_accuracy_is_of_the_problems_that_the_scorer_applies_to() -> None:
+    result = run(ScriptedEngine(), on_even_answers)
+    # Problem 0: greedy right, 3 of 4 sampled; problem 2: greedy wrong, none sampled.
+    assert (result.greedy, result.sampled) == (0.5, 3 / 8)
+    assert (result.strict_greedy, result.strict_sampled) == (0.0, 2 / 8)
+    assert result.pass_at == {1: 3 / 8, 2: 0.5}
+    assert (result.num_problems, result.num_judged, result.judged) == (3, 2, 2)
+    assert result.metrics()["eval/num_judged"] == 2
+    verdicts = [(sample.greedy_correct, sample.num_correct) for sample in result.samples]
+    assert verdicts == [(True, 3), (None, 0), (False, 0)]
+    assert EvaluationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_differences_are_of_the_problems_judged_for_both() -> None:
+    whole, part = run(ScriptedEngine()), run(ScriptedEngine(), on_even_answers)
+    assert difference(whole, part).greedy.value == 0 and difference(whole, part).num_lost == 0
+    table = comparison_table([MeasuredPolicy("a", "a", part, 1, 1.0)])
+    assert "2 of 3 problems" in str(table.title)
+
+
+def test_a_scorer_that_applies_to_no_problem_is_an_error() -> None:
+    def silent(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    with pytest.raises(RewardError, match=r"last_number gave None for each of 3; choose another evaluation.scorer"):
+        run(ScriptedEngine(), silent)
+
+
+def test_a_scorer_whose_column_is_missing_is_refused_before_anything_is_generated() -> None:
+    engine = ScriptedEngine()
+    prompts = [Prompt((1,), "problem", 0, {"solution": 4})]
+    with pytest.raises(ConfigError, match=r"requires answer, and the evaluation data has only solution"):
+        run(engine, prompts=prompts)
+    assert not engine.asked
 
 
 def test_no_problems_and_impossible_k_are_refused() -> None:

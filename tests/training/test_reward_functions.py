@@ -1,4 +1,6 @@
 import functools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,9 @@ from alignlab_rewards.exact_match import exact_match
 
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
+from alignlab.models.checkpoints import new_model
+from alignlab.trainers.assemble import resolve_rewards
+from alignlab.training.model_reward import ModelReward
 from alignlab.training.reward_functions import installed_rewards, load_reward
 
 SHIPPED = {"math_answer", "reasoning_gym_answer", "exact_match", "regex_format", "length", "repetition", "combine"}
@@ -102,3 +107,45 @@ def test_an_unknown_option_names_the_known(name: str, option: str, named: str) -
 def test_what_is_no_reward_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a callable"):
         load_reward("length")  # type: ignore[arg-type]
+
+
+def test_a_weight_beside_a_callable_or_a_name() -> None:
+    first, second, third = resolve_rewards([(own_reward, 0.5), ("exact_match", 2), own_reward])
+    assert (first.name, first.function, first.weight) == ("own_reward", own_reward, 0.5)
+    assert (second.name, second.weight, third.weight) == ("exact_match", 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "named"),
+    [
+        ((own_reward, 0.5), r"holds the number 0.5, which is no reward; .* reward_funcs=\[\(my_reward, 0.5\)\]"),
+        ([(own_reward, "0.5")], "the weight of a reward must be a finite number, and is '0.5'"),
+        ([(own_reward, math.nan)], "must be a finite number, and is nan"),
+        ([(own_reward, True)], "must be a finite number, and is True"),
+        ([(RewardSettings(name="length", weight=2.0), 0.5)], "'length' has two weights, 2 in .* and 0.5 beside"),
+        ([("exact_mach", 0.5)], "did you mean 'exact_match'"),
+    ],
+)
+def test_a_weight_that_cannot_be_meant_is_refused(rewards: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        resolve_rewards(rewards)
+
+
+def test_a_folder_of_a_reward_model_is_that_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "model_type": "llama"})
+    )
+    [loaded] = resolve_rewards(str(tmp_path))
+    assert isinstance(loaded.function, ModelReward) and loaded.function.path == str(tmp_path)
+    options = {"tokens_per_microbatch": 7}
+    named = load_reward(RewardSettings(name=str(tmp_path), weight=0.5, options=options))
+    assert isinstance(named.function, ModelReward) and (named.weight, named.function.budget) == (0.5, 7)
+
+
+def test_what_is_no_local_reward_model_is_refused_with_the_fix(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "some/Reward-Model"):
+        with pytest.raises(ConfigError, match="must be a local folder of a reward model, and is none; train one"):
+            resolve_rewards(name)
+    model = new_model({"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}, vocab_size=8)
+    with pytest.raises(ConfigError, match=r"live PolicyForCausalLM, which has no tokenizer; save both .*reward_model"):
+        resolve_rewards([model])

@@ -1,4 +1,6 @@
 import asyncio
+import decimal
+import fractions
 import logging
 import math
 import re
@@ -6,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -74,6 +78,62 @@ def test_nan_where_no_part_applies(make: Make) -> None:
     scored = runner.score(PAIR)
     assert same([x for r in scored for x in r.rewards], [math.nan, 1.0, math.nan, 1.0])
     assert runner.num_failures == 0
+
+
+def test_none_for_every_sample_is_no_failure(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A batch may hold rows of another task alone."""
+    runner = make(lambda completions, **columns: [None] * len(completions), max_failures=0)
+    for _ in range(3):
+        assert all(math.isnan(reward) for rollout in runner.score(PAIR) for reward in rollout.rewards)
+    assert runner.num_failures == 0 and not caplog.records
+    assert runner.num_calls["<lambda>"] == runner.num_worked["<lambda>"] == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([math.nan, 1.0, math.nan, 0.5]), torch.tensor([math.nan, 1.0, math.nan, 0.5]),
+        pd.Series([None, 1.0, None, 0.5]), pd.Series([pd.NA, 1.0, pd.NA, 0.5], dtype="Float64"),
+        pd.Series([None, 1, None, 0.5], dtype=object),
+    ],
+)
+def test_nan_of_an_array_which_holds_no_none_does_not_apply(make: Make, values: Any) -> None:
+    runner = make(LoadedReward("array", lambda **columns: values))
+    assert [rollout.reward_parts["array"] for rollout in runner.score(PAIR)] == [(None, 1.0), (None, 0.5)]
+    assert runner.num_failures == 0
+
+
+def test_a_column_of_the_dataset_that_no_row_of_a_call_has_is_passed_as_none(make: Make) -> None:
+    def reward(completions: list[str], tests: list[Any], **columns: Any) -> list[float | None]:
+        assert tests == [None, None] and columns["answer"] == ["y", "y"]
+        return [None, 1.0]
+
+    runner = make(reward)
+    runner.columns = ("tests", "answer")
+    assert runner.score(PAIR[1:])[0].reward_parts["reward"] == (None, 1.0)
+    assert runner.num_failures == 0
+
+
+def test_the_event_loop_survives_a_reward_that_exits(make: Make) -> None:
+    runner = make(async_exiting, async_lengths)
+    for calls in (1, 2):
+        assert runner.score(PAIR)[0].reward_parts == {"async_exiting": (None, None), "async_lengths": (1.0, 2.0)}
+        assert runner.failures == {("async_exiting", "raised"): calls}
+
+
+def test_calls_that_worked_are_counted(make: Make) -> None:
+    """A call of which anything could be used has worked."""
+    runner = make(raising, LoadedReward("partly", lambda **columns: [1.0, "x", None, None]))
+    runner.score(PAIR)
+    assert runner.num_calls == {"raising": 1, "partly": 1} and +runner.num_worked == {"partly": 1}
+    assert runner.num_failures == 2 and "KeyError" in runner.last_failures["raising"]
+
+
+def test_a_sum_beyond_a_float_is_named(make: Make) -> None:
+    large = [LoadedReward(name, lambda **columns: [1e308] * 4) for name in ("large", "too")]
+    runner = make(*large)
+    with pytest.raises(RewardError, match=r"beyond a float: large 1e\+308 x 1, too 1e\+308 x 1; scale"):
+        runner.score(PAIR)
 
 
 def test_functions_get_what_trl_gives_them(make: Make) -> None:
@@ -172,11 +232,16 @@ def test_the_event_loop_lives_on_between_calls(make: Make) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [(1, 2, 3, 4), [True, False, True, True], torch.tensor([1.0, 2.0, 3.0, 4.0]), [torch.tensor(1.0)] * 4],
+    [
+        (1, 2, 3, 4), [True, False, True, True], torch.tensor([1.0, 2.0, 3.0, 4.0]), [torch.tensor(1.0)] * 4,
+        [torch.tensor([1.0])] * 4, np.array([True, False, True, True]), [np.bool_(True)] * 4, [np.float16(0.5)] * 4,
+        [decimal.Decimal("0.5")] * 4, [fractions.Fraction(1, 4)] * 4,
+        pd.Series([1.0, 2.0, 3.0, 4.0], index=[4, 5, 6, 7]),
+    ],
 )
 def test_numbers_of_any_kind(make: Make, values: Any) -> None:
     runner = make(lambda completions, **columns: values)
-    first, second = (float(value) for value in values[:2])
+    first, second = (float(value) for value in list(values)[:2])
     assert runner.score(PAIR)[0].rewards == (first, second)
     assert runner.num_failures == 0
 
@@ -193,6 +258,18 @@ def needing(completions: list[str], gold: list[str], **columns: Any) -> list[flo
     return [0.0] * len(completions)
 
 
+def interrupting(**columns: Any) -> list[float]:
+    raise KeyboardInterrupt
+
+
+async def async_exiting(**columns: Any) -> list[float]:
+    raise SystemExit(3)
+
+
+async def async_interrupting(**columns: Any) -> list[float]:
+    raise KeyboardInterrupt
+
+
 async def async_raising(**columns: Any) -> list[float]:
     raise KeyError("the sky")
 
@@ -205,13 +282,19 @@ FAILING = [
     (raising, "raised", "KeyError: 'the sky'"),
     (async_raising, "raised", "KeyError: 'the sky'"),
     (exiting, "raised", "SystemExit: 3"),
+    (interrupting, "raised", "KeyboardInterrupt"),
+    (async_exiting, "raised", "SystemExit: 3"),
+    (async_interrupting, "raised", "KeyboardInterrupt"),
     (cancelled, "raised", "was cancelled"),
     (needing, "missing column", "requires gold, and the dataset has only answer, only"),
     (lambda **columns: [1.0] * 3, "wrong count", "must return 4 values.*returned 3"),
     (lambda **columns: 1.0, "not a list", "returned float"),
     (lambda **columns: None, "not a list", "returned NoneType"),
     (lambda **columns: torch.tensor(1.0), "not a list", "returned Tensor"),
-    (lambda **columns: [None] * 4, "only None", "None for every sample"),
+    (lambda **columns: {1.0, 2.0, 3.0, 4.0}, "not a list", "returned set"),
+    (lambda **columns: (x for x in (1.0, 2.0, 3.0, 4.0)), "not a list", "returned generator"),
+    (lambda **columns: "1234", "not a list", "returned str"),
+    (lambda **columns: np.ones((4, 1)), "not a number", r"returned \[1.0\] \(list\)"),
 ]
 
 
@@ -232,7 +315,11 @@ def test_a_failed_call_is_reported_counted_and_survived(
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(math.nan, "not finite"), (-math.inf, "not finite"), ("1", "not a number"), ([1.0], "not a number")],
+    [
+        (math.nan, "not finite"), (-math.inf, "not finite"), ("1", "not a number"), ([1.0], "not a number"),
+        (1j, "not a number"), (decimal.Decimal("1e999"), "not finite"), (10**400, "not finite"),
+        (decimal.Decimal("sNaN"), "not a number"),
+    ],
 )
 def test_a_bad_value_fails_its_sample_alone(
     make: Make, value: Any, kind: str, caplog: pytest.LogCaptureFixture
@@ -323,6 +410,7 @@ def test_long_samples_are_clipped_in_reports(make: Make, caplog: pytest.LogCaptu
 def test_rewards_of_one_name_are_told_apart(make: Make) -> None:
     runner = make(lengths, lengths)
     assert runner.names == ("lengths", "lengths_2")
+    assert make(lengths, lengths, LoadedReward("lengths_2", even)).names == ("lengths", "lengths_3", "lengths_2")
     assert runner.score(PAIR)[0].reward_parts == {"lengths": (1.0, 2.0), "lengths_2": (1.0, 2.0)}
 
 
