@@ -16,6 +16,9 @@ MAX_GSPO_CLIP = 0.05
 
 MAX_VLLM_TEMPERATURE = 2.0
 
+# Corrections whose weight is an importance ratio, and no mere mask.
+IMPORTANCE_WEIGHTS = ("token_tis", "icepop", "sequence_tis", "sequence_mis")
+
 # Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
 IGNORED_BY = {
     "reinforce": ("clip_low", "clip_high", "dual_clip"),
@@ -99,8 +102,9 @@ def check_staleness(config: PolicyGradientConfig) -> None:
     """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
     that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
     behind, correction = max_staleness(config.rollout), config.mismatch.correction
-    if behind and correction not in ("auto", "token_tis", "icepop"):
-        must = f"be token_tis or icepop with rollout.max_staleness {behind}: tokens of older weights must be weighted"
+    if behind and correction not in ("auto", *IMPORTANCE_WEIGHTS):
+        known = f"{', '.join(IMPORTANCE_WEIGHTS[:-1])} or {IMPORTANCE_WEIGHTS[-1]}"
+        must = f"be {known} with rollout.max_staleness {behind}: tokens of older weights must be weighted"
         raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 0")
 
 

@@ -222,8 +222,8 @@ def test_preferences_need_no_rewards():
 def test_tokens_of_older_weights_must_be_weighted():
     servers = {"engine": "vllm_server", "max_staleness": 2}
     message = grpo_message(rollout=servers, mismatch={"correction": "geometric_mask"})
-    assert "mismatch.correction is 'geometric_mask', and must be token_tis or icepop with rollout.max_stal" in message
-    for correction in ("auto", "token_tis", "icepop"):
+    assert "'geometric_mask', and must be token_tis, icepop, sequence_tis or sequence_mis with rollout.max_st" in message
+    for correction in ("auto", "token_tis", "icepop", "sequence_tis", "sequence_mis"):
         assert GRPOConfig(rollout=servers, mismatch={"correction": correction}).rollout.max_staleness == 2
     assert GRPOConfig(rollout=servers | {"max_staleness": 0}, mismatch={"correction": "none"})
     assert "max_staleness 1: tokens" in grpo_message(
