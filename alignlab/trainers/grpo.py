@@ -3,6 +3,10 @@
 GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), RLOO (arXiv:2402.14740), REINFORCE++
 (arXiv:2501.03262), GSPO (arXiv:2507.18071), CISPO (arXiv:2506.13585): combinations of an advantage, a surrogate and a
 reduction, named by `GRPOConfig.recipe`.
+
+Where the KL is in the reward, most of these take a completion for one action, and its whole KL off its reward before it
+is compared with others (RLOO, Eq. 2 and Sec. 2.2; verl and TRL alike). REINFORCE++ credits tokens: each pays for the KL
+from itself to the end, and all tokens of the batch are whitened together.
 """
 
 from __future__ import annotations
@@ -21,8 +25,12 @@ from alignlab.functional.shaping import overlong_penalty
 from alignlab.models.policy import Policy
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.reduction import Weigh, constant, sequence_mean, token_mean
+from alignlab.trainers.reduction import Weigh, constant, sequence_mean, sequence_means, token_mean
+from alignlab.trainers.whitening import whiten
 from alignlab.types import Experience, Rollout
+
+TOKEN_ADVANTAGES = ("token_whitened", "group_centered_whitened")
+"""Choices of `config.advantage` that give each token its own."""
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -55,7 +63,9 @@ class GRPOTrainer(OnlineTrainer):
     def credit(
         self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
     ) -> tuple[Tensor, list[list[Experience]]]:
-        """One advantage for all tokens of a completion."""
+        """One advantage for all tokens of a completion, unless `config.advantage` tells its tokens apart."""
+        if self.config.advantage in TOKEN_ADVANTAGES:
+            return self._credit_tokens(rollouts, minibatches)
         advantages = self.advantages(rollouts, minibatches).to(self.learner.device)
         teaches = self.teaches(rollouts).to(self.learner.device)
         return advantages, [
@@ -65,16 +75,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def advantages(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:
         """Advantage [P, G] of each completion; 0 where it has no reward."""
-        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
-        if self.config.overlong_buffer_tokens is not None:
-            lengths = torch.tensor([len(c.token_ids) for rollout in rollouts for c in rollout.completions])
-            penalty = overlong_penalty(
-                lengths,
-                max_tokens=self.config.sampling.max_new_tokens,
-                buffer_tokens=self.config.overlong_buffer_tokens,
-                factor=self.config.overlong_penalty,
-            )
-            rewards = rewards + penalty.view_as(rewards)
+        rewards = self._rewards(rollouts)
         if self.objective.prices_kl:
             count = rewards.numel() // len(minibatches)
             rewards = rewards - self._price_of_kl(minibatches, count).view_as(rewards)
@@ -83,6 +84,42 @@ class GRPOTrainer(OnlineTrainer):
             first = self.accelerator.process_index * len(rollouts)
             return advantage_functions.batch_whitened(everyone)[first : first + len(rollouts)]
         return getattr(advantage_functions, self.config.advantage)(rewards)
+
+    def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Reward [P, G] of each completion, less its penalty for length; nan where it has none."""
+        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
+        if self.config.overlong_buffer_tokens is None:
+            return rewards
+        lengths = torch.tensor([len(c.token_ids) for rollout in rollouts for c in rollout.completions])
+        penalty = overlong_penalty(
+            lengths,
+            max_tokens=self.config.sampling.max_new_tokens,
+            buffer_tokens=self.config.overlong_buffer_tokens,
+            factor=self.config.overlong_penalty,
+        )
+        return rewards + penalty.view_as(rewards)
+
+    def _credit_tokens(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """An advantage for each token: REINFORCE++'s, see `rewards_to_go`; a completion's is the mean of its tokens'."""
+        rewards = self._rewards(rollouts)
+        if self.config.advantage == "group_centered_whitened":
+            rewards = advantage_functions.group_centered(rewards)
+        rewards = rewards.nan_to_num(0.0).to(self.learner.device)
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        in_reward = self.objective.prices_kl and self.config.kl.placement == "reward"
+        coef = self.objective.kl_coef if in_reward else 0.0
+        parts = self.minibatches(len(rollouts))
+        credited = [
+            [_with_returns(pack, rewards[part].flatten(), teaches[part].flatten(), coef) for pack in packs]
+            for part, packs in zip(parts, minibatches, strict=True)
+        ]
+        if self.objective.prices_kl:
+            self._price_of_kl(minibatches, rewards.numel() // len(minibatches))  # moves an adaptive coefficient
+        credited = whiten(credited, self.learner.reduce_sum)
+        means = [sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)]
+        return torch.cat(means).view_as(rewards), credited
 
     def _price_of_kl(self, minibatches: Sequence[Sequence[Experience]], count: int) -> Tensor:
         """What each completion's KL costs in reward [P * G]; moves an adaptive coefficient afterwards.
@@ -110,6 +147,19 @@ class GRPOTrainer(OnlineTrainer):
             kl += sequence_sum(values, sequence_ids, num_sequences=num_sequences).cpu()
             tokens += sequence_sum(mask.float(), sequence_ids, num_sequences=num_sequences).cpu()
         return kl, tokens
+
+
+def _with_returns(pack: Experience, rewards: Tensor, teaches: Tensor, kl_coef: float) -> Experience:
+    """The pack with the return of each token; sequences that do not teach [B] are masked out."""
+    masked = replace(pack, completion_mask=pack.completion_mask & teaches[pack.segments.sequence_of_token.clamp(min=0)])
+    kl = torch.zeros(pack.num_tokens, device=pack.tokens.device)
+    if kl_coef > 0:
+        assert pack.old_logprobs is not None and pack.ref_logprobs is not None
+        kl = kl_k1(pack.old_logprobs, pack.ref_logprobs)
+    returns = advantage_functions.rewards_to_go(
+        rewards, kl, mask=masked.completion_mask, sequence_ids=pack.segments.sequence_of_token, kl_coef=kl_coef
+    )
+    return replace(masked, advantages=returns)
 
 
 def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:

@@ -27,6 +27,8 @@ class KLSettings(Frozen):
     coef: float = Field(0.0, ge=0)
     """0: the KL is not priced; `measure_every_steps` may still show it."""
     placement: Literal["loss", "reward"] = "loss"
+    """In the reward: with a critic, and with advantages of tokens (REINFORCE++), each token pays for the KL from itself
+    to the end; with other advantages a completion pays for all of its KL, as one action."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
     """In the loss: all three have the KL's gradient, see `kl_loss`, and differ in the value that is reported. In the
     reward: k1, which is then the default."""
