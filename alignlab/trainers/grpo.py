@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from alignlab.config.online_rules import TOKEN_ADVANTAGES
 from alignlab.config.trainers import GRPOConfig
 from alignlab.functional import advantages as advantage_functions
 from alignlab.functional.kl import kl_k1
@@ -28,9 +29,6 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, constant, sequence_mean, sequence_means, token_mean
 from alignlab.trainers.whitening import whiten
 from alignlab.types import Experience, Rollout
-
-TOKEN_ADVANTAGES = ("token_whitened", "group_centered_whitened")
-"""Choices of `config.advantage` that give each token its own."""
 
 
 class GRPOTrainer(OnlineTrainer):

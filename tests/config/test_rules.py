@@ -47,6 +47,38 @@ def test_what_is_given_wins_over_the_recipe():
     assert GRPOConfig(recipe="dr_grpo", reduction="token_mean").advantage == "group_centered"
 
 
+def warned(caplog, **fields) -> list[str]:
+    caplog.clear()
+    GRPOConfig(**fields)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "constant"])
+def test_gspo_averaged_over_tokens_is_warned_of_with_the_fix(reduction, caplog):
+    [text] = warned(caplog, recipe="gspo", reduction=reduction)
+    assert text.startswith(f"reduction is {reduction} with surrogate gspo_clip")
+    assert text.endswith("use reduction: sequence_mean, or surrogate: ppo_clip")
+
+
+def test_gspo_with_advantages_of_tokens_is_warned_of(caplog):
+    kl = {"coef": 0.1, "placement": "reward"}
+    [text] = warned(caplog, recipe="gspo", advantage="token_whitened", kl=kl)
+    assert "kl.placement: loss" in text
+    assert warned(caplog, recipe="gspo", advantage="token_whitened", kl=kl | {"coef": 0.0}) == []
+    assert warned(caplog, recipe="gspo", advantage="token_whitened", kl={"coef": 0.1}) == []
+
+
+def test_dropping_groups_that_teach_is_warned_of(caplog):
+    [text] = warned(caplog, recipe="reinforce_pp", dynamic_sampling=True)
+    assert "use dynamic_sampling: false" in text
+    assert warned(caplog, recipe="reinforce_pp_baseline", dynamic_sampling=True) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_recipe_is_warned_of(recipe, caplog):
+    assert warned(caplog, recipe=recipe) == []
+
+
 def test_minibatches_divide_the_prompts():
     assert grpo_message(num_prompts=6, num_minibatches=4) == (
         "num_prompts is 6, and must be a multiple of num_minibatches (4); use 4 or 8"

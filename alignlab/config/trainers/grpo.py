@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.online_rules import GRPO_RULES
+from alignlab.config.online_rules import GRPO_DOUBTS, GRPO_RULES
 from alignlab.config.recipes import fill_recipe
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.trainers.online import PolicyGradientConfig
+
+_log = logging.getLogger(__name__)
 
 Recipe = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo"]
 Advantage = Literal[
@@ -57,7 +60,14 @@ class GRPOConfig(PolicyGradientConfig):
     def _check(self) -> Self:
         for rule in GRPO_RULES:
             rule(self)
+        for text in self.doubts:
+            _log.warning("%s", text)
         return self
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """A sentence for each combination of settings that runs and is hardly meant, with what to use instead."""
+        return tuple(text for doubt in GRPO_DOUBTS if (text := doubt(self)) is not None)
 
     @property
     def method(self) -> str:
