@@ -4,9 +4,9 @@ GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), R
 (arXiv:2501.03262), GSPO (arXiv:2507.18071), CISPO (arXiv:2506.13585): combinations of an advantage, a surrogate and a
 reduction, named by `GRPOConfig.recipe`.
 
-Where the KL is in the reward, most of these take a completion for one action, and its whole KL off its reward before it
-is compared with others (RLOO, Eq. 2 and Sec. 2.2; verl and TRL alike). REINFORCE++ credits tokens: each pays for the KL
-from itself to the end, and all tokens of the batch are whitened together.
+With the KL in the reward, most of these treat a completion as one action, as RLOO does: all of its KL is taken off its
+reward before it is compared with others. REINFORCE++ credits tokens: each pays for the KL from itself to the end, and
+all tokens of the step are whitened together.
 """
 
 from __future__ import annotations
