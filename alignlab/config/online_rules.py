@@ -1,5 +1,8 @@
-"""The rules between the fields of trainers that learn from rollouts. A `check_` function checks one, and raises BrokenRule
-with the reason; a `doubt_` function returns what to say of a combination that runs and is hardly meant, or None."""
+"""The rules between the fields of trainers that learn from rollouts.
+
+A `check_` function checks one rule, and raises BrokenRule with the reason. A `doubt_` function returns a sentence on a
+combination of settings that runs and is hardly meant, with what to use instead, or None.
+"""
 
 from __future__ import annotations
 
@@ -132,8 +135,8 @@ def doubt_gspo_reduction(config: GRPOConfig) -> str | None:
     if config.surrogate != "gspo_clip" or config.reduction == "sequence_mean":
         return None
     return (
-        f"reduction is {config.reduction} with surrogate gspo_clip, whose loss is the same on all tokens of a sequence: "
-        "each sequence weighs its length, where GSPO (arXiv:2507.18071, Eq. 5) weighs all alike; "
+        f"reduction is {config.reduction} with surrogate gspo_clip, whose loss is the same on all tokens of a "
+        "sequence: each sequence weighs its length, where GSPO (arXiv:2507.18071, Eq. 5) weighs all alike; "
         "use reduction: sequence_mean, or surrogate: ppo_clip"
     )
 
@@ -144,9 +147,9 @@ def doubt_gspo_token_advantages(config: GRPOConfig) -> str | None:
     if config.surrogate != "gspo_clip" or not varies:
         return None
     return (
-        f"surrogate is gspo_clip with advantage {config.advantage} and kl.placement reward: each token has an advantage "
-        "of its own, and one ratio a sequence gives all of them the gradient of their mean; use surrogate: ppo_clip, or "
-        "kl.placement: loss"
+        f"surrogate is gspo_clip with advantage {config.advantage} and kl.placement reward: each token has an "
+        "advantage of its own, and one ratio a sequence gives all of them the gradient of their mean; "
+        "use surrogate: ppo_clip, or kl.placement: loss"
     )
 
 

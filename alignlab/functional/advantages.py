@@ -1,9 +1,9 @@
 """Advantages without a critic: each reward against a baseline made of other rewards.
 
-Shapes: P prompts, G completions of each; N tokens of one pack, B sequences. A nan reward (no reward function applied) takes no part in any mean or
-deviation and gets advantage 0; so does every completion of a group with fewer than 2 rewards, which has no baseline.
-Equal rewards give exactly 0, not rounding noise divided by a small epsilon: rewards are first taken relative to the
-smallest, which makes equal ones exactly 0.
+Shapes: P prompts, G completions of each; N tokens of one pack, B sequences. A nan reward (no reward function applied)
+takes no part in any mean or deviation and gets advantage 0; so does every completion of a group with fewer than 2
+rewards, which has no baseline. Equal rewards give exactly 0, not rounding noise divided by a small epsilon: rewards are
+first taken relative to the smallest, which makes equal ones exactly 0.
 """
 
 import torch

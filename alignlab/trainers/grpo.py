@@ -100,7 +100,7 @@ class GRPOTrainer(OnlineTrainer):
     def _credit_tokens(
         self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
     ) -> tuple[Tensor, list[list[Experience]]]:
-        """An advantage for each token: REINFORCE++'s, see `rewards_to_go`; a completion's is the mean of its tokens'."""
+        """An advantage for each token, see `rewards_to_go`; that of a completion is the mean of its tokens'."""
         rewards = self._rewards(rollouts)
         if self.config.advantage == "group_centered_whitened":
             rewards = advantage_functions.group_centered(rewards)

@@ -255,7 +255,8 @@ def test_preferences_need_no_rewards():
 def test_tokens_of_older_weights_must_be_weighted():
     servers = {"engine": "vllm_server", "max_staleness": 2}
     message = grpo_message(rollout=servers, mismatch={"correction": "geometric_mask"})
-    assert "'geometric_mask', and must be token_tis, icepop, sequence_tis or sequence_mis with rollout.max_st" in message
+    known = "token_tis, icepop, sequence_tis or sequence_mis"
+    assert f"mismatch.correction is 'geometric_mask', and must be {known} with rollout.max_staleness 2" in message
     for correction in ("auto", "token_tis", "icepop", "sequence_tis", "sequence_mis"):
         assert GRPOConfig(rollout=servers, mismatch={"correction": correction}).rollout.max_staleness == 2
     assert GRPOConfig(rollout=servers | {"max_staleness": 0}, mismatch={"correction": "none"})
