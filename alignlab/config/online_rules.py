@@ -22,6 +22,9 @@ MAX_VLLM_TEMPERATURE = 2.0
 # Choices of GRPO's `advantage` that give each token its own.
 TOKEN_ADVANTAGES = ("token_whitened", "group_centered_whitened")
 
+# Those that compare a completion with all others of the step, and not with its group's.
+STEP_ADVANTAGES = ("batch_whitened", "token_whitened")
+
 # Corrections whose weight is an importance ratio, and no mere mask.
 IMPORTANCE_WEIGHTS = ("token_tis", "icepop", "sequence_tis", "sequence_mis")
 
@@ -155,7 +158,7 @@ def doubt_gspo_token_advantages(config: GRPOConfig) -> str | None:
 
 def doubt_dynamic_sampling(config: GRPOConfig) -> str | None:
     """Where the baseline is the batch's, a group of equal rewards teaches as much as others."""
-    if not config.dynamic_sampling or config.advantage not in ("batch_whitened", "token_whitened"):
+    if not config.dynamic_sampling or config.advantage not in STEP_ADVANTAGES:
         return None
     return (
         f"dynamic_sampling is true with advantage {config.advantage}, whose baseline is the whole batch's: it drops "

@@ -73,7 +73,7 @@ class GRPOTrainer(OnlineTrainer):
 
     def advantages(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Tensor:
         """Advantage [P, G] of each completion; 0 where it has no reward."""
-        rewards = self._rewards(rollouts)
+        rewards = self.shaped_rewards(rollouts)
         if self.objective.prices_kl:
             count = rewards.numel() // len(minibatches)
             rewards = rewards - self._price_of_kl(minibatches, count).view_as(rewards)
@@ -83,8 +83,8 @@ class GRPOTrainer(OnlineTrainer):
             return advantage_functions.batch_whitened(everyone)[first : first + len(rollouts)]
         return getattr(advantage_functions, self.config.advantage)(rewards)
 
-    def _rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Reward [P, G] of each completion, less its penalty for length; nan where it has none."""
+    def shaped_rewards(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Reward [P, G] of each completion, less the penalty for its length; nan where it has none."""
         rewards = torch.tensor([rollout.rewards for rollout in rollouts])
         if self.config.overlong_buffer_tokens is None:
             return rewards
@@ -96,28 +96,6 @@ class GRPOTrainer(OnlineTrainer):
             factor=self.config.overlong_penalty,
         )
         return rewards + penalty.view_as(rewards)
-
-    def _credit_tokens(
-        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
-    ) -> tuple[Tensor, list[list[Experience]]]:
-        """An advantage for each token, see `rewards_to_go`; that of a completion is the mean of its tokens'."""
-        rewards = self._rewards(rollouts)
-        if self.config.advantage == "group_centered_whitened":
-            rewards = advantage_functions.group_centered(rewards)
-        rewards = rewards.nan_to_num(0.0).to(self.learner.device)
-        teaches = self.teaches(rollouts).to(self.learner.device)
-        in_reward = self.objective.prices_kl and self.config.kl.placement == "reward"
-        coef = self.objective.kl_coef if in_reward else 0.0
-        parts = self.minibatches(len(rollouts))
-        credited = [
-            [_with_returns(pack, rewards[part].flatten(), teaches[part].flatten(), coef) for pack in packs]
-            for part, packs in zip(parts, minibatches, strict=True)
-        ]
-        if self.objective.prices_kl:
-            self._price_of_kl(minibatches, rewards.numel() // len(minibatches))  # moves an adaptive coefficient
-        credited = whiten(credited, self.learner.reduce_sum)
-        means = [sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)]
-        return torch.cat(means).view_as(rewards), credited
 
     def _price_of_kl(self, minibatches: Sequence[Sequence[Experience]], count: int) -> Tensor:
         """What each completion's KL costs in reward [P * G]; moves an adaptive coefficient afterwards.
@@ -145,6 +123,28 @@ class GRPOTrainer(OnlineTrainer):
             kl += sequence_sum(values, sequence_ids, num_sequences=num_sequences).cpu()
             tokens += sequence_sum(mask.float(), sequence_ids, num_sequences=num_sequences).cpu()
         return kl, tokens
+
+    def _credit_tokens(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """An advantage for each token, see `rewards_to_go`; that of a completion is the mean of its tokens'."""
+        rewards = self.shaped_rewards(rollouts)
+        if self.config.advantage == "group_centered_whitened":
+            rewards = advantage_functions.group_centered(rewards)
+        rewards = rewards.nan_to_num(0.0).to(self.learner.device)
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        in_reward = self.objective.prices_kl and self.config.kl.placement == "reward"
+        coef = self.objective.kl_coef if in_reward else 0.0
+        parts = self.minibatches(len(rollouts))
+        credited = [
+            [_with_returns(pack, rewards[part].flatten(), teaches[part].flatten(), coef) for pack in packs]
+            for part, packs in zip(parts, minibatches, strict=True)
+        ]
+        if self.objective.prices_kl:
+            self._price_of_kl(minibatches, rewards.numel() // len(minibatches))  # moves an adaptive coefficient
+        credited = whiten(credited, self.learner.reduce_sum)
+        means = [sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)]
+        return torch.cat(means).view_as(rewards), credited
 
 
 def _with_returns(pack: Experience, rewards: Tensor, teaches: Tensor, kl_coef: float) -> Experience:
