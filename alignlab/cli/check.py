@@ -260,9 +260,13 @@ def rate_notes(config: RunConfig) -> Iterator[str]:
 
 def notes(config: RunConfig, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt]) -> Iterator[str]:
     """What is allowed and worth knowing before a run."""
+    from alignlab.config.trainers import GRPOConfig, stages_of
     from alignlab.types import message_text
 
     yield from rate_notes(config)
+    for stage in stages_of(config.trainer):
+        if isinstance(stage, GRPOConfig):
+            yield from stage.doubts
     shared = {message_text(p.text) for p in prompts} & {message_text(p.text) for p in eval_prompts}
     if shared:
         yield f"{len(shared)} evaluation prompts are also trained on, so their accuracy shows memory, not skill"

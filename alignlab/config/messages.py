@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from alignlab.config.peer_names import PEER_NAMES
+from alignlab.config.peer_names import PEER_NAMES, VERL_NAMES
 
 
 class BrokenRule(ValueError):
@@ -119,7 +119,7 @@ def _unknown_key(key: str, outer: list[str], owner: type[BaseModel]) -> str:
     what = f"{'.'.join((*outer, key))} is not a setting"
     peer = _peer_name(key, outer, owner)
     if peer:
-        return f"{what}; what TRL or PEFT calls {key} is here {peer}"
+        return f"{what}; what {'verl' if key in VERL_NAMES else 'TRL or PEFT'} calls {key} is here {peer}"
     elsewhere = _paths_to(key, owner)
     if elsewhere:
         return f"{what}; write it as {'.'.join((*outer, elsewhere[0]))}"

@@ -1,5 +1,8 @@
-"""The rules between the fields of trainers that learn from rollouts. Each function checks one, and raises BrokenRule
-with the reason."""
+"""The rules between the fields of trainers that learn from rollouts.
+
+A `check_` function checks one rule, and raises BrokenRule with the reason. A `doubt_` function returns a sentence on a
+combination of settings that runs and is hardly meant, with what to use instead, or None.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,15 @@ if TYPE_CHECKING:
 MAX_GSPO_CLIP = 0.05
 
 MAX_VLLM_TEMPERATURE = 2.0
+
+# Choices of GRPO's `advantage` that give each token its own.
+TOKEN_ADVANTAGES = ("token_whitened", "group_centered_whitened")
+
+# Those that compare a completion with all others of the step, and not with its group's.
+STEP_ADVANTAGES = ("batch_whitened", "token_whitened")
+
+# Corrections whose weight is an importance ratio, and no mere mask.
+IMPORTANCE_WEIGHTS = ("token_tis", "icepop", "sequence_tis", "sequence_mis")
 
 # Fields that a surrogate does not read; a value that is not the default would be ignored in silence.
 IGNORED_BY = {
@@ -99,8 +111,9 @@ def check_staleness(config: PolicyGradientConfig) -> None:
     """Tokens of older weights are weighted by how likely the policy is to sample them now, and not only left out where
     that is far off (the decoupled objective, arXiv:2505.24298, Eq. 5)."""
     behind, correction = max_staleness(config.rollout), config.mismatch.correction
-    if behind and correction not in ("auto", "token_tis", "icepop"):
-        must = f"be token_tis or icepop with rollout.max_staleness {behind}: tokens of older weights must be weighted"
+    if behind and correction not in ("auto", *IMPORTANCE_WEIGHTS):
+        known = f"{', '.join(IMPORTANCE_WEIGHTS[:-1])} or {IMPORTANCE_WEIGHTS[-1]}"
+        must = f"be {known} with rollout.max_staleness {behind}: tokens of older weights must be weighted"
         raise BrokenRule("mismatch.correction", correction, must, "use auto, or rollout.max_staleness 0")
 
 
@@ -120,6 +133,40 @@ def check_overlong_penalty(config: GRPOConfig) -> None:
         raise BrokenRule("overlong_penalty", config.overlong_penalty, must, "give overlong_buffer_tokens")
 
 
+def doubt_gspo_reduction(config: GRPOConfig) -> str | None:
+    """GSPO's objective is a mean over sequences; a sum over tokens weighs a sequence's ratio by its length."""
+    if config.surrogate != "gspo_clip" or config.reduction == "sequence_mean":
+        return None
+    return (
+        f"reduction is {config.reduction} with surrogate gspo_clip, whose loss is the same on all tokens of a "
+        "sequence: each sequence weighs its length, where GSPO (arXiv:2507.18071, Eq. 5) weighs all alike; "
+        "use reduction: sequence_mean, or surrogate: ppo_clip"
+    )
+
+
+def doubt_gspo_token_advantages(config: GRPOConfig) -> str | None:
+    """One ratio a sequence has one gradient a sequence: advantages that vary inside it are averaged away."""
+    varies = config.advantage in TOKEN_ADVANTAGES and config.kl.placement == "reward" and config.kl.coef > 0
+    if config.surrogate != "gspo_clip" or not varies:
+        return None
+    return (
+        f"surrogate is gspo_clip with advantage {config.advantage} and kl.placement reward: each token has an "
+        "advantage of its own, and one ratio a sequence gives all of them the gradient of their mean; "
+        "use surrogate: ppo_clip, or kl.placement: loss"
+    )
+
+
+def doubt_dynamic_sampling(config: GRPOConfig) -> str | None:
+    """Where the baseline is the batch's, a group of equal rewards teaches as much as others."""
+    if not config.dynamic_sampling or config.advantage not in STEP_ADVANTAGES:
+        return None
+    return (
+        f"dynamic_sampling is true with advantage {config.advantage}, whose baseline is the whole batch's: it drops "
+        "groups whose rewards are all equal, and these differ from the batch and would be learnt from; "
+        "use dynamic_sampling: false, or advantage: group_centered_whitened"
+    )
+
+
 ONLINE_RULES = (check_minibatches, check_temperature, check_engine_temperature)
 POLICY_GRADIENT_RULES = (check_staleness, check_routing_replay, check_kl_horizon)
 GRPO_RULES = (
@@ -129,3 +176,4 @@ GRPO_RULES = (
     check_overlong,
     check_overlong_penalty,
 )
+GRPO_DOUBTS = (doubt_gspo_reduction, doubt_gspo_token_advantages, doubt_dynamic_sampling)

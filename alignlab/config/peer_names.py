@@ -1,4 +1,4 @@
-"""What TRL and PEFT call our settings: an unknown key that is theirs is answered with ours."""
+"""What TRL, PEFT and verl call our settings: an unknown key that is theirs is answered with ours."""
 
 from __future__ import annotations
 
@@ -110,6 +110,24 @@ _DISTILL = {
     "max_length": "max_prompt_tokens of the section data",
 }
 
+# The same correction has other names elsewhere; TRL's "mask" weighs what it keeps, verl's and ours do not.
+TRL_CORRECTIONS = {"token_truncate": "token_tis", "sequence_truncate": "sequence_tis"}
+_TRL_CORRECTION = (
+    "mismatch.correction, where TRL's token_truncate is token_tis, token_mask is icepop, sequence_truncate is "
+    "sequence_tis and sequence_mask is sequence_mis"
+)
+_VERL_CORRECTIONS = (
+    "mismatch.correction: token_tis for rollout_is token, sequence_tis for sequence; icepop or sequence_mis with two "
+    "thresholds; token_mask, sequence_mask or geometric_mask for rollout_rs token_k1, seq_sum_k1 or seq_mean_k1 alone"
+)
+
+VERL_NAMES = {
+    "rollout_is": _VERL_CORRECTIONS,
+    "rollout_rs": _VERL_CORRECTIONS,
+    "rollout_is_threshold": "mismatch.high, and mismatch.low for the lower one of two",
+    "rollout_rs_threshold": "mismatch.low and mismatch.high, which bound the inverse of verl's ratio",
+}
+
 # By the name of our class: their key -> ours.
 PEER_NAMES: dict[str, dict[str, str]] = {
     "GRPOConfig": _SHARED | _GRPO,
@@ -137,4 +155,12 @@ PEER_NAMES: dict[str, dict[str, str]] = {
     "RenderSettings": {"max_prompt_length": "max_prompt_tokens"},
     "SamplingSettings": {"max_completion_length": "max_new_tokens", "max_tokens": "max_new_tokens"},
     "KLSettings": {"beta": "coef"},
+    "MismatchSettings": {
+        "vllm_importance_sampling_correction": "mismatch.correction; none is no correction",
+        "vllm_importance_sampling_mode": _TRL_CORRECTION,
+        "vllm_importance_sampling_clip_min": "low",
+        "vllm_importance_sampling_clip_max": "high",
+        "vllm_importance_sampling_cap": "high",
+        **VERL_NAMES,
+    },
 }

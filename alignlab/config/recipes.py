@@ -21,8 +21,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "dapo": {"reduction": "token_mean", "clip_high": 0.28, "dynamic_sampling": True},
     # Ahmadian et al. (2024), arXiv:2402.14740: REINFORCE on whole completions, so no length divides.
     "rloo": {"advantage": "leave_one_out", "surrogate": "reinforce", "reduction": "constant"},
-    # Hu et al. (2025), arXiv:2501.03262: whitened over the batch; the authors' code averages over tokens.
-    "reinforce_pp": {"advantage": "batch_whitened", "reduction": "token_mean"},
+    # Hu et al. (2025), arXiv:2501.03262v9, Eqs. 8-10: whitened over all tokens of the batch; the authors' code averages
+    # over tokens. With a baseline (the paper's form for groups), the group's mean is taken off first.
+    "reinforce_pp": {"advantage": "token_whitened", "reduction": "token_mean"},
+    "reinforce_pp_baseline": {"advantage": "group_centered_whitened", "reduction": "token_mean"},
     # Zheng et al. (2025), arXiv:2507.18071, Sec. 5.1.
     "gspo": {"surrogate": "gspo_clip", "clip_low": 3e-4, "clip_high": 4e-4},
     # MiniMax (2025), arXiv:2506.13585; it publishes no bound: a ratio is capped at 5, as in arXiv:2510.13786.

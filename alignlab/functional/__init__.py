@@ -4,7 +4,9 @@ float32 (float64 stays float64), and returns one value a token or a sequence. Av
     reduction        sequence_sum; weights that turn a per-token loss into the step's loss, however it is cut into packs
     logprobs         head_logits, chunked_logprobs: log-probs and entropy without the full logits
     kl               kl_k1, kl_k2, kl_k3, kl_loss, adapt_kl_coef
-    advantages       group_normalized, group_centered, leave_one_out, batch_whitened, mixed_groups
+    advantages       group_normalized, group_centered, leave_one_out, batch_whitened, rewards_to_go, mixed_groups
+    values           token_rewards, gae, value_loss, moments and whitened over a whole step
+    mismatch         weights of the gap between engine and trainer: truncated, masked, masks alone
     policy_losses    ppo_clip, gspo_clip, cispo, reinforce, clip_acts
     moe_losses       load balance, router z-loss, router bias
     shaping          overlong_penalty

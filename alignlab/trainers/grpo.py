@@ -3,6 +3,10 @@
 GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), RLOO (arXiv:2402.14740), REINFORCE++
 (arXiv:2501.03262), GSPO (arXiv:2507.18071), CISPO (arXiv:2506.13585): combinations of an advantage, a surrogate and a
 reduction, named by `GRPOConfig.recipe`.
+
+With the KL in the reward, most of these treat a completion as one action, as RLOO does: all of its KL is taken off its
+reward before it is compared with others. REINFORCE++ credits tokens: each pays for the KL from itself to the end, and
+all tokens of the step are whitened together.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from alignlab.config.online_rules import TOKEN_ADVANTAGES
 from alignlab.config.trainers import GRPOConfig
 from alignlab.functional import advantages as advantage_functions
 from alignlab.functional.kl import kl_k1
@@ -21,9 +26,10 @@ from alignlab.functional.shaping import overlong_penalty
 from alignlab.models.policy import Policy
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.reduction import Weigh, constant, sequence_mean, token_mean
+from alignlab.trainers.reduction import Weigh, constant, sequence_mean, sequence_means, token_mean
 from alignlab.trainers.reward_evidence import is_compared_over_step
 from alignlab.trainers.rollout_metrics import extremes
+from alignlab.trainers.whitening import whiten
 from alignlab.types import Experience, Rollout
 
 
@@ -65,7 +71,9 @@ class GRPOTrainer(OnlineTrainer):
     def credit(
         self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
     ) -> tuple[Tensor, list[list[Experience]]]:
-        """One advantage for all tokens of a completion."""
+        """One advantage for all tokens of a completion, unless `config.advantage` tells its tokens apart."""
+        if self.config.advantage in TOKEN_ADVANTAGES:
+            return self._credit_tokens(rollouts, minibatches)
         advantages = self.advantages(rollouts, minibatches).to(self.learner.device)
         teaches = self.teaches(rollouts).to(self.learner.device)
         return advantages, [
@@ -125,6 +133,41 @@ class GRPOTrainer(OnlineTrainer):
             kl += sequence_sum(values, sequence_ids, num_sequences=num_sequences).cpu()
             tokens += sequence_sum(mask.float(), sequence_ids, num_sequences=num_sequences).cpu()
         return kl, tokens
+
+    def _credit_tokens(
+        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
+    ) -> tuple[Tensor, list[list[Experience]]]:
+        """An advantage for each token, see `rewards_to_go`; that of a completion is the mean of its tokens'."""
+        rewards = self.shaped_rewards(rollouts)
+        if self.config.advantage == "group_centered_whitened":
+            rewards = advantage_functions.group_centered(rewards)
+        rewards = rewards.nan_to_num(0.0).to(self.learner.device)
+        teaches = self.teaches(rollouts).to(self.learner.device)
+        in_reward = self.objective.prices_kl and self.config.kl.placement == "reward"
+        coef = self.objective.kl_coef if in_reward else 0.0
+        parts = self.minibatches(len(rollouts))
+        credited = [
+            [_with_returns(pack, rewards[part].flatten(), teaches[part].flatten(), coef) for pack in packs]
+            for part, packs in zip(parts, minibatches, strict=True)
+        ]
+        if self.objective.prices_kl:
+            self._price_of_kl(minibatches, rewards.numel() // len(minibatches))  # moves an adaptive coefficient
+        credited = whiten(credited, self.learner.reduce_sum)
+        means = [sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)]
+        return torch.cat(means).view_as(rewards), credited
+
+
+def _with_returns(pack: Experience, rewards: Tensor, teaches: Tensor, kl_coef: float) -> Experience:
+    """The pack with the return of each token; sequences that do not teach [B] are masked out."""
+    masked = replace(pack, completion_mask=pack.completion_mask & teaches[pack.segments.sequence_of_token.clamp(min=0)])
+    kl = torch.zeros(pack.num_tokens, device=pack.tokens.device)
+    if kl_coef > 0:
+        assert pack.old_logprobs is not None and pack.ref_logprobs is not None
+        kl = kl_k1(pack.old_logprobs, pack.ref_logprobs)
+    returns = advantage_functions.rewards_to_go(
+        rewards, kl, mask=masked.completion_mask, sequence_ids=pack.segments.sequence_of_token, kl_coef=kl_coef
+    )
+    return replace(masked, advantages=returns)
 
 
 def spread(pack: Experience, advantages: Tensor, teaches: Tensor) -> Experience:

@@ -19,9 +19,18 @@ _PARTS = ("first", "second", "third", "fourth")
 _KEPT, _SHARE = "mismatch_kept_of/", "mismatch_share_of/"
 
 
+_BY_TOKEN = {"icepop": mismatch.icepop, "token_mask": mismatch.token_mask}
+_BY_SEQUENCE = {
+    "sequence_mis": mismatch.sequence_mis,
+    "sequence_mask": mismatch.sequence_mask,
+    "geometric_mis": mismatch.geometric_mis,
+    "geometric_mask": mismatch.geometric_mask,
+}
+
+
 @dataclass(frozen=True)
 class Correction:
-    """A named correction with its bounds; "none" weighs every token 1."""
+    """A correction of `functional.mismatch` with its bounds; "none" weighs every token 1."""
 
     name: str
     low: float | None = None
@@ -31,19 +40,22 @@ class Correction:
         """Weight [N] of each token's policy-gradient loss."""
         mu = pack.rollout_logprobs
         assert mu is not None
-        if self.name == "token_tis":
-            assert self.high is not None
-            return mismatch.token_tis(old_logprobs, mu, cap=self.high)
         if self.name == "none":
             return torch.ones_like(old_logprobs)
-        assert self.low is not None and self.high is not None
-        if self.name == "icepop":
-            return mismatch.icepop(old_logprobs, mu, low=self.low, high=self.high)
-        function = {"sequence_mask": mismatch.sequence_mask, "geometric_mask": mismatch.geometric_mask}[self.name]
-        ids = pack.segments.sequence_of_token
-        return function(
-            old_logprobs, mu, mask=pack.completion_mask, sequence_ids=ids,
-            num_sequences=1 + max(pack.segments.sequence_ids), low=self.low, high=self.high,
+        assert self.high is not None
+        if self.name == "token_tis":
+            return mismatch.token_tis(old_logprobs, mu, cap=self.high)
+        ids, count = pack.segments.sequence_of_token, 1 + max(pack.segments.sequence_ids)
+        if self.name == "sequence_tis":
+            return mismatch.sequence_tis(
+                old_logprobs, mu, mask=pack.completion_mask, sequence_ids=ids, num_sequences=count, cap=self.high
+            )
+        assert self.low is not None
+        if self.name in _BY_TOKEN:
+            return _BY_TOKEN[self.name](old_logprobs, mu, low=self.low, high=self.high)
+        return _BY_SEQUENCE[self.name](
+            old_logprobs, mu, mask=pack.completion_mask, sequence_ids=ids, num_sequences=count,
+            low=self.low, high=self.high,
         )
 
 
@@ -56,7 +68,8 @@ def choose_correction(
     if name == "auto":
         name, reason = _fitting(rollout, dtype, sparse=sparse)
     usual_low, usual_high = MISMATCH_BOUNDS.get(name, (None, None))
-    low, high = (given or usual for given, usual in ((settings.low, usual_low), (settings.high, usual_high)))
+    low = usual_low if settings.low is None else settings.low
+    high = usual_high if settings.high is None else settings.high
     # What the user did not choose and what changes the loss is shown at the level that the command prints.
     level = logging.WARNING if settings.correction == "auto" and name != "none" else logging.INFO
     _log.log(level, "mismatch correction: %s (%s), bounds %s to %s", name, reason, low, high)

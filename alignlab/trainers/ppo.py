@@ -23,7 +23,6 @@ from alignlab.functional.values import (
     moments,
     token_rewards,
     value_loss,
-    whitened,
 )
 from alignlab.models.critic import CriticOutput, make_critic
 from alignlab.models.policy import Policy
@@ -32,6 +31,7 @@ from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
 from alignlab.trainers.rollout_metrics import extremes
+from alignlab.trainers.whitening import whiten
 from alignlab.types import Experience, Rollout
 
 
@@ -99,8 +99,7 @@ class PPOTrainer(OnlineTrainer):
         everything = [pack for packs in credited for pack in packs]
         self._measure(everything, rewards.numel())
         if self.config.whiten_advantages:
-            totals = self._totals([_advantages(pack) for pack in everything], everything)
-            credited = [[_whitened(pack, totals) for pack in packs] for packs in credited]
+            credited = whiten(credited, self.learner.reduce_sum)
         each = [
             sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)
         ]
@@ -163,17 +162,6 @@ class PPOTrainer(OnlineTrainer):
             output.values, _values(experience), _returns(experience), clip=self.config.critic.value_clip
         )
         return loss, {"clip_frac": clipped.float()}
-
-
-def _whitened(pack: Experience, totals: Tensor) -> Experience:
-    """The pack with advantages of mean 0 and variance 1 over the whole step, whose moments `totals` are."""
-    mean, variance = mean_and_variance(totals)
-    return replace(pack, advantages=whitened(_advantages(pack), pack.completion_mask, mean=mean, variance=variance))
-
-
-def _advantages(pack: Experience) -> Tensor:
-    assert pack.advantages is not None
-    return pack.advantages
 
 
 def _values(pack: Experience) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from alignlab.config.online_rules import STEP_ADVANTAGES
 from alignlab.config.trainers import GRPOConfig, OnlineConfig, PPOConfig
 from alignlab.errors import ConfigError, RewardError
 from alignlab.training.learning_signal import SignalMonitor
@@ -45,7 +46,7 @@ def signal_settings(config: OnlineConfig, rewards: RewardRunner) -> SignalSettin
 
 def is_compared_over_step(config: OnlineConfig) -> bool:
     """Return whether a completion's reward is compared with all others of the step, and not with its group's."""
-    return isinstance(config, PPOConfig) or (isinstance(config, GRPOConfig) and config.advantage == "batch_whitened")
+    return isinstance(config, PPOConfig) or (isinstance(config, GRPOConfig) and config.advantage in STEP_ADVANTAGES)
 
 
 def check_rewards(rewards: RewardRunner, prompts: Sequence[Prompt], config: OnlineConfig) -> None:

@@ -66,12 +66,25 @@ def test_key_in_the_wrong_section_says_where_it_belongs():
         ("num_iterations", "num_epochs"),
         ("max_steps", "num_steps"),
         ("steps_per_generation", "num_minibatches"),
+        ("vllm_importance_sampling_clip_max", "mismatch.high"),
     ],
 )
 def test_trl_name_is_answered_with_ours_in_python_and_in_yaml(theirs, ours):
     assert message(GRPOConfig, **{theirs: 8}).endswith(f"TRL or PEFT calls {theirs} is here {ours}")
     assert trainer_message(**{theirs: 8}).endswith(f"is here trainer.{ours}")
     assert run_message(**{theirs: 8}).endswith(f"is here trainer.{ours}")
+
+
+def test_trl_s_masks_are_answered_with_the_corrections_that_weigh():
+    text = message(GRPOConfig, vllm_importance_sampling_mode="sequence_mask")
+    assert "token_mask is icepop" in text and "sequence_mask is sequence_mis" in text
+    told = message(GRPOConfig, mismatch={"correction": "sequence_truncate"})
+    assert told.startswith("mismatch.correction is 'sequence_truncate', and must be sequence_tis")
+
+
+def test_verl_s_names_are_called_verl_s():
+    text = message(GRPOConfig, mismatch={"rollout_rs": "seq_sum_k1"})
+    assert "what verl calls rollout_rs is here" in text and "sequence_mask" in text
 
 
 def test_the_same_trl_name_means_another_setting_in_another_trainer():

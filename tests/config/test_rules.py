@@ -21,7 +21,8 @@ def grpo_message(**fields) -> str:
         ("dr_grpo", ("group_centered", "ppo_clip", "constant", 0.2, 0.2)),
         ("dapo", ("group_normalized", "ppo_clip", "token_mean", 0.2, 0.28)),
         ("rloo", ("leave_one_out", "reinforce", "constant", 0.2, 0.2)),
-        ("reinforce_pp", ("batch_whitened", "ppo_clip", "token_mean", 0.2, 0.2)),
+        ("reinforce_pp", ("token_whitened", "ppo_clip", "token_mean", 0.2, 0.2)),
+        ("reinforce_pp_baseline", ("group_centered_whitened", "ppo_clip", "token_mean", 0.2, 0.2)),
         ("gspo", ("group_normalized", "gspo_clip", "sequence_mean", 3e-4, 4e-4)),
         ("cispo", ("group_normalized", "cispo", "token_mean", 0.2, 4.0)),
     ],
@@ -44,6 +45,38 @@ def test_dapo_samples_dynamically_and_penalises_a_fifth_of_the_limit():
 def test_what_is_given_wins_over_the_recipe():
     assert GRPOConfig(recipe="dapo", clip_high=0.3, dynamic_sampling=False).clip_high == 0.3
     assert GRPOConfig(recipe="dr_grpo", reduction="token_mean").advantage == "group_centered"
+
+
+def warned(caplog, **fields) -> list[str]:
+    caplog.clear()
+    GRPOConfig(**fields)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "constant"])
+def test_gspo_averaged_over_tokens_is_warned_of_with_the_fix(reduction, caplog):
+    [text] = warned(caplog, recipe="gspo", reduction=reduction)
+    assert text.startswith(f"reduction is {reduction} with surrogate gspo_clip")
+    assert text.endswith("use reduction: sequence_mean, or surrogate: ppo_clip")
+
+
+def test_gspo_with_advantages_of_tokens_is_warned_of(caplog):
+    kl = {"coef": 0.1, "placement": "reward"}
+    [text] = warned(caplog, recipe="gspo", advantage="token_whitened", kl=kl)
+    assert "kl.placement: loss" in text
+    assert warned(caplog, recipe="gspo", advantage="token_whitened", kl=kl | {"coef": 0.0}) == []
+    assert warned(caplog, recipe="gspo", advantage="token_whitened", kl={"coef": 0.1}) == []
+
+
+def test_dropping_groups_that_teach_is_warned_of(caplog):
+    [text] = warned(caplog, recipe="reinforce_pp", dynamic_sampling=True)
+    assert "use dynamic_sampling: false" in text
+    assert warned(caplog, recipe="reinforce_pp_baseline", dynamic_sampling=True) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_recipe_is_warned_of(recipe, caplog):
+    assert warned(caplog, recipe=recipe) == []
 
 
 def test_minibatches_divide_the_prompts():
@@ -222,8 +255,9 @@ def test_preferences_need_no_rewards():
 def test_tokens_of_older_weights_must_be_weighted():
     servers = {"engine": "vllm_server", "max_staleness": 2}
     message = grpo_message(rollout=servers, mismatch={"correction": "geometric_mask"})
-    assert "mismatch.correction is 'geometric_mask', and must be token_tis or icepop with rollout.max_stal" in message
-    for correction in ("auto", "token_tis", "icepop"):
+    known = "token_tis, icepop, sequence_tis or sequence_mis"
+    assert f"mismatch.correction is 'geometric_mask', and must be {known} with rollout.max_staleness 2" in message
+    for correction in ("auto", "token_tis", "icepop", "sequence_tis", "sequence_mis"):
         assert GRPOConfig(rollout=servers, mismatch={"correction": correction}).rollout.max_staleness == 2
     assert GRPOConfig(rollout=servers | {"max_staleness": 0}, mismatch={"correction": "none"})
     assert "max_staleness 1: tokens" in grpo_message(

@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignlab.functional import mismatch
+from tests.reference import functional as twin
 
 OLD = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0, -1.0])
 MU = torch.tensor([-1.0, -3.0, -0.2, -1.0, -1.1, -0.9])
@@ -23,6 +26,71 @@ def test_icepop_drops_what_is_outside_and_weighs_the_rest():
     weights = mismatch.icepop(OLD, MU, low=0.5, high=2.5)
     assert weights.tolist() == pytest.approx([r if 0.5 <= r <= 2.5 else 0.0 for r in RATIOS])
     assert (weights == 0).tolist() == [False, True, False, True, False, False]
+
+
+def test_token_mask_keeps_a_weight_of_1_within_the_bounds():
+    weights = mismatch.token_mask(OLD, MU, low=0.5, high=2.5)
+    assert weights.tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_sequence_mis_weighs_what_sequence_mask_keeps():
+    bounds = {"low": 0.4, "high": 2.1}
+    weights = mismatch.sequence_mis(OLD, MU, **WHERE, **bounds)
+    assert weights.tolist() == pytest.approx([1.0] + [math.exp(0.7)] * 3 + [1.0] * 2)
+    bounds["high"] = 2.0
+    assert mismatch.sequence_mis(OLD, MU, **WHERE, **bounds).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    low = mismatch.sequence_mis(MU, OLD, **WHERE, low=0.0, high=2.0)
+    assert low[1:4].tolist() == pytest.approx([math.exp(-0.7)] * 3)
+
+
+def test_sequence_tis_caps_the_sequence_s_ratio_from_above_alone():
+    assert mismatch.sequence_tis(OLD, MU, **WHERE, cap=2.0).tolist() == [1.0, 2.0, 2.0, 2.0, 1.0, 1.0]
+    assert mismatch.sequence_tis(MU, OLD, **WHERE, cap=2.0)[1:4].tolist() == pytest.approx([math.exp(-0.7)] * 3)
+
+
+def test_geometric_mis_weighs_by_the_mean():
+    weights = mismatch.geometric_mis(OLD, MU, **WHERE, low=0.4, high=1.5)
+    assert weights.tolist() == pytest.approx([1.0] + [math.exp(0.35)] * 3 + [1.0] * 2)
+    assert mismatch.geometric_mis(OLD, MU, **WHERE, low=0.4, high=1.4)[1:4].tolist() == [0.0] * 3
+
+
+@given(
+    st.lists(st.lists(st.floats(-1.5, 1.5, width=32), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.floats(0.05, 0.95), st.floats(1.05, 4.0),
+)
+def test_every_correction_equals_its_slow_twin(sequences, low, high):
+    gaps = torch.tensor([gap for sequence in sequences for gap in sequence], dtype=torch.float64)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.arange(len(sequences)).repeat_interleave(lengths)
+    where = {"mask": torch.ones(len(gaps), dtype=torch.bool), "sequence_ids": ids, "num_sequences": len(sequences)}
+    mu = torch.zeros_like(gaps)
+    bounds = {"low": low, "high": high}
+    weights = {
+        "token_tis": mismatch.token_tis(gaps, mu, cap=high),
+        "token_mis": mismatch.icepop(gaps, mu, **bounds),
+        "token_mask": mismatch.token_mask(gaps, mu, **bounds),
+        "sequence_tis": mismatch.sequence_tis(gaps, mu, **where, cap=high),
+        "sequence_mis": mismatch.sequence_mis(gaps, mu, **where, **bounds),
+        "sequence_mask": mismatch.sequence_mask(gaps, mu, **where, **bounds),
+        "geometric_mis": mismatch.geometric_mis(gaps, mu, **where, **bounds),
+        "geometric_mask": mismatch.geometric_mask(gaps, mu, **where, **bounds),
+    }
+    for name, found in weights.items():
+        expected = [
+            twin.mismatch_weight(name, sequence, t, low, high) for sequence in sequences for t in range(len(sequence))
+        ]
+        assert found.tolist() == pytest.approx(expected, rel=1e-9), name
+
+
+def test_masked_importance_sampling_is_unbiased_where_nothing_is_outside():
+    """E_mu[w f] = E_old[f] for a completion drawn from mu: true of the weight, not of the mask alone."""
+    old, mu, f = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 3.0])
+    where = {"mask": torch.ones(2, dtype=torch.bool), "sequence_ids": torch.arange(2), "num_sequences": 2}
+    bounds = {"low": 0.1, "high": 9.0}
+    weighted = (mu.exp() * mismatch.sequence_mis(old, mu, **where, **bounds) * f).sum()
+    masked = (mu.exp() * mismatch.sequence_mask(old, mu, **where, **bounds) * f).sum()
+    assert weighted.item() == pytest.approx((old.exp() * f).sum().item())
+    assert masked.item() == pytest.approx(2.0)
 
 
 def test_sequence_mask_sums_masked_tokens():
@@ -55,7 +123,11 @@ def test_agreement_weighs_1_and_no_weight_carries_a_gradient():
     found = [
         mismatch.token_tis(old, OLD, cap=2.0),
         mismatch.icepop(old, OLD, **bounds),
+        mismatch.token_mask(old, OLD, **bounds),
+        mismatch.sequence_tis(old, OLD, **WHERE, cap=2.0),
+        mismatch.sequence_mis(old, OLD, **WHERE, **bounds),
         mismatch.sequence_mask(old, OLD, **WHERE, **bounds),
+        mismatch.geometric_mis(old, OLD, **WHERE, **bounds),
         mismatch.geometric_mask(old, OLD, **WHERE, **bounds),
     ]
     for weights in found:
@@ -67,3 +139,5 @@ def test_a_hopeless_gap_stays_finite():
     far = torch.tensor([0.0, -900.0])
     assert mismatch.token_tis(far, far.flip(0), cap=2.0).tolist() == [2.0, 0.0]
     assert mismatch.icepop(far, far.flip(0), low=0.5, high=5.0).tolist() == [0.0, 0.0]
+    one = {"mask": torch.tensor([True]), "sequence_ids": torch.tensor([0]), "num_sequences": 1}
+    assert mismatch.sequence_mis(far[:1], far[1:], **one, low=0.5, high=2.0).tolist() == [0.0]

@@ -102,3 +102,30 @@ def generalized_jsd(teacher: list[float], student: list[float], beta: float) -> 
         return kl(student, teacher)
     mixture = [beta * p + (1 - beta) * q for p, q in zip(teacher, student, strict=True)]
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def mismatch_weight(name: str, gaps: list[float], t: int, low: float, high: float) -> float:
+    """Weight of token t of one sequence whose trained tokens have the log-ratios `gaps`; `high` caps the tis forms."""
+    ratio = {
+        "token": math.exp(gaps[t]),
+        "sequence": math.prod(math.exp(gap) for gap in gaps),
+        "geometric": math.prod(math.exp(gap) for gap in gaps) ** (1 / len(gaps)),
+    }[name.split("_")[0]]
+    if name.endswith("tis"):
+        return min(ratio, high)
+    if not low <= ratio <= high:
+        return 0.0
+    return ratio if name.endswith("mis") else 1.0
+
+
+def rewards_to_go(reward: float, kl: list[float], coef: float) -> list[float]:
+    """One sequence: its reward less the price of the KL from each token to the last."""
+    return [reward - coef * sum(kl[t:]) for t in range(len(kl))]
+
+
+def whitened(sequences: list[list[float]], eps: float) -> list[list[float]]:
+    """All tokens of all sequences to mean 0 and (unbiased) variance 1."""
+    tokens = [value for sequence in sequences for value in sequence]
+    mean = sum(tokens) / len(tokens)
+    variance = sum((value - mean) ** 2 for value in tokens) / max(len(tokens) - 1, 1)
+    return [[(value - mean) / math.sqrt(variance + eps) for value in sequence] for sequence in sequences]

@@ -43,8 +43,9 @@ def test_ranks_train_in_step_on_prompts_of_their_own(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         prompts = [row["prompt_index"] for row in rollouts if row["step"] == step]
         assert len(prompts) == 4 * 4 and len(set(prompts)) == 4
-        advantages = [row["advantage"] for row in rollouts if row["step"] == step]
-        assert sum(advantages) == pytest.approx(0, abs=1e-4), "whitened over both ranks"
+        tokens = [row["advantage"] for row in rollouts if row["step"] == step for _ in row["token_ids"]]
+        assert sum(tokens) / len(tokens) == pytest.approx(0, abs=1e-4), "whitened over all tokens of both ranks"
+        assert sum(a * a for a in tokens) / (len(tokens) - 1) == pytest.approx(1, abs=1e-3)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "of the second rank, which alone fails"
 

@@ -12,6 +12,7 @@ import torch
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings, VLLMSettings
 from alignlab.config.trainers import GRPOConfig, MismatchSettings
+from alignlab.config.trainers.online import MISMATCH_BOUNDS
 from alignlab.errors import ConfigError
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.mismatch import Correction, choose_correction, kept_by_length, kept_fractions
@@ -49,7 +50,12 @@ def test_what_is_configured_wins() -> None:
         MismatchSettings(high=3.0)
 
 
-@pytest.mark.parametrize("name", ["token_tis", "icepop", "sequence_mask", "geometric_mask"])
+def test_a_lower_bound_of_0_is_taken_and_is_not_the_default() -> None:
+    settings = MismatchSettings(correction="sequence_mis", low=0.0, high=3.0)
+    assert choose_correction(settings, OURS, torch.float32, sparse=False) == Correction("sequence_mis", 0.0, 3.0)
+
+
+@pytest.mark.parametrize("name", MISMATCH_BOUNDS)
 def test_weights_multiply_the_policy_gradient(
     name: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.online_rules import GRPO_RULES
+from alignlab.config.online_rules import GRPO_DOUBTS, GRPO_RULES
 from alignlab.config.recipes import fill_recipe
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.trainers.online import PolicyGradientConfig
 
-Recipe = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo"]
-Advantage = Literal["group_normalized", "group_centered", "leave_one_out", "batch_whitened"]
+_log = logging.getLogger(__name__)
+
+Recipe = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo", "cispo"]
+Advantage = Literal[
+    "group_normalized", "group_centered", "leave_one_out", "batch_whitened", "token_whitened", "group_centered_whitened"
+]
 Surrogate = Literal["ppo_clip", "gspo_clip", "cispo", "reinforce"]
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -26,6 +31,9 @@ class GRPOConfig(PolicyGradientConfig):
     group_size: int = Field(8, ge=2)
     """Completions a prompt."""
     advantage: Advantage = "group_normalized"
+    """What a completion is credited with, see `functional.advantages`. Relative to its group: divided by the group's
+    deviation or not, or to the others of the group (leave_one_out). Relative to the whole step: over completions
+    (batch_whitened) or over tokens (token_whitened; group_centered_whitened after taking the group's mean off)."""
     surrogate: Surrogate = "ppo_clip"
     reduction: Reduction = "sequence_mean"
     dynamic_sampling: bool = False
@@ -52,7 +60,14 @@ class GRPOConfig(PolicyGradientConfig):
     def _check(self) -> Self:
         for rule in GRPO_RULES:
             rule(self)
+        for text in self.doubts:
+            _log.warning("%s", text)
         return self
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """A sentence for each combination of settings that runs and is hardly meant, with what to use instead."""
+        return tuple(text for doubt in GRPO_DOUBTS if (text := doubt(self)) is not None)
 
     @property
     def method(self) -> str:

@@ -9,12 +9,15 @@ from pydantic import Field, model_validator
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
 from alignlab.config.online_rules import ONLINE_RULES, POLICY_GRADIENT_RULES
+from alignlab.config.peer_names import TRL_CORRECTIONS
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
 from alignlab.config.trainers.base import EvaluatedConfig
 
 MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "token_tis": (None, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.5, 2.0), "geometric_mask": (0.95, 1.05),
+    "token_tis": (None, 2.0), "icepop": (0.5, 5.0), "token_mask": (0.5, 5.0),
+    "sequence_tis": (None, 2.0), "sequence_mis": (0.5, 2.0), "sequence_mask": (0.5, 2.0),
+    "geometric_mis": (0.95, 1.05), "geometric_mask": (0.95, 1.05),
 }  # fmt: skip
 
 
@@ -24,6 +27,8 @@ class KLSettings(Frozen):
     coef: float = Field(0.0, ge=0)
     """0: the KL is not priced; `measure_every_steps` may still show it."""
     placement: Literal["loss", "reward"] = "loss"
+    """In the reward: with a critic, and with advantages of tokens (REINFORCE++), each token pays for the KL from itself
+    to the end; with other advantages a completion pays for all of its KL, as one action."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
     """In the loss: all three have the KL's gradient, see `kl_loss`, and differ in the value that is reported. In the
     reward: k1, which is then the default."""
@@ -53,11 +58,26 @@ class KLSettings(Frozen):
 class MismatchSettings(Frozen):
     """What is done about the gap between the engine's log-probs and the trainer's, which is always measured."""
 
-    correction: Literal["auto", "none", "token_tis", "icepop", "sequence_mask", "geometric_mask"] = "auto"
-    """auto: token_tis for vLLM in bfloat16, icepop there for a mixture of experts, else none; the log says which."""
-    low: float | None = Field(None, gt=0, lt=1)
+    correction: Literal[
+        "auto", "none", "token_tis", "icepop", "token_mask", "sequence_tis", "sequence_mis", "sequence_mask",
+        "geometric_mis", "geometric_mask",
+    ] = "auto"
+    """By the ratio of a token's, or of a completion's, probabilities (geometric: its mean a token). tis: the ratio, at
+    most `high`. icepop and mis: the ratio within the bounds, 0 outside. mask: 1 within the bounds, 0 outside. auto:
+    token_tis for vLLM in bfloat16, icepop there for a mixture of experts, else none; the log says which."""
+    low: float | None = Field(None, ge=0, lt=1)
+    """Lower bound of the ratio; 0 is none. Default: the correction's own, see `MISMATCH_BOUNDS`."""
     high: float | None = Field(None, gt=1)
-    """Bounds of the ratio, see `functional.mismatch`; default: the correction's own, see `MISMATCH_BOUNDS`."""
+    """Upper bound of the ratio; default as for `low`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate(cls, given: Any) -> Any:
+        theirs = given.get("correction") if isinstance(given, dict) else None
+        ours = TRL_CORRECTIONS.get(theirs) if isinstance(theirs, str) else None
+        if ours is not None:
+            raise BrokenRule("correction", theirs, f"be {ours}, as TRL's {theirs} is called here", f"use {ours}")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
