@@ -87,7 +87,7 @@ def check_base_is_reference(model: nn.Module) -> None:
             raise ConfigError(
                 f"the adapter's init_lora_weights is {start!r}, which moves a part of the base into the adapter: with "
                 "the adapter off the base is not the model that the training starts from, so it can be no reference, "
-                "critic, reward model or judge; use init_lora_weights=True, or train without those (SFT; kl.coef 0 and "
+                "reward model's base or judge; use init_lora_weights=True, or train without those (SFT; kl.coef 0 and "
                 "kl.measure_every_steps null)"
             )
 
@@ -114,6 +114,7 @@ def check_trainable(model: PeftModel) -> None:
             "an adapter is on the output head (lm_head), which must be frozen: log-probs are computed from its weight "
             "chunk by chunk; take it out of target_modules, or train the whole head: modules_to_save=['lm_head']"
         )
+    _check_trained(model)
     for name, layer in tuner_layers(model):
         _check_state(name, layer)
         if isinstance(layer, LoraLayer):
@@ -136,6 +137,18 @@ def active_names(model: PeftModel) -> list[str]:
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT wraps around others, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def _check_trained(model: PeftModel) -> None:
+    """Raise if a weight of the base is in training."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_base = [name for name in trained if not any(f".{adapter}." in f"{name}." for adapter in model.peft_config)]
+    if of_base:
+        raise ConfigError(
+            f"{of_base[0]} ({len(of_base)} weights in all) is in training and belongs to the base, which is the "
+            "reference, and which the adapter's folder leaves out; set its requires_grad to False, or name its module "
+            "in modules_to_save"
+        )
 
 
 def _check_state(name: str, layer: Any) -> None:

@@ -246,7 +246,9 @@ def load_role(model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[
 
     Raises:
         CheckpointError: the tensors are not those of this adapter on this model.
+        ConfigError: the adapter in use was made by changing the base.
     """
+    check_base_is_reference(model)
     _put_role(model, name, config)
     fill_adapter(model, name, tensors)
 
@@ -270,7 +272,6 @@ def fill_adapter(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def _put_role(model: PeftModel, name: str, config: PeftConfig) -> None:
-    check_base_is_reference(model)
     training = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.add_adapter(name, config)
     compute_in_base_dtype(model)

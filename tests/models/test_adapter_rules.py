@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alignlab.config.model import LoraSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_base_is_reference, check_trainable
-from alignlab.models.adapters import adapters_disabled, add_lora, add_role, in_role, is_of_adapter
+from alignlab.models.adapters import adapters_disabled, add_lora, add_role, in_role, is_of_adapter, load_role
 from alignlab.models.policy import Policy
 from alignlab.trainers.assemble import make_reference, resolve_model
 from tests.models.conftest import SIZES
@@ -64,7 +64,7 @@ def test_starts_that_move_the_base_are_refused_where_the_base_is_used(base, star
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
     for use in (
         lambda: make_reference(Policy(model)),
-        lambda: add_role(model, "critic", rank=2, alpha=4),
+        lambda: load_role(model, "reward", config(), {}),
         lambda: adapters_disabled(model).__enter__(),
     ):
         with pytest.raises(ConfigError, match=f"init_lora_weights is '{start}', which moves a part of the base"):
@@ -96,7 +96,12 @@ def doubled(model: PeftModel) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
+def trains_norms(model: PeftModel) -> None:
+    model.get_base_model().model.norm.requires_grad_(True)
+
+
 STATES = {
+    r"model.norm.weight \(1 weights in all\) is in training and belongs to the base": trains_norms,
     "q_proj is scaled by 6, and must be by alpha / rank = 2": scaled,
     "adapters default, other are in use at once": doubled,
     "q_proj is merged into its base; call model.unmerge_adapter": lambda model: model.merge_adapter(),
