@@ -34,6 +34,7 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.reward_model import RewardModel
+from alignlab.models.saving import save_adapter_without_weights, save_without_weights
 from alignlab.models.transformer import PolicyForCausalLM, PolicyPreTrainedModel
 
 HEAD = "score.weight"
@@ -101,24 +102,29 @@ def classifier_of(model: nn.Module, pad_token_id: int) -> PreTrainedModel:
 
 
 def save_reward_model(
-    reward: RewardModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, base_digest: str | None = None
+    reward: RewardModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, base_digest: str | None = None,
+    weights: bool = True,
 ) -> None:
     """Write a reward model and its tokenizer so that plain `transformers`, and PEFT for an adapter, load them.
 
     Args:
         tokenizer: with a padding token of its own, see `padded_tokenizer`.
         base_digest: of an adapter's base, by which it is known to be a policy's base too.
+        weights: see `save_model`.
     """
     folder = Path(folder)
     if isinstance(reward.model, PeftModel):
-        _save_adapter(reward, reward.model, folder, base_digest)
+        if weights:
+            _save_adapter(reward, reward.model, folder, base_digest)
+        else:
+            save_adapter_without_weights(reward.model, folder)
     else:
         twin = classifier_of(reward.model, tokenizer.pad_token_id)
         known = twin.base_model.state_dict()  # without what an MoE counts, which no Hub family has
         decoder = causal_lm(reward.model).base_model.state_dict()
         twin.base_model.load_state_dict({name: decoder[name] for name in known}, assign=True)
         twin.load_state_dict({HEAD: reward.score.weight.detach()}, strict=False, assign=True)
-        twin.save_pretrained(folder)
+        twin.save_pretrained(folder) if weights else save_without_weights(twin, folder)
     tokenizer.save_pretrained(folder)
 
 

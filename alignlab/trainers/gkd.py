@@ -21,7 +21,8 @@ from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text
 from alignlab.errors import DataError
-from alignlab.models.attention import num_positions
+from alignlab.data.vocabulary import check_ids
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.trainers.assemble import Dataset, Model, Reward
@@ -36,7 +37,7 @@ from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import load_teacher
+from alignlab.trainers.teacher import load_teacher, readable_part
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -90,7 +91,7 @@ class GKDTrainer(OnlineTrainer):
     ) -> None:
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
-        check_room(self.teacher.model, self.prompts, config, whose="the teacher")
+        check_room(self.teacher.model, self.prompts, config, whose="the teacher", tokenizer=self.tokenizer)
         settings = train_dataset if isinstance(train_dataset, DataSettings) else DataSettings(path="rows")
         self._given: dict[int, tuple[int, ...]] = {}
         if config.student_frac < 1:
@@ -103,6 +104,9 @@ class GKDTrainer(OnlineTrainer):
                 )
             limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
             self._given = {prompt.index: given_completion(prompt, render, limit) for prompt in self.prompts}
+            models = {"the student": self.learner.model, "the teacher": self.teacher.model}
+            rows = {whose: num_embeddings(model) for whose, model in models.items()}
+            check_ids(((ids,) for ids in self._given.values()), rows, self.tokenizer, what="completion")
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""
@@ -153,9 +157,13 @@ class GKDTrainer(OnlineTrainer):
         teaches = self.teaches(rollouts).to(self.learner.device)
         advantages = torch.zeros(teaches.shape, device=teaches.device)
         return advantages, [
-            [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
+            [self._judged(spread(pack, advantages[part].flatten(), teaches[part].flatten())) for pack in packs]
             for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
         ]
+
+    def _judged(self, pack: Experience) -> Experience:
+        """The part of a pack that the teacher can read."""
+        return readable_part(pack, num_embeddings(self.teacher.model), with_first_unknown=True)
 
     def frozen(self) -> dict[str, str]:
         """The teacher."""
