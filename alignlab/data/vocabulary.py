@@ -1,8 +1,8 @@
 """Token ids against the rows of embedding tables.
 
-Models pad their tables, so that more rows than tokens are usual. The other way round, a tokenizer with added tokens on a
-model that was not resized gives ids that have no row; that is harmless where no text holds these tokens (Gemma 3's text
-models are published so), and refused where one does.
+Models pad their tables, so that more rows than tokens are usual. The other way round, a tokenizer with added tokens
+gives ids that a model has no row for which was not resized; that is harmless where no text holds these tokens (Gemma
+3's text models are published so), and refused where one does.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def check_end_token(tokenizer: PreTrainedTokenizerBase, rows: int, model_ends: I
         )
     if end is not None and ends and end not in ends:
         logger.warning(
-            "the tokenizer ends texts with token id %d (%r), and the model's configs name %s: the trained model is saved "
-            "with those; set generation_config.eos_token_id, so that other programs stop where this training did",
+            "the tokenizer ends texts with token id %d (%r), and the model's configs name %s: the trained model is "
+            "saved with those; set generation_config.eos_token_id, so that other programs stop where this one did",
             end, tokenizer.eos_token, ", ".join(map(str, ends)),
         )  # fmt: skip
     missing = num_token_ids(tokenizer) - rows

@@ -1,7 +1,7 @@
 """A model's generation defaults (`generation_config.json`), so that what was read with a warning can be written too.
 
-`transformers` reads a file that contradicts itself with a warning, and refuses to write it. Llama 2 chat and Vicuna were
-published with such a file: a temperature, and nothing that says whether to sample.
+`transformers` reads a file that contradicts itself with a warning, and refuses to write it. Llama 2 chat and Vicuna
+were published with such a file: a temperature, and nothing that says whether to sample.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import base_of, is_adapter, load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
@@ -82,6 +82,12 @@ def classifier_of(model: nn.Module, pad_token_id: int) -> PreTrainedModel:
     """
     lm = causal_lm(model)
     own = write_hub_config(lm.config) if isinstance(lm, PolicyForCausalLM) else None
+    rows = num_embeddings(lm)
+    if pad_token_id >= rows:
+        raise ConfigError(
+            f"the padding token of a reward model is id {pad_token_id}, and the model has {rows} rows of embeddings; "
+            "set the tokenizer's pad_token to a token that the model has, and that ends no text"
+        )
     config: Any = copy.deepcopy(lm.config) if own is None else own
     config.num_labels, config.pad_token_id, config.dtype = 1, pad_token_id, lm.dtype
     try:
@@ -126,6 +132,18 @@ def save_reward_model(
         twin.load_state_dict({HEAD: reward.score.weight.detach()}, strict=False, assign=True)
         twin.save_pretrained(folder) if weights else save_without_weights(twin, folder)
     tokenizer.save_pretrained(folder)
+
+
+def try_reward_model(model: PreTrainedModel | PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write all but the weights of the reward model that a language model, with or without its weights, becomes.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be saved.
+    """
+    classifier_of(model, tokenizer.pad_token_id)
+    with init_empty_weights():
+        reward = RewardModel(model)
+    save_reward_model(reward, folder, tokenizer, weights=False)
 
 
 def _save_adapter(reward: RewardModel, model: PeftModel, folder: Path, base_digest: str | None) -> None:

@@ -15,9 +15,10 @@ from alignlab.config.judge import ModelJudge
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.prompts import BadRow, PromptRenderer
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, has_adapters
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.rlaif.answers import answer_key
@@ -26,7 +27,10 @@ from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
-_UNASKED = "the chat template refuses the question, or it is longer than the judge's positions"
+_UNASKED = (
+    "the chat template refuses the question, it is longer than the judge's positions, or it holds a token that the "
+    "judge has no embedding for"
+)
 
 
 class LocalChatModel:
@@ -38,7 +42,7 @@ class LocalChatModel:
         tokens_per_batch: tokens in one forward pass.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or one that writes tokens without an embedding.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class LocalChatModel:
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
         self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+        self._num_rows = num_embeddings(model)
+        self._check_template()
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]
@@ -97,7 +103,20 @@ class LocalChatModel:
                 continue
         encoded = self._render.encode(list(rendered.values()))
         limit = causal_lm(self._model).config.get_text_config().max_position_embeddings - room
-        return {i: Prompt(ids, "", index=i) for i, ids in zip(rendered, encoded, strict=True) if len(ids) <= limit}
+        return {
+            i: Prompt(ids, "", index=i)
+            for i, ids in zip(rendered, encoded, strict=True)
+            if len(ids) <= limit and max(ids) < self._num_rows
+        }
+
+    def _check_template(self) -> None:
+        """Raise if what the chat template itself writes has no embedding."""
+        try:
+            text = self._render([{"role": "user", "content": "1"}])
+        except BadRow:
+            return  # each question is asked of the template, and refused by itself
+        ids = self._render.encode([text])
+        check_ids([ids], {"the judge": self._num_rows}, self._tokenizer, what="a question to the judge: question")
 
     def _first_tokens(self, choices: Sequence[str]) -> list[int]:
         tokens = [self._tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]

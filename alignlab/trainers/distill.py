@@ -19,9 +19,10 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
-from alignlab.models.attention import num_positions, output_head
+from alignlab.models.attention import num_embeddings, num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import Dataset, Model, Reward, resolve_examples, resolve_prompts, resolve_rewards
@@ -78,6 +79,8 @@ class DistillTrainer(OfflineTrainer):
         super().__init__(model, config, train_dataset, **options)
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        student = {"the model": num_embeddings(self.learner.model)}
+        check_ids(((prompt.token_ids,) for prompt in self.eval_prompts), student, self.tokenizer, what="prompt")
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -101,6 +104,12 @@ class DistillTrainer(OfflineTrainer):
         """The student's, and its teacher's."""
         teacher = self.learner.teacher
         return super().positions | ({} if teacher is None else {"the teacher": num_positions(teacher.model)})
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The student's, and its teacher's."""
+        teacher = self.learner.teacher
+        return super().rows | ({} if teacher is None else {"the teacher": num_embeddings(teacher.model)})
 
     @property
     def weigh(self) -> Weigh:

@@ -20,8 +20,8 @@ from alignlab.config.data import DataSettings
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
 from alignlab.data.prompts import BadRow, PromptRenderer, check_text
-from alignlab.errors import DataError
 from alignlab.data.vocabulary import check_ids
+from alignlab.errors import DataError
 from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy

@@ -18,8 +18,9 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
 from alignlab.data.sequences import digest_of, fitting
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
-from alignlab.models.attention import num_positions
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.learner import Learner
@@ -80,12 +81,19 @@ class OfflineTrainer(TrainingLoop):
 
     def _fitting(self, dataset: Any) -> Sequence[Any]:
         skip = isinstance(dataset, DataSettings) and dataset.on_bad_row == "skip"
-        return fitting(self.examples(dataset), self.positions, skip=skip)
+        examples = self.examples(dataset)
+        check_ids((example.sequences for example in examples), self.rows, self.tokenizer, what="example")
+        return fitting(examples, self.positions, skip=skip)
 
     @property
     def positions(self) -> dict[str, float]:
         """Tokens that an example may have, by what has so many positions."""
         return {"the model": num_positions(self.learner.model)}
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the embedding tables that an example is looked up in, by whose they are."""
+        return {"the model": num_embeddings(self.learner.model)}
 
     @property
     @abstractmethod

@@ -54,9 +54,9 @@ from alignlab.trainers.objective import Objective
 from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
-from alignlab.trainers.rollout_metrics import rollout_metrics
+from alignlab.trainers.rollout_metrics import PaddingTokens, rollout_metrics
 from alignlab.training.evaluation import EvaluationResult, evaluate
-from alignlab.training.model_reward import bind_rewards, fingerprints_of
+from alignlab.training.model_reward import bind_rewards, check_reward_ids, fingerprints_of
 from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
@@ -102,7 +102,8 @@ class OnlineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
-        check_room(model, self.prompts, config)
+        for prompts in (self.prompts, self.eval_prompts):
+            check_room(model, prompts, config, tokenizer=tokenizer)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
@@ -118,6 +119,8 @@ class OnlineTrainer(TrainingLoop):
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
+        check_reward_ids(rewards.rewards, self.prompts, tokenizer)
+        self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
         digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
@@ -197,6 +200,7 @@ class OnlineTrainer(TrainingLoop):
         finished = time.perf_counter()
         metrics = kept_fractions(mean_over_updates(updates))
         metrics |= rollout_metrics([*rollouts, *left_out], version, self.learner.reduce_sum)
+        metrics |= self._padding.metrics([*rollouts, *left_out], self.learner.reduce_sum)
         return metrics | self.credit_metrics | self.engine.metrics() | self.rewards.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
             "generate_s": batch.seconds,

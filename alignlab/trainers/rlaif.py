@@ -56,6 +56,7 @@ from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Dataset, Model, make_accelerator, resolve_base, resolve_model, resolve_prompts
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.ending import check_stages
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -127,6 +128,7 @@ class RLAIFTrainer:
         self._check_adapter()
         self.prompts = resolve_prompts(train_dataset, self.tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
+        check_stages(config, self.model, self.tokenizer, [*self.prompts, *self.eval_prompts])
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
         self._judge_is_given = judge is not None

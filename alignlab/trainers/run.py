@@ -34,6 +34,7 @@ from alignlab.data.examples import load_examples
 from alignlab.data.prompts import BadRow, count_or_raise, split_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.data.vocabulary import num_token_ids
 from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
@@ -180,7 +181,7 @@ def make_model(
     assert settings.architecture is not None
     return new_model(
         settings.architecture,
-        vocab_size=len(tokenizer),
+        vocab_size=num_token_ids(tokenizer),
         dtype=dtype,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

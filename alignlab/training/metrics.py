@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from alignlab.errors import ConfigError
 from alignlab.training.files import write_atomically
 
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 # Names of packages that are not the tracker's own.
@@ -98,9 +100,15 @@ class MetricsLogger:
         if not self._is_main:
             return
         self._file.close()
-        for tracker in self._trackers:
-            tracker.finish()
-        self._trackers.clear()
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # of any package: what was trained is saved, and so are its metrics
+                logger.warning(
+                    "the tracker %s could not be closed (%s: %s); %s has all metrics",
+                    tracker.name, type(error).__name__, error, METRICS_FILE,
+                )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
