@@ -169,10 +169,12 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     from alignlab.data.sequences import fitting
     from alignlab.data.vocabulary import check_ids
     from alignlab.models.attention import num_embeddings, num_positions
+    from alignlab.trainers.preflight import check_prompt_ids
 
     model = shape_of(config, tokenizer)
     models = {"the model": model} | teachers_of(config)
-    check_prompts(models, [*data.prompts, *held_out.prompts], config, tokenizer)
+    check_prompts(models, data.prompts, config, tokenizer)
+    check_prompt_ids(model, held_out.prompts, tokenizer)
     rows = {whose: num_embeddings(each) for whose, each in models.items()}
     positions = {whose: num_positions(each) for whose, each in models.items()}
     for source in (data, held_out):
@@ -231,12 +233,10 @@ def check_prompts(
 ) -> None:
     """Raise if a model cannot read the prompts, or they and their completions do not fit its positions."""
     from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.data.vocabulary import check_ids
-    from alignlab.models.attention import num_embeddings
-    from alignlab.trainers.preflight import check_room
+    from alignlab.trainers.preflight import check_prompt_ids, check_room
 
-    rows = {whose: num_embeddings(model) for whose, model in models.items()}
-    check_ids(((prompt.token_ids,) for prompt in prompts), rows, tokenizer, what="prompt")
+    for whose, model in models.items():
+        check_prompt_ids(model, prompts, tokenizer, whose=whose)
     for stage in stages_of(config.trainer):
         if isinstance(stage, OnlineConfig):
             for whose, model in models.items():
@@ -255,7 +255,8 @@ def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
 
     folder = config.trainer.output_dir
     if config.warm_start is not None:
-        check_ending(config.warm_start.trainer, model, tokenizer, folder)
+        warm = config.warm_start.trainer
+        check_ending(warm, model, tokenizer, folder, writer_of(warm, model, tokenizer))
     if config.model.lora is not None and not has_adapters(model):
         model = add_lora(model, config.model.lora)  # type: ignore[assignment]  # PEFT's model around it
     for stage in stages_of(config.trainer):

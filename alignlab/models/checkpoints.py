@@ -35,7 +35,7 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
 from alignlab.models.generation_defaults import writable_generation_config
 from alignlab.models.packaged import resolve_checkpoint
-from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights
+from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
 
 AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
@@ -261,7 +261,8 @@ def save_model(model: PreTrainedModel | PeftModel, folder: str | Path, *, weight
             before it is trained.
 
     Raises:
-        CheckpointError: the model's generation defaults cannot be written or, without `weights`, something else.
+        CheckpointError: the model's generation defaults or tensors cannot be written or, without `weights`, something
+            else that is saved.
     """
     if isinstance(model, PeftModel):
         save_adapter(model, folder) if weights else save_adapter_without_weights(model, folder)
@@ -270,7 +271,10 @@ def save_model(model: PreTrainedModel | PeftModel, folder: str | Path, *, weight
         whose = model.config.name_or_path or type(model).__name__
         model.generation_config = writable_generation_config(model.generation_config, whose)
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
-    written = model if hub is None else _as_family(model, hub)
+    try:
+        written = model if hub is None else _as_family(model, hub)
+    except RuntimeError as error:  # tensors that the family does not have, such as a buffer that was registered
+        raise unsaveable(type(model).__name__, error) from error
     written.save_pretrained(folder) if weights else save_without_weights(written, folder)
 
 

@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from alignlab.errors import CheckpointError
+from alignlab.models.attention import causal_lm
 
 SAVING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
 """What `transformers`, PEFT and JSON raise where something cannot be written."""
@@ -51,7 +52,7 @@ def save_adapter_without_weights(model: PeftModel, folder: str | Path) -> None:
     """
     name = model.active_adapter
     config: Any = copy.deepcopy(model.peft_config[name])
-    config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().config.name_or_path
+    config.base_model_name_or_path = config.base_model_name_or_path or causal_lm(model).config.name_or_path
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         model.create_or_update_model_card(str(folder))

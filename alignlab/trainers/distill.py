@@ -19,7 +19,6 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import DistillConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
-from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
 from alignlab.models.attention import num_embeddings, num_positions, output_head
@@ -35,7 +34,7 @@ from alignlab.trainers.distilling import (
     shared_width,
 )
 from alignlab.trainers.offline import OfflineTrainer
-from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.preflight import check_prompt_ids, choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
@@ -79,8 +78,7 @@ class DistillTrainer(OfflineTrainer):
         super().__init__(model, config, train_dataset, **options)
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(eval_dataset, self.tokenizer)
-        student = {"the model": num_embeddings(self.learner.model)}
-        check_ids(((prompt.token_ids,) for prompt in self.eval_prompts), student, self.tokenizer, what="prompt")
+        check_prompt_ids(self.learner.model, self.eval_prompts, self.tokenizer)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())

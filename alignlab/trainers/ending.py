@@ -16,12 +16,13 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
-from alignlab.data.vocabulary import check_end_token, check_ids
+from alignlab.data.vocabulary import check_end_token
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.attention import causal_lm, end_ids, num_embeddings
 from alignlab.models.checkpoints import is_adapter, save_model
 from alignlab.models.reward_checkpoints import padded_tokenizer, try_reward_model
 from alignlab.models.saving import SAVING_ERRORS, unsaveable
+from alignlab.trainers.preflight import check_prompt_ids
 from alignlab.training.metrics import check_trackers
 from alignlab.types import Prompt
 
@@ -56,15 +57,14 @@ def check_ending(
 
 
 def check_stages(
-    config: RLAIFConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    config: RLAIFConfig, model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 ) -> None:
     """Raise if the model cannot read the prompts of RLAIF, or what one of its stages makes could not be saved.
 
     Raises:
-        ConfigError, CheckpointError: see `check_ids`, `check_ending`.
+        ConfigError, CheckpointError: see `check_prompt_ids`, `check_ending`.
     """
-    rows = {"the model": num_embeddings(model)}
-    check_ids(((prompt.token_ids,) for prompt in prompts), rows, tokenizer, what="prompt")
+    check_prompt_ids(model, prompts, tokenizer)
     for stage in stages_of(config):
         check_ending(stage, model, tokenizer, config.output_dir, writer_of(stage, model, tokenizer))
 

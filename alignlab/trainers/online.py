@@ -51,7 +51,7 @@ from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
-from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
+from alignlab.trainers.preflight import check_prompt_ids, check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.rollout_metrics import PaddingTokens, rollout_metrics
@@ -102,8 +102,8 @@ class OnlineTrainer(TrainingLoop):
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.prompts = resolve_prompts(train_dataset, tokenizer)
         self.eval_prompts = resolve_prompts(eval_dataset, tokenizer)
-        for prompts in (self.prompts, self.eval_prompts):
-            check_room(model, prompts, config, tokenizer=tokenizer)
+        check_room(model, self.prompts, config, tokenizer=tokenizer)
+        check_prompt_ids(model, self.eval_prompts, tokenizer)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None

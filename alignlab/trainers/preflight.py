@@ -36,7 +36,7 @@ def check_room(
     Raises:
         ConfigError: with the value that fits.
     """
-    check_ids(((prompt.token_ids,) for prompt in prompts), {whose: num_embeddings(model)}, tokenizer, what="prompt")
+    check_prompt_ids(model, prompts, tokenizer, whose=whose)
     positions = num_positions(model)
     served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
@@ -47,6 +47,17 @@ def check_room(
                 f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
                 f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower data.max_prompt_tokens"
             )
+
+
+def check_prompt_ids(
+    model: Any, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, *, whose: str = "the model"
+) -> None:
+    """Raise if a prompt holds a token that the model has no embedding for.
+
+    Raises:
+        ConfigError: with the prompt's number and the token.
+    """
+    check_ids(((prompt.token_ids,) for prompt in prompts), {whose: num_embeddings(model)}, tokenizer, what="prompt")
 
 
 def warn_of_truncation(sampling: SamplingSettings) -> None:
