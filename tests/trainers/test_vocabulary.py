@@ -73,7 +73,7 @@ def rows_of_kind(kind: str, text: str) -> list[dict[str, Any]]:
         "pairs": pairs,
         "prompts": [{"prompt": f"{text} {i}", "answer": "1"} for i in range(4)],
         "completions": [{"prompt": f"a{i}", "completion": text} for i in range(4)],
-        "labels": [{"prompt": f"a{i}", "completion": text, "label": bool(i % 2)} for i in range(4)],
+        "labels": [{"prompt": f"a{i}", "completion": f"{text}{i}", "label": i < 2} for i in range(4)],
     }[kind]
 
 
