@@ -91,6 +91,9 @@ def test_check_tries_the_end_of_an_adapter_and_of_a_student(
     assert "target_modules names nothing" in capsys.readouterr().err
     adapter["model"]["lora"] = {"rank": 2}
     assert main(["check", write(rows, adapter, type="sft")]) == 0
+    assert main(["train", write(rows, adapter, type="sft")]) == 0
+    further = {"model": {"name": str(model.parent / "run" / "adapter")}}
+    assert main(["check", write(rows, further, type="sft", output_dir=str(model.parent / "again"))]) == 0
     student = {"model": {"name": str(model), "student": {"num_layers": 1}}}
     assert main(["check", write(rows, student, type="sft")]) == 0
     student["model"]["student"] = {"num_layers": 5}

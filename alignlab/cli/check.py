@@ -13,6 +13,7 @@ from alignlab.cli.train import add_config_arguments
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from alignlab.cli.check_data import Data
@@ -250,17 +251,34 @@ def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
         ConfigError, CheckpointError: see `trainers.ending.check_ending`.
     """
     from alignlab.config.trainers import stages_of
-    from alignlab.models.adapters import add_lora, has_adapters
+    from alignlab.models.adapters import add_lora
     from alignlab.trainers.ending import check_ending, writer_of
 
     folder = config.trainer.output_dir
     if config.warm_start is not None:
         warm = config.warm_start.trainer
         check_ending(warm, model, tokenizer, folder, writer_of(warm, model, tokenizer))
-    if config.model.lora is not None and not has_adapters(model):
-        model = add_lora(model, config.model.lora)  # type: ignore[assignment]  # PEFT's model around it
+    if config.model.lora is not None:
+        trained: Any = add_lora(model, config.model.lora)
+    else:
+        trained = with_adapter_of(config.model.name, model) or model.float()  # float32, whatever the checkpoint's dtype
     for stage in stages_of(config.trainer):
-        check_ending(stage, model, tokenizer, folder, writer_of(stage, model, tokenizer))
+        check_ending(stage, trained, tokenizer, folder, writer_of(stage, trained, tokenizer))
+
+
+def with_adapter_of(name: str | None, base: PreTrainedModel) -> PeftModel | None:
+    """An adapter's base with the adapter on it, without weights; None for a name that is no adapter's."""
+    from peft import PeftConfig, get_peft_model
+
+    from alignlab.models.checkpoints import is_adapter
+    from alignlab.models.packaged import resolve_checkpoint
+
+    path = None if name is None else resolve_checkpoint(name)
+    if path is None or not is_adapter(path):
+        return None
+    adapter = PeftConfig.from_pretrained(path)
+    adapter.inference_mode = False  # it is trained on
+    return get_peft_model(base, adapter)  # type: ignore[return-value]  # a PeftModel, as it is no mixture of adapters
 
 
 def tell(what: str, text: str) -> None:

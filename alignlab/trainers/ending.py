@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
@@ -35,7 +36,7 @@ GIB = 2**30
 
 def check_ending(
     config: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], None], *, trained: Iterable[Tensor] | None = None,
 ) -> None:
     """Raise if the run could not end well: all that its end needs is tried, without writing the weights.
 
@@ -43,17 +44,26 @@ def check_ending(
         model: in training, with or without its weights.
         folder: of the run, which need not exist.
         write: writes what is trained and its tokenizer to a folder, all but the weights.
+        trained: all parameters in training, a critic's too; default: the model's.
 
     Raises:
         ConfigError: a tracker or matplotlib is missing, the folder cannot be written, or the disk has too little room.
         CheckpointError: the model or its tokenizer cannot be saved, or not be read back.
     """
+    check_saving(config, model, tokenizer, write)
+    trained = (p for p in model.parameters() if p.requires_grad) if trained is None else trained
+    check_disk(config, model, folder, sum(p.numel() * p.element_size() for p in trained))
+
+
+def check_saving(
+    config: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase, write: Callable[[Path], None]
+) -> None:
+    """Raise as `check_ending` does, the run's folder and its disk aside."""
     check_trackers(config.trackers)
     check_drawing()
     check_end_token(tokenizer, num_embeddings(model), end_ids(model))
     warn_of_unnamed_base(model)
     try_saving(write, tokenizer)
-    check_disk(config, model, folder)
 
 
 def check_stages(
@@ -61,12 +71,14 @@ def check_stages(
 ) -> None:
     """Raise if the model cannot read the prompts of RLAIF, or what one of its stages makes could not be saved.
 
+    Each stage looks at the disk when it starts, when it is known whether an adapter is trained.
+
     Raises:
-        ConfigError, CheckpointError: see `check_prompt_ids`, `check_ending`.
+        ConfigError, CheckpointError: see `check_prompt_ids`, `check_saving`.
     """
     check_prompt_ids(model, prompts, tokenizer)
     for stage in stages_of(config):
-        check_ending(stage, model, tokenizer, config.output_dir, writer_of(stage, model, tokenizer))
+        check_saving(stage, model, tokenizer, writer_of(stage, model, tokenizer))
 
 
 def writer_of(stage: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
@@ -157,8 +169,11 @@ def warn_of_unnamed_base(model: Model) -> None:
         logger.warning("the saved adapter will name its base %s, and there is no such folder; keep the base", name)
 
 
-def check_disk(config: TrainerConfig, model: Model, folder: Path) -> None:
+def check_disk(config: TrainerConfig, model: Model, folder: Path, trained_bytes: int) -> None:
     """Raise if the run's folder cannot be written, or the disk has no room for its checkpoints and what it makes.
+
+    Args:
+        trained_bytes: of the weights in training.
 
     Raises:
         ConfigError: with how much is needed and free.
@@ -171,7 +186,7 @@ def check_disk(config: TrainerConfig, model: Model, folder: Path) -> None:
             f"trainer.output_dir is {folder}, and {place} {'cannot be written' if place.is_dir() else 'is no folder'}; "
             "choose another trainer.output_dir"
         )
-    needed = needed_bytes(config, model) - _held_bytes(folder)
+    needed = needed_bytes(config, model, trained_bytes) - _held_bytes(folder)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
@@ -181,12 +196,11 @@ def check_disk(config: TrainerConfig, model: Model, folder: Path) -> None:
         )
 
 
-def needed_bytes(config: TrainerConfig, model: Model) -> int:
+def needed_bytes(config: TrainerConfig, model: Model, trained_bytes: int) -> int:
     """Return the bytes of a run's checkpoints (weights in training and Adam's two moments) and of what it makes."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
-    made = trained if isinstance(model, PeftModel) else every
-    return num_checkpoints(config) * (1 + ADAM_MOMENTS) * trained + made
+    made = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
+    checkpoints = num_checkpoints(config) * (1 + ADAM_MOMENTS) * trained_bytes
+    return checkpoints + sum(p.numel() * p.element_size() for p in made)
 
 
 def num_checkpoints(config: TrainerConfig) -> int:

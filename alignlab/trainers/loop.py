@@ -354,6 +354,7 @@ class TrainingLoop(ABC):
         check_ending(
             self.config, self.learner.model, self.tokenizer, self.config.output_dir,
             lambda path: self.write_model(path, weights=False),
+            trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
         )
 
     def write_model(self, path: Path, *, weights: bool = True) -> None:

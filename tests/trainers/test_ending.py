@@ -124,7 +124,7 @@ def test_a_disk_without_room_is_named(sft: Make, monkeypatch: pytest.MonkeyPatch
     trainer = sft(num_steps=9, save_every_steps=1, keep_checkpoints=2)
     weights = sum(p.numel() * 4 for p in trainer.learner.model.parameters())
     needed = 3 * 3 * weights + weights  # two checkpoints stay while a third is written, and then the model
-    assert ending.needed_bytes(trainer.config, trainer.learner.model) == needed
+    assert ending.needed_bytes(trainer.config, trainer.learner.model, weights) == needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
     refused_before_the_first_step(trainer, ConfigError, "GiB for 3 checkpoints")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed))
@@ -143,7 +143,7 @@ def test_an_adapter_needs_room_for_itself_alone(make_model: Make, tokenizer: Any
     config = SFTConfig(output_dir=tmp_path / "run", num_steps=2, num_sequences=2, trackers=())
     trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
     trained = sum(p.numel() * 4 for p in trainer.learner.model.parameters() if p.requires_grad)
-    assert ending.needed_bytes(config, trainer.learner.model) == 4 * trained
+    assert ending.needed_bytes(config, trainer.learner.model, trained) == 4 * trained
 
 
 def test_an_adapter_on_a_base_without_a_name_is_said(
