@@ -13,7 +13,7 @@ import yaml
 from alignlab.cli import main
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.vocabulary import num_token_ids
-from alignlab.models.checkpoints import new_model, save_model
+from alignlab.models.checkpoints import load_tokenizer, new_model, save_model
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -99,6 +99,20 @@ def test_check_tries_the_end_of_an_adapter_and_of_a_student(
     student["model"]["student"] = {"num_layers": 5}
     assert main(["check", write(rows, student, type="sft")]) == 2
     assert "num_layers is 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["distill", "gkd", "on_policy_distill"])
+def test_check_refuses_a_teacher_with_too_few_rows(
+    kind: str, write: Callable[..., str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.save_pretrained(tmp_path / "student")
+    save_model(new_model(SHAPE, vocab_size=num_token_ids(tokenizer)), tmp_path / "student")
+    student = {"model": {"name": str(tmp_path / "student")}}
+    config = write(rows_for(kind, "blue"), student, type=kind, teacher={"name": str(model)})
+    rows = num_token_ids(tokenizer) - 1
+    assert main(["check", config]) == 2
+    assert f"the teacher has {rows} logits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["check", "train"])

@@ -105,11 +105,14 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
     """See what can be seen of a judge without loading or asking it.
 
     Raises:
-        ConfigError, CheckpointError: its model or key is missing, or a vote would be cast twice.
+        ConfigError, CheckpointError: its model or key is missing, it cannot be asked in chats, or a vote would be cast
+            twice.
     """
-    from alignlab.models.checkpoints import check_checkpoint
+    from alignlab.models.attention import num_embeddings
+    from alignlab.models.checkpoints import empty_model, load_tokenizer
     from alignlab.rlaif.endpoint import EndpointChatModel
     from alignlab.rlaif.judges import check_votes
+    from alignlab.rlaif.local import check_chats
     from alignlab.training.model_reward import ModelReward
 
     if judge.backend == "reward_model":
@@ -119,7 +122,7 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
     if judge.backend == "endpoint":
         EndpointChatModel(judge)
     elif judge.name is not None:
-        check_checkpoint(judge.name)
+        check_chats(load_tokenizer(judge.name), num_embeddings(empty_model(judge.name)))
 
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:
@@ -171,11 +174,14 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     from alignlab.data.vocabulary import check_ids
     from alignlab.models.attention import num_embeddings, num_positions
     from alignlab.trainers.preflight import check_prompt_ids
+    from alignlab.trainers.teacher import check_width
 
     model = shape_of(config, tokenizer)
     models = {"the model": model} | teachers_of(config)
     check_prompts(models, data.prompts, config, tokenizer)
     check_prompt_ids(model, held_out.prompts, tokenizer)
+    for teacher in list(models.values())[1:]:
+        check_width(teacher, tokenizer, rows=num_embeddings(model))
     rows = {whose: num_embeddings(each) for whose, each in models.items()}
     positions = {whose: num_positions(each) for whose, each in models.items()}
     for source in (data, held_out):

@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -14,8 +16,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from alignlab.errors import CheckpointError
 from alignlab.models.attention import causal_lm
 
-SAVING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
-"""What `transformers`, PEFT and JSON raise where something cannot be written."""
+SAVING_ERRORS = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What `transformers`, PEFT, safetensors and JSON raise where something cannot be written."""
 
 
 def save_without_weights(model: PreTrainedModel, folder: str | Path) -> None:

@@ -48,17 +48,13 @@ class LocalChatModel:
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, tokens_per_batch: int = 4096
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
-            )
+        check_chats(tokenizer, num_embeddings(model))
         self.identity = f"{digest_of_model(model)} {answer_key(template=tokenizer.chat_template)}"
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
         self._render = PromptRenderer(DataSettings(path="questions"), tokenizer)
         self._num_rows = num_embeddings(model)
-        self._check_template()
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]
@@ -109,15 +105,6 @@ class LocalChatModel:
             if len(ids) <= limit and max(ids) < self._num_rows
         }
 
-    def _check_template(self) -> None:
-        """Raise if what the chat template itself writes has no embedding."""
-        try:
-            text = self._render([{"role": "user", "content": "1"}])
-        except BadRow:
-            return  # each question is asked of the template, and refused by itself
-        ids = self._render.encode([text])
-        check_ids([ids], {"the judge": self._num_rows}, self._tokenizer, what="a question to the judge: question")
-
     def _first_tokens(self, choices: Sequence[str]) -> list[int]:
         tokens = [self._tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
         if len(set(tokens)) < len(tokens):
@@ -142,6 +129,27 @@ class LocalChatModel:
         finally:
             self._policy.train(was_training)
         return [tuple(row) for row in found]
+
+
+def check_chats(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise if a judge cannot be asked in chats.
+
+    Args:
+        rows: of the judge's embedding table.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that writes tokens without an embedding.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
+        )
+    render = PromptRenderer(DataSettings(path="questions"), tokenizer)
+    try:
+        text = render([{"role": "user", "content": "1"}])
+    except BadRow:
+        return  # each question is rendered, and refused, by itself
+    check_ids([render.encode([text])], {"the judge": rows}, tokenizer, what="a question to the judge: question")
 
 
 def default_device() -> str:

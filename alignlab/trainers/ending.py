@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -131,7 +130,7 @@ def _read_back(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if not is_adapter(str(folder)):
             AutoConfig.from_pretrained(folder, trust_remote_code=False)
         saved: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (*SAVING_ERRORS, StrictDataclassError) as error:
+    except SAVING_ERRORS as error:
         raise CheckpointError(
             "what the end of the run saves of the model's config and its tokenizer "
             f"({type(tokenizer).__name__}) cannot be read back: {error}\n"
