@@ -284,7 +284,7 @@ def with_adapter_of(name: str | None, base: PreTrainedModel) -> PeftModel | None
         return None
     adapter = PeftConfig.from_pretrained(path)
     adapter.inference_mode = False  # it is trained on
-    return get_peft_model(base, adapter)  # type: ignore[return-value]  # a PeftModel, as it is no mixture of adapters
+    return get_peft_model(base, adapter)
 
 
 def tell(what: str, text: str) -> None:
