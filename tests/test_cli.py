@@ -420,7 +420,7 @@ def test_the_module_runs_as_the_command(run_file):
 def test_an_unwritable_place_is_named(run_file, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["train", str(run_file), f"trainer.output_dir={tmp_path / 'file' / 'run'}"]) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    assert "is no folder; choose another trainer.output_dir" in capsys.readouterr().err
 
 
 def test_resuming_where_there_is_no_run(run_file, tmp_path, capsys):

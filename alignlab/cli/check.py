@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.check_rewards import try_rewards
@@ -13,6 +13,7 @@ from alignlab.cli.train import add_config_arguments
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from alignlab.cli.check_data import Data
@@ -38,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load everything but the model, and tell."""
     from alignlab.config.loader import load_config
+    from alignlab.config.results import check_results
 
     config = load_config(args.config, args.overrides)
+    check_results(config, args.config)
 
     from alignlab.cli.check_data import held_out_data, training_data
     from alignlab.config.trainers import stages_of
@@ -102,11 +105,14 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
     """See what can be seen of a judge without loading or asking it.
 
     Raises:
-        ConfigError, CheckpointError: its model or key is missing, or a vote would be cast twice.
+        ConfigError, CheckpointError: its model or key is missing, it cannot be asked in chats, or a vote would be cast
+            twice.
     """
-    from alignlab.models.checkpoints import check_checkpoint
+    from alignlab.models.attention import num_embeddings
+    from alignlab.models.checkpoints import empty_model, load_tokenizer
     from alignlab.rlaif.endpoint import EndpointChatModel
     from alignlab.rlaif.judges import check_votes
+    from alignlab.rlaif.local import check_chats
     from alignlab.training.model_reward import ModelReward
 
     if judge.backend == "reward_model":
@@ -116,7 +122,7 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
     if judge.backend == "endpoint":
         EndpointChatModel(judge)
     elif judge.name is not None:
-        check_checkpoint(judge.name)
+        check_chats(load_tokenizer(judge.name), num_embeddings(empty_model(judge.name)))
 
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:
@@ -163,60 +169,122 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     Raises:
         ConfigError, DataError: one of them is wrong.
     """
-    from alignlab.config.trainers import stages_of
     from alignlab.data.examples import load_examples
     from alignlab.data.sequences import fitting
-    from alignlab.training.metrics import check_trackers
+    from alignlab.data.vocabulary import check_ids
+    from alignlab.models.attention import num_embeddings, num_positions
+    from alignlab.trainers.preflight import check_prompt_ids
+    from alignlab.trainers.teacher import check_width
 
-    for stage in stages_of(config.trainer):
-        check_trackers(stage.trackers)
     model = shape_of(config, tokenizer)
-    check_room(model, data.prompts, config)
+    models = {"the model": model} | teachers_of(config)
+    check_prompts(models, data.prompts, config, tokenizer)
+    check_prompt_ids(model, held_out.prompts, tokenizer)
+    for teacher in list(models.values())[1:]:
+        check_width(teacher, tokenizer, rows=num_embeddings(model))
+    rows = {whose: num_embeddings(each) for whose, each in models.items()}
+    positions = {whose: num_positions(each) for whose, each in models.items()}
     for source in (data, held_out):
-        fitting(source.examples, positions_of(config, model), skip=source.skips)
+        check_ids((example.sequences for example in source.examples), rows, tokenizer, what="example")
+        fitting(source.examples, positions, skip=source.skips)
     warm = config.warm_start
     if warm is not None:
         few = (warm.data or config.data).model_copy(update={"size": 8})
-        load_examples(few, tokenizer, answer_column=warm.answer_column, answer_template=warm.answer_template)
+        examples = load_examples(
+            few, tokenizer, answer_column=warm.answer_column, answer_template=warm.answer_template
+        )
+        check_ids((example.sequences for example in examples), rows, tokenizer, what="example of the warm start:")
+    check_endings(config, model, tokenizer)
 
 
 def shape_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model without its weights.
+    """The model without its weights; of a student, with its own layers alone.
 
     Raises:
         ConfigError, CheckpointError: it cannot be had.
     """
     from accelerate import init_empty_weights
 
+    from alignlab.data.vocabulary import num_token_ids
     from alignlab.models.checkpoints import empty_model, new_model
+    from alignlab.models.student import chosen_layers, student_from
 
-    if config.model.name is not None:
-        return empty_model(config.model.name)
-    assert config.model.architecture is not None, "a model has a name or a shape"
+    settings = config.model
+    if settings.name is not None:
+        model = empty_model(settings.name)
+        if settings.student is None:
+            return model
+        return student_from(model, chosen_layers(model, settings.student.layers, settings.student.num_layers))
+    assert settings.architecture is not None, "a model has a name or a shape"
     with init_empty_weights():
-        return new_model(config.model.architecture, vocab_size=len(tokenizer))
+        return new_model(
+            settings.architecture, vocab_size=num_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
 
 
-def positions_of(config: RunConfig, model: PreTrainedModel) -> dict[str, float]:
-    """Tokens that an example may have, by what has so many positions; as `OfflineTrainer.positions`."""
-    from alignlab.config.trainers import DistillConfig
-    from alignlab.models.attention import num_positions
+def teachers_of(config: RunConfig) -> dict[str, PreTrainedModel]:
+    """The teacher without its weights, where it reads the student's tokens."""
+    from alignlab.config.trainers import DistillConfig, GKDConfig, OnPolicyDistillConfig
     from alignlab.models.checkpoints import empty_model
 
-    positions = {"the model": num_positions(model)}
-    if isinstance(config.trainer, DistillConfig):
-        positions["the teacher"] = num_positions(empty_model(config.trainer.teacher.name))
-    return positions
+    trainer = config.trainer
+    if not isinstance(trainer, DistillConfig | GKDConfig | OnPolicyDistillConfig):
+        return {}
+    by_text = isinstance(trainer, OnPolicyDistillConfig) and trainer.alignment == "text"
+    return {} if by_text else {"the teacher": empty_model(trainer.teacher.name)}
 
 
-def check_room(model: Any, prompts: Sequence[Prompt], config: RunConfig) -> None:
-    """See that completions fit the model's positions."""
+def check_prompts(
+    models: Mapping[str, Any], prompts: Sequence[Prompt], config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise if a model cannot read the prompts, or they and their completions do not fit its positions."""
     from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.trainers.preflight import check_room as check
+    from alignlab.trainers.preflight import check_prompt_ids, check_room
 
+    for whose, model in models.items():
+        check_prompt_ids(model, prompts, tokenizer, whose=whose)
     for stage in stages_of(config.trainer):
         if isinstance(stage, OnlineConfig):
-            check(model, prompts, stage)
+            for whose, model in models.items():
+                check_room(model, prompts, stage, whose=whose, tokenizer=tokenizer)
+
+
+def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if a stage of the run could not end well: its end is tried on the model without weights.
+
+    Raises:
+        ConfigError, CheckpointError: see `trainers.ending.check_ending`.
+    """
+    from alignlab.config.trainers import stages_of
+    from alignlab.models.adapters import add_lora
+    from alignlab.trainers.ending import check_ending, writer_of
+
+    folder = config.trainer.output_dir
+    if config.warm_start is not None:
+        warm = config.warm_start.trainer
+        check_ending(warm, model, tokenizer, folder, writer_of(warm, model, tokenizer))
+    if config.model.lora is not None:
+        trained: Any = add_lora(model, config.model.lora)
+    else:
+        trained = with_adapter_of(config.model.name, model) or model.float()  # float32, whatever the checkpoint's dtype
+    for stage in stages_of(config.trainer):
+        check_ending(stage, trained, tokenizer, folder, writer_of(stage, trained, tokenizer))
+
+
+def with_adapter_of(name: str | None, base: PreTrainedModel) -> PeftModel | None:
+    """An adapter's base with the adapter on it, without weights; None for a name that is no adapter's."""
+    from peft import PeftConfig, get_peft_model
+
+    from alignlab.models.checkpoints import is_adapter
+    from alignlab.models.packaged import resolve_checkpoint
+
+    path = None if name is None else resolve_checkpoint(name)
+    if path is None or not is_adapter(path):
+        return None
+    adapter = PeftConfig.from_pretrained(path)
+    adapter.inference_mode = False  # it is trained on
+    return get_peft_model(base, adapter)
 
 
 def tell(what: str, text: str) -> None:

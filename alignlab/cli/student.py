@@ -41,11 +41,12 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
     from alignlab.models.student import chosen_layers, student_from
 
+    tokenizer = load_tokenizer(args.teacher)
     teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype))
     layers = chosen_layers(teacher, args.layers, args.num_layers)
     student = student_from(teacher, layers)
     save_model(student, output)
-    load_tokenizer(args.teacher).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
     print(
         f"alignlab student: wrote {output}, layers {' '.join(map(str, layers))}: {sizes[0]:,} of {sizes[1]:,} "

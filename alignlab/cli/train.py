@@ -35,8 +35,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, then print the summary."""
     from alignlab.config.loader import load_config
+    from alignlab.config.results import check_results
 
     config = load_config(args.config, args.overrides)
+    check_results(config, args.config)
 
     from alignlab.errors import NothingLearntError
     from alignlab.trainers.run import run as train

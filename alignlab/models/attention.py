@@ -128,6 +128,23 @@ def num_positions(model: nn.Module) -> float:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Return the rows of the model's embedding table: ids that it can read."""
+    table: Any = causal_lm(model).get_input_embeddings()
+    if isinstance(table, BaseTunerLayer):
+        table = table.get_base_layer()
+    rows = getattr(table, "num_embeddings", None)
+    return int(table.weight.shape[0] if rows is None else rows)
+
+
+def end_ids(model: nn.Module) -> set[int]:
+    """Return the ids that end a text by the model's config and its generation defaults."""
+    lm = causal_lm(model)
+    named = [getattr(config, "eos_token_id", None) for config in (lm.config, lm.generation_config)]
+    lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
+    return {int(index) for ids in lists for index in ids if index is not None}
+
+
 def hidden_states(
     model: nn.Module, tokens: Tensor, position_ids: Tensor, layout: Layout, **kwargs: Any
 ) -> Tensor:

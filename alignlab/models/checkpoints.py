@@ -21,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +33,9 @@ from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_task
 from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
+from alignlab.models.generation_defaults import writable_generation_config
 from alignlab.models.packaged import resolve_checkpoint
+from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
 
 AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
@@ -133,7 +136,13 @@ def empty_model(name: str) -> PreTrainedModel:
         return empty_model(base_of(path))
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
-    return model
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:
+        pass  # without the file they are made of the config, as in loading
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}\nCorrect its generation_config.json") from error
+    return _adopted(model)
 
 
 def _check_files(name: str, files: list[Path]) -> None:
@@ -286,24 +295,32 @@ def _check_names(architecture: dict[str, Any]) -> None:
             raise ConfigError(f"model.architecture.{name} is not a field of PolicyConfig{hint}")
 
 
-def save_model(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+def save_model(model: PreTrainedModel | PeftModel, folder: str | Path, *, weights: bool = True) -> None:
     """Write a model so that plain `transformers` (and `peft`, for an adapter) loads it.
 
     A `PolicyForCausalLM` is written as the Hub family that it is isomorphic to, or under its own model type where there
     is none; that one loads wherever `alignlab.models.checkpoints` was imported.
+
+    Args:
+        weights: False writes all else, and tries what saving does with the weights: what cannot be saved is known
+            before it is trained.
+
+    Raises:
+        CheckpointError: the model's generation defaults or tensors cannot be written or, without `weights`, something
+            else that is saved.
     """
     if isinstance(model, PeftModel):
-        # Embeddings are never resized here, and PEFT's own look for that would read the base's config as another class.
-        name = model.active_adapter
-        model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[name])
-        inner = Path(folder) / name
-        if inner.is_dir():  # PEFT's place for an adapter that is not called default
-            for path in inner.iterdir():
-                path.replace(Path(folder) / path.name)
-            inner.rmdir()
+        save_adapter(model, folder) if weights else save_adapter_without_weights(model, folder)
         return
+    if model.can_generate():
+        whose = model.config.name_or_path or type(model).__name__
+        model.generation_config = writable_generation_config(model.generation_config, whose)
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
-    (model if hub is None else _as_family(model, hub)).save_pretrained(folder)
+    try:
+        written = model if hub is None else _as_family(model, hub)
+    except RuntimeError as error:  # tensors that the family does not have, such as a buffer that was registered
+        raise unsaveable(type(model).__name__, error) from error
+    written.save_pretrained(folder) if weights else save_without_weights(written, folder)
 
 
 def _as_family(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

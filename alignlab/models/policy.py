@@ -42,16 +42,18 @@ class Policy(nn.Module):
     Args:
         model: ours, one of `transformers`', or a PeftModel around it.
         chunk_tokens: tokens whose logits exist at one time.
+        num_ids: ids that share the probability, from 0 on; default: all for which there is a logit.
 
     Raises:
         ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
     """
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int = 512) -> None:
+    def __init__(self, model: nn.Module, *, chunk_tokens: int = 512, num_ids: int | None = None) -> None:
         super().__init__()
         output_head(model)
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self.num_ids = num_ids
 
     def in_use(self) -> AbstractContextManager[None]:
         """Within this context the model is the policy, as it is outside of a critic's."""
@@ -79,7 +81,8 @@ class Policy(nn.Module):
         asked = mask.nonzero()[:, 0]
         weight, bias, softcap = output_head(self.model)
         logprobs, entropy = chunked_logprobs(
-            hidden, weight, tokens[asked], bias=bias, temperature=temperature, softcap=softcap,
+            hidden, weight[: self.num_ids], tokens[asked],
+            bias=None if bias is None else bias[: self.num_ids], temperature=temperature, softcap=softcap,
             chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
         )
         return self._output(logprobs, entropy, mask, record)

@@ -29,12 +29,13 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapter_files import adapter_config, base_of, is_adapter
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.reward_model import RewardModel
+from alignlab.models.saving import save_adapter_without_weights, save_without_weights
 from alignlab.models.transformer import PolicyForCausalLM, PolicyPreTrainedModel
 
 HEAD = "score.weight"
@@ -82,6 +83,12 @@ def classifier_of(model: nn.Module, pad_token_id: int) -> PreTrainedModel:
     """
     lm = causal_lm(model)
     own = write_hub_config(lm.config) if isinstance(lm, PolicyForCausalLM) else None
+    rows = num_embeddings(lm)
+    if pad_token_id >= rows:
+        raise ConfigError(
+            f"the padding token of a reward model is id {pad_token_id}, and the model has {rows} rows of embeddings; "
+            "set the tokenizer's pad_token to a token that the model has, and that ends no text"
+        )
     config: Any = copy.deepcopy(lm.config) if own is None else own
     config.num_labels, config.pad_token_id, config.dtype = 1, pad_token_id, lm.dtype
     try:
@@ -102,25 +109,42 @@ def classifier_of(model: nn.Module, pad_token_id: int) -> PreTrainedModel:
 
 
 def save_reward_model(
-    reward: RewardModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, base_digest: str | None = None
+    reward: RewardModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, base_digest: str | None = None,
+    weights: bool = True,
 ) -> None:
     """Write a reward model and its tokenizer so that plain `transformers`, and PEFT for an adapter, load them.
 
     Args:
         tokenizer: with a padding token of its own, see `padded_tokenizer`.
         base_digest: of an adapter's base, by which it is known to be a policy's base too.
+        weights: see `save_model`.
     """
     folder = Path(folder)
     if isinstance(reward.model, PeftModel):
-        _save_adapter(reward, reward.model, folder, base_digest)
+        if weights:
+            _save_adapter(reward, reward.model, folder, base_digest)
+        else:
+            save_adapter_without_weights(reward.model, folder)
     else:
         twin = classifier_of(reward.model, tokenizer.pad_token_id)
         known = twin.base_model.state_dict()  # without what an MoE counts, which no Hub family has
         decoder = causal_lm(reward.model).base_model.state_dict()
         twin.base_model.load_state_dict({name: decoder[name] for name in known}, assign=True)
         twin.load_state_dict({HEAD: reward.score.weight.detach()}, strict=False, assign=True)
-        twin.save_pretrained(folder)
+        twin.save_pretrained(folder) if weights else save_without_weights(twin, folder)
     tokenizer.save_pretrained(folder)
+
+
+def try_reward_model(model: PreTrainedModel | PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write all but the weights of the reward model that a language model, with or without its weights, becomes.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be saved.
+    """
+    classifier_of(model, tokenizer.pad_token_id)
+    with init_empty_weights():
+        reward = RewardModel(model)
+    save_reward_model(reward, folder, tokenizer, weights=False)
 
 
 def _save_adapter(reward: RewardModel, model: PeftModel, folder: Path, base_digest: str | None) -> None:

@@ -16,9 +16,10 @@ from alignlab.config.rollout import RolloutSettings
 from alignlab.data.messages import BadRow
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, has_adapters
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.rlaif.answers import answer_key
@@ -27,7 +28,10 @@ from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
-_UNASKED = "the chat template refuses the question, or it is longer than the judge's positions"
+_UNASKED = (
+    "the chat template refuses the question, it is longer than the judge's positions, or it holds a token that the "
+    "judge has no embedding for"
+)
 
 
 class LocalChatModel:
@@ -39,22 +43,20 @@ class LocalChatModel:
         tokens_per_batch: tokens in one forward pass.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or one that writes tokens without an embedding.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, tokens_per_batch: int = 4096
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
-            )
+        check_chats(tokenizer, num_embeddings(model))
         self.identity = f"{digest_of_model(model)} {answer_key(template=tokenizer.chat_template)}"
         self.num_retries = 0
         self._model, self._tokenizer, self._budget = model, tokenizer, tokens_per_batch
         self._policy = Policy(model)
         # A completion must not end its own turn in the question to the judge.
         self._render = PromptRenderer(RenderSettings(escape_special_tokens=tokenizer.is_fast), tokenizer)
+        self._num_rows = num_embeddings(model)
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]
@@ -99,7 +101,11 @@ class LocalChatModel:
                 continue
         encoded = self._render.encode(list(rendered.values()))
         limit = causal_lm(self._model).config.get_text_config().max_position_embeddings - room
-        return {i: Prompt(ids, "", index=i) for i, ids in zip(rendered, encoded, strict=True) if len(ids) <= limit}
+        return {
+            i: Prompt(ids, "", index=i)
+            for i, ids in zip(rendered, encoded, strict=True)
+            if len(ids) <= limit and max(ids) < self._num_rows
+        }
 
     def _first_tokens(self, choices: Sequence[str]) -> list[int]:
         tokens = [self._tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
@@ -125,6 +131,27 @@ class LocalChatModel:
         finally:
             self._policy.train(was_training)
         return [tuple(row) for row in found]
+
+
+def check_chats(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise if a judge cannot be asked in chats.
+
+    Args:
+        rows: of the judge's embedding table.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that writes tokens without an embedding.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "a judge is asked in chats, and its tokenizer has no chat template; name an instruct model (judge.name)"
+        )
+    render = PromptRenderer(RenderSettings(), tokenizer)
+    try:
+        text = render([{"role": "user", "content": "1"}])
+    except BadRow:
+        return  # each question is rendered, and refused, by itself
+    check_ids([render.encode([text])], {"the judge": rows}, tokenizer, what="a question to the judge: question")
 
 
 def default_device() -> str:

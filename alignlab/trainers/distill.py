@@ -22,7 +22,7 @@ from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
 from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
-from alignlab.models.attention import num_positions, output_head
+from alignlab.models.attention import num_embeddings, num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import Model, Reward, resolve_rewards
@@ -43,7 +43,7 @@ from alignlab.trainers.given_data import (
     resolve_prompts,
 )
 from alignlab.trainers.offline import OfflineTrainer
-from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.preflight import check_prompt_ids, choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
@@ -91,6 +91,7 @@ class DistillTrainer(OfflineTrainer):
         super().__init__(model, config, train, **options)
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
+        check_prompt_ids(self.learner.model, self.eval_prompts, self.tokenizer)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -114,6 +115,12 @@ class DistillTrainer(OfflineTrainer):
         """The student's, and its teacher's."""
         teacher = self.learner.teacher
         return super().positions | ({} if teacher is None else {"the teacher": num_positions(teacher.model)})
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The student's, and its teacher's."""
+        teacher = self.learner.teacher
+        return super().rows | ({} if teacher is None else {"the teacher": num_embeddings(teacher.model)})
 
     @property
     def weigh(self) -> Weigh:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers.base import TrainerConfig
-from alignlab.errors import ConfigError
+from alignlab.data.vocabulary import num_token_ids
 from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_divergence, chunked_divergence
 from alignlab.functional.logprobs import chunked_logprobs
-from alignlab.models.attention import causal_lm, output_head
+from alignlab.models.attention import causal_lm, num_embeddings, output_head
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.learner import Learner
-from alignlab.trainers.teacher import check_same_tokens, check_width
+from alignlab.trainers.teacher import check_same_tokens, check_width, readable_tokens
 from alignlab.types import Experience, Segments
 
 
@@ -132,7 +132,8 @@ class StudentLearner(Learner):
             return TopTokens(pack.teacher_ids, pack.teacher_logprobs, pack.teacher_rest)
         assert self.teacher is not None, "packs without its answers need the teacher"
         with torch.no_grad():
-            hidden, _ = self.teacher.predicting_states(pack.tokens, pack.segments, pack.completion_mask)
+            tokens = readable_tokens(pack.tokens, num_embeddings(self.teacher.model))
+            hidden, _ = self.teacher.predicting_states(tokens, pack.segments, pack.completion_mask)
         return hidden, Head(*output_head(self.teacher.model))
 
 
@@ -140,17 +141,12 @@ def shared_width(
     teacher: nn.Module, teacher_tokenizer: PreTrainedTokenizerBase, student: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    """How many ids the student's tokenizer can produce, each of which both models have a logit for.
+    """Return how many ids are compared: those of the student's tokenizer that the student has a logit for.
 
     Raises:
-        ConfigError: one of them has not, or an id means another token to the teacher.
+        ConfigError: the teacher lacks a logit for one, or an id means another token to the teacher.
     """
-    check_width(causal_lm(teacher), tokenizer)
+    rows = output_head(student)[0].shape[0]
+    check_width(causal_lm(teacher), tokenizer, rows=rows)
     check_same_tokens(teacher_tokenizer, tokenizer)
-    width, needed = output_head(student)[0].shape[0], max(tokenizer.get_vocab().values()) + 1
-    if width < needed:
-        raise ConfigError(
-            f"the student has {width} logits, and must have one for each of the {needed} ids of its tokenizer; give "
-            "the tokenizer that it was trained with"
-        )
-    return needed
+    return min(rows, num_token_ids(tokenizer))

@@ -21,8 +21,9 @@ from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow, check_text
 from alignlab.data.preferences import Mask
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
-from alignlab.models.attention import num_positions
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.rollout.detokenizer import decode
@@ -39,7 +40,7 @@ from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import load_teacher
+from alignlab.trainers.teacher import load_teacher, readable_part
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -93,7 +94,7 @@ class GKDTrainer(OnlineTrainer):
     ) -> None:
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
-        check_room(self.teacher.model, self.prompts, config, whose="the teacher")
+        check_room(self.teacher.model, self.prompts, config, whose="the teacher", tokenizer=self.tokenizer)
         self._given: dict[int, tuple[tuple[int, ...], Mask]] = {}
         if config.student_frac < 1:
             render = PromptRenderer(self.render_settings, self.tokenizer)
@@ -105,6 +106,9 @@ class GKDTrainer(OnlineTrainer):
                 )
             limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
             self._given = {prompt.index: given_completion(prompt, render, limit) for prompt in self.prompts}
+            models = {"the student": self.learner.model, "the teacher": self.teacher.model}
+            rows = {whose: num_embeddings(model) for whose, model in models.items()}
+            check_ids(((ids,) for ids, _ in self._given.values()), rows, self.tokenizer, what="completion")
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""
@@ -155,9 +159,13 @@ class GKDTrainer(OnlineTrainer):
         teaches = self.teaches(rollouts).to(self.learner.device)
         advantages = torch.zeros(teaches.shape, device=teaches.device)
         return advantages, [
-            [spread(pack, advantages[part].flatten(), teaches[part].flatten()) for pack in packs]
+            [self._judged(spread(pack, advantages[part].flatten(), teaches[part].flatten())) for pack in packs]
             for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
         ]
+
+    def _judged(self, pack: Experience) -> Experience:
+        """The part of a pack that the teacher can read."""
+        return readable_part(pack, num_embeddings(self.teacher.model), with_first_unknown=True)
 
     def frozen(self) -> dict[str, str]:
         """The teacher."""

@@ -18,12 +18,13 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
+from alignlab.trainers.ending import check_ending
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
 from alignlab.training.learning_signal import SignalMonitor, Verdict
-from alignlab.training.metrics import MetricsLogger, check_trackers
+from alignlab.training.metrics import MetricsLogger
 from alignlab.training.progress import TrainingProgress
 from alignlab.training.random_state import random_state, restore_random_state
 from alignlab.training.report import RunReport, write_report
@@ -160,7 +161,7 @@ class TrainingLoop(ABC):
             NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
         rank = self.accelerator.process_index
-        check_trackers(self.config.trackers)  # before the folder is taken
+        self.check_ending()  # before the folder is taken
         with ExitStack() as stack:
             folder = stack.enter_context(
                 RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
@@ -190,8 +191,8 @@ class TrainingLoop(ABC):
                 self.before = self._evaluate(logger)
             metrics = self._steps(folder, logger, interrupt)
             interrupted = self.step < self.config.num_steps
-            after = None if interrupted else self._evaluate(logger)
-            path = self._save_model(folder)
+            path = self._save_model(folder)  # first: an evaluation that fails must not lose it
+            after = None if interrupted else self._evaluate_trained(logger, path)
         return TrainResult(
             self.step, self.train_seconds, path, interrupted, interrupt.signal, metrics, self.before, after,
             folder.path, self.signal.verdict(),
@@ -224,6 +225,13 @@ class TrainingLoop(ABC):
             logger.log(self.step, result.metrics())
         return result
 
+    def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
+        try:
+            return self._evaluate(logger)
+        except Exception:
+            self.progress.note(f"the evaluation failed; what was trained is in {path}")
+            raise
+
     def _steps(self, folder: RunFolder, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
         metrics: dict[str, float] = {}
         while self.step < self.config.num_steps:
@@ -232,10 +240,11 @@ class TrainingLoop(ABC):
                 metrics = self.train_step(step)
             self.train_seconds += time.perf_counter() - start
             self.step = step
-            self._tell(logger, metrics)
             last = step == self.config.num_steps
-            if self.evaluate_at(step) and not last:
-                self._evaluate(logger)
+            with self._kept_when_done(folder):
+                self._tell(logger, metrics)
+                if self.evaluate_at(step) and not last:
+                    self._evaluate(logger)
             stop = self._any_rank(interrupt.requested)
             if stop or last or self._save_at(step):
                 self.save(folder)
@@ -272,6 +281,22 @@ class TrainingLoop(ABC):
                 restore_random_state(random)
                 self.save(folder, position)
                 self.progress.note(f"step {self.step + 1} failed; go on after step {self.step} with --resume")
+            raise
+
+    @contextlib.contextmanager
+    def _kept_when_done(self, folder: RunFolder) -> Iterator[None]:
+        """Save the step that is done where what follows it fails, as a callback or an evaluation.
+
+        Not on several ranks: those that did not fail would wait for each other.
+        """
+        random = random_state()
+        try:
+            yield
+        except Exception:
+            if self.accelerator.num_processes == 1:
+                restore_random_state(random)
+                self.save(folder)
+                self.progress.note(f"step {self.step} is done and saved; go on after it with --resume")
             raise
 
     def _num_updates(self) -> list[int]:
@@ -337,9 +362,25 @@ class TrainingLoop(ABC):
         self.accelerator.wait_for_everyone()
         return path
 
-    def write_model(self, path: Path) -> None:
-        """Write what was trained and its tokenizer, so that others load them."""
-        save_model(self.learner.model, path)
+    def check_ending(self) -> None:
+        """Raise if the run could not end well; see `trainers.ending`.
+
+        Raises:
+            ConfigError, CheckpointError: with what its end needs.
+        """
+        check_ending(
+            self.config, self.learner.model, self.tokenizer, self.config.output_dir,
+            lambda path: self.write_model(path, weights=False),
+            trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
+        )
+
+    def write_model(self, path: Path, *, weights: bool = True) -> None:
+        """Write what was trained and its tokenizer, so that others load them.
+
+        Args:
+            weights: see `save_model`.
+        """
+        save_model(self.learner.model, path, weights=weights)
         self.tokenizer.save_pretrained(path)
 
     def _save_at(self, step: int) -> bool:

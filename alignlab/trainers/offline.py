@@ -18,8 +18,9 @@ from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import TrainerConfig
 from alignlab.data.sampler import IndexSampler
 from alignlab.data.sequences import digest_of, fitting
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
-from alignlab.models.attention import num_positions
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.given_data import GivenData, given_data, given_held_out
@@ -86,13 +87,20 @@ class OfflineTrainer(TrainingLoop):
         return Learner(Policy(model, chunk_tokens=config.logprob_chunk_tokens), config, accelerator, **schedule)
 
     def _fitting(self, data: GivenData) -> Sequence[Any]:
+        examples = self.examples(data)
+        check_ids((example.sequences for example in examples), self.rows, self.tokenizer, what="example")
         advice = data.settings.setting("on_bad_row", "skip")
-        return fitting(self.examples(data), self.positions, skip=data.skips, advice=advice)
+        return fitting(examples, self.positions, skip=data.skips, advice=advice)
 
     @property
     def positions(self) -> dict[str, float]:
         """Tokens that an example may have, by what has so many positions."""
         return {"the model": num_positions(self.learner.model)}
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the embedding tables that an example is looked up in, by whose they are."""
+        return {"the model": num_embeddings(self.learner.model)}
 
     @property
     @abstractmethod

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers import OnPolicyDistillConfig
 from alignlab.data.alignment import TextAligner
+from alignlab.data.vocabulary import num_token_ids
 from alignlab.errors import ConfigError
 from alignlab.functional.advantages import group_normalized
 from alignlab.functional.kl import kl_k1
 from alignlab.functional.reverse_kl import reverse_kl_advantages
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.trainers.assemble import Model, Reward
@@ -31,7 +33,7 @@ from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import check_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
-from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher
+from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher, readable_part
 from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.training.checkpoint import fingerprint
 from alignlab.types import Experience, Prompt, Rollout
@@ -66,24 +68,27 @@ class OnPolicyDistillTrainer(OnlineTrainer):
             raise ConfigError(f"task_weight is {config.task_weight}, and there are no reward_funcs; give one, or use 0")
         tokenizer = load_tokenizer(config.teacher.name)
         super().__init__(model, reward_funcs, config, train_dataset, **options)
-        self.teacher = load_teacher(config.teacher, self.learner.device, chunk_tokens=config.logprob_chunk_tokens)
+        ids = num_token_ids(self.tokenizer if config.alignment == "tokens" else tokenizer)
+        self.teacher = load_teacher(
+            config.teacher, self.learner.device, chunk_tokens=config.logprob_chunk_tokens, num_ids=ids
+        )
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
         self.scores = self._make_scores(tokenizer)
 
     def _make_scores(self, tokenizer: Any) -> TeacherScores:
         if self.config.alignment == "tokens":
             check_same_tokens(tokenizer, self.tokenizer)
-            check_width(causal_lm(self.teacher.model), self.tokenizer)
-            self._check_room(self.prompts)
+            check_width(causal_lm(self.teacher.model), self.tokenizer, rows=num_embeddings(self.learner.model))
+            self._check_room(self.prompts, tokenizer)
             return TokenScores(self.learner, self.teacher)
         aligner = TextAligner(self.tokenizer, tokenizer, self.render_settings)
         check_width(causal_lm(self.teacher.model), tokenizer)
         # What its template refuses, or is too long for it, is said before anything is sampled.
-        self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)])
+        self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)], tokenizer)
         return TextScores(self.learner, self.teacher, aligner, budget=self.config.tokens_per_microbatch)
 
-    def _check_room(self, prompts: Sequence[Prompt]) -> None:
-        check_room(self.teacher.model, prompts, self.config, whose="the teacher")
+    def _check_room(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+        check_room(self.teacher.model, prompts, self.config, whose="the teacher", tokenizer=tokenizer)
 
     def make_objective(self, config: OnPolicyDistillConfig, policy: Policy) -> DistillObjective:
         """The policy gradient."""
@@ -107,7 +112,8 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         credited: list[list[Experience]] = []
         means: list[Tensor] = []
         totals = torch.zeros(4, device=device)
-        for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True):
+        for part, whole_packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True):
+            packs = [self._judged(pack) for pack in whole_packs]
             scores, judged = self.scores.of(rollouts[part], packs)
             taught = teaches[part].flatten() & judged
             spread_packs = [spread(pack, task[part].flatten(), taught) for pack in packs]
@@ -118,6 +124,12 @@ class OnPolicyDistillTrainer(OnlineTrainer):
             means.append(sequence_means(credited[-1], len(taught)))
         self._measure(totals)
         return torch.cat(means).view_as(task), credited
+
+    def _judged(self, pack: Experience) -> Experience:
+        """The part of a pack that a teacher of the student's tokens can judge: tokens of the tokenizer."""
+        if self.config.alignment == "text":
+            return pack
+        return readable_part(pack, num_token_ids(self.tokenizer), with_first_unknown=False)
 
     def task_advantages(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Weighted advantage [P, G] of each completion's reward in its group; 0 where it has none."""

@@ -50,7 +50,7 @@ from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
 from alignlab.trainers.pack_scores import score_packs
-from alignlab.trainers.preflight import check_room, choose_scorer, warn_of_truncation
+from alignlab.trainers.preflight import check_prompt_ids, check_room, choose_scorer, warn_of_truncation
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.reward_evidence import (
@@ -61,10 +61,10 @@ from alignlab.trainers.reward_evidence import (
     stop_broken_rewards,
     stop_without_any_reward,
 )
-from alignlab.trainers.rollout_metrics import reward_range, rollout_metrics
+from alignlab.trainers.rollout_metrics import PaddingTokens, reward_range, rollout_metrics
 from alignlab.training.evaluation import EvaluationResult, evaluate
 from alignlab.training.learning_signal import SignalMonitor
-from alignlab.training.model_reward import bind_rewards, fingerprints_of
+from alignlab.training.model_reward import bind_rewards, check_reward_ids, fingerprints_of
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.training.rollout_store import RolloutStore
 from alignlab.training.run_folder import RunFolder
@@ -119,7 +119,8 @@ class OnlineTrainer(TrainingLoop):
         self.prompts = resolve_prompts(train, tokenizer)
         self.eval_prompts = resolve_prompts(held_out, tokenizer)
         check_rewards(rewards, self.prompts, config)
-        check_room(model, self.prompts, config)
+        check_room(model, self.prompts, config, tokenizer=tokenizer)
+        check_prompt_ids(model, self.eval_prompts, tokenizer)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
@@ -137,6 +138,8 @@ class OnlineTrainer(TrainingLoop):
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
+        check_reward_ids(rewards.rewards, self.prompts, tokenizer)
+        self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
         digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
@@ -230,6 +233,7 @@ class OnlineTrainer(TrainingLoop):
             self.engine.update_weights(self.engine.policy_version + 1)
         finished = time.perf_counter()
         metrics = kept_fractions(mean_over_updates(updates)) | self._measure_rollouts([*rollouts, *left_out], version)
+        metrics |= self._padding.metrics([*rollouts, *left_out], self.learner.reduce_sum)
         return metrics | self.credit_metrics | self.engine.metrics() | self.rewards.metrics() | {
             "tokens_per_s": metrics.pop("num_completion_tokens") / batch.seconds,
             "generate_s": batch.seconds,

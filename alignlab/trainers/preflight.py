@@ -6,12 +6,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
-from alignlab.models.attention import num_positions
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.types import Prompt
 
@@ -20,12 +23,20 @@ TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, 
 """Settings that change the distribution sampled from, and where they do not."""
 
 
-def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model") -> None:
-    """See that the longest prompt leaves room for its completion, in the model and in the engine.
+def check_room(
+    model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Raise if the model cannot read the prompts, or the longest leaves no room for its completion, in the model or in
+    the engine.
+
+    Args:
+        tokenizer: names a token that the model has no embedding for.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: with the value that fits.
     """
+    check_prompt_ids(model, prompts, tokenizer, whose=whose)
     positions = num_positions(model)
     served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
@@ -36,6 +47,17 @@ def check_room(model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, w
                 f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
                 f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower max_prompt_tokens of the data"
             )
+
+
+def check_prompt_ids(
+    model: Any, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, *, whose: str = "the model"
+) -> None:
+    """Raise if a prompt holds a token that the model has no embedding for.
+
+    Raises:
+        ConfigError: with the prompt's number and the token.
+    """
+    check_ids(((prompt.token_ids,) for prompt in prompts), {whose: num_embeddings(model)}, tokenizer, what="prompt")
 
 
 def warn_of_truncation(sampling: SamplingSettings) -> None:

@@ -149,9 +149,11 @@ class RewardTrainer(OfflineTrainer):
             brier=float(brier_score(leads)),
         )
 
-    def write_model(self, path: Path) -> None:
+    def write_model(self, path: Path, *, weights: bool = True) -> None:
         """A sequence-classification model of `transformers`, or PEFT's adapter for one, and the tokenizer."""
-        save_reward_model(self.reward_model, path, self.tokenizer, base_digest=self.base_digest)
+        save_reward_model(
+            self.reward_model, path, self.tokenizer, base_digest=self.base_digest, weights=weights
+        )
 
     def use_of(self, path: Path) -> str:
         """As a reward of another run."""

@@ -57,6 +57,7 @@ from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.ending import check_stages
 from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
@@ -136,6 +137,7 @@ class RLAIFTrainer:
         self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
+        check_stages(config, self.model, self.tokenizer, [*self.prompts, *self.eval_prompts])
         self.evaluation = evaluation or EvaluationSettings()
         self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
         self._judge_is_given = judge is not None

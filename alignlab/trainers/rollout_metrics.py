@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from alignlab.data.vocabulary import num_token_ids
 from alignlab.functional.advantages import mixed_groups
+from alignlab.models.attention import num_embeddings
 from alignlab.types import Rollout
+
+logger = logging.getLogger(__name__)
 
 
 def rollout_metrics(
@@ -77,6 +83,42 @@ def extremes(rewards: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[float
     ends = [float(known.min()), float(known.max())] if len(known) else [math.inf, -math.inf]
     everyone = gather(torch.tensor([ends], dtype=torch.float64))
     return float(everyone[:, 0].min()), float(everyone[:, 1].max())
+
+
+class PaddingTokens:
+    """Counts sampled ids for which the tokenizer has no token: rows with which the model's vocabulary is padded.
+
+    A trained model gives such rows next to no probability. They decode to nothing, and are trained on as any token is;
+    distillation leaves out what a teacher cannot read.
+
+    Args:
+        model: the policy.
+        tokenizer: the policy's.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._num_ids, self._num_rows = num_token_ids(tokenizer), num_embeddings(model)
+        self._said = False
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], reduce_sum: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Return `padding_frac`, the fraction of sampled ids without a token, over all ranks, which call this together;
+        nothing for a model without such rows. The first time that there is one is said in the log."""
+        if self._num_rows <= self._num_ids:
+            return {}
+        ids = [index for rollout in rollouts for completion in rollout.completions for index in completion.token_ids]
+        counts = torch.tensor([sum(index >= self._num_ids for index in ids), len(ids)], dtype=torch.float64)
+        without_token, total = reduce_sum(counts).tolist()
+        if without_token and not self._said:
+            self._said = True
+            logger.warning(
+                "the policy sampled %d of %d ids that its tokenizer has no token for, from %d on, where its vocabulary "
+                "is padded to %d rows; metric padding_frac counts them. To remove such rows, resize the model before "
+                "training: model.resize_token_embeddings(%d)",
+                without_token, total, self._num_ids, self._num_rows, self._num_ids,
+            )  # fmt: skip
+        return {"padding_frac": without_token / max(total, 1)}
 
 
 def _of_rewards(t: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

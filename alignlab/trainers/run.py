@@ -38,6 +38,7 @@ from alignlab.data.prompts import count_or_raise, split_row
 from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.data.vocabulary import num_token_ids
 from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
@@ -197,7 +198,7 @@ def make_model(
     assert settings.architecture is not None
     return new_model(
         settings.architecture,
-        vocab_size=len(tokenizer),
+        vocab_size=num_token_ids(tokenizer),
         dtype=dtype,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -12,9 +12,10 @@ from torch import Tensor
 from alignlab.data.alignment import AlignedCompletion, TextAligner
 from alignlab.data.packing import pack_rollouts
 from alignlab.functional.reverse_kl import spread_over_spans
-from alignlab.models.attention import causal_lm
+from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.policy import Policy
 from alignlab.trainers.learner import Learner
+from alignlab.trainers.teacher import readable_tokens
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
 
@@ -40,7 +41,9 @@ class TokenScores:
     def of(self, rollouts: Sequence[Rollout], packs: Sequence[Experience]) -> tuple[list[Tensor], Tensor]:
         """See `TeacherScores`; it can judge all."""
         count = sum(len(rollout.completions) for rollout in rollouts)
-        found = self._learner.score([replace(pack, routing=None) for pack in packs], self._teacher)
+        rows = num_embeddings(self._teacher.model)
+        asked = [replace(pack, routing=None, tokens=readable_tokens(pack.tokens, rows)) for pack in packs]
+        found = self._learner.score(asked, self._teacher)
         return found, torch.ones(count, dtype=torch.bool, device=self._learner.device)
 
 

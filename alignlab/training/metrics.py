@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from alignlab.errors import ConfigError
 from alignlab.training.files import write_atomically
 
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 # Names of packages that are not the tracker's own.
@@ -56,7 +58,7 @@ class MetricsLogger:
         last_step: of the run; its evaluation comes again, and is dropped.
 
     Raises:
-        ConfigError: a tracker is unknown or its package missing.
+        ConfigError: a tracker is unknown, its package missing, or it cannot be started.
     """
 
     def __init__(
@@ -79,9 +81,7 @@ class MetricsLogger:
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         for name in trackers:
-            tracker = _make_tracker(name, folder, resume_step)
-            tracker.start()
-            self._trackers.append(tracker)
+            self._trackers.append(_started_tracker(name, folder, resume_step))
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's."""
@@ -98,9 +98,15 @@ class MetricsLogger:
         if not self._is_main:
             return
         self._file.close()
-        for tracker in self._trackers:
-            tracker.finish()
-        self._trackers.clear()
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # of any package: what was trained is saved, and so are its metrics
+                logger.warning(
+                    "the tracker %s could not be closed (%s: %s); %s has all metrics",
+                    tracker.name, type(error).__name__, error, METRICS_FILE,
+                )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +143,18 @@ def _lines_until(path: Path, step: int, last_step: int | None) -> list[str]:
     read = [(line, json.loads(line)) for line in _whole_lines(path)]
     comes_again = [at["step"] == last_step and any(name.startswith("eval/") for name in at) for _, at in read]
     return [line for (line, at), again in zip(read, comes_again, strict=True) if at["step"] <= step and not again]
+
+
+def _started_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTracker:
+    try:
+        tracker = _make_tracker(name, folder, resume_step)
+        tracker.start()
+    except Exception as error:  # of any package, such as one that needs a login
+        raise ConfigError(
+            f"trainer.trackers holds {name!r}, which cannot be started: {type(error).__name__}: {error}; set it up, or "
+            f"leave it out (metrics.jsonl is always written), and go on with the run in {folder} by --resume"
+        ) from error
+    return tracker
 
 
 def _make_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTracker:

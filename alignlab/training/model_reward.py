@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.packing import pack_rollouts
+from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
-from alignlab.models.attention import num_positions
+from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.reward_checkpoints import is_reward_model, known_base, load_reward_model, load_reward_role
 from alignlab.models.reward_model import RewardModel
@@ -93,6 +94,12 @@ class ModelReward(CallerReward):
         logger.info("the reward model %s is loaded beside the policy: %s", self.path, why)
         self._reward = load_reward_model(self.path, device=next(policy.parameters()).device)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding table of the reward model, which is bound."""
+        assert self._reward is not None
+        return num_embeddings(self._reward.model)
+
     def fingerprint(self) -> str:
         """Of the weights that are the reward model's own, wherever they are held; it is bound."""
         reward = self._reward
@@ -124,11 +131,16 @@ class ModelReward(CallerReward):
     def __call__(
         self, *, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float | None]:
-        """The reward of each completion; None for one without a token, or with more than the model has positions."""
+        """The reward of each completion; None for one without a token, with more than the model has positions, or with
+        one that it has no embedding for."""
         if self._reward is None:
             self._reward = load_reward_model(self.path, device="cuda" if torch.cuda.is_available() else "cpu")
         limit = num_positions(self._reward.model)
-        fits = [len(p) + len(c) <= limit for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        rows = num_embeddings(self._reward.model)
+        fits = [
+            len(p) + len(c) <= limit and max((*p, *c), default=0) < rows
+            for p, c in zip(prompt_ids, completion_ids, strict=True)
+        ]
         read = [ids if fit else () for ids, fit in zip(completion_ids, fits, strict=True)]
         packs = pack_rollouts(_groups(prompt_ids, read), budget=self.budget)
         values = self._reward.rewards(packs, len(read)).tolist()
@@ -142,6 +154,20 @@ def bind_rewards(
     models = [reward.function for reward in rewards if isinstance(reward.function, ModelReward)]
     for number, model in enumerate(models):
         model.bind(policy, tokenizer, share=share, role=f"{ROLE}_{number}" if number else ROLE)
+
+
+def check_reward_ids(
+    rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise if a reward model among reward functions, which is bound, has no embedding for a token of a prompt.
+
+    Raises:
+        ConfigError: with the prompt's number and the token.
+    """
+    for reward in rewards:
+        if isinstance(reward.function, ModelReward):
+            rows = {f"the reward model {reward.function.path}": reward.function.num_rows}
+            check_ids(((prompt.token_ids,) for prompt in prompts), rows, tokenizer, what="prompt")
 
 
 def fingerprints_of(rewards: Sequence[LoadedReward]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
@@ -82,8 +84,21 @@ def schedule_state(schedule: LambdaLR) -> dict[str, Any]:
 
 
 def load_schedule_state(schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Go on where `schedule_state` stood: the schedule's position and the learning rates in its optimizer."""
+    """Go on at the update where `schedule_state` stood, with the learning rates that this schedule has there.
+
+    A run that goes on with more steps, or another learning rate, schedule or warm-up, follows the new settings from its
+    first update on; that its rates are others is said in the log.
+    """
     schedule.last_epoch = state["update"]
-    schedule._last_lr = list(state["learning_rates"])
-    for group, rate in zip(schedule.optimizer.param_groups, state["learning_rates"], strict=True):
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule._last_lr = list(rates)
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    if rates != state["learning_rates"]:
+        logger.warning(
+            "the run goes on after update %d at learning rate %g; the settings that it was saved under would have "
+            "given %g", state["update"], rates[0], state["learning_rates"][0],
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from alignlab.training.files import write_atomically
 from alignlab.training.learning_signal import Verdict
 from alignlab.training.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
 NUM_EXAMPLES = 4
 MAX_SHOWN_CHARS = 300
 MEASURES = {
@@ -116,11 +118,8 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         for step, result in ((0, report.before), (report.num_steps, report.after))
         if result is not None
     }
-    # A run of several stages has its metrics in theirs.
-    drawn = run.metrics_file.exists() and plot_curves(
-        run.metrics_file, run.curves_file, title=report.title, evaluations=evaluations
-    )
     write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
+    drawn = _draw_curves(run, report.title, evaluations)
     _show_evaluations(console, report)
     _show(console, "trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s")
     if drawn:
@@ -134,6 +133,20 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         _show(console, "no success", report.verdict.reason)
     if report.command is not None:
         _show(console, "use it", report.command)
+
+
+def _draw_curves(run: RunFolder, title: str, evaluations: Mapping[int, Mapping[str, float]]) -> bool:
+    """Draw the curves, if there is anything to draw; a picture that cannot be drawn is said, and ends no run."""
+    if not run.metrics_file.exists():
+        return False  # a run of several stages has its metrics in theirs
+    try:
+        return plot_curves(run.metrics_file, run.curves_file, title=title, evaluations=evaluations)
+    except Exception as error:
+        logger.warning(
+            "the curves could not be drawn (%s: %s); %s has their values",
+            type(error).__name__, error, run.metrics_file,
+        )  # fmt: skip
+        return False
 
 
 def _show_evaluations(console: Console, report: RunReport) -> None:

@@ -6,6 +6,7 @@ import pytest
 from accelerate import tracking
 
 from alignlab.errors import ConfigError
+from alignlab.training import metrics
 from alignlab.training.metrics import MetricsLogger, check_trackers, read_metrics
 
 
@@ -99,3 +100,37 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 def test_reserved_names_are_not_taken(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path) as logger, pytest.raises(AssertionError):
         logger.log(1, {"time": 1.0})
+
+
+class Failing:
+    """A tracker that cannot be started, or not be closed."""
+
+    name, requires_logging_directory = "failing", False
+
+    def __init__(self, run: str, *, at: str) -> None:
+        self.at = at
+
+    def start(self) -> None:
+        if self.at == "start":
+            raise RuntimeError("log in first")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        raise RuntimeError("the network is gone")
+
+
+def test_a_tracker_that_cannot_be_started_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_make_tracker", lambda name, *words: Failing(name, at="start"))
+    with pytest.raises(ConfigError, match="'tensorboard', which cannot be started: RuntimeError: log in first"):
+        MetricsLogger(tmp_path, ("tensorboard",))
+
+
+def test_a_tracker_that_cannot_be_closed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "_make_tracker", lambda name, *words: Failing(name, at="finish"))
+    with MetricsLogger(tmp_path, ("tensorboard",)) as logger:
+        logger.log(1, {"loss": 0.5})
+    assert steps_in(tmp_path) == [1] and "could not be closed (RuntimeError: the network is gone)" in caplog.text

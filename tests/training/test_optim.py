@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,44 @@ def test_schedule_state_goes_on_where_it_stood() -> None:
         optimizer.step()
         schedule.step()
     assert rates == expected[5:]
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(
+    "changes", [{"num_steps": 8}, {"learning_rate": 5e-3}, {"num_steps": 8, "warmup_steps": 6}], ids=str
+)
+def test_a_schedule_that_goes_on_is_the_new_one_from_its_first_update_on(name: str, changes: dict[str, Any]) -> None:
+    before = SFTConfig(learning_rate=1e-2, num_steps=4, lr_schedule=name)
+    saved = make_schedule(make_optimizer(small_model(), before), before, 4, 1)
+    for _ in range(3):
+        saved.optimizer.step()
+        saved.step()
+    after = SFTConfig(**{"learning_rate": 1e-2, "num_steps": 4, "lr_schedule": name} | changes)
+    optimizer = make_optimizer(small_model(), after)
+    resumed = make_schedule(optimizer, after, after.num_steps, 1)
+    load_schedule_state(resumed, schedule_state(saved))
+    rates = []
+    for _ in range(3, after.num_steps):
+        assert resumed.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        resumed.step()
+    expected = [
+        after.learning_rate
+        * learning_rate_factor(update, schedule=name, warmup=after.warmup_steps, total=after.num_steps)
+        for update in range(3, after.num_steps)
+    ]
+    assert rates == expected
+
+
+@pytest.mark.parametrize(("num_steps", "said"), [(4, False), (8, True)])
+def test_a_schedule_that_goes_on_at_another_rate_is_said(
+    num_steps: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SFTConfig(learning_rate=1e-2, num_steps=4, lr_schedule="linear")
+    saved = make_schedule(make_optimizer(small_model(), config), config, 4, 1)
+    saved.optimizer.step()
+    saved.step()
+    resumed = make_schedule(make_optimizer(small_model(), config), config, num_steps, 1)
+    load_schedule_state(resumed, schedule_state(saved))
+    assert ("goes on after update 1 at learning rate 0.00875" in caplog.text) == said

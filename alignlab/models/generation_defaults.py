@@ -1,0 +1,113 @@
+"""A model's generation defaults (`generation_config.json`), so that what was read with a warning can be written too.
+
+`transformers` reads a file that contradicts itself with a warning, and refuses to write it. Llama 2 chat and Vicuna
+were published with such a file: a temperature, and nothing that says whether to sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from transformers import GenerationConfig
+
+from alignlab.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+_SAMPLING = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+"""Fields that are read only while sampling, with the values that change nothing."""
+_BEAM = {"early_stopping": False, "length_penalty": 1.0}
+"""Fields that are read only by beam search, likewise."""
+_CACHE = ("cache_implementation", "cache_config")
+
+
+def writable_generation_config(config: GenerationConfig, whose: str) -> GenerationConfig:
+    """Return generation defaults that `transformers` writes, of the same meaning; `config` itself where it is one.
+
+    Sampling fields without `do_sample` sample, as the publisher meant them and as vLLM reads them; beside
+    `do_sample: false`, or a temperature of 0, decoding is greedy and they are taken out. A field that nothing reads,
+    such as a length penalty without beams, is taken out. Each change is said in the log.
+
+    Args:
+        whose: the model, for messages.
+
+    Raises:
+        CheckpointError: the defaults contradict themselves in another way.
+    """
+    mended = copy.deepcopy(config)
+    _refuse_other_types(mended, whose)
+    changes = [*_mend_sampling(mended), *_remove_unread(mended)]
+    try:
+        mended.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the generation defaults of {whose} cannot be written with the trained model: {error}\nCorrect its "
+            "generation_config.json, or model.generation_config of a live model"
+        ) from error
+    if not changes:
+        return config
+    logger.warning(
+        "the generation defaults of %s contradict themselves, and are saved with these changes: %s",
+        whose, "; ".join(changes),
+    )
+    return mended
+
+
+def _refuse_other_types(config: GenerationConfig, whose: str) -> None:
+    for name in (*_SAMPLING, "length_penalty"):
+        value = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise CheckpointError(
+                f"the generation defaults of {whose} hold {name} {value!r}, which must be a number; correct its "
+                "generation_config.json"
+            )
+
+
+def _mend_sampling(config: GenerationConfig) -> list[str]:
+    """Let the sampling fields and `do_sample` agree; returns what was changed."""
+    fields = _set(config, _SAMPLING)
+    if config.do_sample is True or not fields:
+        return []
+    named = ", ".join(f"{name} {value}" for name, value in fields.items())
+    if config.do_sample is None and config.temperature != 0:
+        config.do_sample = True
+        return [f"do_sample is set to true, which {named} need"]
+    _unset(config, fields)
+    why = "a temperature of 0 is greedy" if config.do_sample is None else "do_sample is false"
+    return [f"{named} are removed: {why}"]
+
+
+def _remove_unread(config: GenerationConfig) -> list[str]:
+    """Take out what has no effect and may not be written; returns what was changed."""
+    changes = []
+    beam = _set(config, _BEAM)
+    if beam and config.num_beams in (None, 1):
+        _unset(config, beam)
+        changes.append(f"{', '.join(beam)} removed: there are no beams")
+    cache = [name for name in _CACHE if getattr(config, name, None) is not None]
+    if cache and config.use_cache is False:
+        _unset(config, cache)
+        changes.append(f"{', '.join(cache)} removed: use_cache is false")
+    outputs = [name for name in config.extra_output_flags if getattr(config, name, None) is True]
+    if outputs and config.return_dict_in_generate is not True:
+        _unset(config, outputs)
+        changes.append(f"{', '.join(outputs)} removed: return_dict_in_generate is not true")
+    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:
+        changes.append(f"pad_token_id {config.pad_token_id} removed: it is no token")
+        _unset(config, ["pad_token_id"])
+    return changes
+
+
+def _set(config: GenerationConfig, neutral: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are set to something that has an effect, with their values."""
+    values = {name: getattr(config, name, None) for name in neutral}
+    return {name: value for name, value in values.items() if value is not None and value != neutral[name]}
+
+
+def _unset(config: GenerationConfig, names: Any) -> None:
+    for name in names:
+        setattr(config, name, None)

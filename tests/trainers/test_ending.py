@@ -1,0 +1,244 @@
+"""What the end of a run needs is tried before its first step, and what is trained outlives whatever fails after it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.checkpoints import save_model
+from alignlab.trainers import ending
+from alignlab.trainers.dpo import DPOTrainer
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.sft import SFTTrainer
+from alignlab.training import report
+from tests.trainers.conftest import even_ids
+
+Make = Callable[..., Any]
+ROWS = [{"prompt": f"ab{i}", "completion": f"ba{i}"} for i in range(4)]
+PAIRS = [{"prompt": f"ab{i}", "chosen": f"ba{i}", "rejected": "b"} for i in range(4)]
+
+
+@pytest.fixture
+def sft(tmp_path: Path, make_model: Make, tokenizer: Any) -> Make:
+    def make(model: Any = None, *, callbacks: Any = (), own_tokenizer: Any = tokenizer, **changes: Any) -> SFTTrainer:
+        base: dict[str, Any] = {"output_dir": tmp_path / "run", "num_steps": 2, "num_sequences": 2, "trackers": ()}
+        return SFTTrainer(
+            model or make_model(), SFTConfig(**base | changes), ROWS, tokenizer=own_tokenizer, callbacks=callbacks
+        )
+
+    return make
+
+
+def refused_before_the_first_step(trainer: Any, kind: type[Exception], message: str) -> None:
+    steps: list[int] = []
+    trainer.callbacks = (lambda _, step, metrics: steps.append(step),)
+    with pytest.raises(kind, match=message):
+        trainer.train()
+    assert steps == [] and not trainer.config.output_dir.exists(), "nothing was begun"
+
+
+def test_defaults_with_a_temperature_alone_train_and_are_saved(sft: Make, make_model: Make, tmp_path: Path) -> None:
+    model = make_model()
+    model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6
+    path = sft(model).train().model_path
+    saved = AutoModelForCausalLM.from_pretrained(path).generation_config
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    assert AutoTokenizer.from_pretrained(path).eos_token is not None
+
+
+def hold_an_object(model: Any) -> None:
+    model.config.rope_parameters["note"] = object()
+
+
+def register_a_buffer(model: Any) -> None:
+    model.register_buffer("running_mean", torch.zeros(2))
+
+
+def share_weights(model: Any) -> None:
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+
+
+def wrong_defaults(model: Any) -> None:
+    model.generation_config.num_return_sequences = 3
+
+
+@pytest.mark.parametrize("spoil", [hold_an_object, register_a_buffer, share_weights, wrong_defaults])
+def test_a_model_that_cannot_be_saved_is_not_trained(spoil: Any, sft: Make, make_model: Make) -> None:
+    model = make_model()
+    spoil(model)
+    refused_before_the_first_step(sft(model), CheckpointError, "cannot be (saved|written)")
+
+
+def test_a_tokenizer_that_cannot_be_saved_or_read_back_is_named(
+    sft: Make, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    own.init_kwargs["note"] = object()
+    refused_before_the_first_step(sft(own_tokenizer=own), CheckpointError, "JSON")
+
+    class Silent(type(tokenizer)):  # type: ignore[misc]  # a class that a test makes
+        def save_pretrained(self, folder: Any, **options: Any) -> tuple[str, ...]:
+            return ()  # as one whose vocabulary file is gone
+
+    silent = Silent(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    refused_before_the_first_step(sft(own_tokenizer=silent), CheckpointError, "cannot be read back")
+
+
+def test_a_reward_model_that_cannot_be_saved_is_not_trained(
+    make_model: Make, tokenizer: Any, tmp_path: Path
+) -> None:
+    config = RewardConfig(output_dir=tmp_path / "run", num_steps=1, num_pairs=2, trackers=())
+    model = make_model()
+    trainer = RewardTrainer(model, config, PAIRS, tokenizer=tokenizer)
+    model.config.rope_parameters["note"] = object()
+    refused_before_the_first_step(trainer, CheckpointError, "cannot be saved")
+    adapted = RewardTrainer(make_model(), config, PAIRS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
+    adapted.learner.model.peft_config["default"].revision = object()
+    refused_before_the_first_step(adapted, CheckpointError, "adapter default cannot be saved")
+
+
+def test_missing_matplotlib_is_named(sft: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused_before_the_first_step(sft(), ConfigError, "pip install matplotlib")
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def test_a_disk_without_room_is_named(sft: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = sft(num_steps=9, save_every_steps=1, keep_checkpoints=2)
+    weights = sum(p.numel() * 4 for p in trainer.learner.model.parameters())
+    needed = 3 * 3 * weights + weights  # two checkpoints stay while a third is written, and then the model
+    assert ending.needed_bytes(trainer.config, trainer.learner.model, weights) == needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
+    refused_before_the_first_step(trainer, ConfigError, "GiB for 3 checkpoints")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed))
+    trainer.check_ending()
+
+
+def test_a_run_that_goes_on_counts_what_it_has_on_the_disk(sft: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft().train()
+    trainer = sft(num_steps=4)
+    weights = sum(p.numel() * 4 for p in trainer.learner.model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(weights // 10))
+    assert trainer.train(resume=True).num_steps == 4
+
+
+def test_an_adapter_needs_room_for_itself_alone(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    config = SFTConfig(output_dir=tmp_path / "run", num_steps=2, num_sequences=2, trackers=())
+    trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
+    trained = sum(p.numel() * 4 for p in trainer.learner.model.parameters() if p.requires_grad)
+    assert ending.needed_bytes(config, trainer.learner.model, trained) == 4 * trained
+
+
+def test_an_adapter_on_a_base_without_a_name_is_said(
+    make_model: Make, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SFTConfig(output_dir=tmp_path / "run", num_steps=1, num_sequences=2, trackers=())
+    SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2)).train()
+    assert "the saved adapter will not name its base" in caplog.text
+
+
+def test_an_evaluation_that_fails_at_the_end_leaves_the_trained_model(
+    make_model: Make, make_config: Make, rows: Any, tokenizer: Any
+) -> None:
+    trainer = GRPOTrainer(
+        make_model(), even_ids, make_config(num_steps=1), rows, eval_dataset=rows[:2], tokenizer=tokenizer
+    )
+    evaluate = trainer.evaluate
+
+    def failing() -> Any:
+        if trainer.step == 0:
+            return evaluate()
+        raise RuntimeError("the scorer is gone")
+
+    trainer.evaluate = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="scorer is gone"):
+        trainer.train()
+    folder = trainer.config.output_dir
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    weights = trainer.learner.model.state_dict()
+    assert torch.equal(saved["model.norm.weight"], weights["model.norm.weight"])
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    assert trainer.train(resume=True).after is not None
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_callback_that_fails_loses_no_step(at: int, sft: Make) -> None:
+    def failing(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
+        if step == at:
+            raise ValueError("no room in the inbox")
+
+    trainer = sft(num_steps=3, callbacks=(failing,))
+    with pytest.raises(ValueError, match="inbox"):
+        trainer.train()
+    seen: list[int] = []
+    resumed = sft(num_steps=3, callbacks=(lambda _, step, metrics: seen.append(step),))
+    weights = resumed.train(resume=True)
+    assert seen == list(range(at + 1, 4)) and weights.num_steps == 3
+
+
+def test_a_run_whose_callback_failed_goes_on_as_if_it_had_not(
+    sft: Make, tmp_path: Path, make_model: Make
+) -> None:
+    def failing(trainer: Any, step: int, metrics: Mapping[str, float]) -> None:
+        torch.rand(5)  # a callback that draws before it fails
+        raise ValueError("inbox")
+
+    with pytest.raises(ValueError, match="inbox"):
+        sft(callbacks=(failing,)).train()
+    resumed = sft()
+    resumed.train(resume=True)
+    straight = sft(output_dir=tmp_path / "straight")
+    straight.train()
+    one, other = (trainer.learner.model.state_dict() for trainer in (resumed, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_curves_that_cannot_be_drawn_end_no_run(
+    sft: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*words: Any, **options: Any) -> bool:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(report, "plot_curves", failing)
+    result = sft().train()
+    assert json.loads((result.folder / "report.json").read_text())["num_steps"] == 2
+    assert "the curves could not be drawn (RuntimeError: no font)" in caplog.text
+
+
+def test_every_kind_of_trainer_tries_its_end(
+    make_model: Make, make_config: Make, rows: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    ppo = PPOConfig(output_dir=tmp_path / "ppo", num_steps=1, num_prompts=2, group_size=2, critic={"form": "model"})
+    common = {"tokenizer": tokenizer}
+    for trainer in (
+        GRPOTrainer(make_model(), even_ids, make_config(), rows, **common),
+        PPOTrainer(make_model(), even_ids, ppo, rows, **common),
+        DPOTrainer(make_model(), DPOConfig(output_dir=tmp_path / "dpo", num_pairs=2), PAIRS, **common),
+    ):
+        trainer.check_ending()
+        trainer.learner.model.config.rope_parameters["note"] = object()
+        with pytest.raises(CheckpointError, match="cannot be saved"):
+            trainer.check_ending()
+
+
+def test_a_saved_folder_can_be_trained_on(sft: Make, make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    assert sft(str(tmp_path / "first")).train().num_steps == 2
