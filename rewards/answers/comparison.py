@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from alignlab_rewards.answers.equality import constant, equal, proportional, symbols_of
 from alignlab_rewards.answers.expressions import Node
-from alignlab_rewards.answers.reading import Answer, Items, Matrix, Quantity, Ratio, Relation, Words
+from alignlab_rewards.answers.forms import Answer, Items, Matrix, Quantity, Ratio, Relation, Words
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _ORDERS = frozenset(("<", ">", "<=", ">="))

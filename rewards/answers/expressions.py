@@ -11,18 +11,23 @@ Nothing is computed here. Texts of more than `MAX_TOKENS` signs or `MAX_DEPTH` l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_TOKENS = 400
+from alignlab_rewards.answers.tokens import (
+    FUNCTIONS,
+    GREEK,
+    INFINITIES,
+    LONG_ARGUMENTS,
+    NO_FACTORS,
+    NotMathematics,
+    Token,
+    tokens_of,
+)
+
 MAX_DEPTH = 40
 MAX_DIGITS = 4000
-
-
-class NotMathematics(ValueError):
-    """A text is no expression that this reader knows, or too long a one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +45,7 @@ class Node:
     value: Fraction | str | None = None
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _DEGREE = Node("/", (Node("symbol", value="pi"), Node("number", value=Fraction(180))))
-_NO_FACTORS = frozenset(("times", "cdot", "circ", "rfloor", "rceil", "overline", "bar"))
-FUNCTIONS = _names(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot asin acos atan acot sinh cosh tanh coth asinh acosh "
-    "atanh arcsinh arccosh arctanh exp log ln lg sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial "
-    "binomial binom Re Im arg sgn sign"
-)
-_LONG_ARGUMENTS = _names(
-    "sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial binomial binom Re Im arg sgn sign exp"
-)
-_GREEK = _names(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
-    "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar"
-)
-_INFINITIES = frozenset(("infty", "infinity", "Infinity", "oo", "inf"))
-# Short words of English that are no products of letters.
-_WORDS = _names(
-    "is of to in it we so an at by he no or and the was are has all for you can if as on be not yes dne one "
-    "two six ten our its let now"
-)
-
-_TOKEN = re.compile(
-    r"\s*(?:"
-    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6}(?![0-9.A-Za-z]))?)"
-    r"|\\(?P<command>[A-Za-z]+)"
-    r"|(?P<word>[A-Za-z]+)"
-    r"|(?P<sign>\*\*|\\[{}|]|[-+*/^_!(){}\[\],|'])"
-    r")"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    kind: str
-    text: str
-    spaced: bool = False
 
 
 def read_expression(text: str, *, letters: bool = True) -> Node:
@@ -92,50 +58,23 @@ def read_expression(text: str, *, letters: bool = True) -> Node:
     Raises:
         NotMathematics: if the text is anything else.
     """
-    reader = _Reader(_tokens(text, letters))
+    reader = _Reader(tokens_of(text, letters))
     node = reader.sum()
     if reader.peek() is not None:
         raise NotMathematics(f"unread: {text[:80]!r}")
     return node
 
 
-def _tokens(text: str, letters: bool) -> list[_Token]:
-    tokens: list[_Token] = []
-    position = 0
-    text = text.rstrip()
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None or match.lastgroup is None or len(tokens) > MAX_TOKENS:
-            raise NotMathematics(f"at {text[position : position + 20]!r}")
-        kind, spaced = match.lastgroup, text[position].isspace()
-        position = match.end()
-        if kind == "word":
-            tokens.extend(_word_tokens(match["word"], letters, spaced))
-        else:
-            tokens.append(_Token(kind, match[kind], spaced))
-    return tokens
-
-
-def _word_tokens(word: str, letters: bool, spaced: bool) -> list[_Token]:
-    if len(word) == 1:
-        return [_Token("letter", word, spaced)]
-    if word in FUNCTIONS or word in _GREEK or word in _INFINITIES or word in ("pi", "Pi", "PI"):
-        return [_Token("command", "pi" if word in ("Pi", "PI") else word, spaced)]
-    if not letters or len(word) > 3 or word.casefold() in _WORDS:
-        raise NotMathematics(f"the word {word[:40]!r}")
-    return [_Token("letter", letter, spaced and i == 0) for i, letter in enumerate(word)]
-
-
 class _Reader:
     """Recursive descent over tokens."""
 
-    def __init__(self, tokens: Sequence[_Token]) -> None:
+    def __init__(self, tokens: Sequence[Token]) -> None:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
         self.bars = 0
 
-    def peek(self) -> _Token | None:
+    def peek(self) -> Token | None:
         return self.tokens[self.position] if self.position < len(self.tokens) else None
 
     def take(self) -> _Token:
@@ -188,7 +127,7 @@ class _Reader:
             return self.tokens[self.position - 1].text == "!"
         if token.text == "|":
             return self.bars == 0
-        return (token.kind in ("letter", "command") and token.text not in _NO_FACTORS) or token.text in ("(", "{")
+        return (token.kind in ("letter", "command") and token.text not in NO_FACTORS) or token.text in ("(", "{")
 
     def factor(self) -> Node:
         if self.at("-", "+"):
@@ -308,7 +247,7 @@ class _Reader:
         if token.kind == "number" and token.text.isdigit():
             if len(token.text) > 1:
                 self.position -= 1
-                self.tokens[self.position] = _Token("number", token.text[1:])
+                self.tokens[self.position] = Token("number", token.text[1:])
             return Node("number", value=Fraction(int(token.text[0])))
         self.position -= 1
         return self.atom()
@@ -323,9 +262,9 @@ class _Reader:
         if name in ("lfloor", "lceil"):
             node = self._inside_command("r" + name[1:])
             return Node("floor" if name == "lfloor" else "ceil", (node,))
-        if name in _INFINITIES:
+        if name in INFINITIES:
             return Node("infinity")
-        if name == "pi" or name in _GREEK:
+        if name == "pi" or name in GREEK:
             return self._symbol(name)
         if name in FUNCTIONS:
             return self._function(name)
@@ -360,7 +299,7 @@ class _Reader:
             exponent = self._argument() if self.at("{") else self.factor()
         if self.at("(", "{"):
             arguments = self._arguments(")" if self.take().text == "(" else "}")
-        elif name in _LONG_ARGUMENTS and name != "exp":
+        elif name in LONG_ARGUMENTS and name != "exp":
             raise NotMathematics(f"{name} without parentheses")
         else:
             arguments = (self._open_argument(),)
@@ -385,7 +324,7 @@ class _Reader:
             self.take()
             return Node("-", (self._open_argument(),))
         node = self.power()
-        while self._juxtaposed() and (self.peek() or _Token("", "")).text not in FUNCTIONS:
+        while self._juxtaposed() and (self.peek() or Token("", "")).text not in FUNCTIONS:
             node = Node("*", (node, self.power()))
         return node
 

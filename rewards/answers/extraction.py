@@ -47,7 +47,7 @@ _NO_ANSWER = re.compile(
 )
 # "B. Paris" is one choice and no two sentences.
 _ABBREVIATED = "".join(rf"(?<!\b{text}\.)" for text in ("[A-J]", "Mr", "Ms", "Dr", "St", "Mrs"))
-_SENTENCE_END = re.compile(rf"(?<=[.!?]){_ABBREVIATED}[*_\"')]{{0,3}}\s+|\n+")
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_ABBREVIATED}[*_\"')]{{0,3}}\s+(?![-=<>+*/^\\])|\n+")
 _CLAUSE_END = re.compile(
     r"[,;]\s(?!\s*(?:and|or)\b)|\s(?:because|since|which|so|where|when|as|for|if|but|with|after|by)\s|\s[-–—]+\s(?=[A-Za-z])|\s\((?=[a-z])"
 )
@@ -77,6 +77,7 @@ _CLOSING_REMARK = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,3}$", re.IGNORECASE)
+_JOINED = re.compile(r"\s*(?:,|,?\s?(?:and|or))\s*")
 _ARTICLE = re.compile(r"^(?:[aAI]\s|[aAI]$)")
 
 
@@ -247,6 +248,8 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
     yield plain
     emphasised = [*_BOLD.finditer(sentence)] or [*_MATH.finditer(sentence)]
     if emphasised and not _stated_later(sentence[emphasised[-1].end() :]):
+        if len(emphasised) > 1 and _JOINED.fullmatch(sentence[emphasised[-2].end() : emphasised[-1].start()]):
+            yield _trimmed(_joined(sentence, emphasised))
         yield _trimmed(next(group for group in emphasised[-1].groups() if group is not None))
     yield from _ends(plain)
     hedge = [match for match in _HEDGED.finditer(plain)]
@@ -257,6 +260,14 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
             yield plain[hedge[-1].start() : last.end()]
         if not _DENIED.search(plain[: last.start()]):
             yield last[0]
+
+
+def _joined(sentence: str, emphasised: list[re.Match[str]]) -> str:
+    """The last formulas of a sentence with the words between them: `$x = 2$ and $x = 4$`."""
+    first = len(emphasised) - 1
+    while first and _JOINED.fullmatch(sentence[emphasised[first - 1].end() : emphasised[first].start()]):
+        first -= 1
+    return sentence[emphasised[first].start() : emphasised[-1].end()]
 
 
 def _stated_later(rest: str) -> bool:

@@ -148,6 +148,8 @@ _NAMES = {
 _NAME = re.compile(r"\\([A-Za-z]+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
 _TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
+# A formula between dollars; the dollars of "$5 and $6" are prices.
+_INLINE = re.compile(r"(?<!\\)\$(?!\s)([^$\n]{1,1000}?)(?<![\s\\])\$(?!\d)")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
 
 
@@ -180,11 +182,7 @@ def plain_notation(text: str) -> str:
     `\dfrac` is `\frac`, `\text{ cm}` is ` cm `, `½` is ` 1/2`, `x²` is `x^{2}`, `1{,}234` is `1,234`.
     """
     text = without_delimiters(without_markdown(text))
-    text = (
-        re.sub(r"(?<!\\)\\[()\[\]]|(?<!\\)\$(?=[^$]*(?<!\\)\$)|(?<=[^\s\d])\$$", " ", text)
-        if "\\" in text or text.count("$") > 1
-        else text
-    )
+    text = re.sub(r"(?<!\\)\\[()\[\]]", " ", _INLINE.sub(r" \1 ", text.replace("$$", " ")))
     text = text.replace("\\\\", ROW_BREAK)
     text = _THIN.sub(",", text)
     text = _unicode(text)

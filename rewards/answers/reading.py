@@ -5,84 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 
+from alignlab_rewards.answers.brackets import encloses, separators, split
 from alignlab_rewards.answers.equality import constant, operations_of, symbols_of
-from alignlab_rewards.answers.expressions import FUNCTIONS, Node, NotMathematics, read_expression
+from alignlab_rewards.answers.expressions import Node, read_expression
+from alignlab_rewards.answers.forms import Answer, Items, Matrix, Quantity, Ratio, Relation, Words
 from alignlab_rewards.answers.markup import ROW_BREAK, plain_notation, words
+from alignlab_rewards.answers.tokens import FUNCTIONS, NotMathematics
 from alignlab_rewards.answers.units import CURRENCIES, Unit, read_scale, read_unit
 
 MAX_LENGTH = 2000
 MAX_ITEMS = 64
 _MAX_NESTING = 5
 
-
-NO_UNIT = Unit()
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """An expression with its unit.
-
-    Attributes:
-        node: the expression, without percent or unit.
-        unit: a unit of measure, or words; an empty Unit where there is none.
-        percent: a percent sign follows.
-    """
-
-    node: Node
-    unit: Unit = NO_UNIT
-    percent: bool = False
-
-
-@dataclass(frozen=True)
-class Items:
-    """Several answers: a list, a set, a tuple, an interval, or a union of these.
-
-    Attributes:
-        items: the parts.
-        opening, closing: brackets, "{" for sets; "" for a bare list.
-        joiner: ",", ";", "and", "or", or "cup" for a union.
-    """
-
-    items: tuple[Answer, ...]
-    opening: str = ""
-    closing: str = ""
-    joiner: str = ","
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A chain of sides and the signs between them, one less: `0 < x < 1`."""
-
-    sides: tuple[Answer, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Parts of a ratio, `3:4`; `clock` where it may be a time of day, `12:30`."""
-
-    parts: tuple[Quantity, ...]
-    clock: bool = False
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of cells."""
-
-    rows: tuple[tuple[Answer, ...], ...]
-
-
-@dataclass(frozen=True)
-class Words:
-    """Text that is no mathematics, as `markup.words` writes it."""
-
-    text: str
-
-
-Answer = Quantity | Items | Relation | Ratio | Matrix | Words
 
 _BEFORE = re.compile(
     r"^(?:(?:about|approximately|approx\.?|roughly|exactly"
@@ -225,7 +161,7 @@ def _plus_minus(text: str, prose: bool, depth: int) -> Answer | None:
 
 
 def _union(text: str, prose: bool, depth: int) -> Answer | None:
-    parts = _split(text, re.compile(r"\\cup(?![A-Za-z])"))
+    parts = split(text, re.compile(r"\\cup(?![A-Za-z])"))
     if len(parts) < 2:
         return None
     return Items(tuple(_read(part, prose, depth + 1) for part in parts), joiner="cup")
@@ -258,13 +194,13 @@ def _list(text: str, prose: bool, depth: int) -> Answer | None:
 
 def _separated(text: str, inside_brackets: bool = False) -> tuple[list[str], str]:
     """Split a list at its semicolons, else at its commas and the words between its items."""
-    parts = _split(text, re.compile(";"))
+    parts = split(text, re.compile(";"))
     if len(parts) > 1:
         return parts, ";"
     thousands = not inside_brackets or ", " in text
     comma = re.compile(r",(?!\d{3}(?!\d))|(?<!\d)," if thousands else ",")
-    joiner = "or" if _split(text, re.compile(r"\bor\b"))[1:] else "and" if _split(text, _WORD_JOINER)[1:] else ","
-    parts = [piece for part in _split(text, comma) for piece in _split(part, _WORD_JOINER)]
+    joiner = "or" if split(text, re.compile(r"\bor\b"))[1:] else "and" if split(text, _WORD_JOINER)[1:] else ","
+    parts = [piece for part in split(text, comma) for piece in split(part, _WORD_JOINER)]
     return [
         part
         for part in (
@@ -298,7 +234,7 @@ def _bracketed(text: str, prose: bool, depth: int) -> Answer | None:
     if opening is None:
         return None
     closing = next((bracket for bracket in _OPENINGS[opening] if text.endswith(bracket)), None)
-    if closing is None or not _encloses(text, opening, closing):
+    if closing is None or not encloses(text, opening, closing):
         return None
     inside = text[len(opening) : len(text) - len(closing)].strip()
     is_set = opening in ("\\{", "{")
@@ -316,10 +252,10 @@ def _bracketed(text: str, prose: bool, depth: int) -> Answer | None:
 
 
 def _relation(text: str, prose: bool, depth: int) -> Answer | None:
-    pieces = _split(text, _SIGN)
+    pieces = split(text, _SIGN)
     if len(pieces) < 2:
         return None
-    signs = tuple(_SIGN_NAMES.get(sign, sign) for sign in _separators(text, _SIGN))
+    signs = tuple(_SIGN_NAMES.get(sign, sign) for sign in separators(text, _SIGN))
     if "=>" in signs:
         return _read(
             pieces[len(signs) - signs[::-1].index("=>")] if len(pieces) == 2 else text.rsplit("\\Rightarrow", 1)[1],
@@ -345,7 +281,7 @@ def _first_side(text: str, prose: bool, depth: int) -> Answer:
 
 
 def _ratio(text: str, prose: bool, depth: int) -> Answer | None:
-    parts = _split(text, re.compile(":"))
+    parts = split(text, re.compile(":"))
     if len(parts) < 2 or len(parts) > 6:
         parts = re.split(r"(?<=\d)\s*\bto\b\s*(?=\d)", text)
     if not 2 <= len(parts) <= 6:
@@ -418,53 +354,3 @@ def _cuts(text: str) -> Iterator[int]:
             match.start() and text[match.start() - 1] not in "\\" and not text[match.start() - 1].isalpha()
         ) or match.end() > match.start() > 0:
             yield match.start()
-
-
-def _encloses(text: str, opening: str, closing: str) -> bool:
-    """True where the first bracket is closed by the last."""
-    depth, position = 0, 0
-    if opening == "]":
-        return text.count("]") + text.count("[") == 2 or (text.endswith("]") and text.count("]") == 2)
-    while position < len(text):
-        step = _bracket_step(text, position)
-        depth += step[0]
-        position += step[1]
-        if depth == 0 and position < len(text):
-            return False
-    return depth == 0
-
-
-def _bracket_step(text: str, position: int) -> tuple[int, int]:
-    """The change of depth at a position, and how many characters it takes."""
-    character = text[position]
-    if character == "\\":
-        for name, change in (("\\{", 1), ("\\}", -1), ("\\langle", 1), ("\\rangle", -1)):
-            if text.startswith(name, position):
-                return change, len(name)
-        return 0, 2
-    return (1 if character in "([{" else -1 if character in ")]}" else 0), 1
-
-
-def _top_level(text: str, separator: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """Matches of a separator outside all brackets."""
-    depths, position, depth = {}, 0, 0
-    while position < len(text):
-        depths[position] = depth
-        change, length = _bracket_step(text, position)
-        depth = max(0, depth + change)
-        position += length
-    for match in separator.finditer(text):
-        if depths.get(match.start(), 1) == 0:
-            yield match
-
-
-def _split(text: str, separator: re.Pattern[str]) -> list[str]:
-    parts, start = [], 0
-    for match in _top_level(text, separator):
-        parts.append(text[start : match.start()])
-        start = match.end()
-    return [*parts, text[start:]]
-
-
-def _separators(text: str, separator: re.Pattern[str]) -> list[str]:
-    return [match[0] for match in _top_level(text, separator)]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from alignlab_rewards.answers.columns import ExpectedAnswer
 from alignlab_rewards.answers.comparison import same_answer
 from alignlab_rewards.answers.extraction import Statement, boxed, stated_answer, statements
+from alignlab_rewards.answers.forms import Answer
 from alignlab_rewards.answers.markup import words
-from alignlab_rewards.answers.reading import Answer, is_mathematics, read_answer
+from alignlab_rewards.answers.reading import is_mathematics, read_answer
 from alignlab_rewards.answers.symbolic import same_by_math_verify
 from alignlab_rewards.answers.text import are_letters, choice_of, ends_with_text, is_verdict, leading_verdict, same_text
 

@@ -1,5 +1,7 @@
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import reasoning_gym
 from alignlab_rewards.reasoning_gym_answer import extract_answer, reasoning_gym_answer
@@ -88,3 +90,20 @@ def test_a_completion_that_the_scorer_cannot_read_is_wrong_and_a_broken_row_is_a
     assert reasoning_gym_answer(**columns, metadata=[{"a": 1}] * 2) == [1.0, 0.0]
     with pytest.raises(KeyError):
         reasoning_gym_answer(**columns)
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [(72.0, "72"), (np.int64(72), "72"), ("1,000", "1000"), ("72.", "72"), ("$18", "18"), ("So\n#### 1,042", "1042")],
+)
+def test_without_a_task_expected_answers_of_any_type_are_compared_by_value(gold: Any, text: str) -> None:
+    values = reasoning_gym_answer(prompts=["q"] * 2, completions=[f"It is {text}.", "It is 5."], answer=[gold, gold])
+    assert values == [1.0, 0.0]
+
+
+def test_missing_answers_give_no_value_and_several_are_refused() -> None:
+    golds = [math.nan, None]
+    assert reasoning_gym_answer(prompts=["q"] * 2, completions=["1"] * 2, answer=golds) == [None, None]
+    with pytest.raises(ValueError, match="one expected answer"):
+        reasoning_gym_answer(prompts=["q"], completions=["1, 2"], answer=[["1", "2"]])
+    assert reasoning_gym_answer(prompts=["q"], completions=["1, 2"], answer=[["1", "2"]], extract="whole") == [1.0]
