@@ -102,9 +102,6 @@ class RunConfig(Frozen):
     def _check_warm_start(self) -> None:
         if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
-        if self.eval_data is not None and self.trainer.measures == "nothing":
-            must = f"be null for trainer {self.trainer.type}, which measures nothing on it"
-            raise BrokenRule("eval_data", "given", must, "remove it, and use alignlab eval")
         default = SFTConfig.model_fields["output_dir"].default
         if self.warm_start is not None and self.warm_start.trainer.output_dir != default:
             given, must = str(self.warm_start.trainer.output_dir), "be left out: a warm start is in trainer.output_dir"

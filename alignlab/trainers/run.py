@@ -263,7 +263,7 @@ def measured_data(config: RunConfig) -> DataSettings | None:
     """The held-out data that the trainer measures something on."""
     trainer = config.trainer
     unscored = trainer.takes_rewards == "optional" and trainer.measures == "accuracy" and not config.has_scorer
-    return None if trainer.measures == "nothing" or unscored else evaluation_data(config)
+    return None if unscored else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:
