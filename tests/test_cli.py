@@ -602,3 +602,8 @@ def test_eval_says_what_to_do_with_preferences(capsys):
 def test_eval_refuses_a_plot_that_cannot_be(run_file, words, message, capsys):
     assert main(["eval", *words, "--config", str(run_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_notes_a_combination_that_is_hardly_meant(run_file, capsys):
+    assert main(["check", str(run_file), "trainer.recipe=gspo", "trainer.reduction=token_mean"]) == 0
+    assert "note       reduction is token_mean with surrogate gspo_clip" in capsys.readouterr().out
