@@ -376,7 +376,7 @@ def test_pairs_of_whole_conversations_beside_their_prompt(tokenizer: Any) -> Non
             {"prompt": "q", "chosen": [texts[0]], "rejected": [texts[1]]},
         )
     )
-    assert whole == rest and chats.decode(whole.prompt) == "<user>q"
+    assert whole == rest and chats.decode(whole.prompt) == "<user>q<assistant>"
 
 
 def test_settings_that_are_not_read_are_refused() -> None:
