@@ -134,7 +134,9 @@ class ChatTemplate:
             return ""
         before, answer, _ = answered.partition(_PROBE[1]["content"])
         header = before.removeprefix(closed)
-        if asked != closed or not answer or not before.startswith(closed) or not header.strip():
+        opening = closed.partition(_PROBE[0]["content"])[0]
+        names_no_speaker = not header.strip() or opening.endswith(header)
+        if asked != closed or not answer or not before.startswith(closed) or names_no_speaker:
             return ""
         self._notices.say(
             "header",

@@ -173,8 +173,8 @@ class PromptRenderer:
         form, lost = self._best_form(messages, generation=not taught)
         if form is None:
             raise self._refusal(messages, generation=not taught)
-        lost = lost or self._unused_tools(form, generation=not taught)
-        self._refuse_lost([fragment for fragment in lost if fragment.message not in taught], messages)
+        lost = [fragment for fragment in lost if fragment.message not in taught]
+        self._refuse_lost([*lost, *self._unused_tools(form, generation=not taught)], messages)
         return form
 
     def _unused_tools(self, form: Sequence[Message], *, generation: bool) -> list[Fragment]:

@@ -224,12 +224,12 @@ def _wrote(completion: Completion, render: PromptRenderer) -> bool:
     tokenizer = render.tokenizer
     special = special_ids(tokenizer)
     ids = completion.token_ids
-    if ids and ids[-1] in special.structure | special.tags:
-        ids = ids[:-1]
-    if special.structure.intersection(ids) or "\ufffd" in completion.text:
+    if special.structure.intersection(ids[:-1]) or "\ufffd" in completion.text:
         return False
-    # A stop string may follow the text; a tokenizer may put a space before it.
-    return str(tokenizer.decode(list(ids))).lstrip().startswith(completion.text.lstrip())
+    # The last token may be the end, or a tag that the text ends with. A stop string may follow the text; a tokenizer
+    # may put a space before it.
+    said = ids[:-1] if ids and ids[-1] in special.structure else ids
+    return str(tokenizer.decode(list(said))).lstrip().startswith(completion.text.lstrip())
 
 
 def plainly(render: PromptRenderer) -> PromptRenderer:

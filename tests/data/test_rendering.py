@@ -154,6 +154,11 @@ def test_a_template_without_a_generation_prompt_gets_its_own_header(
     assert tokenizer.decode(example.token_ids[example.completion_mask.index(True) :]) == "yo<|im_end|>"
 
 
+def test_a_template_that_names_no_speaker_gets_no_header(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for message in messages %}<<{{ message['content'] }}>>{% endfor %}"
+    assert prompt_text(tokenizer, {"prompt": "hi"}) == "<<hi>>"
+
+
 def test_several_templates_without_a_default_are_chosen_from_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = {"chat": CHATML, "loud": CHATML.replace("<|im_end|>", "!<|im_end|>")}
     with pytest.raises(ConfigError, match="several chat templates"):
