@@ -549,12 +549,12 @@ def test_eval_keeps_what_is_measured_when_a_later_model_is_damaged(run_file, tmp
     assert [entry["name"] for entry in result["models"]] == ["a"] and result["complete"] is False
 
 
-def test_eval_says_where_problems_come_from_for_a_trainer_that_measures_nothing(run_file, tmp_path, capsys):
+def test_eval_says_where_problems_come_from_for_a_config_without_any(run_file, tmp_path, capsys):
     config = json.loads(run_file.read_text()) | {"trainer": {"type": "sft"}}
     del config["eval_data"], config["rewards"], config["evaluation"]
     (tmp_path / "sft.yaml").write_text(json.dumps(config))
     assert main(["eval", "--config", str(tmp_path / "sft.yaml")]) == 2
-    assert "trainer sft takes none; use --task NAME" in capsys.readouterr().err
+    assert "has no evaluation data; set eval_data" in capsys.readouterr().err
 
 
 def test_eval_says_what_to_do_with_preferences(capsys):

@@ -54,7 +54,7 @@ def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data
 
 
 def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """What is measured on; no line where the trainer measures nothing on any.
+    """What is measured on.
 
     Raises:
         ConfigError, DataError: the training would refuse it.
@@ -63,8 +63,6 @@ def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data
     from alignlab.trainers.run import measured_data
 
     measures, settings = config.trainer.measures, measured_data(config)
-    if measures == "nothing":
-        return Data()
     if settings is None:
         return Data([f"none: {NOT_MEASURED[measures]}"])
     if measures != "accuracy":

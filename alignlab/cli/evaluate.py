@@ -221,7 +221,7 @@ def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
     refuse_preferences(config, args.config)
     data = evaluation_data(config)
     if data is None:
-        raise ConfigError(f"{args.config} has no evaluation data; {fix_of_no_data(config)}")
+        raise ConfigError(f"{args.config} has no evaluation data; set eval_data, or use --set eval_data.path=FILE")
     if config.evaluation.scorer is None and not config.rewards:
         raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
     scorer = RewardSettings(name=config.evaluation.scorer) if config.evaluation.scorer else config.rewards[0]
@@ -250,13 +250,6 @@ def refuse_preferences(config: RunConfig, path: str) -> None:
         f"{config.trainer.output_dir / 'report.json'}. To count right answers, use --task {task}, or --config of a run "
         "with rewards"
     )
-
-
-def fix_of_no_data(config: RunConfig) -> str:
-    """Where held-out problems may come from."""
-    if config.trainer.measures == "nothing":
-        return f"trainer {config.trainer.type} takes none; use --task NAME, or --config of a run with rewards"
-    return "set eval_data, or use --set eval_data.path=FILE"
 
 
 def plan_of_task(args: argparse.Namespace) -> Plan:

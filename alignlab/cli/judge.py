@@ -93,13 +93,19 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
         DataError: a row has not all three.
     """
     from alignlab.config.data import DataSettings
+    from alignlab.data.messages import BadRow
+    from alignlab.data.rows import plain_row
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
     from alignlab.rlaif.examples import KnownPair
     from alignlab.types import message_text
 
     pairs = []
-    for index, row in enumerate(load_rows(DataSettings(path=args.pairs))):
+    for index, given in enumerate(load_rows(DataSettings(path=args.pairs))):
+        try:
+            row = plain_row(given)
+        except BadRow as error:
+            raise DataError(f"{args.pairs}: row {index} (the first is 0) {error}; correct it, or remove it") from error
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
         if missing:
             told = f"{args.pairs}: row {index} (the first is 0) has no {missing[0]}"

@@ -17,7 +17,7 @@ class DataSettings(RenderSettings):
     """One source of rows, exactly one of `path` and `task`; and how its rows become text and tokens."""
 
     path: str | None = None
-    """A Hub dataset id, or a local .jsonl, .json, .parquet or .csv file."""
+    """A Hub dataset id, a local .jsonl, .json, .parquet or .csv file (all but Parquet also with .gz), or a folder."""
     task: str | None = None
     """A reasoning_gym task, such as chain_sum."""
     task_options: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class DataSettings(RenderSettings):
             self._check_no_task()
         if self.task is None and self.task_options:
             raise BrokenRule("task_options", self.task_options, "stay empty without task", "give task, or remove them")
-        if self.path is not None and self.path.lower().endswith(FILES):
+        if self.path is not None and self.path.lower().removesuffix(".gz").endswith(FILES):
             self._check_file()
         return self
 

@@ -52,6 +52,9 @@ class WarmStart(Frozen):
     def _check(self) -> Self:
         if "{answer}" not in self.answer_template:
             raise BrokenRule("answer_template", self.answer_template, "contain {answer}", 'use "{answer}"')
+        if self.trainer.eval_every_steps is not None:
+            must = "be null: nothing is measured in a warm start"
+            raise BrokenRule("trainer.eval_every_steps", self.trainer.eval_every_steps, must, "remove it")
         return self
 
 
@@ -99,12 +102,6 @@ class RunConfig(Frozen):
     def _check_warm_start(self) -> None:
         if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
-        if self.eval_data is not None and self.trainer.measures == "nothing":
-            must = f"be null for trainer {self.trainer.type}, which measures nothing on it"
-            raise BrokenRule("eval_data", "given", must, "remove it, and use alignlab eval")
-        if self.warm_start is not None and self.warm_start.trainer.eval_every_steps is not None:
-            every, must = self.warm_start.trainer.eval_every_steps, "be null: nothing is measured in a warm start"
-            raise BrokenRule("warm_start.trainer.eval_every_steps", every, must, "remove it")
         default = SFTConfig.model_fields["output_dir"].default
         if self.warm_start is not None and self.warm_start.trainer.output_dir != default:
             given, must = str(self.warm_start.trainer.output_dir), "be left out: a warm start is in trainer.output_dir"

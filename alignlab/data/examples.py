@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow, check_text
+from alignlab.data.messages import BadRow, check_characters, check_text
 from alignlab.data.prompts import count_or_raise, report, split_row
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -127,8 +127,9 @@ def examples_from_rows(
     render = PromptRenderer(settings, tokenizer)
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, given in enumerate(readable_rows(rows, settings)):
         try:
+            row = plain_row(given)
             own = render.of_row(row, index)
             found = _examples_of(row, own, answer_column, answer_template)
             examples += [_example(pieces, own) for pieces in found]
@@ -152,7 +153,7 @@ def _examples_of(
 ) -> list[list[_Piece]]:
     """The pieces of each example of a row."""
     turns = render.settings.taught_turns
-    if isinstance(row, Mapping) and row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
+    if row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
         messages = check_text(row["messages"], "messages")
         if isinstance(messages, str):
             raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
@@ -164,7 +165,9 @@ def _examples_of(
 def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: str) -> list[list[_Piece]]:
     if render.chat:
         before = render.messages(prompt)
-        after = _without_prompt(prompt, completion)
+        system, after = _without_prompt(prompt, completion)
+        if system:  # a conversation's own message goes before that of the settings
+            before = [*system, *(before[1:] if before[0]["role"] == "system" else before)]
         if before[-1]["role"] == after[0]["role"] == "assistant":
             return [_continued_pieces(before, after, render)]
         return _chat_pieces([*before, *after], render, len(before), turns)
@@ -173,23 +176,38 @@ def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: st
     return [[_Piece(render(prompt), False), _Piece(render.plain_completion(completion), True)]]
 
 
-def _without_prompt(prompt: Text, completion: Text) -> list[Message]:
-    """The completion as messages; of a whole conversation, as TRL's datasets may have it, what follows the prompt."""
+def _without_prompt(prompt: Text, completion: Text) -> tuple[list[Message], list[Message]]:
+    """Return the system message that a completion brings with it, if it does, and what follows the prompt in it.
+
+    A completion may be a whole conversation, as TRL's datasets have it: what it begins with must be the prompt, but for
+    white space and for a system message, which a column of text has no place for.
+
+    Raises:
+        BadRow: it begins with other messages, or nothing follows.
+    """
     if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
+        return [], [{"role": "assistant", "content": completion}]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     first = completion[0]["role"]
-    if list(completion[: len(asked)]) != asked:
-        if first == "system" or first == asked[-1]["role"] == "user":
-            raise BadRow(
-                "other_prompt",
-                f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
-                "the prompt, or the whole conversation",
-            )
-        return list(completion)
-    if len(completion) == len(asked):
-        raise BadRow("empty", "has nothing in a completion after the prompt")
-    return list(completion[len(asked) :])
+    num_system = int(first == "system" != asked[0]["role"])
+    system, rest = list(completion[:num_system]), list(completion[num_system:])
+    if len(rest) >= len(asked) and all(map(_same_message, asked, rest)):
+        if len(rest) == len(asked):
+            raise BadRow("empty", "has nothing in a completion after the prompt")
+        return system, rest[len(asked) :]
+    if first == "system" or first == asked[-1]["role"] == "user":
+        raise BadRow(
+            "other_prompt",
+            f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
+            "the prompt, or the whole conversation",
+        )
+    return [], rest
+
+
+def _same_message(one: Message, other: Message) -> bool:
+    """Tell whether two messages say the same, but for white space."""
+    first, second = ({**message, "content": str(message["content"]).split()} for message in (one, other))
+    return first == second
 
 
 def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
@@ -225,6 +243,7 @@ def _completion(columns: Mapping[str, Any], answer_column: str, answer_template:
         raise BadRow("missing_column", f"has no column 'completion' and no column {answer_column!r}")
     if not str(answer).strip():
         raise BadRow("empty", f"has an empty string in the column {answer_column!r}")
+    check_characters(answer, answer_column)
     return answer_template.replace("{answer}", str(answer))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message may have what the assistant thought before its answer."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -42,15 +44,51 @@ def check_text(value: Any, column: str) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise BadRow("empty", f"has an empty string in the column {column!r}")
+        check_characters(value, column)
         return value
-    if not isinstance(value, Sequence):
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()  # pandas reads lists as arrays
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray | memoryview):
         raise BadRow(
             "wrong_type",
             f"has {type(value).__name__} in the column {column!r}, which holds a string or a list of chat messages",
         )
     if not value:
         raise BadRow("empty", f"has an empty list in the column {column!r}")
-    return [_message(message, column) for message in value]
+    messages = [_message(message, column) for message in value]
+    check_characters(messages, column)
+    return messages
+
+
+def check_characters(value: Any, column: str) -> None:
+    """Refuse text with half a character, such as a lone "\\ud83d": it is no text in any encoding.
+
+    Args:
+        value: text, or lists and dicts of it.
+
+    Raises:
+        BadRow: it has one.
+    """
+    for text in _texts(value):
+        half = None if text.isascii() else _HALF_CHARACTER.search(text)
+        if half is not None:
+            raise BadRow(
+                "not_unicode",
+                f"has half a character (U+{ord(half.group()):X}) in the column {column!r}, which no tokenizer takes; "
+                "cut its text between characters",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
 
 
 def check_media(row: Mapping[str, Any]) -> None:
@@ -83,6 +121,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     for tool in tools:
         if not tool_name(tool):
             raise BadRow("wrong_type", f"has a tool without a name in the column 'tools': {tool!r:.80}")
+    check_characters(tools, "tools")
     return tools
 
 
@@ -106,6 +145,7 @@ def template_values_of(value: Any) -> dict[str, Any]:
             f"has {type(value).__name__} in the column 'chat_template_kwargs', which holds a mapping, such as "
             '{"enable_thinking": false}',
         )
+    check_characters(value, "chat_template_kwargs")
     return {str(name): held for name, held in value.items() if held is not None}
 
 

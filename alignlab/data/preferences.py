@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
+from alignlab.data.common_prompt import common_prompt
 from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow, check_text
 from alignlab.data.prompts import count_or_raise, report
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import as_number, plain_row, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -207,8 +209,9 @@ def read_rows(
     render = PromptRenderer(settings, tokenizer)
     found: list[T] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, given in enumerate(readable_rows(rows, settings)):
         try:
+            row = plain_row(given)
             found += make(row, render.of_row(row, index))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
@@ -248,9 +251,7 @@ def _number(row: Mapping[str, Any], column: str, what: str) -> float:
     value = row.get(column)
     if value is None:
         raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong_type", f"has {value!r} in the column {column!r}, which holds numbers")
-    return float(value)
+    return as_number(value, column)
 
 
 def _margin(row: Mapping[str, Any], column: str) -> float:
@@ -262,8 +263,6 @@ def _margin(row: Mapping[str, Any], column: str) -> float:
 
 def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a row."""
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict with chosen and rejected")
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
         raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
@@ -279,7 +278,7 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
             f"has no column {name!r}, and where one speaker ends and the other begins in the texts of 'chosen' and "
             f"'rejected' is not known; give a prompt, chat messages, or {render.settings.setting('chat', False)}",
         )
-    return _common_prompt(chosen, rejected)
+    return common_prompt(chosen, rejected, render.special_texts)
 
 
 def completion_tokens(
@@ -294,29 +293,3 @@ def completion_tokens(
     first = example.completion_mask.index(True)
     mask = example.completion_mask[first:]
     return example.token_ids[:first], example.token_ids[first:], None if all(mask) else mask
-
-
-def _common_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of two conversations or texts that begin alike."""
-    differ = (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
-    shared = next(differ, min(len(chosen), len(rejected)))
-    if shared in (len(chosen), len(rejected)):
-        raise BadRow("empty", "has nothing in 'chosen' or 'rejected' after what the two have in common")
-    if isinstance(chosen, str):
-        shared = _word_begin(chosen, shared)
-    if shared == 0:
-        raise BadRow("other_prompt", "has no column of prompts, and 'chosen' and 'rejected' do not begin alike")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _word_begin(text: str, place: int) -> int:
-    """Where the word or number begins that `place` is in, the space before it included; of ASCII's letters and digits.
-
-    A model that goes on from the middle of a word has tokens to write that no natural text has there. Other scripts
-    need no spaces, and are cut where they are.
-    """
-    begin = place
-    while begin > 0 and text[begin - 1].isascii() and text[begin - 1].isalnum():
-        begin -= 1
-    begin -= text[:begin].endswith(" ")
-    return begin or place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow, check_text
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import plain_row, readable_rows
 from alignlab.data.sources import load_rows
 from alignlab.errors import DataError
 from alignlab.types import Prompt, Text
@@ -73,16 +73,12 @@ def prompts_from_rows(
     Raises:
         ConfigError, DataError: as `load_prompts`.
     """
-    if isinstance(rows, Mapping):
-        raise DataError(
-            f"{settings.source} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
-            "list of dicts"
-        )
     whole = PromptRenderer(settings, tokenizer)
     usable: list[tuple[int, Text, str, dict[str, Any]]] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(itertools.islice(rows, settings.size)):
+    for index, given in enumerate(readable_rows(rows, settings)):
         try:
+            row = plain_row(given)
             render = whole.of_row(row, index)
             text, columns = split_row(row, settings.prompt_column)
             usable.append((index, text, render(text), columns))
@@ -107,14 +103,14 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     Raises:
         BadRow: the prompt is missing, of another type, or empty.
     """
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict such as {{{prompt_column!r}: ...}}")
     columns = dict(row)
     if columns.get(prompt_column) is not None:
         return check_text(columns.pop(prompt_column), prompt_column), columns
     if columns.get("messages") is None:
+        nothing = [name for name in (prompt_column, "messages") if name in columns]
         raise BadRow(
             "missing_column",
+            f"has nothing in the column {nothing[0]!r}" if nothing else
             f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set prompt_column",
         )
     columns.pop(prompt_column, None)

@@ -121,6 +121,11 @@ class PromptRenderer:
         return own
 
     @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Spellings of the tokenizer's special tokens."""
+        return self._special.spellings
+
+    @property
     def template_columns(self) -> dict[str, Any]:
         """What the chat template is given beside messages, as columns of a row that is read without these settings."""
         given = {"tools": [dict(tool) for tool in self._tools], "chat_template_kwargs": self._values}

@@ -28,6 +28,7 @@ class SpecialText:
         self._tokenizer = tokenizer
         added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
         spellings = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self.spellings = tuple(spelling for spelling in spellings if spelling)
         self._spelled = re.compile("|".join(map(re.escape, spellings))) if spellings else None
 
     def spelled_in(self, text: str) -> str | None:

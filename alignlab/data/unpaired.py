@@ -22,6 +22,7 @@ from alignlab.data.preferences import (
 )
 from alignlab.data.prompts import split_row
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.rows import as_label
 from alignlab.data.sequences import Sequences
 from alignlab.errors import DataError
 from alignlab.types import Rollout
@@ -105,7 +106,8 @@ def unpaired_from_rows(
 ) -> UnpairedDataset:
     """Render and tokenise rows of one of two forms, strings or chat messages (TRL's forms).
 
-    - a prompt, `completion` and `label`, true where the completion is good;
+    - a prompt, `completion` and `label`, true or 1 where the completion is good, false or 0 where it is bad, also as
+      text;
     - `chosen` and `rejected`, see `preferences_from_rows`: a good completion and a bad one.
 
     Raises:
@@ -118,7 +120,7 @@ def unpaired_from_rows(
 
 
 def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPreference]:
-    if isinstance(row, Mapping) and row.get("completion") is None and {"chosen", "rejected"} & set(row):
+    if row.get("completion") is None and {"chosen", "rejected"} & set(row):
         pair = preference_from_row(row, render)
         both = ((pair.chosen, True, pair.chosen_mask), (pair.rejected, False, pair.rejected_mask))
         return [UnpairedPreference(pair.prompt, ids, good, completion_mask=mask) for ids, good, mask in both]
@@ -126,9 +128,7 @@ def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPr
     missing = [name for name in ("completion", "label") if columns.get(name) is None]
     if missing:
         raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
-    completion, label = check_text(columns["completion"], "completion"), columns["label"]
-    if not isinstance(label, bool):
-        raise BadRow("wrong_type", f"has {label!r} in the column 'label', which holds true or false")
+    completion, label = check_text(columns["completion"], "completion"), as_label(columns["label"], "label")
     start, ids, mask = completion_tokens(prompt, completion, render)
     return [UnpairedPreference(start, ids, label, completion_mask=mask)]
 

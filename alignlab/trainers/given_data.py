@@ -15,6 +15,7 @@ from alignlab.config.render import RenderSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
 from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
 from alignlab.data.prompts import load_prompts, prompts_from_rows
+from alignlab.data.rows import readable_rows
 from alignlab.data.unpaired import UnpairedPreference, load_unpaired, mismatch, unpaired_from_rows
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Prompt
@@ -162,13 +163,13 @@ def _items_of(dataset: Any, settings: RenderSettings | None, name: str, settings
         raise ConfigError(
             f"{name} must be rows, a path or DataSettings, and is {type(dataset).__name__}; give a list of dicts"
         )
-    size = settings.size if settings is not None else None
-    if size is None and _is_stream(dataset):
+    settings = settings or RenderSettings()
+    if settings.size is None and _is_stream(dataset):
         raise ConfigError(
             f"{name} is a stream of unknown length ({type(dataset).__name__}); say how many rows to take, "
             f"{settings_name}=RenderSettings(size=10000), or give all of them, list(...)"
         )
-    return list(itertools.islice(dataset, size))
+    return readable_rows(dataset, settings)
 
 
 def _described(dataset: Mapping[Any, Any], name: str) -> str:

@@ -35,6 +35,7 @@ from alignlab.config.trainers import (
 from alignlab.data.examples import load_examples
 from alignlab.data.messages import BadRow
 from alignlab.data.prompts import count_or_raise, split_row
+from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
@@ -164,7 +165,7 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     texts = []
     for index, row in enumerate(itertools.islice(load_rows(config.data), settings.tokenizer.num_texts)):
         try:
-            text, columns = split_row(row, config.data.prompt_column)
+            text, columns = split_row(plain_row(row), config.data.prompt_column)
             texts.append(f"{message_text(text)}{columns.get(column, '')}")
         except BadRow as error:
             count_or_raise(Counter(), error, index, config.data)
@@ -248,7 +249,7 @@ def measured_data(config: RunConfig) -> DataSettings | None:
     """The held-out data that the trainer measures something on."""
     trainer = config.trainer
     unscored = trainer.takes_rewards == "optional" and trainer.measures == "accuracy" and not config.has_scorer
-    return None if trainer.measures == "nothing" or unscored else evaluation_data(config)
+    return None if unscored else evaluation_data(config)
 
 
 def evaluation_data(config: RunConfig) -> DataSettings | None:

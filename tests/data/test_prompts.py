@@ -84,7 +84,7 @@ def test_one_bos_and_no_eos(framing_tokenizer: PreTrainedTokenizerFast, chat: bo
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"question": "hi"}, "missing_column", "no column 'prompt'.*question"),
-    ({"prompt": None}, "missing_column", "no column 'prompt'"),
+    ({"prompt": None}, "missing_column", "nothing in the column 'prompt'"),
     ({"prompt": 7}, "wrong_type", "has int in the column 'prompt'"),
     ({"prompt": [{"content": "hi"}]}, "wrong_type", "dict of role and content"),
     ({"prompt": [{"role": "user"}]}, "wrong_type", "dict of role and content"),
@@ -234,7 +234,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(b"\xef\xbb\xbf" + texts[suffix].encode())
     assert [p.text for p in load_prompts(DataSettings(path=str(path)), plain_tokenizer)] == ["one"]
-    path.write_bytes(b"prompt\n\xff\xfe\n")
+    path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with pytest.raises(DataError, match="must be text in UTF-8"):
         load_prompts(DataSettings(path=str(path)), plain_tokenizer)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import DPOConfig
-from alignlab.data.preferences import Preference, _common_prompt, preferences_from_rows
+from alignlab.data.common_prompt import common_prompt
+from alignlab.data.preferences import Preference, preferences_from_rows
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
 from alignlab.models.adapters import add_lora
@@ -263,7 +264,7 @@ def test_texts_of_two_speakers_need_a_prompt_where_chats_are_rendered(tokenizer:
     chats = copy.deepcopy(tokenizer)
     chats.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     rows = [{"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}]
-    with pytest.raises(DataError, match=r"row 0 .* give a prompt, chat messages, or data\.chat=false"):
+    with pytest.raises(DataError, match=r"row 0 .* give a prompt, chat messages, or render_settings=.*chat=False"):
         preferences_from_rows(rows, RenderSettings(), chats)
 
 
@@ -357,11 +358,11 @@ def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> Non
     [
         ("France? Paris", "France? Prague", "France?"), ("sum 12", "sum 13", "sum"), ("a\nbc", "a\nbd", "a\n"),
         ("a  b", "a  c", "a "), ("2+2=4", "2+2=5", "2+2="), ("a:Yes", "a:No", "a:"),
-        ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"), ("abc", "abd", "ab"),
+        ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"),
     ],
 )
 def test_a_prompt_that_both_begin_with_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
-    found = _common_prompt(chosen, rejected)
+    found = common_prompt(chosen, rejected)
     assert found == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
 
 
@@ -377,6 +378,28 @@ def test_pairs_of_whole_conversations_beside_their_prompt(tokenizer: Any) -> Non
         )
     )
     assert whole == rest and chats.decode(whole.prompt) == "<user>q<assistant>"
+
+
+def test_a_text_prompt_and_conversations_agree_but_for_white_space_and_a_system_message(tokenizer: Any) -> None:
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "q r"}
+
+    def prompt_of(before: Any, text: str = "q  r\n", **settings: Any) -> str:
+        whole = {name: [*before, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        [pair] = preferences_from_rows([{"prompt": text, **whole}], RenderSettings(**settings), chats)
+        return chats.decode(pair.prompt)
+
+    assert prompt_of([asked]) == "<user>q  r\n<assistant>"
+    assert prompt_of([system, asked], "q r") == "<system>s<user>q r<assistant>"
+    assert prompt_of([system, asked], "q r", system_prompt="other") == "<system>s<user>q r<assistant>"
+    assert prompt_of([asked], "q r", system_prompt="other") == "<system>other<user>q r<assistant>"
+    for before in ([system, {"role": "user", "content": "qr"}], [system], [{"role": "user", "content": "Q r"}]):
+        with pytest.raises(DataError, match=r"row 0 .* and not with the prompt"):
+            prompt_of(before, "q r")
 
 
 def test_settings_that_are_not_read_are_refused() -> None:

@@ -16,9 +16,9 @@ class TrainerConfig(Frozen):
 
     takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "none"
     """Whether a run of it names reward functions: to learn from, or as the scorer of its evaluation alone."""
-    measures: ClassVar[Literal["accuracy", "preferences", "labels", "likelihood", "nothing"]] = "nothing"
-    """On held-out data: the rate of right answers, of chosen completions that lead, of labels agreed with; how likely
-    its completions are; or nothing."""
+    measures: ClassVar[Literal["accuracy", "preferences", "labels", "likelihood"]]
+    """On held-out data: the rate of right answers, of chosen completions that lead, of labels agreed with; or how
+    likely completions are."""
 
     output_dir: Path = Path("runs/alignlab")
     seed: int = Field(0, ge=0, lt=2**32)

@@ -1,0 +1,208 @@
+"""Rows of local files: JSON lines, JSON, CSV and Parquet; the first three also packed with gzip.
+
+What is wrong with one row is told by a `DamagedRow` in its place, so that the others can be read.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from alignlab.data.rows import DamagedRow
+from alignlab.errors import DataError
+
+Rows = Iterable[Any]
+"""Mappings, and a `DamagedRow` for each row that a file does not hold whole."""
+_UTF8_MARK = b"\xef\xbb\xbf"
+_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and of UTF-32 in one order
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+class _TwiceNamed(ValueError):
+    """A key that an object of JSON has twice, so that one of its values would be lost."""
+
+
+def file_rows(path: str) -> Rows:
+    """Return the rows of a file, read by the ending of its name.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or its name says no kind that is known.
+    """
+    kind = file_kind(path)
+    if not Path(path).is_file():
+        raise DataError(f"data.path must be an existing file, and {path} is none; correct the path")
+    reader = READERS.get(kind)
+    if reader is None:
+        raise DataError(
+            f"data.path must be a file of a kind that is known, and {path} is {kind or 'none by its name'}; use "
+            f"{', '.join(READERS)}, the first three also with .gz"
+        )
+    return reader(path)
+
+
+def file_kind(path: str) -> str:
+    """Return the ending of a file's name, in small letters, without that of gzip."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """Open a file that is text in UTF-8, unpacked, after its byte-order mark.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or is no UTF-8.
+    """
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            begin = file.read(len(_UTF8_MARK))
+            if begin.startswith(_OTHER_MARKS):
+                raise DataError(f"{path} must be text in UTF-8, and is UTF-16 or UTF-32 by its first bytes; convert it")
+            if begin != _UTF8_MARK:
+                file.seek(0)
+            yield cast("BinaryIO", file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; correct the path, or write the file again") from error
+
+
+def _jsonl_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
+    """Line by line, because Arrow's reader refuses a whole file for one line and cannot say which."""
+    with _opened(path) as file:
+        lines = (line for part in file for line in part.rstrip(b"\r\n").split(b"\r"))
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _json_object(line, number)
+
+
+def _json_object(line: bytes, number: int) -> Mapping[str, Any] | DamagedRow:
+    place = f"is no row: line {number} must be a JSON object, and"
+    try:
+        row = read_json(line.decode())
+    except UnicodeDecodeError as error:
+        return DamagedRow(f"{place} must be text in UTF-8, and is not: {error}")
+    except (ValueError, RecursionError) as error:
+        return DamagedRow(f"{place} {_why(error)}")
+    return row if isinstance(row, dict) else DamagedRow(f"{place} is {type(row).__name__}")
+
+
+def read_json(text: str) -> Any:
+    """Read JSON in which no object has a key twice.
+
+    Raises:
+        ValueError, RecursionError: it is none; a key is there twice; a number or its nesting has no end.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _TwiceNamed(_most_common(key for key, _ in pairs))
+    return row
+
+
+def _most_common(names: Iterable[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a text that is no JSON, completing "must be JSON, and"."""
+    if isinstance(error, _TwiceNamed):
+        return f"has the key {str(error)!r} twice"
+    return f"is not JSON: {'it is nested too deeply' if isinstance(error, RecursionError) else error}"
+
+
+def _json_rows(path: str) -> list[Any]:
+    with _opened(path) as file:
+        text = file.read().decode()
+    try:
+        rows = read_json(text)
+    except (ValueError, RecursionError) as error:
+        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        fix = "where it holds one object a line, call it .jsonl" if lines else "correct the file"
+        raise DataError(f"{path} must be a JSON list of objects, and {_why(error)}; {fix}") from error
+    if isinstance(rows, list):
+        return rows
+    lists = [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
+    fix = f"write the list of {lists[0]!r} alone" if lists else "use .jsonl for one object a line"
+    raise DataError(f"{path} must be a JSON list of objects, and is {type(rows).__name__}; {fix}")
+
+
+def _csv_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
+    """Every value is text, so that an answer "007" stays what it is; an empty field is a missing value."""
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
+        try:
+            header = next((row for row in reader if row), [])
+        except csv.Error as error:
+            raise DataError(f"{path} must begin with a line of names, and does not: {error}; correct it") from error
+        _check_header(path, header)
+        yield from _csv_body(reader, header)
+
+
+def _csv_body(reader: Any, header: list[str]) -> Iterator[Mapping[str, Any] | DamagedRow]:
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fix = 'put a field with quotes in it into quotes, and write each of them twice ("")'
+            yield DamagedRow(f"is no row of CSV, up to line {reader.line_num}: {error}; {fix}")
+            continue
+        if len(fields) == len(header):
+            yield {name: field or None for name, field in zip(header, fields, strict=True)}
+        elif fields:
+            few = len(fields) < len(header)
+            fix = "write a comma for each field that is empty" if few else "put fields that hold commas in quotes"
+            yield DamagedRow(
+                f"has {'fewer' if few else 'more'} fields than the header names; {fix} (line {reader.line_num}: "
+                f"{len(fields)}, and not {len(header)})"
+            )
+
+
+def _check_header(path: str, header: list[str]) -> None:
+    """Refuse names that are there twice, and those of a file that is separated otherwise.
+
+    Raises:
+        DataError: they are.
+    """
+    if len(set(header)) < len(header):
+        name = _most_common(header)
+        raise DataError(f"{path} has the column {name!r} twice, and one of the two would be lost; rename or remove one")
+    separators = [word for sign, word in _OTHER_DELIMITERS.items() if len(header) == 1 and sign in header[0]]
+    if separators:
+        raise DataError(
+            f"{path} must have commas between its fields, and has {separators[0]}: its only column is {header[0]!r}; "
+            "write it with commas"
+        )
+
+
+def _parquet_rows(path: str) -> Rows:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_parquet(path)
+    except Exception as error:
+        raise DataError(f"{path} must be a Parquet file, and cannot be read: {error}; write it again") from error
+
+
+READERS: dict[str, Callable[[str], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

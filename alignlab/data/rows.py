@@ -1,0 +1,198 @@
+"""Rows as they come, made plain: what is missing, what is damaged, labels and numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+from alignlab.config.render import RenderSettings
+from alignlab.data.messages import BadRow
+from alignlab.errors import DataError
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
+"""Columns of text beside the prompt's, and those that chat templates are given."""
+_NOT_THERE = ("NAType", "NaTType")  # of pandas
+_WHOLE = 2.0**53  # below this, a float64 holds every whole number
+
+
+@dataclass(frozen=True)
+class DamagedRow:
+    """Stands for a row that its file does not hold whole.
+
+    Attributes:
+        message: what is wrong with it, completing "row 3 ...", with the line of the file.
+    """
+
+    message: str
+
+
+def plain_row(row: Any) -> dict[str, Any]:
+    """Return a row as a dict, with None for each value that is missing: NaN, and pandas' NA and NaT.
+
+    Lists that pandas has read as arrays of objects become lists again; so do all arrays in columns of text.
+
+    Raises:
+        BadRow: it is damaged, or no mapping of names to values.
+    """
+    if isinstance(row, DamagedRow):
+        raise BadRow("damaged", row.message)
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is {type(row).__name__}, and must be a dict such as {{'prompt': ...}}")
+    for name in row:
+        if not isinstance(name, str):
+            raise BadRow("wrong_type", f"has a column called {name!r} ({type(name).__name__}); names must be strings")
+    return {name: _plain_value(value, name) for name, value in row.items()}
+
+
+def _plain_value(value: Any, name: str) -> Any:
+    if is_missing(value):
+        return None
+    if name in TEXT_COLUMNS or (_is_array(value) and value.dtype == object):
+        return without_arrays(value)
+    return value
+
+
+def without_arrays(value: Any) -> Any:
+    """Return a structure with lists for its arrays."""
+    if isinstance(value, Mapping):
+        return {key: without_arrays(held) for key, held in value.items()}
+    if _is_array(value):
+        value = value.tolist()
+    return [without_arrays(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _is_array(value: Any) -> bool:
+    return getattr(value, "ndim", 0) > 0 and hasattr(value, "tolist") and hasattr(value, "dtype")
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a value stands for none: None, NaN, and pandas' NA and NaT."""
+    if value is None or type(value).__name__ in _NOT_THERE:
+        return True
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, float):  # numpy.float64 too
+        return value != value
+    return getattr(value, "ndim", None) == 0 and hasattr(value, "item") and bool(value != value)
+
+
+def as_label(value: Any, column: str) -> bool:
+    """Return a label: true or false, 1 or 0 (1.0 and 0.0 too), also as text, which all values of a CSV file are.
+
+    Raises:
+        BadRow: it is another value, such as the -1 of labels that are +1 and -1.
+    """
+    label = scalar(value)
+    if isinstance(label, str):
+        known = _LABELS.get(label.strip().lower())
+    elif isinstance(label, bool):
+        known = label
+    else:
+        known = bool(label) if isinstance(label, Real | Decimal) and label in (0, 1) else None
+    if known is None:
+        raise BadRow(
+            "wrong_type",
+            f"has {shown(value)} in the column {column!r}, which holds true or false, 1 or 0, as values or as text; "
+            "write 1 for a good completion and 0 for a bad one",
+        )
+    return known
+
+
+def as_number(value: Any, column: str) -> float:
+    """Return a number, also one that is text, which all values of a CSV file are: 0.5, -3, 1e-3.
+
+    Raises:
+        BadRow: it is no number, or text of another form, such as "1,5", "50%" or "1_000".
+    """
+    number = scalar(value)
+    if isinstance(number, str) and _NUMBER.fullmatch(number.strip()):
+        return float(number)
+    if isinstance(number, bool) or not isinstance(number, Real | Decimal | Fraction):
+        raise BadRow(
+            "wrong_type",
+            f"has {shown(value)} in the column {column!r}, which holds numbers; write them as 0.5, -3 or 1e-3",
+        )
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages quote it; of an integer too long to be written, its type."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return f"a value of type {type(value).__name__}"
+
+
+def scalar(value: Any) -> Any:
+    """Return a single number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
+    """Return the first `settings.size` rows, with whole numbers where a table has stored them as floats.
+
+    pandas stores a column of whole numbers with gaps as floats, 72 as 72.0, also in Parquet and JSON.
+
+    Raises:
+        DataError: they are no rows, or a row of a table cannot be decoded.
+    """
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"{settings.source} must be rows, and is a mapping of {', '.join(map(str, rows))}; give one split, or a "
+            "list of dicts"
+        )
+    if is_arrow(rows):
+        rows = _arrow_rows(rows, settings)
+    taken = list(itertools.islice(rows, settings.size))
+    mappings = [row for row in taken if isinstance(row, Mapping)]
+    names = dict.fromkeys(name for row in mappings for name in row)
+    gapped = [name for name in names if is_gapped(row.get(name) for row in mappings)]
+    if not gapped:
+        return taken
+    return [_with_whole(row, gapped) if isinstance(row, Mapping) else row for row in taken]
+
+
+def is_gapped(values: Iterable[Any]) -> bool:
+    """Tell whether values are whole numbers that a gap has made floats: some missing, all others whole floats."""
+    gap = number = False
+    for value in values:
+        if is_missing(value):
+            gap = True
+        elif isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE:
+            number = True
+        else:
+            return False
+    return gap and number
+
+
+def _with_whole(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return dict(row) | {name: int(row[name]) for name in names if not is_missing(row.get(name))}
+
+
+def is_arrow(rows: Any) -> bool:
+    """Tell whether rows are a `datasets.Dataset`, which need not be imported for that."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset" for kind in type(rows).__mro__)
+
+
+def _arrow_rows(rows: Any, settings: RenderSettings) -> Iterator[Any]:
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+        except Exception as error:  # decoders of images and sounds raise what they like
+            raise DataError(
+                f"{settings.source}: row {index} (the first is 0) cannot be decoded: {error}; remove the columns that "
+                "hold no text"
+            ) from error
+        yield row

@@ -1,0 +1,129 @@
+"""Files of rows: their kinds, and what is damaged in them."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerFast
+
+from alignlab.config.data import DataSettings
+from alignlab.data.prompts import load_prompts
+from alignlab.errors import ConfigError, DataError
+
+
+def texts(path: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> list[Any]:
+    return [prompt.text for prompt in load_prompts(DataSettings(path=str(path), **settings), tokenizer)]
+
+
+DAMAGED = [
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n', "row 1 .* line 2 must be .*, and is not JSON"),
+    ("a.jsonl", b'{"prompt": "a"}\r\n\r\n7\r\n{"prompt": "c"}\r\n', "row 1 .* line 3 must be .*, and is int"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "c"}', "row 1 .* line 2 .* must be text in UTF-8"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "prompt": "x"}\n{"prompt": "c"}', "line 2 .* key 'prompt' twice"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b", "content": "x"}]}\n{"prompt": "c"}',
+     "line 2 .* the key 'content' twice"),
+    ("a.jsonl", b'{"prompt": "a"}\n{"prompt": ' + b"1" * 5000 + b'}\n{"prompt": "c"}', "line 2 .* not JSON"),
+    ("a.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000 + b'\n{"prompt": "c"}', "line 2 .* nested too deeply"),
+    ("a.json", b'[{"prompt": "a"}, 5, {"prompt": "c"}]', "row 1 .* is int, and must be a dict"),
+    ("a.csv", b"prompt,answer\na,1\nb\nc,3\n", r"row 1 .* fewer fields than the header names.*line 3: 1, and not 2"),
+    ("a.csv", b"prompt,answer\na,1\nb,2,3\nc,3\n", "row 1 .* more fields than the header names; put fields that hold"),
+    ("a.csv", b'prompt,answer\na,1\n"b"x,2\nc,3\n', "row 1 .* is no row of CSV, up to line 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_a_damaged_row_is_named_and_can_be_skipped(
+    name: str, content: bytes, message: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(path, plain_tokenizer)
+    assert texts(path, plain_tokenizer, on_bad_row="skip") == ["a", "c"]
+
+
+REFUSED = [
+    ("a.csv", b"prompt,answer,answer\nq,1,2\n", "the column 'answer' twice"),
+    ("a.csv", b"prompt;answer\nq;1\n", "has semicolons: its only column is 'prompt;answer'; write it with commas"),
+    ("a.csv", b"prompt\tanswer\nq\t1\n", "has tabs"),
+    ("a.csv", "prompt\nq\n".encode("utf-16"), "is UTF-16 or UTF-32 by its first bytes"),
+    ("a.csv", b"prompt\n\xff\n", "must be text in UTF-8"),
+    ("a.csv", b"", "no rows at all"),
+    ("a.csv", b"prompt,answer\n", "no rows at all"),
+    ("a.csv", b'prompt,answer\n"a,1\n', "row 0 .* unexpected end of data"),
+    ("a.jsonl", b"", "no rows at all"),
+    ("a.jsonl", '{"prompt": "q"}'.encode("utf-16"), "is UTF-16"),
+    ("a.json", b"", "not JSON"),
+    ("a.json", b"[]", "no rows at all"),
+    ("a.json", b'{"data": [{"prompt": "q"}]}', "is dict; write the list of 'data' alone"),
+    ("a.json", b'{"prompt": "q"}\n{"prompt": "r"}\n', r"one object a line, call it \.jsonl"),
+    ("a.json", b'[{"prompt": "q", "prompt": "r"}]', "has the key 'prompt' twice"),
+    ("a.tsv", b"prompt\tanswer\nq\t1\n", r"is \.tsv; use \.jsonl, \.json, \.csv"),
+    ("rows", b"prompt\nq\n", "is none by its name"),
+    ("a.jsonl.gz", b"no gzip", "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n')[:-9], "cannot be read"),
+    ("a.parquet", b"", "must be a Parquet file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED)
+def test_a_file_that_cannot_be_read_says_why(
+    name: str, content: bytes, message: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(path, plain_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl.gz", b'{"prompt": "a"}\n'), ("a.json.GZ", b'[{"prompt": "a"}]'), ("a.csv.gz", b"prompt\na\n")],
+)
+def test_files_packed_with_gzip_are_read(
+    name: str, content: bytes, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    assert texts(tmp_path / name, plain_tokenizer) == ["a"]
+    with pytest.raises(ConfigError, match="must stay train for a file"):
+        DataSettings(path=str(tmp_path / name), split="test")
+
+
+def test_an_empty_field_of_csv_is_a_missing_value(plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,answer\na,007\nb,\nc,""\n')
+    prompts = load_prompts(DataSettings(path=str(path)), plain_tokenizer)
+    assert [prompt.columns["answer"] for prompt in prompts] == ["007", None, None]
+
+
+def test_nan_in_json_is_a_missing_value(plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "answer": NaN}\n')
+    assert load_prompts(DataSettings(path=str(path)), plain_tokenizer)[0].columns == {"answer": None}
+
+
+def test_a_folder_of_parquet_files_is_read(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    pd.DataFrame({"prompt": ["a", "b"]}).to_parquet(tmp_path / "rows" / "part.parquet")
+    assert texts(tmp_path / "rows", plain_tokenizer) == ["a", "b"]
+
+
+def test_a_folder_of_several_saved_splits_is_read_by_its_split(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    splits = {"train": Dataset.from_list([{"prompt": "a"}]), "test": Dataset.from_list([{"prompt": "b"}])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved", plain_tokenizer, split="test") == ["b"]
+    with pytest.raises(ConfigError, match=r"data\.split is 'dev', and .* has train, test"):
+        texts(tmp_path / "saved", plain_tokenizer, split="dev")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        (tmp_path / "empty").mkdir()
+        texts(tmp_path / "empty", plain_tokenizer)
