@@ -66,7 +66,7 @@ REFUSED = [
     ("a.tsv", b"prompt\tanswer\nq\t1\n", r"is \.tsv; use \.jsonl, \.json, \.csv"),
     ("rows", b"prompt\nq\n", "is none by its name"),
     ("a.jsonl.gz", b"no gzip", "cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n')[:-9], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n', mtime=0)[:-9], "cannot be read"),
     ("a.parquet", b"", "must be a Parquet file"),
 ]  # fmt: skip
 
