@@ -77,7 +77,7 @@ class _Reader:
     def peek(self) -> Token | None:
         return self.tokens[self.position] if self.position < len(self.tokens) else None
 
-    def take(self) -> _Token:
+    def take(self) -> Token:
         token = self.peek()
         if token is None:
             raise NotMathematics("it ends too early")
