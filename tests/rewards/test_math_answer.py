@@ -123,7 +123,7 @@ def test_what_counts_of_a_thinking_models_completion_is_an_option() -> None:
     assert math_answer(completions=texts, answer=["12"] * 4, thinking="required") == [1.0, 0.0, 0.0, 0.0]
     assert math_answer(completions=texts, answer=["12"] * 4, thinking="keep") == [1.0, 1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="auto, required or keep"):
-        math_answer(completions=texts, answer=["12"] * 4, thinking="after")  # type: ignore[arg-type]
+        math_answer(completions=texts, answer=["12"] * 4, thinking="after")
 
 
 def test_numbers_are_exact_unless_a_tolerance_is_given() -> None:
