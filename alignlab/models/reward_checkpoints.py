@@ -120,31 +120,42 @@ def save_reward_model(
         weights: see `save_model`.
     """
     folder = Path(folder)
+    if not weights:
+        try_reward_model(reward.model, folder, tokenizer)
+        return
     if isinstance(reward.model, PeftModel):
-        if weights:
-            _save_adapter(reward, reward.model, folder, base_digest)
-        else:
-            save_adapter_without_weights(reward.model, folder)
+        _save_adapter(reward, reward.model, folder, base_digest)
     else:
-        twin = classifier_of(reward.model, tokenizer.pad_token_id)
-        known = twin.base_model.state_dict()  # without what an MoE counts, which no Hub family has
-        decoder = causal_lm(reward.model).base_model.state_dict()
-        twin.base_model.load_state_dict({name: decoder[name] for name in known}, assign=True)
+        twin = _classifier_over(reward.model, tokenizer)
         twin.load_state_dict({HEAD: reward.score.weight.detach()}, strict=False, assign=True)
-        twin.save_pretrained(folder) if weights else save_without_weights(twin, folder)
+        twin.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def try_reward_model(model: PreTrainedModel | PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def try_reward_model(model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write all but the weights of the reward model that a language model, with or without its weights, becomes.
+
+    Args:
+        tokenizer: with a padding token of its own, see `padded_tokenizer`.
 
     Raises:
         ConfigError, CheckpointError: it cannot be saved.
     """
-    classifier_of(model, tokenizer.pad_token_id)
-    with init_empty_weights():
-        reward = RewardModel(model)
-    save_reward_model(reward, folder, tokenizer, weights=False)
+    if isinstance(model, PeftModel):
+        classifier_of(model, tokenizer.pad_token_id)
+        save_adapter_without_weights(model, folder)
+    else:
+        save_without_weights(_classifier_over(model, tokenizer), folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _classifier_over(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The sequence-classification model over the language model's own tensors, without a head's."""
+    twin = classifier_of(model, tokenizer.pad_token_id)
+    known = twin.base_model.state_dict()  # without what an MoE counts, which no Hub family has
+    decoder = causal_lm(model).base_model.state_dict()
+    twin.base_model.load_state_dict({name: decoder[name] for name in known}, assign=True)
+    return twin
 
 
 def _save_adapter(reward: RewardModel, model: PeftModel, folder: Path, base_digest: str | None) -> None:

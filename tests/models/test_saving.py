@@ -12,9 +12,12 @@ from peft import PeftConfig
 from transformers import AutoConfig, MistralConfig, MistralForCausalLM
 
 from alignlab.config.model import LoraSettings
+from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError
 from alignlab.models.adapters import add_lora
 from alignlab.models.checkpoints import empty_model, new_model, save_model
+from alignlab.models.reward_checkpoints import padded_tokenizer, save_reward_model, try_reward_model
+from alignlab.models.reward_model import RewardModel
 
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -43,6 +46,20 @@ def test_an_adapter_is_written_without_its_weights(tmp_path: Path) -> None:
     save_model(add_lora(base, LoraSettings(rank=2)), tmp_path, weights=False)
     assert not list(tmp_path.glob("*.safetensors"))
     assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "some/base"
+
+
+@pytest.mark.parametrize("architecture", [TINY, TINY | {"attn_logit_softcapping": 4.0}], ids=str)
+def test_a_reward_model_is_tried_on_a_live_model_that_stays_as_it_is(
+    architecture: dict[str, Any], tmp_path: Path
+) -> None:
+    model: Any = new_model(architecture, vocab_size=300, eos_token_id=2)
+    tokenizer = train_tokenizer(["ab"] * 9, vocab_size=262)
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+    try_reward_model(model, tmp_path / "tried", padded_tokenizer(tokenizer))
+    assert {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()} == before
+    save_reward_model(RewardModel(model), tmp_path / "saved", padded_tokenizer(tokenizer))
+    tried, saved = ((tmp_path / folder / "config.json").read_text() for folder in ("tried", "saved"))
+    assert tried == saved and not list((tmp_path / "tried").glob("*.safetensors"))
 
 
 def share_memory(model: Any) -> None:
