@@ -119,17 +119,19 @@ class CpuThreads:
 
 _threads: CpuThreads | None = None
 _initial_threads = 0  # of torch, before any change
+_is_settable = True
 
 
 def follow_free_cores() -> int:
     """Compute with as many threads as there are free cores, from now on, in the calling thread; return their number.
 
     Called between two pieces of work, often: it measures twice a second at most. Nothing changes where the environment
-    has `OMP_NUM_THREADS`. A number that the user gives to `torch.set_num_threads` is the new limit.
+    has `OMP_NUM_THREADS`, or where vLLM in this process keeps the number, whose threads it has bound to cores. A number
+    that the user gives to `torch.set_num_threads` is the new limit.
     """
-    global _initial_threads, _threads
+    global _initial_threads, _is_settable, _threads
     current = torch.get_num_threads()  # OpenMP's number is the calling thread's own
-    if "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ or not _is_settable:
         return current
     if _threads is None:
         _initial_threads, num_cores = current, available_cores()
@@ -139,7 +141,8 @@ def follow_free_cores() -> int:
     wanted = _threads.update()
     if current != wanted:
         torch.set_num_threads(wanted)
-    return wanted
+        _is_settable = torch.get_num_threads() == wanted
+    return torch.get_num_threads()
 
 
 def available_cores() -> float:

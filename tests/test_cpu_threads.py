@@ -83,9 +83,11 @@ def test_fewer_threads_are_said_once_with_the_way_to_equal_bits(caplog):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Torch with two threads on a machine of the test's."""
+    monkeypatch.setattr(torch, "set_num_threads", torch._C.set_num_threads)  # of which vLLM may have made another
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     machine = Machine()
+    monkeypatch.setattr(cpu_threads, "_is_settable", True)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(cpu_threads, "_initial_threads", 2)
     monkeypatch.setattr(cpu_threads, "_threads", CpuThreads(2, 2, machine.read, machine.clock))
@@ -116,6 +118,14 @@ def test_a_number_that_the_user_gives_to_torch_is_the_new_limit(machine):
     assert after_windows(machine, 0.0) == 2  # of two cores
     torch.set_num_threads(1)
     assert after_windows(machine, 0.0) == 1
+
+
+def test_a_number_that_cannot_be_set_stays_and_is_not_tried_again(machine, monkeypatch):
+    tries = []
+    monkeypatch.setattr(torch, "set_num_threads", tries.append)
+    assert after_windows(machine, 1.0) == 2
+    assert after_windows(machine, 1.0) == 2
+    assert tries == [1]
 
 
 def test_the_use_of_this_machine_grows_and_holds_what_this_process_used():

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
 from alignlab.data.vocabulary import check_end_token
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import AlignlabError, CheckpointError, ConfigError
 from alignlab.models.attention import causal_lm, end_ids, num_embeddings
 from alignlab.models.checkpoints import is_adapter, save_model
 from alignlab.models.reward_checkpoints import padded_tokenizer, try_reward_model
@@ -54,6 +57,25 @@ def check_ending(
     check_disk(config, model, folder, sum(p.numel() * p.element_size() for p in trained))
 
 
+def on_main_rank(check: Callable[[], None]) -> None:
+    """Run a check on the main rank, which alone writes files, and raise on every rank where it fails.
+
+    Raises:
+        AlignlabError: the check's; on the other ranks one that says where to look.
+    """
+    state, error = PartialState(), None
+    if state.is_main_process:
+        try:
+            check()
+        except AlignlabError as found:
+            error = found
+    failed = reduce(torch.tensor(float(error is not None), device=state.device))
+    if error is not None:
+        raise error
+    if failed > 0:
+        raise CheckpointError("the run could not end well, and does not start: see the message of rank 0")
+
+
 def check_saving(
     config: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase, write: Callable[[Path], None]
 ) -> None:
@@ -76,6 +98,10 @@ def check_stages(
         ConfigError, CheckpointError: see `check_prompt_ids`, `check_saving`.
     """
     check_prompt_ids(model, prompts, tokenizer)
+    on_main_rank(lambda: _check_saving_of_stages(config, model, tokenizer))
+
+
+def _check_saving_of_stages(config: RLAIFConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
     for stage in stages_of(config):
         check_saving(stage, model, tokenizer, writer_of(stage, model, tokenizer))
 

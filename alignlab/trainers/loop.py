@@ -18,7 +18,7 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
-from alignlab.trainers.ending import check_ending
+from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
@@ -161,7 +161,7 @@ class TrainingLoop(ABC):
             NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
         rank = self.accelerator.process_index
-        self.check_ending()  # before the folder is taken
+        on_main_rank(self.check_ending)  # before the folder is taken
         with ExitStack() as stack:
             folder = stack.enter_context(
                 RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
