@@ -79,9 +79,9 @@ class MetricsLogger:
         path = folder / METRICS_FILE
         kept = [] if resume_step is None or not path.exists() else _lines_until(path, resume_step, last_step)
         write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
         for name in trackers:
             self._trackers.append(_started_tracker(name, folder, resume_step))
+        self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's."""

@@ -325,7 +325,7 @@ def test_it_learns_which_completions_are_preferred(loss: str, make_trainer: Make
 
     train, held_out = ([marked(pair) for pair in pairs(48, seed=seed)] for seed in (2, 3))
     trainer = make_trainer(
-        data=train, held_out=held_out, num_steps=30, num_pairs=16, learning_rate=2e-2, loss=loss,
+        data=train, held_out=held_out, num_steps=60, num_pairs=16, learning_rate=2e-2, loss=loss,
         beta=2.0 if loss == "simpo" else 0.1,
     )
     result = trainer.train()
