@@ -35,7 +35,7 @@ def math_answer(
         completions: strings or chat messages.
         answer: the dataset's column: a number, an expression, LaTeX, words, a list of several answers, or a text with a
             `\boxed{}` or a last line `#### 72` in it.
-        solution: the same under TRL's name for the column; used where there is no `answer`.
+        solution: the same under TRL's name for the column; used for rows without an `answer`.
         thinking: how the reasoning of thinking models is told from their answer. "auto": only what follows the last
             `</think>` (or the closing tag of another family) counts; a completion that opens `<think>` and never closes
             it has no answer; one without tags counts whole. "required": the same, and a completion without a closing
@@ -46,8 +46,7 @@ def math_answer(
     Returns:
         None where there is no expected answer: None, NaN or an empty text, which the log says once.
     """
-    expected = answer if answer is not None else solution
-    if expected is None:
+    if answer is None and solution is None:
         raise ValueError("math_answer needs a column 'answer' or 'solution' in the dataset")
     if thinking not in ("auto", "required", "keep"):
         raise ValueError(f"math_answer's option thinking must be auto, required or keep, and is {thinking!r}")
@@ -55,10 +54,18 @@ def math_answer(
         raise ValueError(
             f"math_answer's relative_tolerance must be at least 0 and below 1, and is {relative_tolerance}"
         )
+    nothing = [None] * len(completions)
+    columns_of_answers = (nothing if column is None else column for column in (answer, solution))
     return [
-        _value(expected_answer(gold, reward="math_answer"), message_text(completion), thinking, relative_tolerance)
-        for gold, completion in zip(expected, completions, strict=True)
+        _value(_first_expected(golds), message_text(completion), thinking, relative_tolerance)
+        for *golds, completion in zip(*columns_of_answers, completions, strict=True)
     ]
+
+
+def _first_expected(golds: Sequence[Any]) -> ExpectedAnswer | None:
+    """Return a row's expected answer, of the first of its columns that has one."""
+    read = (expected_answer(gold, reward="math_answer") for gold in golds)
+    return next((gold for gold in read if gold is not None), None)
 
 
 def _value(gold: ExpectedAnswer | None, completion: str, thinking: Thinking, relative_tolerance: float) -> float | None:

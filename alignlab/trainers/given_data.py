@@ -219,6 +219,21 @@ def resolve_unpaired(data: GivenData, tokenizer: PreTrainedTokenizerBase) -> Seq
     return mismatch(found) if isinstance(found, list) else found
 
 
+def given_prompts(dataset: Dataset | GivenData, settings: RenderSettings | None = None) -> GivenData:
+    """Look at a dataset of prompts before anything is read of it; see `given_data`.
+
+    Raises:
+        ConfigError, DataError: see there; or settings of rows in memory say which turns are taught.
+    """
+    data = given_data(dataset, settings)
+    if data.source is None and data.settings.taught_turns != "together":
+        raise ConfigError(
+            f"{data.settings.setting('taught_turns')} is {data.settings.taught_turns}, and is for supervised data "
+            "alone: a trainer that samples its completions teaches no turn of a row; leave it out"
+        )
+    return data
+
+
 def resolve_prompts(data: GivenData | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
     """Prompts of a source, of rows with TRL's `prompt` or `messages` columns, or made already; none of no data."""
     if data is None:

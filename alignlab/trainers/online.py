@@ -44,7 +44,7 @@ from alignlab.trainers.assemble import (
     resolve_model,
     resolve_rewards,
 )
-from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts
+from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts
 from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
@@ -106,7 +106,7 @@ class OnlineTrainer(TrainingLoop):
         evaluation: EvaluationSettings | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        train = given_data(train_dataset, render_settings)
+        train = given_prompts(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         accelerator = make_accelerator()
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)

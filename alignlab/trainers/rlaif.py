@@ -58,7 +58,7 @@ from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
-from alignlab.trainers.given_data import Dataset, given_data, given_held_out, resolve_prompts, sampled_settings
+from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
@@ -125,7 +125,7 @@ class RLAIFTrainer:
         judge: Judge | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        train = given_data(train_dataset, render_settings)
+        train = given_prompts(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         check_lora(peft_config)
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)

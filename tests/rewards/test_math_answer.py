@@ -235,3 +235,9 @@ def test_random_pieces_of_latex_never_raise_and_always_end() -> None:
         )
         values = math_answer(completions=[text, rf"\boxed{{{text}}}"], answer=[gold, gold])
         assert set(values) <= {0.0, 1.0}
+
+
+def test_rows_without_an_answer_are_judged_by_their_solution():
+    answer, solution = ["1", None, float("nan"), None], [None, "2", "4", None]
+    values = math_answer(completions=["1", "2", "3", "4"], answer=answer, solution=solution)
+    assert values == [1.0, 1.0, 0.0, None]

@@ -32,7 +32,7 @@ from alignlab import (
 from alignlab.data.examples import Example
 from alignlab.data.prompts import prompts_from_rows
 from alignlab.errors import ConfigError, DataError
-from alignlab.trainers.given_data import given_data, given_held_out
+from alignlab.trainers.given_data import given_data, given_held_out, given_prompts
 from tests.trainers.conftest import even_ids
 
 Make = Callable[..., Any]
@@ -216,3 +216,8 @@ def test_lora_of_either_kind_is_taken(adapter: Any, make_trainer: Make) -> None:
 def test_missing_answers_in_memory_reach_rewards_as_none(make_trainer: Make) -> None:
     rows = [{"prompt": "a", "answer": 72.0}, {"prompt": "b", "answer": math.nan}]
     assert [prompt.columns["answer"] for prompt in make_trainer("grpo", rows).prompts] == [72, None]
+
+
+def test_prompts_with_a_choice_of_taught_turns_are_refused():
+    with pytest.raises(ConfigError, match="taught_turns is last, and is for supervised data alone"):
+        given_prompts([{"prompt": "q"}], RenderSettings(taught_turns="last"))
