@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -218,8 +218,10 @@ def test_other_architectures_go_through_their_own_classes(tmp_path: Path, tokeni
 
 
 def test_a_head_under_an_adapter_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="an adapter is on the output head"):
-        add_lora(new(DENSE, tokenizer), LoraSettings(target_modules=("q_proj", "lm_head")))
+    """A live model's: a new adapter on it is refused for every trainer."""
+    model = get_peft_model(new(DENSE, tokenizer), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ConfigError, match="target_modules names the language-model head"):
+        RewardModel(model)
 
 
 def damaged(change: Callable[[dict[str, Any]], Any], folder: Path) -> str:
