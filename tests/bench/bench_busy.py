@@ -3,7 +3,7 @@
     python tests/bench/bench_busy.py [--busy 0 2 3] [--rounds 2] [--only-generate]
 
 SmolLM2-135M-Instruct in bfloat16: tokens a second of the embedded engine for 8 prompts x 8 completions, and seconds of
-a GRPO step with LoRA (4 prompts x 8 completions x 48 tokens), as the command line starts it (a short spin of waiting
+a GRPO step with LoRA (4 prompts x 8 completions x 32 tokens), as the command line starts it (a short spin of waiting
 threads) and as Python does (the library's own spin). `follows` is what users get: the number of threads follows the
 free cores. `fixed` has OMP_NUM_THREADS = cores, which keeps the number. A busy process computes without a pause.
 Needs idle cores but for those.
@@ -19,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 MODEL = "smollm2-135m-instruct"
-NEW_TOKENS = 48
+NEW_TOKENS = 32
+SETTLING_TOKENS = 8
 BUSY = [sys.executable, "-c", "while True: pass"]
 ENVIRONMENTS = {
     "command line, follows": {"GOMP_SPINCOUNT": "10000"},
@@ -46,10 +48,10 @@ def tokens_per_s() -> float:
     engine = make_engine(load_model(MODEL, dtype=torch.bfloat16), tokenizer, RolloutSettings())
     texts = [f"Question {i}: what is {i} times {i + 1}?" for i in range(8)]
     prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text, i) for i, text in enumerate(texts)]
-    sampling = SamplingParams(n=8, max_new_tokens=NEW_TOKENS, seed=0, ignore_eos=True)
+    sampling = SamplingParams(n=8, max_new_tokens=SETTLING_TOKENS, seed=0, ignore_eos=True)
     engine.generate(prompts, sampling)
     start = time.perf_counter()
-    rollouts = engine.generate(prompts, sampling)
+    rollouts = engine.generate(prompts, replace(sampling, max_new_tokens=NEW_TOKENS))
     num_tokens = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
     return num_tokens / (time.perf_counter() - start)
 
