@@ -18,11 +18,12 @@ _SAID: set[tuple[str, str]] = set()
 # The last line of a solution in GSM8K's form.
 _AFTER_HASHES = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n]*\S)\s*\Z")
 _MAX_NUMBER = 1000
+_MAX_DIGITS = 4000  # of an expected number; Python itself writes no more than 4300
 _DIGITS = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _PLAIN_NUMBER = re.compile(
     r"([+-]?)\\?[$€£]?([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 )
-_GAPS_AS_TEXT = frozenset({"nan", "NaN", "<NA>", "NaT"})
+_GAPS_AS_TEXT = frozenset({"None", "nan", "NaN", "<NA>", "NaT"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def expected_answer(value: Any, *, reward: str) -> ExpectedAnswer | None:
     if isinstance(value, str):
         solution = _AFTER_HASHES.search(value)
         return ExpectedAnswer(solution[1].strip() if solution else value.strip(), value.strip())
+    _require_writable(value, reward)
     text = _number_text(value)
     if text is None:
         raise ValueError(
@@ -88,7 +90,7 @@ def _gap(value: Any) -> str | None:
         return "missing"
     if isinstance(value, str):
         text = value.strip()
-        return "empty" if not text else "NaN" if text in _GAPS_AS_TEXT else None
+        return "empty" if not text else f"the text {text}" if text in _GAPS_AS_TEXT else None
     if isinstance(value, Decimal):
         return "NaN" if value.is_nan() else None
     return "NaN" if isinstance(value, float) and math.isnan(value) else None
@@ -123,6 +125,21 @@ def _several(values: list[Any], reward: str) -> ExpectedAnswer | None:
         raise ValueError(f"{reward} needs a whole expected answer, and a row holds {values!r:.100}, a list with a gap")
     text = ", ".join(part.text for part in parts if part is not None)
     return ExpectedAnswer(text, text, several=True)
+
+
+def _require_writable(value: Any, reward: str) -> None:
+    """Raise ValueError for a number that has too many digits to be written out."""
+    digits = 0
+    if isinstance(value, Decimal) and value.is_finite():
+        digits = len(value.as_tuple().digits) + abs(int(value.as_tuple().exponent))
+    elif isinstance(value, (Integral, Fraction)):
+        bits = max(abs(part).bit_length() for part in (int(value.numerator), int(value.denominator)))
+        digits = bits * 30103 // 100000 + 1
+    if digits > _MAX_DIGITS:
+        raise ValueError(
+            f"{reward} needs expected numbers of at most {_MAX_DIGITS} digits, and a row's {type(value).__name__} "
+            f"has about {digits}; write it as text, such as '10^{{5000}}'"
+        )
 
 
 def _number_text(value: Any) -> str | None:

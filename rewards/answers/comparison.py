@@ -43,7 +43,9 @@ class _Comparison:
         if isinstance(expected, Relation):
             return is_definition(expected) and self.same(stated_value(expected), given)
         if isinstance(given, Relation):
-            return set(given.signs) <= {"=", "~"} and self.same(expected, stated_value(given))
+            if not set(given.signs) <= {"=", "~"} or self._contradicts(given):
+                return False
+            return self.same(expected, stated_value(given))
         comparisons: tuple[tuple[type, Callable[..., bool]], ...] = (
             (Matrix, self._same_matrix),
             (Items, self._same_items),
@@ -57,6 +59,17 @@ class _Comparison:
 
     def equal(self, left: Node, right: Node) -> bool:
         return equal(left, right, relative_tolerance=self.relative_tolerance)
+
+    def _contradicts(self, chain: Relation) -> bool:
+        """Return True for `43 = 42`: numbers said to be equal that are not, and none of which is another rounded."""
+        for left, right, sign in zip(chain.sides, chain.sides[1:], chain.signs, strict=False):
+            values = _literal(left), _literal(right)
+            if sign == "~" or values[0] is None or values[1] is None:
+                continue
+            slack = Fraction(1, 2) if values[1].denominator == 1 else abs(values[1]) / 100
+            if abs(values[0] - values[1]) > slack and not self.same(left, right):
+                return True
+        return False
 
     def _same_quantity(self, expected: Quantity, given: Quantity) -> bool:
         """Compare numbers, in a common unit where both have one. Percent may be written as a number or a fraction."""
@@ -181,6 +194,16 @@ class _Comparison:
 
 
 _ZERO = Node("number", value=Fraction(0))
+
+
+def _literal(side: Answer) -> Fraction | None:
+    """Return the number that a side of a chain is, without a unit of measure; None for anything else."""
+    if not isinstance(side, Quantity) or side.unit.known:
+        return None
+    node = side.node.args[0] if side.node.op == "-" else side.node
+    if not isinstance(node.value, Fraction):
+        return None
+    return -node.value if node is not side.node else node.value
 
 
 def is_definition(relation: Relation) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignlab_rewards.answers.evaluation import Evaluator, NoValue, Value
 from alignlab_rewards.answers.expressions import Node
+from alignlab_rewards.answers.residues import same_residues
 
 _DIGITS = (50, 100)
 _MAX_SYMBOLS = 12
@@ -31,7 +32,8 @@ def equal(left: Node, right: Node, *, relative_tolerance: float = 0.0) -> bool:
     """Return True if two expressions are equal as numbers, or for all values of their variables.
 
     Exact numbers are compared exactly, irrational ones to 40 digits: a difference counts as none if it is that small or
-    shrinks with the precision. Expressions with variables are compared at points that depend on the names alone:
+    shrinks with the precision. Numbers too large to be exact must have the same remainders, too. Expressions with
+    variables are compared at points that depend on the names alone:
     positive ones, and ones of both signs where both sides are real. `log` may be natural or decimal, on both sides.
     """
     if left == right:
@@ -86,7 +88,7 @@ def _equal_at(
             return bool(a == b)
         difference, scale = abs(a - b), max(abs(a), abs(b))
         if difference <= scale * max(evaluator.context.mpf(10) ** (10 - digits), relative_tolerance):
-            return True
+            return not evaluator.lossy or bool(relative_tolerance) or same_residues(left, right)
         differences.append(difference)
     return bool(differences[1] < differences[0] * 1e-25)
 

@@ -16,7 +16,7 @@ from typing import Any
 import mpmath
 from alignlab_rewards.answers.expressions import Node
 
-MAX_BITS = 32768  # 2024! has 19,000
+MAX_BITS = 65536  # 2024! has 19,000
 MAX_EXPONENT_BITS = 2**30  # of an inexact number: its size may be 2 to the power of this
 MAX_ARGUMENT_BITS = 300  # of what sine, exponential and the like are computed of
 MAX_FACTORIAL = 10**6
@@ -47,6 +47,7 @@ class Evaluator:
         self.symbols = symbols or {}
         self.decimal_log = decimal_log
         self.real = real
+        self.lossy = False  # a part was lost that no number of digits would have shown
 
     def value(self, node: Node) -> Value:
         """Return the value of a tree, a Fraction where it is exact. Raises NoValue where there is none."""
@@ -63,6 +64,11 @@ class Evaluator:
         if not isinstance(value, Fraction):
             return value
         return self.context.mpc(self.context.mpf(value.numerator) / value.denominator)
+
+    def _rounded(self, value: Value) -> Any:
+        """Return a value of limited precision for an exact one that is too large."""
+        self.lossy = True
+        return self.inexact(value)
 
     def _of(self, node: Node) -> Value:
         if node.op == "number":
@@ -83,7 +89,7 @@ class Evaluator:
 
     def _bounded(self, value: Value) -> Value:
         if isinstance(value, Fraction):
-            return value if _bits(value) <= MAX_BITS else self.inexact(value)
+            return value if _bits(value) <= MAX_BITS else self._rounded(value)
         value = self.context.mpc(value)
         if (
             self.real
@@ -128,7 +134,15 @@ class Evaluator:
                     break
             else:
                 return total
-        return sum((self.inexact(value) for value in values), self.context.mpc(0))
+        numbers = [self.inexact(value) for value in values]
+        self.lossy = self.lossy or self._absorbs(numbers)
+        return sum(numbers, self.context.mpc(0))
+
+    def _absorbs(self, numbers: list[Any]) -> bool:
+        """Return True if one of the numbers is too large for the smallest to be seen in their sum."""
+        sizes = [self.context.mag(number) for number in numbers if number != 0 and not self.context.isinf(number)]
+        largest = max(sizes, default=0)
+        return largest > self.context.prec / 2 and largest - min(sizes) > self.context.prec - 10
 
     def multiply(self, left: Value, right: Value) -> Value:
         """Return the product."""
@@ -149,8 +163,9 @@ class Evaluator:
         if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
             if base in (0, 1, -1):
                 return self._unit_power(base, int(exponent))
-            if _bits(base) * abs(int(exponent)) <= MAX_BITS:
+            if (_bits(base) - 1) * abs(int(exponent)) <= MAX_BITS:
                 return base ** int(exponent)
+            self.lossy = True
         if (
             isinstance(exponent, Fraction)
             and exponent.denominator % 2
@@ -200,6 +215,7 @@ class Evaluator:
                 return Fraction(math.factorial(int(value)))
             if value.denominator == 1 and value < 0:
                 raise NoValue("the factorial of a negative number")
+            self.lossy = self.lossy or value.denominator == 1
         number = self.inexact(value)
         if self.context.isinf(number) or abs(number) > MAX_FACTORIAL:
             raise NoValue("too large a factorial")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from alignlab_rewards.answers.boxes import boxed
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
 
 Thinking = Literal["auto", "required", "keep"]
@@ -27,7 +28,6 @@ MAX_TAIL = 20_000  # characters from the end in which a sentence with the answer
 _MAX_SENTENCES = 12
 _MAX_SENTENCE = 1000
 
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![A-Za-z])\s{0,3}")
 _TAG = re.compile(r"<answer>(.{0,5000}?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?m)^[ \t]{0,8}####[ \t]{0,8}([^\n]{1,400})$")
 _STATING = r"is|are|was|would be|should be|must be|will be|becomes|equals|comes out to be"
@@ -66,6 +66,7 @@ _NUMBER = (
     r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
 )
 _LAST_NUMBERS = re.compile(_NUMBER)
+_OPEN_HEDGE = re.compile(r"\((or\b[^()\n]{1,80})\)")
 _HEDGED = re.compile(rf"{_NUMBER}\s*(?:or|/|and/or)\s*(?:maybe |possibly |even )?(?={_NUMBER})", re.IGNORECASE)
 _START = re.compile(
     r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[{√.|]|[A-Za-zα-ωπ](?![A-Za-z])"
@@ -76,7 +77,18 @@ _CLOSING_REMARK = re.compile(
     r"|if you (?:have|need|want)|would you like|do you want|good luck|is there anything)\b",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,3}$", re.IGNORECASE)
+# What stands before a number that is denied or only bounds the answer, and what stands behind such a bound.
+_DENIED = re.compile(
+    r"(?:\b(?:not|cannot|never|neither|nor|doubt)|n't)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,5}$"
+    r"|\b(?:anything but|other than|rather than|instead of|except)\s+$"
+    r"|\b(?:(?:no\s+)?(?:less|more|fewer|greater|larger|smaller|bigger|higher|lower)\s+than(?:\s+or\s+equal\s+to)?"
+    r"|at\s+least|at\s+most|up\s+to|exceeds)\s+$"
+    r"|(?:\\(?:leq?|geq?|neq?)(?:slant)?(?![A-Za-z])|(?<![-=])[<>≤≥≠]=?|!=)\s*$",
+    re.IGNORECASE,
+)
+_OR_MORE = re.compile(
+    r"\s*(?:[A-Za-z]+\s+)?(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|up)\b"
+)
 _JOINED = re.compile(r"\s*(?:,|,?\s?(?:and|or))\s*")
 _ARTICLE = re.compile(r"^(?:[aAI]\s|[aAI]$)")
 
@@ -143,37 +155,6 @@ def _marked_readings(content: str) -> Iterator[str]:
         yield stated
 
 
-def boxed(text: str) -> str | None:
-    """Return what stands in the last box that is not empty; the innermost of boxes in each other."""
-    end = len(text)
-    for _ in range(20):
-        start = max(text.rfind(name, 0, end) for name in ("\\boxed", "\\fbox", "\\framebox", "\\bbox"))
-        if start < 0:
-            return None
-        match = _BOX.match(text, start)
-        inside = _box_content(text, match.end()) if match is not None else ""
-        if inside.strip():
-            return boxed(inside) or inside if "\\" in inside and _BOX.search(inside) else inside
-        end = start
-    return None
-
-
-def _box_content(text: str, position: int) -> str:
-    if not text.startswith("{", position):
-        following = re.compile(r"\\?[^\s$\\,;]+").match(text, position)
-        return following[0].rstrip(".") if following is not None else ""
-    depth = 0
-    for index in range(position, min(len(text), position + 5000)):
-        character = text[index]
-        if text[index - 1] == "\\" and text[index - 2] != "\\":
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[position + 1 : index]
-    # Never closed: up to the end of the formula or line.
-    return re.split(r"\n|\$|\\\]|\\\)", text[position + 1 : position + 1000], maxsplit=1)[0]
-
-
 def _tagged(text: str) -> str | None:
     start = text.lower().rfind("<answer>") if len(text) < 10**6 else text.rfind("<answer>")
     match = _TAG.match(text, start) if start >= 0 else None
@@ -217,6 +198,8 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
     """Readings of what follows "the answer is": all of it, its first clause, then as any sentence."""
     plain = _trimmed(phrase)
     yield plain
+    if phrase.rstrip(" *_`").endswith("!"):  # a factorial, if one is expected
+        yield plain + "!"
     clause = _CLAUSE_END.split(plain, maxsplit=1)[0]
     if clause != plain:
         yield clause
@@ -228,7 +211,8 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
 
 def _trimmed(text: str) -> str:
     """Without marks of emphasis and the end of the sentence."""
-    return re.sub(r"(?<=[^\s!])!+$", "", re.sub(r"[\s.]+$", "", without_markdown(text).strip())).strip()
+    plain = _OPEN_HEDGE.sub(r"\1", without_markdown(text).strip())
+    return re.sub(r"[\s.]+$", "", re.sub(r"(?<=[^\s!])!+$", "", plain)).strip()
 
 
 def _sentences(text: str) -> Iterator[Statement]:
@@ -254,12 +238,17 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
     yield from _ends(plain)
     hedge = [match for match in _HEDGED.finditer(plain)]
     numbers = [*_LAST_NUMBERS.finditer(plain)]
+    numbers = [number for number in numbers if not _is_bound(plain, number)]
     if numbers:
         last = numbers[-1]
         if hedge and hedge[-1].end() == last.start():
             yield plain[hedge[-1].start() : last.end()]
-        if not _DENIED.search(plain[: last.start()]):
-            yield last[0]
+        yield last[0]
+
+
+def _is_bound(plain: str, number: re.Match[str]) -> bool:
+    """Return True for a number that is denied, or of which more or less is said to be: "at least 5", "5 or more"."""
+    return bool(_DENIED.search(plain[: number.start()]) or _OR_MORE.match(plain, number.end()))
 
 
 def _joined(sentence: str, emphasised: list[re.Match[str]]) -> str:

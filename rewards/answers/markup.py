@@ -39,6 +39,8 @@ _SIGNS = {
     "∅": r"\emptyset ",
     "∪": r"\cup ",
     "∩": r"\cap ",
+    "∧": r"\land ",
+    "∨": r"\lor ",
     "∈": r"\in ",
     "°": r"\circ ",
     "º": r"\circ ",
@@ -110,10 +112,8 @@ _NAMES = {
     "varnothing": "emptyset",
     "lbrace": "{",
     "rbrace": "}",
-    "land": "and",
-    "lor": "or",
-    "wedge": "and",
-    "vee": "or",
+    "wedge": "land",
+    "vee": "lor",
     "ast": "*",
     "div": "/",
     "colon": ":",
@@ -148,6 +148,7 @@ _NAMES = {
 _NAME = re.compile(r"\\([A-Za-z]+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
 _TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
+_RAISED_PRIMES = re.compile(r"\^\s*\{?\s*('(?:\s*')*)\s*\}?")
 # A formula between dollars; the dollars of "$5 and $6" are prices.
 _INLINE = re.compile(r"(?<!\\)\$(?!\s)([^$\n]{1,1000}?)(?<![\s\\])\$(?!\d)")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
@@ -199,6 +200,8 @@ def plain_notation(text: str) -> str:
         .replace("\\_", "_")
     )
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r" \\circ ", text)
+    text = _RAISED_PRIMES.sub(lambda match: match[1].replace(" ", ""), text)
+    text = re.sub(r"(?<=[A-Za-z])\s+(?='(?![A-Za-z]))", "", text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
     text = re.sub(r"(?<=\d)\s?(?:\^\s?)?\{?\s?(?:st|nd|rd|th)\b\s?\}?", "", text)
     text = _SPACED_THOUSANDS.sub(lambda match: match[1] + match[2].replace(" ", ","), text)
@@ -227,10 +230,16 @@ def _renamed(match: re.Match[str]) -> str:
         return match[0]
     if name in ("{", "}"):
         return "\\" + name
-    return f"\\{name}" if len(name) > 1 and name.isalpha() and name not in ("and", "or") else f" {name} "
+    return f"\\{name}" if len(name) > 1 and name.isalpha() else f" {name} "
+
+
+# Behind a word, marks end a sentence; behind a number or letter they are factorials and derivatives.
+_AFTER_WORD = re.compile(r"[^\W\d_]{2}[ .,;:!?\"'`*]*$")
 
 
 def words(text: str) -> str:
     """Return an answer as text to compare: plain notation in single spaces, without the punctuation around it."""
-    text = plain_notation(text).strip(" .,;:!?\"'`*")
+    text = plain_notation(text).strip(" .,;:\"`*")
+    if _AFTER_WORD.search(text):
+        text = text.strip(" .,;:!?\"'`*")
     return re.sub(r"\s*([,;:=<>(){}\[\]/+*^-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip()

@@ -31,6 +31,7 @@ _CURRENCY_LAST = re.compile(r"(?<=[\d.)}])\s*([$€£¥₹])$")
 _CUT = re.compile(r"\s*-?(?=(?:\\circ|[A-Za-z]))|\s+(?=\\)")
 _PART = re.compile(r"(-?\d[\d,]*(?:\.\d+)?(?:\s\d+/\d+)?)\s*([A-Za-z]+|\\circ|')\s*(?:,|and\s)?\s*")
 _WORD_JOINER = re.compile(r"\b(?:and|or)\b|&")
+_LOGIC = re.compile(r"\\l(?:or|and)(?![A-Za-z])")
 _SIGN = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|Rightarrow|sim)(?![A-Za-z])|[<>=]")
 _SIGN_NAMES = {
     "\\le": "<=",
@@ -97,6 +98,7 @@ def _read(text: str, prose: bool, depth: int) -> Answer:
         _matrix,
         _compound,
         _plus_minus,
+        _logical,
         _without_points,
         _union,
         _member,
@@ -158,6 +160,18 @@ def _plus_minus(text: str, prose: bool, depth: int) -> Answer | None:
     plus = text.replace("\\pm", "+").replace("\\mp", "-")
     minus = text.replace("\\pm", "-").replace("\\mp", "+")
     return Items((_read(plus, prose, depth + 1), _read(minus, prose, depth + 1)), joiner="or")
+
+
+def _logical(text: str, prose: bool, depth: int) -> Answer | None:
+    r"""`x < 1 \lor x > 3`: relations joined by a sign of logic, which joins nothing else that is mathematics."""
+    parts = split(text, _LOGIC)
+    if len(parts) < 2:
+        return None
+    relations = tuple(_read(part, prose, depth + 1) for part in parts[:MAX_ITEMS])
+    joiners = set(separators(text, _LOGIC))
+    if len(joiners) > 1 or not all(isinstance(relation, Relation) for relation in relations):
+        raise NotMathematics("signs of logic")
+    return Items(relations, joiner="or" if joiners == {"\\lor"} else "and")
 
 
 def _union(text: str, prose: bool, depth: int) -> Answer | None:
@@ -265,6 +279,8 @@ def _relation(text: str, prose: bool, depth: int) -> Answer | None:
     if len(pieces) > 8:
         raise NotMathematics("too long a chain")
     if not pieces[0].strip():  # "= 5"
+        if signs[0] not in ("=", "~"):
+            raise NotMathematics("a bound of nothing")
         return _read(text[text.index(pieces[1]) :], prose, depth + 1)
     sides: list[Answer] = [_first_side(pieces[0], prose, depth)]
     sides += [_read(piece, prose, depth + 1) for piece in pieces[1:]]

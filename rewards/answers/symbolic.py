@@ -23,8 +23,8 @@ _ALLOWED = _BEYOND | {
     "mathbb", "mathcal", "cup", "frac", "sqrt", "pi", "infty", "in", "times", "cdot", "le", "ge", "ne", "emptyset",
     "langle", "rangle", "alpha", "beta", "gamma", "theta", "left", "right", "circ",
 }  # fmt: skip
-# Long numbers, high powers, powers of powers, factorials, words.
-_COMPUTED = re.compile(rf"\d{{5}}|\^[^\^]*\^|\^\s*\{{?\s*-?\d{{2}}|!|(?<!\\)\b[A-Za-z]{{4,}}|{ROW_BREAK}")
+# Long numbers, high powers, powers of powers, factorials, words, and the names of several points, whose order counts.
+_COMPUTED = re.compile(rf"\d{{5}}|\^[^\^]*\^|\^\s*\{{?\s*-?\d{{2}}|!|(?<!\\)\b[A-Za-z]{{4,}}|[A-Z]\s?[A-Z]|{ROW_BREAK}")
 # It keeps caches of what it parsed, and its parser's tables grow as it reads: one thread at a time.
 _LOCK = threading.Lock()
 

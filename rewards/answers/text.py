@@ -25,6 +25,8 @@ _LEADING = re.compile(
     r"(?:(?:so|therefore|thus|hence|answer|and|well)[,:]?\s+)?(yes|no|true|false)\b(?!\s*(?:/|,?\s(?:or|and|solutions?|one|two)\b))",
     re.IGNORECASE,
 )
+_BOTH_VERDICTS = re.compile(r"\W*(?:(?:yes|true)\s*,\s*(?:no|false)|(?:no|false)\s*,\s*(?:yes|true))\b", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:not|cannot|never|neither|nor|doubts?|unlikely)\b|n't\b|\b(?:anything|everything) but\s*$")
 _UNDECIDED = re.compile(
     r"(?:\b(?:or|not|nor|and|either|neither|never|than|isn't|aren't|wasn't|maybe|versus|vs)|[,/&])\s*$", re.IGNORECASE
 )
@@ -92,7 +94,8 @@ def is_verdict(text: str) -> bool:
 
 def leading_verdict(sentence: str) -> str | None:
     """Return the yes, no, true or false that a sentence begins with; None where it begins with something else."""
-    match = _LEADING.match(plain_notation(sentence))
+    plain = plain_notation(sentence)
+    match = None if _BOTH_VERDICTS.match(plain) else _LEADING.match(plain)
     return match[1].casefold() if match is not None else None
 
 
@@ -109,5 +112,6 @@ def ends_with_text(expected: str, sentence: str) -> bool:
     if before and (before[-1].isalnum() or before[-1] in "-+*/^_\\"):
         return False
     if len(wanted.strip("()")) == 1:
-        return _CHOOSES.search(before) is not None
-    return _UNDECIDED.search(before) is None
+        return _DENIED.search(before[-40:]) is None and _CHOOSES.search(before) is not None
+    clause = re.split(r"[,;:]|(?<!thing )\bbut\b|\. ", before)[-1]
+    return _UNDECIDED.search(before) is None and _DENIED.search(clause) is None

@@ -46,6 +46,10 @@ _TOKEN = re.compile(
 )
 
 
+_DIFFERENTIAL = re.compile(r"d[A-Za-z]")
+_DERIVATIVE = re.compile(r"(?<![A-Za-z])d[A-Za-z]\s*\}?\s*[/{]\s*\{?\s*d[A-Za-z](?![A-Za-z])")
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     kind: str
@@ -57,13 +61,16 @@ def tokens_of(text: str, letters: bool) -> list[Token]:
     tokens: list[Token] = []
     position = 0
     text = text.rstrip()
+    derivative = _DERIVATIVE.search(text) is not None
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or match.lastgroup is None or len(tokens) > MAX_TOKENS:
             raise NotMathematics(f"at {text[position : position + 20]!r}")
         kind, spaced = match.lastgroup, text[position].isspace()
         position = match.end()
-        if kind == "word":
+        if kind == "word" and derivative and _DIFFERENTIAL.fullmatch(match["word"]):
+            tokens.append(Token("letter", match["word"], spaced))
+        elif kind == "word":
             tokens.extend(_word_tokens(match["word"], letters, spaced))
         else:
             tokens.append(Token(kind, match[kind], spaced))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignlab_rewards.answers.boxes import boxed
 from alignlab_rewards.answers.columns import ExpectedAnswer
 from alignlab_rewards.answers.comparison import same_answer
-from alignlab_rewards.answers.extraction import Statement, boxed, stated_answer, statements
+from alignlab_rewards.answers.extraction import Statement, stated_answer, statements
 from alignlab_rewards.answers.forms import Answer
 from alignlab_rewards.answers.markup import words
 from alignlab_rewards.answers.reading import is_mathematics, read_answer
@@ -64,6 +65,8 @@ def is_right(expected: Expectation, said: str) -> bool:
 
 def _judge(expected: Expectation, statement: Statement) -> bool | None:
     """Compare mathematics with the first reading of a place that is mathematics; None where no reading is."""
+    if any(reading.endswith("!") and same_text(expected.text, reading) for reading in statement.texts[:2]):
+        return True
     for reading in statement.texts[:_MAX_READINGS]:
         if same_text(expected.text, reading):
             return True

@@ -241,3 +241,17 @@ def test_rows_without_an_answer_are_judged_by_their_solution():
     answer, solution = ["1", None, float("nan"), None], [None, "2", "4", None]
     values = math_answer(completions=["1", "2", "3", "4"], answer=answer, solution=solution)
     assert values == [1.0, 1.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [10**5000, -(10**5000), Fraction(1, 10**5000), Decimal("1E5000"), Decimal("1E999999"), Decimal("1E-10000000")],
+    ids=["int", "negative", "fraction", "decimal", "huge", "tiny"],
+)
+def test_an_expected_number_of_too_many_digits_is_refused_by_name(gold: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected numbers of at most 4000 digits.*write it as text"):
+        math_answer(completions=["5"], answer=[gold])
+
+
+def test_the_text_none_is_no_answer() -> None:
+    assert math_answer(completions=["5", "None"], answer=["None", "None"]) == [None, None]

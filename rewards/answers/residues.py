@@ -1,0 +1,66 @@
+"""Equality of numbers too large to be written out, by their remainders modulo large primes."""
+
+from __future__ import annotations
+
+import zlib
+from fractions import Fraction
+
+from alignlab_rewards.answers.evaluation import MAX_FACTORIAL, Evaluator, NoValue
+from alignlab_rewards.answers.expressions import Node
+
+# Primes without a short form: a power of 2 or 10 has no short period modulo them.
+_PRIMES = (1208925819614639051249299, 1237940039285380286010235313, 170141183460469231731687303731563117979)
+
+
+def same_residues(left: Node, right: Node) -> bool:
+    """Return True if two expressions have the same remainder by every prime, their names standing for any numbers.
+
+    Sums, products, quotients, whole powers and factorials have remainders; False for whatever has none.
+    """
+    try:
+        return all(_residue(left, prime) == _residue(right, prime) for prime in _PRIMES)
+    except (NoValue, ValueError):
+        return False
+
+
+def _residue(node: Node, prime: int) -> int:
+    if node.op == "number" and isinstance(node.value, Fraction):
+        return _quotient(node.value.numerator, node.value.denominator, prime)
+    if node.op == "symbol":
+        return zlib.crc32(str(node.value).encode()) ** 5 % prime
+    if node.op == "^":
+        return pow(_residue(node.args[0], prime), _exponent(node.args[1]), prime)
+    if node.op in ("!", "factorial"):
+        return _factorial(_exponent(node.args[0]), prime)
+    values = [_residue(argument, prime) for argument in node.args] if node.op in ("+", "*", "/", "-") else []
+    if node.op == "+":
+        return sum(values) % prime
+    if node.op == "-":
+        return -values[0] % prime
+    if node.op == "*":
+        return values[0] * values[1] % prime
+    if node.op == "/":
+        return _quotient(values[0], values[1], prime)
+    raise NoValue(f"{node.op} has no remainder")
+
+
+def _exponent(node: Node) -> int:
+    value = Evaluator(50).value(node)
+    if not isinstance(value, Fraction) or value.denominator != 1:
+        raise NoValue("no whole number")
+    return int(value)
+
+
+
+
+def _quotient(top: int, bottom: int, prime: int) -> int:
+    return top * pow(bottom, -1, prime) % prime
+
+
+def _factorial(number: int, prime: int) -> int:
+    if not 0 <= number <= MAX_FACTORIAL // 10:
+        raise NoValue("too large a factorial")
+    product = 1
+    for factor in range(2, number + 1):
+        product = product * factor % prime
+    return product
