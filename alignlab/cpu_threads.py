@@ -27,7 +27,7 @@ WINDOW_S = 0.5
 """Shortest time over which the use of the cores is measured."""
 CONFIRMATIONS = 2
 """Windows in a row that must ask for the same number of threads before it changes."""
-SPARE_CORES = 0.3
+SPARE_CORES = 0.45
 """Share of a core that other processes may use without costing a thread."""
 _IDLE = ("idle", "iowait")
 _COUNTED_TWICE = ("guest", "guest_nice")  # the kernel counts them under user and nice too

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow, check_characters, check_text
+from alignlab.data.messages import BadRow, check_characters, check_text, is_taught
 from alignlab.data.prompts import count_or_raise, report, split_row
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.rows import plain_row, readable_rows
@@ -258,9 +258,10 @@ def _chat_pieces(
     Args:
         turns: see `RenderSettings.taught_turns`; or "compared", as together, of a completion beside others.
     """
-    taught = [i for i in range(first_taught, len(messages)) if messages[i]["role"] == "assistant"]
+    places = range(first_taught, len(messages))
+    taught = [i for i in places if messages[i]["role"] == "assistant" and is_taught(messages[i])]
     if not taught:
-        raise BadRow("empty", "has no message of the assistant's, so there is nothing to teach")
+        raise BadRow("empty", "has no message of the assistant's that is taught, so there is nothing to teach")
     if taught[0] == 0:
         raise BadRow("empty", "begins with the assistant's message, and has no prompt before it")
     for i in taught:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message may have what the assistant thought before its answer."""
+_TAUGHT_FIELDS = ("weight", "train")
+"""Fields of OpenAI's and others' messages that say whether a turn of the assistant's is taught."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -89,6 +91,12 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _texts(part)
+
+
+def without_value(row: Mapping[str, Any], column: str) -> BadRow:
+    """Return the complaint about a row that lacks a column, or has nothing in it."""
+    what = f"has nothing in the column {column!r}" if column in row else f"has no column {column!r}, but {sorted(row)}"
+    return BadRow("missing_column", what)
 
 
 def check_media(row: Mapping[str, Any]) -> None:
@@ -161,6 +169,22 @@ def template_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
             with suppress(BadRow):
                 made[name] = read(columns[name])
     return made
+
+
+def is_taught(message: Mapping[str, Any]) -> bool:
+    """Return whether a message of the assistant's is taught: it is, unless its `weight` is 0 or its `train` false.
+
+    Raises:
+        BadRow: one of the two is another value, such as a weight of 0.5.
+    """
+    for name in _TAUGHT_FIELDS:
+        if message.get(name, 1) not in (0, 1):
+            raise BadRow(
+                "wrong_type",
+                f"has {message[name]!r:.40} for {name} in a message, which is 1 (taught) or 0 (read and not taught); "
+                "turns have no other weights here",
+            )
+    return all(message.get(name, 1) for name in _TAUGHT_FIELDS)
 
 
 def without_none(value: Any) -> Any:

@@ -15,7 +15,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.common_prompt import common_prompt
 from alignlab.data.examples import completion_example
-from alignlab.data.messages import BadRow, check_text
+from alignlab.data.messages import BadRow, check_text, without_value
 from alignlab.data.prompts import count_or_raise, report
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.rows import as_number, plain_row, readable_rows
@@ -237,7 +237,7 @@ def preference_from_row(row: Mapping[str, Any], render: PromptRenderer) -> Prefe
 
 
 def _probability(row: Mapping[str, Any], column: str) -> float:
-    value = _number(row, column, "probability")
+    value = _number(row, column)
     if not 0.5 <= value <= 1:
         raise BadRow(
             "bad_probability",
@@ -247,15 +247,15 @@ def _probability(row: Mapping[str, Any], column: str) -> float:
     return value
 
 
-def _number(row: Mapping[str, Any], column: str, what: str) -> float:
+def _number(row: Mapping[str, Any], column: str) -> float:
     value = row.get(column)
     if value is None:
-        raise BadRow("missing_column", f"has no {what} in the column {column!r}, but {sorted(row)}")
+        raise without_value(row, column)
     return as_number(value, column)
 
 
 def _margin(row: Mapping[str, Any], column: str) -> float:
-    value = _number(row, column, "margin")
+    value = _number(row, column)
     if not 0 <= value < math.inf:
         raise BadRow("bad_margin", f"has margin {value} in the column {column!r}, and it must be finite and at least 0")
     return value
@@ -265,7 +265,7 @@ def _columns(row: Mapping[str, Any], render: PromptRenderer) -> tuple[Text, Text
     """(prompt, chosen, rejected) of a row."""
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
-        raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
+        raise without_value(row, missing[0])
     chosen, rejected = (check_text(row[name], name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type", "has a string in one of 'chosen' and 'rejected', and messages in the other")

@@ -24,6 +24,14 @@ from alignlab.data.special_text import SpecialText, unmarked, with_marks
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
 
+_SYSTEM_FIX = "give it as a message of the role system, or for all rows as the setting system_prompt"
+_MASK_FIX = "what is taught are the assistant's messages, but for those whose field weight is 0"
+_UNREAD_COLUMNS = {
+    "system": _SYSTEM_FIX, "system_prompt": _SYSTEM_FIX,
+    "completion_mask": _MASK_FIX, "assistant_masks": _MASK_FIX,
+}  # fmt: skip
+"""Columns that other programs' data have for the chat, and what to do instead."""
+
 
 class PromptRenderer:
     """Text or messages to the string and the token ids that a model is fed, by one group of settings.
@@ -100,6 +108,7 @@ class PromptRenderer:
         check_media(columns)
         own = copy.copy(self)
         own.notices = self.notices.of_row(index)
+        own._say_unread(columns)
         tools, values = (columns.get(name) for name in ("tools", "chat_template_kwargs"))
         if self._template is None:
             if tools or values:
@@ -119,6 +128,15 @@ class PromptRenderer:
             own._values = self._values | given
             own._template.check_values(given, "the column 'chat_template_kwargs'")
         return own
+
+    def _say_unread(self, columns: Mapping[str, Any]) -> None:
+        """Log once that a column which others' data have for the chat is not read."""
+        prompt_column = self.settings.prompt_column
+        for name, fix in _UNREAD_COLUMNS.items():
+            if columns.get(name) is not None and name != prompt_column:
+                self.notices.say(f"unread {name}", "the column %r is not rendered; %s", name, fix)
+        if columns.get("messages") is not None and columns.get(prompt_column) is not None:
+            self.notices.say("unread messages", "the column 'messages' is not rendered beside %r", prompt_column)
 
     @property
     def special_texts(self) -> tuple[str, ...]:

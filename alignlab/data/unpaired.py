@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow, check_text
+from alignlab.data.messages import check_text, without_value
 from alignlab.data.preferences import (
     Mask,
     completion_tokens,
@@ -127,7 +127,7 @@ def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPr
     prompt, columns = split_row(row, render.settings.prompt_column)
     missing = [name for name in ("completion", "label") if columns.get(name) is None]
     if missing:
-        raise BadRow("missing_column", f"has no column {missing[0]!r}, but {sorted(row)}")
+        raise without_value(row, missing[0])
     completion, label = check_text(columns["completion"], "completion"), as_label(columns["label"], "label")
     start, ids, mask = completion_tokens(prompt, completion, render)
     return [UnpairedPreference(start, ids, label, completion_mask=mask)]

@@ -97,6 +97,11 @@ def resolve_base(
     Raises:
         ConfigError: there is no tokenizer.
     """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise ConfigError(
+            f"model must be a name, a path or a model of transformers or PEFT, and is {type(model).__name__}; give one "
+            "of these"
+        )
     tokenizer = _resolve_tokenizer(model, tokenizer)
     if isinstance(model, str):
         model = load_model(model, dtype=torch.bfloat16 if adapted else torch.float32)

@@ -22,6 +22,7 @@ from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
 from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.policy import Policy, PolicyOutput
+from alignlab.trainers.arguments import check_callbacks, check_config
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.given_data import GivenData, given_data, given_held_out
 from alignlab.trainers.learner import Learner
@@ -63,6 +64,8 @@ class OfflineTrainer(TrainingLoop):
         peft_config: LoraSettings | LoraConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        check_config(type(self), config)
+        check_callbacks(callbacks)
         train = given_data(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         accelerator = make_accelerator()

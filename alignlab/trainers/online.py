@@ -34,6 +34,7 @@ from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
 from alignlab.trainers.ahead import Collected, CollectingVotes, RolloutsAhead, check_age
+from alignlab.trainers.arguments import check_callbacks, check_config
 from alignlab.trainers.assemble import (
     Model,
     Reward,
@@ -106,6 +107,8 @@ class OnlineTrainer(TrainingLoop):
         evaluation: EvaluationSettings | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        check_config(type(self), config)
+        check_callbacks(callbacks)
         train = given_prompts(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         accelerator = make_accelerator()

@@ -43,9 +43,11 @@ def check_room(
     wanted = config.sampling.max_new_tokens
     for limit, named in ((positions, f"{whose}'s {{}} positions"), (served, "rollout.context_tokens ({})")):
         if limit is not None and longest + wanted > limit:
+            room = limit - longest
+            fix = f"use {room} or less, or lower" if room > 0 else "lower"
             raise ConfigError(
                 f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
-                f"{named.format(limit)}; use {max(1, limit - longest)} or less, or lower max_prompt_tokens of the data"
+                f"{named.format(limit)}; {fix} max_prompt_tokens of the data"
             )
 
 

@@ -39,12 +39,14 @@ def check_columns(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], *,
         ConfigError: a reward requires an argument that no row has, or, being one of ours, refuses its options.
     """
     columns = reward_columns(prompts)
+    _say_reserved(prompts, data)
     for reward in rewards:
         known = parameters(reward.function)
         needed = [name for name in required(known or {}) if name not in GIVEN and name not in reward.options]
         for name in needed:
             if name not in columns:
                 raise ConfigError(missing_column(reward.name, name, columns, data))
+            _refuse_empty(reward.name, name, prompts, data)
             _say_partial(reward.name, name, prompts, data)
         _try_shipped(reward, columns, data)
 
@@ -59,6 +61,24 @@ def missing_column(reward: str, name: str, columns: Sequence[str], data: str) ->
         f"reward {reward!r} requires {name}, and {data} has only {', '.join(columns) or 'no columns'}; {hint} "
         "the column, or give the reward a default or an option of that name"
     )
+
+
+def _say_reserved(prompts: Sequence[Prompt], data: str) -> None:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name in GIVEN)
+    if names:
+        logger.warning(
+            "the columns %s of %s do not reach the rewards, whose calls have arguments of these names; rename them",
+            ", ".join(names), data,
+        )  # fmt: skip
+
+
+def _refuse_empty(reward: str, name: str, prompts: Sequence[Prompt], data: str) -> None:
+    """Raise if a column that a reward requires holds nothing in any row: it could not apply to one of them."""
+    if prompts and all(prompt.columns.get(name) is None for prompt in prompts):
+        raise ConfigError(
+            f"reward {reward!r} requires {name}, and this column holds nothing in all {len(prompts)} rows of {data}; "
+            "fill it, or leave the reward out"
+        )
 
 
 def _say_partial(reward: str, name: str, prompts: Sequence[Prompt], data: str) -> None:

@@ -261,3 +261,32 @@ def test_turns_to_teach_are_a_setting_of_supervised_data(tokenizer: PreTrainedTo
     rows = [{"prompt": "hi", "chosen": "yo", "rejected": "no"}]
     with pytest.raises(ConfigError, match="taught_turns is last, and is for supervised data"):
         preferences_from_rows(rows, RenderSettings(taught_turns="last"), tokenizer)
+
+
+def test_a_turn_of_weight_0_is_read_and_not_taught(chat_tokenizer):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "weight": 0}]
+    turns += [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4", "weight": 1}]
+    [example] = examples_from_rows([{"messages": turns}], RenderSettings(), chat_tokenizer)
+    taught = [i for i, mask in zip(example.token_ids, example.completion_mask, strict=True) if mask]
+    assert "4" in chat_tokenizer.decode(taught) and "2" not in chat_tokenizer.decode(taught)
+    assert "2" in chat_tokenizer.decode(example.token_ids)
+
+
+@pytest.mark.parametrize(("field", "value"), [("weight", 0.5), ("train", "no")])
+def test_a_turn_of_another_weight_is_refused(field, value, chat_tokenizer):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", field: value}]
+    with pytest.raises(DataError, match=rf"row 0 .* for {field} in a message, which is 1 \(taught\) or 0"):
+        examples_from_rows([{"messages": turns}], RenderSettings(), chat_tokenizer)
+
+
+@pytest.mark.parametrize("column", ["system", "completion_mask", "assistant_masks"])
+def test_columns_that_others_read_for_the_chat_are_said_once(column, chat_tokenizer, caplog):
+    rows = [{"prompt": "1", "completion": "2", column: "x"}] * 2
+    examples_from_rows(rows, RenderSettings(), chat_tokenizer)
+    assert [record.getMessage().count(f"the column {column!r} is not rendered") for record in caplog.records] == [1]
+
+
+def test_messages_beside_a_prompt_are_said_once(chat_tokenizer, caplog):
+    row = {"prompt": "1", "completion": "2", "messages": [{"role": "user", "content": "3"}]}
+    examples_from_rows([row, row], RenderSettings(), chat_tokenizer)
+    assert [record.getMessage().count("'messages' is not rendered beside 'prompt'") for record in caplog.records] == [1]

@@ -96,7 +96,7 @@ def test_labels_of_plus_and_minus_one_are_refused(plain_tokenizer: PreTrainedTok
 
 def test_a_label_that_is_missing_is_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "q", "completion": "a", "label": math.nan}]
-    with pytest.raises(DataError, match=r"row 0 .* has no column 'label'"):
+    with pytest.raises(DataError, match=r"row 0 .* has nothing in the column 'label'"):
         unpaired_from_rows(rows, RenderSettings(), plain_tokenizer)
 
 

@@ -87,3 +87,14 @@ def test_shipped_rewards_that_can_work_are_let_through() -> None:
     check(math_answer)
     check(combine, parts={"exact_match": 1.0, "length": {"weight": 0.5, "max_tokens": 4}})
     check(regex_format, pattern=".*")
+
+
+def test_a_required_column_that_holds_nothing_is_refused():
+    prompts = [Prompt((1,), "q", i, {"answer": None}) for i in range(3)]
+    with pytest.raises(ConfigError, match="requires answer, and this column holds nothing in all 3 rows of the train"):
+        check(exact_match, prompts)
+
+
+def test_columns_named_as_arguments_of_the_call_are_said(caplog):
+    check_columns([], [Prompt((1,), "q", 0, {"completion_ids": "mine", "answer": "1"})], data="the data")
+    assert "the columns completion_ids of the data do not reach the rewards" in caplog.text
