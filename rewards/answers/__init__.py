@@ -2,6 +2,8 @@
 
     columns.py      what a data set's column holds   -> the expected answer's text, or None
     extraction.py   a completion                     -> texts that may be its final answer, best first
+    remarks.py      a completion                     -> the same without checks, parentheses and second thoughts
+    blocks.py       the list below "Answer:"         -> one answer
     boxes.py        a completion                     -> what stands in its last box or boxes
     markup.py       an answer as it was written      -> one plain notation, without Markdown and layout
     brackets.py     plain notation                   -> what stands outside of brackets and in them

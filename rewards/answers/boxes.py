@@ -37,6 +37,12 @@ def boxed(text: str) -> str | None:
     return "".join(joiner + content for joiner, content in zip(joiners, contents, strict=True))
 
 
+def end_of_boxes(text: str) -> int:
+    """Return where the last box that is not empty ends; 0 where there is none."""
+    last = _last_box(text, len(text))
+    return 0 if last is None else last[1]
+
+
 def _joiner(text: str, first: Box, second: Box) -> str | None:
     """Return what joins two boxes to one answer: " or ", or a comma; None where they are two answers."""
     if first[1] > second[0]:  # one in the other

@@ -121,6 +121,8 @@ class _Comparison:
         if named[0] is not None or named[1] is not None:
             return self._same_assignments(named, expected, given)
         left, right = _listed(expected), _listed(given)
+        if right.joiner == "or" and not right.opening and not isinstance(expected, Items):
+            return all(self.same(expected, item) for item in right.items) and len(set(right.items)) > 1
         if "cup" in (left.joiner, right.joiner) and left.joiner != right.joiner:
             return False
         if "{" in (left.opening, right.opening):

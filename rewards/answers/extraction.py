@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from alignlab_rewards.answers.boxes import boxed
+from alignlab_rewards.answers.blocks import block_answer, list_below
+from alignlab_rewards.answers.boxes import boxed, end_of_boxes
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
+from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_parenthesis
 
 Thinking = Literal["auto", "required", "keep"]
 
@@ -34,12 +36,14 @@ _STATING = r"is|are|was|would be|should be|must be|will be|becomes|equals|comes 
 _BETWEEN = r"therefore|thus|then|simply|indeed|just|now|clearly|actually|given by|equal to|option|choice|letter"
 _MARKS = r"\s*[*_`]{0,3}\s*"
 _ANCHOR = re.compile(
-    r"\b(?:(?:final|correct|right|my|numerical|exact)\s+)*(?:answers?|result|solution|option|choice)\b"
+    r"\b(?P<sure>(?:(?:final|correct|right|my|numerical|exact)\s+)*)(?P<noun>answers?|results?|solutions?|option|choice)\b"
     r"(?:\s+(?:to|of|for)\s+(?:the|this|your)\s+\w+)?"
-    rf"{_MARKS}(?:(?:{_STATING})\b(?:\s+(?:{_BETWEEN}))*|(?=[:=])){_MARKS}[:=]?\s*[*_`]{{0,3}}"
+    rf"{_MARKS}(?:(?:{_STATING})\b(?:\s+(?:{_BETWEEN}))*|(?=[:=])){_MARKS}[:=]?[ \t]*[*_`]{{0,3}}"
     r"|(?m:^[ \t#*_>]{0,8}(?:final\s+)?answer[ \t]*[*_]{0,3}[ \t]*$)",
     re.IGNORECASE,
 )
+# A later sentence with a result of its own.
+_STATES_MORE = re.compile(r"\d|\*\*\w|\$[^$\n]+\$|\\[(\[]")
 _NO_ANSWER = re.compile(
     r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed"
     r"|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
@@ -66,6 +70,11 @@ _NUMBER = (
     r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+(?![\w.]))?(?:\s?%)?"
 )
 _LAST_NUMBERS = re.compile(_NUMBER)
+_PRICE_FIRST = re.compile(r"[$€£¥₹]\s?\d[\d,.]*[^,;=$€£¥₹]*[,;]\s[^$€£¥₹=]*[A-Za-z]{2}[^$€£¥₹=]*$")
+_OUT_OF = re.compile(rf"({_NUMBER}(?:\s[a-z]+)?)\s+out of\s")
+# A price, and behind it what it is paid for.
+_PRICE = re.compile(r"[$€£¥₹]\s?\d[\d,]*(?:\.\d+)?")
+_PAID_FOR = re.compile(r"(?:\s[a-z]+){0,6}\s(?:for|from|in|with|over|at|after|by)\b[^$€£¥₹=]*$")
 _OPEN_HEDGE = re.compile(r"\((or\b[^()\n]{1,80})\)")
 _HEDGED = re.compile(rf"{_NUMBER}\s*(?:or|/|and/or)\s*(?:maybe |possibly |even )?(?={_NUMBER})", re.IGNORECASE)
 _START = re.compile(
@@ -90,6 +99,8 @@ _OR_MORE = re.compile(
     r"\s*(?:[A-Za-z]+\s+)?(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|up)\b"
 )
 _JOINED = re.compile(r"\s*(?:,|,?\s?(?:and|or))\s*")
+# A sentence up to its number: "Janet makes 18 dollars".
+_TWO_WORDS = re.compile(r"(?!.*\b(?:or|either)\b)[A-Za-z]{2,}(?: [A-Za-z']+)+ [$€£]?(?=\d)")
 _ARTICLE = re.compile(r"^(?:[aAI]\s|[aAI]$)")
 
 
@@ -131,11 +142,15 @@ def statements(text: str) -> Iterator[Statement]:
     """Yield the places that may say the answer, best first; a decisive one is the last."""
     marked = boxed(text) or _tagged(text) or _after_hashes(text)
     if marked is not None:
+        corrected = _corrected(text[end_of_boxes(text) :][-MAX_TAIL:]) if boxed(text) else None
+        if corrected is not None:
+            yield corrected
+            return
         yield Statement(tuple(_marked_readings(boxed(marked) or marked)), prose=False, decisive=True)
         return
     tail = text[-MAX_TAIL:]
     yield from _anchored(tail)
-    yield from _sentences(tail)
+    yield from _sentences(without_checks(tail))
 
 
 def stated_answer(text: str) -> str | None:
@@ -153,6 +168,9 @@ def _marked_readings(content: str) -> Iterator[str]:
     stated = stated_answer(plain)
     if stated is not None:
         yield stated
+    numbers = [*_LAST_NUMBERS.finditer(plain)]
+    if len(numbers) == 1 and _TWO_WORDS.match(plain) and not _is_bound(plain, numbers[0]):
+        yield plain[numbers[0].start() :]
 
 
 def _tagged(text: str) -> str | None:
@@ -172,41 +190,90 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _anchored(text: str) -> Iterator[Statement]:
-    anchors = list(_ANCHOR.finditer(text))
-    for anchor in reversed(anchors[-_MAX_SENTENCES:]):
-        phrase = _phrase(text[anchor.end() : anchor.end() + _MAX_SENTENCE])
-        plain = without_markdown(phrase).strip()
-        if not re.search(r"\w|[\\∅∞π√]", plain) or _NO_ANSWER.match(plain):
-            continue
-        yield Statement(tuple(_phrase_readings(phrase)), prose=True, decisive=True)
-        return
+    """Yield what the last sentence says that names the answer; "the result is" counts where nothing follows it."""
+    anchors = list(_ANCHOR.finditer(text))[-_MAX_SENTENCES:]
+    for sure in (True, False):
+        for anchor in reversed(anchors):
+            if _is_sure(anchor) is not sure:
+                continue
+            phrase, end = _phrase(text, anchor)
+            plain = without_markdown(phrase).strip()
+            if not re.search(r"\w|[\\∅∞π√]", plain) or _NO_ANSWER.match(plain):
+                continue
+            if not sure and _STATES_MORE.search(without_checks(text)[end:]):
+                continue
+            yield _corrected(text[end:]) or Statement(tuple(_phrase_readings(phrase)), prose=True, decisive=True)
+            return
 
 
-def _phrase(text: str) -> str:
+def _is_sure(anchor: re.Match[str]) -> bool:
+    return anchor["noun"] is None or anchor["noun"].casefold().startswith("answer") or bool(anchor["sure"])
+
+
+def _corrected(rest: str) -> Statement | None:
+    """Return what second thoughts behind an answer say instead of it; None where there are none."""
+    doubt = DOUBT.search(rest)
+    if doubt is None:
+        return None
+    rest = rest[doubt.start() :]
+    marks = [*CORRECTION.finditer(rest), *(match for match in _ANCHOR.finditer(rest) if _is_sure(match))]
+    for mark in sorted(marks, key=lambda match: match.start(), reverse=True)[:_MAX_SENTENCES]:
+        phrase, _ = _phrase(rest, mark)
+        if re.search(r"\d", phrase) and not _NO_ANSWER.match(phrase):
+            return Statement(tuple(_phrase_readings(phrase)), prose=True, decisive=True)
+    return None
+
+
+def _phrase(text: str, anchor: re.Match[str]) -> tuple[str, int]:
+    """Return what follows an anchor, and where it ends: the sentence, the next line that is not empty, or a list."""
+    rest = text[anchor.end() : anchor.end() + _MAX_SENTENCE]
+    items, length = list_below(rest)
+    if items:
+        return block_answer(items), anchor.end() + length
+    line = text[text.rfind("\n", 0, anchor.end()) + 1 : anchor.end()]
+    if line.count("**") % 2 and "**" in rest.partition("\n")[0]:  # the end of the emphasis that the anchor is in
+        rest = rest.partition("**")[0]
+    phrase = _first_sentence(rest)
+    return phrase, anchor.end() + max(0, rest.find(phrase)) + len(phrase)
+
+
+def _first_sentence(text: str) -> str:
     """The sentence that a text begins with; where its first line is empty, the next."""
     lines = [line for line in re.split(r"\n+", text.lstrip(" \t*_`:")) if re.search(r"\w|[^\s*_#>$-]", line)]
     first = lines[0] if lines else ""
-    display = re.match(r"\s*(?:\$\$|\\\[)", text.lstrip(" \t*_:\n"))
-    if display is not None:
-        match = _MATH.match(text.lstrip(" \t*_:\n"))
-        if match is not None:
-            return match[0]
+    display = _MATH.match(text.lstrip(" \t*_:\n"))
+    if display is not None and display[0].startswith(("$$", "\\[")):
+        return display[0]
     return _SENTENCE_END.split(first, maxsplit=1)[0]
 
 
 def _phrase_readings(phrase: str) -> Iterator[str]:
     """Readings of what follows "the answer is": all of it, its first clause, then as any sentence."""
+    phrase = without_parenthesis(phrase)
     plain = _trimmed(phrase)
+    yield from _ends_of_chains(plain)
+    if _PRICE_FIRST.match(plain):
+        yield _CLAUSE_END.split(plain, maxsplit=1)[0]
     yield plain
     if phrase.rstrip(" *_`").endswith("!"):  # a factorial, if one is expected
         yield plain + "!"
     clause = _CLAUSE_END.split(plain, maxsplit=1)[0]
     if clause != plain:
         yield clause
+    count = _OUT_OF.match(plain)
+    if count is not None:
+        yield count[1]
     first_math = _MATH.match(plain)
     if first_math is not None:
         yield first_math[0]
     yield from _sentence_readings(phrase)
+
+
+def _ends_of_chains(plain: str) -> Iterator[str]:
+    """Yield the last of several equations: `16 - 7 = 9, so 9 * 2 = 18`."""
+    parts = re.split(r",?\s+(?:and\s+)?(?:so|therefore|thus|hence)\s+", plain)
+    if len(parts) > 1 and "=" in parts[0] and "=" in parts[-1]:
+        yield parts[-1]
 
 
 def _trimmed(text: str) -> str:
@@ -223,13 +290,17 @@ def _sentences(text: str) -> Iterator[Statement]:
 
 
 def _sentence_readings(sentence: str) -> Iterator[str]:
-    """The whole sentence, its emphasised end, its longest end that could be mathematics, its last number."""
+    """The whole sentence, its only price, its emphasis, its longest end that could be mathematics, its last number."""
+    sentence = without_parenthesis(sentence)
     plain = _trimmed(
         re.sub(r"^\s*(?:\d{1,2}[.)]|[-*+•])\s+(?=\S)", "", sentence)
         if not re.fullmatch(r"\s*\d+[.)]\s*", sentence)
         else sentence
     )
     yield plain
+    prices = [*_PRICE.finditer(sentence)]
+    if len(prices) == 1 and "**" not in sentence and _PAID_FOR.match(sentence, prices[0].end()):
+        yield prices[0][0].rstrip(",")
     emphasised = [*_BOLD.finditer(sentence)] or [*_MATH.finditer(sentence)]
     if emphasised and not _stated_later(sentence[emphasised[-1].end() :]):
         if len(emphasised) > 1 and _JOINED.fullmatch(sentence[emphasised[-2].end() : emphasised[-1].start()]):

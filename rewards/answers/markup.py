@@ -148,6 +148,8 @@ _NAMES = {
 _NAME = re.compile(r"\\([A-Za-z]+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
 _TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
+_ROW_SPACE = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
+_THOUSANDS_LETTER = re.compile(r"(?<=\d)\s*\\text\{\s*k\s*\}")
 _RAISED_PRIMES = re.compile(r"\^\s*\{?\s*('(?:\s*')*)\s*\}?")
 # A formula between dollars; the dollars of "$5 and $6" are prices.
 _INLINE = re.compile(r"(?<!\\)\$(?!\s)([^$\n]{1,1000}?)(?<![\s\\])\$(?!\d)")
@@ -183,8 +185,10 @@ def plain_notation(text: str) -> str:
     `\dfrac` is `\frac`, `\text{ cm}` is ` cm `, `½` is ` 1/2`, `x²` is `x^{2}`, `1{,}234` is `1,234`.
     """
     text = without_delimiters(without_markdown(text))
+    text = _ROW_SPACE.sub(ROW_BREAK, text)
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", _INLINE.sub(r" \1 ", text.replace("$$", " ")))
     text = text.replace("\\\\", ROW_BREAK)
+    text = _THOUSANDS_LETTER.sub(r"\\times 1000", text)
     text = _THIN.sub(",", text)
     text = _unicode(text)
     for _ in range(3):  # \textbf{\text{...}}

@@ -45,6 +45,7 @@ _SIGN_NAMES = {
 }
 _CLOCK = re.compile(r"[0-2]?\d:[0-5]\d(?::[0-5]\d)?")
 _CLOCK_HALF = re.compile(r"(\d{1,2}(?::\d{2})?(?::\d{2})?)\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_LINES = re.compile(r"\\begin\s?\{(cases|aligned|align\*?|alignedat|gathered|split)\}(.*)\\end\s?\{\1\}", re.DOTALL)
 _MATRIX = re.compile(
     r"^\\begin\s?\{([bpvBV]?matrix|smallmatrix|array)\}(?:\s?\{[lcr| ]{0,40}\})?(.*)\\end\s?\{\1\}$", re.DOTALL
 )
@@ -71,6 +72,7 @@ def read_answer(text: str, *, prose: bool = False) -> Answer:
         return Words(text[:MAX_LENGTH])
     plain = plain_notation(text)
     plain = re.sub(r"\s*[.,;:]+$", "", plain)
+    plain = re.sub(r"(?<=\d)\s+of (?:them|these|those|it)$", "", plain)
     try:
         return _read(plain, prose, 0)
     except NotMathematics:
@@ -95,6 +97,7 @@ def _read(text: str, prose: bool, depth: int) -> Answer:
     text = text.strip()
     for form in (
         _special,
+        _layout,
         _matrix,
         _compound,
         _plus_minus,
@@ -120,6 +123,20 @@ def _special(text: str, prose: bool, depth: int) -> Answer | None:
     if _REALS.match(text):
         return REALS
     return Items((), "{", "}") if _EMPTY.match(text) else None
+
+
+def _layout(text: str, prose: bool, depth: int) -> Answer | None:
+    """Aligned lines and systems of equations: lines that go on with "=" are one chain, others a list."""
+    match = _LINES.fullmatch(text)
+    if match is None:
+        return None
+    lines = [re.sub(r"\s*&\s*", " ", line).strip(" ,") for line in match[2].split(ROW_BREAK)]
+    joined = ""
+    for line in filter(None, lines):
+        joined += f" {line}" if line.startswith("=") or not joined else f", {line}"
+    if match[1] == "cases" and not all("=" in line for line in lines if line):
+        raise NotMathematics("a function in pieces")
+    return _read(joined, prose, depth + 1)
 
 
 def _matrix(text: str, prose: bool, depth: int) -> Answer | None:

@@ -15,6 +15,7 @@ _IS_RIGHT = re.compile(
     r"(?:so\s+|therefore,?\s+|thus,?\s+)?(?:option\s+|choice\s+|answer\s+)?\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b.*",
     re.DOTALL,
 )
+_CHOICE_LINE = re.compile(r"(?m)(?:^[ \t]*|\*\*)\(?([A-J])[.):][ \t]+(?=\S)")
 _OTHER_CHOICE = re.compile(r"\(?\b[A-J]\)|\bor\b|\band\s+\(?[A-J]\b")
 _DENIES = re.compile(
     r"(?:is|was|cannot|can't|isn't|does)\b.*\b(?:not|n't|wrong|incorrect|false)\b"
@@ -27,6 +28,8 @@ _LEADING = re.compile(
 )
 _BOTH_VERDICTS = re.compile(r"\W*(?:(?:yes|true)\s*,\s*(?:no|false)|(?:no|false)\s*,\s*(?:yes|true))\b", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:not|cannot|never|neither|nor|doubts?|unlikely)\b|n't\b|\b(?:anything|everything) but\s*$")
+_IS_SUBJECT = re.compile(r" (?:is|was|are|were) (?!not\b|one of\b)(?=\w)(?!.*\b(?:wrong|incorrect|false)\b)")
+_BUT_NOT = re.compile(r",\s?(?:and )?not [^,;]{1,60}$")
 _UNDECIDED = re.compile(
     r"(?:\b(?:or|not|nor|and|either|neither|never|than|isn't|aren't|wasn't|maybe|versus|vs)|[,/&])\s*$", re.IGNORECASE
 )
@@ -75,6 +78,12 @@ def choice_of(text: str) -> tuple[str, str] | None:
     return match[1].upper(), match[2].strip(" .")
 
 
+def only_choice(text: str) -> str | None:
+    """Return the letter of the only line or emphasised part of a text that names a choice with its content."""
+    letters = [match[1] for match in _CHOICE_LINE.finditer(text)]
+    return letters[0] if len(letters) == 1 else None
+
+
 def _spellings(text: str) -> list[str]:
     """An answer's words, and others that say the same."""
     wanted = words(text).casefold()
@@ -104,7 +113,10 @@ def ends_with_text(expected: str, sentence: str) -> bool:
 
     A single letter counts only behind a word that chooses, as in "I choose B".
     """
-    said = words(sentence).casefold()
+    said = _BUT_NOT.sub("", words(sentence).casefold())
+    subject = next((text for text in _spellings(expected) if said.startswith(text)), "")
+    if len(subject) > 1 and _IS_SUBJECT.match(said, len(subject)):
+        return True
     wanted = next((text for text in _spellings(expected) if said.endswith(text)), "")
     if not wanted:
         return False

@@ -12,7 +12,15 @@ from alignlab_rewards.answers.forms import Answer
 from alignlab_rewards.answers.markup import words
 from alignlab_rewards.answers.reading import is_mathematics, read_answer
 from alignlab_rewards.answers.symbolic import same_by_math_verify
-from alignlab_rewards.answers.text import are_letters, choice_of, ends_with_text, is_verdict, leading_verdict, same_text
+from alignlab_rewards.answers.text import (
+    are_letters,
+    choice_of,
+    ends_with_text,
+    is_verdict,
+    leading_verdict,
+    only_choice,
+    same_text,
+)
 
 # Values of a column of binary fractions are only as exact as these.
 BINARY_TOLERANCE = 1e-12
@@ -58,6 +66,8 @@ def is_right(expected: Expectation, said: str) -> bool:
         return _verdict_is(expected, said)
     for statement in statements(said):
         verdict = _judge_text(expected, statement) if expected.is_text else _judge(expected, statement)
+        if verdict is False and expected.choice is not None and not statement.decisive:
+            return only_choice(said) == expected.choice[0]
         if verdict is not None:
             return verdict
     return False

@@ -4,6 +4,7 @@ Every category has right and wrong answers. The rows say what a careful human ma
 differ, `math_answer`'s docstring says which one it follows.
 """
 
+from tests.rewards.answer_rows.endings import ENDINGS
 from tests.rewards.answer_rows.held_out import HELD_OUT
 from tests.rewards.answer_rows.numbers import NUMBERS
 from tests.rewards.answer_rows.places import PLACES
@@ -11,4 +12,4 @@ from tests.rewards.answer_rows.soundness import SOUNDNESS
 from tests.rewards.answer_rows.structures import STRUCTURES
 
 Row = tuple[str, str, float]
-ROWS: dict[str, list[Row]] = {**PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS}
+ROWS: dict[str, list[Row]] = {**PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS, **ENDINGS}

@@ -1,0 +1,60 @@
+"""Remarks beside an answer: checks behind it, parentheses, and second thoughts that take it back."""
+
+from __future__ import annotations
+
+import re
+
+_MAX_PARAGRAPHS = 20  # that are looked at from the end
+_CHECK = re.compile(
+    r"[\s*_#>-]*(?:verification|verify(?:ing)?|(?:quick |double[- ])?check(?:ing)?|sanity check|note|remark"
+    r"|this (?:makes sense|is correct|is because|checks out)|(?:we|you) can (?:check|verify)|let's (?:check|verify)"
+    r"|to (?:check|verify))\b",
+    re.IGNORECASE,
+)
+_EXPLAINS = re.compile(r"\s*(?:this|that) is\b(?![^\n]*(?:=|\bso\b|\bthus\b|\btherefore\b))", re.IGNORECASE)
+DOUBT = re.compile(
+    r"\bwait\b|\berror\b|\bmistake|\bwrong\b|\bincorrect\b|\bactually\b|\bno,|\boops\b|\bsorry\b|\bcorrection\b|\bhmm\b",
+    re.IGNORECASE,
+)
+CORRECTION = re.compile(
+    r"\b(?:should (?:actually |really )?be|correct (?:value|number|total|amount|one) is|I mean|make that"
+    r"|(?:no|actually|sorry|oops|correction|wait)[,:.!]?\s+(?:no,\s+)?(?:actually,?\s+)?(?:it's|it is|that's|that is))"
+    r"\s*[:=]?\s*(?=[*_$\\(]{0,4}[-\u2212]?[$€£]?[\d\\])",
+    re.IGNORECASE,
+)
+_PARENTHESIS = re.compile(
+    r"(?<=[\w%$*}])\s+\((?!\s*(?:or|mod)\b|\\|(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)"
+    r"(?=[^()]*(?:[A-Za-z]{2}|\d\s*(?:[-+*/×·]|x\b|\\times|\\cdot)\s*\d))[^()]{1,200}\)(?=\s*[.!*]*\s*$)"
+)
+
+
+def without_checks(text: str) -> str:
+    """Return a text without the paragraphs behind its answer that check or explain it.
+
+    A paragraph that has second thoughts is kept, and so is all where nothing in front has a number.
+    """
+    paragraphs = re.split(r"(\n\s*\n|\n(?=[ \t*_#>-]*(?:Verification|Check)\b))", text)
+    for _ in range(_MAX_PARAGRAPHS):
+        if len(paragraphs) < 3:
+            break
+        last, before = paragraphs[-1], "".join(paragraphs[:-2])
+        if last.strip() and not (_is_remark(last, before) and re.search(r"\d", before)):
+            break
+        paragraphs = paragraphs[:-2]
+    return "".join(paragraphs)
+
+
+def _is_remark(paragraph: str, before: str) -> bool:
+    if DOUBT.search(paragraph):
+        return False
+    if _CHECK.match(paragraph):
+        return True
+    return "**" in before.rstrip().rpartition("\n")[2] and "**" not in paragraph and bool(_EXPLAINS.match(paragraph))
+
+
+def without_parenthesis(sentence: str) -> str:
+    """Return a sentence without words or a calculation in parentheses behind its number: `18 (9 eggs at $2)`."""
+    match = _PARENTHESIS.search(sentence)
+    if match is None or not re.search(r"\d", sentence[: match.start()]):
+        return sentence
+    return sentence[: match.start()] + sentence[match.end() :]
