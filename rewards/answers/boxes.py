@@ -8,7 +8,10 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![A-Za-z])\s{0,3}")
 _NAMES = ("\\boxed", "\\fbox", "\\framebox", "\\bbox")
 _MAX_BOXES = 20
 _LAYOUT = r"(?:[\s$.]|\\[()\[\]])*"
-_JOINER = re.compile(rf"{_LAYOUT}(?:,?\s*\b(and|or)\b|(,)){_LAYOUT}(?:(?:maybe|perhaps|possibly|even)\s)?{_LAYOUT}")
+_JOINER = re.compile(
+    rf"{_LAYOUT}(?:,?\s*\b(and|or)\b|(,)){_LAYOUT}(?:(?:maybe|perhaps|possibly|even)\s)?"
+    rf"{_LAYOUT}(?:[A-Za-z]\s?=)?{_LAYOUT}"
+)
 _NEXT_LINE = re.compile(_LAYOUT)
 _NAMED = re.compile(r"\s*([A-Za-z](?:_\w+)?)\s*=[^=]*")
 

@@ -110,19 +110,21 @@ def proportional(left: Node, right: Node, *, positive: bool = False) -> bool:
     if not names or len(names) > _MAX_SYMBOLS:
         return False
     ratios: list[Any] = []
+    lossy = False
     for point, _ in _points(names):
         evaluator = Evaluator(_DIGITS[1], _inexact_point(point, _DIGITS[1]))
         try:
             a, b = evaluator.inexact(evaluator.value(left)), evaluator.inexact(evaluator.value(right))
         except NoValue:
             continue
+        lossy = lossy or evaluator.lossy
         tiny = evaluator.context.mpf(10) ** -80
         if abs(a) < tiny or abs(b) < tiny or evaluator.context.isinf(a) or evaluator.context.isinf(b):
             if abs(a) < tiny and abs(b) < tiny:
                 continue
             return False
         ratios.append(a / b)
-    if len(ratios) < 2:
+    if len(ratios) < 2 or (lossy and not same_residues(left, right)):
         return False
     if positive and any(ratio.real <= 0 for ratio in ratios):
         return False

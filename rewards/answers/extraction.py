@@ -44,6 +44,7 @@ _ANCHOR = re.compile(
 )
 # A later sentence with a result of its own.
 _STATES_MORE = re.compile(r"\d|\*\*\w|\$[^$\n]+\$|\\[(\[]")
+_DOUBTED = re.compile(r"(?:\bnot|n't|\bdoubt)\s+(?:think|believe|say|claim|sure|certain|that|if|whether|\s|the)*$")
 _NO_ANSWER = re.compile(
     r"^(?:helpful|correct|right|wrong|incorrect|clear|above|below|found|as follows|not\b|obtained|verified|confirmed"
     r"|consistent|reasonable|in the\b|the same\b|unique\b|useful|already)",
@@ -71,7 +72,8 @@ _NUMBER = (
 )
 _LAST_NUMBERS = re.compile(_NUMBER)
 _PRICE_FIRST = re.compile(r"[$€£¥₹]\s?\d[\d,.]*[^,;=$€£¥₹]*[,;]\s[^$€£¥₹=]*[A-Za-z]{2}[^$€£¥₹=]*$")
-_OUT_OF = re.compile(rf"({_NUMBER}(?:\s[a-z]+)?)\s+out of\s")
+_OUT_OF = re.compile(rf"({_NUMBER}(?:\s[a-z]+)?)\s+(?:out\s+of|of\s+the)\s+(?:the\s+)?(?=\d)")
+_COULD_BE_EITHER = re.compile(r"\b(?:could|might|may)\b.*\bor\b.*\b(?:could|might|may)\b", re.IGNORECASE)
 # A price, and behind it what it is paid for.
 _PRICE = re.compile(r"[$€£¥₹]\s?\d[\d,]*(?:\.\d+)?")
 _PAID_FOR = re.compile(r"(?:\s[a-z]+){0,6}\s(?:for|from|in|with|over|at|after|by)\b[^$€£¥₹=]*$")
@@ -91,12 +93,13 @@ _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|neither|nor|doubt)|n't)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,5}$"
     r"|\b(?:anything but|other than|rather than|instead of|except)\s+$"
     r"|\b(?:(?:no\s+)?(?:less|more|fewer|greater|larger|smaller|bigger|higher|lower)\s+than(?:\s+or\s+equal\s+to)?"
-    r"|at\s+least|at\s+most|up\s+to|exceeds)\s+$"
+    r"|at\s+least|at\s+most|up\s+to|exceeds|rule[sd]?\s+out|eliminated?)\s+$"
+    r"|(?:^|\b(?:is|are|be|was|were|has|have)\s+)(?:over|under|above|below)\s+$"
     r"|(?:\\(?:leq?|geq?|neq?)(?:slant)?(?![A-Za-z])|(?<![-=])[<>≤≥≠]=?|!=)\s*$",
     re.IGNORECASE,
 )
 _OR_MORE = re.compile(
-    r"\s*(?:[A-Za-z]+\s+)?(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|up)\b"
+    r"\s*(?:[A-Za-z]+\s+)?(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|up)\b|\+(?!\s*[\w\\({])"
 )
 _JOINED = re.compile(r"\s*(?:,|,?\s?(?:and|or))\s*")
 # A sentence up to its number: "Janet makes 18 dollars".
@@ -200,6 +203,8 @@ def _anchored(text: str) -> Iterator[Statement]:
             plain = without_markdown(phrase).strip()
             if not re.search(r"\w|[\\∅∞π√]", plain) or _NO_ANSWER.match(plain):
                 continue
+            if _DOUBTED.search(text[max(0, anchor.start() - 80) : anchor.start()]):
+                continue
             if not sure and _STATES_MORE.search(without_checks(text)[end:]):
                 continue
             yield _corrected(text[end:]) or Statement(tuple(_phrase_readings(phrase)), prose=True, decisive=True)
@@ -240,10 +245,12 @@ def _phrase(text: str, anchor: re.Match[str]) -> tuple[str, int]:
 def _first_sentence(text: str) -> str:
     """The sentence that a text begins with; where its first line is empty, the next."""
     lines = [line for line in re.split(r"\n+", text.lstrip(" \t*_`:")) if re.search(r"\w|[^\s*_#>$-]", line)]
-    first = lines[0] if lines else ""
+    first = next((line for line in lines if not line.rstrip(" *_").endswith(":")), lines[0] if lines else "")
     display = _MATH.match(text.lstrip(" \t*_:\n"))
     if display is not None and display[0].startswith(("$$", "\\[")):
         return display[0]
+    if text.lstrip(" \t*_`:").startswith("\n"):
+        first = re.sub(r"^\s*[-*•]\s+(?=\S)", "", first)
     return _SENTENCE_END.split(first, maxsplit=1)[0]
 
 
@@ -292,6 +299,9 @@ def _sentences(text: str) -> Iterator[Statement]:
 def _sentence_readings(sentence: str) -> Iterator[str]:
     """The whole sentence, its only price, its emphasis, its longest end that could be mathematics, its last number."""
     sentence = without_parenthesis(sentence)
+    if _COULD_BE_EITHER.search(sentence):
+        yield _trimmed(sentence)
+        return
     plain = _trimmed(
         re.sub(r"^\s*(?:\d{1,2}[.)]|[-*+•])\s+(?=\S)", "", sentence)
         if not re.fullmatch(r"\s*\d+[.)]\s*", sentence)
@@ -302,6 +312,8 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
     if len(prices) == 1 and "**" not in sentence and _PAID_FOR.match(sentence, prices[0].end()):
         yield prices[0][0].rstrip(",")
     emphasised = [*_BOLD.finditer(sentence)] or [*_MATH.finditer(sentence)]
+    if emphasised and _DENIED.search(sentence[: emphasised[-1].start()]):
+        emphasised = []
     if emphasised and not _stated_later(sentence[emphasised[-1].end() :]):
         if len(emphasised) > 1 and _JOINED.fullmatch(sentence[emphasised[-2].end() : emphasised[-1].start()]):
             yield _trimmed(_joined(sentence, emphasised))

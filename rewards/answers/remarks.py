@@ -11,9 +11,12 @@ _CHECK = re.compile(
     r"|to (?:check|verify))\b",
     re.IGNORECASE,
 )
+_HEADING = re.compile(r"[\s*_#>-]*[A-Za-z -]{4,30}[\s*_:]*")
+_GOES_ON = re.compile(r"\bbut\b|(?:^|[.!:\n]\s*)(?:So|Therefore|Thus|Hence)\b[^\n]*\d")
 _EXPLAINS = re.compile(r"\s*(?:this|that) is\b(?![^\n]*(?:=|\bso\b|\bthus\b|\btherefore\b))", re.IGNORECASE)
 DOUBT = re.compile(
-    r"\bwait\b|\berror\b|\bmistake|\bwrong\b|\bincorrect\b|\bactually\b|\bno,|\boops\b|\bsorry\b|\bcorrection\b|\bhmm\b",
+    r"\bwait\b|(?<!common )\b(?:error\b|mistake)|\bwrong\b|\bincorrect\b|\bactually\b|\bno,|\boops\b|\bsorry\b"
+    r"|\bcorrection\b|\bhmm\b",
     re.IGNORECASE,
 )
 CORRECTION = re.compile(
@@ -45,8 +48,11 @@ def without_checks(text: str) -> str:
 
 
 def _is_remark(paragraph: str, before: str) -> bool:
-    if DOUBT.search(paragraph):
+    if DOUBT.search(paragraph) or _GOES_ON.search(paragraph):
         return False
+    heading = before.rstrip().rpartition("\n")[2]
+    if _HEADING.fullmatch(heading) and _CHECK.match(heading):
+        return True
     if _CHECK.match(paragraph):
         return True
     return "**" in before.rstrip().rpartition("\n")[2] and "**" not in paragraph and bool(_EXPLAINS.match(paragraph))

@@ -13,9 +13,9 @@ _PRIMES = (1208925819614639051249299, 1237940039285380286010235313, 170141183460
 
 
 def same_residues(left: Node, right: Node) -> bool:
-    """Return True if two expressions have the same remainder by every prime, their names standing for any numbers.
+    """Return True if two expressions have the same remainder by every prime.
 
-    Sums, products, quotients, whole powers and factorials have remainders; False for whatever has none.
+    Names and functions stand for any numbers, the same ones wherever the same is written.
     """
     try:
         return all(_residue(left, prime) == _residue(right, prime) for prime in _PRIMES)
@@ -26,29 +26,30 @@ def same_residues(left: Node, right: Node) -> bool:
 def _residue(node: Node, prime: int) -> int:
     if node.op == "number" and isinstance(node.value, Fraction):
         return _quotient(node.value.numerator, node.value.denominator, prime)
-    if node.op == "symbol":
-        return zlib.crc32(str(node.value).encode()) ** 5 % prime
-    if node.op == "^":
-        return pow(_residue(node.args[0], prime), _exponent(node.args[1]), prime)
-    if node.op in ("!", "factorial"):
-        return _factorial(_exponent(node.args[0]), prime)
-    values = [_residue(argument, prime) for argument in node.args] if node.op in ("+", "*", "/", "-") else []
+    exponent = _whole(node.args[-1]) if node.op in ("^", "!", "factorial") else None
+    if node.op == "^" and exponent is not None:
+        return pow(_residue(node.args[0], prime), exponent, prime)
+    if node.op in ("!", "factorial") and exponent is not None:
+        return _factorial(exponent, prime)
+    if node.op not in ("+", "*", "/", "-"):
+        return zlib.crc32(repr(node).encode()) ** 5 % prime
+    values = [_residue(argument, prime) for argument in node.args]
     if node.op == "+":
         return sum(values) % prime
     if node.op == "-":
         return -values[0] % prime
     if node.op == "*":
         return values[0] * values[1] % prime
-    if node.op == "/":
-        return _quotient(values[0], values[1], prime)
-    raise NoValue(f"{node.op} has no remainder")
+    return _quotient(values[0], values[1], prime)
 
 
-def _exponent(node: Node) -> int:
-    value = Evaluator(50).value(node)
-    if not isinstance(value, Fraction) or value.denominator != 1:
-        raise NoValue("no whole number")
-    return int(value)
+def _whole(node: Node) -> int | None:
+    """Return the value of an expression that is a whole number; None for any other."""
+    try:
+        value = Evaluator(50).value(node)
+    except NoValue:
+        return None
+    return int(value) if isinstance(value, Fraction) and value.denominator == 1 else None
 
 
 

@@ -77,6 +77,10 @@ def _judge(expected: Expectation, statement: Statement) -> bool | None:
     """Compare mathematics with the first reading of a place that is mathematics; None where no reading is."""
     if any(reading.endswith("!") and same_text(expected.text, reading) for reading in statement.texts[:2]):
         return True
+    # Letters such as "red" may be a product, and are a word at the end of a sentence.
+    word = statement.prose and bool(statement.texts) and are_letters(expected.text)
+    if word and ends_with_text(expected.text, statement.texts[0]):
+        return True
     for reading in statement.texts[:_MAX_READINGS]:
         if same_text(expected.text, reading):
             return True

@@ -6,10 +6,11 @@ differ, `math_answer`'s docstring says which one it follows.
 
 from tests.rewards.answer_rows.endings import ENDINGS
 from tests.rewards.answer_rows.held_out import HELD_OUT
+from tests.rewards.answer_rows.near_misses import NEAR_MISSES
 from tests.rewards.answer_rows.numbers import NUMBERS
 from tests.rewards.answer_rows.places import PLACES
 from tests.rewards.answer_rows.soundness import SOUNDNESS
 from tests.rewards.answer_rows.structures import STRUCTURES
 
 Row = tuple[str, str, float]
-ROWS: dict[str, list[Row]] = {**PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS, **ENDINGS}
+ROWS: dict[str, list[Row]] = {**PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS, **ENDINGS, **NEAR_MISSES}
