@@ -24,12 +24,14 @@ def math_answer(
 ) -> list[float | None]:
     r"""1.0 where the completion's final answer is the expected one, else 0.0.
 
-    The final answer is the last `\boxed{}`; else what an `<answer>` tag, a line `#### 72` or a sentence such as "The
-    answer is 72" says last; else the end, the emphasised part or the last number of the last sentence that has one. Two
-    answers, "11 or 12", are not one of them. Numbers are compared exactly (1/3 is not 0.33), expressions for all values
-    of their variables, sets in any order, intervals with their brackets, words as words. Units and currencies must
-    agree where both answers have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time:
-    numbers too large to be computed are only compared as they are written.
+    The final answer is the last `\boxed{}`, or the last ones where "and" or a comma joins them; else what an `<answer>`
+    tag, a line `#### 72` or a sentence such as "The answer is 72" says last; else the end, the emphasised part or the
+    last number of the last sentence that has one, checks and remarks behind it aside. "Wait, it should be 73" takes an
+    answer back. Two answers, "11 or 12", are not one of them, nor is a bound such as "at least 72". Numbers are
+    compared exactly (1/3 is not 0.33), expressions for all values of their variables, sets in any order, intervals with
+    their brackets, words as words. Units and currencies must agree where both answers have them; percent may be written
+    as `28%`, `28` or `0.28`. Every call takes bounded time: numbers too large to be written out are compared by their
+    remainders, or only as they are written.
 
     Args:
         completions: strings or chat messages.

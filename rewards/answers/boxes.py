@@ -70,13 +70,13 @@ def _last_box(text: str, end: int) -> Box | None:
         stop, inside = _box_content(text, match.end()) if match is not None else (start, "")
         if inside.strip():
             inner = boxed(inside) if "\\" in inside and _BOX.search(inside) else None
-            return start, stop, _bound_kept(inner or inside)
+            return start, stop, bound_kept(inner or inside)
         end = start
     return None
 
 
-def _bound_kept(content: str) -> str:
-    """Write a box's leading ">" as LaTeX: elsewhere it is the mark of a quotation."""
+def bound_kept(content: str) -> str:
+    """Write a leading ">" as LaTeX: elsewhere it is the mark of a quotation."""
     return re.sub(r"^\s*>(?!=)", r"\\gt ", content)
 
 

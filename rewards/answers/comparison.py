@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import TypeGuard
 
 from alignlab_rewards.answers.equality import constant, equal, proportional, symbols_of
 from alignlab_rewards.answers.expressions import Node
@@ -122,7 +123,9 @@ class _Comparison:
             return self._same_assignments(named, expected, given)
         left, right = _listed(expected), _listed(given)
         if right.joiner == "or" and not right.opening and not isinstance(expected, Items):
-            return all(self.same(expected, item) for item in right.items) and len(set(right.items)) > 1
+            values = [stated_value(item) if _is_equation(item) else item for item in right.items]
+            agree = all(self.same(values[0], value) for value in values) and len(set(values)) > 1
+            return agree and any(self.same(expected, value) for value in values)
         if "cup" in (left.joiner, right.joiner) and left.joiner != right.joiner:
             return False
         if "{" in (left.opening, right.opening):
@@ -218,6 +221,10 @@ def is_definition(relation: Relation) -> bool:
     if isinstance(first, Items) and first.opening == "(":  # (x, y) = (1, 2)
         return all(isinstance(item, Quantity) and item.node.op == "symbol" for item in first.items)
     return isinstance(first, Quantity) and first.node.op in ("symbol", "unknown")
+
+
+def _is_equation(answer: Answer) -> TypeGuard[Relation]:
+    return isinstance(answer, Relation) and set(answer.signs) <= {"=", "~"}
 
 
 def stated_value(relation: Relation) -> Answer:

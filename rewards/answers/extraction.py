@@ -2,6 +2,7 @@ r"""The final answer in what a model wrote: texts that may be it, best first, wi
 
 In this order, the last of each kind: a `\boxed{}`, an `<answer>` tag, a line `#### 72`, a sentence that says so
 ("The answer is ..."), and else the last sentence that says something: its end, what it emphasises, its last number.
+Second thoughts behind one of them count instead of it. A number that is only denied or bounded is no answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 from alignlab_rewards.answers.blocks import block_answer, list_below
 from alignlab_rewards.answers.boxes import boxed, end_of_boxes
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
-from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_parenthesis
+from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_comparison, without_parenthesis
 
 Thinking = Literal["auto", "required", "keep"]
 
@@ -145,7 +146,8 @@ def statements(text: str) -> Iterator[Statement]:
     """Yield the places that may say the answer, best first; a decisive one is the last."""
     marked = boxed(text) or _tagged(text) or _after_hashes(text)
     if marked is not None:
-        corrected = _corrected(text[end_of_boxes(text) :][-MAX_TAIL:]) if boxed(text) else None
+        end = end_of_boxes(text) or max(text.rfind("####"), text.rfind("</answer>"))
+        corrected = _corrected(text[end:][-MAX_TAIL:])
         if corrected is not None:
             yield corrected
             return
@@ -298,7 +300,7 @@ def _sentences(text: str) -> Iterator[Statement]:
 
 def _sentence_readings(sentence: str) -> Iterator[str]:
     """The whole sentence, its only price, its emphasis, its longest end that could be mathematics, its last number."""
-    sentence = without_parenthesis(sentence)
+    sentence = without_comparison(without_parenthesis(sentence))
     if _COULD_BE_EITHER.search(sentence):
         yield _trimmed(sentence)
         return

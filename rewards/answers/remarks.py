@@ -25,6 +25,8 @@ CORRECTION = re.compile(
     r"\s*[:=]?\s*(?=[*_$\\(]{0,4}[-\u2212]?[$€£]?[\d\\])",
     re.IGNORECASE,
 )
+_COMPARES = re.compile(r",\s+which\s+(?:is|was|are)\b[^=,]{0,80}\b(?:times|twice|half|than|of)\b[^=,]{0,80}$")
+_STATES = re.compile(r"(?:\b(?:is|are|was|were)|=)\s+[*$]{0,3}[$€£]?[-\u2212]?\d[\d.,/]*[*$]{0,3}(?:\s[a-z]+){0,2}$")
 _PARENTHESIS = re.compile(
     r"(?<=[\w%$*}])\s+\((?!\s*(?:or|mod)\b|\\|(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)"
     r"(?=[^()]*(?:[A-Za-z]{2}|\d\s*(?:[-+*/×·]|x\b|\\times|\\cdot)\s*\d))[^()]{1,200}\)(?=\s*[.!*]*\s*$)"
@@ -64,3 +66,9 @@ def without_parenthesis(sentence: str) -> str:
     if match is None or not re.search(r"\d", sentence[: match.start()]):
         return sentence
     return sentence[: match.start()] + sentence[match.end() :]
+
+
+def without_comparison(sentence: str) -> str:
+    """Return a sentence that states a number without what it then compares it with: `is 36, which is 3 times 12`."""
+    match = _COMPARES.search(sentence)
+    return sentence if match is None or not _STATES.search(sentence[: match.start()]) else sentence[: match.start()]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from fractions import Fraction
 
-from alignlab_rewards.answers.evaluation import MAX_FACTORIAL, Evaluator, NoValue
+from alignlab_rewards.answers.evaluation import Evaluator, NoValue
 from alignlab_rewards.answers.expressions import Node
 
 # Primes without a short form: a power of 2 or 10 has no short period modulo them.
 _PRIMES = (1208925819614639051249299, 1237940039285380286010235313, 170141183460469231731687303731563117979)
+
+_MAX_FACTORIAL = 20_000  # of which the product is computed
 
 
 def same_residues(left: Node, right: Node) -> bool:
@@ -29,7 +32,7 @@ def _residue(node: Node, prime: int) -> int:
     exponent = _whole(node.args[-1]) if node.op in ("^", "!", "factorial") else None
     if node.op == "^" and exponent is not None:
         return pow(_residue(node.args[0], prime), exponent, prime)
-    if node.op in ("!", "factorial") and exponent is not None:
+    if node.op in ("!", "factorial") and exponent is not None and 0 <= exponent <= _MAX_FACTORIAL:
         return _factorial(exponent, prime)
     if node.op not in ("+", "*", "/", "-"):
         return zlib.crc32(repr(node).encode()) ** 5 % prime
@@ -58,9 +61,8 @@ def _quotient(top: int, bottom: int, prime: int) -> int:
     return top * pow(bottom, -1, prime) % prime
 
 
+@functools.lru_cache(maxsize=64)
 def _factorial(number: int, prime: int) -> int:
-    if not 0 <= number <= MAX_FACTORIAL // 10:
-        raise NoValue("too large a factorial")
     product = 1
     for factor in range(2, number + 1):
         product = product * factor % prime

@@ -29,7 +29,7 @@ _LEADING = re.compile(
 _BOTH_VERDICTS = re.compile(r"\W*(?:(?:yes|true)\s*,\s*(?:no|false)|(?:no|false)\s*,\s*(?:yes|true))\b", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:not|cannot|never|neither|nor|doubts?|unlikely)\b|n't\b|\b(?:anything|everything) but\s*$")
 _IS_SUBJECT = re.compile(r" (?:is|was|are|were) (?!not\b|one of\b)(?=\w)(?!.*\b(?:wrong|incorrect|false)\b)")
-_BUT_NOT = re.compile(r",\s?(?:and )?not [^,;]{1,60}$")
+_BUT_NOT = re.compile(r"(?:,\s?(?:and )?| (?:and|but) )not [^,;]{1,60}$")
 _UNDECIDED = re.compile(
     r"(?:\b(?:or|not|nor|and|either|neither|never|than|isn't|aren't|wasn't|maybe|versus|vs)|[,/&])\s*$", re.IGNORECASE
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignlab_rewards.answers.boxes import boxed
+from alignlab_rewards.answers.boxes import bound_kept, boxed
 from alignlab_rewards.answers.columns import ExpectedAnswer
 from alignlab_rewards.answers.comparison import same_answer
 from alignlab_rewards.answers.extraction import Statement, stated_answer, statements
@@ -48,9 +48,9 @@ class Expectation:
     @classmethod
     def of(cls, gold: ExpectedAnswer, relative_tolerance: float) -> Expectation:
         """Read an expected answer: what stands in its last box, or what it states, or the whole of it."""
-        text = boxed(gold.text) or stated_answer(gold.text) or gold.text
+        text = boxed(gold.text) or stated_answer(gold.text) or bound_kept(gold.text)
         tolerance = max(relative_tolerance, BINARY_TOLERANCE) if gold.binary else relative_tolerance
-        return cls(text, gold.whole, read_answer(text), choice_of(text), tolerance)
+        return cls(text, bound_kept(gold.whole), read_answer(text), choice_of(text), tolerance)
 
     @property
     def is_text(self) -> bool:
@@ -60,7 +60,8 @@ class Expectation:
 
 def is_right(expected: Expectation, said: str) -> bool:
     """Return True if the final answer of a text is the expected one."""
-    if len(said) <= 2 * len(expected.whole) + 100 and words(said) in (words(expected.whole), words(expected.text)):
+    short = len(said) <= 2 * len(expected.whole) + 100
+    if short and words(bound_kept(said)) in (words(expected.whole), words(expected.text)):
         return True
     if is_verdict(expected.text):
         return _verdict_is(expected, said)
