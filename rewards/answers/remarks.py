@@ -63,7 +63,7 @@ def _is_remark(paragraph: str, before: str) -> bool:
 def without_parenthesis(sentence: str) -> str:
     """Return a sentence without words or a calculation in parentheses behind its number: `18 (9 eggs at $2)`."""
     match = _PARENTHESIS.search(sentence)
-    if match is None or not re.search(r"\d", sentence[: match.start()]):
+    if match is None or not re.search(r"\d|\b[A-J]\**$", sentence[: match.start()]):
         return sentence
     return sentence[: match.start()] + sentence[match.end() :]
 

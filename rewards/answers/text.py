@@ -16,6 +16,9 @@ _IS_RIGHT = re.compile(
     re.DOTALL,
 )
 _CHOICE_LINE = re.compile(r"(?m)(?:^[ \t]*|\*\*)\(?([A-J])[.):][ \t]+(?=\S)")
+_CALLED_RIGHT = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s+\**\(?([A-J])\)?\**\s+is\s+(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|correct|right)\b"
+)
 _OTHER_CHOICE = re.compile(r"\(?\b[A-J]\)|\bor\b|\band\s+\(?[A-J]\b")
 _DENIES = re.compile(
     r"(?:is|was|cannot|can't|isn't|does)\b.*\b(?:not|n't|wrong|incorrect|false)\b"
@@ -79,7 +82,10 @@ def choice_of(text: str) -> tuple[str, str] | None:
 
 
 def only_choice(text: str) -> str | None:
-    """Return the letter of the only line or emphasised part of a text that names a choice with its content."""
+    """Return the letter that a text calls right, or of the only line or emphasised part that is a choice."""
+    right = _CALLED_RIGHT.findall(text)
+    if right:
+        return str(right[-1])
     letters = [match[1] for match in _CHOICE_LINE.finditer(text)]
     return letters[0] if len(letters) == 1 else None
 
