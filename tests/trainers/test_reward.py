@@ -255,10 +255,10 @@ def test_soft_labels_come_from_a_column(tokenizer: Any) -> None:
     ("value", "message"),
     [
         (-0.5, r"has margin -0\.5 .*must be finite and at least 0"),
-        (float("nan"), "has no margin in the column 'by'"),
+        (float("nan"), "has nothing in the column 'by'"),
         ("much", "has 'much' in the column 'by', which holds numbers"),
         (True, "has True in the column"),
-        (None, "has no margin in the column 'by'"),
+        (None, "has nothing in the column 'by'"),
     ],
 )
 def test_rows_without_a_proper_margin(value: Any, message: str, make_trainer: Make, tokenizer: Any) -> None:
