@@ -22,6 +22,7 @@ from alignlab.types import Prompt
 
 Dataset = str | Path | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
 _Made = TypeVar("_Made")
+HELD_OUT = "eval_dataset"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,22 @@ class GivenData:
         self, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
         render: Callable[[Sequence[Any], RenderSettings], Sequence[_Made]],
     ) -> Sequence[_Made]:
-        """Return the items of a source, by `load`; of rows, by `render`; or those made already, of `kind`."""
+        """Return the items of a source, by `load`; of rows, by `render`; or those made already, of `kind`.
+
+        Raises:
+            ConfigError, DataError: they cannot be read; of held-out data with the name.
+        """
+        try:
+            return self._read(kind, load, render)
+        except DataError as error:
+            if self.name == HELD_OUT:
+                raise DataError(f"{self.name}: {error}") from error
+            raise
+
+    def _read(
+        self, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
+        render: Callable[[Sequence[Any], RenderSettings], Sequence[_Made]],
+    ) -> Sequence[_Made]:
         if self.source is not None:
             return load(self.source)
         if not all(isinstance(item, kind) for item in self.items):
@@ -112,7 +128,7 @@ def given_held_out(
     Raises:
         ConfigError, DataError: see `given_data`; or there are settings and no data.
     """
-    name, settings_name = "eval_dataset", "eval_render_settings"
+    name, settings_name = HELD_OUT, "eval_render_settings"
     if dataset is None:
         if settings is not None:
             raise ConfigError("eval_render_settings is given, and there is no eval_dataset; give both or neither")
@@ -216,7 +232,7 @@ def resolve_unpaired(data: GivenData, tokenizer: PreTrainedTokenizerBase) -> Seq
         UnpairedPreference, lambda source: load_unpaired(source, tokenizer),
         lambda rows, settings: unpaired_from_rows(rows, settings, tokenizer),
     )
-    return mismatch(found) if isinstance(found, list) else found
+    return mismatch(found, data.name) if isinstance(found, list) else found
 
 
 def given_prompts(dataset: Dataset | GivenData, settings: RenderSettings | None = None) -> GivenData:
