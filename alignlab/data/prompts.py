@@ -162,9 +162,12 @@ def report(num_usable: int, skipped: Counter[str], settings: RenderSettings) -> 
     """Say how many rows were left out; refuse a dataset of which nothing remains."""
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     if not num_usable:
+        fix = f"check the rows and {settings.setting('prompt_column')}"
+        if skipped["too_long"]:
+            fix += f", and raise {settings.setting('max_prompt_tokens')}, which is {settings.max_prompt_tokens}"
         raise DataError(
             f"{settings.source}: a dataset must hold at least one usable row, and this has none "
-            f"(skipped: {counts or 'no rows at all'}); check the rows and {settings.setting('prompt_column')}"
+            f"(skipped: {counts or 'no rows at all'}); {fix}"
         )
     if skipped:
         logger.warning("%s: skipped %d rows (%s)", settings.source, skipped.total(), counts)

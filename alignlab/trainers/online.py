@@ -46,12 +46,13 @@ from alignlab.trainers.assemble import (
     resolve_rewards,
 )
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts
+from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
 from alignlab.trainers.pack_scores import score_packs
-from alignlab.trainers.preflight import check_prompt_ids, check_room, choose_scorer, warn_of_truncation
+from alignlab.trainers.preflight import warn_of_truncation, with_room
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.reward_evidence import (
@@ -63,7 +64,7 @@ from alignlab.trainers.reward_evidence import (
     stop_without_any_reward,
 )
 from alignlab.trainers.rollout_metrics import PaddingTokens, reward_range, rollout_metrics
-from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.model_reward import bind_rewards, check_reward_ids, fingerprints_of
 from alignlab.training.reward_runner import RewardRunner
@@ -119,11 +120,11 @@ class OnlineTrainer(TrainingLoop):
         rewards = RewardRunner(resolve_rewards(reward_funcs) if needed else [], config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.render_settings = train.settings
-        self.prompts = resolve_prompts(train, tokenizer)
-        self.eval_prompts = resolve_prompts(held_out, tokenizer)
-        check_rewards(rewards, self.prompts, config)
-        check_room(model, self.prompts, config, tokenizer=tokenizer)
-        check_prompt_ids(model, self.eval_prompts, tokenizer)
+        prompts = with_room(resolve_prompts(train, tokenizer), model, config, train.settings, tokenizer=tokenizer)
+        check_rewards(rewards, prompts, config)
+        self.held_out = held_out_problems(
+            evaluation, rewards.rewards, config.sampling, config.rollout, needed=held_out is not None
+        ).read(held_out, model, tokenizer)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
@@ -138,22 +139,25 @@ class OnlineTrainer(TrainingLoop):
         self.rewards = rewards
         self.signal = SignalMonitor(signal_settings(config, rewards))
         self._said_unrewarded = config.takes_rewards != "needed"  # a teacher judges those without a reward too
-        self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
-        check_reward_ids(rewards.rewards, self.prompts, tokenizer)
+        check_reward_ids(rewards.rewards, prompts, tokenizer)
         self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
-        digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
-        self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
         group = make_rank_group() if self.max_staleness else None
         self._any_rank_is_short = CollectingVotes(self.num_rounds, group, self._any_rank)
-        self._position = self._position_now()
+        self.keep_prompts(prompts)
         self.ahead = self._make_ahead()
+
+    def keep_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Sample completions of these prompts, from the first on."""
+        self.prompts = prompts
+        digest = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
+        self.sampler = IndexSampler(len(prompts), self.config.num_prompts, self.config.seed, digest=digest)
+        self._position = self._position_now()
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Policy:
         """What is trained of a model."""
@@ -345,22 +349,11 @@ class OnlineTrainer(TrainingLoop):
     @property
     def has_held_out(self) -> bool:
         """Whether there are held-out prompts."""
-        return bool(self.eval_prompts)
+        return bool(self.held_out)
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts or self.scorer is None:
-            return None
-        settings = self.evaluation
-        return evaluate(
-            self.engine,
-            self.eval_prompts[: settings.num_problems],
-            self.scorer,
-            sampling=settings.sampled or self.config.sampling.model_copy(update={"temperature": 1.0}),
-            num_samples=settings.num_samples,
-            seed=self.config.seed,
-            pass_at=settings.pass_at,
-        )
+        return self.held_out.evaluate(self.engine, seed=self.config.seed)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""

@@ -60,15 +60,16 @@ from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
-from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.preflight import with_room
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
+from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluation_from_json
 from alignlab.training.files import write_atomically
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.reference_cache import digest_of_model
@@ -136,10 +137,13 @@ class RLAIFTrainer:
         self._check_adapter()
         self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
-        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
-        check_stages(config, self.model, self.tokenizer, [*self.prompts, *self.eval_prompts])
-        self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
+        for stage in config.sampling_stages:
+            self.prompts = with_room(self.prompts, self.model, stage, train.settings, tokenizer=self.tokenizer)
+        last = config.policy
+        usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
+        how = held_out_problems(evaluation, (), usual, RolloutSettings(), needed=held_out is not None)
+        self.held_out = how.read(held_out, self.model, self.tokenizer)
+        check_stages(config, self.model, self.tokenizer, self.prompts)
         self._judge_is_given = judge is not None
         self.judge = judge or make_judge(
             config.judge, self.constitution, policy=self.model, tokenizer=self.tokenizer, seed=config.seed
@@ -358,19 +362,9 @@ class RLAIFTrainer:
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
-        if self.scorer is None or not self.eval_prompts:
+        if not self.held_out:
             return None
-        settings, last = self.evaluation, self.config.policy
-        usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
-        return evaluate(
-            make_engine(model, self.tokenizer, RolloutSettings()),
-            self.eval_prompts[: settings.num_problems],
-            self.scorer,
-            sampling=settings.sampled or usual.model_copy(update={"temperature": 1.0}),
-            num_samples=settings.num_samples,
-            seed=self.config.seed,
-            pass_at=settings.pass_at,
-        )
+        return self.held_out.evaluate(make_engine(model, self.tokenizer, RolloutSettings()), seed=self.config.seed)
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = has_adapters(self._trained)
