@@ -55,6 +55,7 @@ from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
+from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
@@ -91,7 +92,7 @@ class Stopped(Exception):
         self.result = result
 
 
-class RLAIFTrainer:
+class RLAIFTrainer(metaclass=NamedArguments):
     """Runs the stages that the config names.
 
     Args:
