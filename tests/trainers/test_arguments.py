@@ -78,7 +78,8 @@ ROWS = [{"prompt": "q", "completion": "a"}]
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("args", "is here config"), ("processing_class", "is here tokenizer"), ("ref_model", "not needed: the reference"),
+        ("args", "is here config"), ("processing_class", "is here tokenizer"),
+        ("ref_model", "not needed: the reference"),
         ("data_collator", "not needed"), ("formatting_func", "not needed: rows have"), ("optimizers", "learning_rate"),
         ("compute_metrics", "callbacks"), ("quantization_config", "not offered"),
     ],
