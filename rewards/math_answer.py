@@ -8,6 +8,7 @@ from typing import Any
 
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer
 from alignlab_rewards.answers.extraction import Thinking, after_thinking
+from alignlab_rewards.answers.options import check_choice, check_number
 from alignlab_rewards.answers.verdict import Expectation, is_right
 
 from alignlab.types import Text, message_text
@@ -50,8 +51,8 @@ def math_answer(
     """
     if answer is None and solution is None:
         raise ValueError("math_answer needs a column 'answer' or 'solution' in the dataset")
-    if thinking not in ("auto", "required", "keep"):
-        raise ValueError(f"math_answer's option thinking must be auto, required or keep, and is {thinking!r}")
+    check_choice("math_answer", "thinking", thinking, ("auto", "required", "keep"))
+    check_number("math_answer", "relative_tolerance", relative_tolerance)
     if not 0 <= relative_tolerance < 1:
         raise ValueError(
             f"math_answer's relative_tolerance must be at least 0 and below 1, and is {relative_tolerance}"

@@ -64,7 +64,8 @@ def test_a_missing_column_is_refused_before_anything_is_generated(make: Make, ro
     with pytest.raises(ConfigError, match="'needy' requires ground_truth, and the training data has only answer"):
         make(needy)
     trainer = make(even_ids, eval_data=[{"prompt": "ab"}], num_steps=1)
-    trainer.scorer = replace(trainer.scorer, function=needy)
+    scorer = replace(trainer.held_out.scorer, function=needy)
+    trainer.held_out = replace(trainer.held_out, scorer=scorer)
     with pytest.raises(ConfigError, match="requires ground_truth, and the evaluation data has only no columns"):
         trainer.train()
 
