@@ -62,7 +62,7 @@ def make_trainer(make_model: Make, tokenizer: Any, tmp_path: Path, monkeypatch: 
 
 def tokens_of(trainer: Any, *, held_out: bool = False) -> list[Any]:
     if isinstance(trainer, GRPOTrainer):
-        return [prompt.token_ids for prompt in (trainer.eval_prompts if held_out else trainer.prompts)]
+        return [prompt.token_ids for prompt in (trainer.held_out.prompts if held_out else trainer.prompts)]
     return [item.sequences for item in (trainer.eval_examples if held_out else trainer.train_examples)]
 
 
@@ -84,7 +84,7 @@ def test_held_out_rows_are_read_as_the_training_s_unless_they_have_settings(make
     how = RenderSettings(prompt_template="Q: {prompt}!", size=2)
     alike = make_trainer("grpo", ROWS, eval_dataset=ROWS, render_settings=how)
     assert tokens_of(alike, held_out=True)[:2] == tokens_of(alike)
-    assert (len(alike.prompts), len(alike.eval_prompts)) == (2, 4)
+    assert (len(alike.prompts), len(alike.held_out.prompts)) == (2, 4)
     other = make_trainer("grpo", ROWS, eval_dataset=ROWS, render_settings=how, eval_render_settings=RenderSettings())
     assert tokens_of(other, held_out=True) == tokens_of(make_trainer("grpo", ROWS))
 
