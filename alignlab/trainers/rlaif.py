@@ -133,7 +133,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
         self.accelerator = make_accelerator()
-        base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
+        base, self.tokenizer = resolve_base(model, tokenizer, peft_config)
         self.model: Any = base.to(self.accelerator.device)
         self._check_adapter()
         self._stage_settings = sampled_settings(train.settings)
