@@ -199,6 +199,21 @@ def test_check_stops_at_a_reward_that_fails(run_file, tmp_path, capsys):
     assert "broken" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([""], "PROMPT is empty, and must be a text to go on from; write it in quotes"),
+        (["  \n"], "PROMPT is empty"),
+        (["say " * 5000], "the prompt has 20000 tokens, and must have fewer than the model's"),
+        (["say", "--plain", "--system-prompt", "Be brief."], "put the text into --prompt-template instead"),
+    ],
+)
+def test_generate_refuses_a_prompt_in_terms_of_its_flags(words, told, run_file, capsys):
+    assert main(["generate", str(run_file.parent / "model"), *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "RenderSettings" not in error
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, capsys):
     model = str(run_file.parent / "model")
     words = ["--seed", "3", "--max-new-tokens", "6", "--dtype", "float32"]

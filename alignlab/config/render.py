@@ -54,3 +54,19 @@ class RenderSettings(Frozen):
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
+
+
+class FlagSettings(RenderSettings):
+    """Settings that a command is given by its flags."""
+
+    @property
+    def source(self) -> str:
+        """The name of the prompt in messages."""
+        return "the prompt"
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return the flag of a setting, with a value where one is advised; prompts without a chat are `--plain`."""
+        if name == "chat":
+            return "--plain"
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value is None or value is True else f"{flag} {value}"

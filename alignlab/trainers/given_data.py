@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
+from alignlab.config.data import DataSettings, PathSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
 from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
@@ -102,7 +102,7 @@ def given_data(
         return dataset
     _check_settings(settings, settings_name)
     if isinstance(dataset, str | Path):
-        dataset = DataSettings(path=str(dataset))
+        dataset = PathSettings(path=str(dataset))
     if isinstance(dataset, DataSettings):
         if settings is not None:
             raise ConfigError(

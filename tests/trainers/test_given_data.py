@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_held_out_rows_are_read_as_the_training_s_unless_they_have_settings(make
     assert (len(alike.prompts), len(alike.held_out.prompts)) == (2, 4)
     other = make_trainer("grpo", ROWS, eval_dataset=ROWS, render_settings=how, eval_render_settings=RenderSettings())
     assert tokens_of(other, held_out=True) == tokens_of(make_trainer("grpo", ROWS))
+
+
+def test_messages_name_settings_as_the_caller_gives_them(make_trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    pd.DataFrame([{"prompt": "q" * 2000, "completion": "a"}]).to_json(path, orient="records", lines=True)
+    settings = DataSettings(path=str(path))
+    for given, named in ((str(path), f"DataSettings(path='{path}', max_prompt"), (settings, "data.max_prompt_tokens")):
+        with pytest.raises(DataError, match=re.escape(named)):
+            make_trainer("sft", given)
 
 
 def test_a_string_prompt_can_be_fed_as_it_is(make_trainer: Make, tokenizer: Any) -> None:
