@@ -28,7 +28,7 @@ class NamedArguments(ABCMeta):
             if name not in known:
                 raise ConfigError(_unknown_argument(cls.__name__, name, known))
         try:
-            inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+            inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
         except TypeError as error:
             raise ConfigError(
                 f"{cls.__name__}: {error}; its arguments are {', '.join(known)}, and of these "
