@@ -30,9 +30,9 @@ def math_answer(
     last number of the last sentence that has one, checks and remarks behind it aside. "Wait, it should be 73" takes an
     answer back. Two answers, "11 or 12", are not one of them, nor is a bound such as "at least 72". Numbers are
     compared exactly (1/3 is not 0.33), expressions for all values of their variables, sets in any order, intervals with
-    their brackets, words as words. Units and currencies must agree where both answers have them; percent may be written
-    as `28%`, `28` or `0.28`. Every call takes bounded time: numbers too large to be written out are compared by their
-    remainders, or only as they are written.
+    their brackets, words as words, a number in words as the number. Units and currencies must agree where both answers
+    have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time: numbers too large to be
+    written out are compared by their remainders, or only as they are written.
 
     Args:
         completions: strings or chat messages.
