@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _SMALL = {word: value for value, word in enumerate(_ONES)} | {word: 10 * (i + 2) for i, word in enumerate(_TENS)}
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -14,7 +17,7 @@ _SIGN = re.compile(r"(?:minus|negative)\s", re.IGNORECASE)
 # Words behind a number that make it another one, or one of several.
 _OTHER = (
     r"of|or|and|to|than|that|which|the|more|less|fewer|times|point|squared|cubed|factorial|dozens?|score|half|halves"
-    r"|quarters?|[a-z]*(?:thirds?|[a-z]{2}ths?)|if|when|by|minus|plus|over"
+    r"|quarters?|thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)ths?|if|when|by|minus|plus|over"
 )
 _UNIT = re.compile(rf"(?:\s(?!(?:{_OTHER})\b)[A-Za-z]+){{0,2}}")
 

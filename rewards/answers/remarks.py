@@ -32,8 +32,9 @@ _NEEDS = re.compile(
     r"[*]{0,2}[$€£]?\d[\d,]*(?:\.\d+)?[*]{0,2}(?:\s[a-z]+){0,3})\s+to\s+[a-z]+\s[^=]*$"
 )
 _REMARKS = re.compile(
-    r"[\s*_>-]*(?:note that\b|(?:this|that|these)\s+(?:is because|uses?|includes?|accounts? for|assumes?"
-    r"|covers?|takes into|comes from|follows from|agrees with|matches)\b)(?!.*(?:=|\b(?:so|thus|therefore|hence|leaves|leaving|total)\b))",
+    r"[\s*_>-]*(?:note that\b|(?:this|that|these)\s+(?:is because|uses?|includes?|accounts? for|assumes?|covers?"
+    r"|takes into|comes from|follows from|agrees with|matches)\b)"
+    r"(?!.*(?:=|\b(?:so|thus|therefore|hence|leaves|leaving|total)\b))",
     re.IGNORECASE,
 )
 _BOLD_NUMBER = re.compile(r"\*\*[^*\n]{0,40}\d[^*\n]{0,40}\*\*")
