@@ -331,6 +331,21 @@ def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
         assert "must have the student's tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_problems_without_room_are_refused_or_skipped(command, run_file, tmp_path, capsys, caplog):
+    rows = [{"prompt": "say red", "answer": "red"}, {"prompt": "say blue " * 30, "answer": "blue"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = "data" if command == "sample" else "eval_data"
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    words = [command, str(run_file.parent / "model"), "--config", str(run_file), "--max-new-tokens", "8"]
+    words += ["--output", str(tmp_path / "out.jsonl")] if command == "sample" else []
+    words += ["--set", "trainer.rollout={cache_tokens: 64}", "--set"]
+    assert main([*words, f"{section}={json.dumps(data)}"]) == 2
+    assert "must fit rollout.cache_tokens (64)" in capsys.readouterr().err
+    main([*words, f"{section}={json.dumps(data | {'on_bad_row': 'skip'})}"])  # of a random model nothing may be kept
+    assert "skipped 1 of 2" in caplog.text and "must fit" not in capsys.readouterr().err
+
+
 def test_sample_takes_the_last_stage_s_sampling():
     import argparse
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +32,13 @@ class Samples(Protocol):
     def rollout(self) -> RolloutSettings | VLLMSettings | VLLMServerSettings:
         """The engine."""
         ...
+
+
+class SampledBy(NamedTuple):
+    """Settings of samples that no trainer draws."""
+
+    sampling: SamplingSettings
+    rollout: RolloutSettings | VLLMSettings | VLLMServerSettings
 
 
 def with_room(
