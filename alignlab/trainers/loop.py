@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +18,6 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
-from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.learner import Learner
 from alignlab.training.checkpoint import load_latest, save_checkpoint
@@ -63,7 +62,7 @@ class TrainResult:
     verdict: Verdict = field(default_factory=Verdict)
 
 
-class TrainingLoop(metaclass=NamedArguments):
+class TrainingLoop(ABC):
     """Runs `train_step` from the first or the resumed step to the last, and keeps what it makes.
 
     Args:
@@ -125,7 +124,7 @@ class TrainingLoop(metaclass=NamedArguments):
         """Whether there is held-out data."""
         return False
 
-    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
+    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027
         """Open what a trainer writes in its run folder, to be closed with `stack`; nothing by default."""
 
     def frozen(self) -> dict[str, str]:

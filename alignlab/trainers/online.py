@@ -34,7 +34,7 @@ from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
 from alignlab.trainers.ahead import Collected, CollectingVotes, RolloutsAhead, check_age
-from alignlab.trainers.arguments import check_callbacks, check_config
+from alignlab.trainers.arguments import NamedArguments, check_callbacks, check_config
 from alignlab.trainers.assemble import (
     Model,
     Reward,
@@ -73,7 +73,7 @@ from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout
 
 
-class OnlineTrainer(TrainingLoop):
+class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
     """Prompts -> rollouts -> rewards -> packs -> scores -> experience -> update -> sync, step by step.
 
     Args:
