@@ -17,7 +17,7 @@ class RenderSettings(Frozen):
     size: int | None = Field(None, ge=1)
     """Rows to take; default all (for a task, 1000)."""
     prompt_column: str = "prompt"
-    """A string, or a list of chat messages."""
+    """A string, or a list of chat messages: OpenAI's or ShareGPT's, also as the text that a table has for it."""
     system_prompt: str | None = None
     prompt_template: str | None = None
     """Text with `{prompt}` in it, put around a plain prompt."""

@@ -33,6 +33,18 @@ def forms_of(messages: Sequence[Message], *, fields_first: bool = False) -> Iter
         yield [_changed(message, chosen) for message in messages]
 
 
+def forms_of_tools(tools: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+    """Return tools as they are, and with and without a mapping `function` around each, which templates differ in."""
+    wrapped = [_wrapped_tool(tool) for tool in tools]
+    return [tools, wrapped, [tool["function"] for tool in wrapped]]
+
+
+def _wrapped_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(tool.get("function"), Mapping):
+        return dict(tool)
+    return {"type": "function", "function": {key: held for key, held in tool.items() if key != "type"}}
+
+
 def _changed(message: Message, changes: Sequence[Change]) -> dict[str, Any]:
     made = dict(message)
     for change in changes:

@@ -9,9 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.render import RenderSettings
+from alignlab.data.chat_forms import forms_of_tools
 from alignlab.data.chat_template import RESERVED_NAMES, ChatTemplate
 from alignlab.data.chat_text import with_chats
-from alignlab.data.content_check import fragments_of
+from alignlab.data.content_check import fragments_of, fragments_of_tools, missing
 from alignlab.data.lossless import LossCheck
 from alignlab.data.messages import BadRow, check_media, check_text, template_values_of, tools_of
 from alignlab.data.notices import Notices
@@ -20,6 +21,7 @@ from alignlab.data.special_text import SpecialText, unmarked, with_marks
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
 
+_QUESTION: tuple[Message, ...] = ({"role": "user", "content": "A question?"},)
 _SYSTEM_FIX = "give it as a message of the role system, or for all rows as the setting system_prompt"
 _MASK_FIX = "what is taught are the assistant's messages, but for those whose field weight is 0"
 _UNREAD_COLUMNS = {
@@ -57,9 +59,9 @@ class PromptRenderer:
         self._check_settings(has_template)
         self.notices = notices or Notices(settings.source)
         self._special = SpecialText(tokenizer)
-        self._tools: Sequence[Mapping[str, Any]] = settings.tools
         self._template = ChatTemplate(tokenizer, settings, self.notices) if self.chat else None
         self._values: dict[str, Any] = dict(settings.chat_template_kwargs)
+        self._tools: Sequence[Mapping[str, Any]] = self._known_form(settings.tools)
         if self._template is not None:
             self._template.check_values(self._values, settings.setting("chat_template_kwargs"))
 
@@ -126,8 +128,6 @@ class PromptRenderer:
                 )
             return own
         own._template = self._template.with_notices(own.notices)
-        if tools is not None:
-            own._tools = tools_of(tools)
         if values is not None:
             given = template_values_of(values)
             reserved = RESERVED_NAMES.intersection(given)
@@ -135,7 +135,22 @@ class PromptRenderer:
                 raise BadRow("wrong_type", f"has {min(reserved)!r} in 'chat_template_kwargs', which is given otherwise")
             own._values = self._values | given
             own._template.check_values(given, "the column 'chat_template_kwargs'")
+        if tools is not None:
+            own._tools = own._known_form(tools_of(tools))
         return own
+
+    def _known_form(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return tools in the form in which the chat template writes their names; as they are where it never does."""
+        if self._template is None or not tools:
+            return tools
+        for form in forms_of_tools(tools):
+            try:
+                text = self._render(_QUESTION, form, generation=True, continue_last=False)
+            except BadRow:
+                continue
+            if not missing(fragments_of_tools(tools), unmarked(text)):
+                return form
+        return tools
 
     def _say_unread(self, columns: Mapping[str, Any]) -> None:
         """Log once that a column which others' data have for the chat is not read."""

@@ -211,6 +211,22 @@ def test_a_call_is_written_with_or_without_its_wrapper(template, call):
     assert '[look_up{"word": "sky"}]' in taught_text(with_template(template), row)
 
 
+BARE_TOOL = {"name": "look_up", "description": "A word", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize("place", ["t.function", "t"])
+@pytest.mark.parametrize(
+    "tool", [BARE_TOOL, {"type": "function", **BARE_TOOL}, {"type": "function", "function": BARE_TOOL}]
+)
+@pytest.mark.parametrize("by_setting", [False, True])
+def test_a_tool_is_written_with_or_without_its_wrapper(place, tool, by_setting):
+    listed = f"[{{{{ {place}.name.strip() }}}}: {{{{ {place}.description }}}}]"
+    tokenizer = with_template("{% for t in tools or [] %}" + listed + "{% endfor %}" + CHATML)
+    given = {} if by_setting else {"tools": [tool]}
+    text = prompt_text(tokenizer, {"prompt": "hi", **given}, tools=(tool,) if by_setting else ())
+    assert text.startswith("[look_up: A word]")
+
+
 @pytest.mark.parametrize("name", ["parameters", "input", "args"])
 def test_arguments_under_another_name_are_the_call_s_arguments(name):
     call = {"name": "look_up", name: {"word": "sky"}}
