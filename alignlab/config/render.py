@@ -56,6 +56,16 @@ class RenderSettings(Frozen):
         return self
 
 
+class HeldOutSettings(RenderSettings):
+    """How held-out rows that a program has in memory become text and tokens."""
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return how the program gives one of them, with a value where one is advised."""
+        if value is None:
+            return f"eval_render_settings.{name}"
+        return f"eval_render_settings=RenderSettings({name}={value!r})"
+
+
 class FlagSettings(RenderSettings):
     """Settings that a command is given by its flags."""
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings, PathSettings
-from alignlab.config.render import RenderSettings
+from alignlab.config.render import HeldOutSettings, RenderSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
 from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
 from alignlab.data.prompts import load_prompts, prompts_from_rows
@@ -136,8 +136,16 @@ def given_held_out(
     if settings is None and train.source is None and not isinstance(dataset, str | Path | DataSettings):
         held_out = given_data(dataset, name=name, settings_name=settings_name)
         of_rows = all(isinstance(item, Mapping) for item in held_out.items)
-        return replace(held_out, settings=train.settings.model_copy(update={"size": None})) if of_rows else held_out
-    return given_data(dataset, settings, name=name, settings_name=settings_name)
+        return replace(held_out, settings=_named(train.settings) if of_rows else held_out.settings)
+    held_out = given_data(dataset, settings, name=name, settings_name=settings_name)
+    if held_out.source is not None:
+        return held_out
+    return replace(held_out, settings=_named(held_out.settings, size=held_out.settings.size))
+
+
+def _named(settings: RenderSettings, size: int | None = None) -> HeldOutSettings:
+    """Return the settings under the name that a program gives those of held-out rows."""
+    return HeldOutSettings(**_shared(settings) | {"size": size})
 
 
 def sampled_settings(settings: RenderSettings) -> RenderSettings:

@@ -97,6 +97,9 @@ def test_messages_name_settings_as_the_caller_gives_them(make_trainer: Make, tmp
     for given, named in ((str(path), f"DataSettings(path='{path}', max_prompt"), (settings, "data.max_prompt_tokens")):
         with pytest.raises(DataError, match=re.escape(named)):
             make_trainer("sft", given)
+    for how in ({}, {"eval_render_settings": RenderSettings(max_prompt_tokens=5)}):
+        with pytest.raises(DataError, match=r"eval_dataset: .*set eval_render_settings=RenderSettings\(on_bad_row"):
+            make_trainer("sft", ROWS, eval_dataset=[{"prompt": "q" * 2000, "completion": "a"}], **how)
 
 
 def test_a_string_prompt_can_be_fed_as_it_is(make_trainer: Make, tokenizer: Any) -> None:
