@@ -39,8 +39,16 @@ class NothingLearntError(AlignlabError):
         self.summary: dict[str, Any] = {}
 
 
+class DiskError(AlignlabError, OSError):
+    """A disk, a quota, a limit or a permission stops reading or writing. An `OSError` too, for callers that expect one."""
+
+
 class CheckpointError(AlignlabError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class MemoryLimitError(AlignlabError):
+    """The memory of the machine or of a device is used up."""
 
 
 class NumericsError(AlignlabError):
