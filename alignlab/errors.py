@@ -40,7 +40,7 @@ class NothingLearntError(AlignlabError):
 
 
 class DiskError(AlignlabError, OSError):
-    """A disk, a quota, a limit or a permission stops reading or writing. An `OSError` too, for callers that expect one."""
+    """A disk, a quota, a limit or a permission stops reading or writing. It is an `OSError` too, as callers expect."""
 
 
 class CheckpointError(AlignlabError):

@@ -25,7 +25,7 @@ from alignlab.errors import AlignlabError, DataError, DiskError, MemoryLimitErro
 _MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, EOFError, AssertionError,
 )  # fmt: skip
-"""What parsers raise for content that is not what it must be; `UnicodeDecodeError` and `JSONDecodeError` are among it."""
+"""What parsers raise for content that is not what it must be; `JSONDecodeError` and `UnicodeDecodeError` included."""
 _LIBRARIES = ("safetensors", "pyarrow", "sqlite3", "zipfile", "zlib", "gzip", "lzma", "yaml", "struct", "csv", "pickle")
 """Modules whose every error is about a file's content, or about reading and writing it."""
 _MAX_REASON = 300

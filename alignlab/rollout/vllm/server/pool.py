@@ -24,10 +24,10 @@ import httpx2
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.loop_thread import LoopThread
+from alignlab.rollout.task_groups import each, task_group
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.server.access import server_token
 from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
-from alignlab.rollout.vllm.server.groups import each, task_group
 from alignlab.rollout.vllm.server.handout import Handout, SentWeights
 from alignlab.rollout.vllm.server.identity import check_identity
 
