@@ -134,7 +134,7 @@ def start() -> Iterator[Callable[..., StandIn]]:
 @pytest.fixture
 def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ServerPool]]:
     """Pools of stand-ins that have been given weights."""
-    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "token")
+    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "a-token-of-the-tests")
     pools: list[ServerPool] = []
 
     def make(*servers: StandIn) -> ServerPool:

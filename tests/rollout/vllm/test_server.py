@@ -230,7 +230,7 @@ def test_a_trainer_that_differs_is_refused(
         make_engine(model, longer, settings)
     with pytest.raises(ConfigError, match="was started for all weights, and must be ready for an adapter of rank 4"):
         make_client(add_lora(make_model(DENSE), LoraSettings(rank=4)), settings.model_copy(update={"sync": "adapter"}))
-    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "another")
+    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "another-token-of-the-tests")
     with pytest.raises(ConfigError, match="does not take this run's token; set ALIGNLAB_SERVER_TOKEN"):
         make_client(model, settings)
 

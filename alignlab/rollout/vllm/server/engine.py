@@ -69,8 +69,9 @@ class VLLMServerEngine(ProvedEngine):
             raise
 
     def metrics(self) -> dict[str, float]:
-        """Servers alive now; so far, servers lost, servers that came back, requests asked again; the canary's gap."""
-        counts = {f"servers/{name}": float(self._pool.counts[name]) for name in ("lost", "returned", "reissued")}
+        """Servers alive now; so far, servers lost and back, requests asked again, faulty answers; the canary's gap."""
+        names = ("lost", "returned", "reissued", "faulty")
+        counts = {f"servers/{name}": float(self._pool.counts[name]) for name in names}
         return super().metrics() | {"servers/alive": float(len(self._pool.alive))} | counts
 
     def release(self) -> None:
