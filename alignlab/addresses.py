@@ -51,6 +51,11 @@ def leads_to_loopback(host: str) -> bool:
     return bool(numbers) and all(number is not None and number.is_loopback for number in numbers)
 
 
+def listens_beyond(host: str) -> bool:
+    """Return True if a server that listens at `host` can be reached from other machines; "any" can."""
+    return not is_loopback(host) and (_number(host) is not None or not leads_to_loopback(host))
+
+
 def must_bypass_proxies(host: str) -> bool:
     """Return True if proxies are set in the environment, and `host` is this machine: nothing for it is for a proxy."""
     return bool(getproxies()) and leads_to_loopback(host)

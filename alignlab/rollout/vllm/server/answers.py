@@ -63,15 +63,14 @@ def only_choice(told: Any, name: str) -> dict[str, Any]:
     return choices[0]
 
 
-def token_ids(choice: Mapping[str, Any], request: Request, vocab_size: int | None) -> tuple[int, ...]:
+def token_ids(choice: Mapping[str, Any], request: Request, vocab_size: int) -> tuple[int, ...]:
     """Return the tokens of a completion: of the vocabulary, and not more than were asked for."""
     ids = choice.get("token_ids")
     if not isinstance(ids, list) or not ids:
         raise FaultyAnswer("it gives no tokens")
     for token in ids:
-        if not _is_count(token) or (vocab_size is not None and token >= vocab_size):
-            size = "" if vocab_size is None else f" of {vocab_size} tokens"
-            raise FaultyAnswer(f"it gives the token {token!r:.40}, which is none of the vocabulary{size}")
+        if not _is_count(token) or token >= vocab_size:
+            raise FaultyAnswer(f"it gives the token {token!r:.40}, which is none of the {vocab_size} of the vocabulary")
     longest = request.params.get("max_tokens")
     if longest is not None and len(ids) > longest:
         raise FaultyAnswer(f"it gives {len(ids)} tokens, and at most {longest} were asked for")

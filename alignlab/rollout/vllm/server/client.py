@@ -41,6 +41,17 @@ def http_client(token: str) -> httpx2.AsyncClient:
     )  # fmt: skip
 
 
+async def is_healthy(address: str) -> bool:
+    """Return True if a server at an address says within `CONNECT_S` that it lives; no token is needed for it."""
+    async with httpx2.AsyncClient(headers=PLAIN, timeout=None, trust_env=False) as http:
+        try:
+            url = f"{address}/health"
+            reply = await exchange(http, "GET", url, deadline_s=CONNECT_S, max_bytes=_MAX_ABOUT_BYTES)
+        except (TimeoutError, TooLargeError, httpx2.HTTPError, httpx2.InvalidURL):
+            return False
+    return reply.status == OK
+
+
 class ServerLost(Exception):
     """A server does not answer as it should: what it was asked goes elsewhere."""
 
@@ -66,7 +77,7 @@ class VLLMServer:
     """
 
     def __init__(
-        self, address: str, http: httpx2.AsyncClient, *, timeout_s: float, token: str, vocab_size: int | None
+        self, address: str, http: httpx2.AsyncClient, *, timeout_s: float, token: str, vocab_size: int
     ) -> None:
         self.address = address.rstrip("/")
         self.alive = False

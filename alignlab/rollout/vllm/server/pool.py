@@ -33,6 +33,7 @@ from alignlab.rollout.vllm.server.identity import check_identity
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
+_MAX_VOCAB_SIZE = 2**24
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class ServerPool:
         self._servers = [
             VLLMServer(
                 address, self._http, timeout_s=settings.request_timeout_s, token=token,
-                vocab_size=identity.get("vocab_size"),
+                vocab_size=identity.get("vocab_size") or _MAX_VOCAB_SIZE,
             )
             for address in settings.servers
         ]  # fmt: skip
