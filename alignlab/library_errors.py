@@ -77,7 +77,7 @@ def writing(path: str | os.PathLike[str], what: str, *, fix: str | None = None) 
     except AlignlabError:
         raise
     except Exception as error:
-        if disk_number(error) is None and not isinstance(error, OSError):
+        if disk_number(error) is None and type(error) is not OSError:
             raise
         raise _disk_error(error, f"{what} cannot be written to {path}", Path(path), fix) from error
 
@@ -108,7 +108,7 @@ def reading(
         head, number = f"{what} cannot be read from {path}", disk_number(error)
         if number not in (None, errno.ENOENT):
             raise _disk_error(error, head, Path(path), None) from error
-        if number is None and not (_is_of_library(error) or isinstance(error, (OSError, *_MALFORMED))):
+        if number is None and not (type(error) is OSError or _is_of_library(error) or isinstance(error, _MALFORMED)):
             raise
         usual = _FIXES[errno.ENOENT] if number == errno.ENOENT else "copy it again, or write it again"
         raise kind(f"{head}: {reason(error)}; {fix or usual}") from error
@@ -136,7 +136,9 @@ def named(error: BaseException) -> AlignlabError | None:
 
 
 def disk_number(error: BaseException) -> int | None:
-    """Return the operating system's number of an error, also of one that a library tells in words alone."""
+    """Return the operating system's number of a file's error, also of one that a library tells in words alone."""
+    if isinstance(error, ConnectionError):
+        return None
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)

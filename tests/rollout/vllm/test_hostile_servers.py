@@ -197,7 +197,8 @@ def pickled() -> str:
     [
         None, 7, "", "!!!!", "AAAA", pickled(), base64.b64encode(pickle.dumps([])).decode(),
         in_numpys_format("(1000000, 1000000, 8)"), in_numpys_format("(-1, -1, 1)", b"  "),
-        in_numpys_format("(1,)", b"  "), in_numpys_format("(1, 1, 1)", b"\xfe\xff"), in_numpys_format("(1, 1, 1)", b" " * 4, "<f4"),
+        in_numpys_format("(1,)", b"  "), in_numpys_format("(1, 1, 1)", b"\xfe\xff"),
+        in_numpys_format("(1, 1, 1)", b" " * 4, "<f4"),
         in_numpys_format("(1, 1, 1)", b"\xff\xff\xff\x7f", "<i4"),
     ],
 )  # fmt: skip

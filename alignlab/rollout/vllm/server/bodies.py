@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import anyio
@@ -74,16 +74,18 @@ def nested_too_deeply(body: bytes) -> bool:
     if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
         return False
     try:
-        layer = [json.loads(body)]
+        containers = [json.loads(body)]
     except RecursionError:
         return True
     except ValueError:
         return False  # no JSON at all, as its endpoint will say
-    for _ in range(MAX_NESTING + 1):
-        layer = [
-            inner
-            for value in layer
-            if isinstance(value, list | dict)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-    return bool(layer)
+    for _ in range(MAX_NESTING):
+        inner = (value for outer in containers for value in _values(outer))
+        containers = [value for value in inner if isinstance(value, list | dict)]
+    return bool(containers)
+
+
+def _values(container: Any) -> Iterable[Any]:
+    if isinstance(container, dict):
+        return container.values()
+    return container if isinstance(container, list) else ()

@@ -15,28 +15,30 @@ HEAD_S = 20.0
 MAX_HEAD_BYTES = 64 * 2**10
 
 
-class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Uvicorn's protocol; ends a connection on which no request begins in time, or none of a bounded head.
+class BoundedHead:
+    """Mixed into a protocol of uvicorn's: ends a connection on which no request begins in time or within the size.
 
     It also ends one whose client goes on sending after its request was answered.
     """
 
+    cycle: Any
+    transport: Any
     _head_bytes = 0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a head."""
-        super().connection_made(transport)
+        super().connection_made(transport)  # type: ignore[misc]
         self._wait(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._stop_waiting()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
         """Count what belongs to no request that is being answered."""
-        super().data_received(data)
+        super().data_received(data)  # type: ignore[misc]
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
             return
@@ -54,6 +56,10 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class BoundedProtocol(BoundedHead, AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Uvicorn's usual protocol, bounded."""
 
 
 def use_bounded_connections() -> None:
