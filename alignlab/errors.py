@@ -47,6 +47,10 @@ class CheckpointError(AlignlabError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class DeadlineError(AlignlabError):
+    """What was waited for did not come in time; the message says for whom, and how long."""
+
+
 class MemoryLimitError(AlignlabError):
     """The memory of the machine or of a device is used up."""
 
