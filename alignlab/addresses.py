@@ -8,13 +8,15 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+HIDDEN = "***"
+"""In place of a secret."""
 _USER = re.compile(r"(?<=//)[^/?#]*@")
 _QUERY = re.compile(r"[?#].*", re.DOTALL)
 
 
 def redacted(url: str) -> str:
     """Return an address as messages may show it: without a user's name, password, query and fragment."""
-    return _QUERY.sub("?***", _USER.sub("***@", url))
+    return _QUERY.sub(f"?{HIDDEN}", _USER.sub(f"{HIDDEN}@", url))
 
 
 def secret_part(url: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import httpx2
 
-from alignlab.credentials import HIDDEN
+from alignlab.addresses import HIDDEN
 
 _MAX_ERROR_BYTES = 64 * 2**10
 _EXCERPT_CHARACTERS = 200

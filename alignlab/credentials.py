@@ -18,7 +18,6 @@ from alignlab.library_errors import writing
 MIN_TOKEN_CHARACTERS = 16
 _MAX_BYTES = 4096
 _NEW_TOKEN = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-HIDDEN = "***"
 
 
 def environment_key(variable: str, setting: str) -> SecretStr:

@@ -79,6 +79,17 @@ PUBLIC = {
     "load_reward_model",
     "run",
 }
+# Light modules for files, addresses and waits, which every part but the pure ones may import.
+FOUNDATIONS: dict[str, set[str]] = {
+    "addresses": set(),
+    "library_errors": {"errors"},
+    "file_lock": {"errors", "library_errors"},
+    "credentials": {"errors", "library_errors"},
+    "bounded_http": {"addresses"},
+}
+for _part in ("config", "models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
+    ALLOWED[_part] |= set(FOUNDATIONS)
+ALLOWED |= FOUNDATIONS
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")
 
 

@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 from alignlab.addresses import redacted, secret_part
 from alignlab.config.messages import BrokenRule
 
-HIDDEN = "***"
 _FIX = (
     "remove it: a judge's key belongs into the environment variable that judge.api_key_env names, the token of vLLM "
     "servers into ALIGNLAB_SERVER_TOKEN"

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.addresses import HIDDEN, check_address
+from alignlab.addresses import HIDDEN
+from alignlab.config.addresses import check_address
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
 from alignlab.config.model import Dtype
