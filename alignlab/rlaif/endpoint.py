@@ -16,7 +16,7 @@ from alignlab.bounded_http import OK, PLAIN, Reply, TooLargeError, excerpt, exch
 from alignlab.config.judge import EndpointJudge
 from alignlab.credentials import environment_key
 from alignlab.rlaif.chat_answers import choice_logprobs, completion_text, first_choice
-from alignlab.rlaif.chat_model import Conversation, Failure
+from alignlab.rlaif.chat_model import DOWN, Conversation, Failure
 from alignlab.rollout.loop_thread import LoopThread
 from alignlab.rollout.task_groups import each
 
@@ -28,11 +28,31 @@ _OF_EVERYBODY = (401, 403, 404)  # no key, no right, no such model
 _Answer = TypeVar("_Answer")
 
 
+class Outage:
+    """What is known of a server that may be down: after `limit` failures of its own in a row, it is asked no more."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._in_a_row = limit, 0
+        self._last = Failure("unreachable", "")
+
+    def note(self, answer: object) -> None:
+        """Count what became of a question."""
+        if isinstance(answer, Failure) and answer.kind in DOWN:
+            self._in_a_row, self._last = self._in_a_row + 1, answer
+        else:
+            self._in_a_row = 0
+
+    def failure(self) -> Failure | None:
+        """Return what becomes of a question that is not asked; None while it is to be asked."""
+        return self._last if self._in_a_row >= self._limit else None
+
+
 class EndpointChatModel:
     """Asks a server, many questions at a time; a request that may succeed later is sent again.
 
     Each attempt has `request_timeout_s` in all, from connecting to the last byte, and an answer has at most
-    `MAX_ANSWER_BYTES`. The wait before the next attempt is the server's `Retry-After` where that is longer, up to
+    `MAX_ANSWER_BYTES`. Where a server has answered none of many questions, the others of the call are not asked. The
+    wait before the next attempt is the server's `Retry-After` where that is longer, up to
     `MAX_RETRY_AFTER_S`. The key is never sent to a proxy on the way to this machine's own servers.
 
     Args:
@@ -45,7 +65,7 @@ class EndpointChatModel:
 
     def __init__(self, settings: EndpointJudge, *, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.identity = f"{settings.url} {settings.model} {settings.top_logprobs}"
-        self.num_retries = 0
+        self.num_retries, self._told = 0, False
         self._settings, self._transport = settings, transport
         self._address = f"{settings.url.rstrip('/')}/chat/completions"
         variable = settings.api_key_env
@@ -91,7 +111,7 @@ class EndpointChatModel:
         return [choice if isinstance(choice, Failure) else read(choice) for choice in choices]
 
     async def _ask_all(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | Failure]:
-        free = anyio.Semaphore(self._settings.max_concurrent)
+        free, down = anyio.Semaphore(self._settings.max_concurrent), Outage(2 * self._settings.max_concurrent)
         headers = PLAIN | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         async with httpx2.AsyncClient(
             headers=headers, timeout=None, transport=self._transport, trust_env=not self._bypasses_proxies
@@ -99,7 +119,9 @@ class EndpointChatModel:
 
             async def ask(request: dict[str, Any]) -> dict[str, Any] | Failure:
                 async with free:
-                    return await self._ask(http, request)
+                    answer = down.failure() or await self._ask(http, request)
+                    down.note(answer)
+                    return answer
 
             return await each(ask, requests)
 
@@ -114,6 +136,9 @@ class EndpointChatModel:
             answer, asked_wait_s = await self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
+            if not self._told:
+                self._told = True
+                logger.warning("%s; a question is asked up to %d times", answer.message, self._settings.max_attempts)
         return answer
 
     async def _send(

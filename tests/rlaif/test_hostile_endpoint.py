@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import time
@@ -127,6 +128,26 @@ def test_the_wait_that_a_server_asks_for_is_granted_within_bounds(monkeypatch: p
     )  # fmt: skip
     assert isinstance(told, Failure) and told.kind == "unreachable" and model.num_retries == 7
     assert waits == [7, 120, 2, 4, 120, 16, 32]
+
+
+def test_a_server_that_answers_nobody_is_not_asked_for_hours(caplog: pytest.LogCaptureFixture) -> None:
+    """And it is said at the first failure, not at the end."""
+    with hostile_server(always(response(b"", status="503 Busy"))) as server:
+        asked = EndpointJudge(url=f"{server.url}/v1", model="m", max_concurrent=2, max_attempts=2, retry_wait_s=0)
+        told = EndpointChatModel(asked).write([QUESTION] * 50, max_new_tokens=1, temperature=1, seed=0)
+    assert len(told) == 50 and all(isinstance(answer, Failure) and answer.kind == "unreachable" for answer in told)
+    assert 8 <= len(server.requests) <= 12  # four questions in a row, or those that were on their way
+    [record] = caplog.records
+    assert "answers with status 503" in record.getMessage() and "asked up to 2 times" in record.getMessage()
+
+
+def test_a_server_that_answers_some_is_asked_all() -> None:
+    answers = itertools.cycle([response(b"", status="503 Busy")] * 3 + [completion()])
+    with hostile_server(lambda server, request: [next(answers)]) as server:
+        asked = EndpointJudge(url=f"{server.url}/v1", model="m", max_concurrent=2, max_attempts=1)
+        told = EndpointChatModel(asked).write([QUESTION] * 20, max_new_tokens=1, temperature=1, seed=0)
+        assert len(server.requests) == 20
+    assert told.count("1") == 5
 
 
 def test_half_a_character_in_a_question_is_sent_as_json_has_it() -> None:

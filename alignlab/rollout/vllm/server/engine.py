@@ -103,6 +103,8 @@ class VLLMServerEngine(ProvedEngine):
 
     def _check_server(self, about: Mapping[str, Any]) -> None:
         """See that a server takes prompts as long and weights as this run sends them."""
+        if not {"context_tokens", "lora_rank"} <= about.keys():
+            raise ConfigError("a vLLM server does not tell its sizes; start it with this version of alignlab")
         longest = about["context_tokens"]
         if longest < self.context_tokens:
             raise ConfigError(
