@@ -84,7 +84,7 @@ def logprobs(choice: Mapping[str, Any], num_tokens: int) -> tuple[float, ...]:
     if not isinstance(steps, list) or len(steps) != num_tokens:
         count = len(steps) if isinstance(steps, list) else "no"
         raise FaultyAnswer(f"it gives {count} log-probabilities for {num_tokens} tokens")
-    values = [step.get("logprob") if isinstance(step, dict) else None for step in steps]
+    values: list[Any] = [step.get("logprob") if isinstance(step, dict) else None for step in steps]
     for value in values:
         if not _is_number(value) or value > _ROUNDING:
             raise FaultyAnswer(f"it gives the log-probability {value!r:.40}, and none is so")
@@ -109,6 +109,9 @@ def token_versions(choice: Mapping[str, Any], num_tokens: int) -> list[str]:
     spans = choice.get("weight_versions") or ()
     if not isinstance(spans, Sequence) or len(spans) > num_tokens:
         raise FaultyAnswer("it does not tell the version of the weights")
+    version: Any
+    start: Any
+    end: Any
     for span in spans:
         version, start, end = (span.get(key) if isinstance(span, dict) else None for key in ("version", "start", "end"))
         follows = _is_count(start) and _is_count(end) and start == len(versions) and start < end <= num_tokens
