@@ -98,11 +98,17 @@ def always(answer: bytes) -> Answer:
 
 
 def endless(head: bytes, piece: bytes, *, every_s: float = 0.0) -> Answer:
-    """An answer that never ends, as fast as it is read or a piece every so often."""
+    """An answer without an end, as fast as it is read or a piece every so often.
+
+    For a client that does not give up it breaks off after 30 s or 64 MiB.
+    """
 
     def answer(server: HostileServer, request: bytes) -> Iterator[bytes]:
         yield head
-        while not server.over.wait(every_s):
+        for _ in range(int(30 / every_s) if every_s else 2**26 // len(piece)):
+            if server.over.wait(every_s):
+                return
             yield piece
+        raise ConnectionAbortedError
 
     return answer
