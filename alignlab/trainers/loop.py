@@ -20,6 +20,7 @@ from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.learner import Learner
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.training.checkpoint import load_latest, save_checkpoint
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
@@ -83,6 +84,8 @@ class TrainingLoop(ABC):
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config)
+        self.identity.add_adapter(learner.model)
         self.title = type(self).__name__
         self.base_model = causal_lm(learner.model).config.name_or_path or None
         self.generate_options: tuple[str, ...] = ()
@@ -212,6 +215,7 @@ class TrainingLoop(ABC):
             base_model=self.base_model,
             use=self.use_of(result.model_path),
             verdict=result.verdict,
+            summary=self.identity.summary,
         )
 
     def use_of(self, path: Path) -> str | None:
@@ -321,6 +325,7 @@ class TrainingLoop(ABC):
                 "train_seconds": self.train_seconds,
                 "before": self.before and self.before.to_json(),
                 "signal": self.signal.state(),
+                "identity": self.identity.to_json(),
                 "learners": {role: learner.state() for role, learner in self.learners.items()},
                 "loop": self.state() if position is None else position,
             },
@@ -342,6 +347,9 @@ class TrainingLoop(ABC):
                 f"{checkpoint.path} was written by {checkpoint.state['trainer']}, not {type(self).__name__}; "
                 "resume with the configuration it was started with"
             )
+        self.identity.check(
+            checkpoint.state.get("identity"), path=checkpoint.path, step=checkpoint.step, say=self.is_main
+        )
         self.step = checkpoint.step
         self.train_seconds = checkpoint.state["train_seconds"]
         before = checkpoint.state["before"]

@@ -13,7 +13,7 @@ import pytest
 
 from alignlab.errors import CheckpointError, DataError
 from alignlab.rlaif.collecting import collect, finished
-from alignlab.rlaif.journal import Journal, write_rows
+from alignlab.training.journal import write_rows
 from alignlab.types import Prompt
 
 
@@ -78,7 +78,7 @@ def test_what_got_no_answer_is_asked_again(tmp_path: Path) -> None:
     done: list[int] = []
     assert [row["outcome"] for row in run(tmp_path, done, late_at=8)] == ["done", "done", "timeout", "done", "done"]
     assert [row["outcome"] for row in run(tmp_path, done)] == ["done"] * 5 and done == [5, 3, 8, 1, 7, 8]
-    assert [row["outcome"] for row in finished(PROMPTS, tmp_path)] == ["done"] * 5
+    assert [row["outcome"] for row in finished(PROMPTS, tmp_path, done=tmp_path)] == ["done"] * 5
 
 
 def test_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -87,20 +87,6 @@ def test_prompts_are_told_apart(tmp_path: Path) -> None:
     run(tmp_path, [], stop_at=3)
     with pytest.raises(CheckpointError, match="holds a row of another prompt 3"):
         run(tmp_path, [], prompts=[Prompt((1,), "q", index=3)])
-
-
-def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rank0.jsonl"
-    Journal(path).append([{"index": 1}, {"index": 2}])
-    with path.open("ab") as file:
-        file.write(b'{"index": 3, "va')
-    journal = Journal(path)
-    assert journal.rows == [{"index": 1}, {"index": 2}]
-    journal.append([{"index": 4}])
-    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [1, 2, 4]
-    path.write_text('{"index": 1}\nnonsense\n{"index": 2}\n')
-    with pytest.raises(DataError, match="line 2, is no JSON"):
-        Journal(path)
 
 
 def test_rows_are_written_whole(tmp_path: Path) -> None:
