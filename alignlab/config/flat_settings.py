@@ -26,9 +26,17 @@ def rule_of(owner: type[Frozen], field: str) -> OnResume:
     return own[-1] if own else owner.on_resume
 
 
-def fields_that(owner: type[Frozen], rule: OnResume) -> set[str]:
-    """Return the names of a class's fields that have a rule."""
-    return {name for name in owner.model_fields if rule_of(owner, name) is rule}
+def refused_settings(config: Frozen) -> dict[str, Any]:
+    """Return the settings that a resumed run may not change, by dotted name.
+
+    A stage's training (`trainer`) is left out: it is a run of its own.
+    """
+    settings = flat_settings(config).items()
+    return {
+        name: setting.value
+        for name, setting in settings
+        if setting.rule is OnResume.REFUSED and name.partition(".")[0] != "trainer"
+    }
 
 
 def flat_settings(config: Frozen, prefix: str = "") -> dict[str, Setting]:

@@ -1,4 +1,4 @@
-"""What a resumed run may change: each class of settings says it for its fields, and a field that differs says it itself.
+"""What a resumed run may change: each class of settings says it for its fields, and a field that differs for itself.
 
     class SamplingSettings(Frozen):
         on_resume = OnResume.REFUSED

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,12 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.base import Frozen
 from alignlab.config.constitution import load_constitution
-from alignlab.config.flat_settings import flat_settings
+from alignlab.config.flat_settings import refused_settings
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
-from alignlab.config.on_resume import OnResume
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
 from alignlab.config.run import EvaluationSettings
@@ -87,29 +84,8 @@ from alignlab.types import Prompt, Rollout, RolloutEngine
 _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
-_    def _before(self, path: Path) -> Evaluation | None:
-        """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
-        if path.exists():
-            try:
-                return evaluation_from_json(parse_sealed(path.read_bytes()))
-            except DamagedError as error:
-                messages.warning("%s is damaged (%s) or of an earlier version: it is measured again", path, error)
-        result = self._evaluate(self.model)
-        if result is not None:
-            self._keep_text(path, json.dumps(sealed(result.to_json())))
-        return result
-
- = "before.json"
+_BEFORE = "before.json"
 _IDENTITY = "identity.json"
-
-
-def _unchangeable(section: Frozen) -> dict[str, Any]:
-    """The settings that a resumed run may not change, a stage's training aside: it has a run of its own."""
-    return {
-        name: setting.value
-        for name, setting in flat_settings(section).items()
-        if setting.rule is OnResume.REFUSED and not name.startswith("trainer")
-    }
 
 
 class Stopped(Exception):
@@ -187,7 +163,7 @@ class RLAIFTrainer:
         identity.add_prompts(tokens, self.prompts, self.eval_prompts)
         identity.add_section("evaluation", self.evaluation)
         principles = digest_of_values([self.constitution.model_dump(mode="json")])
-        identity.add_content("constitution", principles, what="the constitution")
+        identity.add_content("constitution", principles, what="the constitution has changed")
         return identity
 
     def _check_adapter(self) -> None:
@@ -313,8 +289,8 @@ class RLAIFTrainer:
         told = {
             "constitution": self.constitution.model_dump(mode="json"),
             "model": digest_of_model(model),
-            "judge": _unchangeable(self.config.judge),
-            "settings": _unchangeable(settings),
+            "judge": refused_settings(self.config.judge),
+            "settings": refused_settings(settings),
             "seed": self.config.seed,
         }
         check_made_with(folder, told, writes=self.accelerator.is_main_process)
@@ -393,7 +369,18 @@ class RLAIFTrainer:
             raise Stopped(result)
         return result
 
-BEFORE
+    def _before(self, path: Path) -> Evaluation | None:
+        """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
+        if path.exists():
+            try:
+                return evaluation_from_json(parse_sealed(path.read_bytes()))
+            except DamagedError as error:
+                messages.warning("%s is damaged (%s) or of an earlier version: it is measured again", path, error)
+        result = self._evaluate(self.model)
+        if result is not None:
+            self._keep_text(path, json.dumps(sealed(result.to_json())))
+        return result
+
     def _evaluate(self, model: Any) -> EvaluationResult | None:
         if self.scorer is None or not self.eval_prompts:
             return None

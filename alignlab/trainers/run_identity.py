@@ -37,8 +37,8 @@ OWN = "trainer"
 TRAIN_ROWS, EVAL_ROWS = "train_rows", "eval_rows"
 NO_ROWS = "none"
 _CONTENTS = {
-    TRAIN_ROWS: "the training data (tokens, order, or columns such as answers)",
-    EVAL_ROWS: "the held-out data, on which the run was measured at its begin",
+    TRAIN_ROWS: "the training data has changed: its tokens, its order, or columns such as answers",
+    EVAL_ROWS: "the held-out data, on which the run was measured at its begin, has changed",
 }
 _ADAPTER = "peft_config"
 _OF_ADAPTERS = (
@@ -88,7 +88,7 @@ class RunIdentity:
         """Add what is compared by its digest.
 
         Args:
-            what: its description, for messages.
+            what: the sentence that says so where it is another.
         """
         self._contents[name] = Setting(digest, rule)
         if what is not None:
@@ -120,7 +120,7 @@ class RunIdentity:
             self.add_section(f"rewards.{number}", reward.settings)
             source = source_digest(reward.function)
             if source is not None:
-                what = f"the source of the reward {reward.name}"
+                what = f"the source of the reward {reward.name} has changed"
                 self.add_content(f"reward_source.{number}", source, rule=OnResume.RECORDED, what=what)
 
     def add_adapter(self, model: nn.Module) -> None:
@@ -212,7 +212,7 @@ class RunIdentity:
             and not (by_file and name.startswith(f"{_ADAPTER}."))  # the file says it in its own words
         ]
         return changes + [
-            Change(name, f"{self._descriptions[name]} {'are' if name.endswith('rows') else 'is'} other", content.rule)
+            Change(name, self._descriptions.get(name, f"{name} has changed"), content.rule)
             for name, content in self._contents.items()
             if saved["contents"].get(name, content.value) != content.value
         ]
