@@ -1,6 +1,6 @@
 """The manifest of a folder: size and SHA-256 of each file in it, and the run that made it.
 
-    {"format": 1, "run": "5f0c...", "files": {"config.json": {"bytes": 731, "sha256": "..."}, ...}, "sha256": "..."}
+    {"format": 3, "run": "5f0c...", "files": {"config.json": {"bytes": 731, "sha256": "..."}, ...}, "sha256": "..."}
 
 `sha256` is that of the manifest itself. It is written last: a folder with a manifest was finished.
 """
@@ -17,7 +17,7 @@ from alignlab.atomic_files import sha256_of
 
 MODEL_MANIFEST = "alignlab-manifest.json"
 """In the folder of a model, an adapter or a reward model."""
-FORMAT = 1
+FORMAT = 3
 
 
 def write_manifest(
@@ -62,7 +62,8 @@ def read_manifest(folder: Path, name: str = MODEL_MANIFEST) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
     for inside, written in files.items():
         path = PurePosixPath(inside)
-        if path.is_absolute() or ".." in path.parts or set(written) != {"bytes", "sha256"}:
+        whole = isinstance(written, dict) and set(written) == {"bytes", "sha256"}
+        if path.is_absolute() or ".." in path.parts or not whole:
             raise ValueError(f"{file} has an entry that no version writes: {inside}")
     return manifest
 

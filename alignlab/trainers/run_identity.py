@@ -60,14 +60,15 @@ class RunIdentity:
 
     Args:
         config: the trainer's section.
+        model: in training; what its adapter is, is part of the run.
 
     Attributes:
         prefix: how the user calls that section, for messages.
         changes: what earlier resumptions of the run have changed: {"step": ..., "changes": [...]} each.
     """
 
-    def __init__(self, config: Frozen) -> None:
-        self._settings = flat_settings(config, OWN)
+    def __init__(self, config: Frozen, model: nn.Module | None = None) -> None:
+        self._settings = flat_settings(config, OWN) | _adapter_settings(model)
         self._contents: dict[str, Setting] = {}
         self._descriptions = dict(_CONTENTS)
         self.prefix = "config"
@@ -122,13 +123,6 @@ class RunIdentity:
             if source is not None:
                 what = f"the source of the reward {reward.name} has changed"
                 self.add_content(f"reward_source.{number}", source, rule=OnResume.RECORDED, what=what)
-
-    def add_adapter(self, model: nn.Module) -> None:
-        """Add what the adapter in training is, where there is one."""
-        if isinstance(model, PeftModel):
-            config = model.peft_config[model.active_adapter]
-            values = {name: as_json(getattr(config, name, None)) for name in _OF_ADAPTERS}
-            self._settings |= {f"{_ADAPTER}.{name}": Setting(v, OnResume.REFUSED) for name, v in values.items()}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -219,6 +213,15 @@ class RunIdentity:
 
     def _called(self, name: str) -> str:
         return f"{self.prefix}{name.removeprefix(OWN)}" if name.startswith(f"{OWN}.") else name
+
+
+def _adapter_settings(model: nn.Module | None) -> dict[str, Setting]:
+    """What the adapter in training is; nothing where there is none."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config[model.active_adapter]
+    values = {name: as_json(getattr(config, name, None)) for name in _OF_ADAPTERS}
+    return {f"{_ADAPTER}.{name}": Setting(value, OnResume.REFUSED) for name, value in values.items()}
 
 
 def prompts_digest(prompts: Sequence[Prompt], tokens: str) -> str:
