@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ _SUFFIXES = ("", "-wal", "-shm")
 
 def answer_key(**told: Any) -> str:
     """The key of an answer: a digest of who is asked, what, and how."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json_digest(told)
 
 
 class AnswerStore:

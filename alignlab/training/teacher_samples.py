@@ -7,7 +7,6 @@ sampling, as in STaR (arXiv:2203.14465) and Llama 2 (arXiv:2307.09288, Sec. 3.2.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.special_text import unmarked
+from alignlab.digests import digest_of_values
 from alignlab.errors import ConfigError, DataError
 from alignlab.rollout.detokenizer import special_ids
 from alignlab.training.files import write_atomically
@@ -246,11 +246,7 @@ def plainly(render: PromptRenderer) -> PromptRenderer:
 
 def _digest(prompts: Sequence[Prompt]) -> str:
     """Of what the samples and their rewards depend on: each prompt's row, tokens and columns."""
-    found = hashlib.sha256()
-    for prompt in prompts:
-        told = (prompt.index, prompt.token_ids, prompt.text, sorted(prompt.columns.items()))
-        found.update(repr(told).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
+    return digest_of_values((p.index, p.token_ids, p.text, p.columns) for p in prompts)
 
 
 def _begun(file: IO[str], path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
