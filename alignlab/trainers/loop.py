@@ -223,6 +223,7 @@ class TrainingLoop(ABC):
         keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
+                self.check_weights("before the first step")
                 self.before = self._evaluate(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
@@ -261,6 +262,7 @@ class TrainingLoop(ABC):
     def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
         with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
             result = self.evaluate()
+        with self.agreed(f"writing the evaluation after step {self.step}"):  # if every rank has one
             if result is not None:
                 logger.log(self.step, result.metrics())
         return result
@@ -281,7 +283,7 @@ class TrainingLoop(ABC):
             keeper.copy_weights()
             metrics = self.train_step(step)
             with self.agreed(f"checking the weights after step {step}"):
-                self.check_weights(step)
+                self.check_weights(f"after step {step}")
             self.train_seconds += time.perf_counter() - start
             self.step = step
             last = step == self.config.num_steps
@@ -314,14 +316,17 @@ class TrainingLoop(ABC):
         for callback in self.callbacks:
             callback(self, self.step, metrics)
 
-    def check_weights(self, step: int) -> None:
+    def check_weights(self, when: str) -> None:
         """Raise if a weight in training is not finite.
+
+        Args:
+            when: that is, such as "after step 3".
 
         Raises:
             NumericsError: naming it.
         """
         weights = ((f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.trained.items())
-        check_finite(weights, f"the weights after step {step}")
+        check_finite(weights, f"the weights {when}")
 
     def _restore(self, folder: RunFolder) -> Checkpoint | None:
         """Take back the newest checkpoint and return it; None where the run stopped before its first."""
@@ -357,7 +362,7 @@ class TrainingLoop(ABC):
     def _save_model(self, folder: RunFolder) -> Path:
         path = folder.adapter if self.learner.has_adapters else folder.model
         with self.agreed("saving what was trained"):
-            self.check_weights(self.step)
+            self.check_weights(f"after step {self.step}")
             if self.is_main:
                 folder.renew()
                 with published(path, run_id=folder.run_id) as unfinished:
