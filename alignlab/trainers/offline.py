@@ -81,6 +81,7 @@ class OfflineTrainer(TrainingLoop):
         self.eval_examples: Sequence[Any] = () if held_out is None else self._fitting(held_out)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
+        self.identity.add_examples(digest, self.eval_examples)
 
     def make_learner(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,
@@ -137,9 +138,9 @@ class OfflineTrainer(TrainingLoop):
         start = time.perf_counter()
         rows = self.sampler.next()[self.accelerator.process_index :: self.accelerator.num_processes]
         packs = self.packs(rows)
+        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         with self.phase("update"):
             metrics = self.learner.update(packs, self.loss, self.weigh, measure=self.measure)
-        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 
     def state(self) -> dict[str, Any]:

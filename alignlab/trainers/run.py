@@ -101,6 +101,7 @@ class RunSummary:
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
+            "run": self.result.run_id,
             **self.result.verdict.to_json(),
             kind: str(self.result.model_path),
         }
@@ -145,6 +146,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         resume = resume and holds_run(folder)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
+    trainer.identity.add_run(config)
     if config.warm_start is None:
         trainer.base_model = config.model.name
     trainer.generate_options = generate_options(config.data)
@@ -226,6 +228,7 @@ def warm_start(
         model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
         render_settings=RenderSettings(on_bad_row=source.on_bad_row),
     )
+    trainer.identity.prefix = "warm_start.trainer"
     return trainer.train(resume=resume and holds_run(folder))
 
 
