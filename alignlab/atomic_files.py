@@ -8,6 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
+from alignlab.library_errors import writing
+
 READ_BYTES = 1 << 20
 TEMPORARY, REPLACED, REMOVED = "tmp", "replaced", "removed"
 """What follows a hidden name beside the one that is written: being written; the former content; about to be removed."""
@@ -36,10 +38,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`, through a temporary file beside it."""
+    """Replace `path` by `content`, through a temporary file beside it.
+
+    Raises:
+        DiskError: the disk, a limit or a permission.
+    """
     temporary = hidden_name(path, TEMPORARY)
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    publish(temporary, path)
+    with writing(path, "the file"):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -57,6 +57,7 @@ _PHRASES = {  # of errors that tell no number
     re.compile(r"disk i/o error", re.IGNORECASE): errno.EIO,
     re.compile(r"attempt to write a readonly database"): errno.EROFS,
     re.compile(r"unable to open database file"): errno.EACCES,
+    re.compile(r"database (table )?is locked"): errno.EBUSY,
 }
 
 
@@ -77,7 +78,7 @@ def writing(path: str | os.PathLike[str], what: str, *, fix: str | None = None) 
     except AlignlabError:
         raise
     except Exception as error:
-        if disk_number(error) is None and type(error) is not OSError:
+        if disk_number(error) is None:
             raise
         raise _disk_error(error, f"{what} cannot be written to {path}", Path(path), fix) from error
 

@@ -95,6 +95,7 @@ FOUNDATIONS: dict[str, set[str]] = {
 for _part in ("config", "models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
     ALLOWED[_part] |= set(FOUNDATIONS)
 ALLOWED |= FOUNDATIONS
+ALLOWED["atomic_files"] |= {"library_errors"}
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")
 
 

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from alignlab.atomic_files import publish, sha256_of, write_atomically
 from alignlab.errors import DataError
+from alignlab.library_errors import writing
 from alignlab.types import Rollout, message_text
 
 logger = logging.getLogger(__name__)
@@ -105,12 +106,13 @@ class RolloutStore:
         table = pa.Table.from_pylist(rows, schema=pa.schema(types.items()))
         path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
         temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(table, temporary, compression="zstd")
-        with self._sums.open("a") as file:  # before the file has its name: none is without a sum
-            file.write(_sum_line(path.name, sha256_of(temporary)))
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        with writing(path, "the rollouts"):
+            pq.write_table(table, temporary, compression="zstd")
+            with self._sums.open("a") as file:  # before the file has its name: none is without a sum
+                file.write(_sum_line(path.name, sha256_of(temporary)))
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
         return path
 
 
