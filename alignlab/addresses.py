@@ -46,10 +46,10 @@ def leads_to_loopback(host: str) -> bool:
     if _is_local_name(host):
         return True
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return False
-    numbers = [_number(one) for one in found]
+    numbers = [_number(address) for address in addresses]
     return bool(numbers) and all(number is not None and number.is_loopback for number in numbers)
 
 

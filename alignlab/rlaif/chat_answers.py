@@ -40,19 +40,19 @@ def completion_text(choice: Any) -> str | Failure:
     return text
 
 
-def choice_logprobs(choice: Any, choices: Sequence[str]) -> tuple[float, ...] | Failure:
+def choice_logprobs(answer: Any, choices: Sequence[str]) -> tuple[float, ...] | Failure:
     """Return the log-probability of each of `choices` as the first token, from the likeliest tokens that are told."""
     try:
-        likeliest = choice["logprobs"]["content"][0]["top_logprobs"]
-        told = [(one["token"], _logprob(one["logprob"])) for one in likeliest]
+        likeliest = answer["logprobs"]["content"][0]["top_logprobs"]
+        pairs = [(entry["token"], _logprob(entry["logprob"])) for entry in likeliest]
     except (LookupError, TypeError, ValueError, OverflowError):
         return Failure("unusable", "the server gives no log-probabilities (top_logprobs); use answers: sampled")
-    listed = [(token, value) for token, value in told if math.isfinite(value) and isinstance(token, str)]
-    found = [[value for token, value in listed if token.strip() == one] for one in choices]
-    if not any(found):
+    listed = [(token, value) for token, value in pairs if math.isfinite(value) and isinstance(token, str)]
+    by_choice = [[value for token, value in listed if token.strip() == choice] for choice in choices]
+    if not any(by_choice):
         return Failure("nonsense", f"none of {', '.join(choices)} is among the likeliest tokens {listed[:3]!r:.200}")
     least = min(value for _, value in listed)
-    return tuple(_total(values) if values else least for values in found)
+    return tuple(_total(values) if values else least for values in by_choice)
 
 
 def _logprob(value: Any) -> float:

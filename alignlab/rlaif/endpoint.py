@@ -29,7 +29,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Outage:
-    """What is known of a server that may be down: after `limit` failures of its own in a row, it is asked no more."""
+    """The state of a server that may be down: after `limit` failures of its own in a row, it is asked no more."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._in_a_row = limit, 0
@@ -65,7 +65,7 @@ class EndpointChatModel:
 
     def __init__(self, settings: EndpointJudge, *, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.identity = f"{settings.url} {settings.model} {settings.top_logprobs}"
-        self.num_retries, self._told = 0, False
+        self.num_retries, self._has_warned = 0, False
         self._settings, self._transport = settings, transport
         self._address = f"{settings.url.rstrip('/')}/chat/completions"
         variable = settings.api_key_env
@@ -136,8 +136,8 @@ class EndpointChatModel:
             answer, asked_wait_s = await self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
-            if not self._told:
-                self._told = True
+            if not self._has_warned:
+                self._has_warned = True
                 logger.warning("%s; a question is asked up to %d times", answer.message, self._settings.max_attempts)
         return answer
 

@@ -22,7 +22,7 @@ from alignlab.rollout.vllm.server import bodies, private_folders, uploads
 from alignlab.rollout.vllm.server.access import VARIABLE, TokenGuard
 from alignlab.rollout.vllm.server.asgi import Refusal, Scope
 from alignlab.rollout.vllm.server.bodies import MAX_NESTING, nested_too_deeply
-from alignlab.rollout.vllm.server.private_folders import PrivateFolder, private_folder, require_private
+from alignlab.rollout.vllm.server.private_folders import PrivateFolder, require_private, temporary_folder
 from alignlab.rollout.vllm.server.uploads import check_version, max_upload_bytes, received, routing_question
 from alignlab.rollout.vllm.server.wire import adapter_config
 
@@ -288,18 +288,18 @@ def test_folders_of_dead_processes_go_and_all_others_stay(place: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
-        stay = [place / f"alignlab-weights-{name}" for name in ("\u00b2-x", "1-x", "open")]
+        stay = [place / f"alignlab-weights-{name}" for name in ("\u00b2-x", "99999999-x", "12345678")]
         for path in stay:
             path.mkdir(mode=0o700)
-            path.chmod(0o755)
+        stay[-1].chmod(0o755)
         (place / "alignlab-weights-file").write_text("")
         (place / "alignlab-weights-link").symlink_to(stay[0])
         os.mkfifo(place / "alignlab-weights-fifo")
-        with private_folder(1) as own:
-            assert theirs.is_dir() and Path(own.name).is_dir()
+        with temporary_folder(1) as own:
+            assert theirs.is_dir() and Path(own).is_dir()
         other.kill()
-    assert theirs.is_dir() and not Path(own.name).exists()
-    with private_folder(1):
+    assert theirs.is_dir() and not Path(own).exists()
+    with temporary_folder(1):
         assert not theirs.exists()
         assert all(path.is_dir() for path in stay) and len(list(place.iterdir())) == 7
 
@@ -318,7 +318,7 @@ def test_a_folder_goes_with_its_last_reference_and_not_with_a_forked_child(place
 
 def test_without_room_it_is_said(place: Path) -> None:
     with pytest.raises(DiskError, match=r"weights of 931322574.62 GiB have no room in .*; free some space, or set TMP"):
-        private_folder(10**18)
+        temporary_folder(10**18)
 
 
 def test_weights_in_a_folder_that_others_can_enter_are_not_loaded(tmp_path: Path) -> None:

@@ -25,38 +25,38 @@ class FaultyAnswer(Exception):
     """A server tells something that cannot be so."""
 
 
-def checked_about(told: Any) -> dict[str, Any]:
+def checked_about(about: Any) -> dict[str, Any]:
     """Return what a server tells of itself."""
-    if not isinstance(told, dict):
+    if not isinstance(about, dict):
         raise FaultyAnswer("what it tells of itself is no object")
     for name, kinds in _ABOUT.items():
-        value = told.get(name, ...)
+        value = about.get(name, ...)
         if not isinstance(value, kinds) or (kinds == (int, float) and not _is_number(value)):
             raise FaultyAnswer(f"what it tells of itself has no {name} that it could have")
     for name in ("context_tokens", "lora_rank"):  # which only some callers look at
-        if name in told and not (_is_count(told[name]) and told[name] < 2**62):
+        if name in about and not (_is_count(about[name]) and about[name] < 2**62):
             raise FaultyAnswer(f"what it tells of itself has no {name} that it could have")
-    if told["version"] is not None and not _VERSION.fullmatch(told["version"]):
+    if about["version"] is not None and not _VERSION.fullmatch(about["version"]):
         raise FaultyAnswer("its weights have no version that a run gives")
-    return told
+    return about
 
 
-def checked_digests(told: Any) -> dict[str, str]:
+def checked_digests(answer: Any) -> dict[str, str]:
     """Return the digest of each tensor that arrived."""
-    digests = told.get("arrived") if isinstance(told, dict) else None
+    digests = answer.get("arrived") if isinstance(answer, dict) else None
     if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
         raise FaultyAnswer("it does not tell what arrived of the weights")
     return digests
 
 
-def only_choice(told: Any, name: str) -> dict[str, Any]:
+def only_choice(answer: Any, name: str) -> dict[str, Any]:
     """Return the completion in the answer to the request called `name`, which is for one."""
-    if not isinstance(told, dict):
+    if not isinstance(answer, dict):
         raise FaultyAnswer("its answer is no object")
-    named = _NAME.search(str(told.get("request_id", "")))
+    named = _NAME.search(str(answer.get("request_id", "")))
     if named is not None and named[0] != name:
         raise FaultyAnswer(f"it answers another request ({named[0]}) than it was asked ({name})")
-    choices = told.get("choices")
+    choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         count = len(choices) if isinstance(choices, list) else "no"
         raise FaultyAnswer(f"it gives {count} completions for a request of one")
@@ -79,8 +79,8 @@ def token_ids(choice: Mapping[str, Any], request: Request, vocab_size: int) -> t
 
 def logprobs(choice: Mapping[str, Any], num_tokens: int) -> tuple[float, ...]:
     """Return the log-probability of each token, finite and at most 0."""
-    told = choice.get("logprobs")
-    steps = told.get("content") if isinstance(told, dict) else None
+    recorded = choice.get("logprobs")
+    steps = recorded.get("content") if isinstance(recorded, dict) else None
     if not isinstance(steps, list) or len(steps) != num_tokens:
         count = len(steps) if isinstance(steps, list) else "no"
         raise FaultyAnswer(f"it gives {count} log-probabilities for {num_tokens} tokens")
@@ -119,7 +119,7 @@ def token_versions(choice: Mapping[str, Any], num_tokens: int) -> list[str]:
             raise FaultyAnswer("it does not tell the version of each token's weights")
         versions += [version] * (end - start)
     if len(versions) != num_tokens:
-        raise FaultyAnswer(f"it told the weights' version of {len(versions)} tokens of {num_tokens}")
+        raise FaultyAnswer(f"it tells the weights' version of {len(versions)} tokens of {num_tokens}")
     return versions
 
 

@@ -22,7 +22,8 @@ from alignlab.rollout.vllm.server.access import SERVED_NAME, UPLOAD_PATH, VARIAB
 from alignlab.rollout.vllm.server.answers import FaultyAnswer
 from alignlab.rollout.vllm.server.uploads import upload_deadline_s
 
-CONNECT_S = 5.0
+CONNECT_S, REQUEST_S = 5.0, 600.0
+MAX_VOCAB_SIZE = 2**24
 _IDLE_S = 2.0  # servers close connections that are idle for 5 s
 _CHUNK = 2**20
 _ROUTED = "routed_experts"
@@ -63,6 +64,13 @@ class ServerFaulty(ServerLost):
 class VLLMServer:
     """One server.
 
+    Args:
+        address: http://HOST:PORT.
+        http: sends the requests, each with the token.
+        timeout_s: for a request in all.
+        token: not to be shown where a server repeats it.
+        vocab_size: token ids are below it.
+
     Attributes:
         address: http://HOST:PORT.
         alive: whether requests go to it.
@@ -77,7 +85,8 @@ class VLLMServer:
     """
 
     def __init__(
-        self, address: str, http: httpx2.AsyncClient, *, timeout_s: float, token: str, vocab_size: int
+        self, address: str, http: httpx2.AsyncClient, *, timeout_s: float = REQUEST_S, token: str = "",
+        vocab_size: int = MAX_VOCAB_SIZE,
     ) -> None:
         self.address = address.rstrip("/")
         self.alive = False
@@ -98,9 +107,9 @@ class VLLMServer:
             ServerLost: it cannot be reached, or tells what cannot be so.
             ConfigError: what answers is no server of ours, or it knows another token.
         """
-        told = await self._ask("GET", "/alignlab/about", deadline_s=CONNECT_S, max_bytes=_MAX_ABOUT_BYTES)
+        answer = await self._ask("GET", "/alignlab/about", deadline_s=CONNECT_S, max_bytes=_MAX_ABOUT_BYTES)
         with _believed():
-            about = answers.checked_about(told)
+            about = answers.checked_about(answer)
         self.records_routing = about["records_routing"]
         return about
 
@@ -126,12 +135,12 @@ class VLLMServer:
         """
         with reading(path, "the weights for vLLM's servers", RolloutError):
             num_bytes = path.stat().st_size
-        told = await self._ask(
+        answer = await self._ask(
             "PUT", f"{UPLOAD_PATH}{version}", content=_chunks(path), headers={"Content-Length": str(num_bytes)},
             deadline_s=self._timeout_s + upload_deadline_s(num_bytes), max_bytes=_MAX_DIGESTS_BYTES,
         )  # fmt: skip
         with _believed():
-            return answers.checked_digests(told)
+            return answers.checked_digests(answer)
 
     async def complete(
         self, request: Request, name: str, *, adapter: bool, exact: bool, sparse_layers: list[int]
@@ -156,34 +165,36 @@ class VLLMServer:
         limits: dict[str, Any] = {
             "deadline_s": self._timeout_s, "max_bytes": _max_answer_bytes(request, sparse_layers),
         }  # fmt: skip
-        told = await self._ask("POST", "/inference/v1/generate", json=body, **limits)
+        answer = await self._ask("POST", "/inference/v1/generate", json=body, **limits)
         with _believed():
-            choice = answers.only_choice(told, name)
+            choice = answers.only_choice(answer, name)
             finish_reason = choice.get("finish_reason")
             if finish_reason not in ("stop", "length"):
                 raise ServerLost(f"it gave a request up ({finish_reason!r:.40})")
             ids = answers.token_ids(choice, request, self._vocab_size)
             versions = [weights] * len(ids) if adapter else answers.token_versions(choice, len(ids))
             _check_versions(versions, weights, exact=exact)
-            num_tokens = len(request.token_ids) + len(ids)
+            num_tokens, routing = len(request.token_ids) + len(ids), None
+            if sparse_layers:
+                routing = await self._routing(answer, choice, num_tokens, sparse_layers, limits)
             return Answer(
                 token_ids=ids,
                 logprobs=answers.logprobs(choice, len(ids)),
                 finish_reason=finish_reason,
                 stop_text=answers.stop_text(choice, request),
                 policy_versions=tuple(int(version.split("-")[1]) for version in versions),
-                routing=await self._routing(told, choice, num_tokens, sparse_layers, limits) if sparse_layers else None,
+                routing=routing,
             )
 
     async def _routing(
-        self, told: Mapping[str, Any], choice: Mapping[str, Any], num_tokens: int, layers: list[int],
+        self, answer: Mapping[str, Any], choice: Mapping[str, Any], num_tokens: int, layers: list[int],
         limits: Mapping[str, Any],
     ) -> Tensor:
         text = choice.get(_ROUTED)
         if self.records_routing:
-            asked = {"name": told.get("request_id"), "layers": layers}
-            kept = await self._ask("POST", "/alignlab/routing", json=asked, **limits)
-            text = kept.get(_ROUTED)
+            asked = {"name": answer.get("request_id"), "layers": layers}
+            record = await self._ask("POST", "/alignlab/routing", json=asked, **limits)
+            text = record.get(_ROUTED)
         return answers.expert_choices(text, num_tokens, layers=layers, of_all_layers=not self.records_routing)
 
     async def _ask(
@@ -206,12 +217,12 @@ class VLLMServer:
         if reply.status != OK:
             raise self._failure(path, reply)
         try:
-            told = reply.json()
+            answer = reply.json()
         except ValueError as error:
             raise ServerFaulty(f"its answer is no JSON: {reply.excerpt(self._token)!r}") from error
-        if not isinstance(told, dict):
+        if not isinstance(answer, dict):
             raise ServerFaulty(f"its answer is no object: {reply.excerpt(self._token)!r}")
-        return told
+        return answer
 
     async def _send(self, method: str, path: str, until: float, **options: Any) -> Reply:
         """A request that breaks off is sent again once: the server may have closed an idle connection just then."""

@@ -86,7 +86,7 @@ class Handout:
 
     async def _require_ours(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
         """See that nobody else is using a server."""
-        until, told = time.monotonic() + self._settings.reconnect_s, False
+        until, has_said_so = time.monotonic() + self._settings.reconnect_s, False
         while (held := about["version"]) is not None and held.partition("-")[0] != self._run:
             if not first:
                 raise RolloutError(
@@ -100,8 +100,8 @@ class Handout:
                     f"the server {server.address} was used by another run {about['idle_s']:.0f} s ago; end that run, "
                     "or name other servers in trainer.rollout.servers"
                 )
-            if not told:
-                told = True
+            if not has_said_so:
+                has_said_so = True
                 logger.warning(
                     "waiting up to %g s for the server %s, which another run uses", self._settings.reconnect_s,
                     server.address,

@@ -26,14 +26,13 @@ from alignlab.rollout.loop_thread import LoopThread
 from alignlab.rollout.task_groups import each, task_group
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.server.access import server_token, warn_of_open_ways
-from alignlab.rollout.vllm.server.client import ServerFaulty, ServerLost, VLLMServer, http_client
+from alignlab.rollout.vllm.server.client import MAX_VOCAB_SIZE, ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.server.handout import Handout, SentWeights
 from alignlab.rollout.vllm.server.identity import check_identity
 
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
-_MAX_VOCAB_SIZE = 2**24
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
 
@@ -69,7 +68,7 @@ class ServerPool:
         self._servers = [
             VLLMServer(
                 address, self._http, timeout_s=settings.request_timeout_s, token=token,
-                vocab_size=identity.get("vocab_size") or _MAX_VOCAB_SIZE,
+                vocab_size=identity.get("vocab_size") or MAX_VOCAB_SIZE,
             )
             for address in settings.servers
         ]  # fmt: skip

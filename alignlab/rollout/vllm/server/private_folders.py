@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -12,19 +13,20 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from alignlab.errors import DiskError, RolloutError
 from alignlab.library_errors import writing
 
 _IN_MEMORY = Path("/dev/shm")
 _PREFIX = "alignlab-weights-"
+_NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")  # as tempfile makes them
 _SPARE = 1.2
 _MAX_TRIES = 100
 
 
 class PrivateFolder:
-    """A new folder of this user's alone, of a random name, that goes with `cleanup` or after its process.
+    """A new folder of this user's alone, of a random name, that goes with `cleanup` or after its process; used as
+    `tempfile.TemporaryDirectory` is.
 
     The folder is locked for as long as the process lives, whatever its number in whichever namespace: what other
     processes of this user find unlocked was left by one that died.
@@ -47,8 +49,8 @@ class PrivateFolder:
         """Remove the folder and all in it; a second call does nothing."""
         self._finalizer()
 
-    def __enter__(self) -> Self:
-        return self
+    def __enter__(self) -> str:
+        return self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -73,7 +75,7 @@ def require_private(path: Path) -> None:
         raise RolloutError(f"{path} must be in a folder of this user's alone, and others may have written it")
 
 
-def private_folder(num_bytes: int = 0) -> PrivateFolder:
+def temporary_folder(num_bytes: int = 0) -> PrivateFolder:
     """Return a new folder in memory where there is room, and else in the usual temporary folder; those that this user's
     dead processes left are removed.
 
@@ -98,7 +100,7 @@ def private_folder(num_bytes: int = 0) -> PrivateFolder:
 
 def _remove_left(place: Path) -> None:
     """Remove this user's folders that no living process has locked; others' are left alone."""
-    for path in place.glob(f"{_PREFIX}*"):
+    for path in filter(lambda path: _NAME.fullmatch(path.name), place.glob(f"{_PREFIX}*")):
         with suppress(OSError):  # another's, or another process removes it
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

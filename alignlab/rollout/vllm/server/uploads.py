@@ -13,7 +13,7 @@ import anyio
 from alignlab.errors import DiskError
 from alignlab.library_errors import writing
 from alignlab.rollout.vllm.server.asgi import Refusal, Scope, declared_length
-from alignlab.rollout.vllm.server.private_folders import PrivateFolder, private_folder
+from alignlab.rollout.vllm.server.private_folders import PrivateFolder, temporary_folder
 
 FILE_NAME = "adapter_model.safetensors"
 """Of what was received; the name that vLLM looks for in an adapter's folder."""
@@ -66,7 +66,7 @@ async def received(request: Upload, *, max_bytes: int) -> PrivateFolder:
     if length > max_bytes:
         raise Refusal(413, f"weights of this model have at most {max_bytes:,} bytes, and {length:,} are sent")
     try:
-        folder = private_folder(length)
+        folder = temporary_folder(length)
     except DiskError as error:
         raise Refusal(507, str(error)) from error
     try:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignlab.library_errors import writing
-from alignlab.rollout.vllm.server.private_folders import private_folder
+from alignlab.rollout.vllm.server.private_folders import temporary_folder
 
 _ADAPTER = "adapter_config"
 _MAX_CONFIG_CHARACTERS = 2**20
@@ -30,8 +30,8 @@ def weights_file(tensors: Mapping[str, Tensor], adapter: Mapping[str, Any] | Non
     """A file of tensors and, for an adapter's, its PEFT config; gone afterwards."""
     told = {"format": "pt"} | ({} if adapter is None else {_ADAPTER: json.dumps(dict(adapter), default=list)})
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with private_folder(size) as folder:
-        path = Path(folder.name) / "weights.safetensors"
+    with temporary_folder(size) as folder:
+        path = Path(folder) / "weights.safetensors"
         with writing(path, "the weights for vLLM's servers"):
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=told)
         yield path
