@@ -22,7 +22,7 @@ from alignlab.rollout.task_groups import each
 
 logger = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 4 * 2**20
-MAX_RETRY_AFTER_S = 120.0
+MAX_WAIT_S = 120.0
 _TOO_MANY, _SERVER_FAULT, _FAULT = 429, 500, 400
 _OF_EVERYBODY = (401, 403, 404)  # no key, no right, no such model
 _Answer = TypeVar("_Answer")
@@ -53,7 +53,7 @@ class EndpointChatModel:
     Each attempt has `request_timeout_s` in all, from connecting to the last byte, and an answer has at most
     `MAX_ANSWER_BYTES`. Where a server has answered none of many questions, the others of the call are not asked. The
     wait before the next attempt is the server's `Retry-After` where that is longer, up to
-    `MAX_RETRY_AFTER_S`. The key is never sent to a proxy on the way to this machine's own servers.
+    `MAX_WAIT_S`. The key is never sent to a proxy on the way to this machine's own servers.
 
     Args:
         settings: the server, and how patiently it is asked.
@@ -132,7 +132,7 @@ class EndpointChatModel:
         for attempt in range(self._settings.max_attempts):
             if attempt:
                 self.num_retries += 1
-                await anyio.sleep(max(self._settings.retry_wait_s * 2 ** (attempt - 1), asked_wait_s))
+                await anyio.sleep(max(self._wait_s(attempt), asked_wait_s))
             answer, asked_wait_s = await self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
@@ -140,6 +140,11 @@ class EndpointChatModel:
                 self._has_warned = True
                 logger.warning("%s; a question is asked up to %d times", answer.message, self._settings.max_attempts)
         return answer
+
+    def _wait_s(self, attempt: int) -> float:
+        """Return the wait before a further attempt, 1 or more: doubled each time, up to `MAX_WAIT_S`."""
+        first = self._settings.retry_wait_s
+        return max(first, min(first * 2.0 ** min(attempt - 1, 30), MAX_WAIT_S))
 
     async def _send(
         self, http: httpx2.AsyncClient, request: dict[str, Any]
@@ -160,7 +165,7 @@ class EndpointChatModel:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             why = excerpt(str(error).encode(errors="replace"), self._key)
             return Failure("unreachable", f"{self._address} cannot be reached: {why}"), 0.0
-        return self._read(reply), retry_after(reply.headers, longest_s=MAX_RETRY_AFTER_S)
+        return self._read(reply), retry_after(reply.headers, longest_s=MAX_WAIT_S)
 
     def _read(self, reply: Reply) -> dict[str, Any] | Failure:
         """The only choice of an answer; a Failure where the answer has another status, or is no completion."""
