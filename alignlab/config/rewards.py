@@ -7,11 +7,13 @@ from typing import Any
 from pydantic import Field
 
 from alignlab.config.base import Frozen
+from alignlab.config.on_resume import OnResume
 
 
 class RewardSettings(Frozen):
     """One reward function."""
 
+    on_resume = OnResume.REFUSED
     name: str
     """An installed plug-in's name, the local folder of a reward model, `package.module.function`, or
     `file.py:function`."""
@@ -23,6 +25,7 @@ class RewardSettings(Frozen):
 class RewardLimits(Frozen):
     """What a run survives of failing rewards."""
 
+    on_resume = OnResume.MAY_CHANGE
     time_limit_s: float = Field(30.0, gt=0)
     """For one call on a whole batch."""
     max_failures: int = Field(10, ge=0)

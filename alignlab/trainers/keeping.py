@@ -142,6 +142,7 @@ class StepKeeper:
             "before": loop.before and loop.before.to_json(),
             "evaluation_due": loop.evaluation_due,
             "metrics": self._logger.state(),
+            "identity": loop.identity.to_json(),
             "learners": {
                 role: {**whole.state["learners"][role], "frozen": learner.frozen_fingerprint()}
                 for role, learner in loop.learners.items()

@@ -24,6 +24,7 @@ from alignlab.trainers.keeping import StepKeeper
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
 from alignlab.trainers.result import TrainResult
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.training.checkpoint import Checkpoint, load_latest
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
@@ -65,6 +66,7 @@ class TrainingLoop(ABC):
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config, learner.model)
         self.title = type(self).__name__
         self.base_model = causal_lm(learner.model).config.name_or_path or None
         self.generate_options: tuple[str, ...] = ()
@@ -221,6 +223,7 @@ class TrainingLoop(ABC):
             use=self.use_of(result.model_path),
             verdict=result.verdict,
             run_id=result.run_id,
+            summary=self.identity.summary,
         )
 
     def use_of(self, path: Path) -> str | None:
@@ -329,6 +332,7 @@ class TrainingLoop(ABC):
                 f"{checkpoint.path} was written by {state['trainer']}, not {type(self).__name__}; "
                 "resume with the configuration it was started with"
             )
+        self.identity.check(state.get("identity"), path=checkpoint.path, step=checkpoint.step, say=self.is_main)
         self.step, self.train_seconds = checkpoint.step, state["train_seconds"]
         self.before = state["before"] and evaluation_from_json(state["before"])
         self.evaluation_due = state["evaluation_due"]

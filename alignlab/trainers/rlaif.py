@@ -5,6 +5,7 @@ both orders, and direct RLAIF. Online AI feedback (arXiv:2402.04792). Each stage
 resumed run goes on in the middle of the one that was stopped:
 
 <output_dir>/
+    identity.json, before.json (held-out accuracy)
     revision/   revisions.jsonl (prompt, completion), rank*.jsonl (all that was written), sft/ (a run), model/ (merged)
     labels/     preferences.jsonl (prompt, chosen, rejected, probability), report.json, rank*.jsonl (all judged)
     reward/     a run
@@ -28,7 +29,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.constitution import load_constitution
-from alignlab.config.judge import HOW_IT_IS_REACHED, ModelJudge
+from alignlab.config.flat_settings import refused_settings
+from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
@@ -44,12 +46,13 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
+from alignlab.data.sequences import digest_of
+from alignlab.digests import DamagedError, digest_of_values, parse_sealed, sealed
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
 from alignlab.models.saving import published
 from alignlab.rlaif.collecting import check_made_with, collect, finished
-from alignlab.rlaif.journal import write_rows
 from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge, shares_base
 from alignlab.rlaif.labels import judge_pairs, preferences
@@ -70,9 +73,11 @@ from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import choose_scorer
 from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
 from alignlab.training.files import write_atomically
+from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.training.report import RunReport, write_report
@@ -83,6 +88,7 @@ _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
 _BEFORE = "before.json"
+_IDENTITY = "identity.json"
 
 
 class Stopped(Exception):
@@ -149,10 +155,20 @@ class RLAIFTrainer:
         )
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = self._make_identity()
         self.title = type(self).__name__
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
         self._run_id: str | None = None  # on rank 0, while it runs
+
+    def _make_identity(self) -> RunIdentity:
+        identity = RunIdentity(self.config)
+        tokens = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
+        identity.add_prompts(tokens, self.prompts, self.eval_prompts)
+        identity.add_section("evaluation", self.evaluation)
+        principles = digest_of_values([self.constitution.model_dump(mode="json")])
+        identity.add_content("constitution", principles, what="the constitution has changed")
+        return identity
 
     def _check_adapter(self) -> None:
         if has_adapters(self.model):
@@ -185,11 +201,16 @@ class RLAIFTrainer:
         """
         rank = self.accelerator.process_index
         with ExitStack() as stack:
-            with RankAgreement(self.accelerator)("opening the run's folder"):
+            agreed = RankAgreement(self.accelerator)
+            with agreed("opening the run's folder"):
                 folder = stack.enter_context(
                     RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
                 )
             self._run_id = folder.run_id
+            with agreed("comparing the settings with those of the run"):
+                self.identity.check_file(folder.path / _IDENTITY, resume=resume, say=rank == 0)
+            if rank == 0:
+                self.identity.write_file(folder.path / _IDENTITY)
             before = self._before(folder.path / _BEFORE)
             try:
                 result = self._run_stages(folder.path)
@@ -239,7 +260,7 @@ class RLAIFTrainer:
             copy.deepcopy(self.model), self._section(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
             peft_config=self.peft_config, callbacks=self.callbacks, render_settings=self._stage_settings,
         )
-        result = self._train(trainer)
+        result = self._train(trainer, "revision.trainer")
         trained = trainer.learner.model
         self._trained = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
         self._trained.eval().requires_grad_(True)
@@ -282,14 +303,14 @@ class RLAIFTrainer:
         told = {
             "constitution": self.constitution.model_dump(mode="json"),
             "model": digest_of_model(model),
-            "judge": self.config.judge.model_dump(mode="json", exclude=HOW_IT_IS_REACHED),
-            "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
+            "judge": refused_settings(self.config.judge),
+            "settings": refused_settings(settings),
             "seed": self.config.seed,
         }
         check_made_with(folder, told, writes=self.accelerator.is_main_process)
         prompts = self.prompts[: settings.num_prompts]
         if kept.exists():
-            return finished(prompts, folder)
+            return finished(prompts, folder, done=kept)
         engine: list[RolloutEngine] = []
         sampling = settings.sampling.params(n=group, seed=self.config.seed)
 
@@ -319,7 +340,7 @@ class RLAIFTrainer:
             tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
             render_settings=self._stage_settings,
         )
-        return self._train(trainer).model_path
+        return self._train(trainer, "reward").model_path
 
     def _train_policy(
         self, config: TrainerConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]], reward: Path | None
@@ -335,7 +356,7 @@ class RLAIFTrainer:
         else:
             section = self._section(config, folder)
             trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
-        result = self._train(trainer)
+        result = self._train(trainer, "policy")
         self._trained = trainer.learner.model
         return result
 
@@ -354,9 +375,10 @@ class RLAIFTrainer:
         assert isinstance(self.judge, PromptedJudge)
         return replace(self.judge, model=chat_model(settings, model, self.tokenizer))
 
-    def _train(self, trainer: OfflineTrainer | OnlineTrainer) -> TrainResult:
+    def _train(self, trainer: OfflineTrainer | OnlineTrainer, section: str) -> TrainResult:
         trainer.title = f"{self.title}: {type(trainer).__name__}"
         trainer.part_of = self._run_id
+        trainer.identity.prefix = f"{self.identity.prefix}.{section}"
         result = trainer.train(resume=holds_run(trainer.config.output_dir))
         if result.interrupted:
             raise Stopped(result)
@@ -365,10 +387,13 @@ class RLAIFTrainer:
     def _before(self, path: Path) -> Evaluation | None:
         """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
         if path.exists():
-            return evaluation_from_json(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                return evaluation_from_json(parse_sealed(path.read_bytes()))
+            except DamagedError as error:
+                messages.warning("%s is damaged (%s) or of an earlier version: it is measured again", path, error)
         result = self._evaluate(self.model)
         if result is not None:
-            self._keep_text(path, json.dumps(result.to_json()))
+            self._keep_text(path, json.dumps(sealed(result.to_json())))
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
@@ -392,7 +417,7 @@ class RLAIFTrainer:
             title=self.title, before=result.before, after=result.after, train_seconds=result.train_seconds,
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
-            base_model=self.base_model, summary={"questions": dict(self.judge.counts)},
+            base_model=self.base_model, summary={"questions": dict(self.judge.counts)} | self.identity.summary,
             verdict=result.verdict, run_id=result.run_id,
         )  # fmt: skip
 

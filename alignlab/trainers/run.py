@@ -149,6 +149,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         resume = resume and holds_run(folder)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
+    trainer.identity.add_run(config)
     if config.warm_start is None:
         trainer.base_model = config.model.name
     trainer.generate_options = generate_options(config.data)
@@ -236,6 +237,7 @@ def warm_start(
         model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
         render_settings=RenderSettings(on_bad_row=source.on_bad_row),
     )
+    trainer.identity.prefix = "warm_start.trainer"
     return trainer.train(resume=resume and holds_run(folder))
 
 

@@ -39,12 +39,20 @@ class LoadedReward:
             also be a class: it is made with the options, and its object is the function.
         weight: of its values in the total.
         options: keyword arguments, passed on every call; they take the place of a column of the same name.
+        given: the settings by which it was found; None for a callable.
     """
 
     name: str
     function: Callable[..., Any]
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: RewardSettings | None = None
+
+    @property
+    def settings(self) -> RewardSettings:
+        """The settings of a run from a file that asks for it."""
+        given = self.given or RewardSettings(name=self.name, options=dict(self.options))
+        return given.model_copy(update={"weight": self.weight})
 
 
 def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
@@ -60,14 +68,14 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     if not isinstance(reward, RewardSettings):
         _check_callable(reward)
         return LoadedReward(_callable_name(reward), reward)
-    reward = _of_model(reward)
+    given, reward = reward, _of_model(reward)
     function = _find(reward.name)
     if not callable(function):
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
     _check_options(reward.name, function, reward.options)
     if inspect.isclass(function):
-        return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight)
-    return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options))
+        return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight, given=given)
+    return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options), given)
 
 
 def load_weighted(reward: Any, weight: Any) -> LoadedReward:
