@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
 from alignlab.atomic_files import write_atomically
 from alignlab.config.base import Frozen
+from alignlab.config.constitution import Constitution
 from alignlab.config.flat_settings import Setting, flat_settings
 from alignlab.config.messages import show
 from alignlab.config.on_resume import OnResume
-from alignlab.config.run import RunConfig
+from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.data.sequences import HasSequences, digest_of
 from alignlab.digests import DamagedError, as_json, digest_of_values, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError
@@ -98,24 +100,30 @@ class RunIdentity:
         if what is not None:
             self._descriptions[name] = what
 
-    def add_prompts(self, tokens: str, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-        """Add prompts to learn from and to measure on, with the columns that rewards are made of.
+    def add_prompts(self, tokens: str, prompts: Sequence[Prompt]) -> None:
+        """Add prompts to learn from, with the columns that rewards are made of.
 
         Args:
-            tokens: digest of the training prompts' token ids.
+            tokens: digest of their token ids.
         """
         self.add_content(TRAIN_ROWS, prompts_digest(prompts, tokens))
-        self.add_held_out_prompts(held_out)
 
-    def add_held_out_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Add the prompts on which accuracy is measured."""
-        self.add_content(EVAL_ROWS, prompts_digest(prompts, digest_of(((p.token_ids,), ()) for p in prompts)))
+    def add_held_out(self, prompts: Sequence[Prompt], evaluation: EvaluationSettings) -> None:
+        """Add the prompts on which accuracy is measured, and how."""
+        tokens = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
+        self.add_content(EVAL_ROWS, prompts_digest(prompts, tokens))
+        self.add_section("evaluation", evaluation)
 
     def add_examples(self, digest: str, held_out: Sequence[HasSequences]) -> None:
         """Add examples to learn from, by their digest, and those to measure on."""
         self.add_content(TRAIN_ROWS, digest)
         measured = digest_of((example.sequences, example.labels) for example in held_out)
         self.add_content(EVAL_ROWS, measured if held_out else NO_ROWS)
+
+    def add_constitution(self, constitution: Constitution) -> None:
+        """Add what a judge goes by."""
+        digest = digest_of_values([constitution.model_dump(mode="json")])
+        self.add_content("constitution", digest, what="the constitution has changed")
 
     def add_rewards(self, rewards: Sequence[LoadedReward]) -> None:
         """Add the reward functions: as they were asked for, and their source."""
@@ -173,28 +181,20 @@ class RunIdentity:
             if say:
                 logger.warning("%s on the run has other settings: %s", since, "; ".join(recorded))
 
-    def check_file(self, path: Path, *, resume: bool, say: bool) -> None:
-        """Compare with what `write_file` has written, if the run goes on.
+    def keep_file(self, path: Path, *, resume: bool, accelerator: Accelerator) -> None:
+        """Compare with the file that an earlier start has kept, and keep one; every rank calls this together.
+
+        Args:
+            resume: whether the run goes on.
 
         Raises:
             CheckpointError: as `check`; or the file is damaged.
         """
-        if not resume:
-            return
-        if not path.exists():
-            return self.check(None, path=path.parent, step=None, say=say)
-        try:
-            saved = parse_sealed(path.read_bytes())
-        except DamagedError as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}), and says what the run was started with; remove it to go on without a "
-                "comparison, if nothing has changed since"
-            ) from error
-        self.check(saved, path=path, step=None, say=say)
-
-    def write_file(self, path: Path) -> None:
-        """Keep what the run is."""
-        write_atomically(path, json.dumps(sealed(self.to_json()), indent=1) + "\n")
+        if resume:
+            self.check(_read(path), path=path, step=None, say=accelerator.is_main_process)
+        accelerator.wait_for_everyone()  # nobody writes before all have read
+        if accelerator.is_main_process:
+            write_atomically(path, json.dumps(sealed(self.to_json()), indent=1) + "\n")
 
     def _compare(self, saved: Mapping[str, Any]) -> list[Change]:
         """All changes; what only one of the two knows, as of another version, is none."""
@@ -215,6 +215,19 @@ class RunIdentity:
 
     def _called(self, name: str) -> str:
         return f"{self.prefix}{name.removeprefix(OWN)}" if name.startswith(f"{OWN}.") else name
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file keeps; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return parse_sealed(path.read_bytes())
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), and says what the run was started with; remove it to go on without a "
+            "comparison, if nothing has changed since"
+        ) from error
 
 
 def _adapter_settings(model: nn.Module | None) -> dict[str, Setting]:

@@ -13,6 +13,7 @@ from alignlab.config.loader import load_config
 from alignlab.config.model import LoraSettings
 from alignlab.config.on_resume import OnResume
 from alignlab.config.rollout import SamplingSettings, VLLMServerSettings
+from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, KLSettings
 from alignlab.errors import CheckpointError
 from alignlab.trainers.grpo import GRPOTrainer
@@ -38,7 +39,8 @@ def identity(
     config: GRPOConfig = CONFIG, *, rewards: Any = ((even, 1.0),), prompts: Any = PROMPTS, held_out: Any = PROMPTS[:1],
 ) -> RunIdentity:
     made = RunIdentity(config)
-    made.add_prompts("tokens", prompts, held_out)
+    made.add_prompts("tokens", prompts)
+    made.add_held_out(held_out, EvaluationSettings())
     made.add_rewards([load_weighted(*reward) for reward in rewards])
     return made
 
