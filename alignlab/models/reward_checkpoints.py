@@ -33,6 +33,7 @@ from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.intact import check_folder, named_errors
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.reward_model import RewardModel
@@ -183,6 +184,7 @@ def load_reward_model(
 
     Raises:
         CheckpointError: it is no reward model, or cannot be loaded.
+        NumericsError: a weight of it is not finite.
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
@@ -205,9 +207,11 @@ def load_reward_role(model: PeftModel, name: str, role: str) -> RewardModel:
 
     Raises:
         CheckpointError: it is no reward model's adapter, or does not fit the base.
+        NumericsError: a weight of it is not finite.
     """
     check_folder(name)
     config, tensors, head = _read_adapter(name)
+    check_finite(tensors.items(), f"the weights of the reward model {name}", fix=TAKE_ANOTHER)
     if role in model.peft_config:
         model.delete_adapter(role)  # an earlier trainer's
     load_role(model, role, config, tensors)
@@ -287,4 +291,6 @@ def _with_head(reward: RewardModel, head: Tensor, name: str) -> RewardModel:
         )
     with torch.no_grad():
         wanted.copy_(head)
+    own = reward.named_parameters() if reward.role is None else [(HEAD, head)]
+    check_finite(own, f"the weights of the reward model {name}", fix=TAKE_ANOTHER)
     return reward.requires_grad_(False) if reward.role is None else reward

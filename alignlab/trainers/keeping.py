@@ -17,9 +17,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from alignlab.models.finite import check_finite
 from alignlab.trainers.ranks import gather_random_states
 from alignlab.training.checkpoint import save_checkpoint
-from alignlab.training.finite import check_finite
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.random_state import RandomState
 from alignlab.training.run_folder import RunFolder

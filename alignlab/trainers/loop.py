@@ -8,7 +8,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,55 +17,27 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.keeping import StepKeeper
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
+from alignlab.trainers.result import TrainResult
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.training.checkpoint import Checkpoint, load_latest
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
-from alignlab.training.finite import check_finite
 from alignlab.training.interrupt import Interrupt, catch_interrupts
-from alignlab.training.learning_signal import SignalMonitor, Verdict
+from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.progress import TrainingProgress
 from alignlab.training.random_state import restore_random_state
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder
 
+__all__ = ["Callback", "TrainResult", "TrainingLoop"]
 messages = logging.getLogger(__name__)
 Callback = Callable[[Any, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training ended.
-
-    Attributes:
-        num_steps: steps done, those before a resumption counted.
-        train_seconds: time in steps, evaluation and set-up left out.
-        model_path: the saved adapter, or the saved model where all weights were trained.
-        interrupted: a signal stopped it early; `train(resume=True)` goes on.
-        signal: that came, if one did; in the last step it stops nothing.
-        metrics: of the last step.
-        before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
-        folder: everything the run made.
-        verdict: whether anything was learnt, and why not.
-        run_id: of the run, in all that it made.
-    """
-
-    num_steps: int
-    train_seconds: float
-    model_path: Path
-    interrupted: bool
-    signal: str | None
-    metrics: Mapping[str, float]
-    before: Evaluation | None
-    after: Evaluation | None
-    folder: Path
-    verdict: Verdict = field(default_factory=Verdict)
-    run_id: str | None = None
 
 
 class TrainingLoop(ABC):
@@ -223,7 +194,7 @@ class TrainingLoop(ABC):
         keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
-                self.check_weights("before the first step")
+                self.check_all_weights()
                 self.before = self._evaluate(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
@@ -315,6 +286,17 @@ class TrainingLoop(ABC):
             messages.warning("step %d: %s", self.step, line)
         for callback in self.callbacks:
             callback(self, self.step, metrics)
+
+    def check_all_weights(self) -> None:
+        """Raise if a weight that the run begins with, in training or frozen, is not finite.
+
+        Raises:
+            NumericsError: naming it.
+        """
+        weights = (
+            (f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.policy.named_parameters()
+        )
+        check_finite(weights, "the weights that the run begins with", fix=TAKE_ANOTHER)
 
     def check_weights(self, when: str) -> None:
         """Raise if a weight in training is not finite.

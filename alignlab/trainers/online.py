@@ -369,7 +369,9 @@ class OnlineTrainer(TrainingLoop):
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
+        self.store = RolloutStore(
+            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
+        )
         stack.callback(self._close)
 
     def _close(self) -> None:

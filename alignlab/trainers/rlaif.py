@@ -18,6 +18,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from alignlab.data.sequences import digest_of
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
+from alignlab.models.saving import published
 from alignlab.rlaif.collecting import check_made_with, collect, finished
 from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge
@@ -69,6 +71,7 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
@@ -159,6 +162,7 @@ class RLAIFTrainer:
         self.title = type(self).__name__
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
+        self._run_id: str | None = None  # on rank 0, while it runs
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
@@ -172,17 +176,25 @@ class RLAIFTrainer:
             JudgeError: the judge answers nothing at all, or the last stage has used its budget up.
         """
         rank = self.accelerator.process_index
-        with RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank) as folder:
-            self.accelerator.wait_for_everyone()
+        with ExitStack() as stack:
+            with RankAgreement(self.accelerator)("opening the run's folder"):
+                folder = stack.enter_context(
+                    RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
+                )
+            self._run_id = folder.run_id
             self.identity.keep_file(folder.path / _IDENTITY, resume=resume, accelerator=self.accelerator)
             before = self._before(folder.path / _BEFORE)
             try:
                 result = self._run_stages(folder.path)
             except Stopped as stopped:
-                return replace(stopped.result, before=before, folder=folder.path)
-            result = replace(result, before=before, after=self._evaluate(self._trained), folder=folder.path)
+                folder.ended("interrupted", stopped.result.num_steps)
+                return replace(stopped.result, before=before, folder=folder.path, run_id=folder.run_id)
+            result = replace(
+                result, before=before, after=self._evaluate(self._trained), folder=folder.path, run_id=folder.run_id
+            )
             if rank == 0:
                 write_report(folder, self._report(result))
+            folder.ended("done", result.num_steps)
         return result
 
     def _run_stages(self, folder: Path) -> TrainResult:
@@ -226,8 +238,9 @@ class RLAIFTrainer:
         self._trained.eval().requires_grad_(True)
         path = folder / "model"
         if self.accelerator.is_main_process:
-            save_model(self._trained, path)
-            self.tokenizer.save_pretrained(path)
+            with published(path, run_id=self._run_id) as unfinished:
+                save_model(self._trained, unfinished)
+                self.tokenizer.save_pretrained(unfinished)
         self._trained.config.name_or_path = self.base_model = str(path.resolve())
         return replace(result, model_path=path)
 
@@ -336,6 +349,7 @@ class RLAIFTrainer:
 
     def _train(self, trainer: OfflineTrainer | OnlineTrainer, section: str) -> TrainResult:
         trainer.title = f"{self.title}: {type(trainer).__name__}"
+        trainer.part_of = self._run_id
         trainer.identity.prefix = f"{self.identity.prefix}.{section}"
         result = trainer.train(resume=holds_run(trainer.config.output_dir))
         if result.interrupted:
@@ -374,7 +388,7 @@ class RLAIFTrainer:
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
             base_model=self.base_model, summary={"questions": dict(self.judge.counts)} | self.identity.summary,
-            verdict=result.verdict,
+            verdict=result.verdict, run_id=result.run_id,
         )  # fmt: skip
 
     def _keep(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -252,7 +252,7 @@ def test_a_model_that_is_not_finite_is_not_trained(sft: Make, make_model: Make) 
     model = make_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"weights before the first step must be finite.*up_proj"):
+    with pytest.raises(NumericsError, match=r"weights that the run begins with must be finite.*up_proj"):
         sft(model, on_nonfinite="skip").train()
 
 

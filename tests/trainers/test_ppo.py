@@ -284,7 +284,7 @@ def test_a_critic_that_is_not_finite_is_named(make_trainer: Make) -> None:
     trainer = make_trainer()
     with torch.no_grad():
         trainer.critic_learner.policy.bias.fill_(float("nan"))
-    with pytest.raises(NumericsError, match=r"the weights before the first step must be finite, .* critic-.*bias"):
+    with pytest.raises(NumericsError, match=r"the weights that the run begins with must be finite, .* critic-.*bias"):
         trainer.train()
 
 
