@@ -147,9 +147,9 @@ class OnlineTrainer(TrainingLoop):
         self.engine = make_engine(model, tokenizer, config.rollout)
         digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
-        self.identity.add_prompts(digest, self.prompts, self.eval_prompts)
+        self.identity.add_prompts(digest, self.prompts)
+        self.identity.add_held_out(self.eval_prompts, self.evaluation)
         self.identity.add_rewards(rewards.rewards)
-        self.identity.add_section("evaluation", self.evaluation)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
@@ -369,7 +369,9 @@ class OnlineTrainer(TrainingLoop):
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
+        self.store = RolloutStore(
+            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
+        )
         stack.callback(self._close)
 
     def _close(self) -> None:

@@ -18,6 +18,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from alignlab.config.flat_settings import refused_settings
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import (
     DPOConfig,
@@ -46,19 +47,20 @@ from alignlab.config.trainers import (
 )
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
 from alignlab.data.sequences import digest_of
-from alignlab.digests import DamagedError, digest_of_values, parse_sealed, sealed
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
+from alignlab.models.saving import published
 from alignlab.rlaif.collecting import check_made_with, collect, finished
 from alignlab.rlaif.judge import Judge, PromptedJudge
-from alignlab.rlaif.judges import chat_model, make_judge, shares_base
+from alignlab.rlaif.judges import chat_model, make_judge
 from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
+from alignlab.trainers.base_of_stages import check_base
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts, sampled_settings
@@ -69,10 +71,11 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, evaluation_from_json
+from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, read_evaluation, write_evaluation
 from alignlab.training.files import write_atomically
 from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
@@ -139,7 +142,7 @@ class RLAIFTrainer:
         self.accelerator = make_accelerator()
         base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
         self.model: Any = base.to(self.accelerator.device)
-        self._check_adapter()
+        check_base(config, self.model, adapted=peft_config is not None)
         self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
@@ -152,37 +155,14 @@ class RLAIFTrainer:
         )
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
-        self.identity = self._make_identity()
+        self.identity = RunIdentity(config)
+        self.identity.add_prompts(digest_of(((prompt.token_ids,), ()) for prompt in self.prompts), self.prompts)
+        self.identity.add_held_out(self.eval_prompts, self.evaluation)
+        self.identity.add_constitution(self.constitution)
         self.title = type(self).__name__
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
-
-    def _make_identity(self) -> RunIdentity:
-        identity = RunIdentity(self.config)
-        tokens = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
-        identity.add_prompts(tokens, self.prompts, self.eval_prompts)
-        identity.add_section("evaluation", self.evaluation)
-        principles = digest_of_values([self.constitution.model_dump(mode="json")])
-        identity.add_content("constitution", principles, what="the constitution has changed")
-        return identity
-
-    def _check_adapter(self) -> None:
-        if has_adapters(self.model):
-            raise ConfigError(
-                "the model has an adapter already, and every stage of RLAIF trains one of its own; merge it first "
-                "(alignlab merge)"
-            )
-        if shares_base(self.config.judge) and self.peft_config is None:
-            raise ConfigError(
-                "judge.name is not given, so that the policy's own base judges, and all weights would be trained, the "
-                "judge's with them; give judge.name, or train an adapter (model.lora)"
-            )
-        policy = self.config.policy
-        if shares_base(self.config.judge) and isinstance(policy, OnlineConfig) and max_staleness(policy.rollout):
-            raise ConfigError(
-                f"policy.rollout.max_staleness is {max_staleness(policy.rollout)}, and must be 0 where the policy's "
-                "own base judges: it would judge while it is trained on; give judge.name, or use max_staleness 0"
-            )
+        self._run_id: str | None = None  # on rank 0, while it runs
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
@@ -196,20 +176,25 @@ class RLAIFTrainer:
             JudgeError: the judge answers nothing at all, or the last stage has used its budget up.
         """
         rank = self.accelerator.process_index
-        with RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank) as folder:
-            self.accelerator.wait_for_everyone()
-            self.identity.check_file(folder.path / _IDENTITY, resume=resume, say=rank == 0)
-            self.accelerator.wait_for_everyone()
-            if rank == 0:
-                self.identity.write_file(folder.path / _IDENTITY)
+        with ExitStack() as stack:
+            with RankAgreement(self.accelerator)("opening the run's folder"):
+                folder = stack.enter_context(
+                    RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
+                )
+            self._run_id = folder.run_id
+            self.identity.keep_file(folder.path / _IDENTITY, resume=resume, accelerator=self.accelerator)
             before = self._before(folder.path / _BEFORE)
             try:
                 result = self._run_stages(folder.path)
             except Stopped as stopped:
-                return replace(stopped.result, before=before, folder=folder.path)
-            result = replace(result, before=before, after=self._evaluate(self._trained), folder=folder.path)
+                folder.ended("interrupted", stopped.result.num_steps)
+                return replace(stopped.result, before=before, folder=folder.path, run_id=folder.run_id)
+            result = replace(
+                result, before=before, after=self._evaluate(self._trained), folder=folder.path, run_id=folder.run_id
+            )
             if rank == 0:
                 write_report(folder, self._report(result))
+            folder.ended("done", result.num_steps)
         return result
 
     def _run_stages(self, folder: Path) -> TrainResult:
@@ -253,8 +238,9 @@ class RLAIFTrainer:
         self._trained.eval().requires_grad_(True)
         path = folder / "model"
         if self.accelerator.is_main_process:
-            save_model(self._trained, path)
-            self.tokenizer.save_pretrained(path)
+            with published(path, run_id=self._run_id) as unfinished:
+                save_model(self._trained, unfinished)
+                self.tokenizer.save_pretrained(unfinished)
         self._trained.config.name_or_path = self.base_model = str(path.resolve())
         return replace(result, model_path=path)
 
@@ -363,6 +349,7 @@ class RLAIFTrainer:
 
     def _train(self, trainer: OfflineTrainer | OnlineTrainer, section: str) -> TrainResult:
         trainer.title = f"{self.title}: {type(trainer).__name__}"
+        trainer.part_of = self._run_id
         trainer.identity.prefix = f"{self.identity.prefix}.{section}"
         result = trainer.train(resume=holds_run(trainer.config.output_dir))
         if result.interrupted:
@@ -371,14 +358,12 @@ class RLAIFTrainer:
 
     def _before(self, path: Path) -> Evaluation | None:
         """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
-        if path.exists():
-            try:
-                return evaluation_from_json(parse_sealed(path.read_bytes()))
-            except DamagedError as error:
-                messages.warning("%s is damaged (%s) or of an earlier version: it is measured again", path, error)
+        kept = read_evaluation(path)
+        if kept is not None:
+            return kept
         result = self._evaluate(self.model)
-        if result is not None:
-            self._keep_text(path, json.dumps(sealed(result.to_json())))
+        if result is not None and self.accelerator.is_main_process:
+            write_evaluation(path, result)
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
@@ -403,16 +388,12 @@ class RLAIFTrainer:
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
             base_model=self.base_model, summary={"questions": dict(self.judge.counts)} | self.identity.summary,
-            verdict=result.verdict,
+            verdict=result.verdict, run_id=result.run_id,
         )  # fmt: skip
 
     def _keep(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             write_rows(path, rows)
-
-    def _keep_text(self, path: Path, text: str) -> None:
-        if self.accelerator.is_main_process:
-            write_atomically(path, text)
 
     def _show(self, title: str, lines: Sequence[tuple[str, Any]]) -> None:
         if not self.accelerator.is_main_process:

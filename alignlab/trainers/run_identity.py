@@ -7,7 +7,6 @@ settings' own classes, see `config.on_resume`; `config/README.md` has the table.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import logging
@@ -16,28 +15,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
 from alignlab.atomic_files import write_atomically
 from alignlab.config.base import Frozen
+from alignlab.config.constitution import Constitution
 from alignlab.config.flat_settings import Setting, flat_settings
 from alignlab.config.messages import show
 from alignlab.config.on_resume import OnResume
-from alignlab.config.run import RunConfig
+from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.data.sequences import HasSequences, digest_of
-from alignlab.digests import DamagedError, as_json, digest_of_values, parse_sealed, sealed
+from alignlab.digests import DamagedError, as_json, digest_of_values, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError
+from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
 OWN = "trainer"
 """Under this name a trainer's own section is kept, whatever its user calls it."""
-TRAIN_ROWS, EVAL_ROWS = "train_rows", "eval_rows"
+TRAIN_ROWS, EVAL_ROWS, START = "train_rows", "eval_rows", "start"
 NO_ROWS = "none"
 _CONTENTS = {
     TRAIN_ROWS: "the training data has changed: its tokens, its order, or columns such as answers",
+    START: "the starting weights are others, in whose place the checkpoint's are trained on",
     EVAL_ROWS: "the held-out data, on which the run was measured at its begin, has changed",
 }
 _ADAPTER = "peft_config"
@@ -73,6 +76,8 @@ class RunIdentity:
         self._descriptions = dict(_CONTENTS)
         self.prefix = "config"
         self.changes: list[dict[str, Any]] = []
+        if model is not None and not isinstance(model, PeftModel):
+            self.add_content(START, fingerprint(model.named_parameters()), rule=OnResume.RECORDED)
 
     def add_run(self, config: RunConfig) -> None:
         """Add the settings of the file that describes the run."""
@@ -95,18 +100,19 @@ class RunIdentity:
         if what is not None:
             self._descriptions[name] = what
 
-    def add_prompts(self, tokens: str, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-        """Add prompts to learn from and to measure on, with the columns that rewards are made of.
+    def add_prompts(self, tokens: str, prompts: Sequence[Prompt]) -> None:
+        """Add prompts to learn from, with the columns that rewards are made of.
 
         Args:
-            tokens: digest of the training prompts' token ids.
+            tokens: digest of their token ids.
         """
         self.add_content(TRAIN_ROWS, prompts_digest(prompts, tokens))
-        self.add_held_out_prompts(held_out)
 
-    def add_held_out_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Add the prompts on which accuracy is measured."""
-        self.add_content(EVAL_ROWS, prompts_digest(prompts, digest_of(((p.token_ids,), ()) for p in prompts)))
+    def add_held_out(self, prompts: Sequence[Prompt], evaluation: EvaluationSettings) -> None:
+        """Add the prompts on which accuracy is measured, and how."""
+        tokens = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
+        self.add_content(EVAL_ROWS, prompts_digest(prompts, tokens))
+        self.add_section("evaluation", evaluation)
 
     def add_examples(self, digest: str, held_out: Sequence[HasSequences]) -> None:
         """Add examples to learn from, by their digest, and those to measure on."""
@@ -114,14 +120,19 @@ class RunIdentity:
         measured = digest_of((example.sequences, example.labels) for example in held_out)
         self.add_content(EVAL_ROWS, measured if held_out else NO_ROWS)
 
+    def add_constitution(self, constitution: Constitution) -> None:
+        """Add what a judge goes by."""
+        digest = digest_of_values([constitution.model_dump(mode="json")])
+        self.add_content("constitution", digest, what="the constitution has changed")
+
     def add_rewards(self, rewards: Sequence[LoadedReward]) -> None:
-        """Add the reward functions: as they were asked for, and a digest of their source."""
+        """Add the reward functions: as they were asked for, and their source."""
         self._settings["rewards"] = Setting(len(rewards), OnResume.REFUSED)
         for number, reward in enumerate(rewards):
             self.add_section(f"rewards.{number}", reward.settings)
             source = source_digest(reward.function)
             if source is not None:
-                what = f"the source of the reward {reward.name} has changed"
+                what = f"the source of the reward {reward.name}, or a value that is bound to it, has changed"
                 self.add_content(f"reward_source.{number}", source, rule=OnResume.RECORDED, what=what)
 
     @property
@@ -170,29 +181,20 @@ class RunIdentity:
             if say:
                 logger.warning("%s on the run has other settings: %s", since, "; ".join(recorded))
 
-    def check_file(self, path: Path, *, resume: bool, say: bool) -> None:
-        """Compare with what `write_file` has written, if the run goes on.
+    def keep_file(self, path: Path, *, resume: bool, accelerator: Accelerator) -> None:
+        """Compare with the file that an earlier start has kept, and keep one; every rank calls this together.
+
+        Args:
+            resume: whether the run goes on.
 
         Raises:
             CheckpointError: as `check`; or the file is damaged.
         """
-        if not resume:
-            return
-        if not path.exists():
-            return self.check(None, path=path.parent, step=None, say=say)
-        try:
-            saved = parse_sealed(path.read_bytes())
-        except DamagedError as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}), and says what the run was started with; remove it to go on without a "
-                "comparison, if nothing has changed since"
-            ) from error
-        self.check(saved, path=path, step=None, say=say)
-
-    def write_file(self, path: Path) -> None:
-        """Keep what the run is."""
-        write_atomically(path, json.dumps(sealed(self.to_json()), indent=1) + "\n")
-
+        if resume:
+            self.check(_read(path), path=path, step=None, say=accelerator.is_main_process)
+        accelerator.wait_for_everyone()  # nobody writes before all have read
+        if accelerator.is_main_process:
+            write_atomically(path, json.dumps(sealed(self.to_json()), indent=1) + "\n")
 
     def _compare(self, saved: Mapping[str, Any]) -> list[Change]:
         """All changes; what only one of the two knows, as of another version, is none."""
@@ -202,7 +204,7 @@ class RunIdentity:
             Change(name, f"{self._called(name)} was {show(before[name])} and is {show(setting.value)}", setting.rule)
             for name, setting in now.items()
             if name in before
-            and before[name] != json.loads(json.dumps(setting.value))
+            and json_digest(before[name]) != json_digest(setting.value)
             and not (by_file and name.startswith(f"{_ADAPTER}."))  # the file says it in its own words
         ]
         return changes + [
@@ -213,6 +215,19 @@ class RunIdentity:
 
     def _called(self, name: str) -> str:
         return f"{self.prefix}{name.removeprefix(OWN)}" if name.startswith(f"{OWN}.") else name
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file keeps; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return parse_sealed(path.read_bytes())
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), and says what the run was started with; remove it to go on without a "
+            "comparison, if nothing has changed since"
+        ) from error
 
 
 def _adapter_settings(model: nn.Module | None) -> dict[str, Setting]:
@@ -236,16 +251,23 @@ def prompts_digest(prompts: Sequence[Prompt], tokens: str) -> str:
 
 
 def source_digest(function: Callable[..., Any]) -> str | None:
-    """Digest of a function's source: of its file where that is a module, of its text in the main program; None where
-    Python does not know it."""
-    held: list[Any] = []
+    """Digest of a function: of the source of its file (of its own source in the main program) and of the plain values
+    that are bound to it, as by `functools.partial`; None where Python does not know the source."""
+    bound: list[Any] = []
     while isinstance(function, functools.partial):
-        held.append([function.args, function.keywords])
+        bound.append([*map(_plain, function.args), {name: _plain(value) for name, value in function.keywords.items()}])
         function = function.func
-    subject = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    is_object = not (inspect.isroutine(function) or inspect.isclass(function))
+    subject = type(function) if is_object else function
     try:
         module = sys.modules[subject.__module__]
         source = inspect.getsource(subject if subject.__module__ == "__main__" else module)
+        held = vars(function) if is_object else inspect.getclosurevars(inspect.unwrap(function)).nonlocals
     except (OSError, TypeError, KeyError, AttributeError):
         return None
-    return digest_of_values([hashlib.sha256(source.encode()).hexdigest(), *held])
+    return digest_of_values([source, *bound, {name: _plain(value) for name, value in held.items()}])
+
+
+def _plain(value: Any) -> Any:
+    """The value, if it is one; of a thing, such as a model or a list that grows, the type."""
+    return value if value is None or isinstance(value, str | bool | int | float) else type(value).__qualname__

@@ -3,7 +3,8 @@
     import duckdb
     duckdb.sql("select step, avg(reward) from 'runs/alignlab/rollouts/*.parquet' group by step order by step")
 
-A step is one file a rank, complete from the moment it has its name. The SHA-256 of each is in `_SHA256SUMS-rank<rank>`,
+A step is one file a rank, complete from the moment it has its name. Its schema's metadata name the run, as
+`alignlab.run`. The SHA-256 of each is in `_SHA256SUMS-rank<rank>`,
 before the file has its name, so that a file without one, or with another, is found; `sha256sum -c` reads it too. Names
 that begin with an underscore are no data to readers of Parquet folders.
 
@@ -35,6 +36,7 @@ from alignlab.types import Rollout, message_text
 logger = logging.getLogger(__name__)
 PATTERN = "step-*.parquet"
 SUMS = "_SHA256SUMS-rank"
+RUN_KEY = b"alignlab.run"
 COLUMNS = {
     "step": pa.int64(),
     "prompt_index": pa.int64(),
@@ -60,15 +62,23 @@ class RolloutStore:
         folder: holds the files; created if absent.
         resume_step: rollouts of later steps are removed, for they come again. None begins anew.
         rank: of this process; each writes, and on resuming removes, its own files.
+        run_id: of the run, see `RunFolder`; None for rollouts of no run.
+
+    Raises:
+        DataError: a file that is kept is of another run.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None, rank: int = 0) -> None:
-        self._folder, self._rank = folder, rank
+    def __init__(
+        self, folder: Path, *, resume_step: int | None = None, rank: int = 0, run_id: str | None = None
+    ) -> None:
+        self._folder, self._rank, self._run_id = folder, rank, run_id
         self._sums = folder / f"{SUMS}{rank}"
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"step-*-rank{rank}.parquet"):
             if resume_step is None or int(path.name.split("-")[1]) > resume_step:
                 path.unlink()
+            elif run_id is not None:
+                _check_run(path, run_id)
         self._keep_sums_of_files()
 
     def _keep_sums_of_files(self) -> None:
@@ -103,7 +113,8 @@ class RolloutStore:
             for i, rollout in enumerate(rollouts)
             for row in _rows(step, rollout, None if advantages is None else advantages[i])
         ]
-        table = pa.Table.from_pylist(rows, schema=pa.schema(types.items()))
+        metadata = {} if self._run_id is None else {RUN_KEY: self._run_id.encode()}
+        table = pa.Table.from_pylist(rows, schema=pa.schema(types.items(), metadata=metadata))
         path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
         temporary = path.with_name(f".{path.name}.tmp")
         with writing(path, "the rollouts"):
@@ -128,6 +139,19 @@ def read_rollouts(folder: Path) -> pa.Table:
         return pa.schema(COLUMNS.items()).empty_table()
     schema = pa.unify_schemas([pq.read_schema(path) for path in paths])
     return ds.dataset([str(path) for path in paths], schema=schema).to_table()
+
+
+def _check_run(path: Path, run_id: str) -> None:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):  # damaged, which its digest shows whoever reads it
+        return
+    found = metadata.get(RUN_KEY, run_id.encode()).decode(errors="replace")
+    if found != run_id:
+        raise DataError(
+            f"{path} must hold rollouts of the run {run_id}, and is of the run {found}; put the file back that was "
+            "there, or remove it to go on without these rollouts"
+        )
 
 
 def _check_sums(folder: Path, paths: Sequence[Path]) -> None:

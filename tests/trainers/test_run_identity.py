@@ -13,6 +13,7 @@ from alignlab.config.loader import load_config
 from alignlab.config.model import LoraSettings
 from alignlab.config.on_resume import OnResume
 from alignlab.config.rollout import SamplingSettings, VLLMServerSettings
+from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, KLSettings
 from alignlab.errors import CheckpointError
 from alignlab.trainers.grpo import GRPOTrainer
@@ -38,7 +39,8 @@ def identity(
     config: GRPOConfig = CONFIG, *, rewards: Any = ((even, 1.0),), prompts: Any = PROMPTS, held_out: Any = PROMPTS[:1],
 ) -> RunIdentity:
     made = RunIdentity(config)
-    made.add_prompts("tokens", prompts, held_out)
+    made.add_prompts("tokens", prompts)
+    made.add_held_out(held_out, EvaluationSettings())
     made.add_rewards([load_weighted(*reward) for reward in rewards])
     return made
 
@@ -109,12 +111,27 @@ def test_another_source_of_a_reward_is_recorded(tmp_path: Path, caplog: pytest.L
     again.add_content("reward_source.0", "other", rule=OnResume.RECORDED, what=what)
     check(again, before)
     assert "the source of the reward even has changed" in caplog.text
-    half = functools.partial(even, scale=0.5)
-    assert source_digest(even) == source_digest(odd), "of one module"
-    assert source_digest(half) != source_digest(even) and source_digest(half) == source_digest(
-        functools.partial(even, scale=0.5)
-    )
-    assert source_digest(print) is None
+
+
+def scaled(scale: float) -> Any:
+    def inner(**columns: Any) -> list[float]:
+        return [scale]
+
+    return inner
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale, self.seen = scale, [scale]
+
+    def __call__(self, **columns: Any) -> list[float]:
+        return [self.scale]
+
+
+@pytest.mark.parametrize("make", [lambda scale: functools.partial(even, scale=scale), scaled, Scaled])
+def test_a_value_that_is_bound_to_a_reward_is_part_of_it(make: Any) -> None:
+    assert source_digest(make(0.5)) == source_digest(make(0.5)) != source_digest(make(0.25))
+    assert source_digest(print) is None and source_digest(even) is not None
 
 
 def test_a_checkpoint_of_an_earlier_version_is_said_not_to_be_compared(caplog: pytest.LogCaptureFixture) -> None:
@@ -185,3 +202,12 @@ def test_a_run_from_a_file_names_settings_as_the_file_does(tmp_path: Path, caplo
     summary = run(load_config(file, [folder, "trainer.num_steps=2", "trainer.learning_rate=1e-4"]), resume=True)
     assert summary.result.num_steps == 2
     assert "trainer.num_steps was 1 and is 2; trainer.learning_rate was 1e-05 and is 0.0001" in caplog.text
+
+
+def test_other_starting_weights_are_recorded_where_the_checkpoint_holds_all(
+    make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(RunIdentity(CONFIG, make_model()), RunIdentity(CONFIG, make_model()))
+    assert not caplog.records
+    check(RunIdentity(CONFIG, make_model(seed=1)), RunIdentity(CONFIG, make_model()))
+    assert "the starting weights are others, in whose place the checkpoint's are trained on" in caplog.text

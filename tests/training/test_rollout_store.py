@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
 from alignlab.errors import DataError
@@ -147,3 +148,14 @@ def test_a_file_that_is_gone_is_said_and_one_of_an_earlier_version_is_read(
     assert read_rollouts(tmp_path).num_rows == 2 and "of an earlier version, which kept no digests" in caplog.text
     RolloutStore(tmp_path, resume_step=2)
     assert read_rollouts(tmp_path).num_rows == 2 and "get their digests now, as they are" in caplog.text
+
+
+def test_rollouts_name_their_run_and_those_of_another_are_refused(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    path = RolloutStore(tmp_path, run_id="a" * 32).append(1, [make_rollout()])
+    assert pq.read_schema(path).metadata[b"alignlab.run"] == b"a" * 32
+    RolloutStore(tmp_path, run_id="a" * 32, resume_step=1)
+    with pytest.raises(DataError, match=r"must hold rollouts of the run b+, and is of the run a+;"):
+        RolloutStore(tmp_path, run_id="b" * 32, resume_step=1)
+    assert path.exists()
+    RolloutStore(tmp_path, run_id="b" * 32)
+    assert not path.exists(), "a run that begins anew writes them again"
