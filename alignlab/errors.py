@@ -44,7 +44,11 @@ class CheckpointError(AlignlabError):
 
 
 class NumericsError(AlignlabError):
-    """A loss or a gradient stopped being finite."""
+    """A loss, a gradient, a weight or a score stopped being finite."""
+
+
+class RankError(AlignlabError):
+    """Another rank of the run has failed."""
 
 
 class JudgeError(AlignlabError):

@@ -16,6 +16,8 @@ SOURCES = sorted([*(ROOT / "alignlab").rglob("*.py"), *(ROOT / "rewards").rglob(
 # What each part may import of the others, beside itself. `config` is open to all but `functional` and `types`.
 ALLOWED = {
     "errors": set(),
+    "atomic_files": set(),
+    "manifest": {"atomic_files"},
     "types": set(),
     "functional": set(),
     "cpu_threads": set(),
@@ -33,6 +35,8 @@ ALLOWED = {
     "__main__": {"cli"},
     "rewards": {"types"},
 }
+for _part in ("models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
+    ALLOWED[_part] |= {"atomic_files", "manifest"}
 PUBLIC = {
     "AlignlabError",
     "Completion",

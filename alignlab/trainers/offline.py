@@ -137,9 +137,9 @@ class OfflineTrainer(TrainingLoop):
         start = time.perf_counter()
         rows = self.sampler.next()[self.accelerator.process_index :: self.accelerator.num_processes]
         packs = self.packs(rows)
+        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         with self.phase("update"):
             metrics = self.learner.update(packs, self.loss, self.weigh, measure=self.measure)
-        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 
     def state(self) -> dict[str, Any]:

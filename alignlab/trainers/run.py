@@ -101,6 +101,7 @@ class RunSummary:
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
+            "run": self.result.run_id,
             **self.result.verdict.to_json(),
             kind: str(self.result.model_path),
         }

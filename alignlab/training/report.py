@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.atomic_files import write_atomically
 from alignlab.training.curves import plot_curves
 from alignlab.training.evaluation import (
     EvaluatedProblem,
@@ -23,7 +24,6 @@ from alignlab.training.evaluation import (
     LikelihoodResult,
     PreferenceResult,
 )
-from alignlab.training.files import write_atomically
 from alignlab.training.learning_signal import Verdict
 from alignlab.training.run_folder import RunFolder
 
@@ -63,6 +63,7 @@ class RunReport:
         use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
         verdict: whether anything was learnt, and why not.
+        run_id: of the run, see `RunFolder`.
     """
 
     title: str
@@ -77,6 +78,7 @@ class RunReport:
     use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
+    run_id: str | None = None
 
     @property
     def command(self) -> str | None:
@@ -96,6 +98,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
         return {
+            "run": self.run_id,
             "title": self.title,
             "num_steps": self.num_steps,
             "train_seconds": self.train_seconds,
