@@ -43,6 +43,9 @@ class TrainerConfig(Frozen):
     save_every_steps: int | None = Field(None, ge=1)
     """None saves at the end and on interruption only."""
     keep_checkpoints: int = Field(2, ge=1)
+    rank_timeout_s: float = Field(1800.0, gt=0)
+    """On several ranks: how long the others wait for one that is alive and does not get on. One that fails, is killed
+    or is stopped is noticed within seconds, or 30 s, whatever this says."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
 
