@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +30,7 @@ MEMORY_LIMIT_BYTES = 2**30
 MAX_CHARS = 2**24
 MAX_TEMPLATE_CHARS = 2**20
 LARGEST_LITERAL = 10**6
-_LOOK_S = 0.02
+_LOOK_S, _AGAIN_S = 0.02, 2.0
 _FIX = "use a tokenizer with another chat template, or correct this one"
 _Result = TypeVar("_Result")
 
@@ -98,16 +100,20 @@ def within_limits(render: Callable[[], _Result]) -> _Result:
     """
     rendering = _Rendering()
     try:
-        with rendering:
+        try:
+            _watcher().add(rendering)
             return render()
+        finally:
+            rendering.close()
     except _Stopped:
+        rendering.close()  # where it was stopped on the way out
         raise DataError(
             f"a chat must be rendered within {rendering.limit}, and the chat template has not ended by then; {_FIX}"
         ) from None
 
 
 class _Rendering:
-    """One rendering of this thread, under watch while its context lasts."""
+    """One rendering of this thread, under watch until it is closed."""
 
     def __init__(self) -> None:
         self.limit = ""
@@ -116,25 +122,24 @@ class _Rendering:
         self._clock = time.pthread_getcpuclockid(self._thread) if hasattr(time, "pthread_getcpuclockid") else None
         self._lock = threading.Lock()
         self._is_over = False
+        self._raised = -math.inf
         self._start = self._now()
 
-    def __enter__(self) -> None:
-        _watcher().add(self)
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._is_over = True
-            if self.limit:  # it may have been raised after the last step
-                _raise_in(self._thread, None)
+    def close(self) -> None:
+        """End the watch: nothing is raised in this thread any more."""
+        while not self._is_over:
+            with suppress(_Stopped), self._lock:
+                self._is_over = True
+                _raise_in(self._thread, None)  # what was raised after the last step
         _watcher().remove(self)
 
     def _now(self) -> float:
         return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
 
     def look(self, resident_bytes: int) -> None:
-        """Stop it if it is beyond a limit; again at each look, should a step of it have lost the exception."""
+        """Stop it if it is beyond a limit; again after a while, should a step of it have lost the exception."""
         with self._lock:
-            if self._is_over:
+            if self._is_over or time.monotonic() < self._raised + _AGAIN_S:
                 return
             self.held_bytes = resident_bytes if self.held_bytes is None else self.held_bytes
             if self._now() - self._start > CPU_LIMIT_S:
@@ -142,6 +147,7 @@ class _Rendering:
             elif resident_bytes - self.held_bytes > MEMORY_LIMIT_BYTES:
                 self.limit = f"{MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory"
             if self.limit:
+                self._raised = time.monotonic()
                 _raise_in(self._thread, _Stopped)
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +48,7 @@ END_LIMIT_S = 50.0
 EXIT_STATUS = 2
 _PREFIX = "alignlab-ranks"
 _STORE_LIMIT_S = 15.0
+_MEETING_S, _MEETING_LOOK_S = 60.0, 0.05
 _SHOWN_FRAMES = 12
 _MAX_ERROR_CHARS = 1000
 _BROKEN = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
@@ -96,11 +97,12 @@ class RankWatchdog:
         self._started = time.monotonic()
         self._lock = threading.RLock()
         self._wanted, self._told, self._is_known = threading.Event(), threading.Event(), threading.Event()
-        self._is_unwinding, self._is_over = threading.Event(), threading.Event()
+        self._is_unwinding, self._is_over, self._are_all_known = (threading.Event() for _ in range(3))
         self._talker = threading.Thread(target=self._talk, name="alignlab-ranks-talk", daemon=True)
         self._talker.start()
         threading.Thread(target=self._watch, name="alignlab-ranks-watch", daemon=True).start()
         atexit.register(self._stop)  # a thread inside the store's native code must not be met by the interpreter's end
+        self._are_all_known.wait(min(timeout_s, _MEETING_S))
 
     def begin(self) -> None:
         """Begin a block of work, unless one is under way already; the calling thread is the one that works."""
@@ -166,8 +168,8 @@ class RankWatchdog:
             except Exception:  # the process ends all the same, and the reason why has been said
                 traceback.print_exc()
             self._tell(has_saved=True)
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                time.sleep(3 * self._beat_s)  # the store is this process's: let the others hear
+            if not _launcher_holds_store():
+                time.sleep(3 * self._beat_s)  # let the others hear before the store ends with this process
         while self._rank != 0 and time.monotonic() < deadline and not self._main_rank_is_over():
             time.sleep(self._beat_s / 2)
 
@@ -183,6 +185,8 @@ class RankWatchdog:
         """Let the others know now, if the store answers."""
         with self._lock:
             self._own = replace(self._own, **changes)
+        if self._is_over.is_set():
+            return
         self._told.clear()
         self._wanted.set()
         self._told.wait(2 * self._beat_s)
@@ -202,11 +206,16 @@ class RankWatchdog:
             own = self._own
             try:
                 self._exchange()
-            except RuntimeError as error:  # of a store that is gone
+            except RuntimeError as error:  # its process is gone
                 logger.debug("the ranks' store does not answer: %s", error)
+                self._is_over.set()
+            if len(self._ranks) == len(self._others):
+                self._are_all_known.set()
             self._told.set()
-            self._wanted.wait(None if own.is_done else self._beat_s)
+            all_known = self._are_all_known.is_set()
+            self._wanted.wait(_MEETING_LOOK_S if not all_known else None if own.is_done else self._beat_s)
             self._wanted.clear()
+        self._told.set()
 
     def _exchange(self) -> None:
         position, still_s = self._position(), self._thread.look()
@@ -252,10 +261,19 @@ class RankWatchdog:
         for rank in self._others:
             if rank not in ranks and now - self._started > self.timeout_s:
                 return LostRank(rank, f"rank {rank} has said nothing since the start, {now - self._started:.0f} s ago")
-        if now - self._store_answered > min(self.timeout_s, _STORE_LIMIT_S):  # this rank sees what it can by itself
+        if now - self._store_answered > min(self.timeout_s, _STORE_LIMIT_S):
             own = replace(own, processes=self._processes())
+            self._hear_without_store(own.processes, now)
         silences = {rank: now - heard for rank, heard in self._heard.items()}
         return find_lost(ranks | {self._rank: own}, silences, own=self._rank, timeout_s=self.timeout_s)
+
+    def _hear_without_store(self, processes: Mapping[int, ProcessState], now: float) -> None:
+        """Take ranks for well of which nothing can be heard: all but those seen stopped, and the one that holds the
+        store and is on another machine."""
+        for rank in self._others:
+            holds_store = rank == 0 and not _launcher_holds_store()
+            if processes.get(rank) == "running" or (rank not in processes and not holds_store):
+                self._heard[rank] = now
 
     def _processes(self) -> dict[int, ProcessState]:
         """What has become of the other ranks on this machine."""
@@ -317,6 +335,11 @@ def watched(position: Callable[[], Position], keep: Callable[[], None]) -> Itera
         return
     with _watchdog.watched(position, keep):
         yield
+
+
+def _launcher_holds_store() -> bool:
+    """Whether the ranks' store is torchrun's, and not rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _with_fix(lost: LostRank) -> str:
