@@ -35,7 +35,7 @@ def read_limited(path: Path, limit: int, kind: type[AlignlabError]) -> str:
     except OSError as error:
         raise kind(f"{path} cannot be read: {error}; correct the path, or its permissions") from error
     if len(data) > limit:
-        raise kind(f"{path} must have at most {limit} bytes, and has more; correct the path, or take out what is too much")
+        raise kind(f"{path} must have at most {limit} bytes, and has more; correct the path, or make the file smaller")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from alignlab.config.input_limits import (
     load_limited,
     read_limited,
 )
-from alignlab.config.messages import show
+from alignlab.config.messages import LONGEST_SHOWN, show
 from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
 
@@ -101,7 +101,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override must be key=value, and is {override!r}; write for example trainer.num_steps=10")
     if len(keys) > MAX_DEPTH:
         raise ConfigError(f"an override must name a setting at most {MAX_DEPTH} levels down, and is {show(override)}")
-    value = parse_yaml(text, f"override {show(path)}")
+    value = parse_yaml(text, f"override {path if len(path) <= LONGEST_SHOWN else show(path)}")
     holder: Any = settings
     for depth, key in enumerate(keys[:-1]):
         if isinstance(holder, dict) and holder.get(key) is None:

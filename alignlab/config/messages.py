@@ -28,6 +28,7 @@ class BrokenRule(ValueError):
 
 MUST = ", and must "
 SHOWN_RULES, LOOKED_AT = 20, 200
+LONGEST_SHOWN = 80
 
 # By pydantic's error type: what the value must be, formatted with the error's context.
 RULES = {
@@ -59,7 +60,7 @@ def show(value: object) -> str:
         text = "null" if value is None else str(value) if isinstance(value, bool | int | float) else repr(value)
     except ValueError:  # of a whole number of more digits than Python writes
         return "a number of thousands of digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 def explain(error: ValidationError, model: type) -> str:

@@ -33,6 +33,7 @@ from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_task
 from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
+from alignlab.models.folder_limits import check_architecture
 from alignlab.models.generation_defaults import writable_generation_config
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
@@ -268,9 +269,10 @@ def new_model(
         architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
 
     Raises:
-        ConfigError: a field is unknown, or the combination is impossible.
+        ConfigError: a field is unknown, the combination is impossible, or the model larger than the memory.
     """
     _check_names(architecture)
+    check_architecture(architecture, vocab_size, dtype.itemsize)
     tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
         config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)

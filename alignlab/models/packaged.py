@@ -15,6 +15,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.folder_limits import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ PACKAGED = {
 
 
 def resolve_checkpoint(name: str) -> str:
-    """The folder of a packaged model, converted to safetensors on first use; any other name is returned unchanged.
+    """The folder of a packaged model, converted to safetensors on first use; any other name is returned unchanged, a
+    folder's after a look at what its files say.
 
     The converted model is kept in `$ALIGNLAB_CACHE`, or `~/.cache/alignlab`. Weights are float32: the quantised ones
     are float32 products, which bfloat16 would round once more.
 
     Raises:
         ConfigError: the package is not installed.
-        CheckpointError: the name can only be a folder's, and there is none.
+        CheckpointError: the name can only be a folder's, and there is none; or see `check_model_folder`.
     """
     model = PACKAGED.get(name.lower())
     if model is None:
@@ -55,6 +57,8 @@ def resolve_checkpoint(name: str) -> str:
             raise CheckpointError(
                 f"there is no folder {name}, and a Hub id is owner/model; correct the path, or make what is to be there"
             )
+        if Path(name).is_dir():
+            check_model_folder(Path(name))
         return name
     folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"
     if not folder.is_dir():
