@@ -17,6 +17,7 @@ MAX_DEPTH = 50
 MAX_JSON_BYTES = 2**26
 """Of a JSON file that describes a model. The largest, an index of tensors, has a few MiB."""
 LONGEST_SHOWN_INTEGER = 40
+_FIX = "copy it again, or write it again"
 
 
 def read_limited(path: Path, limit: int, kind: type[AlignlabError]) -> str:
@@ -55,11 +56,11 @@ def read_json_object(path: Path, kind: type[AlignlabError]) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise kind(f"{path} must be JSON, and is nested too deeply; copy it again, or write it again") from None
+        raise kind(f"{path} cannot be read: it is nested too deeply; {_FIX}") from None
     except ValueError as error:  # a number of thousands of digits, too
-        raise kind(f"{path} must be JSON, and is not: {error}; copy it again, or write it again") from None
+        raise kind(f"{path} cannot be read: it is no JSON: {error}; {_FIX}") from None
     if not isinstance(value, dict):
-        raise kind(f"{path} must be a JSON object, and is {type(value).__name__}; copy it again, or write it again")
+        raise kind(f"{path} cannot be read: it must hold one object, and holds {type(value).__name__}; {_FIX}")
     return value
 
 

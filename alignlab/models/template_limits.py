@@ -1,20 +1,16 @@
 """Chat templates rendered within limits: a template is a program of its author's, and need not end.
 
-A rendering that computes for too long, or fills memory, is stopped by an exception that another thread raises in it,
-which works between any two of its steps. A single step that never ends is no loop and cannot be stopped: the operators
-that could be one are refused.
+A rendering that computes for too long, or fills memory, is stopped between two of its steps (`interruption`). A single
+step that never ends cannot be stopped: the operators that could be one are refused.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.errors import DataError
+from alignlab.models.interruption import Interruption
 
 CPU_LIMIT_S = 10.0
 """Of one rendering: time of its thread on a core. A long chat takes a hundredth of a second."""
@@ -30,13 +27,9 @@ MEMORY_LIMIT_BYTES = 2**30
 MAX_CHARS = 2**24
 MAX_TEMPLATE_CHARS = 2**20
 LARGEST_LITERAL = 10**6
-_LOOK_S, _AGAIN_S = 0.02, 2.0
+_LOOK_S = 0.02
 _FIX = "use a tokenizer with another chat template, or correct this one"
 _Result = TypeVar("_Result")
-
-
-class _Stopped(BaseException):
-    """Ends a rendering from another thread; no template catches it."""
 
 
 def render_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -99,56 +92,44 @@ def within_limits(render: Callable[[], _Result]) -> _Result:
         DataError: it was stopped.
     """
     rendering = _Rendering()
+    _watcher().add(rendering)
     try:
-        try:
-            _watcher().add(rendering)
-            return render()
-        finally:
-            rendering.close()
-    except _Stopped:
-        rendering.close()  # where it was stopped on the way out
+        return rendering.interruption.run(render)
+    except Interruption.Interrupted:
         raise DataError(
             f"a chat must be rendered within {rendering.limit}, and the chat template has not ended by then; {_FIX}"
         ) from None
+    finally:
+        _watcher().remove(rendering)
 
 
 class _Rendering:
-    """One rendering of this thread, under watch until it is closed."""
+    """One rendering of this thread."""
 
     def __init__(self) -> None:
+        self.interruption = Interruption()
         self.limit = ""
-        self.held_bytes: int | None = None
-        self._thread = threading.get_ident()
-        self._clock = time.pthread_getcpuclockid(self._thread) if hasattr(time, "pthread_getcpuclockid") else None
-        self._lock = threading.Lock()
-        self._is_over = False
-        self._raised = -math.inf
+        thread = threading.get_ident()
+        self._clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else None
+        self._held_bytes: int | None = None
         self._start = self._now()
-
-    def close(self) -> None:
-        """End the watch: nothing is raised in this thread any more."""
-        while not self._is_over:
-            with suppress(_Stopped), self._lock:
-                self._is_over = True
-                _raise_in(self._thread, None)  # what was raised after the last step
-        _watcher().remove(self)
 
     def _now(self) -> float:
         return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
 
     def look(self, resident_bytes: int) -> None:
-        """Stop it if it is beyond a limit; again after a while, should a step of it have lost the exception."""
-        with self._lock:
-            if self._is_over or time.monotonic() < self._raised + _AGAIN_S:
-                return
-            self.held_bytes = resident_bytes if self.held_bytes is None else self.held_bytes
-            if self._now() - self._start > CPU_LIMIT_S:
-                self.limit = f"{CPU_LIMIT_S:g} s"
-            elif resident_bytes - self.held_bytes > MEMORY_LIMIT_BYTES:
-                self.limit = f"{MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory"
-            if self.limit:
-                self._raised = time.monotonic()
-                _raise_in(self._thread, _Stopped)
+        """Stop it if it is beyond a limit."""
+        self._held_bytes = resident_bytes if self._held_bytes is None else self._held_bytes
+        try:
+            seconds = self._now() - self._start
+        except OSError:  # its thread is gone, and so is the rendering
+            return
+        if seconds > CPU_LIMIT_S:
+            self.limit = f"{CPU_LIMIT_S:g} s"
+        elif resident_bytes - self._held_bytes > MEMORY_LIMIT_BYTES:
+            self.limit = f"{MEMORY_LIMIT_BYTES / 2**30:g} GiB of memory"
+        if self.limit:
+            self.interruption.raise_now()
 
 
 class _Watcher:
@@ -188,12 +169,6 @@ def _watcher_of(process: int) -> _Watcher:
 def _watcher() -> _Watcher:
     """The watcher of this process, which may be the fork of another."""
     return _watcher_of(os.getpid())
-
-
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Let a thread raise before its next step; with None, take back what it has not raised yet."""
-    given = ctypes.py_object(error) if error is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
 def _resident_bytes() -> int:

@@ -59,10 +59,10 @@ def test_a_config_of_more_than_a_model_can_have_is_refused(folder: Path, changes
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "must be JSON, and is nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "must be JSON, and is not: Exceeds the limit"),
-        ("[]", "must be a JSON object, and is list"),
-        ("{", "must be JSON, and is not"),
+        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "cannot be read: it is nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "cannot be read: it is no JSON: Exceeds the limit"),
+        ("[]", "cannot be read: it must hold one object, and holds list"),
+        ("{", "cannot be read: it is no JSON"),
         ('{"a": "\udcff"}', "must be text in UTF-8"),
     ],
 )
