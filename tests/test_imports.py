@@ -18,6 +18,7 @@ ALLOWED = {
     "errors": set(),
     "atomic_files": set(),
     "manifest": {"atomic_files"},
+    "digests": {"atomic_files"},
     "types": set(),
     "functional": set(),
     "cpu_threads": set(),
@@ -36,7 +37,7 @@ ALLOWED = {
     "rewards": {"types"},
 }
 for _part in ("models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
-    ALLOWED[_part] |= {"atomic_files", "manifest"}
+    ALLOWED[_part] |= {"atomic_files", "digests", "manifest"}
 PUBLIC = {
     "AlignlabError",
     "Completion",

@@ -274,15 +274,15 @@ def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
 
 def with_adapter_of(name: str | None, base: PreTrainedModel) -> PeftModel | None:
     """An adapter's base with the adapter on it, without weights; None for a name that is no adapter's."""
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    from alignlab.models.checkpoints import is_adapter
+    from alignlab.models.adapter_files import adapter_config, is_adapter
     from alignlab.models.packaged import resolve_checkpoint
 
     path = None if name is None else resolve_checkpoint(name)
     if path is None or not is_adapter(path):
         return None
-    adapter = PeftConfig.from_pretrained(path)
+    adapter = adapter_config(path)
     adapter.inference_mode = False  # it is trained on
     return get_peft_model(base, adapter)
 

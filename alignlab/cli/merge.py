@@ -54,9 +54,9 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     from peft import PeftModel
 
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.finite import check_finite
     from alignlab.models.merging import merge_adapter
     from alignlab.models.saving import published
-    from alignlab.training.finite import check_finite
 
     if args.model is None:
         model = load_model(args.adapter, dtype=torch.float32)
@@ -76,10 +76,10 @@ def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) ->
     import torch
 
     from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.finite import check_finite
     from alignlab.models.merging import merge_adapter
     from alignlab.models.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
     from alignlab.models.saving import published
-    from alignlab.training.finite import check_finite
 
     base: Any = None if args.model is None else load_model(args.model, dtype=torch.float32)
     reward = load_reward_model(args.adapter, dtype=torch.float32, base=base)

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.finite import check_finite
     from alignlab.models.saving import published
     from alignlab.models.student import chosen_layers, student_from
-    from alignlab.training.finite import check_finite
 
     tokenizer = load_tokenizer(args.teacher)
     teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype))

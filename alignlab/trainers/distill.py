@@ -24,6 +24,7 @@ from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
 from alignlab.models.attention import num_embeddings, num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import Model, Reward, resolve_rewards
 from alignlab.trainers.distilling import (
@@ -92,6 +93,7 @@ class DistillTrainer(OfflineTrainer):
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         check_prompt_ids(self.learner.model, self.eval_prompts, self.tokenizer)
+        self.identity.add_held_out(self.eval_prompts, self.evaluation)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -153,6 +155,7 @@ class DistillTrainer(OfflineTrainer):
                 hidden, Head(*output_head(teacher.model)), k=k, width=how.width,
                 temperature=how.temperature, chunk_tokens=self.config.logprob_chunk_tokens,
             )
+            check_finite([("pack", top.logprobs)], "the log-probs of the teacher", fix=TAKE_ANOTHER)
             counts = [int(part.sum()) for part in pack.completion_mask.split(pack.segments.lengths)]
             parts = zip(*(tensor.cpu().split(counts) for tensor in top), strict=True)
             found |= {i: TopTokens(*part) for i, part in zip(pack.segments.sequence_ids, parts, strict=True)}

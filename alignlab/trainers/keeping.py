@@ -18,9 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from alignlab.models.finite import check_finite
 from alignlab.trainers.ranks import gather_random_states
 from alignlab.training.checkpoint import save_checkpoint
-from alignlab.training.finite import check_finite
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.random_state import RandomState
 from alignlab.training.run_folder import RunFolder
@@ -150,6 +150,7 @@ class StepKeeper:
             "before": loop.before and loop.before.to_json(),
             "evaluation_due": loop.evaluation_due,
             "metrics": self._logger.state(),
+            "identity": loop.identity.to_json(),
             "learners": {
                 role: {**whole.state["learners"][role], "frozen": learner.frozen_fingerprint()}
                 for role, learner in loop.learners.items()

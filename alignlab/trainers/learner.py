@@ -25,6 +25,7 @@ from alignlab.models.adapters import adapters_disabled, has_adapters, is_of_adap
 from alignlab.models.attention import causal_lm
 from alignlab.models.critic import Critic
 from alignlab.models.dropout import switch_off_dropout
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.moe import expert_counts, move_biases, routers, take_loads
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
@@ -172,9 +173,23 @@ class Learner:
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
 
-    def score(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[Tensor]:
-        """Log-probs [N] of each pack's trained tokens, without a gradient; of the policy in training by default."""
-        return [output.logprobs for output in self.outputs(packs, policy)]
+    def score(
+        self, packs: Sequence[Experience], policy: Policy | None = None, *, of: str | None = None
+    ) -> list[Tensor]:
+        """Log-probs [N] of each pack's trained tokens, without a gradient.
+
+        Args:
+            policy: that is asked; default: the one in training.
+            of: what a frozen model is called, whose log-probs must be finite; None for one that may recover.
+
+        Raises:
+            NumericsError: a log-prob of a frozen model is not finite.
+        """
+        scores = [output.logprobs for output in self.outputs(packs, policy)]
+        if of is not None:
+            named = ((f"pack {number}", each) for number, each in enumerate(scores))
+            check_finite(named, f"the log-probs of {of}", fix=TAKE_ANOTHER)
+        return scores
 
     def outputs(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[PolicyOutput]:
         """All that a forward pass says of each pack, without a gradient; see `score`."""
@@ -189,12 +204,12 @@ class Learner:
 
     def score_reference(self, packs: Sequence[Experience], reference: Policy | None) -> list[Tensor]:
         """The same under the reference: a frozen copy or, where there is none, the base of the adapter."""
-        return self.score_base(packs) if reference is None else self.score(packs, reference)
+        return self.score_base(packs) if reference is None else self.score(packs, reference, of="the reference")
 
     def score_base(self, packs: Sequence[Experience]) -> list[Tensor]:
         """The same under the frozen base: the policy with its adapters off."""
         with adapters_disabled(self.policy.model):
-            return self.score(packs)
+            return self.score(packs, of="the reference")
 
     def update(
         self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh, *, measure: Weigh = token_mean

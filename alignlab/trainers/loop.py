@@ -8,7 +8,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,55 +17,28 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.keeping import StepKeeper
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.rank_watchdog import Position, tell_position, watched
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
+from alignlab.trainers.result import TrainResult
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.training.checkpoint import Checkpoint, load_latest
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
-from alignlab.training.finite import check_finite
 from alignlab.training.interrupt import Interrupt, catch_interrupts
-from alignlab.training.learning_signal import SignalMonitor, Verdict
+from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.progress import TrainingProgress
 from alignlab.training.random_state import restore_random_state
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder
 
+__all__ = ["Callback", "TrainResult", "TrainingLoop"]
 messages = logging.getLogger(__name__)
 Callback = Callable[[Any, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training ended.
-
-    Attributes:
-        num_steps: steps done, those before a resumption counted.
-        train_seconds: time in steps, evaluation and set-up left out.
-        model_path: the saved adapter, or the saved model where all weights were trained.
-        interrupted: a signal stopped it early; `train(resume=True)` goes on.
-        signal: that came, if one did; in the last step it stops nothing.
-        metrics: of the last step.
-        before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
-        folder: everything the run made.
-        verdict: whether anything was learnt, and why not.
-        run_id: of the run, in all that it made.
-    """
-
-    num_steps: int
-    train_seconds: float
-    model_path: Path
-    interrupted: bool
-    signal: str | None
-    metrics: Mapping[str, float]
-    before: Evaluation | None
-    after: Evaluation | None
-    folder: Path
-    verdict: Verdict = field(default_factory=Verdict)
-    run_id: str | None = None
 
 
 class TrainingLoop(ABC):
@@ -96,6 +68,7 @@ class TrainingLoop(ABC):
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config, learner.model)
         self.title = type(self).__name__
         self.base_model = causal_lm(learner.model).config.name_or_path or None
         self.generate_options: tuple[str, ...] = ()
@@ -226,6 +199,7 @@ class TrainingLoop(ABC):
         keeper = self.keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
+                self.check_all_weights()
                 self.before = self._evaluate(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
@@ -263,6 +237,7 @@ class TrainingLoop(ABC):
             use=self.use_of(result.model_path),
             verdict=result.verdict,
             run_id=result.run_id,
+            summary=self.identity.summary,
         )
 
     def use_of(self, path: Path) -> str | None:
@@ -272,6 +247,7 @@ class TrainingLoop(ABC):
     def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
         with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
             result = self.evaluate()
+        with self.agreed(f"writing the evaluation after step {self.step}"):  # if every rank has one
             if result is not None:
                 logger.log(self.step, result.metrics())
         return result
@@ -292,7 +268,7 @@ class TrainingLoop(ABC):
             keeper.copy_weights()
             metrics = self.train_step(step)
             with self.agreed(f"checking the weights after step {step}"):
-                self.check_weights(step)
+                self.check_weights(f"after step {step}")
             self.train_seconds += time.perf_counter() - start
             self.step = step
             last = step == self.config.num_steps
@@ -325,14 +301,28 @@ class TrainingLoop(ABC):
         for callback in self.callbacks:
             callback(self, self.step, metrics)
 
-    def check_weights(self, step: int) -> None:
+    def check_all_weights(self) -> None:
+        """Raise if a weight that the run begins with, in training or frozen, is not finite.
+
+        Raises:
+            NumericsError: naming it.
+        """
+        weights = (
+            (f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.policy.named_parameters()
+        )
+        check_finite(weights, "the weights that the run begins with", fix=TAKE_ANOTHER)
+
+    def check_weights(self, when: str) -> None:
         """Raise if a weight in training is not finite.
+
+        Args:
+            when: that is, such as "after step 3".
 
         Raises:
             NumericsError: naming it.
         """
         weights = ((f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.trained.items())
-        check_finite(weights, f"the weights after step {step}")
+        check_finite(weights, f"the weights {when}")
 
     def _restore(self, folder: RunFolder) -> Checkpoint | None:
         """Take back the newest checkpoint and return it; None where the run stopped before its first."""
@@ -356,6 +346,7 @@ class TrainingLoop(ABC):
                 f"{checkpoint.path} was written by {state['trainer']}, not {type(self).__name__}; "
                 "resume with the configuration it was started with"
             )
+        self.identity.check(state.get("identity"), path=checkpoint.path, step=checkpoint.step, say=self.is_main)
         self.step, self.train_seconds = checkpoint.step, state["train_seconds"]
         self.before = state["before"] and evaluation_from_json(state["before"])
         self.evaluation_due = state["evaluation_due"]
@@ -367,7 +358,7 @@ class TrainingLoop(ABC):
     def _save_model(self, folder: RunFolder) -> Path:
         path = folder.adapter if self.learner.has_adapters else folder.model
         with self.agreed("saving what was trained"):
-            self.check_weights(self.step)
+            self.check_weights(f"after step {self.step}")
             if self.is_main:
                 folder.renew()
                 with published(path, run_id=folder.run_id) as unfinished:

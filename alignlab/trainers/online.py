@@ -147,6 +147,9 @@ class OnlineTrainer(TrainingLoop):
         self.engine = make_engine(model, tokenizer, config.rollout)
         digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
+        self.identity.add_prompts(digest, self.prompts)
+        self.identity.add_held_out(self.eval_prompts, self.evaluation)
+        self.identity.add_rewards(rewards.rewards)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
@@ -216,7 +219,8 @@ class OnlineTrainer(TrainingLoop):
         start = time.perf_counter()
         stop_without_any_reward(self.signal, self.config, len(self.prompts), step - 1)
         with self.phase("generate"):
-            batch = self.ahead.take(step)
+            with self.agreed(f"collecting the rollouts of step {step}"):
+                batch = self.ahead.take(step)
             stop_broken_rewards(self.rewards, self.learner.reduce_sum)
             rollouts, left_out, self._position = batch.rollouts, batch.left_out, batch.position
             check_age(rollouts, self.engine.policy_version, self.max_staleness)
@@ -318,7 +322,8 @@ class OnlineTrainer(TrainingLoop):
         advantages, credited = self.credit(rollouts, scored)
         if self.store is not None:
             known = [*advantages.tolist(), *[None] * len(left_out)]
-            self.store.append(step, [*rollouts, *left_out], advantages=known)
+            with self.agreed(f"writing the rollouts of step {step}"):
+                self.store.append(step, [*rollouts, *left_out], advantages=known)
         return credited
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[Experience]:
@@ -364,7 +369,9 @@ class OnlineTrainer(TrainingLoop):
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
+        self.store = RolloutStore(
+            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
+        )
         stack.callback(self._close)
 
     def _close(self) -> None:

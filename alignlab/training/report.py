@@ -156,7 +156,10 @@ def _show_evaluations(console: Console, report: RunReport) -> None:
     before, after = report.before, report.after
     if isinstance(before, EvaluationResult) and isinstance(after, EvaluationResult):
         console.print(accuracy_table(before, after, title=report.title))
-        console.print(examples_table(before.samples, after.samples))
+        if [each.prompt for each in before.samples] == [each.prompt for each in after.samples]:
+            console.print(examples_table(before.samples, after.samples))
+        else:  # a run of an earlier version could go on with other data
+            _show(console, "warning", "before and after were measured on other problems, and are not to be compared")
     elif isinstance(before, PreferenceResult) and isinstance(after, PreferenceResult):
         console.print(preference_table(before, after, title=report.title))
     elif isinstance(before, LabelResult) and isinstance(after, LabelResult):

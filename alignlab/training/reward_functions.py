@@ -34,12 +34,20 @@ class LoadedReward:
             also be a class: it is made with the options, and its object is the function.
         weight: of its values in the total.
         options: keyword arguments, passed on every call; they take the place of a column of the same name.
+        given: the settings by which it was found; None for a callable.
     """
 
     name: str
     function: Callable[..., Any]
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: RewardSettings | None = None
+
+    @property
+    def settings(self) -> RewardSettings:
+        """The settings of a run from a file that asks for it."""
+        given = self.given or RewardSettings(name=self.name, options=dict(self.options))
+        return given.model_copy(update={"weight": self.weight})
 
 
 def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
@@ -57,20 +65,21 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     if not isinstance(reward, RewardSettings):
         _check_callable(reward)
         return LoadedReward(_callable_name(reward), reward)
-    reward = _of_model(reward)
+    given, reward = reward, _of_model(reward)
     if reward.run_in == "process":
-        return _load_isolated(reward)
+        return _load_isolated(reward, given)
     function = find_function(reward.name)
     if not callable(function):
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
     check_options(reward.name, function, reward.options)
     options = own_copy(dict(reward.options))
     if inspect.isclass(function):
-        return LoadedReward(short_name(reward.name), made_function(reward.name, function, options), reward.weight)
-    return LoadedReward(short_name(reward.name), function, reward.weight, options)
+        made = made_function(reward.name, function, options)
+        return LoadedReward(short_name(reward.name), made, reward.weight, given=given)
+    return LoadedReward(short_name(reward.name), function, reward.weight, options, given)
 
 
-def _load_isolated(reward: RewardSettings) -> LoadedReward:
+def _load_isolated(reward: RewardSettings, given: RewardSettings) -> LoadedReward:
     """Start the process of a reward that runs in one, which finds the function and checks its options."""
     if reward.name == REWARD_MODEL:
         raise ConfigError(
@@ -78,7 +87,7 @@ def _load_isolated(reward: RewardSettings) -> LoadedReward:
             "memory and runs in the training's process; remove run_in: process"
         )
     function = IsolatedReward(reward)
-    return LoadedReward(short_name(reward.name), function, reward.weight, function.call_options)
+    return LoadedReward(short_name(reward.name), function, reward.weight, function.call_options, given)
 
 
 def load_weighted(reward: Any, weight: Any) -> LoadedReward:

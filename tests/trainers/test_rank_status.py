@@ -78,7 +78,7 @@ def test_a_lost_rank(changes: Any, silent: Any, found: str) -> None:
         ({}, {2: TIMEOUT_S - 1}),
         ({1: sees("gone"), 2: {"is_done": True}}, {}),
         ({1: sees("gone"), 2: {"block": 2}}, {}),
-        (dict.fromkeys(range(3), {"still_s": LATE}), {}),
+        ({rank: {"still_s": LATE} for rank in range(3)}, {}),
         ({0: {"is_waiting": True, "still_s": TIMEOUT_S - 1}, 2: {"still_s": LATE}}, {}),
     ],
     ids=[

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, found in weights before they are kept as good."""
+"""Numbers that are not finite, found in weights and scores before anything is learnt from them or kept as good."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from alignlab.errors import NumericsError
 
 TRAIN_SLOWER = "lower learning_rate or max_grad_norm, and go on from the last checkpoint by --resume"
+TAKE_ANOTHER = "take another checkpoint, or load it in float32"
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, *, fix: str = TRAIN_SLOWER) -> None:
@@ -34,6 +35,6 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, *, fix: str =
         name, tensor = bad[0]
         count = int((~tensor.isfinite()).sum())
         raise NumericsError(
-            f"{what} must be finite, and {count} of {tensor.numel()} numbers of {name} are not ({len(bad)} tensors in "
-            f"all); {fix}"
+            f"{what} must be finite, and {count} of {tensor.numel()} numbers of {name} are not"
+            f"{f', and of {len(bad) - 1} more' if len(bad) > 1 else ''}; {fix}"
         )
