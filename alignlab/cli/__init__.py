@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import alignlab
 from alignlab.cli import check, evaluate, generate, judge, merge, sample, serve, student, train
 from alignlab.cli.ending import ExitStatus
+from alignlab.cli.process_end import end_despite_threads
 from alignlab.library_errors import named
 
 COMMANDS = (train, check, evaluate, generate, merge, sample, student, judge, serve)
@@ -22,6 +23,11 @@ COMMANDS = (train, check, evaluate, generate, merge, sample, student, judge, ser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, see `alignlab.cli.ending`."""
+    status = _run(argv)
+    return status if argv is not None else end_despite_threads(status)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     prepare_environment()
     args = parse(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

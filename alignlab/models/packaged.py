@@ -18,6 +18,7 @@ from alignlab.errors import CheckpointError, ConfigError
 from alignlab.file_lock import one_at_a_time
 from alignlab.library_errors import writing
 from alignlab.manifest import write_manifest
+from alignlab.models.folder_limits import check_model_folder
 from alignlab.models.intact import damage_of, is_intact
 
 
@@ -44,14 +45,15 @@ PACKAGED = {
 
 
 def resolve_checkpoint(name: str) -> str:
-    """The folder of a packaged model, converted to safetensors on first use; any other name is returned unchanged.
+    """The folder of a packaged model, converted to safetensors on first use; any other name is returned unchanged, a
+    folder's after a look at what its files say.
 
     The converted model is kept in `$ALIGNLAB_CACHE`, or `~/.cache/alignlab`, and made again where it is damaged. Its
     weights are float32: the quantised ones are float32 products, which bfloat16 would round once more.
 
     Raises:
         ConfigError: the package is not installed.
-        CheckpointError: the name can only be a folder's, and there is none.
+        CheckpointError: the name can only be a folder's, and there is none; or see `check_model_folder`.
     """
     model = PACKAGED.get(name.lower())
     if model is None:
@@ -59,6 +61,8 @@ def resolve_checkpoint(name: str) -> str:
             raise CheckpointError(
                 f"there is no folder {name}, and a Hub id is owner/model; correct the path, or make what is to be there"
             )
+        if Path(name).is_dir():
+            check_model_folder(Path(name))
         return name
     folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"
     if not is_intact(folder):

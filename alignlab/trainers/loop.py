@@ -22,6 +22,7 @@ from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.keeping import StepKeeper
 from alignlab.trainers.learner import Learner
+from alignlab.trainers.rank_watchdog import Position, tell_position, watched
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
 from alignlab.trainers.result import TrainResult
 from alignlab.trainers.run_identity import RunIdentity
@@ -53,6 +54,7 @@ class TrainingLoop(ABC):
         agreed: ends a block of work on every rank where it fails on one.
         evaluation_due: whether held-out data is still to be evaluated after the last step that was done.
         part_of: id of the run that this run is a stage of; None where it is none.
+        keeper: saves the run's checkpoints while it trains.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TrainingLoop(ABC):
         self.evaluation_due = False
         self.part_of: str | None = None
         self.agreed = RankAgreement(learner.accelerator)
+        self.keeper: StepKeeper | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
         self.signal = SignalMonitor()
 
@@ -150,9 +153,10 @@ class TrainingLoop(ABC):
             RankError: another rank has failed.
             NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
-        on_main_rank(self.check_ending)  # before the folder is taken
+        self.keeper = None
         self.agreed = RankAgreement(self.accelerator)
-        with ExitStack() as stack:
+        with watched(self.position, self._keep), ExitStack() as stack:
+            on_main_rank(self.check_ending)  # before the folder is taken
             folder = self._enter_folder(stack, resume)
             checkpoint = self._restore(folder) if resume else None
             resume_step = None if checkpoint is None else checkpoint.step
@@ -171,6 +175,7 @@ class TrainingLoop(ABC):
                     write_report(folder, self._report(result))
             learnt = result.interrupted or not result.verdict.nothing_to_learn_from
             folder.ended(("interrupted" if result.interrupted else "done") if learnt else "nothing learnt", self.step)
+        self.keeper = None  # with its copy of the weights
         if not learnt:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
@@ -189,9 +194,9 @@ class TrainingLoop(ABC):
 
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
         self.progress = TrainingProgress(
-            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main
+            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main, on_phase=tell_position
         )
-        keeper = StepKeeper(self, folder, logger)
+        keeper = self.keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
                 self.check_all_weights()
@@ -207,6 +212,15 @@ class TrainingLoop(ABC):
             self.signal.verdict(num_updates=self.learner.num_updates, num_skipped=self.learner.num_skipped),
             folder.run_id,
         )
+
+    def position(self) -> Position:
+        """What is being done; may be asked from any thread."""
+        phase = self.progress.current_phase
+        return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
+
+    def _keep(self) -> None:
+        if self.keeper is not None:
+            self.keeper.keep()
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters
