@@ -16,6 +16,9 @@ SOURCES = sorted([*(ROOT / "alignlab").rglob("*.py"), *(ROOT / "rewards").rglob(
 # What each part may import of the others, beside itself. `config` is open to all but `functional` and `types`.
 ALLOWED = {
     "errors": set(),
+    "atomic_files": set(),
+    "manifest": {"atomic_files"},
+    "digests": {"atomic_files"},
     "types": set(),
     "functional": set(),
     "cpu_threads": set(),
@@ -33,6 +36,8 @@ ALLOWED = {
     "__main__": {"cli"},
     "rewards": {"types"},
 }
+for _part in ("models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
+    ALLOWED[_part] |= {"atomic_files", "digests", "manifest"}
 PUBLIC = {
     "AlignlabError",
     "Completion",
@@ -79,6 +84,18 @@ PUBLIC = {
     "load_reward_model",
     "run",
 }
+# Light modules for files, addresses and waits, which every part but the pure ones may import.
+FOUNDATIONS: dict[str, set[str]] = {
+    "addresses": set(),
+    "library_errors": {"errors"},
+    "file_lock": {"errors", "library_errors"},
+    "credentials": {"errors", "library_errors"},
+    "bounded_http": {"addresses"},
+}
+for _part in ("config", "models", "rollout", "data", "training", "rlaif", "trainers", "cli"):
+    ALLOWED[_part] |= set(FOUNDATIONS)
+ALLOWED |= FOUNDATIONS
+ALLOWED["atomic_files"] |= {"library_errors"}
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "peft", "accelerate", "datasets", "vllm", "deepspeed", "rich")
 
 

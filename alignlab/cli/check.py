@@ -127,17 +127,16 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:
     """Which vLLM servers do not answer now."""
-    import httpx2
+    import anyio
 
     from alignlab.config.rollout import VLLMServerSettings
     from alignlab.config.trainers import OnlineConfig
+    from alignlab.rollout.vllm.server.client import is_healthy
 
     rollout = trainer.rollout if isinstance(trainer, OnlineConfig) else None
     for address in rollout.servers if isinstance(rollout, VLLMServerSettings) else ():
-        try:
-            httpx2.get(f"{address}/health", timeout=5.0, trust_env=False).raise_for_status()
-        except httpx2.HTTPError as error:
-            yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
+        if not anyio.run(is_healthy, address):
+            yield f"the vLLM server {address} does not answer; start it: bash launch/serve_vllm.sh CONFIG"
 
 
 def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
@@ -294,15 +293,15 @@ def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrain
 
 def with_adapter_of(name: str | None, base: PreTrainedModel) -> PeftModel | None:
     """An adapter's base with the adapter on it, without weights; None for a name that is no adapter's."""
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    from alignlab.models.checkpoints import is_adapter
+    from alignlab.models.adapter_files import adapter_config, is_adapter
     from alignlab.models.packaged import resolve_checkpoint
 
     path = None if name is None else resolve_checkpoint(name)
     if path is None or not is_adapter(path):
         return None
-    adapter = PeftConfig.from_pretrained(path)
+    adapter = adapter_config(path)
     adapter.inference_mode = False  # it is trained on
     return get_peft_model(base, adapter)
 

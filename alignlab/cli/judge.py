@@ -166,7 +166,7 @@ def write_examples(config: RunConfig, pairs: list[KnownPair], path: Path, kind: 
     """Questions and right answers."""
     from alignlab.config.constitution import load_constitution
     from alignlab.rlaif.examples import comparisons, rated
-    from alignlab.rlaif.journal import write_rows
+    from alignlab.training.journal import write_rows
 
     trainer = feedback(config)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from alignlab.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+FIX = "the adapter or its base holds them: take an earlier checkpoint"
 NAME = "merge"
 SUMMARY = "merge a LoRA adapter into its model's weights"
 EXAMPLE = "alignlab merge runs/grpo_smollm2_cpu/adapter merged/smollm2-sums --dtype bfloat16"
@@ -53,7 +54,9 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     from peft import PeftModel
 
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.finite import check_finite
     from alignlab.models.merging import merge_adapter
+    from alignlab.models.saving import published
 
     if args.model is None:
         model = load_model(args.adapter, dtype=torch.float32)
@@ -62,16 +65,21 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     assert isinstance(model, PeftModel)
     merged = merge_adapter(model)
     torch.nn.Module.to(merged, dtype)
-    save_model(merged, output)
-    load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter)).save_pretrained(output)
+    check_finite(merged.state_dict().items(), "the merged weights", fix=FIX)
+    tokenizer = load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter))
+    with published(output) as unfinished:
+        save_model(merged, unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     import torch
 
     from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.finite import check_finite
     from alignlab.models.merging import merge_adapter
     from alignlab.models.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
+    from alignlab.models.saving import published
 
     base: Any = None if args.model is None else load_model(args.model, dtype=torch.float32)
     reward = load_reward_model(args.adapter, dtype=torch.float32, base=base)
@@ -79,4 +87,6 @@ def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) ->
     merged: Any = merge_adapter(adapted)
     reward.model = merged.to(dtype)
     tokenizer = load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter))
-    save_reward_model(reward, output, padded_tokenizer(tokenizer))
+    check_finite(reward.state_dict().items(), "the merged weights", fix=FIX)
+    with published(output) as unfinished:
+        save_reward_model(reward, unfinished, padded_tokenizer(tokenizer))

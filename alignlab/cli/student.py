@@ -13,6 +13,7 @@ from pathlib import Path
 from alignlab.cli.policy import is_adapter
 from alignlab.errors import ConfigError
 
+FIX = "the teacher holds them: take another checkpoint"
 NAME = "student"
 SUMMARY = "make a smaller model of a teacher's layers"
 EXAMPLE = "alignlab student smollm2-135m-instruct students/smollm2-15 --num-layers 15"
@@ -39,14 +40,18 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.finite import check_finite
+    from alignlab.models.saving import published
     from alignlab.models.student import chosen_layers, student_from
 
     tokenizer = load_tokenizer(args.teacher)
     teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype))
     layers = chosen_layers(teacher, args.layers, args.num_layers)
     student = student_from(teacher, layers)
-    save_model(student, output)
-    tokenizer.save_pretrained(output)
+    check_finite(student.state_dict().items(), "the student's weights", fix=FIX)
+    with published(output) as unfinished:
+        save_model(student, unfinished)
+        tokenizer.save_pretrained(unfinished)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
     print(
         f"alignlab student: wrote {output}, layers {' '.join(map(str, layers))}: {sizes[0]:,} of {sizes[1]:,} "

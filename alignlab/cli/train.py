@@ -1,23 +1,22 @@
 """Train as a config file says.
 
 Progress and the closing report go to standard error; the last line of standard output is the result as JSON, in which
-`learnt` is false, with a `reason`, where no step could teach anything. Where not one completion could be trained on,
-the exit status is 2, too.
-Ctrl-C or SIGTERM finishes the step, saves a checkpoint and exits with status 130; --resume goes on from it.
+`learnt` is false, with a `reason`, where no step could teach anything. The exit status is 0 where every step is done,
+2 for an error that has a name or where not one update was made, 1 for an error without one or where code that the run
+called ended the process, and 130 where Ctrl-C or SIGTERM stopped it: the step is finished and saved then, and --resume
+goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from collections.abc import Mapping
-from typing import Any
+import sys
+
+from alignlab.cli.ending import ExitStatus, no_silent_exit, print_closing_line
 
 NAME = "train"
 SUMMARY = "train as a config file says"
 EXAMPLE = "alignlab train configs/grpo_smollm2_cpu.yaml trainer.num_steps=20 trainer.output_dir=runs/short"
-EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.trainers.run import run as train
 
     try:
-        summary = train(config, resume=args.resume)
+        with no_silent_exit():
+            summary = train(config, resume=args.resume)
     except NothingLearntError as error:
-        tell(error.summary)
+        print_closing_line(error.summary)
         raise
-    tell(summary.to_json())
-    return EXIT_INTERRUPTED if summary.result.interrupted else 0
-
-
-def tell(summary: Mapping[str, Any]) -> None:
-    """Print the closing line, on the first rank alone."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(summary), flush=True)
+    except SystemExit as error:
+        print(
+            f"alignlab {NAME}: code that the run called asked to end the process: {error.code!r}; the run is not over, "
+            "and --resume goes on with it where a step is saved",
+            file=sys.stderr,
+        )
+        return ExitStatus.UNEXPECTED
+    print_closing_line(summary.to_json())
+    return ExitStatus.INTERRUPTED if summary.result.interrupted else ExitStatus.DONE

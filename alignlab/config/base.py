@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic._internal._model_construction import ModelMetaclass
 
 from alignlab.config.messages import explain
+from alignlab.config.on_resume import OnResume
 from alignlab.errors import ConfigError
 
 
@@ -24,6 +25,9 @@ class ExplainedErrors(ModelMetaclass):
 
 class Frozen(BaseModel, metaclass=ExplainedErrors):
     """Immutable; an unknown key is an error. Every broken rule is a ConfigError."""
+
+    on_resume: ClassVar[OnResume]
+    """What a resumed run may do with the fields that do not say it themselves; each section of a run says it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True,

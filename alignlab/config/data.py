@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import OnResume, Recorded
 from alignlab.config.render import RenderSettings
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
@@ -16,7 +17,8 @@ FILES = (".jsonl", ".json", ".parquet", ".csv")
 class DataSettings(RenderSettings):
     """One source of rows, exactly one of `path` and `task`; and how its rows become text and tokens."""
 
-    path: str | None = None
+    on_resume = OnResume.REFUSED
+    path: Recorded[str | None] = None
     """A Hub dataset id, a local .jsonl, .json, .parquet or .csv file (all but Parquet also with .gz), or a folder."""
     task: str | None = None
     """A reasoning_gym task, such as chain_sum."""

@@ -27,6 +27,8 @@ class BrokenRule(ValueError):
 
 
 MUST = ", and must "
+SHOWN_RULES, LOOKED_AT = 20, 200
+LONGEST_SHOWN = 80
 
 # By pydantic's error type: what the value must be, formatted with the error's context.
 RULES = {
@@ -54,15 +56,19 @@ RULES = {
 
 def show(value: object) -> str:
     """A value as messages quote it, cut to a readable length."""
-    text = "null" if value is None else str(value) if isinstance(value, bool | int | float) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        text = "null" if value is None else str(value) if isinstance(value, bool | int | float) else repr(value)
+    except ValueError:  # of a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 def explain(error: ValidationError, model: type) -> str:
-    """One line for each broken rule of `error`, raised while building `model`."""
+    """One line for each broken rule of `error`, raised while building `model`; the first `SHOWN_RULES` of many."""
     assert issubclass(model, BaseModel)
+    details = error.errors(include_url=False)
     lines: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
+    for detail in details[:LOOKED_AT]:
         path, line = _explain_one(detail, model)
         # Alternatives of a union fail one by one, for one value: join what each wants.
         _, and_must, rule = line.partition(MUST)
@@ -71,7 +77,9 @@ def explain(error: ValidationError, model: type) -> str:
     meant = [line for path, line in lines.items() if not any(other.startswith(path + ".") for other in lines)]
     if len(meant) == 1:
         return meant[0]
-    return f"{len(meant)} settings break a rule:\n" + "\n".join(f"  - {line}" for line in meant)
+    many = len(details) > LOOKED_AT or len(meant) > SHOWN_RULES
+    count = f"more than {SHOWN_RULES}" if many else str(len(meant))
+    return f"{count} settings break a rule:\n" + "\n".join(f"  - {line}" for line in meant[:SHOWN_RULES])
 
 
 def _explain_one(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, str]:
@@ -134,7 +142,7 @@ def _peer_name(key: str, outer: list[str], owner: type[BaseModel]) -> str | None
     ours = PEER_NAMES.get(owner.__name__, {}).get(key)
     if ours is not None:
         return ours if " " in ours else ".".join((*outer, ours))
-    below = ((name, model) for name, field in owner.model_fields.items() for model in _models_in(field.annotation))
+    below = ((name, model) for name, field in owner.model_fields.items() for model in models_in(field.annotation))
     return next((found for name, model in below if (found := _peer_name(key, [*outer, name], model))), None)
 
 
@@ -142,17 +150,17 @@ def _paths_to(key: str, owner: type[BaseModel]) -> list[str]:
     """Dotted paths, below `owner`, of the fields called `key`."""
     found = []
     for name, field in owner.model_fields.items():
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             found += [f"{name}.{key}"] if key in inner.model_fields else []
             found += [f"{name}.{path}" for path in _paths_to(key, inner)]
     return found
 
 
-def _models_in(annotation: object) -> list[type[BaseModel]]:
+def models_in(annotation: object) -> list[type[BaseModel]]:
     """The configuration classes that a field's annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def _walk(loc: Iterable[int | str], model: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
@@ -168,7 +176,7 @@ def _walk(loc: Iterable[int | str], model: type[BaseModel]) -> tuple[list[str], 
             names.append(str(key))
         elif holder is not None:
             names.append(key)
-            candidates = _models_in(holder.model_fields[key].annotation) or candidates
+            candidates = models_in(holder.model_fields[key].annotation) or candidates
         else:
             candidates = [each for each in candidates if key in (each.__name__, _tag(each))] or candidates
     return names, candidates
@@ -184,6 +192,6 @@ def _purpose(names: list[str], model: type[BaseModel]) -> str:
     """What a missing setting is for, from its docstring or its class's."""
     *outer, last = names
     field = next(each.model_fields[last] for each in _walk(outer, model)[1] if last in each.model_fields)
-    docs = [field.description, *(each.__doc__ for each in _models_in(field.annotation))]
+    docs = [field.description, *(each.__doc__ for each in models_in(field.annotation))]
     first = next((doc for doc in docs if doc), None)
     return f": {first.strip().splitlines()[0]}" if first else ""

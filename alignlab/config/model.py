@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import OnResume, Recorded
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -15,6 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class LoraSettings(Frozen):
     """A LoRA adapter (arXiv:2106.09685), made by PEFT."""
 
+    on_resume = OnResume.REFUSED
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
@@ -37,6 +39,7 @@ class LoraSettings(Frozen):
 class TokenizerTraining(Frozen):
     """A byte-pair tokenizer trained from the text of the training task."""
 
+    on_resume = OnResume.REFUSED
     vocab_size: int = Field(512, ge=258)
     num_texts: int = Field(2000, ge=1)
     """Prompts and answers to read."""
@@ -45,6 +48,7 @@ class TokenizerTraining(Frozen):
 class StudentSettings(Frozen):
     """Which of a teacher's layers a student begins with: exactly one of `layers` and `num_layers`."""
 
+    on_resume = OnResume.REFUSED
     layers: tuple[int, ...] | None = None
     """Counted from 0, ascending."""
     num_layers: int | None = Field(None, ge=1)
@@ -66,11 +70,12 @@ class StudentSettings(Frozen):
 class ModelSettings(Frozen):
     """The policy: an existing checkpoint by `name`, or a new model by `architecture`."""
 
-    name: str | None = None
+    on_resume = OnResume.REFUSED
+    name: Recorded[str | None] = None
     """A Hub id, a local folder, or a model that a Python package ships, such as smollm2-135m-instruct."""
     architecture: dict[str, Any] | None = None
     """Fields of `PolicyConfig` for a model trained from nothing."""
-    tokenizer: str | TokenizerTraining | None = None
+    tokenizer: Recorded[str | TokenizerTraining | None] = None
     """Default: the one beside `name`."""
     dtype: Dtype = "auto"
     """auto: bfloat16 under an adapter, float32 where all weights train."""

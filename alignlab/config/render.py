@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import MayChange, OnResume
 
 
 class RenderSettings(Frozen):
     """How rows become text and tokens: rows that a program has in memory, and those of a source (`DataSettings`)."""
 
+    on_resume = OnResume.REFUSED
     size: int | None = Field(None, ge=1)
     """Rows to take; default all (for a task, 1000)."""
     prompt_column: str = "prompt"
@@ -36,7 +38,7 @@ class RenderSettings(Frozen):
     taught_turns: Literal["together", "separately", "last"] = "together"
     """Of a conversation in supervised data: teach all of the assistant's turns in one example, each in an example of
     its own with the history as the template writes it there, or the last one alone."""
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: MayChange[Literal["error", "skip"]] = "error"
     """Bad rows, over-long prompts, and examples that the model has no positions for: stop with the number, or skip and
     count."""
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from alignlab.config.addresses import check_address
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import OnResume, Recorded
 from alignlab.types import SamplingParams
 
 
 class SamplingSettings(Frozen):
     """Sampling of a rollout or an evaluation; the meaning of each is `SamplingParams`'s."""
 
+    on_resume = OnResume.REFUSED
     temperature: float = Field(1.0, ge=0)
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -39,7 +41,8 @@ class SamplingSettings(Frozen):
 class RolloutSettings(Frozen):
     """The embedded engine."""
 
-    engine: Literal["embedded"] = "embedded"
+    on_resume = OnResume.MAY_CHANGE
+    engine: Recorded[Literal["embedded"]] = "embedded"
     block_size: int = Field(16, ge=1)
     """Tokens in a block of the KV cache."""
     cache_tokens: int | None = Field(None, ge=1)
@@ -58,6 +61,7 @@ class RolloutSettings(Frozen):
 class _VLLMSettings(Frozen):
     """What vLLM is told, wherever it runs, and how the weights it was given are proved to be the policy's."""
 
+    on_resume = OnResume.MAY_CHANGE
     max_running: int = Field(128, ge=1)
     """Sequences decoded together."""
     prefill_tokens: int = Field(2048, ge=1)
@@ -72,7 +76,7 @@ class _VLLMSettings(Frozen):
     """Memory of the KV cache; default: what is left of `memory_frac`."""
     eager: bool | None = None
     """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
-    sync: Literal["auto", "merged", "adapter"] = "auto"
+    sync: Recorded[Literal["auto", "merged", "adapter"]] = "auto"
     """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
     there is one and vLLM has a GPU; on a CPU it generates half as fast with one."""
     canary_every_updates: int = Field(10, ge=1)
@@ -87,7 +91,7 @@ class _VLLMSettings(Frozen):
 class VLLMSettings(_VLLMSettings):
     """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
 
-    engine: Literal["vllm"] = "vllm"
+    engine: Recorded[Literal["vllm"]] = "vllm"
     digests_every_updates: int = Field(1, ge=1)
     """Every so many weight updates, digests of all tensors are compared on both sides."""
     sleep: bool | None = None
@@ -98,39 +102,31 @@ class VLLMSettings(_VLLMSettings):
 class VLLMServerSettings(_VLLMSettings):
     """vLLM in processes of its own, on this or on other machines; `alignlab serve` starts them from the same file."""
 
-    engine: Literal["vllm_server"] = "vllm_server"
+    engine: Recorded[Literal["vllm_server"]] = "vllm_server"
     servers: tuple[str, ...] = Field(("http://127.0.0.1:8000",), min_length=1)
     """Addresses. Requests go to the server that has the fewest; those of a server that is lost go to the others."""
     memory_frac: float = Field(0.9, gt=0, lt=1)
     """Of the server's device: weights and KV cache."""
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: Recorded[int] = Field(0, ge=0)
     """Steps that the policy may be ahead of the weights that sampled a token. 0: a step's rollouts are generated, then
     learnt from. k: those of up to k later steps are generated meanwhile."""
     health_every_s: float = Field(2.0, gt=0)
     """While requests run, every so many seconds each server and its engine are asked whether they live; after three
     times without an answer it is lost."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """A server that has not answered a request by then is lost."""
+    """A server that has not answered a request whole by then is lost; the time to send
+    weights comes on top."""
     reconnect_s: float = Field(120.0, ge=0)
     """How long to wait for a server to come (back) where there is none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for address in self.servers:
-            if not _is_address(address):
-                must = "hold addresses of the form http://HOST:PORT"
-                raise BrokenRule("servers", list(self.servers), must, f"correct {address}")
+            must = "hold addresses of the form http://HOST:PORT"
+            check_address("servers", address, must=must, schemes=("http",), port=True, path=False)
         if len(set(self.servers)) < len(self.servers):
             raise BrokenRule("servers", list(self.servers), "name each server once", "remove the second")
         return self
-
-
-def _is_address(text: str) -> bool:
-    parts = urlsplit(text)
-    try:
-        return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and parts.path in ("", "/")
-    except ValueError:  # the port is no number
-        return False
 
 
 EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings

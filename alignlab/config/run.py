@@ -11,6 +11,7 @@ from alignlab.config.data import DataSettings
 from alignlab.config.judge import ModelJudge
 from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
+from alignlab.config.on_resume import OnResume
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.trainers import AnyTrainer, OnPolicyDistillConfig, PPOConfig, RLAIFConfig, SFTConfig
@@ -19,6 +20,7 @@ from alignlab.config.trainers import AnyTrainer, OnPolicyDistillConfig, PPOConfi
 class EvaluationSettings(Frozen):
     """How held-out accuracy is measured: greedy, and sampled at temperature 1 unless `sampled` says otherwise."""
 
+    on_resume = OnResume.REFUSED
     num_problems: int | None = Field(None, ge=1)
     """Default: all of the evaluation data."""
     num_samples: int = Field(4, ge=1)
@@ -42,6 +44,7 @@ class EvaluationSettings(Frozen):
 class WarmStart(Frozen):
     """Supervised fine-tuning before reinforcement learning, on the training data's prompts and answers."""
 
+    on_resume = OnResume.REFUSED
     trainer: SFTConfig = SFTConfig()
     data: DataSettings | None = None
     """Default: the run's training data."""
@@ -61,6 +64,7 @@ class WarmStart(Frozen):
 class RunConfig(Frozen):
     """A run from one file."""
 
+    on_resume = OnResume.REFUSED
     model: ModelSettings
     data: DataSettings
     eval_data: DataSettings | None = None

@@ -10,12 +10,15 @@ from typing import Any
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from alignlab.errors import CheckpointError
 from alignlab.models.adapters import compute_in_base_dtype
+from alignlab.models.intact import check_folder, named_errors
 
 _CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 _DAMAGED = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
 
 
@@ -76,13 +79,33 @@ def refuse_other_tasks(path: str) -> None:
         )
 
 
+def check_tensors(path: str) -> None:
+    """Raise if the tensors of an adapter's folder cannot be read, are none, or are no finite numbers.
+
+    Raises:
+        CheckpointError: with the file.
+    """
+    file, fix = Path(path) / TENSORS, "copy the adapter again, or save it again"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {TENSORS}, in which an adapter is kept; {fix}")
+    with named_errors(f"{file} is damaged", fix.capitalize()):
+        tensors = load_file(file)
+        finite = {name: t.is_floating_point() and bool(t.float().isfinite().all()) for name, t in tensors.items()}
+    if not all(finite.values()) or not tensors:
+        wrong = next((name for name in finite if not finite[name]), None)
+        problem = "it holds no tensor" if wrong is None else f"{wrong} is no tensor of finite numbers"
+        raise CheckpointError(f"{file} is no adapter: {problem}; {fix}")
+
+
 def with_saved_adapter(base: PreTrainedModel, path: str) -> PeftModel:
-    """A model with the adapter of a folder on it, every tensor of which is there and used; in evaluation mode.
+    """A model with the adapter of a folder on it, every tensor of which is there, finite and used; in evaluation mode.
 
     Raises:
         CheckpointError: the adapter is damaged, of another base, or of another task.
     """
+    check_folder(path)
     refuse_other_tasks(path)
+    check_tensors(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")

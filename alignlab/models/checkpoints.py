@@ -6,6 +6,7 @@ families in `families.py` have our names, and are handed over without a copy.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from pathlib import Path
@@ -32,8 +33,11 @@ from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_tasks, with_saved_adapter
 from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
+from alignlab.models.download_limits import waits_for_hub
 from alignlab.models.families import read_hub_config, write_hub_config
+from alignlab.models.folder_limits import check_architecture
 from alignlab.models.generation_defaults import check_generation_file, writable_generation_config
+from alignlab.models.intact import check_folder, named_errors
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
@@ -44,10 +48,12 @@ AutoModelForCausalLM.register(PolicyConfig, PolicyForCausalLM, exist_ok=True)
 
 _log = logging.getLogger(__name__)
 _OPTIONS = {"trust_remote_code": False}
+_NO_CHECKPOINT = "A checkpoint must be a Hub id, or a folder with config.json and safetensors"
 _ROPE_KEYS = ("rope_theta", "rope_scaling")
 _CHOSEN_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
+@waits_for_hub
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The model of a checkpoint, in evaluation mode, its attention set to "alignlab".
 
@@ -57,11 +63,12 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
         name: a Hub id, a local folder, or a packaged model. The folder of an adapter gives its base with it on top.
 
     Raises:
-        CheckpointError: it cannot be found, has no safetensors, or needs code of its own.
+        CheckpointError: it cannot be found, is damaged, has no safetensors, or needs code of its own.
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
+        check_folder(path)
     if is_adapter(path):
         refuse_other_tasks(path)
         return with_saved_adapter(_base_model(path, dtype, device), path)
@@ -89,8 +96,9 @@ def _check_base(path: str) -> None:
         raise CheckpointError(f"the base of the adapter {path}: {error}") from error
 
 
+@waits_for_hub
 def check_checkpoint(name: str) -> None:
-    """See that a checkpoint is there and of a known architecture, without reading its weights.
+    """See that a checkpoint is there, whole where alignlab wrote it, and of a known architecture; nothing is loaded.
 
     Args:
         name: as for `load_model`. An adapter is looked at with its base.
@@ -102,17 +110,13 @@ def check_checkpoint(name: str) -> None:
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
+        check_folder(path)
         _check_files(name, sorted(Path(path).glob("*.safetensors")))
     if is_adapter(path):
         refuse_other_tasks(path)
         return _check_base(path)
-    try:
+    with named_errors(f"{name} cannot be loaded", _NO_CHECKPOINT):
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id, or a folder with config.json and "
-            "safetensors"
-        ) from error
     _refuse_encoder_decoder(name, config)
 
 
@@ -124,6 +128,7 @@ def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
         )
 
 
+@waits_for_hub
 def empty_model(name: str) -> PreTrainedModel:
     """A checkpoint's model without its weights, all of whose sizes can be asked for; of an adapter, its base.
 
@@ -137,12 +142,8 @@ def empty_model(name: str) -> PreTrainedModel:
     check_generation_file(path)
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
-        pass  # without the file they are made of the config, as in loading
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {error}\nCorrect its generation_config.json") from error
+    with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)  # without a file, of the config, as in loading
     return _adopted(model)
 
 
@@ -166,6 +167,7 @@ def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device 
     Raises:
         CheckpointError: see `load_model`.
     """
+    check_folder(path)
     model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True))
     return model.to(device).eval()
 
@@ -182,13 +184,8 @@ def _from_hub(name: str, path: str, dtype: torch.dtype | str, *, headless: bool 
     check_generation_file(path)
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
-    try:
+    with named_errors(f"{name} cannot be loaded", f"{_NO_CHECKPOINT}, of an architecture that transformers knows"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{name} cannot be loaded: {error}\nA checkpoint must be a Hub id or folder with config.json and "
-            "safetensors, of an architecture that transformers knows"
-        ) from error
     model, told = loaded
     wrong = {
         kind: sorted(
@@ -214,7 +211,9 @@ def _takes_attention(path: str) -> bool:
         _refuse_encoder_decoder(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
-    except (OSError, ValueError, KeyError, StrictDataclassError):
+    except CheckpointError:
+        raise
+    except Exception:
         return True  # what is wrong with it is said when it is loaded
 
 
@@ -270,9 +269,10 @@ def new_model(
         architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
 
     Raises:
-        ConfigError: a field is unknown, or the combination is impossible.
+        ConfigError: a field is unknown, the combination is impossible, or the model larger than the memory.
     """
     _check_names(architecture)
+    check_architecture(architecture, vocab_size, dtype.itemsize)
     tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
         config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)
@@ -337,19 +337,19 @@ def _as_family(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     return twin
 
 
+@waits_for_hub
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint, or beside the base of an adapter. Without a padding token, the end token pads.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     path = resolve_checkpoint(name)
+    check_folder(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
         return load_tokenizer(base_of(path))
-    try:
+    with named_errors(f"{name} has no tokenizer that can be loaded", "Give model.tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, **_OPTIONS)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} has no tokenizer that can be loaded: {error}\nGive model.tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

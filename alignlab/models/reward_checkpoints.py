@@ -27,12 +27,14 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from alignlab.errors import CheckpointError, ConfigError
-from alignlab.models.adapter_files import adapter_config, base_of, is_adapter
+from alignlab.models.adapter_files import TENSORS, adapter_config, base_of, check_tensors, is_adapter
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
 from alignlab.models.attention import causal_lm, num_embeddings
 from alignlab.models.checkpoints import load_headless, load_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import write_hub_config
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.models.intact import check_folder, named_errors
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.reward_model import RewardModel
 from alignlab.models.saving import save_adapter_without_weights, save_without_weights
@@ -41,7 +43,6 @@ from alignlab.models.transformer import PolicyForCausalLM, PolicyPreTrainedModel
 HEAD = "score.weight"
 _ADAPTER_HEAD = f"base_model.model.{HEAD}"
 _TASK = "SEQ_CLS"
-_ADAPTER_TENSORS = "adapter_model.safetensors"
 _BASE_FILE = "reward_model.json"  # beside an adapter: which base it was trained on
 
 
@@ -166,7 +167,7 @@ def _save_adapter(reward: RewardModel, model: PeftModel, folder: Path, base_dige
     config.save_pretrained(str(folder))
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors | {_ADAPTER_HEAD: reward.score.weight.detach()}, folder / _ADAPTER_TENSORS, {"format": "pt"})
+    save_file(tensors | {_ADAPTER_HEAD: reward.score.weight.detach()}, folder / TENSORS, {"format": "pt"})
     told = {"base_digest": base_digest, "base_dtype": str(causal_lm(model).dtype).removeprefix("torch.")}
     (folder / _BASE_FILE).write_text(json.dumps(told) + "\n")
 
@@ -183,10 +184,12 @@ def load_reward_model(
 
     Raises:
         CheckpointError: it is no reward model, or cannot be loaded.
+        NumericsError: a weight of it is not finite.
     """
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())
+        check_folder(path)
     if is_adapter(path):
         config, tensors, head = _read_adapter(path)
         if base is None:
@@ -204,8 +207,11 @@ def load_reward_role(model: PeftModel, name: str, role: str) -> RewardModel:
 
     Raises:
         CheckpointError: it is no reward model's adapter, or does not fit the base.
+        NumericsError: a weight of it is not finite.
     """
+    check_folder(name)
     config, tensors, head = _read_adapter(name)
+    check_finite(tensors.items(), f"the weights of the reward model {name}", fix=TAKE_ANOTHER)
     if role in model.peft_config:
         model.delete_adapter(role)  # an earlier trainer's
     load_role(model, role, config, tensors)
@@ -222,29 +228,36 @@ def is_reward_model(path: str) -> bool:
     if is_adapter(path):
         return bool(adapter_config(path).task_type == _TASK)
     config = Path(path) / "config.json"
-    kinds = json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds or ())
+    kinds = _read_object(config).get("architectures") if config.is_file() else None
+    return isinstance(kinds, list) and any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
 
 
 def _told(path: str) -> dict[str, Any]:
     file = Path(path) / _BASE_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _read_object(file) if file.is_file() else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    with named_errors(f"{file} is damaged", "Copy the folder again"):
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it must hold one object")
+        return value
 
 
 def _base(path: str, dtype: torch.dtype | None, device: torch.device | str) -> Any:
     name, known = base_of(path), _told(path).get("base_dtype")
     if dtype is None:
-        dtype = getattr(torch, known) if known else AutoConfig.from_pretrained(resolve_checkpoint(name)).dtype
+        with named_errors(f"the dtype of the base of {path} is not known", "Copy the adapter again"):
+            dtype = getattr(torch, known) if known else AutoConfig.from_pretrained(resolve_checkpoint(name)).dtype
     return load_model(name, dtype=dtype or torch.float32, device=device)
 
 
 def _read_adapter(path: str) -> tuple[PeftConfig, dict[str, Tensor], Tensor]:
     """(config of an adapter on a causal language model, its tensors, the head)."""
     config: Any = adapter_config(path)
-    file = Path(path) / _ADAPTER_TENSORS
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {_ADAPTER_TENSORS}; a reward model's adapter is kept in safetensors")
-    tensors = load_file(file)
+    check_tensors(path)
+    tensors = load_file(Path(path) / TENSORS)
     if config.task_type != _TASK or _ADAPTER_HEAD not in tensors:
         raise CheckpointError(
             f"{path} must be the adapter of a reward model (task_type {_TASK}, with {_ADAPTER_HEAD}), and has "
@@ -262,7 +275,7 @@ def _read_head(path: str, name: str) -> Tensor:
             "not; give a folder that trainer type reward wrote, or download the checkpoint first"
         )
     for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+        with named_errors(f"{file} is damaged", "Copy the folder again"), safe_open(file, "pt") as tensors:
             if HEAD in tensors.keys():  # noqa: SIM118  not a mapping
                 head: Tensor = tensors.get_tensor(HEAD)
                 return head
@@ -278,4 +291,6 @@ def _with_head(reward: RewardModel, head: Tensor, name: str) -> RewardModel:
         )
     with torch.no_grad():
         wanted.copy_(head)
+    own = reward.named_parameters() if reward.role is None else [(HEAD, head)]
+    check_finite(own, f"the weights of the reward model {name}", fix=TAKE_ANOTHER)
     return reward.requires_grad_(False) if reward.role is None else reward

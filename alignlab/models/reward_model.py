@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, NumericsError
 from alignlab.models.adapters import has_adapters, in_role
 from alignlab.models.attention import causal_lm, hidden_states
 from alignlab.models.moe import RoutingRecord, routers
@@ -93,7 +93,11 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def rewards(self, packs: Sequence[Experience], num_sequences: int) -> Tensor:
-        """[num_sequences] float32, by sequence id, without dropout or a gradient; nan for one that is in no pack."""
+        """[num_sequences] float32, by sequence id, without dropout or a gradient; nan for one that is in no pack.
+
+        Raises:
+            NumericsError: a reward is not finite.
+        """
         device = self.score.weight.device
         found = torch.full((num_sequences,), torch.nan, device=device)
         was_training = self.model.training
@@ -102,8 +106,13 @@ class RewardModel(nn.Module):
             with self.in_use():
                 for pack in (each.to(device) for each in packs):
                     ends = last_tokens(pack.segments)
-                    output = self(pack.tokens, pack.segments, pack.completion_mask)
-                    found[pack.segments.sequence_of_token[ends]] = output.rewards[ends]
+                    rewards = self(pack.tokens, pack.segments, pack.completion_mask).rewards[ends]
+                    if not rewards.isfinite().all():
+                        raise NumericsError(
+                            f"the rewards of a reward model must be finite, and {int((~rewards.isfinite()).sum())} of "
+                            f"{len(rewards)} are not; load it in float32, or take another one"
+                        )
+                    found[pack.segments.sequence_of_token[ends]] = rewards
         finally:
             self.model.train(was_training)
         return found

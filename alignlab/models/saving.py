@@ -1,8 +1,12 @@
-"""Saving adapters, and saving any model without its weights, which shows before a training what its end cannot save."""
+"""Saving adapters, publishing saved folders whole, and saving any model without its weights, as before a training."""
 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from alignlab.atomic_files import TEMPORARY, hidden_name, publish_folder, recover_folder, sync_folder
 from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
+from alignlab.manifest import write_manifest
 from alignlab.models.attention import causal_lm
 
 SAVING_ERRORS = (
@@ -21,6 +28,47 @@ SAVING_ERRORS = (
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What `transformers`, PEFT, safetensors and JSON raise where something cannot be written."""
+
+
+@contextmanager
+def published(folder: str | Path, *, run_id: str | None = None) -> Iterator[Path]:
+    """Give a hidden folder to write a model and its tokenizer to, which is then published under its name, whole.
+
+    What was written gets a manifest, is synced to the disk and takes the place of an earlier folder, which stays as it
+    was if anything fails until then, or if the process is killed.
+
+    Args:
+        folder: its name.
+        run_id: of the run that made the model; None where none did.
+
+    Raises:
+        DiskError: the disk, a limit or a permission.
+    """
+    folder = Path(folder).absolute()
+    with writing(folder, "the model"):
+        yield from _published(folder, run_id)
+
+
+def _published(folder: Path, run_id: str | None) -> Iterator[Path]:
+    if _holds_nothing(folder) and (folder.is_mount() or not os.access(folder.parent, os.W_OK | os.X_OK)):
+        yield folder  # nothing can be put in its place, and nothing is lost in it
+        write_manifest(folder, run_id=run_id)
+        sync_folder(folder)
+        return
+    temporary = hidden_name(folder, TEMPORARY)
+    recover_folder(folder)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        write_manifest(temporary, run_id=run_id)
+        publish_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _holds_nothing(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def save_without_weights(model: PreTrainedModel, folder: str | Path) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from alignlab.digests import DamagedError, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError, DataError
 from alignlab.rlaif.chat_model import DOWN
-from alignlab.rlaif.journal import Journal
 from alignlab.training.files import write_atomically
 from alignlab.training.interrupt import catch_interrupts
+from alignlab.training.journal import Journal, read_journal
 from alignlab.training.progress import TrainingProgress
 from alignlab.types import Prompt, Text
 
+logger = logging.getLogger(__name__)
 _MADE_WITH = "made_with.json"
+_COMPLETE = "complete.json"
+"""Digest of all rows, written when there is one for each prompt."""
+_NEEDED = {"index", "prompt", "outcome"}
 Work = Callable[[Sequence[Prompt]], Sequence[Mapping[str, Any]]]
 
 
@@ -27,7 +33,7 @@ def collect(
     """The rows that `work` makes of all prompts, in the order of the prompts; every rank calls it together.
 
     What an earlier start has done, on however many ranks, is not done again; but what it got no answer to is asked once
-    more. SIGINT or SIGTERM ends it after the batch.
+    more, and so is what its journals hold damaged. SIGINT or SIGTERM ends it after the batch.
 
     Args:
         work: makes one row of each prompt, with its `index`, its `prompt` and an `outcome`.
@@ -41,7 +47,10 @@ def collect(
         CheckpointError: earlier rows are of other prompts.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    known = {row["index"]: row for row in _rows(folder)}
+    rows, damage = _rows(folder)
+    if rank == 0 and damage:
+        logger.warning("%s; what is lost is made again", "; ".join(damage))
+    known = {row["index"]: row for row in rows}
     _check_same(prompts, known, folder)
     accelerator.wait_for_everyone()  # nobody writes before all have read
     left = [prompt for prompt in prompts if not _is_done(known.get(prompt.index))][rank::ranks]
@@ -56,10 +65,12 @@ def collect(
                 progress.note(f"stopped by {interrupt.signal}; what is done is kept, go on with --resume")
                 break
     accelerator.wait_for_everyone()
-    rows = {row["index"]: row for row in _rows(folder)}
-    if any(prompt.index not in rows for prompt in prompts):
+    known = {row["index"]: row for row in _rows(folder)[0]}
+    if any(prompt.index not in known for prompt in prompts):
         return None
-    return [rows[prompt.index] for prompt in prompts]
+    if rank == 0:
+        write_atomically(folder / _COMPLETE, json.dumps(sealed({"rows": _digest(known)})) + "\n")
+    return [known[prompt.index] for prompt in prompts]
 
 
 def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> None:
@@ -76,9 +87,9 @@ def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> N
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if writes:
-            write_atomically(path, json.dumps(told, indent=1) + "\n")
+            write_atomically(path, json.dumps(sealed(told), indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _read_made_with(path)
     changed = [name for name, value in told.items() if before.get(name) != value]
     if changed:
         raise CheckpointError(
@@ -87,11 +98,53 @@ def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> N
         )
 
 
-def finished(prompts: Sequence[Prompt], folder: Path) -> list[dict[str, Any]]:
-    """The rows of a stage that is over, as they are: later stages have learnt from them."""
-    rows = {row["index"]: row for row in _rows(folder)}
+def _read_made_with(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return parse_sealed(text)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}) or of an earlier version, and says what the rows beside it were made with; "
+            "remove it if nothing of the run's settings has changed since, or use another output_dir"
+        ) from error
+
+
+
+def finished(prompts: Sequence[Prompt], folder: Path, *, done: Path) -> list[dict[str, Any]]:
+    """The rows of a stage that is over, as they are: later stages have learnt from them.
+
+    Args:
+        done: the file that says that the stage is over.
+
+    Raises:
+        CheckpointError: rows are damaged, or of other prompts.
+    """
+    found, damage = _rows(folder)
+    remedy = (
+        "these rows were learnt from, and are not made again by themselves: restore the file from a copy, or remove "
+        f"{done}, by which what is lost is made again, and the folders of later stages"
+    )
+    if damage:
+        raise CheckpointError(f"{'; '.join(damage)}; {remedy}")
+    rows = {row["index"]: row for row in found}
+    _check_complete(rows, folder / _COMPLETE, remedy)
     _check_same(prompts, rows, folder)
     return [rows[prompt.index] for prompt in prompts if prompt.index in rows]
+
+
+def _check_complete(rows: Mapping[int, Mapping[str, Any]], path: Path, remedy: str) -> None:
+    if not path.exists():
+        return  # of an earlier version
+    try:
+        same = parse_sealed(path.read_bytes())["rows"] == _digest(rows)
+    except DamagedError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, if the rows beside it are whole") from error
+    if not same:
+        raise CheckpointError(f"the rows in {path.parent} are others than when the stage was over; {remedy}")
+
+
+def _digest(rows: Mapping[int, Mapping[str, Any]]) -> str:
+    return json_digest([rows[index] for index in sorted(rows)])
 
 
 def _is_done(row: Mapping[str, Any] | None) -> bool:
@@ -115,5 +168,15 @@ def as_json(text: Text) -> Any:
     return text if isinstance(text, str) else [dict(message) for message in text]
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(folder.glob("rank*.jsonl")) for row in Journal(path).rows]
+def _rows(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The intact rows of all journals, and what is wrong with the others."""
+    rows: list[dict[str, Any]] = []
+    damage: list[str] = []
+    for path in sorted(folder.glob("rank*.jsonl")):
+        content = read_journal(path)
+        damage += [f"{path}: {each}" for each in content.damage]
+        whole = [row for row in content.rows if row.keys() >= _NEEDED]
+        if len(whole) < len(content.rows):  # of an earlier version, whose lines had no digests
+            damage.append(f"{path}: {len(content.rows) - len(whole)} lines are damaged")
+        rows += whole
+    return rows, damage

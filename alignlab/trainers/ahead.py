@@ -132,12 +132,14 @@ class CollectingVotes:
         if self._num_rounds == 1:
             return False
         if self._group is None:
-            return not failed and self._any_rank(short)
-        votes = torch.tensor([float(short), float(failed)])
-        torch.distributed.all_reduce(votes, group=self._group)
-        if votes[1] > 0 and not failed:
+            any_failed, any_short = self._any_rank(failed), self._any_rank(short)
+        else:
+            votes = torch.tensor([float(short), float(failed)])
+            torch.distributed.all_reduce(votes, group=self._group)
+            any_short, any_failed = (votes > 0).tolist()
+        if any_failed and not failed:
             raise RolloutError("another rank could not collect its rollouts; see its message")
-        return bool(votes[0] > 0)
+        return bool(any_short)
 
 
 def check_age(rollouts: Sequence[Rollout], policy_version: int, max_staleness: int) -> None:

@@ -24,6 +24,7 @@ from alignlab.errors import ConfigError
 from alignlab.functional.distillation import Head, TopTokens, chunked_top_tokens
 from alignlab.models.attention import num_embeddings, num_positions, output_head
 from alignlab.models.checkpoints import load_tokenizer
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.rollout.engine import EmbeddedEngine
 from alignlab.trainers.assemble import Model, Reward, resolve_rewards
 from alignlab.trainers.distilling import (
@@ -90,6 +91,7 @@ class DistillTrainer(OfflineTrainer):
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         super().__init__(model, config, train, **options)
         self.held_out = how.read(held_out, self.learner.model, self.tokenizer)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -151,6 +153,7 @@ class DistillTrainer(OfflineTrainer):
                 hidden, Head(*output_head(teacher.model)), k=k, width=how.width,
                 temperature=how.temperature, chunk_tokens=self.config.logprob_chunk_tokens,
             )
+            check_finite([("pack", top.logprobs)], "the log-probs of the teacher", fix=TAKE_ANOTHER)
             counts = [int(part.sum()) for part in pack.completion_mask.split(pack.segments.lengths)]
             parts = zip(*(tensor.cpu().split(counts) for tensor in top), strict=True)
             found |= {i: TopTokens(*part) for i, part in zip(pack.segments.sequence_ids, parts, strict=True)}

@@ -235,10 +235,8 @@ def num_checkpoints(config: TrainerConfig) -> int:
 
 
 def _held_bytes(folder: Path) -> int:
-    """Bytes that a run which goes on has on the disk already, of what is counted."""
-    return sum(
-        path.stat().st_size
-        for name in ("checkpoints", "model", "adapter")
-        for path in (folder / name).rglob("*")
-        if path.is_file()
-    )
+    """Bytes that a run which goes on has on the disk already, of what is counted.
+
+    What it has made before is none of it: what it makes now is written beside that.
+    """
+    return sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())

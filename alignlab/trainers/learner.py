@@ -25,6 +25,7 @@ from alignlab.models.adapters import adapters_disabled, has_adapters, is_of_adap
 from alignlab.models.attention import causal_lm
 from alignlab.models.critic import Critic
 from alignlab.models.dropout import switch_off_dropout
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.moe import expert_counts, move_biases, routers, take_loads
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.reduction import StepTotals, Weigh, count_step, token_mean
@@ -50,6 +51,11 @@ class Learner:
         updates_per_step: of a step that updates it, for the schedule's warm-up.
         temperature: that the policy is sampled at; log-probs are of the policy at this temperature.
         entropy_grad: whether the loss uses the entropy with a gradient.
+
+    Attributes:
+        num_skipped: updates left out because a gradient was not finite.
+        num_empty: updates left out because there was no token to train on.
+        num_changes: how often a change of the weights, or of what the routers count, was begun.
     """
 
     def __init__(
@@ -78,6 +84,8 @@ class Learner:
         self.schedule = make_schedule(optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
         self.num_empty = 0
+        self.num_changes = 0
+        self._frozen: str | None = None
 
     @property
     def num_updates(self) -> int:
@@ -120,26 +128,25 @@ class Learner:
         policy = {name: p.detach() for name, p in self.trained.items()} | buffers
         return {"policy": policy, "optimizer": optimizer_tensors(self.optimizer, self.trained)}
 
-    def state(self) -> dict[str, Any]:
-        """The rest of a checkpoint, as JSON."""
+    def progress(self) -> dict[str, Any]:
+        """How far the training is, as JSON."""
         return {
-            "schedule": schedule_state(self.schedule),
-            "num_skipped": self.num_skipped,
-            "num_empty": self.num_empty,
-            "frozen": self._frozen_fingerprint(),
+            "schedule": schedule_state(self.schedule), "num_skipped": self.num_skipped, "num_empty": self.num_empty,
         }
 
-    def _frozen_fingerprint(self) -> str:
-        """Of the weights that are not trained and so in no checkpoint, such as an adapter's base."""
-        trained = self.trained
-        return fingerprint(
-            (name, p)
-            for name, p in self.policy.named_parameters()
-            if name not in trained and not is_of_adapter(self.policy.model, name)
-        )
+    def frozen_fingerprint(self) -> str:
+        """Of the weights that are not trained and so in no checkpoint, such as an adapter's base; computed once."""
+        if self._frozen is None:
+            trained = self.trained
+            self._frozen = fingerprint(
+                (name, p)
+                for name, p in self.policy.named_parameters()
+                if name not in trained and not is_of_adapter(self.policy.model, name)
+            )
+        return self._frozen
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take back what `tensors` and `state` gave.
+        """Take back what `tensors`, `progress` and `frozen_fingerprint` (as `frozen`) gave.
 
         Raises:
             CheckpointError: the checkpoint holds other parameters than are trained now, or the frozen ones are others.
@@ -150,7 +157,7 @@ class Learner:
                 f"the checkpoint and the model train different parameters, first {missing[0]} ({len(missing)} in all); "
                 "resume with the model and LoRA settings that the run was started with"
             )
-        if state["frozen"] != self._frozen_fingerprint():
+        if state["frozen"] != self.frozen_fingerprint():
             raise CheckpointError(
                 "the weights that are not trained, such as an adapter's base, are not those that the run was started "
                 "with; resume with the same model.name and model.dtype"
@@ -166,9 +173,23 @@ class Learner:
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
 
-    def score(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[Tensor]:
-        """Log-probs [N] of each pack's trained tokens, without a gradient; of the policy in training by default."""
-        return [output.logprobs for output in self.outputs(packs, policy)]
+    def score(
+        self, packs: Sequence[Experience], policy: Policy | None = None, *, of: str | None = None
+    ) -> list[Tensor]:
+        """Log-probs [N] of each pack's trained tokens, without a gradient.
+
+        Args:
+            policy: that is asked; default: the one in training.
+            of: what a frozen model is called, whose log-probs must be finite; None for one that may recover.
+
+        Raises:
+            NumericsError: a log-prob of a frozen model is not finite.
+        """
+        scores = [output.logprobs for output in self.outputs(packs, policy)]
+        if of is not None:
+            named = ((f"pack {number}", each) for number, each in enumerate(scores))
+            check_finite(named, f"the log-probs of {of}", fix=TAKE_ANOTHER)
+        return scores
 
     def outputs(self, packs: Sequence[Experience], policy: Policy | None = None) -> list[PolicyOutput]:
         """All that a forward pass says of each pack, without a gradient; see `score`."""
@@ -183,12 +204,12 @@ class Learner:
 
     def score_reference(self, packs: Sequence[Experience], reference: Policy | None) -> list[Tensor]:
         """The same under the reference: a frozen copy or, where there is none, the base of the adapter."""
-        return self.score_base(packs) if reference is None else self.score(packs, reference)
+        return self.score_base(packs) if reference is None else self.score(packs, reference, of="the reference")
 
     def score_base(self, packs: Sequence[Experience]) -> list[Tensor]:
         """The same under the frozen base: the policy with its adapters off."""
         with adapters_disabled(self.policy.model):
-            return self.score(packs)
+            return self.score(packs, of="the reference")
 
     def update(
         self, packs: Sequence[Experience], loss: TokenLoss, weigh: Weigh, *, measure: Weigh = token_mean
@@ -215,12 +236,15 @@ class Learner:
         for i, pack in enumerate(self._paced(packs)):
             with self._synchronised(last=i == len(packs) - 1):
                 self._backward(pack, loss, weigh(pack, totals), measure(pack, totals), totals, sums)
-        metrics = self._step(packs, totals)
-        if totals.is_empty:
-            return metrics
+        # The ranks wait for each other before the weights change: from then on no other rank can stop this one.
+        measured = {} if totals.is_empty else self._summed(sums)
+        return self._step(packs, totals) | measured
+
+    def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics over all ranks."""
         names = sorted(sums)
         values = self.reduce_sum(torch.stack([sums[name] for name in names])).tolist()
-        return metrics | dict(zip(names, values, strict=True))
+        return dict(zip(names, values, strict=True))
 
     def _paced(self, packs: Sequence[Experience]) -> Iterator[Experience]:
         """The packs one by one, each computed with as many threads as there are free cores then."""
@@ -265,20 +289,22 @@ class Learner:
         trained = list(self.trained.values())
         grad_norm = float(self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm))
         learning_rate = float(self.schedule.get_last_lr()[0])
+        counts = self.reduce_sum(expert_counts(self.policy.model)) if self.has_routers else None
+        if not totals.is_empty and not math.isfinite(grad_norm):
+            self._nonfinite(packs)
+        self.num_changes += 1  # before the first change: a failure in the middle leaves the weights of no step
         if totals.is_empty:
             self.num_empty += 1  # an optimizer would go on by its momentum
         elif math.isfinite(grad_norm):
             self.optimizer.step()
             self.schedule.step()
-        else:
-            self._nonfinite(packs)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if self.num_empty:
             metrics["empty_updates"] = float(self.num_empty)
         if self.config.on_nonfinite == "skip":
             metrics["skipped_updates"] = float(self.num_skipped)
-        return metrics | self._finish_routers() if self.has_routers else metrics
+        return metrics if counts is None else metrics | self._finish_routers(counts)
 
     def _nonfinite(self, packs: Sequence[Experience]) -> None:
         self.num_skipped += 1
@@ -295,8 +321,7 @@ class Learner:
             f"outputs not finite in {where or 'no sequence'}; lower learning_rate, or set on_nonfinite: skip"
         )
 
-    def _finish_routers(self) -> dict[str, float]:
-        counts = self.reduce_sum(expert_counts(self.policy.model))
+    def _finish_routers(self, counts: Tensor) -> dict[str, float]:
         take_loads(self.policy.model, counts)
         if not self.has_adapters:  # a bias is the base's, which an adapter leaves as it is
             move_biases(self.policy.model, counts)

@@ -8,7 +8,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,48 +17,28 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
+from alignlab.trainers.keeping import StepKeeper
 from alignlab.trainers.learner import Learner
-from alignlab.training.checkpoint import load_latest, save_checkpoint
+from alignlab.trainers.rank_watchdog import Position, tell_position, watched
+from alignlab.trainers.ranks import RankAgreement, of_main_rank
+from alignlab.trainers.result import TrainResult
+from alignlab.trainers.run_identity import RunIdentity
+from alignlab.training.checkpoint import Checkpoint, load_latest
 from alignlab.training.evaluation import Evaluation, evaluation_from_json
 from alignlab.training.interrupt import Interrupt, catch_interrupts
-from alignlab.training.learning_signal import SignalMonitor, Verdict
+from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.progress import TrainingProgress
-from alignlab.training.random_state import random_state, restore_random_state
+from alignlab.training.random_state import restore_random_state
 from alignlab.training.report import RunReport, write_report
 from alignlab.training.run_folder import RunFolder
 
+__all__ = ["Callback", "TrainResult", "TrainingLoop"]
 messages = logging.getLogger(__name__)
 Callback = Callable[[Any, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training ended.
-
-    Attributes:
-        num_steps: steps done, those before a resumption counted.
-        train_seconds: time in steps, evaluation and set-up left out.
-        model_path: the saved adapter, or the saved model where all weights were trained.
-        interrupted: a signal stopped it early; `train(resume=True)` goes on.
-        signal: that came, if one did; in the last step it stops nothing.
-        metrics: of the last step.
-        before, after: held-out accuracy of the starting and of the trained policy; None without held-out data.
-        folder: everything the run made.
-        verdict: whether anything was learnt, and why not.
-    """
-
-    num_steps: int
-    train_seconds: float
-    model_path: Path
-    interrupted: bool
-    signal: str | None
-    metrics: Mapping[str, float]
-    before: Evaluation | None
-    after: Evaluation | None
-    folder: Path
-    verdict: Verdict = field(default_factory=Verdict)
 
 
 class TrainingLoop(ABC):
@@ -70,6 +49,12 @@ class TrainingLoop(ABC):
         learner: policy and optimizer.
         tokenizer: saved beside the model.
         callbacks: each is called as `callback(trainer, step, metrics)` after every step.
+
+    Attributes:
+        agreed: ends a block of work on every rank where it fails on one.
+        evaluation_due: whether held-out data is still to be evaluated after the last step that was done.
+        part_of: id of the run that this run is a stage of; None where it is none.
+        keeper: saves the run's checkpoints while it trains.
     """
 
     def __init__(
@@ -83,12 +68,17 @@ class TrainingLoop(ABC):
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.callbacks = tuple(callbacks)
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config, learner.model)
         self.title = type(self).__name__
         self.base_model = causal_lm(learner.model).config.name_or_path or None
         self.generate_options: tuple[str, ...] = ()
         self.step = 0
         self.train_seconds = 0.0
         self.before: Evaluation | None = None
+        self.evaluation_due = False
+        self.part_of: str | None = None
+        self.agreed = RankAgreement(learner.accelerator)
+        self.keeper: StepKeeper | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
         self.signal = SignalMonitor()
 
@@ -151,52 +141,86 @@ class TrainingLoop(ABC):
     def train(self, *, resume: bool = False) -> TrainResult:
         """Train to `num_steps`; SIGINT or SIGTERM finishes the step, saves and returns.
 
+        Whatever fails, on whichever rank, the last whole step is saved first: see `trainers.keeping`.
+
         Args:
             resume: go on from the newest checkpoint in `output_dir`.
 
         Raises:
             ConfigError: the folder holds a run and `resume` is false, or another process is using it.
-            CheckpointError: the newest checkpoint is damaged, or there is none to resume from.
+            CheckpointError: the newest checkpoint is damaged or another run's, or there is none to resume from.
             NumericsError, RewardError: see `Learner.update`, `RewardRunner.score`.
+            RankError: another rank has failed.
             NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
-        rank = self.accelerator.process_index
-        on_main_rank(self.check_ending)  # before the folder is taken
-        with ExitStack() as stack:
-            folder = stack.enter_context(
-                RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
-            )
-            self.accelerator.wait_for_everyone()
-            resume_step = self._restore(folder) if resume else None
-            logger = stack.enter_context(
-                MetricsLogger(
-                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
-                    last_step=self.config.num_steps,
+        self.keeper = None
+        self.agreed = RankAgreement(self.accelerator)
+        with watched(self.position, self._keep), ExitStack() as stack:
+            on_main_rank(self.check_ending)  # before the folder is taken
+            folder = self._enter_folder(stack, resume)
+            checkpoint = self._restore(folder) if resume else None
+            resume_step = None if checkpoint is None else checkpoint.step
+            with self.agreed("opening the files of the run"):
+                logger = stack.enter_context(
+                    MetricsLogger(
+                        folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
+                        last_step=self.config.num_steps,
+                        saved=None if checkpoint is None else checkpoint.state["metrics"],
+                    )
                 )
-            )
-            self.open(stack, folder, resume_step)
+                self.open(stack, folder, resume_step)
             result = self._train(folder, logger)
-            if self.is_main and not result.interrupted:
-                write_report(folder, self._report(result))
-        if result.verdict.nothing_to_learn_from and not result.interrupted:
+            with self.agreed("writing the report"):
+                if self.is_main and not result.interrupted:
+                    write_report(folder, self._report(result))
+            learnt = result.interrupted or not result.verdict.nothing_to_learn_from
+            folder.ended(("interrupted" if result.interrupted else "done") if learnt else "nothing learnt", self.step)
+        self.keeper = None  # with its copy of the weights
+        if not learnt:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
 
+    def _enter_folder(self, stack: ExitStack, resume: bool) -> RunFolder:
+        rank = self.accelerator.process_index
+        with self.agreed("opening the run's folder"):
+            folder = stack.enter_context(
+                RunFolder(
+                    self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank,
+                    part_of=self.part_of,
+                )
+            )
+        folder.run_id = of_main_rank(self.accelerator, (folder.run_id or "").encode()).decode()
+        return folder
+
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
         self.progress = TrainingProgress(
-            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main
+            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main, on_phase=tell_position
         )
-        with catch_interrupts() as interrupt, self.progress:
+        keeper = self.keeper = StepKeeper(self, folder, logger)
+        with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
+                self.check_all_weights()
                 self.before = self._evaluate(logger)
-            metrics = self._steps(folder, logger, interrupt)
+            keeper.mark()
+            metrics = self._steps(keeper, logger, interrupt)
             interrupted = self.step < self.config.num_steps
             path = self._save_model(folder)  # first: an evaluation that fails must not lose it
             after = None if interrupted else self._evaluate_trained(logger, path)
         return TrainResult(
             self.step, self.train_seconds, path, interrupted, interrupt.signal, metrics, self.before, after,
-            folder.path, self.signal.verdict(),
+            folder.path,
+            self.signal.verdict(num_updates=self.learner.num_updates, num_skipped=self.learner.num_skipped),
+            folder.run_id,
         )
+
+    def position(self) -> Position:
+        """What is being done; may be asked from any thread."""
+        phase = self.progress.current_phase
+        return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
+
+    def _keep(self) -> None:
+        if self.keeper is not None:
+            self.keeper.keep()
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters
@@ -212,6 +236,8 @@ class TrainingLoop(ABC):
             base_model=self.base_model,
             use=self.use_of(result.model_path),
             verdict=result.verdict,
+            run_id=result.run_id,
+            summary=self.identity.summary,
         )
 
     def use_of(self, path: Path) -> str | None:
@@ -219,10 +245,11 @@ class TrainingLoop(ABC):
         return None
 
     def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
-        with self.progress.phase("evaluate"):
+        with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
             result = self.evaluate()
-        if result is not None:
-            logger.log(self.step, result.metrics())
+        with self.agreed(f"writing the evaluation after step {self.step}"):  # if every rank has one
+            if result is not None:
+                logger.log(self.step, result.metrics())
         return result
 
     def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
@@ -232,134 +259,110 @@ class TrainingLoop(ABC):
             self.progress.note(f"the evaluation failed; what was trained is in {path}")
             raise
 
-    def _steps(self, folder: RunFolder, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
+    def _steps(self, keeper: StepKeeper, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        if self.evaluation_due:  # it failed, or was cut short, before the run was resumed
+            self._evaluate_due(logger)
         while self.step < self.config.num_steps:
             step, start = self.step + 1, time.perf_counter()
-            with self._kept_on_error(folder):
-                metrics = self.train_step(step)
+            keeper.copy_weights()
+            metrics = self.train_step(step)
+            with self.agreed(f"checking the weights after step {step}"):
+                self.check_weights(f"after step {step}")
             self.train_seconds += time.perf_counter() - start
             self.step = step
             last = step == self.config.num_steps
-            with self._kept_when_done(folder):
-                self._tell(logger, metrics)
-                if self.evaluate_at(step) and not last:
-                    self._evaluate(logger)
+            self.evaluation_due = self.evaluate_at(step) and not last
+            said = self.signal.observe(metrics)
+            keeper.mark()
+            with self.agreed(f"telling of step {step}"):
+                self._tell(logger, metrics, said)
+            if self.evaluation_due:
+                self._evaluate_due(logger)
             stop = self._any_rank(interrupt.requested)
             if stop or last or self._save_at(step):
-                self.save(folder)
+                keeper.save()
             if stop and not last:
                 who = interrupt.signal or "another rank"
                 self.progress.note(f"stopped by {who} after step {step}; go on with --resume")
                 break
         return metrics
 
-    def _tell(self, logger: MetricsLogger, metrics: dict[str, float]) -> None:
+    def _evaluate_due(self, logger: MetricsLogger) -> None:
+        self._evaluate(logger)
+        self.evaluation_due = False
+
+    def _tell(self, logger: MetricsLogger, metrics: Mapping[str, float], said: Sequence[str]) -> None:
         """The step just done, to the metrics file, the display and the callbacks."""
         logger.log(self.step, metrics)
         self.progress.step(self.step, metrics)
-        for line in self.signal.observe(metrics):
-            if self.is_main:
-                messages.warning("step %d: %s", self.step, line)
+        for line in said if self.is_main else ():
+            messages.warning("step %d: %s", self.step, line)
         for callback in self.callbacks:
             callback(self, self.step, metrics)
 
-    @contextlib.contextmanager
-    def _kept_on_error(self, folder: RunFolder) -> Iterator[None]:
-        """A step that fails before it has changed the policy, as by a reward, loses no step before it.
+    def check_all_weights(self) -> None:
+        """Raise if a weight that the run begins with, in training or frozen, is not finite.
 
-        Not on several ranks: those that did not fail would wait for each other.
+        Raises:
+            NumericsError: naming it.
         """
-        if self.accelerator.num_processes > 1:
-            yield
-            return
-        position, random, updates = self.state(), random_state(), self._num_updates()
-        try:
-            yield
-        except Exception:
-            if self.step > 0 and self._num_updates() == updates:
-                restore_random_state(random)
-                self.save(folder, position)
-                self.progress.note(f"step {self.step + 1} failed; go on after step {self.step} with --resume")
-            raise
+        weights = (
+            (f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.policy.named_parameters()
+        )
+        check_finite(weights, "the weights that the run begins with", fix=TAKE_ANOTHER)
 
-    @contextlib.contextmanager
-    def _kept_when_done(self, folder: RunFolder) -> Iterator[None]:
-        """Save the step that is done where what follows it fails, as a callback or an evaluation.
-
-        Not on several ranks: those that did not fail would wait for each other.
-        """
-        random = random_state()
-        try:
-            yield
-        except Exception:
-            if self.accelerator.num_processes == 1:
-                restore_random_state(random)
-                self.save(folder)
-                self.progress.note(f"step {self.step} is done and saved; go on after it with --resume")
-            raise
-
-    def _num_updates(self) -> list[int]:
-        return [learner.num_updates for learner in self.learners.values()]
-
-    def save(self, folder: RunFolder, position: Mapping[str, Any] | None = None) -> Path:
-        """Write a checkpoint from which `train(resume=True)` goes on exactly; every rank calls it together.
+    def check_weights(self, when: str) -> None:
+        """Raise if a weight in training is not finite.
 
         Args:
-            position: what `state` gave when the last step was done; default: as it is now.
-        """
-        return save_checkpoint(
-            folder.checkpoints,
-            self.step,
-            tensors={
-                f"{role}{name}": tensors
-                for role, learner in self.learners.items()
-                for name, tensors in learner.tensors().items()
-            },
-            state={
-                "trainer": type(self).__name__,
-                "train_seconds": self.train_seconds,
-                "before": self.before and self.before.to_json(),
-                "signal": self.signal.state(),
-                "learners": {role: learner.state() for role, learner in self.learners.items()},
-                "loop": self.state() if position is None else position,
-            },
-            keep=self.config.keep_checkpoints,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
-        )
+            when: that is, such as "after step 3".
 
-    def _restore(self, folder: RunFolder) -> int | None:
-        """Take back the newest checkpoint and return its step; None where the run stopped before its first."""
-        checkpoint = load_latest(
-            folder.checkpoints, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
-        )
-        if checkpoint is None:
-            return None
-        if checkpoint.state["trainer"] != type(self).__name__:
+        Raises:
+            NumericsError: naming it.
+        """
+        weights = ((f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.trained.items())
+        check_finite(weights, f"the weights {when}")
+
+    def _restore(self, folder: RunFolder) -> Checkpoint | None:
+        """Take back the newest checkpoint and return it; None where the run stopped before its first."""
+        with self.agreed("reading the newest checkpoint"):
+            checkpoint = load_latest(
+                folder.checkpoints, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
+                run_id=folder.run_id,
+            )
+            if checkpoint is not None:
+                self._load(checkpoint)
+        if checkpoint is not None:
+            self.load_state(checkpoint.state["loop"])
+            restore_random_state(checkpoint.random)
+        return checkpoint
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Take back all that the ranks do not have to do together."""
+        state = checkpoint.state
+        if state["trainer"] != type(self).__name__:
             raise CheckpointError(
-                f"{checkpoint.path} was written by {checkpoint.state['trainer']}, not {type(self).__name__}; "
+                f"{checkpoint.path} was written by {state['trainer']}, not {type(self).__name__}; "
                 "resume with the configuration it was started with"
             )
-        self.step = checkpoint.step
-        self.train_seconds = checkpoint.state["train_seconds"]
-        before = checkpoint.state["before"]
-        self.before = before and evaluation_from_json(before)
-        if "signal" in checkpoint.state:  # earlier versions did not count it
-            self.signal.load_state(checkpoint.state["signal"])
+        self.identity.check(state.get("identity"), path=checkpoint.path, step=checkpoint.step, say=self.is_main)
+        self.step, self.train_seconds = checkpoint.step, state["train_seconds"]
+        self.before = state["before"] and evaluation_from_json(state["before"])
+        self.evaluation_due = state["evaluation_due"]
+        self.signal.load_state(state["signal"])
         for role, learner in self.learners.items():
             own = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
-            learner.load(own, checkpoint.state["learners"][role])
-        self.load_state(checkpoint.state["loop"])
-        restore_random_state(checkpoint.random)
-        return checkpoint.step
+            learner.load(own, state["learners"][role])
 
     def _save_model(self, folder: RunFolder) -> Path:
         path = folder.adapter if self.learner.has_adapters else folder.model
-        if self.is_main:
-            self.write_model(path)
-        self.accelerator.wait_for_everyone()
+        with self.agreed("saving what was trained"):
+            self.check_weights(f"after step {self.step}")
+            if self.is_main:
+                folder.renew()
+                with published(path, run_id=folder.run_id) as unfinished:
+                    self.write_model(unfinished)
         return path
 
     def check_ending(self) -> None:

@@ -68,7 +68,7 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         check_callbacks(callbacks)
         train = given_data(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.rank_timeout_s)
         size: int = getattr(config, self.size_field)
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)
@@ -81,6 +81,7 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         self.eval_examples: Sequence[Any] = () if held_out is None else self._fitting(held_out)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
+        self.identity.add_examples(digest, self.eval_examples)
 
     def make_learner(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,
@@ -137,9 +138,9 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         start = time.perf_counter()
         rows = self.sampler.next()[self.accelerator.process_index :: self.accelerator.num_processes]
         packs = self.packs(rows)
+        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         with self.phase("update"):
             metrics = self.learner.update(packs, self.loss, self.weigh, measure=self.measure)
-        num_tokens = self.learner.sum_over_ranks(sum(pack.num_tokens for pack in packs))
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 
     def state(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         check_callbacks(callbacks)
         train = given_prompts(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.rank_timeout_s)
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
         warn_of_truncation(config.sampling)
@@ -144,6 +144,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
+        self.identity.add_rewards(rewards.rewards)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
@@ -157,6 +159,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self.prompts = prompts
         digest = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
         self.sampler = IndexSampler(len(prompts), self.config.num_prompts, self.config.seed, digest=digest)
+        self.identity.add_prompts(digest, prompts)
         self._position = self._position_now()
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Policy:
@@ -220,7 +223,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         start = time.perf_counter()
         stop_without_any_reward(self.signal, self.config, len(self.prompts), step - 1)
         with self.phase("generate"):
-            batch = self.ahead.take(step)
+            with self.agreed(f"collecting the rollouts of step {step}"):
+                batch = self.ahead.take(step)
             stop_broken_rewards(self.rewards, self.learner.reduce_sum)
             rollouts, left_out, self._position = batch.rollouts, batch.left_out, batch.position
             check_age(rollouts, self.engine.policy_version, self.max_staleness)
@@ -322,7 +326,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         advantages, credited = self.credit(rollouts, scored)
         if self.store is not None:
             known = [*advantages.tolist(), *[None] * len(left_out)]
-            self.store.append(step, [*rollouts, *left_out], advantages=known)
+            with self.agreed(f"writing the rollouts of step {step}"):
+                self.store.append(step, [*rollouts, *left_out], advantages=known)
         return credited
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[Experience]:
@@ -357,7 +362,9 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index)
+        self.store = RolloutStore(
+            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
+        )
         stack.callback(self._close)
 
     def _close(self) -> None:

@@ -22,6 +22,7 @@ from alignlab.config.trainers.reward import RewardConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
 from alignlab.functional.reward_losses import bradley_terry, brier_score, calibration_error, reward_centring
+from alignlab.models.finite import check_finite
 from alignlab.models.reward_checkpoints import classifier_of, padded_tokenizer, save_reward_model
 from alignlab.models.reward_model import RewardModel, RewardOutput, last_tokens
 from alignlab.trainers.given_data import GivenData, resolve_preferences
@@ -130,7 +131,11 @@ class RewardTrainer(OfflineTrainer):
         return likelihood + centring
 
     def evaluate(self) -> PreferenceResult | None:
-        """How often, how far and how surely held-out chosen completions lead; each rank looks at all of them."""
+        """How often, how far and how surely held-out chosen completions lead; each rank looks at all of them.
+
+        Raises:
+            NumericsError: a reward is not finite.
+        """
         if not self.eval_examples:
             return None
         packs = [pack.to(self.learner.device) for pack in self._packs(self.eval_examples)]
@@ -140,6 +145,7 @@ class RewardTrainer(OfflineTrainer):
         ]
         pairs = RewardPairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         leads = pairs.chosen - pairs.rejected
+        check_finite([("pairs", leads)], "the rewards of held-out completions")
         return PreferenceResult(
             accuracy=float(measured(pairs)["preference_accuracy"].mean()),
             margin=float(leads.mean()),

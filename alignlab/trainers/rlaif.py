@@ -5,6 +5,7 @@ both orders, and direct RLAIF. Online AI feedback (arXiv:2402.04792). Each stage
 resumed run goes on in the middle of the one that was stopped:
 
 <output_dir>/
+    identity.json, before.json (held-out accuracy)
     revision/   revisions.jsonl (prompt, completion), rank*.jsonl (all that was written), sft/ (a run), model/ (merged)
     labels/     preferences.jsonl (prompt, chosen, rejected, probability), report.json, rank*.jsonl (all judged)
     reward/     a run
@@ -17,6 +18,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.constitution import load_constitution
-from alignlab.config.judge import HOW_IT_IS_REACHED, ModelJudge
+from alignlab.config.flat_settings import refused_settings
+from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings, max_staleness
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import (
     DPOConfig,
@@ -43,13 +46,14 @@ from alignlab.config.trainers import (
     TrainerConfig,
 )
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
+from alignlab.data.sequences import digest_of
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
+from alignlab.models.saving import published
 from alignlab.rlaif.collecting import check_made_with, collect, finished
-from alignlab.rlaif.journal import write_rows
 from alignlab.rlaif.judge import Judge, PromptedJudge
-from alignlab.rlaif.judges import chat_model, make_judge, shares_base
+from alignlab.rlaif.judges import chat_model, make_judge
 from alignlab.rlaif.labels import judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
@@ -57,6 +61,7 @@ from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
+from alignlab.trainers.base_of_stages import check_base
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts, sampled_settings
@@ -68,10 +73,13 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import with_room
+from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluation_from_json
+from alignlab.training.evaluation import Evaluation, EvaluationResult, read_evaluation, write_evaluation
 from alignlab.training.files import write_atomically
+from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.training.report import RunReport, write_report
@@ -82,6 +90,7 @@ _ONLINE: dict[type[TrainerConfig], type[OnlineTrainer]] = {
     GRPOConfig: GRPOTrainer, PPOConfig: PPOTrainer, OnlineDPOConfig: OnlineDPOTrainer,
 }  # fmt: skip
 _BEFORE = "before.json"
+_IDENTITY = "identity.json"
 
 
 class Stopped(Exception):
@@ -132,10 +141,10 @@ class RLAIFTrainer(metaclass=NamedArguments):
         check_lora(peft_config)
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
-        self.accelerator = make_accelerator()
+        self.accelerator = make_accelerator(config.rank_timeout_s)
         base, self.tokenizer = resolve_base(model, tokenizer, peft_config)
         self.model: Any = base.to(self.accelerator.device)
-        self._check_adapter()
+        check_base(config, self.model, adapted=peft_config is not None)
         self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
         for stage in config.sampling_stages:
@@ -151,27 +160,14 @@ class RLAIFTrainer(metaclass=NamedArguments):
         )
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config)
+        self.identity.add_prompts(digest_of(((prompt.token_ids,), ()) for prompt in self.prompts), self.prompts)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
+        self.identity.add_constitution(self.constitution)
         self.title = type(self).__name__
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
-
-    def _check_adapter(self) -> None:
-        if has_adapters(self.model):
-            raise ConfigError(
-                "the model has an adapter already, and every stage of RLAIF trains one of its own; merge it first "
-                "(alignlab merge)"
-            )
-        if shares_base(self.config.judge) and self.peft_config is None:
-            raise ConfigError(
-                "judge.name is not given, so that the policy's own base judges, and all weights would be trained, the "
-                "judge's with them; give judge.name, or train an adapter (model.lora)"
-            )
-        policy = self.config.policy
-        if shares_base(self.config.judge) and isinstance(policy, OnlineConfig) and max_staleness(policy.rollout):
-            raise ConfigError(
-                f"policy.rollout.max_staleness is {max_staleness(policy.rollout)}, and must be 0 where the policy's "
-                "own base judges: it would judge while it is trained on; give judge.name, or use max_staleness 0"
-            )
+        self._run_id: str | None = None  # on rank 0, while it runs
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
@@ -185,16 +181,25 @@ class RLAIFTrainer(metaclass=NamedArguments):
             JudgeError: the judge answers nothing at all, or the last stage has used its budget up.
         """
         rank = self.accelerator.process_index
-        with RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank) as folder:
-            self.accelerator.wait_for_everyone()
+        with ExitStack() as stack:
+            with RankAgreement(self.accelerator)("opening the run's folder"):
+                folder = stack.enter_context(
+                    RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
+                )
+            self._run_id = folder.run_id
+            self.identity.keep_file(folder.path / _IDENTITY, resume=resume, accelerator=self.accelerator)
             before = self._before(folder.path / _BEFORE)
             try:
                 result = self._run_stages(folder.path)
             except Stopped as stopped:
-                return replace(stopped.result, before=before, folder=folder.path)
-            result = replace(result, before=before, after=self._evaluate(self._trained), folder=folder.path)
+                folder.ended("interrupted", stopped.result.num_steps)
+                return replace(stopped.result, before=before, folder=folder.path, run_id=folder.run_id)
+            result = replace(
+                result, before=before, after=self._evaluate(self._trained), folder=folder.path, run_id=folder.run_id
+            )
             if rank == 0:
                 write_report(folder, self._report(result))
+            folder.ended("done", result.num_steps)
         return result
 
     def _run_stages(self, folder: Path) -> TrainResult:
@@ -232,14 +237,15 @@ class RLAIFTrainer(metaclass=NamedArguments):
             copy.deepcopy(self.model), self._section(settings.trainer, folder / "sft"), told, tokenizer=self.tokenizer,
             peft_config=self.peft_config, callbacks=self.callbacks, render_settings=self._stage_settings,
         )
-        result = self._train(trainer)
+        result = self._train(trainer, "revision.trainer")
         trained = trainer.learner.model
         self._trained = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
         self._trained.eval().requires_grad_(True)
         path = folder / "model"
         if self.accelerator.is_main_process:
-            save_model(self._trained, path)
-            self.tokenizer.save_pretrained(path)
+            with published(path, run_id=self._run_id) as unfinished:
+                save_model(self._trained, unfinished)
+                self.tokenizer.save_pretrained(unfinished)
         self._trained.config.name_or_path = self.base_model = str(path.resolve())
         return replace(result, model_path=path)
 
@@ -274,14 +280,14 @@ class RLAIFTrainer(metaclass=NamedArguments):
         told = {
             "constitution": self.constitution.model_dump(mode="json"),
             "model": digest_of_model(model),
-            "judge": self.config.judge.model_dump(mode="json", exclude=HOW_IT_IS_REACHED),
-            "settings": settings.model_dump(mode="json", exclude={"num_prompts", "prompts_per_batch", "trainer"}),
+            "judge": refused_settings(self.config.judge),
+            "settings": refused_settings(settings),
             "seed": self.config.seed,
         }
         check_made_with(folder, told, writes=self.accelerator.is_main_process)
         prompts = self.prompts[: settings.num_prompts]
         if kept.exists():
-            return finished(prompts, folder)
+            return finished(prompts, folder, done=kept)
         engine: list[RolloutEngine] = []
         sampling = settings.sampling.params(n=group, seed=self.config.seed)
 
@@ -311,7 +317,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
             tokenizer=self.tokenizer, peft_config=self.peft_config, callbacks=self.callbacks,
             render_settings=self._stage_settings,
         )
-        return self._train(trainer).model_path
+        return self._train(trainer, "reward").model_path
 
     def _train_policy(
         self, config: TrainerConfig, folder: Path, model: Model, rows: Sequence[dict[str, Any]], reward: Path | None
@@ -327,7 +333,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
         else:
             section = self._section(config, folder)
             trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
-        result = self._train(trainer)
+        result = self._train(trainer, "policy")
         self._trained = trainer.learner.model
         return result
 
@@ -346,8 +352,10 @@ class RLAIFTrainer(metaclass=NamedArguments):
         assert isinstance(self.judge, PromptedJudge)
         return replace(self.judge, model=chat_model(settings, model, self.tokenizer))
 
-    def _train(self, trainer: OfflineTrainer | OnlineTrainer) -> TrainResult:
+    def _train(self, trainer: OfflineTrainer | OnlineTrainer, section: str) -> TrainResult:
         trainer.title = f"{self.title}: {type(trainer).__name__}"
+        trainer.part_of = self._run_id
+        trainer.identity.prefix = f"{self.identity.prefix}.{section}"
         result = trainer.train(resume=holds_run(trainer.config.output_dir))
         if result.interrupted:
             raise Stopped(result)
@@ -355,11 +363,12 @@ class RLAIFTrainer(metaclass=NamedArguments):
 
     def _before(self, path: Path) -> Evaluation | None:
         """Held-out accuracy of the policy that the run began with, as measured now or by an earlier start."""
-        if path.exists():
-            return evaluation_from_json(json.loads(path.read_text(encoding="utf-8")))
+        kept = read_evaluation(path)
+        if kept is not None:
+            return kept
         result = self._evaluate(self.model)
-        if result is not None:
-            self._keep_text(path, json.dumps(result.to_json()))
+        if result is not None and self.accelerator.is_main_process:
+            write_evaluation(path, result)
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
@@ -373,17 +382,13 @@ class RLAIFTrainer(metaclass=NamedArguments):
             title=self.title, before=result.before, after=result.after, train_seconds=result.train_seconds,
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
-            base_model=self.base_model, summary={"questions": dict(self.judge.counts)},
-            verdict=result.verdict,
+            base_model=self.base_model, summary={"questions": dict(self.judge.counts)} | self.identity.summary,
+            verdict=result.verdict, run_id=result.run_id,
         )  # fmt: skip
 
     def _keep(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             write_rows(path, rows)
-
-    def _keep_text(self, path: Path, text: str) -> None:
-        if self.accelerator.is_main_process:
-            write_atomically(path, text)
 
     def _show(self, title: str, lines: Sequence[tuple[str, Any]]) -> None:
         if not self.accelerator.is_main_process:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +103,7 @@ class RunSummary:
             "train_seconds": round(self.result.train_seconds, 1),
             "num_steps": self.result.num_steps,
             "interrupted": self.result.interrupted,
+            "run": self.result.run_id,
             **self.result.verdict.to_json(),
             kind: str(self.result.model_path),
         }
@@ -138,23 +141,31 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     dtype = model_dtype(config.model) if config.warm_start is None else torch.float32
     model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer, dtype)
     if config.warm_start is not None:
-        warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
+        with _summarised(config):
+            warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
         if warm.interrupted or warm.signal:  # also where it came in the last step: the run is not over
             return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
         model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
         resume = resume and holds_run(folder)
     trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
+    trainer.identity.add_run(config)
     if config.warm_start is None:
         trainer.base_model = config.model.name
     trainer.generate_options = generate_options(config.data)
     trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
+    with _summarised(config):
+        return _summary(config, trainer.train(resume=resume))
+
+
+@contextmanager
+def _summarised(config: RunConfig) -> Iterator[None]:
+    """Give an error that comes with a result the closing line of `alignlab train`."""
     try:
-        result = trainer.train(resume=resume)
+        yield
     except NothingLearntError as error:
         error.summary = _summary(config, error.result).to_json()
         raise
-    return _summary(config, result)
 
 
 def _summary(config: RunConfig, result: TrainResult) -> RunSummary:
@@ -226,6 +237,7 @@ def warm_start(
         model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
         render_settings=RenderSettings(on_bad_row=source.on_bad_row),
     )
+    trainer.identity.prefix = "warm_start.trainer"
     return trainer.train(resume=resume and holds_run(folder))
 
 

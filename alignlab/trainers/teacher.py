@@ -13,6 +13,7 @@ from alignlab.data.vocabulary import num_token_ids
 from alignlab.errors import ConfigError
 from alignlab.models.attention import output_head
 from alignlab.models.checkpoints import load_model
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.policy import Policy
 from alignlab.types import Experience
 
@@ -25,10 +26,14 @@ def load_teacher(
     Args:
         num_ids: see `Policy`: ids of the tokenizer, where the teacher's probability is not to be lost to rows that pad
             its vocabulary.
+
+    Raises:
+        NumericsError: a weight of it is not finite.
     """
     precise = device.type == "cpu"
     name = settings.dtype if settings.dtype != "auto" else "float32" if precise else "bfloat16"
     model = load_model(settings.name, dtype=getattr(torch, name), device=device)
+    check_finite(model.named_parameters(), f"the weights of the teacher {settings.name}", fix=TAKE_ANOTHER)
     return Policy(model, chunk_tokens=chunk_tokens, num_ids=num_ids).requires_grad_(False).eval()
 
 

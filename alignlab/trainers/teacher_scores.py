@@ -43,7 +43,7 @@ class TokenScores:
         count = sum(len(rollout.completions) for rollout in rollouts)
         rows = num_embeddings(self._teacher.model)
         asked = [replace(pack, routing=None, tokens=readable_tokens(pack.tokens, rows)) for pack in packs]
-        found = self._learner.score(asked, self._teacher)
+        found = self._learner.score(asked, self._teacher, of="the teacher")
         return found, torch.ones(count, dtype=torch.bool, device=self._learner.device)
 
 
@@ -85,7 +85,7 @@ class TextScores:
         ]
         packs = [pack.to(self._learner.device) for pack in pack_rollouts(theirs, budget=self._budget)]
         found: dict[int, Tensor] = {}
-        for pack, scores in zip(packs, self._learner.score(packs, self._teacher), strict=True):
+        for pack, scores in zip(packs, self._learner.score(packs, self._teacher, of="the teacher"), strict=True):
             parts = scores.split(pack.segments.lengths)
             found |= {i: part for i, part in zip(pack.segments.sequence_ids, parts, strict=True) if i >= 0}
         return found

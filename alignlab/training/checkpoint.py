@@ -1,22 +1,24 @@
 """Checkpoints: safetensors and JSON, complete or absent, verified by digest when they are read.
 
     checkpoints/step-00000020/
-        manifest.json            step, number of ranks, size and SHA-256 of every other file, and its own SHA-256
+        manifest.json            the run, the step, the number of ranks, and the digest of every other file; see
+                                 `alignlab.manifest`
         state.json               what the caller's `state` said
         <name>.safetensors       one a name in `tensors`, such as model and optimizer
         random-<rank>.safetensors, random-<rank>.json
 
 A checkpoint is written into a hidden temporary folder, synced to the disk and renamed: a folder that has the name of a
-checkpoint is complete. Older ones are removed only after that.
+checkpoint is complete. Older ones are removed only after that. A folder whose name is not exactly that of a checkpoint,
+such as a copy with another ending, is nobody's and is left alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, publish_folder, remove_folder
 from alignlab.errors import CheckpointError
-from alignlab.training.files import sha256_of, sync_file
+from alignlab.library_errors import writing
+from alignlab.manifest import find_damage, read_manifest, write_manifest
 from alignlab.training.random_state import RandomState, random_state
 
-FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}(\d{{8}})")
 FINGERPRINT_VALUES = 16
 """Of each tensor: enough to tell two models apart, few enough for models of any size."""
 
@@ -56,10 +60,6 @@ class Checkpoint:
     random: RandomState
 
 
-def _no_barrier() -> None:
-    """The barrier of a single rank."""
-
-
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -67,63 +67,71 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = _no_barrier,
+    random: Sequence[RandomState] | None = None,
+    run_id: str | None = None,
 ) -> Path:
-    """Write the checkpoint of a step; every rank calls it, each adds the state of its own random generators.
+    """Write the checkpoint of a step; one rank alone calls it.
 
     Args:
         folder: holds the run's checkpoints.
-        step: that is complete. A step that is saved already is left as it is.
-        tensors: by name of file, by name of tensor; read on rank 0 only.
-        state: anything that JSON holds exactly; read on rank 0 only.
+        step: that is complete. A step that this run has saved already is left as it is.
+        tensors: by name of file, by name of tensor.
+        state: anything that JSON holds exactly.
         keep: how many checkpoints stay, >= 1; older ones go once this one is complete.
-        barrier: returns when all ranks have called it.
+        random: the generators of each rank; default: of this process, as the only rank.
+        run_id: of the run, see `RunFolder`.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskError: the disk, a limit or a permission; earlier checkpoints stay.
     """
     assert keep >= 1, keep
-    random = random_state()
+    random = [random_state()] if random is None else random
     final = folder / f"{PREFIX}{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
     if final.exists():
-        return final
-    if rank == 0:
+        if _is_of(final, run_id):
+            return final
+        remove_folder(final)
+    with writing(final, "the checkpoint"):
+        temporary = hidden_name(final, TEMPORARY)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    barrier()
-    _write_tensors(temporary / f"random-{rank}.safetensors", random.tensors)
-    _write_json(temporary / f"random-{rank}.json", random.state)
-    if rank == 0:
+        for rank, generators in enumerate(random):
+            _write_tensors(temporary / f"random-{rank}.safetensors", generators.tensors)
+            _write_json(temporary / f"random-{rank}.json", generators.state)
         for name, group in tensors.items():
             _write_tensors(temporary / f"{name}.safetensors", group)
         _write_json(temporary / STATE, state)
-    barrier()
-    if rank == 0:
-        _complete(temporary, final, step=step, world_size=world_size)
+        write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
+        publish_folder(temporary, final)
         _remove_old(folder, keep)
-    barrier()
     return final
 
 
-def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoint | None:
+def load_latest(
+    folder: Path, *, rank: int = 0, world_size: int = 1, run_id: str | None = None
+) -> Checkpoint | None:
     """The newest checkpoint in a folder, verified; None where there is none.
 
+    Args:
+        run_id: of the run that goes on, see `RunFolder`.
+
     Raises:
-        CheckpointError: it is damaged (the message names the newest intact one), or of another number of ranks.
+        CheckpointError: it is damaged, of another step than its name says or of another run (the message names the
+            newest intact one), or of another number of ranks.
     """
     found = checkpoint_folders(folder)
     if not found:
         return None
     newest = found[-1]
-    damage = find_damage(newest)
-    if damage is not None:
-        intact = next((path for path in reversed(found[:-1]) if find_damage(path) is None), None)
+    problem = find_problem(newest, run_id)
+    if problem is not None:
+        intact = next((path for path in reversed(found[:-1]) if find_problem(path, run_id) is None), None)
         way_on = f"resume from {intact}, which is intact" if intact else "start again: no other checkpoint is intact"
-        raise CheckpointError(f"{damage}; remove the folder {newest} to {way_on}")
-    manifest = json.loads((newest / MANIFEST).read_text())
+        raise CheckpointError(f"{problem}; remove the folder {newest} to {way_on}")
+    manifest = read_manifest(newest, MANIFEST)
     if manifest["world_size"] != world_size:
         raise CheckpointError(
             f"a run resumes on as many ranks as it was saved on, {newest} was saved on {manifest['world_size']} and "
@@ -143,29 +151,30 @@ def load_latest(folder: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoi
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if every one is as it was written."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{checkpoint / MANIFEST} cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"{checkpoint / MANIFEST} has format {manifest.get('format')}, and this version reads {FORMAT}"
-    if manifest.pop("sha256", None) != _digest(manifest):
-        return f"{checkpoint / MANIFEST} is damaged: its SHA-256 is not the one it was written with"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes and was written with {expected['bytes']}"
-        if sha256_of(path) != expected["sha256"]:
-            return f"{path} is damaged: its SHA-256 is not the one it was written with"
+def find_problem(checkpoint: Path, run_id: str | None) -> str | None:
+    """Return why a run cannot go on from a checkpoint's folder; None if it is whole, of its name's step and this run's.
+    """
+    damage = find_damage(checkpoint, MANIFEST)
+    if damage is not None:
+        return damage
+    manifest, named = read_manifest(checkpoint, MANIFEST), NAME.fullmatch(checkpoint.name)
+    if named is None or manifest.get("step") != int(named[1]):
+        return f"{checkpoint} holds the checkpoint of step {manifest.get('step')}: it was renamed, or is a copy"
+    if manifest["run"] != run_id:
+        return f"{checkpoint} is of another run ({manifest['run']}) than the one that goes on ({run_id})"
     return None
+
+
+def _is_of(checkpoint: Path, run_id: str | None) -> bool:
+    """Whether a checkpoint's folder is what this run wrote under its name, as far as its manifest says."""
+    try:
+        manifest = read_manifest(checkpoint, MANIFEST)
+    except ValueError:
+        return False
+    return manifest["run"] == run_id and checkpoint.name == f"{PREFIX}{manifest.get('step', -1):08d}"
 
 
 def optimizer_tensors(
@@ -237,33 +246,14 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def _complete(temporary: Path, final: Path, *, step: int, world_size: int) -> None:
-    """Write the manifest, wait for the disk, and give the folder its name."""
-    paths = sorted(temporary.iterdir())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
-    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
-    _write_json(temporary / MANIFEST, manifest | {"sha256": _digest(manifest)})
-    for path in [*paths, temporary / MANIFEST, temporary]:
-        sync_file(path)
-    os.replace(temporary, final)
-    sync_file(final.parent)
-
-
 def _remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted save left."""
+    """Remove all but the newest `keep` checkpoints, and what an interrupted save or removal left."""
     for path in checkpoint_folders(folder)[:-keep]:
-        # Renamed first: a removal that is cut short must not leave half a checkpoint under a checkpoint's name.
-        hidden = path.with_name(f".{path.name}.removed")
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
-    for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.removed"):
-        for path in folder.glob(pattern):
+        remove_folder(path)
+    for kind in (TEMPORARY, REMOVED):
+        for path in folder.glob(f".{PREFIX}*.{kind}"):
             shutil.rmtree(path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import SamplingSettings
+from alignlab.digests import DamagedError, parse_sealed, sealed
 from alignlab.errors import ConfigError, RewardError
 from alignlab.functional.estimators import pass_at_k
 from alignlab.training.model_reward import ModelReward
@@ -19,6 +24,7 @@ from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine, message_text
 
+logger = logging.getLogger(__name__)
 _Judged = tuple[list[bool | None], list[bool | None]] | None
 """Whether a problem's greedy completion and its sampled ones are right; None where the scorer does not apply."""
 ANSWER_COLUMN = "answer"
@@ -212,6 +218,22 @@ def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
     if "num_examples" in value:
         return LikelihoodResult.from_json(value)
     return (PreferenceResult if "num_pairs" in value else EvaluationResult).from_json(value)
+
+
+def write_evaluation(path: Path, result: Evaluation) -> None:
+    """Keep what was measured, with its digest."""
+    write_atomically(path, json.dumps(sealed(result.to_json())))
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """What was kept; None where nothing was, or it is damaged, which is said: it can be measured again."""
+    if not path.exists():
+        return None
+    try:
+        return evaluation_from_json(parse_sealed(path.read_bytes()))
+    except DamagedError as error:
+        logger.warning("%s is damaged (%s) or of an earlier version: it is measured again", path, error)
+        return None
 
 
 def evaluate(

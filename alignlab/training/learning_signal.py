@@ -33,7 +33,8 @@ class Verdict:
         learnt: whether any step had signal; None where no step was counted.
         reason: why nothing was learnt, and what to change; None where something was.
         warnings: what was wrong with much of the run though something was learnt, each with what to change.
-        nothing_to_learn_from: not one completion could be trained on, so that the weights are those of the start.
+        nothing_to_learn_from: not one completion could be trained on, or not one update was made, so that the weights
+            are those of the start.
     """
 
     learnt: bool | None = None
@@ -107,15 +108,21 @@ class SignalMonitor:
             counts.applied[name] = counts.applied.get(name, 0) + (f"reward/{name}" in metrics)
         return list(self._due())
 
-    def verdict(self) -> Verdict:
-        """What the run came to so far."""
+    def verdict(self, *, num_updates: int | None = None, num_skipped: int = 0) -> Verdict:
+        """What the run came to so far.
+
+        Args:
+            num_updates: made in the whole run; None where that is not known.
+            num_skipped: left out because a gradient was not finite.
+        """
         total, settings = self.counts.total, self.settings
         if total.steps == 0:
             return Verdict()
-        if self.counts.with_signal:
-            return Verdict(True, None, tuple(self._warnings()))
+        if self.counts.with_signal and num_updates != 0:
+            skipped = (sentences.skipped(num_skipped),) if num_skipped else ()
+            return Verdict(True, None, (*self._warnings(), *skipped))
         reason = f"nothing was learnt in {total.steps} steps: {sentences.why_silent(total, settings)}"
-        nothing = settings.max_new_tokens is not None and total.trainable == 0
+        nothing = num_updates == 0 or (settings.max_new_tokens is not None and total.trainable == 0)
         return Verdict(False, reason, (), nothing_to_learn_from=nothing)
 
     @property

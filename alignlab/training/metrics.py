@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from alignlab.errors import ConfigError
-from alignlab.training.files import write_atomically
+from alignlab.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 
+__all__ = ["METRICS_FILE", "MetricsLogger", "check_trackers", "metrics_line", "read_metrics"]
 logger = logging.getLogger(__name__)
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 # Names of packages that are not the tracker's own.
 PACKAGES = {"comet_ml": "comet-ml"}
@@ -54,11 +54,11 @@ class MetricsLogger:
         folder: of the run.
         trackers: names of accelerate's trackers.
         accelerator: says which process is the main one; None where there is one process.
-        resume_step: lines of later steps are dropped, and so is a line that a crash cut short. None begins a new file.
-        last_step: of the run; its evaluation comes again, and is dropped.
+        resume_step, last_step, saved: see `MetricsFile`.
 
     Raises:
         ConfigError: a tracker is unknown, its package missing, or it cannot be started.
+        CheckpointError: see `MetricsFile`.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class MetricsLogger:
         accelerator: Accelerator | None = None,
         resume_step: int | None = None,
         last_step: int | None = None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
         check_trackers(trackers)
         self._is_main = accelerator is None or accelerator.is_main_process
@@ -76,22 +77,26 @@ class MetricsLogger:
         if not self._is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        kept = [] if resume_step is None or not path.exists() else _lines_until(path, resume_step, last_step)
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        for name in trackers:
-            self._trackers.append(_started_tracker(name, folder, resume_step))
-        self._file = path.open("a")
+        self._file = MetricsFile(folder / METRICS_FILE, resume_step=resume_step, last_step=last_step, saved=saved)
+        try:
+            for name in trackers:
+                self._trackers.append(_started_tracker(name, folder, resume_step))
+        except BaseException:
+            self._file.close()
+            raise
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's."""
         if not self._is_main:
             return
-        self._file.write(metrics_line(step, metrics) + "\n")
-        self._file.flush()
+        self._file.append(metrics_line(step, metrics))
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers:
             tracker.log(finite, step=step)
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what a checkpoint keeps of the file, whose lines are on the disk then; None on other processes."""
+        return self._file.state() if self._is_main else None
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -127,22 +132,6 @@ def metrics_line(step: int, metrics: Mapping[str, float | int]) -> str:
     if nonfinite:
         line["nonfinite"] = nonfinite
     return json.dumps(line, allow_nan=False)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; a last line that is being written, or was cut short, is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text()
-    return [line for line in text[: text.rfind("\n") + 1].split("\n") if line]
-
-
-def _lines_until(path: Path, step: int, last_step: int | None) -> list[str]:
-    read = [(line, json.loads(line)) for line in _whole_lines(path)]
-    comes_again = [at["step"] == last_step and any(name.startswith("eval/") for name in at) for _, at in read]
-    return [line for (line, at), again in zip(read, comes_again, strict=True) if at["step"] <= step and not again]
 
 
 def _started_tracker(name: str, folder: Path, resume_step: int | None) -> GeneralTracker:

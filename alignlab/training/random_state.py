@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 
@@ -57,3 +59,15 @@ def restore_random_state(saved: RandomState) -> None:
     random.setstate((python["version"], tuple(saved.tensors["python"].tolist()), python["gauss"]))
     keys = saved.tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+
+
+def packed(saved: RandomState) -> bytes:
+    """Return a state as bytes, which another rank can be sent."""
+    state = torch.frombuffer(bytearray(json.dumps(saved.state).encode()), dtype=torch.uint8)
+    return save({**saved.tensors, "state": state})
+
+
+def unpacked(content: bytes) -> RandomState:
+    """Return the state of which `packed` made bytes."""
+    tensors = load(content)
+    return RandomState(tensors, json.loads(bytes(tensors.pop("state").tolist())))

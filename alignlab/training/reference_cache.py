@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import xxhash
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from alignlab.data.preferences import CompletionGroup
+from alignlab.file_lock import one_at_a_time
+from alignlab.library_errors import writing
 from alignlab.models.adapters import is_of_adapter
 from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
-from alignlab.rollout.weight_proof import digests
+from alignlab.rollout.weight_proof import digest, digests
 from alignlab.training.files import publish
 from alignlab.types import Completion
 
+logger = logging.getLogger(__name__)
 _FORMAT = 2
+_FILE_FORMAT = "2"
+_LOGPROBS, _DIGEST = "logprobs", "digest"
 Scores = list[tuple[float, ...]]
 
 
 class ReferenceCache:
     """Files by all that they depend on, in `reference/` of the folder of converted models.
+
+    Each holds a digest of its content; a damaged one is made again.
 
     Args:
         model: the reference; of one with an adapter, its base.
@@ -42,21 +50,38 @@ class ReferenceCache:
         """Log-probs of all completions, end to end, of each example: as kept, or made now and kept."""
         path = self.path(examples)
         self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
-            if not path.exists():
+        with one_at_a_time(path, "scores the examples by the reference"):
+            flat = self._read(path, sum(example.num_tokens for example in examples))
+            if flat is None:
                 print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
                 flat = torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
                 temporary = path.with_name(f".{path.name}.tmp")
-                save_file({"logprobs": flat}, temporary)
-                publish(temporary, path)
-        flat = load_file(path)["logprobs"]
+                with writing(path, "the reference's log-probs"):
+                    save_file({_LOGPROBS: flat}, temporary, {_DIGEST: digest(flat)})
+                    publish(temporary, path)
         return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]
+
+    @staticmethod
+    def _read(path: Path, num_tokens: int) -> Tensor | None:
+        """The log-probs [num_tokens] of a file; None where there is none, or it is damaged, which is said."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                flat: Tensor = file.get_tensor(_LOGPROBS)
+                intact = (file.metadata() or {}).get(_DIGEST) == digest(flat) and flat.shape == (num_tokens,)
+        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError):
+            intact = False
+        if intact:
+            return flat
+        logger.warning("the reference's log-probs in %s are damaged, and are made again", path)
+        return None
 
     def path(self, examples: Sequence[CompletionGroup]) -> Path:
         """Where the scores of these examples are kept."""
         groups = (example.as_group() for example in examples)
         tokens = json.dumps([[group.prompt.token_ids, *map(_scored, group.completions)] for group in groups])
-        return self._folder / f"{xxhash.xxh3_128_hexdigest((self._model + tokens).encode())}.safetensors"
+        return self._folder / f"{xxhash.xxh3_128_hexdigest((_FILE_FORMAT + self._model + tokens).encode())}.safetensors"
 
 
 def _scored(completion: Completion) -> object:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.atomic_files import write_atomically
 from alignlab.training.curves import plot_curves
 from alignlab.training.evaluation import (
     EvaluatedProblem,
@@ -23,7 +24,6 @@ from alignlab.training.evaluation import (
     LikelihoodResult,
     PreferenceResult,
 )
-from alignlab.training.files import write_atomically
 from alignlab.training.learning_signal import Verdict
 from alignlab.training.run_folder import RunFolder
 
@@ -63,6 +63,7 @@ class RunReport:
         use: how the result is used, where that is not by `alignlab generate`.
         summary: more entries for report.json.
         verdict: whether anything was learnt, and why not.
+        run_id: of the run, see `RunFolder`.
     """
 
     title: str
@@ -77,6 +78,7 @@ class RunReport:
     use: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
+    run_id: str | None = None
 
     @property
     def command(self) -> str | None:
@@ -96,6 +98,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
         return {
+            "run": self.run_id,
             "title": self.title,
             "num_steps": self.num_steps,
             "train_seconds": self.train_seconds,
@@ -153,7 +156,10 @@ def _show_evaluations(console: Console, report: RunReport) -> None:
     before, after = report.before, report.after
     if isinstance(before, EvaluationResult) and isinstance(after, EvaluationResult):
         console.print(accuracy_table(before, after, title=report.title))
-        console.print(examples_table(before.samples, after.samples))
+        if [each.prompt for each in before.samples] == [each.prompt for each in after.samples]:
+            console.print(examples_table(before.samples, after.samples))
+        else:  # a run of an earlier version could go on with other data
+            _show(console, "warning", "before and after were measured on other problems, and are not to be compared")
     elif isinstance(before, PreferenceResult) and isinstance(after, PreferenceResult):
         console.print(preference_table(before, after, title=report.title))
     elif isinstance(before, LabelResult) and isinstance(after, LabelResult):

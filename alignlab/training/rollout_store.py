@@ -3,16 +3,23 @@
     import duckdb
     duckdb.sql("select step, avg(reward) from 'runs/alignlab/rollouts/*.parquet' group by step order by step")
 
-A step is one file, complete from the moment it has its name. The columns: step, prompt_index (row of the dataset),
-sample_index (in its group), prompt, completion (texts), row (the dataset's other columns, JSON), prompt_ids, token_ids,
-logprobs (of the distribution sampled from), raw_logprobs (of the model's own), reward, reward/<name> for each reward
-function, advantage, finish_reason, policy_version (of the weights that sampled the first token).
+A step is one file a rank, complete from the moment it has its name. Its schema's metadata name the run, as
+`alignlab.run`. The SHA-256 of each is in `_SHA256SUMS-rank<rank>`,
+before the file has its name, so that a file without one, or with another, is found; `sha256sum -c` reads it too. Names
+that begin with an underscore are no data to readers of Parquet folders.
+
+The columns: step, prompt_index (row of the dataset), sample_index (in its group), prompt, completion (texts), row (the
+dataset's other columns, JSON), prompt_ids, token_ids, logprobs (of the distribution sampled from), raw_logprobs (of the
+model's own), reward, reward/<name> for each reward function, advantage, finish_reason, policy_version (of the weights
+that sampled the first token).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +28,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from alignlab.training.files import publish
+from alignlab.atomic_files import publish, sha256_of, write_atomically
+from alignlab.errors import DataError
+from alignlab.library_errors import writing
 from alignlab.types import Rollout, message_text
 
+logger = logging.getLogger(__name__)
 PATTERN = "step-*.parquet"
+SUMS = "_SHA256SUMS-rank"
+RUN_KEY = b"alignlab.run"
 COLUMNS = {
     "step": pa.int64(),
     "prompt_index": pa.int64(),
@@ -50,14 +62,40 @@ class RolloutStore:
         folder: holds the files; created if absent.
         resume_step: rollouts of later steps are removed, for they come again. None begins anew.
         rank: of this process; each writes, and on resuming removes, its own files.
+        run_id: of the run, see `RunFolder`; None for rollouts of no run.
+
+    Raises:
+        DataError: a file that is kept is of another run.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None, rank: int = 0) -> None:
-        self._folder, self._rank = folder, rank
+    def __init__(
+        self, folder: Path, *, resume_step: int | None = None, rank: int = 0, run_id: str | None = None
+    ) -> None:
+        self._folder, self._rank, self._run_id = folder, rank, run_id
+        self._sums = folder / f"{SUMS}{rank}"
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"step-*-rank{rank}.parquet"):
             if resume_step is None or int(path.name.split("-")[1]) > resume_step:
                 path.unlink()
+            elif run_id is not None:
+                _check_run(path, run_id)
+        self._keep_sums_of_files()
+
+    def _keep_sums_of_files(self) -> None:
+        """Take the sums of files that are no longer there out of the list.
+
+        Files of an earlier version, which kept no sums, get them now: as they are, which is said.
+        """
+        paths = sorted(self._folder.glob(f"step-*-rank{self._rank}.parquet"))
+        if paths and not self._sums.exists():
+            logger.warning("%d rollout files in %s are of an earlier version, and get their digests now, as they are",
+                           len(paths), self._folder)  # fmt: skip
+            sums = {path.name: sha256_of(path) for path in paths}
+        else:
+            sums = _read_sums(self._sums)
+        names = {path.name for path in paths}
+        write_atomically(self._sums, "".join(_sum_line(name, digest) for name, digest in sums.items() if name in names))
+
 
     def append(
         self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float] | None] | None = None
@@ -75,21 +113,77 @@ class RolloutStore:
             for i, rollout in enumerate(rollouts)
             for row in _rows(step, rollout, None if advantages is None else advantages[i])
         ]
-        table = pa.Table.from_pylist(rows, schema=pa.schema(types.items()))
+        metadata = {} if self._run_id is None else {RUN_KEY: self._run_id.encode()}
+        table = pa.Table.from_pylist(rows, schema=pa.schema(types.items(), metadata=metadata))
         path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
         temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(table, temporary, compression="zstd")
-        publish(temporary, path)
+        with writing(path, "the rollouts"):
+            pq.write_table(table, temporary, compression="zstd")
+            with self._sums.open("a") as file:  # before the file has its name: none is without a sum
+                file.write(_sum_line(path.name, sha256_of(temporary)))
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
         return path
 
 
 def read_rollouts(folder: Path) -> pa.Table:
-    """All rollouts in a folder, in the order of steps."""
+    """All rollouts in a folder, in the order of steps. A step whose file is not there is said in the log.
+
+    Raises:
+        DataError: a file is not what was written.
+    """
     paths = sorted(folder.glob(PATTERN))
+    _check_sums(folder, paths)
     if not paths:
         return pa.schema(COLUMNS.items()).empty_table()
     schema = pa.unify_schemas([pq.read_schema(path) for path in paths])
     return ds.dataset([str(path) for path in paths], schema=schema).to_table()
+
+
+def _check_run(path: Path, run_id: str) -> None:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):  # damaged, which its digest shows whoever reads it
+        return
+    found = metadata.get(RUN_KEY, run_id.encode()).decode(errors="replace")
+    if found != run_id:
+        raise DataError(
+            f"{path} must hold rollouts of the run {run_id}, and is of the run {found}; put the file back that was "
+            "there, or remove it to go on without these rollouts"
+        )
+
+
+def _check_sums(folder: Path, paths: Sequence[Path]) -> None:
+    files = sorted(folder.glob(f"{SUMS}*"))
+    if not files:
+        if paths:
+            logger.warning("the rollouts in %s are of an earlier version, which kept no digests", folder)
+        return
+    sums = {name: digest for file in files for name, digest in _read_sums(file).items()}
+    for path in paths:
+        if sums.get(path.name) != sha256_of(path):
+            raise DataError(
+                f"{path} is damaged: its SHA-256 is not the one in {SUMS}*; restore it from a copy, or remove it to "
+                "read the other steps (a run goes on without it)"
+            )
+    missing = sorted(sums.keys() - {path.name for path in paths})
+    if missing:
+        logger.warning("%d rollout files in %s are not there, first %s", len(missing), folder, missing[0])
+
+
+def _read_sums(file: Path) -> dict[str, str]:
+    """Sums by the names of files; a last line that is cut short, as by a crash, is left out."""
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _sum_line(name: str, digest: str) -> str:
+    return f"{digest}  {name}\n"
+
 
 
 def _number(value: float) -> float | None:

@@ -1,37 +1,47 @@
 """The folder of a run: one live run in it at a time, and nothing in it is ever overwritten by another run.
 
 <output_dir>/
+    starts.jsonl      a line for each start: the run's id, time, host, process, command, versions, commit, config
+    ends.jsonl        a line for each of them that ended by itself: how, and after which step
     config.yaml       the resolved config; config.2.yaml, ... where a resumed run was given another
-    starts.jsonl      a line for each start: time, host, process, command, versions, commit
     metrics.jsonl     rollouts/  checkpoints/  trackers/
     adapter/ or model/   report.json  curves.png
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
+import hashlib
+import itertools
+import logging
 import platform
-import socket
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import alignlab
+from alignlab.atomic_files import REMOVED, REPLACED, TEMPORARY, recover_folder, write_atomically
 from alignlab.errors import ConfigError
-from alignlab.training.files import write_atomically
-from alignlab.training.metrics import METRICS_FILE
+from alignlab.training.metrics_file import METRICS_FILE
+from alignlab.training.run_lock import RunLock, identity_of_process, in_use, is_alive
+from alignlab.training.run_records import append_record, read_records, run_id_of
 
-LOCK_FILE = ".lock"
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-STARTS_FILE = "starts.jsonl"
+STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+MADE = (
+    "config*.yaml", ENDS_FILE, METRICS_FILE, "checkpoints", "rollouts", "trackers", ADAPTER_FOLDER, MODEL_FOLDER,
+    "report.json", "curves.png",
+)  # fmt: skip
+"""What a run makes in its folder; `starts.jsonl`, which comes first, says which run that is."""
 PACKAGES = ("alignlab", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+MAX_ERROR_CHARS = 500
 
 
 class RunFolder:
@@ -42,23 +52,38 @@ class RunFolder:
         resume: go on with the run that it holds; otherwise a folder that holds one is refused.
         config_text: the resolved config, YAML or JSON, to be kept beside the results.
         rank: only rank 0 creates, checks, locks and writes; the others know the paths.
+        part_of: id of the run that this run is a stage of; None where it is none.
+
+    Attributes:
+        run_id: 32 hexadecimal digits, drawn at the run's first start, in all that the run makes. Other ranks than 0
+            have to be told.
 
     Raises:
-        ConfigError: another live run has the folder; it holds a run and `resume` is false; or the other way round.
+        ConfigError: another live run has the folder; it holds a run and `resume` is false, or the other way round; it
+            holds what a run has made without the `starts.jsonl` that says which; or it is a stage of another run.
     """
 
-    def __init__(self, path: Path, *, resume: bool, config_text: str = "", rank: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, resume: bool, config_text: str = "", rank: int = 0, part_of: str | None = None
+    ) -> None:
         self.path = path.absolute()
-        self._lock: IO[str] | None = None
+        self.run_id: str | None = None
+        self._lock: RunLock | None = None
+        self._end: dict[str, Any] | None = None
         if rank != 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path)
+        self._lock = RunLock(self.path)
         try:
             self._check(resume)
-            self._record(config_text, resume)
-        except BaseException:
-            self.close()
+            starts = read_records(self._starts_file)
+            self.run_id = run_id_of(self._starts_file) if resume else uuid.uuid4().hex
+            if resume:
+                self._check_last_start(starts, part_of)
+                self._clear_leftovers()
+            self._record(config_text, resume=resume, number=len(starts) + 1, part_of=part_of)
+        except BaseException as error:
+            self._close(error)
             raise
 
     @property
@@ -89,11 +114,27 @@ class RunFolder:
     def curves_file(self) -> Path:
         return self.path / "curves.png"
 
-    def close(self) -> None:
-        """Give the lock back."""
+    @property
+    def _starts_file(self) -> Path:
+        return self.path / STARTS_FILE
+
+    def renew(self) -> None:
+        """Make sure that the folder is still this run's, before something is written that it may have lost by then.
+
+        Raises:
+            ConfigError: it was moved, or another process has taken it.
+        """
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            self._lock.renew()
+
+    def ended(self, outcome: str, step: int) -> None:
+        """Say how the run ended, such as "done" or "interrupted", and after which step, for the record of its end."""
+        if self._end is not None:
+            self._end |= {"outcome": outcome, "step": step}
+
+    def close(self) -> None:
+        """Record the end, and give the lock back."""
+        self._close(None)
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +142,20 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        try:
+            if self._end is not None:
+                failed = {} if error is None else {"outcome": "failed", "error": _described(error)}
+                append_record(self.path / ENDS_FILE, self._end | {"time": _now()} | failed)
+        except OSError as problem:  # such as a full disk, which ended the run: that is what has to be told
+            logger.warning("the end of the run could not be recorded in %s: %s", self.path / ENDS_FILE, problem)
+        finally:
+            lock.close()
 
     def _check(self, resume: bool) -> None:
         held = holds_run(self.path)
@@ -110,20 +164,67 @@ class RunFolder:
                 f"output_dir must not hold another run's results, and {self.path} does; go on with that run by "
                 "--resume, or choose another trainer.output_dir (nothing was overwritten)"
             )
+        made = [] if held else sorted(path.name for name in MADE for path in self.path.glob(name) if _is_made(path))
+        if made:
+            raise ConfigError(
+                f"{self.path} must hold a whole run or nothing of one, and holds {', '.join(made)} without the "
+                f"{STARTS_FILE} that says which run made them; put that file back to go on with the run by --resume, "
+                "or choose another trainer.output_dir (nothing was overwritten)"
+            )
         if resume and not held:
             raise ConfigError(
                 f"--resume needs a run to go on with, and {self.path} holds none; leave --resume out to start one, "
                 "or correct trainer.output_dir"
             )
 
-    def _record(self, config_text: str, resume: bool) -> None:
-        """Keep the config and what it was started with. `starts.jsonl` comes last: it says that a run is here."""
-        configs = sorted(self.path.glob("config*.yaml"))
-        if all(path.read_text() != config_text for path in configs):
-            name = CONFIG_FILE if not configs else f"config.{len(configs) + 1}.yaml"
-            write_atomically(self.path / name, config_text)
-        with (self.path / STARTS_FILE).open("a") as file:
-            file.write(json.dumps(_start(resume)) + "\n")
+    def _check_last_start(self, starts: list[dict[str, Any]], part_of: str | None) -> None:
+        """Raise if the last start is still alive or a stage of another run; say if it ended without a word."""
+        last = starts[-1]
+        if last.get("part_of") != part_of:
+            raise ConfigError(
+                f"{self.path} must be a stage of the run {part_of}, and is one of {last.get('part_of')}; put the stage "
+                "back that was there, or remove the folder to run the stage again"
+            )
+        ends = {end.get("start") for end in read_records(self.path / ENDS_FILE)}
+        if last.get("start") in ends:
+            return
+        process = f"process {last.get('process')} on {last.get('host')}"
+        if is_alive(last):
+            raise in_use(self.path, process)
+        logger.warning(
+            "the run in %s did not end by itself when it was last started (%s, %s): it was killed, or code that it "
+            "called ended the process", self.path, process, last.get("time"),
+        )  # fmt: skip
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed start was about to write, and bring back what it was about to replace."""
+        for made in (self.adapter, self.model):
+            recover_folder(made)
+        for folder in (self.path, self.checkpoints, self.rollouts):
+            for kind in (TEMPORARY, REPLACED, REMOVED):
+                for path in folder.glob(f".*.{kind}"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _record(self, config_text: str, *, resume: bool, number: int, part_of: str | None) -> None:
+        """Keep what the run was started with, and the config. `starts.jsonl` comes first: it says which run this is."""
+        config = next(
+            (path for path in sorted(self.path.glob("config*.yaml")) if path.read_bytes() == config_text.encode()), None
+        )
+        file = self._unused_config_name() if config is None else config
+        start = _start(resume) | {
+            "start": number,
+            "run": self.run_id,
+            "part_of": part_of,
+            "config": {"file": file.name, "sha256": hashlib.sha256(config_text.encode()).hexdigest()},
+        }
+        append_record(self._starts_file, start)
+        self._end = {"run": self.run_id, "start": number, "outcome": "done"}
+        if config is None:
+            write_atomically(file, config_text)
+
+    def _unused_config_name(self) -> Path:
+        names = itertools.chain([CONFIG_FILE], (f"config.{number}.yaml" for number in itertools.count(2)))
+        return next(self.path / name for name in names if not (self.path / name).exists())
 
 
 def holds_run(folder: Path) -> bool:
@@ -137,34 +238,25 @@ def made_in(folder: Path) -> Path | None:
     return next((file.parent for file in made if file.is_file()), None)
 
 
-def _take_lock(folder: Path) -> IO[str]:
-    """Lock the folder for as long as the returned file is open; the kernel frees it when the process dies."""
-    lock = (folder / LOCK_FILE).open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise ConfigError(
-            f"output_dir must belong to one live run, and {folder} is in use by {holder}; "
-            "wait for it to end, stop it, or choose another trainer.output_dir"
-        ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    # A forked child must not hold the lock on after this process was killed.
-    os.register_at_fork(after_in_child=lock.close)
-    return lock
+def _is_made(path: Path) -> bool:
+    """Whether there is something of a run: a file, or a folder that is not empty."""
+    return path.is_file() or any(path.iterdir())
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _start(resume: bool) -> dict[str, Any]:
     """What a run was started with."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": _now(),
         "resume": resume,
-        "host": socket.gethostname(),
-        "process": os.getpid(),
+        **identity_of_process(),
         "command": sys.argv,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

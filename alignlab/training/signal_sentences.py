@@ -143,6 +143,11 @@ def unused(name: str, sums: SignalSums) -> str:
     )
 
 
+def skipped(count: int) -> str:
+    """How many updates were left out."""
+    return f"{count} updates were skipped, as a gradient was not finite; lower learning_rate"
+
+
 def _cause(sums: SignalSums, settings: SignalSettings) -> str:
     """Why these steps have no signal."""
     if settings.by_rewards and sums.rewarded == 0:

@@ -8,34 +8,39 @@ examples, end to end:
                                   probabilities with the rest would not add up to 1
     rest.npy      [T] float32     log of the probability of all other tokens
 
-They are written some examples at a time, and how many are on the disk is told beside them: a process that is killed
-midway goes on from there. The folder gets its name when all is there.
+They are written some examples at a time, and how many are on the disk is told beside them, with digests: a process that
+is killed midway goes on from there. The folder gets its name when all is there. What is found damaged is asked again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from filelock import FileLock
 from numpy.lib.format import open_memmap
 from torch import nn
 
 from alignlab.data.examples import Example
-from alignlab.errors import CheckpointError
+from alignlab.digests import READ_BYTES, DamagedError, parse_sealed, sealed
+from alignlab.file_lock import one_at_a_time
 from alignlab.functional.distillation import TopTokens
+from alignlab.library_errors import writing
 from alignlab.models.packaged import cache_folder
 from alignlab.training.checkpoint import fingerprint
-from alignlab.training.files import READ_BYTES, sync_file, write_atomically
+from alignlab.training.files import sync_file, write_atomically
 from alignlab.training.reference_cache import digest_of_model
 
+logger = logging.getLogger(__name__)
 _FORMAT = 2
 _TYPES = {"ids": np.int32, "logprobs": np.float32, "rest": np.float32}
 _DONE = "done.json"
@@ -62,6 +67,13 @@ class KeptTeacher:
         return TopTokens(*(torch.from_numpy(np.array(array[rows])) for array in self._arrays))
 
 
+def _reserve(path: Path) -> None:
+    """Have the disk set aside all of a file: writing to its memory on a full disk would end the process by a signal."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def _digests(folder: Path) -> dict[str, str]:
     """Of each array's file."""
     found = {}
@@ -74,21 +86,46 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _check_whole(folder: Path) -> None:
-    """See that the files are what was written.
-
-    Raises:
-        CheckpointError: one is damaged or missing.
-    """
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are what was written; says so where they are not."""
+    if not folder.exists():
+        return False
     try:
-        whole = json.loads((folder / _DONE).read_text())["digests"] == _digests(folder)
-    except (OSError, ValueError, KeyError):
+        whole = _read_done(folder)["digests"] == _digests(folder)
+    except (OSError, KeyError, DamagedError):
         whole = False
     if not whole:
-        raise CheckpointError(
-            f"the teacher's answers in {folder} are damaged: they are not what was written; delete the folder, and "
-            "the teacher is asked again"
-        )
+        logger.warning("the teacher's answers in %s are damaged, and are asked for again", folder)
+    return whole
+
+
+def _read_done(folder: Path) -> dict[str, Any]:
+    """What is told of a folder's arrays."""
+    content = (folder / _DONE).read_bytes()
+    try:
+        return parse_sealed(content)
+    except DamagedError:
+        return _of_earlier_version(content)
+
+
+def _of_earlier_version(content: bytes) -> dict[str, Any]:
+    """What an earlier version told of a whole folder, without a digest of that itself."""
+    try:
+        told = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"it is no JSON: {error}") from error
+    if not isinstance(told, dict) or told.keys() != {"examples", "digests"}:
+        raise DamagedError("it holds no digest of itself")
+    return told
+
+
+def _rows_digest(arrays: Sequence[np.memmap], rows: slice) -> str:
+    """Of some rows of all arrays."""
+    digest = xxhash.xxh3_128()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array[rows]).tobytes())
+    return digest.hexdigest()
+
 
 
 class TeacherCache:
@@ -118,40 +155,69 @@ class TeacherCache:
         path = self.path(examples)
         offsets = [0, *accumulate(sum(example.completion_mask) for example in examples)]
         self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
-            if path.exists():
-                _check_whole(path)
-            else:
+        with one_at_a_time(path, "asks the teacher"):
+            if not _is_whole(path):
+                shutil.rmtree(path, ignore_errors=True)
                 self._make(path, examples, offsets, ask)
         return KeptTeacher(path, offsets)
 
     def _make(self, path: Path, examples: Sequence[Example], offsets: Sequence[int], ask: Ask) -> None:
         unfinished = path.with_name(f".{path.name}.tmp")
         unfinished.mkdir(exist_ok=True)
-        told = unfinished / _DONE
-        done = json.loads(told.read_text())["examples"] if told.exists() else 0
         row = sum(np.dtype(kind).itemsize * (1 if name == "rest" else self._k) for name, kind in _TYPES.items())
         size = offsets[-1] * row
         print(f"alignlab: the teacher's answers take {size / 2**30:.2f} GiB, in {path}", file=sys.stderr)
-        arrays = self._arrays(unfinished, offsets[-1], new=not told.exists())
-        for start in range(done, len(examples), ASKED_TOGETHER):
+        arrays, parts = self._go_on(unfinished, offsets)
+        for start in range(parts[-1][0] if parts else 0, len(examples), ASKED_TOGETHER):
             stop = min(start + ASKED_TOGETHER, len(examples))
             for array, answer in zip(arrays, ask(examples[start:stop]), strict=True):
                 array[offsets[start] : offsets[stop]] = answer.numpy()
                 array.flush()
-            write_atomically(told, json.dumps({"examples": stop}))
+            parts.append((stop, _rows_digest(arrays, slice(offsets[start], offsets[stop]))))
+            write_atomically(unfinished / _DONE, json.dumps(sealed({"parts": parts})))
             print(f"\ralignlab: the teacher has read {stop} of {len(examples)} examples", end="", file=sys.stderr)
         print(file=sys.stderr, flush=True)
         for name in _TYPES:
             sync_file(unfinished / f"{name}.npy")
-        write_atomically(told, json.dumps({"examples": len(examples), "digests": _digests(unfinished)}))
+        told = {"parts": parts, "digests": _digests(unfinished)}
+        write_atomically(unfinished / _DONE, json.dumps(sealed(told)))
         os.replace(unfinished, path)
         sync_file(path.parent)
+
+    def _go_on(self, folder: Path, offsets: Sequence[int]) -> tuple[list[np.memmap], list[tuple[int, str]]]:
+        """The arrays, and the parts of them that an earlier call has written: (examples done, digest) of each.
+
+        From the first part that is damaged on, all is asked again.
+        """
+        if not (folder / _DONE).exists():
+            return self._arrays(folder, offsets[-1], new=True), []
+        intact: list[tuple[int, str]] = []
+        try:
+            parts = _read_done(folder)["parts"]
+            arrays = self._arrays(folder, offsets[-1], new=False)
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("the teacher's answers in %s are damaged (%s), and are asked for again", folder, error)
+            return self._arrays(folder, offsets[-1], new=True), []
+        for stop, digest in parts:
+            start = intact[-1][0] if intact else 0
+            if _rows_digest(arrays, slice(offsets[start], offsets[stop])) != digest:
+                logger.warning(
+                    "the teacher's answers in %s are damaged from example %d on, and are asked for again", folder, start
+                )
+                break
+            intact.append((stop, digest))
+        return arrays, intact
 
     def _arrays(self, folder: Path, num_rows: int, *, new: bool) -> list[np.memmap]:
         shapes = {"ids": (num_rows, self._k), "logprobs": (num_rows, self._k), "rest": (num_rows,)}
         mode = "w+" if new else "r+"
-        return [
-            open_memmap(folder / f"{name}.npy", mode=mode, dtype=dtype, shape=shapes[name])
-            for name, dtype in _TYPES.items()
-        ]
+        arrays = []
+        for name, dtype in _TYPES.items():
+            path = folder / f"{name}.npy"
+            with writing(path, "the teacher's answers"):
+                arrays.append(open_memmap(path, mode=mode, dtype=dtype, shape=shapes[name]))
+                _reserve(path)
+        for (name, dtype), array in zip(_TYPES.items(), arrays, strict=True):
+            if array.shape != shapes[name] or array.dtype != dtype:
+                raise ValueError(f"{name}.npy is {array.dtype} {list(array.shape)}, not {list(shapes[name])}")
+        return arrays

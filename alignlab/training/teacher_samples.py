@@ -7,8 +7,8 @@ sampling, as in STaR (arXiv:2203.14465) and Llama 2 (arXiv:2307.09288, Sec. 3.2.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -25,12 +25,16 @@ from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.special_text import unmarked
+from alignlab.digests import digest_of_values
 from alignlab.errors import ConfigError, DataError
+from alignlab.library_errors import writing
 from alignlab.rollout.detokenizer import special_ids
 from alignlab.training.files import write_atomically
+from alignlab.training.journal import journal_lines, read_journal
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine
 
+logger = logging.getLogger(__name__)
 Keep = Literal["all", "best"]
 REJECTIONS = ("truncated", "empty", "no_reward", "below_min_reward", "duplicate", "not_best", "rendered_otherwise")
 COUNTS = ("prompts", "prompts_without", "completions", "kept", "reward_failures", *REJECTIONS)
@@ -91,7 +95,7 @@ def sample_teacher(
     A row has `prompt` and `completion`, as chat messages where prompts are chats and as rendered text elsewhere, so
     that the example has the very prompt tokens that the teacher saw; and `reward` and `row`, of the prompt's dataset.
     Until all is done the work is in `output` + ".partial", from which a second call goes on: prompts done are not done
-    again, and the result is the same. Completions cut off by the length limit are never kept.
+    again, but for what is damaged, and the result is the same. Completions cut off by the length limit are never kept.
 
     Args:
         rewards: of which a completion's sum must reach `settings.min_reward`; may hold none.
@@ -118,7 +122,7 @@ def sample_teacher(
         for start in range(len(chunks) * settings.prompts_at_once, len(prompts), settings.prompts_at_once):
             part = prompts[start : start + settings.prompts_at_once]
             chunks.append(_sample_chunk(engine, part, rewards, render, settings, start))
-            _append(file, chunks[-1])
+            _append(file, chunks[-1], number=len(chunks) + 1)
             _report(chunks, len(prompts))
         counts = _totals(chunks)
         if not counts["kept"]:
@@ -243,40 +247,43 @@ def plainly(render: PromptRenderer) -> PromptRenderer:
 
 def _digest(prompts: Sequence[Prompt]) -> str:
     """Of what the samples and their rewards depend on: each prompt's row, tokens and columns."""
-    found = hashlib.sha256()
-    for prompt in prompts:
-        told = (prompt.index, prompt.token_ids, prompt.text, sorted(prompt.columns.items()))
-        found.update(repr(told).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
+    return digest_of_values((p.index, p.token_ids, p.text, p.columns) for p in prompts)
 
 
 def _begun(file: IO[str], path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier call has done, a line half written left out; a new file gets its first line."""
+    """What an earlier call has done, up to the first line that is damaged; a new file gets its first line."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(f"another process is writing {path}; wait for it, or choose another output") from None
-    file.seek(0)
-    text = file.read()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    if not lines:
+    content = read_journal(path)
+    if not content.rows and not content.damage:
         file.truncate(0)
-        _append(file, told)
+        _append(file, told, number=1)
         return []
-    if json.loads(lines[0]) != json.loads(json.dumps(told)):
+    rows = content.rows[: content.num_intact]
+    if not rows or not content.has_digests:
+        raise ConfigError(
+            f"{path} is damaged in its first line, which says what it was begun with, or is of an earlier version; "
+            "remove it to begin again"
+        )
+    if rows[0] != json.loads(json.dumps(told)):
         raise ConfigError(
             f"{path} was begun with another model, other data or other settings; go on with those, or remove it"
         )
-    file.seek(0)
-    file.truncate(len("".join(f"{line}\n" for line in lines).encode()))
+    if content.damage:
+        logger.warning("%s: %s; what follows is sampled again", path, "; ".join(content.damage))
+    file.truncate(content.ends[len(rows) - 1])
     file.seek(0, os.SEEK_END)
-    return [json.loads(line) for line in lines[1:]]
+    return rows[1:]
 
 
-def _append(file: IO[str], value: Mapping[str, Any]) -> None:
-    file.write(json.dumps(value) + "\n")  # in ASCII: no character of the text ends a line
-    file.flush()
-    os.fsync(file.fileno())
+def _append(file: IO[str], value: Mapping[str, Any], *, number: int) -> None:
+    with writing(file.name, "the samples"):
+        file.write(journal_lines([value], first=number))
+        file.flush()
+        os.fsync(file.fileno())
+
 
 
 def _totals(chunks: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.errors import ConfigError
+from alignlab.manifest import MODEL_MANIFEST
 from alignlab.models import packaged
 from alignlab.models.packaged import PACKAGED, PackagedModel, resolve_checkpoint
 
@@ -94,3 +95,21 @@ def test_smollm2_is_converted_once_and_answers():
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("damage", ["weights", "manifest", "none"])
+def test_a_damaged_conversion_is_made_again(monkeypatch, tmp_path, capsys, damage):
+    written = fake_conversion(monkeypatch, tmp_path, lambda folder: (folder / "weights").write_bytes(bytes(50)))
+    folder = Path(resolve_checkpoint("tiny"))
+    file = folder / ("weights" if damage == "weights" else MODEL_MANIFEST)
+    content = bytearray(file.read_bytes())
+    content[20] ^= 4
+    if damage == "none":
+        file.unlink()  # as an earlier version left it
+    else:
+        file.write_bytes(content)
+    for _ in range(2):
+        assert resolve_checkpoint("tiny") == str(folder)
+    assert len(written) == 4 and (folder / "weights").read_bytes() == bytes(50)
+    assert f"again, for {folder}" in capsys.readouterr().err
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}

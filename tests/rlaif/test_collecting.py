@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from alignlab.errors import CheckpointError, DataError
-from alignlab.rlaif.collecting import collect, finished
-from alignlab.rlaif.journal import Journal, write_rows
+from alignlab.rlaif.collecting import check_made_with, collect, finished
+from alignlab.training.journal import write_rows
 from alignlab.types import Prompt
 
 
@@ -78,7 +79,7 @@ def test_what_got_no_answer_is_asked_again(tmp_path: Path) -> None:
     done: list[int] = []
     assert [row["outcome"] for row in run(tmp_path, done, late_at=8)] == ["done", "done", "timeout", "done", "done"]
     assert [row["outcome"] for row in run(tmp_path, done)] == ["done"] * 5 and done == [5, 3, 8, 1, 7, 8]
-    assert [row["outcome"] for row in finished(PROMPTS, tmp_path)] == ["done"] * 5
+    assert [row["outcome"] for row in finished(PROMPTS, tmp_path, done=tmp_path)] == ["done"] * 5
 
 
 def test_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -89,20 +90,62 @@ def test_prompts_are_told_apart(tmp_path: Path) -> None:
         run(tmp_path, [], prompts=[Prompt((1,), "q", index=3)])
 
 
-def test_a_torn_last_line_is_cut_off_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rank0.jsonl"
-    Journal(path).append([{"index": 1}, {"index": 2}])
-    with path.open("ab") as file:
-        file.write(b'{"index": 3, "va')
-    journal = Journal(path)
-    assert journal.rows == [{"index": 1}, {"index": 2}]
-    journal.append([{"index": 4}])
-    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [1, 2, 4]
-    path.write_text('{"index": 1}\nnonsense\n{"index": 2}\n')
-    with pytest.raises(DataError, match="line 2, is no JSON"):
-        Journal(path)
-
-
 def test_rows_are_written_whole(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"a": 1}, {"a": "é\n"}])
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [{"a": 1}, {"a": "é\n"}]
+
+
+def damage_line(path: Path, number: int) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    lines[number] = lines[number].replace('"value": ', '"value": 1')
+    path.write_text("".join(lines))
+
+
+def test_damaged_rows_are_made_again_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+    rows = run(tmp_path, done)
+    damage_line(tmp_path / "rank0.jsonl", 2)
+    assert run(tmp_path, done) == rows and done == [5, 3, 8, 1, 7, 8]
+    assert "rank0.jsonl: line 3 is damaged" in caplog.text and "what is lost is made again" in caplog.text
+    caplog.clear()
+    assert run(tmp_path, done) == rows and len(done) == 6 and not caplog.records
+
+
+@pytest.mark.parametrize("damage", ["changed", "last removed", "complete"])
+def test_damaged_rows_that_were_learnt_from_are_refused(tmp_path: Path, damage: str) -> None:
+    done, over = [], tmp_path / "preferences.jsonl"
+    rows = run(tmp_path, done)
+    assert finished(PROMPTS, tmp_path, done=over) == rows
+    journal = tmp_path / "rank0.jsonl"
+    if damage == "changed":
+        damage_line(journal, 2)
+    elif damage == "complete":
+        file = tmp_path / "complete.json"
+        file.write_text(file.read_text().replace("rows", "rowz"))
+    else:
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    message = "complete.json is damaged" if damage == "complete" else r"learnt from.*restore.*or remove .*preferences"
+    with pytest.raises(CheckpointError, match=message):
+        finished(PROMPTS, tmp_path, done=over)
+    (tmp_path / "complete.json").unlink() if damage == "complete" else None
+    assert run(tmp_path, done) == rows
+    assert finished(PROMPTS, tmp_path, done=over) == rows
+
+
+def test_what_rows_were_made_with_is_told_apart_from_damage(tmp_path: Path) -> None:
+    told = {"judge": {"name": "a"}, "seed": 1}
+    check_made_with(tmp_path, told, writes=True)
+    check_made_with(tmp_path, told, writes=True)
+    with pytest.raises(CheckpointError, match="made with another judge"):
+        check_made_with(tmp_path, told | {"judge": {"name": "b"}}, writes=True)
+    file = tmp_path / "made_with.json"
+    content = file.read_bytes()
+    draw = random.Random(0)
+    for position in draw.sample(range(len(content)), 40):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << draw.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            check_made_with(tmp_path, told, writes=True)  # as where a space became another white space
+        except CheckpointError as error:
+            assert "made_with.json is damaged" in str(error)

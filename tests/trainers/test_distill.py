@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError, DataError, NumericsError
 from alignlab.functional.distillation import divergence
 from alignlab.models.checkpoints import new_model, save_model
+from alignlab.models.packaged import cache_folder
 from alignlab.trainers.distill import DistillTrainer
 from alignlab.trainers.gkd import GKDTrainer, given_completion
 from alignlab.trainers.run import run
 from alignlab.training import teacher_cache
+from alignlab.training.teacher_cache import KeptTeacher
 from alignlab.types import Prompt
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
 
@@ -207,8 +210,53 @@ def test_a_teacher_is_asked_once(
         torch.testing.assert_close(top.rest, kept.rest)
 
 
+@pytest.mark.parametrize("file", ["ids.npy", "logprobs.npy", "rest.npy", "done.json"])
+def test_what_is_damaged_of_a_stopped_asking_is_asked_again(
+    file: str, save_teacher: Make, make_distill: Make, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    teacher = save_teacher()
+    monkeypatch.setattr(teacher_cache, "ASKED_TOGETHER", 2)
+    asked: list[int] = []
+
+    def kept(stop_at: int) -> KeptTeacher:
+        trainer = make_distill(teacher, top_k=5)
+        ask = trainer._ask
+
+        def counted(some: Any) -> Any:
+            if len(asked) == stop_at:
+                raise KeyboardInterrupt
+            asked.append(len(some))
+            return ask(some)
+
+        trainer._ask = counted
+        trainer.open(None, None, None)
+        return trainer._kept
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(stop_at=3)  # 3 of 4 parts
+    [folder] = (cache_folder() / "teacher").glob(".*.tmp")
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    if file == "done.json":
+        content[9] ^= 8
+    else:  # in the first row of the second part
+        array, row = np.load(path), sum(sum(each.completion_mask) for each in examples(2))
+        content[len(content) - array[row:].nbytes] ^= 8
+    path.write_bytes(content)
+    del asked[:]
+    damaged = kept(stop_at=99)
+    assert len(asked) == (4 if file == "done.json" else 3), "from the damaged part on"
+    assert "are asked for again" in caplog.text
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(folder.parent / "other"))
+    for one, other in zip(damaged._arrays, kept(stop_at=99)._arrays, strict=True):
+        assert np.array_equal(one, other)
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_damaged_answers_are_not_learnt_from(damage: str, save_teacher: Make, make_distill: Make) -> None:
+def test_damaged_answers_are_not_learnt_from(
+    damage: str, save_teacher: Make, make_distill: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = save_teacher()
     trainer = make_distill(teacher, top_k=5)
     trainer.open(None, None, None)
@@ -219,8 +267,10 @@ def test_damaged_answers_are_not_learnt_from(damage: str, save_teacher: Make, ma
         file.unlink()
     else:
         file.write_bytes(content[:-4] + bytes(4) if damage == "changed" else content[:-4])
-    with pytest.raises(CheckpointError, match=r"are damaged.*delete the folder"):
-        make_distill(teacher, top_k=5).open(None, None, None)
+    again = make_distill(teacher, top_k=5)
+    again.open(None, None, None)
+    assert f"{folder} are damaged, and are asked for again" in caplog.text
+    assert (folder / "logprobs.npy").read_bytes() == content and again._kept is not None
 
 
 def test_what_is_kept_is_told_apart(save_teacher: Make, make_distill: Make) -> None:

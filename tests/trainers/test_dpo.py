@@ -249,7 +249,7 @@ def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
 
 def test_other_rows_are_not_gone_on_with(make_trainer: Make) -> None:
     make_trainer(num_steps=1).train()
-    with pytest.raises(CheckpointError, match="on the same data and seed only, and digest was"):
+    with pytest.raises(CheckpointError, match="the training data has changed"):
         make_trainer(num_steps=2, data=[*pairs(7), *pairs(1, seed=5)]).train(resume=True)
 
 

@@ -135,7 +135,10 @@ def test_a_run_that_goes_on_counts_what_it_has_on_the_disk(sft: Make, monkeypatc
     sft().train()
     trainer = sft(num_steps=4)
     weights = sum(p.numel() * 4 for p in trainer.learner.model.parameters())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(weights // 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(weights // 2))
+    with pytest.raises(ConfigError, match="GiB free"):
+        trainer.train(resume=True)  # the model is written beside the earlier one
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(weights + weights // 10))
     assert trainer.train(resume=True).num_steps == 4
 
 

@@ -24,6 +24,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, PPOConfig, RewardConfig
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError, RewardError
+from alignlab.manifest import MODEL_MANIFEST
 from alignlab.models.checkpoints import load_model, save_model
 from alignlab.models.reward_checkpoints import load_reward_model
 from alignlab.trainers.grpo import GRPOTrainer
@@ -226,6 +227,7 @@ def test_another_reward_model_is_not_gone_on_with(
     run(one, 1, resume=False)
     run(one, 2, resume=True)
     told = Path(one) / "reward_model.json"
+    (Path(one) / MODEL_MANIFEST).unlink()  # a file of the folder is changed on purpose
     if shared:  # the same reward model, of which nothing says any more whose base it is on
         kept = told.read_text()
         told.write_text(kept.replace(json.loads(kept)["base_digest"], "another"))

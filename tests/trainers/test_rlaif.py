@@ -181,15 +181,42 @@ def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
     assert result.metrics["loss"] < 0.5
 
 
-def test_rows_of_two_judges_are_not_mixed(make_trainer: Make, make_model: Make) -> None:
+def test_rows_of_two_judges_are_not_mixed(make_trainer: Make, make_model: Make, tmp_path: Path) -> None:
     assert make_trainer("dpo", model=Interrupting(at=2)).train().interrupted
+    other = {"name": "given", "votes": 2}
+    with pytest.raises(CheckpointError, match=r"config\.judge\.votes was 1 and is 2"):
+        make_trainer("dpo", judge=other).train(resume=True)
+    identity = tmp_path / "run" / "identity.json"
+    content = identity.read_bytes()
+    identity.write_bytes(content.replace(b'"config', b'"confih').replace(b"votes", b"votez"))
+    with pytest.raises(CheckpointError, match=r"identity\.json is damaged.*remove it to go on without a comparison"):
+        make_trainer("dpo", judge=other).train(resume=True)
+    identity.unlink()
     with pytest.raises(CheckpointError, match=r"made with another judge, see made_with\.json"):
-        make_trainer("dpo", judge={"name": "given", "votes": 2}).train(resume=True)
+        make_trainer("dpo", judge=other).train(resume=True)
+    identity.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"made with another model"):
         make_trainer("dpo", base=make_model(seed=1)).train(resume=True)
-    with pytest.raises(CheckpointError, match="holds a row of another prompt"):
+    with pytest.raises(CheckpointError, match="the training data has changed"):
         make_trainer("dpo", data=[{"prompt": f"cd{i}"} for i in range(8)]).train(resume=True)
     assert not make_trainer("dpo", judge={"name": "given", "max_questions": 99}).train(resume=True).interrupted
+
+
+def test_what_was_measured_before_is_measured_again_where_it_is_damaged(
+    make_trainer: Make, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make_trainer("dpo", model=Interrupting(at=2), held_out=rows).train()
+    file = tmp_path / "run" / "before.json"
+    content = file.read_text()
+    file.write_text(content.replace('"num_problems": 8', '"num_problems": 9'))
+    assert file.read_text() != content
+    policy = POLICIES["dpo"] | {"learning_rate": 3e-3}
+    result = make_trainer("dpo", held_out=rows, policy=policy).train(resume=True)
+    assert result.before == first.before and file.read_text() == content
+    assert "before.json is damaged" in caplog.text and "it is measured again" in caplog.text
+    assert "config.policy.learning_rate was" in caplog.text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(report["changed_on_resume"]) == 1
 
 
 def test_answers_of_which_none_is_revised_are_named(make_trainer: Make) -> None:

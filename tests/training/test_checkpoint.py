@@ -1,6 +1,9 @@
 import json
 import os
+import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from alignlab.training.checkpoint import (
     save_checkpoint,
 )
 from alignlab.training.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
-from alignlab.training.random_state import restore_random_state
+from alignlab.training.random_state import packed, random_state, restore_random_state, unpacked
 
 CONFIG = SFTConfig(learning_rate=0.05, num_steps=10, warmup_steps=2, lr_schedule="cosine", weight_decay=0.1)
 
@@ -75,9 +78,9 @@ def flip_byte(path: Path, position: int = -3) -> None:
     path.write_bytes(bytes(content))
 
 
-def save_number(folder: Path, step: int, *, keep: int = 9, **ranks: object) -> Path:
+def save_number(folder: Path, step: int, *, keep: int = 9, **options: Any) -> Path:
     tensors = {"model": {"number": torch.tensor([float(step)])}}
-    return save_checkpoint(folder, step, tensors=tensors, state={"step": step}, keep=keep, **ranks)  # type: ignore[arg-type]
+    return save_checkpoint(folder, step, tensors=tensors, state={"step": step}, keep=keep, **options)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
@@ -241,28 +244,58 @@ def test_the_intact_checkpoint_named_is_really_intact(tmp_path: Path) -> None:
 
 
 def test_each_rank_gets_its_own_random_state_back(tmp_path: Path) -> None:
-    draws = {}
-
-    def other_rank() -> None:
-        """Rank 1 writes its part while rank 0 waits at its second barrier."""
-        calls.append(1)
-        if len(calls) == 2:
-            torch.manual_seed(1)
-            save_number(tmp_path, 5, rank=1, world_size=2)
-            draws[1] = torch.rand(3)
-
-    calls: list[int] = []
-    torch.manual_seed(0)
-    save_number(tmp_path, 5, rank=0, world_size=2, barrier=other_rank)
-    torch.manual_seed(0)
-    draws[0] = torch.rand(3)
-    assert len(calls) == 3
+    states, draws = [], []
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        states.append(unpacked(packed(random_state())))  # as a rank sends it
+        draws.append((torch.rand(3), np.random.rand(3), random.random()))
+    save_number(tmp_path, 5, random=states)
     for rank in (0, 1):
         saved = load_latest(tmp_path, rank=rank, world_size=2)
         assert saved is not None
         restore_random_state(saved.random)
-        assert torch.equal(torch.rand(3), draws[rank])
+        again = (torch.rand(3), np.random.rand(3), random.random())
+        assert torch.equal(again[0], draws[rank][0])
+        assert (again[1] == draws[rank][1]).all() and again[2] == draws[rank][2]
         assert saved.tensors.keys() == {"model"}
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_nobody_s(tmp_path: Path) -> None:
+    first, second = save_number(tmp_path, 1), save_number(tmp_path, 2)
+    for name in ("step-00000009.bak", "step-9", "step-000000090", "old-step-00000009"):
+        shutil.copytree(second, tmp_path / name)
+    saved = load_latest(tmp_path)
+    assert saved is not None and saved.path == second
+    save_number(tmp_path, 3, keep=1)
+    assert not first.exists() and (tmp_path / "step-00000009.bak").is_dir(), "what others made is left alone"
+
+
+@pytest.mark.parametrize("how", ["copied", "renamed", "swapped"])
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path, how: str) -> None:
+    first, second = save_number(tmp_path, 1), save_number(tmp_path, 2)
+    newest = tmp_path / "step-00000003"
+    if how == "copied":
+        shutil.copytree(first, newest)
+    elif how == "renamed":
+        first.rename(newest)
+    else:
+        first.rename(tmp_path / "other")
+        second.rename(first)
+        (tmp_path / "other").rename(second)
+        newest = second
+    with pytest.raises(CheckpointError, match=r"holds the checkpoint of step \d: it was renamed, or is a") as caught:
+        load_latest(tmp_path)
+    assert f"remove the folder {newest}" in str(caught.value)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    own = save_number(tmp_path, 1, run_id="a" * 32)
+    save_number(tmp_path, 2, run_id="b" * 32)
+    with pytest.raises(CheckpointError, match=rf"is of another run \(b+\) .* to resume from {own}, which is intact"):
+        load_latest(tmp_path, run_id="a" * 32)
+    save_number(tmp_path, 2, run_id="a" * 32)
+    saved = load_latest(tmp_path, run_id="a" * 32)
+    assert saved is not None and saved.step == 2, "the other run's checkpoint is replaced"
 
 
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:

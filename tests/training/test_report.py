@@ -2,6 +2,7 @@ import io
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,10 @@ def test_examples_are_evenly_spaced_and_not_picked() -> None:
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
     assert evenly_spaced(3, 4) == [0, 1, 2]
     assert evenly_spaced(0, 4) == []
+
+
+def test_answers_to_other_problems_are_not_put_side_by_side(tmp_path: Path) -> None:
+    before, after = (result(0.5, text="a", right=True) for _ in range(2))
+    other = replace(after, samples=tuple(replace(each, prompt="another") for each in after.samples))
+    shown = report_of(tmp_path, RunReport("t", before, other, train_seconds=1.0, num_steps=20))
+    assert "greedy completions" not in shown and "before and after were measured on other problems" in shown

@@ -1,13 +1,17 @@
+import hashlib
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
+from alignlab.errors import DataError
 from alignlab.training.rollout_store import RolloutStore, read_rollouts
 from alignlab.types import Rollout
 
@@ -100,3 +104,58 @@ def test_steps_with_other_rewards_are_read_together(tmp_path: Path, make_rollout
     store.append(1, [replace(make_rollout(), reward_parts={})])
     store.append(2, [make_rollout()])
     assert read_rollouts(tmp_path)["reward/length"].to_pylist() == [None, None, 1.0, 4.0]
+
+
+def test_no_flipped_bit_is_taken_as_true(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    store = RolloutStore(tmp_path)
+    for step in (1, 2):
+        store.append(step, [make_rollout()])
+    rows = read_rollouts(tmp_path)
+    draw = random.Random(0)
+    for path in (*tmp_path.glob("*.parquet"), tmp_path / "_SHA256SUMS-rank0"):
+        content = path.read_bytes()
+        for position in [0, len(content) // 2, len(content) - 1, *draw.sample(range(len(content)), 20)]:
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            with pytest.raises(DataError, match=r"rank0\.parquet is damaged.*remove it to read the other steps"):
+                read_rollouts(tmp_path)
+        path.write_bytes(content)
+    assert read_rollouts(tmp_path).equals(rows)
+
+
+def test_digests_are_those_that_other_tools_check(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    store = RolloutStore(tmp_path)
+    for step in (1, 2, 3):
+        store.append(step, [make_rollout()])
+    store = RolloutStore(tmp_path, resume_step=1)
+    store.append(2, [make_rollout(index=4)])
+    sums = (tmp_path / "_SHA256SUMS-rank0").read_text().splitlines()
+    files = sorted(tmp_path.glob("*.parquet"))
+    assert sums == [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    assert [file.name for file in files] == ["step-00000001-rank0.parquet", "step-00000002-rank0.parquet"]
+
+
+def test_a_file_that_is_gone_is_said_and_one_of_an_earlier_version_is_read(
+    tmp_path: Path, make_rollout: MakeRollout, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RolloutStore(tmp_path)
+    paths = [store.append(step, [make_rollout()]) for step in (1, 2)]
+    paths[0].unlink()
+    assert read_rollouts(tmp_path)["step"].to_pylist() == [2, 2]
+    assert "1 rollout files" in caplog.text and "first step-00000001-rank0.parquet" in caplog.text
+    (tmp_path / "_SHA256SUMS-rank0").unlink()
+    assert read_rollouts(tmp_path).num_rows == 2 and "of an earlier version, which kept no digests" in caplog.text
+    RolloutStore(tmp_path, resume_step=2)
+    assert read_rollouts(tmp_path).num_rows == 2 and "get their digests now, as they are" in caplog.text
+
+
+def test_rollouts_name_their_run_and_those_of_another_are_refused(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    path = RolloutStore(tmp_path, run_id="a" * 32).append(1, [make_rollout()])
+    assert pq.read_schema(path).metadata[b"alignlab.run"] == b"a" * 32
+    RolloutStore(tmp_path, run_id="a" * 32, resume_step=1)
+    with pytest.raises(DataError, match=r"must hold rollouts of the run b+, and is of the run a+;"):
+        RolloutStore(tmp_path, run_id="b" * 32, resume_step=1)
+    assert path.exists()
+    RolloutStore(tmp_path, run_id="b" * 32)
+    assert not path.exists(), "a run that begins anew writes them again"

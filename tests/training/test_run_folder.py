@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,19 @@ from alignlab.training.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]), resume=False)
 if os.fork() == 0:
     print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+C_FORK = """
+import ctypes, os, sys, time
+from pathlib import Path
+from alignlab.training.run_folder import RunFolder
+run = RunFolder(Path(sys.argv[1]), resume=False)
+if ctypes.CDLL(None).fork() == 0:  # Python's hooks do not see it
+    os.write(1, b"ready\\n")
+    sys.stdin.read()
+    os._exit(0)
 sys.stdin.read()
 """
 
@@ -57,8 +71,9 @@ def test_a_second_live_run_is_refused_and_a_killed_one_frees_the_folder(tmp_path
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_forked_child_that_outlives_a_killed_run_does_not_keep_the_lock(tmp_path: Path) -> None:
-    process = hold(tmp_path, FORK)
+@pytest.mark.parametrize("script", [FORK, C_FORK], ids=["Python", "C"])
+def test_a_forked_child_that_outlives_a_killed_run_does_not_keep_the_lock(tmp_path: Path, script: str) -> None:
+    process = hold(tmp_path, script)
     try:
         process.kill()
         process.wait()
@@ -105,6 +120,136 @@ def test_config_and_starts_are_kept(tmp_path: Path) -> None:
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert [start["resume"] for start in starts] == [False, True, True]
     assert starts[0]["versions"]["torch"].startswith("2.") and starts[0]["process"] == os.getpid()
+
+
+def test_a_lock_file_that_was_removed_lets_no_second_run_in(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(ConfigError, match=rf"is in use by process {process.pid} on "):
+            RunFolder(tmp_path, resume=True)
+        with pytest.raises(ConfigError, match="--resume, or choose another"):
+            RunFolder(tmp_path, resume=False)
+    finally:
+        end(process)
+    RunFolder(tmp_path, resume=True).close()
+
+
+def test_a_lock_that_was_lost_is_taken_again(tmp_path: Path) -> None:
+    """Closing any other handle of a file frees a process's record locks on it, as code does that copies the folder."""
+    run = RunFolder(tmp_path / "run", resume=False)
+    shutil.copytree(run.path, tmp_path / "copy")
+    run.renew()
+    (run.path / ".lock").unlink()
+    run.renew()
+    script = HOLD.replace("resume=False", "resume=True")
+    other = subprocess.run(
+        [sys.executable, "-c", script, str(run.path)], capture_output=True, text=True, check=False, input=""
+    )
+    assert f"is in use by process {os.getpid()} on" in other.stderr
+    run.close()
+
+
+def test_a_folder_that_was_moved_or_replaced_is_no_longer_the_run_s(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", resume=False)
+    run.renew()
+    run.path.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="must stay in its place while it runs"):
+        run.renew()
+    run.path.mkdir()
+    with pytest.raises(ConfigError, match="must stay in its place while it runs"):
+        run.renew()
+    run.close()
+
+
+def test_a_run_keeps_its_id_and_another_has_another(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "a", resume=False) as first:
+        run_id = first.run_id
+    assert run_id is not None and len(run_id) == 32
+    with RunFolder(tmp_path / "a", resume=True) as again, RunFolder(tmp_path / "b", resume=False) as other:
+        assert again.run_id == run_id != other.run_id
+    starts = [json.loads(line) for line in (tmp_path / "a" / "starts.jsonl").read_text().splitlines()]
+    assert [(start["run"], start["start"]) for start in starts] == [(run_id, 1), (run_id, 2)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "config.yaml", "config.7.yaml", "metrics.jsonl", "report.json", "checkpoints/step-1/x",
+        "adapter/adapter_config.json", "rollouts/step-1.parquet",
+    ],
+)
+def test_what_a_run_made_without_its_starts_is_refused_and_left_untouched(tmp_path: Path, made: str) -> None:
+    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / made).write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=rf"holds {made.split('/')[0]} without the starts\.jsonl"):
+            RunFolder(tmp_path, resume=resume, config_text="a: 2")
+    assert (tmp_path / made).read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {made.split("/")[0], ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"resume": false}\n', "names no run: an earlier version"),
+        ("", "names 0 runs|names no run"),
+        ('{"run": "a"}\n{"run": "b"}\n', "names 2 runs"),
+        ('{"run": "a"}\n{"run": "a"', "line 2 of .* cannot be read"),
+    ],
+)
+def test_starts_that_do_not_name_one_run_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "starts.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        RunFolder(tmp_path, resume=True)
+
+
+def test_a_stage_of_another_run_is_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path, resume=False, part_of="a").close()
+    RunFolder(tmp_path, resume=True, part_of="a").close()
+    with pytest.raises(ConfigError, match="must be a stage of the run b, and is one of a"):
+        RunFolder(tmp_path, resume=True, part_of="b")
+
+
+def test_leftovers_of_a_kill_are_removed_when_the_run_goes_on(tmp_path: Path) -> None:
+    RunFolder(tmp_path, resume=False).close()
+    for name in (".model.tmp", "checkpoints/.step-00000004.tmp", "checkpoints/.step-00000002.removed"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "half").write_text("x")
+    (tmp_path / "rollouts").mkdir()
+    for name in (".metrics.jsonl.tmp", "rollouts/.step-00000004-rank1.parquet.tmp", ".mine"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".adapter.replaced").mkdir()
+    (tmp_path / ".adapter.replaced" / "whole").write_text("x")
+    RunFolder(tmp_path, resume=True).close()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".lock", ".mine", "starts.jsonl", "ends.jsonl", "config.yaml", "adapter/whole"}
+
+
+def test_how_each_start_ended_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with RunFolder(tmp_path, resume=False) as run:
+        run.ended("interrupted", 4)
+    with pytest.raises(ValueError, match="x"), RunFolder(tmp_path, resume=True) as run:
+        run.ended("failed", 5)
+        raise ValueError("x")
+    ends = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
+    assert [(end["start"], end["outcome"], end["step"]) for end in ends] == [(1, "interrupted", 4), (2, "failed", 5)]
+    assert ends[1]["error"] == "ValueError: x" and ends[1]["run"] == run.run_id
+    assert not caplog.messages
+    end(hold(tmp_path, HOLD.replace("resume=False", "resume=True")))
+    RunFolder(tmp_path, resume=True).close()
+    assert any("did not end by itself when it was last started" in message for message in caplog.messages)
+
+
+def test_a_config_is_never_overwritten(tmp_path: Path) -> None:
+    RunFolder(tmp_path, resume=False, config_text="a: 1").close()
+    for text in ("a: 2", "a: 3"):
+        RunFolder(tmp_path, resume=True, config_text=text).close()
+    (tmp_path / "config.2.yaml").unlink()
+    RunFolder(tmp_path, resume=True, config_text="a: 4").close()
+    assert {p.name: p.read_text() for p in tmp_path.glob("config*")} == {
+        "config.yaml": "a: 1", "config.2.yaml": "a: 4", "config.3.yaml": "a: 3",
+    }  # fmt: skip
 
 
 def test_other_ranks_know_the_paths_and_write_nothing(tmp_path: Path) -> None:

@@ -267,3 +267,24 @@ def test_settings_that_would_do_nothing_are_refused(changes: dict[str, Any], mes
         draw(**changes)
     with pytest.raises(ConfigError, match="must be 1 at temperature 0"):
         SampleSettings(SamplingSettings(temperature=0)).check(1)
+
+
+def test_a_damaged_chunk_is_sampled_again(
+    draw: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = draw()
+    expected = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    partial = tmp_path / "out.jsonl.partial"
+    with pytest.raises(KeyboardInterrupt):
+        draw(Parrot(tokenizer, fail_at=2))
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 3, "what it was begun with, and two of three chunks"
+    partial.write_text("".join([lines[0], lines[1].replace("say 1", "say 7"), lines[2]]))
+    engine = Parrot(tokenizer)
+    assert draw(engine) == counts and (tmp_path / "out.jsonl").read_bytes() == expected
+    assert len(engine.calls) == 3 and "line 2 is damaged" in caplog.text
+    (tmp_path / "out.jsonl").unlink()
+    partial.write_text(lines[0].replace("parrot", "parrop") + lines[1])
+    with pytest.raises(ConfigError, match="is damaged in its first line, which says what it was begun with"):
+        draw()

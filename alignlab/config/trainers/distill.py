@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from alignlab.config.on_resume import Recorded
 from alignlab.config.teacher import TeacherSettings
 from alignlab.config.trainers.base import TrainerConfig
 
@@ -17,7 +18,7 @@ class DistillConfig(TrainerConfig):
     measures = "accuracy"
     type: Literal["distill"] = "distill"
     teacher: TeacherSettings
-    num_sequences: int = Field(32, ge=1)
+    num_sequences: Recorded[int] = Field(32, ge=1)
     """Examples a step, over all ranks."""
     beta: float = Field(0.0, ge=0, le=1)
     """0 is the forward KL, 1 the reverse KL, in between a Jensen-Shannon divergence; see `functional.distillation`."""

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import MayChange, Recorded
 from alignlab.config.trainers.base import EvaluatedConfig
 from alignlab.config.trainers.pairs import PairLossConfig
 
@@ -16,9 +17,9 @@ class DPOConfig(PairLossConfig, EvaluatedConfig):
 
     measures = "preferences"
     type: Literal["dpo"] = "dpo"
-    num_pairs: int = Field(32, ge=1)
+    num_pairs: Recorded[int] = Field(32, ge=1)
     """Pairs a step, over all ranks."""
-    precompute_reference: bool = True
+    precompute_reference: MayChange[bool] = True
     """Score all pairs by the reference once, before the first step, and keep that on disk for later runs; false scores
     each batch as it comes."""
     probability_column: str | None = None

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from alignlab.config.on_resume import MayChange, Recorded
 from alignlab.config.trainers.base import EvaluatedConfig
 
 
@@ -14,7 +15,7 @@ class KTOConfig(EvaluatedConfig):
 
     measures = "labels"
     type: Literal["kto"] = "kto"
-    num_sequences: int = Field(32, ge=1)
+    num_sequences: Recorded[int] = Field(32, ge=1)
     """Completions a step, over all ranks; the KL to the reference is estimated from as many."""
     beta: float = Field(0.1, gt=0)
     """How soon a gain or a loss saturates: the lower, the further the policy may leave the reference."""
@@ -22,7 +23,7 @@ class KTOConfig(EvaluatedConfig):
     undesirable_weight: float = Field(1.0, gt=0)
     """Of each completion's loss. Where the two kinds are not as many, weight times number should be about equal, or up
     to a third more for the desirable ones (Eq. 9)."""
-    precompute_reference: bool = True
+    precompute_reference: MayChange[bool] = True
     """Score all completions by the reference once, before the first step, and keep that on disk for later runs; false
     scores each batch as it comes."""
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import MayChange, OnResume, Recorded
 from alignlab.config.online_rules import ONLINE_RULES, POLICY_GRADIENT_RULES
 from alignlab.config.peer_names import TRL_CORRECTIONS
 from alignlab.config.rewards import RewardLimits
@@ -24,6 +25,7 @@ MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
 class KLSettings(Frozen):
     """KL to the reference. Estimators: Schulman, "Approximating KL Divergence" (2020)."""
 
+    on_resume = OnResume.REFUSED
     coef: float = Field(0.0, ge=0)
     """0: the KL is not priced; `measure_every_steps` may still show it."""
     placement: Literal["loss", "reward"] = "loss"
@@ -36,7 +38,7 @@ class KLSettings(Frozen):
     """Nats a token; adapts the coefficient to hold it (Ziegler et al. 2019, arXiv:1909.08593)."""
     horizon: int = Field(10_000, ge=1)
     """Completions over which an adaptive coefficient moves."""
-    measure_every_steps: int | None = Field(None, ge=1)
+    measure_every_steps: MayChange[int | None] = Field(None, ge=1)
     """With a coefficient of 0: steps at which the KL is measured all the same, at the cost of scoring the reference."""
 
     @model_validator(mode="before")
@@ -58,6 +60,7 @@ class KLSettings(Frozen):
 class MismatchSettings(Frozen):
     """What is done about the gap between the engine's log-probs and the trainer's, which is always measured."""
 
+    on_resume = OnResume.REFUSED
     correction: Literal[
         "auto", "none", "token_tis", "icepop", "token_mask", "sequence_tis", "sequence_mis", "sequence_mask",
         "geometric_mis", "geometric_mask",
@@ -94,7 +97,7 @@ class OnlineConfig(EvaluatedConfig):
 
     takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "needed"
     measures = "accuracy"
-    num_prompts: int = Field(8, ge=1)
+    num_prompts: Recorded[int] = Field(8, ge=1)
     """Prompts a step, over all ranks."""
     group_size: int = Field(8, ge=1)
     """Completions a prompt."""

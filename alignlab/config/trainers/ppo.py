@@ -8,19 +8,21 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import OnResume, Recorded
 from alignlab.config.trainers.online import KLSettings, PolicyGradientConfig
 
 
 class CriticSettings(Frozen):
     """The critic of PPO: where it lives, and how it is trained."""
 
+    on_resume = OnResume.REFUSED
     form: Literal["lora", "head", "model"] = "lora"
     """lora: an adapter of its own and a value head on the policy's frozen base. head: the head alone, on the base as it
     is. model: a copy of the starting policy, trained as the policy is, with a head."""
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     """Of the adapter."""
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: Recorded[float | None] = Field(None, gt=0)
     """Default: ten times the policy's."""
     value_clip: float | None = Field(0.2, gt=0)
     """How far an update may move a value, in units of reward; null does not bound it."""
@@ -44,7 +46,7 @@ class PPOConfig(PolicyGradientConfig):
     surrogate: ClassVar[Literal["ppo_clip"]] = "ppo_clip"
     group_size: int = Field(1, ge=1)
     """Completions a prompt; the critic needs no group."""
-    num_prompts: int = Field(64, ge=1)
+    num_prompts: Recorded[int] = Field(64, ge=1)
     """Prompts a step, over all ranks."""
     num_epochs: int = Field(2, ge=1)
     """Passes over each batch of rollouts."""

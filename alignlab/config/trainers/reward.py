@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import Recorded
 from alignlab.config.trainers.base import EvaluatedConfig
 
 
@@ -15,7 +16,7 @@ class RewardConfig(EvaluatedConfig):
 
     measures = "preferences"
     type: Literal["reward"] = "reward"
-    num_pairs: int = Field(32, ge=1)
+    num_pairs: Recorded[int] = Field(32, ge=1)
     """Pairs a step, over all ranks."""
     centring_coef: float = Field(0.01, ge=0)
     """Weight of the squared sum of a pair's rewards, which pulls their mean to 0 (arXiv:2312.09244, whose value it is);

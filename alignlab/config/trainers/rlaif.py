@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.config.base import Frozen
 from alignlab.config.judge import AnyJudge, fill_judge
 from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import MayChange, OnResume, Recorded
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
 from alignlab.config.trainers.base import TrainerConfig
 from alignlab.config.trainers.dpo import DPOConfig
@@ -43,11 +44,12 @@ _OF_THE_RUN = {
 class _Sampled(Frozen):
     """What is generated before a judge or a critic sees it."""
 
-    num_prompts: int | None = Field(None, ge=1)
+    on_resume = OnResume.REFUSED
+    num_prompts: Recorded[int | None] = Field(None, ge=1)
     """Of the training data; default: all."""
     sampling: SamplingSettings = SamplingSettings()
     rollout: RolloutEngineSettings = RolloutSettings()
-    prompts_per_batch: int = Field(32, ge=1)
+    prompts_per_batch: MayChange[int] = Field(32, ge=1)
     """Prompts that are done, and on disk, together."""
 
     @model_validator(mode="before")
@@ -78,12 +80,13 @@ class LabelSettings(_Sampled):
 class RLAIFConfig(Frozen):
     """Reinforcement learning from a judge's feedback (arXiv:2212.08073, arXiv:2309.00267), in stages."""
 
+    on_resume = OnResume.REFUSED
     takes_rewards: ClassVar[Literal["none"]] = "none"
     measures: ClassVar[Literal["accuracy"]] = "accuracy"
     type: Literal["rlaif"] = "rlaif"
-    output_dir: Path = Path("runs/alignlab")
+    output_dir: MayChange[Path] = Path("runs/alignlab")
     seed: int = Field(0, ge=0, lt=2**32)
-    constitution: str
+    constitution: Recorded[str]
     """A YAML file of principles, see `configs/constitutions`."""
     judge: AnyJudge
     path: FeedbackPath

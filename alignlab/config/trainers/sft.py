@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from alignlab.config.on_resume import Recorded
 from alignlab.config.trainers.base import EvaluatedConfig
 
 
@@ -15,7 +16,7 @@ class SFTConfig(EvaluatedConfig):
     takes_rewards = "optional"
     measures = "likelihood"
     type: Literal["sft"] = "sft"
-    num_sequences: int = Field(32, ge=1)
+    num_sequences: Recorded[int] = Field(32, ge=1)
     """Examples a step, over all ranks."""
 
     @property

@@ -1,0 +1,91 @@
+"""What the ranks of a run tell each other beside the training: whether all of them have got through a block of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from alignlab.errors import RankError
+from alignlab.training.random_state import RandomState, packed, random_state, unpacked
+
+_MAX_ERROR_CHARS = 1000
+
+
+class RankAgreement:
+    """Ends a block of work on every rank where it fails on one, so that none waits for another that is gone.
+
+    Attributes:
+        failed: whether a block has failed, on whichever rank; then every rank knows it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.failed = False
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Do a block of work that every rank does, and in which no rank waits for another.
+
+        Args:
+            what: the block does, for the message, such as "evaluating after step 4".
+
+        Raises:
+            RankError: it failed on another rank; the error of that rank is raised there.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        reasons = self._reasons(failure)
+        self.failed = self.failed or any(reasons)
+        if failure is not None:
+            raise failure
+        failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+        if failures:
+            raise RankError(
+                f"{what} must be done by every rank, and failed on {len(failures)} of {len(reasons)}; correct what "
+                f"failed there, and go on by --resume. {'; '.join(failures)}"
+            )
+
+    def _reasons(self, failure: BaseException | None) -> list[str]:
+        """Why each rank failed; empty for those that did not. Every rank calls this together."""
+        reason = "" if failure is None else f"{type(failure).__name__}: {failure}".strip()[:_MAX_ERROR_CHARS]
+        try:
+            return [each.decode(errors="replace") for each in gather_bytes(self._accelerator, reason.encode())]
+        except RuntimeError:
+            if failure is None:  # another rank is gone
+                raise
+            return [reason]
+
+
+def gather_bytes(accelerator: Accelerator, content: bytes) -> list[bytes]:
+    """Return the bytes of each rank, on every rank; all call it together."""
+    if accelerator.num_processes == 1:
+        return [content]
+    own = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(accelerator.device)
+    length = torch.tensor([len(content)], device=accelerator.device)
+    lengths = accelerator.gather(length).tolist()
+    if not any(lengths):
+        return [b""] * len(lengths)
+    padded = own.new_zeros(1, max(*lengths, 1))
+    padded[0, : len(own)] = own
+    gathered: Tensor = accelerator.gather(padded)
+    return [bytes(row[:size].tolist()) for row, size in zip(gathered.cpu(), lengths, strict=True)]
+
+
+def of_main_rank(accelerator: Accelerator, content: bytes) -> bytes:
+    """Return the bytes of rank 0, on every rank; all call it together."""
+    return gather_bytes(accelerator, content)[0]
+
+
+def gather_random_states(accelerator: Accelerator) -> list[RandomState]:
+    """Return the present state of the generators of each rank; all call it together."""
+    own = random_state()
+    if accelerator.num_processes == 1:
+        return [own]
+    return [unpacked(content) for content in gather_bytes(accelerator, packed(own))]

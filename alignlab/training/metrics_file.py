@@ -1,0 +1,137 @@
+"""The file of a run's metrics: a line of JSON for each step, tied by length and digest to the run's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignlab.atomic_files import write_atomically
+from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
+
+logger = logging.getLogger(__name__)
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends lines, and knows the length and the digest of what it holds.
+
+    Args:
+        path: the file; made anew, or cut to what a run that goes on has done.
+        resume_step: lines of later steps are dropped, and so is a line that a crash cut short. None begins a new file.
+        last_step: of the run; its evaluation comes again, and is dropped.
+        saved: what `state` gave for the checkpoint of `resume_step`; None: nothing is known of the lines.
+
+    Raises:
+        CheckpointError: the lines that the checkpoint stands for are not as they were written.
+    """
+
+    def __init__(
+        self, path: Path, *, resume_step: int | None = None, last_step: int | None = None,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._path = path
+        lines = [] if resume_step is None else _lines_until(path, resume_step, last_step, saved)
+        content = b"".join(line + b"\n" for line in lines)
+        self._unwritten: list[str] = []
+        self._num_bytes, self._digest = len(content), hashlib.sha256(content)
+        write_atomically(path, content)
+        self._file = path.open("ab", buffering=0)  # a buffer would try again to write, at closing, what failed
+
+    def append(self, line: str) -> None:
+        """Write a line. One that cannot be written leaves no part of it, and is kept for `state`.
+
+        Raises:
+            DiskError: the disk is full, or fails.
+        """
+        self._unwritten.append(line)
+        content = f"{line}\n".encode()
+        rest = memoryview(content)
+        try:
+            with writing(self._path, "the metrics"):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._num_bytes)
+            raise
+        self._unwritten.remove(line)
+        self._num_bytes += len(content)
+        self._digest.update(content)
+
+    def state(self) -> dict[str, Any]:
+        """Wait until all lines are on the disk, and return what a checkpoint keeps of them."""
+        os.fsync(self._file.fileno())
+        return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest(), "unwritten": list(self._unwritten)}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; a last line that is being written, or was cut short, is left out.
+
+    Raises:
+        CheckpointError: a line holds no metrics.
+    """
+    return [_parsed(path, number, line) for number, line in enumerate(_whole_lines(path.read_bytes()), start=1)]
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    return [line for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        metrics = json.loads(line)
+        if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
+            return metrics
+        problem = "it has no step"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    raise CheckpointError(
+        f"line {number} of {path} must be the metrics of a step, and is damaged: {problem}; put the file back as it "
+        "was, or rename it to go on without the metrics so far"
+    )
+
+
+def _lines_until(path: Path, step: int, last_step: int | None, saved: Mapping[str, Any] | None) -> list[bytes]:
+    """The lines that a run which goes on after a step keeps."""
+    if not path.exists():
+        if saved is not None and saved["bytes"] > 0:
+            logger.warning("%s is gone: the run goes on without the metrics of its first %d steps", path, step)
+        return []
+    content = path.read_bytes()
+    length = 0 if saved is None else saved["bytes"]
+    if saved is not None and hashlib.sha256(content[:length]).hexdigest() != saved["sha256"]:
+        raise CheckpointError(
+            f"the first {length} bytes of {path} must be as they were when the checkpoint of step {step} was saved, "
+            "and were changed since, or are another run's; put the file back as it was, or rename it to go on without "
+            f"the metrics of the first {step} steps"
+        )
+    kept = [line for number, line in enumerate(_whole_lines(content[:length]), start=1)
+            if _is_kept(_parsed(path, number, line), step, last_step)]
+    kept += [line.encode() for line in ([] if saved is None else saved["unwritten"])]
+    for number, line in enumerate(_whole_lines(content[length:]), start=len(kept) + 1):
+        try:
+            later = _parsed(path, number, line)
+        except CheckpointError as error:
+            if saved is None:
+                raise
+            logger.warning("%s (it is later than the checkpoint of step %d, and is left out)", error, step)
+            continue
+        if _is_kept(later, step, last_step):
+            kept.append(line)
+    return kept
+
+
+def _is_kept(metrics: Mapping[str, Any], step: int, last_step: int | None) -> bool:
+    comes_again = metrics["step"] == last_step and any(name.startswith("eval/") for name in metrics)
+    return bool(metrics["step"] <= step and not comes_again)

@@ -1,0 +1,49 @@
+"""A saved model takes its name when it is whole, and the one before it stays until then."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from alignlab.manifest import find_damage, read_manifest
+from alignlab.models import saving
+from alignlab.models.saving import published
+
+
+def save(folder: Path, text: str) -> None:
+    with published(folder, run_id="a" * 32) as unfinished:
+        (unfinished / "config.json").write_text(text)
+
+
+def test_a_model_is_published_with_its_manifest(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        save(tmp_path / "model", text)
+        assert (tmp_path / "model" / "config.json").read_text() == text
+        assert find_damage(tmp_path / "model") is None
+        assert read_manifest(tmp_path / "model")["run"] == "a" * 32
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    save(tmp_path / "model", "one")
+    with pytest.raises(OSError, match="disk full"), published(tmp_path / "model") as unfinished:
+        (unfinished / "config.json").write_text("tw")
+        raise OSError("disk full")
+    assert (tmp_path / "model" / "config.json").read_text() == "one"
+    assert find_damage(tmp_path / "model") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left over"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that cannot be replaced: a mount point, or one in a folder that is somebody else's."""
+    (tmp_path / "plain").mkdir()
+    save(tmp_path / "plain", "one")
+    assert find_damage(tmp_path / "plain") is None
+    place = tmp_path / "mounted"
+    place.mkdir()
+    inode = place.stat().st_ino
+    monkeypatch.setattr(saving.os, "access", lambda path, mode: os.fspath(path) != str(tmp_path))
+    save(place, "one")
+    assert find_damage(place) is None and place.stat().st_ino == inode

@@ -1,0 +1,278 @@
+"""The last whole step is kept, whatever fails after it, and a run that goes on ends as if nothing had failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignlab.config.trainers import SFTConfig
+from alignlab.errors import NothingLearntError, NumericsError
+from alignlab.trainers import keeping
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.sft import SFTTrainer
+from tests.trainers.conftest import even_ids
+from tests.trainers.test_distributed import ROOT, torchrun
+
+Make = Callable[..., Any]
+EXAMPLES = [{"prompt": f"ab{i}", "completion": f"ba{i}"} for i in range(4)]
+
+
+class Failure(Exception):
+    """What goes wrong."""
+
+
+@pytest.fixture
+def grpo(make_model: Make, make_config: Make, rows: Any, tokenizer: Any, tmp_path: Path) -> Make:
+    def make(name: str = "run", **changes: Any) -> GRPOTrainer:
+        base: dict[str, Any] = {"num_steps": 3, "num_minibatches": 2, "eval_every_steps": 2}
+        return GRPOTrainer(
+            make_model(), even_ids, make_config(output_dir=tmp_path / name, **base | changes), rows,
+            eval_dataset=rows[:2], tokenizer=tokenizer,
+        )
+
+    return make
+
+
+@pytest.fixture
+def sft(make_model: Make, tokenizer: Any, tmp_path: Path) -> Make:
+    def make(model: Any = None, **changes: Any) -> SFTTrainer:
+        base: dict[str, Any] = {"output_dir": tmp_path / "run", "num_steps": 3, "num_sequences": 2, "trackers": ()}
+        return SFTTrainer(model or make_model(), SFTConfig(**base | changes), EXAMPLES, tokenizer=tokenizer)
+
+    return make
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What does not depend on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in line.items() if n != "time" and "_s" not in n} for line in lines]
+
+
+def saved_steps(trainer: Any) -> list[str]:
+    return sorted(path.name for path in (trainer.config.output_dir / "checkpoints").iterdir())
+
+
+def ends_as_if_nothing_had_failed(make: Make) -> None:
+    """The run in its folder goes on, and so does one beside it that never failed."""
+    resumed, straight = make(), make("straight")
+    resumed.train(resume=True)
+    straight.train()
+    one, other = (trainer.learner.model.state_dict() for trainer in (resumed, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics_of(resumed.config.output_dir) == metrics_of(straight.config.output_dir)
+
+
+def fails_at(calls: int, function: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    """The function, which raises in place of its call of this number, from 1."""
+    done: list[int] = []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        if len(done) == calls:
+            torch.rand(5)  # what draws before it fails
+            raise error
+        return function(*args, **options)
+
+    return failing
+
+
+def test_a_second_mini_batch_that_fails_loses_no_step_before_it(grpo: Make) -> None:
+    trainer = grpo()
+    trainer.learner.update = fails_at(6, trainer.learner.update, Failure("kernel"))
+    with pytest.raises(Failure):
+        trainer.train()
+    assert saved_steps(trainer) == ["step-00000002"]
+    ends_as_if_nothing_had_failed(grpo)
+
+
+def test_a_scorer_that_fails_in_an_evaluation_loses_no_step_and_its_evaluation_comes_again(grpo: Make) -> None:
+    trainer = grpo()
+    trainer.evaluate = fails_at(2, trainer.evaluate, Failure("scorer"))
+    with pytest.raises(Failure):
+        trainer.train()
+    assert saved_steps(trainer) == ["step-00000002"]
+    assert not any("eval/greedy" in line for line in metrics_of(trainer.config.output_dir)[1:])
+    ends_as_if_nothing_had_failed(grpo)
+
+
+def test_a_metrics_line_that_cannot_be_written_is_not_lost(
+    grpo: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from alignlab.training import metrics_file
+
+    class FullDisk:
+        """Takes a part of one line."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.lines = file, 0
+
+        def write(self, content: Any) -> int:
+            self.lines += 1
+            if self.lines == 3:  # after the evaluation before the training, and the first step
+                return int(self.file.write(content[:20]))
+            if self.lines == 4:
+                raise OSError(28, "No space left on device")
+            return int(self.file.write(content))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    opened = metrics_file.MetricsFile.__init__
+
+    def on_full_disk(self: Any, *args: Any, **options: Any) -> None:
+        opened(self, *args, **options)
+        self._file = FullDisk(self._file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics_file.MetricsFile, "__init__", on_full_disk)
+        trainer = grpo()
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train()
+    assert saved_steps(trainer) == ["step-00000002"]
+    assert len(metrics_of(trainer.config.output_dir)) == 2, "no half line"
+    ends_as_if_nothing_had_failed(grpo)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()], ids=["exit", "second Ctrl-C"])
+def test_what_ends_the_process_loses_no_step(error: BaseException, sft: Make) -> None:
+    trainer = sft()
+    trainer.learner.update = fails_at(3, trainer.learner.update, error)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert saved_steps(trainer) == ["step-00000002"]
+    ends = [json.loads(line) for line in (trainer.config.output_dir / "ends.jsonl").read_text().splitlines()]
+    assert [(end["outcome"], end["step"]) for end in ends] == [("failed", 2)]
+
+
+def test_an_optimizer_that_fails_half_way_loses_no_step_before_it(sft: Make, tmp_path: Path) -> None:
+    trainer = sft()
+    step = trainer.learner.optimizer.step
+
+    def failing(*args: Any, **options: Any) -> Any:
+        step(*args, **options)
+        if trainer.step == 2:
+            raise Failure("out of memory")
+
+    trainer.learner.optimizer.step = failing
+    with pytest.raises(Failure):
+        trainer.train()
+    resumed, straight = sft(), sft(output_dir=tmp_path / "straight")
+    resumed.train(resume=True)
+    straight.train()
+    one, other = (trainer.learner.model.state_dict() for trainer in (resumed, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_too_large_to_be_copied_are_not_saved_half_way(
+    grpo: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(keeping, "MAX_COPY_BYTES", 0)
+    trainer = grpo(save_every_steps=1)
+    trainer.learner.update = fails_at(6, trainer.learner.update, Failure("kernel"))
+    with pytest.raises(Failure):
+        trainer.train()
+    assert saved_steps(trainer) == ["step-00000001", "step-00000002"]
+    trainer = grpo("other")
+    trainer.learner.update = fails_at(6, trainer.learner.update, Failure("kernel"))
+    with pytest.raises(Failure):
+        trainer.train()
+    assert not (trainer.config.output_dir / "checkpoints").exists()
+    assert "too large to be copied before each step: step 2 is lost" in " ".join(capsys.readouterr().err.split())
+
+
+def spoil(trainer: Any, number: float, where: Callable[[Any], torch.Tensor]) -> None:
+    """After the second update, put a number among those that are trained."""
+    update = trainer.learner.update
+
+    def spoiling(*args: Any, **options: Any) -> Any:
+        metrics = update(*args, **options)
+        if trainer.step == 1:
+            with torch.no_grad():
+                where(trainer.learner).view(-1)[0] = number
+        return metrics
+
+    trainer.learner.update = spoiling
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_never_saved(number: float, sft: Make) -> None:
+    trainer = sft(save_every_steps=1)
+    spoil(trainer, number, lambda learner: learner.trained["model.model.norm.weight"])
+    with pytest.raises(NumericsError, match=r"weights after step 2 must be finite, and 1 of 32 .*norm\.weight"):
+        trainer.train()
+    assert saved_steps(trainer) == ["step-00000001"]
+    assert not (trainer.config.output_dir / "model").exists()
+    assert sft().train(resume=True).num_steps == 3
+
+
+def test_an_optimizer_s_state_that_is_not_finite_is_never_saved(sft: Make) -> None:
+    trainer = sft(num_steps=2)
+
+    def moment(learner: Any) -> torch.Tensor:
+        state: torch.Tensor = learner.optimizer.state[learner.trained["model.model.norm.weight"]]["exp_avg_sq"]
+        return state
+
+    spoil(trainer, float("inf"), moment)
+    with pytest.raises(NumericsError, match=r"optimizer's state after step 2 .*exp_avg_sq\.model\.model\.norm\.weight"):
+        trainer.train()
+    assert not (trainer.config.output_dir / "model").exists()
+
+
+def test_a_run_whose_every_update_was_skipped_is_no_success(sft: Make) -> None:
+    trainer = sft(on_nonfinite="skip")
+    trainer.loss = lambda output, pack: (output.logprobs * float("nan"), {})  # type: ignore[method-assign]
+    with pytest.raises(NothingLearntError, match="no gradient was finite, so that every update was skipped") as caught:
+        trainer.train()
+    assert caught.value.result.verdict.learnt is False
+    report = json.loads((trainer.config.output_dir / "report.json").read_text())
+    assert report["learnt"] is False and report["run"] == caught.value.result.run_id
+
+
+def test_some_updates_that_were_skipped_are_said_at_the_end(sft: Make) -> None:
+    trainer = sft(on_nonfinite="skip")
+    loss, calls = trainer.loss, []
+
+    def once(output: Any, pack: Any) -> Any:
+        calls.append(1)
+        value, metrics = loss(output, pack)
+        return value * (float("nan") if len(calls) == 1 else 1.0), metrics
+
+    trainer.loss = once  # type: ignore[method-assign]
+    (warning,) = trainer.train().verdict.warnings
+    assert warning == "1 updates were skipped, as a gradient was not finite; lower learning_rate"
+
+
+def test_a_model_that_is_not_finite_is_not_trained(sft: Make, make_model: Make) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"weights that the run begins with must be finite.*up_proj"):
+        sft(model, on_nonfinite="skip").train()
+
+
+@pytest.mark.distributed
+def test_on_two_ranks_a_failure_of_one_loses_no_step(tmp_path: Path) -> None:
+    done = torchrun(str(ROOT / "tests/trainers/rank_keeping.py"), str(tmp_path))
+    assert done.returncode != 0 and "Failure: kernel" in done.stderr, done.stderr[-3000:]
+    straight = load_file(tmp_path / "straight" / "model" / "model.safetensors")
+    for name, rank, reason in (
+        ("fail_in_callback", 1, "inbox"), ("fail_in_evaluation", 1, "scorer"), ("fail_in_collecting", 0, "reward"),
+    ):
+        assert (tmp_path / f"{name}.{rank}").read_text() == f"Failure: {reason}"
+        other = (tmp_path / f"{name}.{1 - rank}").read_text()
+        assert other.startswith("RankError: ") and f"rank {rank}: Failure: {reason}" in other
+        resumed = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert all(torch.equal(resumed[each], straight[each]) for each in straight), name
+        assert metrics_of(tmp_path / name) == metrics_of(tmp_path / "straight"), name
+    runs = {path.parent.parent.name: json.loads(path.read_text())["run"]
+            for path in tmp_path.glob("*/model/alignlab-manifest.json")}
+    assert len(set(runs.values())) == len(runs) == 4
+    kept, expected = (tmp_path / run / "checkpoints" / "step-00000002" for run in ("alone", "straight"))
+    for name in ("policy.safetensors", "optimizer.safetensors", "random-0.safetensors", "random-1.safetensors"):
+        assert (kept / name).read_bytes() == (expected / name).read_bytes(), name

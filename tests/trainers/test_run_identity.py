@@ -1,0 +1,213 @@
+"""What a resumed run may change: free, recorded or refused, for settings, data, rewards and adapters."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignlab.config.loader import load_config
+from alignlab.config.model import LoraSettings
+from alignlab.config.on_resume import OnResume
+from alignlab.config.rollout import SamplingSettings, VLLMServerSettings
+from alignlab.config.run import EvaluationSettings
+from alignlab.config.trainers import GRPOConfig, KLSettings
+from alignlab.errors import CheckpointError
+from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.run import run
+from alignlab.trainers.run_identity import RunIdentity, source_digest
+from alignlab.training.reward_functions import load_reward, load_weighted
+from alignlab.types import Prompt
+from tests.trainers.conftest import even_ids
+
+CONFIG = GRPOConfig(sampling=SamplingSettings(max_new_tokens=6))
+PROMPTS = [Prompt((1, 2), "ab", index=i, columns={"answer": str(i), "tags": ["x", {"y": 1.5}]}) for i in range(3)]
+
+
+def even(*, completions: list[str], **columns: Any) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+def odd(*, completions: list[str], **columns: Any) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+def identity(
+    config: GRPOConfig = CONFIG, *, rewards: Any = ((even, 1.0),), prompts: Any = PROMPTS, held_out: Any = PROMPTS[:1],
+) -> RunIdentity:
+    made = RunIdentity(config)
+    made.add_prompts("tokens", prompts)
+    made.add_held_out(held_out, EvaluationSettings())
+    made.add_rewards([load_weighted(*reward) for reward in rewards])
+    return made
+
+
+def check(now: RunIdentity, before: RunIdentity | None = None) -> None:
+    saved = json.loads(json.dumps((before or identity()).to_json()))
+    now.check(saved, path=Path("run/step-00000003"), step=3)
+
+
+REFUSED = {
+    r"config\.kl\.coef was 0\.0 and is 0\.1": {"config": CONFIG.model_copy(update={"kl": KLSettings(coef=0.1)})},
+    r"config\.clip_low was 0\.2 and is 0\.3": {"config": CONFIG.model_copy(update={"clip_low": 0.3})},
+    r"config\.recipe was 'grpo' and is 'dr_grpo'": {"config": CONFIG.model_copy(update={"recipe": "dr_grpo"})},
+    r"config\.group_size was 8 and is 4": {"config": CONFIG.model_copy(update={"group_size": 4})},
+    r"config\.sampling\.temperature was 1\.0 and is 0\.5": {
+        "config": CONFIG.model_copy(update={"sampling": SamplingSettings(max_new_tokens=6, temperature=0.5)})
+    },
+    r"rewards\.0\.weight was 1\.0 and is 2\.0": {"rewards": [(even, 2.0)]},
+    r"rewards\.0\.name was 'even' and is 'odd'": {"rewards": [(odd, 1.0)]},
+    r"rewards was 1 and is 2": {"rewards": [(even, 1.0), (odd, 1.0)]},
+    "the training data has changed.*such as answers": {
+        "prompts": [*PROMPTS[:2], Prompt((1, 2), "ab", index=2, columns={**PROMPTS[2].columns, "answer": "7"})]
+    },
+    "the held-out data, on which the run was measured at its begin, has changed": {"held_out": PROMPTS[:2]},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_makes_another_run_is_refused(message: str) -> None:
+    check(identity())
+    with pytest.raises(CheckpointError, match=f"(?s)is of a run with other settings.*- {message}") as error:
+        check(identity(**REFUSED[message]))
+    assert "Resume with what the run was started with, or begin a new run" in str(error.value)
+
+
+def test_all_changes_are_in_one_error_and_recorded_ones_are_not_among_them() -> None:
+    now = CONFIG.model_copy(update={"clip_low": 0.3, "learning_rate": 0.5, "group_size": 4, "save_every_steps": 1})
+    with pytest.raises(CheckpointError) as error:
+        check(identity(now, rewards=[(even, 2.0)]))
+    lines = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
+    assert [line.split()[1] for line in lines] == ["config.group_size", "config.clip_low", "rewards.0.weight"]
+
+
+def test_what_is_recorded_is_said_once_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    changes = {"learning_rate": 1e-3, "lr_schedule": "linear", "num_steps": 7, "num_prompts": 4}
+    now = identity(CONFIG.model_copy(update=changes))
+    check(now)
+    assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
+    text = caplog.records[0].getMessage()
+    assert text.startswith("from step 4 on the run has other settings: config.num_steps was 100 and is 7; config.lear")
+    assert text.count(" was ") == len(changes)
+    later = identity(CONFIG.model_copy(update=changes | {"trackers": (), "tokens_per_microbatch": 9}))
+    check(later, before=now)
+    assert len(caplog.records) == 1, "what may change is not said, and what was said is not said again"
+    assert later.summary == {"changed_on_resume": [{"step": 3, "changes": now.changes[0]["changes"]}]}
+
+
+def test_another_engine_is_recorded_and_its_own_settings_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    check(identity(CONFIG.model_copy(update={"rollout": VLLMServerSettings()})))
+    assert "config.rollout.engine was 'embedded' and is 'vllm_server'" in caplog.text
+    assert "servers" not in caplog.text and "memory_frac" not in caplog.text
+
+
+def test_another_source_of_a_reward_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = identity()
+    again = identity()
+    what = "the source of the reward even has changed"
+    again.add_content("reward_source.0", "other", rule=OnResume.RECORDED, what=what)
+    check(again, before)
+    assert "the source of the reward even has changed" in caplog.text
+
+
+def scaled(scale: float) -> Any:
+    def inner(**columns: Any) -> list[float]:
+        return [scale]
+
+    return inner
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale, self.seen = scale, [scale]
+
+    def __call__(self, **columns: Any) -> list[float]:
+        return [self.scale]
+
+
+@pytest.mark.parametrize("make", [lambda scale: functools.partial(even, scale=scale), scaled, Scaled])
+def test_a_value_that_is_bound_to_a_reward_is_part_of_it(make: Any) -> None:
+    assert source_digest(make(0.5)) == source_digest(make(0.5)) != source_digest(make(0.25))
+    assert source_digest(print) is None and source_digest(even) is not None
+
+
+def test_a_checkpoint_of_an_earlier_version_is_said_not_to_be_compared(caplog: pytest.LogCaptureFixture) -> None:
+    identity().check(None, path=Path("run/step-00000003"), step=3)
+    assert "kept no settings: they are not compared" in caplog.text
+
+
+def test_rewards_are_known_as_they_were_asked_for() -> None:
+    from alignlab.config.rewards import RewardSettings
+
+    settings = RewardSettings(name="alignlab_rewards.length.length", weight=0.5, options={"max_tokens": 3})
+    assert load_reward(settings).settings == settings
+    assert load_weighted("length", 2).settings == RewardSettings(name="length", weight=2.0)
+
+
+def test_a_trainer_refuses_before_anything_is_generated(
+    make_model: Any, make_config: Any, tokenizer: Any, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(lora: Any = None, **changes: Any) -> GRPOTrainer:
+        lora = lora or LoraSettings(rank=2)
+        return GRPOTrainer(
+            make_model(), even_ids, make_config(**{"num_steps": 1} | changes), rows, tokenizer=tokenizer,
+            peft_config=lora,
+        )
+
+    make().train()
+    before = {path: path.read_bytes() for path in (make_config().output_dir / "rollouts").iterdir()}
+    other = make(lora=LoraSettings(rank=2, alpha=7), num_steps=2)
+    with pytest.raises(CheckpointError, match=r"peft_config\.lora_alpha was 32\.0 and is 7\.0"):
+        other.train(resume=True)
+    with pytest.raises(CheckpointError, match=r"config\.group_size was 4 and is 2"):
+        make(group_size=2, num_steps=2).train(resume=True)
+    assert {path: path.read_bytes() for path in (make_config().output_dir / "rollouts").iterdir()} == before
+    caplog.clear()
+    make(num_steps=2, learning_rate=2e-2).train(resume=True)
+    said = "from step 2 on the run has other settings: config.num_steps was 1 and is 2; config.learning_rate was"
+    assert said in caplog.text
+    report = json.loads((make_config().output_dir / "report.json").read_text())
+    assert report["changed_on_resume"][0]["step"] == 1
+
+
+RUN = """
+model:
+  architecture: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+  tokenizer: {vocab_size: 300, num_texts: 20}
+data: {task: chain_sum, task_options: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}, size: 20}
+rewards: [{name: reasoning_gym_answer}]
+trainer: {type: grpo, num_steps: 1, num_prompts: 2, group_size: 2, trackers: [], sampling: {max_new_tokens: 3}}
+evaluation: {num_problems: 2, num_samples: 1}
+"""
+
+
+def test_a_run_from_a_file_names_settings_as_the_file_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN)
+    folder = f"trainer.output_dir={tmp_path / 'run'}"
+    run(load_config(file, [folder]))
+    changes = [
+        folder, "trainer.num_steps=2", "trainer.clip_low=0.1", "rewards.0.weight=2", "rewards.0.name=length",
+        "evaluation.num_problems=3", "data.seed=1", "model.architecture.intermediate_size=48",
+    ]
+    with pytest.raises(CheckpointError) as error:
+        run(load_config(file, changes), resume=True)
+    lines = [line.split()[1] for line in str(error.value).splitlines() if line.startswith("  - ")]
+    changed = {"trainer.clip_low", "rewards.0.weight", "rewards.0.name", "evaluation.num_problems", "data.seed"}
+    assert changed <= {*lines}
+    assert "model.architecture" in lines and "trainer.num_steps" not in lines
+    summary = run(load_config(file, [folder, "trainer.num_steps=2", "trainer.learning_rate=1e-4"]), resume=True)
+    assert summary.result.num_steps == 2
+    assert "trainer.num_steps was 1 and is 2; trainer.learning_rate was 1e-05 and is 0.0001" in caplog.text
+
+
+def test_other_starting_weights_are_recorded_where_the_checkpoint_holds_all(
+    make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(RunIdentity(CONFIG, make_model()), RunIdentity(CONFIG, make_model()))
+    assert not caplog.records
+    check(RunIdentity(CONFIG, make_model(seed=1)), RunIdentity(CONFIG, make_model()))
+    assert "the starting weights are others, in whose place the checkpoint's are trained on" in caplog.text
