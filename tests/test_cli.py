@@ -271,7 +271,7 @@ def test_numbers_that_are_not_finite_are_not_merged(run_file, adapter, tmp_path,
     (broken / MODEL_MANIFEST).unlink()
     model = str(run_file.parent / "model")
     assert main(["merge", str(broken), str(tmp_path / "merged"), "--model", model]) == 2
-    assert "the merged weights must be finite" in capsys.readouterr().err
+    assert "finite" in capsys.readouterr().err
     assert not list(tmp_path.glob("*merged*"))
 
 
