@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def damaged(file: Path) -> Iterator[str]:
+def damaged(file: Path, values: Sequence[Any] = VALUES) -> Iterator[str]:
     """The name of a field whose value is another one now, for each field and value; the file is whole afterwards."""
     content = file.read_text()
     config = json.loads(content)
     for field in config:
-        for value in VALUES:
+        for value in values:
             file.write_text(json.dumps(config | {field: value}))
             yield f"{field}: {value}"
     for text in ("", "<html>", "[]", "null", "[" * 100_000):
@@ -59,7 +59,7 @@ def test_no_config_of_a_model_raises_a_library_s_error(base: Path) -> None:
 def test_no_config_of_an_adapter_raises_a_library_s_error(base: Path, tmp_path: Path) -> None:
     save_model(add_lora(load_model(str(base), dtype=torch.float32), LoraSettings(rank=2)), tmp_path)
     refused = 0
-    for damage in damaged(tmp_path / "adapter_config.json"):
+    for damage in damaged(tmp_path / "adapter_config.json", ({}, float("nan"))):
         try:
             with_saved_adapter(load_model(str(base), dtype=torch.float32), str(tmp_path))
         except AlignlabError:
