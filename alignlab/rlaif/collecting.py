@@ -11,13 +11,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.constitution import Constitution
 from alignlab.config.flat_settings import refused_settings
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings, RLAIFConfig
 from alignlab.digests import DamagedError, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError, DataError
 from alignlab.rlaif.chat_model import DOWN
-from alignlab.training.files import write_atomically
 from alignlab.training.interrupt import catch_interrupts
 from alignlab.training.journal import Journal, read_journal
 from alignlab.training.progress import TrainingProgress

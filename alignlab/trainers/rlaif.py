@@ -26,6 +26,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.constitution import load_constitution
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
@@ -73,7 +74,6 @@ from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, read_evaluation, write_evaluation
-from alignlab.training.files import write_atomically
 from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.report import RunReport, show_table, write_report

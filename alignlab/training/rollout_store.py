@@ -28,7 +28,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from alignlab.atomic_files import publish, sha256_of, write_atomically
+from alignlab.atomic_files import publish, write_atomically
+from alignlab.digests import sha256_of
 from alignlab.errors import DataError
 from alignlab.types import Rollout, message_text
 
