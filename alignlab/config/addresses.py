@@ -36,7 +36,7 @@ def check_address(
         is_address = False
     is_clean = url.isascii() and url.isprintable() and " " not in url and len(url) <= _MAX_CHARACTERS
     if not is_address or not is_clean or not (path or parts.path in ("", "/")):
-        raise BrokenRule(field, shown, must, "correct it")
+        raise BrokenRule(field, shown, must, f"correct {shown:.80}")
     secret = secret_part(url)
     if secret is not None:
         raise BrokenRule(field, shown, f"have no {secret}, which files and messages would show", _FIX)

@@ -166,6 +166,7 @@ class TrainingLoop(ABC):
                         folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
                         last_step=self.config.num_steps,
                         saved=None if checkpoint is None else checkpoint.state["metrics"],
+                        ended=None if folder.last_end is None else folder.last_end.get("metrics"),
                     )
                 )
                 self.open(stack, folder, resume_step)
@@ -174,7 +175,8 @@ class TrainingLoop(ABC):
                 if self.is_main and not result.interrupted:
                     write_report(folder, self._report(result))
             learnt = result.interrupted or not result.verdict.nothing_to_learn_from
-            folder.ended(("interrupted" if result.interrupted else "done") if learnt else "nothing learnt", self.step)
+            outcome = ("interrupted" if result.interrupted else "done") if learnt else "nothing learnt"
+            folder.ended(outcome, self.step, logger.state())
         self.keeper = None  # with its copy of the weights
         if not learnt:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)

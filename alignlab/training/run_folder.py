@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class RunFolder:
         part_of: id of the run that this run is a stage of; None where it is none.
 
     Attributes:
+        last_end: the record of how the last start ended; None where there is none.
         run_id: 32 hexadecimal digits, drawn at the run's first start, in all that the run makes. Other ranks than 0
             have to be told.
 
@@ -68,6 +70,7 @@ class RunFolder:
     ) -> None:
         self.path = path.absolute()
         self.run_id: str | None = None
+        self.last_end: dict[str, Any] | None = None
         self._lock: RunLock | None = None
         self._end: dict[str, Any] | None = None
         if rank != 0:
@@ -127,10 +130,16 @@ class RunFolder:
         if self._lock is not None:
             self._lock.renew()
 
-    def ended(self, outcome: str, step: int) -> None:
-        """Say how the run ended, such as "done" or "interrupted", and after which step, for the record of its end."""
+    def ended(self, outcome: str, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Say how the run ended, for the record of its end.
+
+        Args:
+            outcome: "done", "interrupted", "nothing learnt" or "failed".
+            step: the last that is done.
+            metrics: what `MetricsLogger.state` gives; None where there are none.
+        """
         if self._end is not None:
-            self._end |= {"outcome": outcome, "step": step}
+            self._end |= {"outcome": outcome, "step": step, "metrics": metrics}
 
     def close(self) -> None:
         """Record the end, and give the lock back."""
@@ -185,8 +194,9 @@ class RunFolder:
                 f"{self.path} must be a stage of the run {part_of}, and is one of {last.get('part_of')}; put the stage "
                 "back that was there, or remove the folder to run the stage again"
             )
-        ends = {end.get("start") for end in read_records(self.path / ENDS_FILE)}
-        if last.get("start") in ends:
+        ends = {end.get("start"): end for end in read_records(self.path / ENDS_FILE)}
+        self.last_end = ends.get(last.get("start"))
+        if self.last_end is not None:
             return
         process = f"process {last.get('process')} on {last.get('host')}"
         if is_alive(last):

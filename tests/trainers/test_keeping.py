@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from alignlab.config.trainers import SFTConfig
-from alignlab.errors import NothingLearntError, NumericsError
+from alignlab.errors import CheckpointError, NothingLearntError, NumericsError
+from alignlab.manifest import MODEL_MANIFEST, find_damage
 from alignlab.trainers import keeping
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
@@ -254,6 +257,26 @@ def test_a_model_that_is_not_finite_is_not_trained(sft: Make, make_model: Make) 
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"weights that the run begins with must be finite.*up_proj"):
         sft(model, on_nonfinite="skip").train()
+
+
+def test_all_that_a_run_makes_names_it(grpo: Make) -> None:
+    result = grpo(num_steps=1).train()
+    folder = result.folder
+    manifests = [folder / "checkpoints" / "step-00000001" / "manifest.json", result.model_path / MODEL_MANIFEST]
+    for file in (*manifests, folder / "report.json", folder / "starts.jsonl", folder / "ends.jsonl"):
+        assert json.loads(file.read_text())["run"] == result.run_id, file
+    (rollouts,) = (folder / "rollouts").glob("*.parquet")
+    assert pq.read_schema(rollouts).metadata[b"alignlab.run"].decode() == result.run_id
+    assert find_damage(result.model_path) is None
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(sft: Make, tmp_path: Path) -> None:
+    sft().train()
+    sft(output_dir=tmp_path / "other").train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="is of another run"):
+        sft(num_steps=4).train(resume=True)
 
 
 @pytest.mark.distributed
