@@ -155,7 +155,7 @@ class TrainingLoop(ABC):
         """
         self.keeper = None
         self.agreed = RankAgreement(self.accelerator)
-        with watched(self.position, self._keep), ExitStack() as stack:
+        with watched(self.position, lambda: self.keeper and self.keeper.keep()), ExitStack() as stack:
             on_main_rank(self.check_ending)  # before the folder is taken
             folder = self._enter_folder(stack, resume)
             checkpoint = self._restore(folder) if resume else None
@@ -219,10 +219,6 @@ class TrainingLoop(ABC):
         """What is being done; may be asked from any thread."""
         phase = self.progress.current_phase
         return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
-
-    def _keep(self) -> None:
-        if self.keeper is not None:
-            self.keeper.keep()
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters

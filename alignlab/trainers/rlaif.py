@@ -69,6 +69,7 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.rank_watchdog import Position, watched
 from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
@@ -172,7 +173,7 @@ class RLAIFTrainer:
             JudgeError: the judge answers nothing at all, or the last stage has used its budget up.
         """
         rank = self.accelerator.process_index
-        with ExitStack() as stack:
+        with watched(lambda: Position(phase="the stages of RLAIF"), lambda: None), ExitStack() as stack:
             with RankAgreement(self.accelerator)("opening the run's folder"):
                 folder = stack.enter_context(
                     RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
