@@ -19,7 +19,7 @@ from alignlab.manifest import MODEL_MANIFEST, find_damage
 from alignlab.trainers import keeping
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
-from tests.trainers.conftest import even_ids
+from tests.trainers.conftest import SPARSE, even_ids
 from tests.trainers.test_distributed import ROOT, torchrun
 
 Make = Callable[..., Any]
@@ -169,6 +169,21 @@ def test_an_optimizer_that_fails_half_way_loses_no_step_before_it(sft: Make, tmp
     resumed.train(resume=True)
     straight.train()
     one, other = (trainer.learner.model.state_dict() for trainer in (resumed, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_trainer_goes_on_without_what_the_failed_step_left(
+    make_model: Make, sft: Make, tmp_path: Path
+) -> None:
+    """Gradients of its first pack, and what its routers counted there."""
+    trainer = sft(make_model(SPARSE), tokens_per_microbatch=8)
+    trainer.loss = fails_at(6, trainer.loss, Failure("second pack of the third step"))
+    with pytest.raises(Failure):
+        trainer.train()
+    straight = sft(make_model(SPARSE), tokens_per_microbatch=8, output_dir=tmp_path / "straight")
+    for each in (trainer, straight):
+        each.train(resume=each is trainer)
+    one, other = (each.learner.policy.state_dict() for each in (trainer, straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
