@@ -9,12 +9,19 @@ from typing import Any
 
 import yaml
 
-from alignlab.config.messages import show
+from alignlab.config.input_limits import (
+    MAX_DEPTH,
+    MAX_SETTINGS_BYTES,
+    LimitedLoader,
+    load_limited,
+    read_limited,
+)
+from alignlab.config.messages import LONGEST_SHOWN, show
 from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(LimitedLoader):
     """Plain YAML, except that 1e-6 is a number (YAML 1.1 wants 1.0e-6) and that a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -66,10 +73,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         there = sorted(str(each) for each in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"use one of {', '.join(there)}" if there else "correct the path"
         raise ConfigError(f"{path} must be a YAML file, and does not exist; {hint}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from None
+    text = read_limited(path, MAX_SETTINGS_BYTES, ConfigError)
     settings = parse_yaml(text, str(path))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must be a mapping of settings, and is {show(settings)}; see configs/")
@@ -80,16 +84,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """YAML as this project reads it.
 
     Raises:
-        ConfigError: it is not YAML, or gives a key twice; with the line.
+        ConfigError: it is not YAML, gives a key twice, or is beyond `input_limits`; with the line.
     """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{place}: {error.problem}; correct the YAML") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: {error}; correct the YAML") from None
+    return load_limited(text, source, _Loader)
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
@@ -102,7 +99,9 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"an override must be key=value, and is {override!r}; write for example trainer.num_steps=10")
-    value = parse_yaml(text, f"override {path}")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"an override must name a setting at most {MAX_DEPTH} levels down, and is {show(override)}")
+    value = parse_yaml(text, f"override {path if len(path) <= LONGEST_SHOWN else show(path)}")
     holder: Any = settings
     for depth, key in enumerate(keys[:-1]):
         if isinstance(holder, dict) and holder.get(key) is None:

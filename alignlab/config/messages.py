@@ -27,6 +27,8 @@ class BrokenRule(ValueError):
 
 
 MUST = ", and must "
+SHOWN_RULES, LOOKED_AT = 20, 200
+LONGEST_SHOWN = 80
 
 # By pydantic's error type: what the value must be, formatted with the error's context.
 RULES = {
@@ -54,15 +56,19 @@ RULES = {
 
 def show(value: object) -> str:
     """A value as messages quote it, cut to a readable length."""
-    text = "null" if value is None else str(value) if isinstance(value, bool | int | float) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        text = "null" if value is None else str(value) if isinstance(value, bool | int | float) else repr(value)
+    except ValueError:  # of a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 def explain(error: ValidationError, model: type) -> str:
-    """One line for each broken rule of `error`, raised while building `model`."""
+    """One line for each broken rule of `error`, raised while building `model`; the first `SHOWN_RULES` of many."""
     assert issubclass(model, BaseModel)
+    details = error.errors(include_url=False)
     lines: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
+    for detail in details[:LOOKED_AT]:
         path, line = _explain_one(detail, model)
         # Alternatives of a union fail one by one, for one value: join what each wants.
         _, and_must, rule = line.partition(MUST)
@@ -71,7 +77,9 @@ def explain(error: ValidationError, model: type) -> str:
     meant = [line for path, line in lines.items() if not any(other.startswith(path + ".") for other in lines)]
     if len(meant) == 1:
         return meant[0]
-    return f"{len(meant)} settings break a rule:\n" + "\n".join(f"  - {line}" for line in meant)
+    many = len(details) > LOOKED_AT or len(meant) > SHOWN_RULES
+    count = f"more than {SHOWN_RULES}" if many else str(len(meant))
+    return f"{count} settings break a rule:\n" + "\n".join(f"  - {line}" for line in meant[:SHOWN_RULES])
 
 
 def _explain_one(detail: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen
-from alignlab.config.on_resume import OnResume
+from alignlab.config.messages import BrokenRule
+from alignlab.config.on_resume import MayChange, OnResume
 
 
 class RewardSettings(Frozen):
@@ -20,6 +21,18 @@ class RewardSettings(Frozen):
     weight: float = 1.0
     options: dict[str, Any] = {}
     """Keyword arguments, passed on every call."""
+    run_in: MayChange[Literal["thread", "process"]] = "thread"
+    """A thread of the training's process, or a process of the reward's own, in which a reward that exits, crashes,
+    hangs, prints or fills memory is a failed call and nothing else."""
+    memory_limit_gib: MayChange[float | None] = Field(None, gt=0)
+    """Of a process of its own: the memory that it may allocate. Default: 4."""
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if self.memory_limit_gib is not None and self.run_in == "thread":
+            must = "stay null where the reward runs in a thread, which shares the training's memory"
+            raise BrokenRule("memory_limit_gib", self.memory_limit_gib, must, "add run_in: process, or remove it")
+        return self
 
 
 class RewardLimits(Frozen):

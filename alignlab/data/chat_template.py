@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.messages import BadRow
 from alignlab.data.notices import Notices
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, DataError
+from alignlab.models.template_limits import render_template
 from alignlab.types import Message
 
 RESERVED_NAMES = frozenset(
@@ -83,6 +84,7 @@ class ChatTemplate:
 
         Raises:
             BadRow: the template refuses them, or prints parts of a content as Python does.
+            DataError: the template does not end within its limits.
         """
         text = self._call(messages, tools, values, generation=generation, open_ended=open_ended)
         return text + self._header(values) if generation else text
@@ -92,17 +94,16 @@ class ChatTemplate:
         generation: bool, open_ended: bool,
     ) -> str:
         try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=[dict(tool) for tool in tools] or None,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                    continue_final_message=open_ended,
-                    strftime_now=self._today,
-                    **values,
-                )
+            text = render_template(
+                self._tokenizer, messages,
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=generation,
+                continue_final_message=open_ended,
+                strftime_now=self._today,
+                **values,
             )
+        except DataError:  # no row's fault
+            raise
         except Exception as error:  # templates raise what they like
             raise BadRow("wrong_type", f"has messages that the chat template refuses: {error}") from error
         if any(isinstance(message.get("content"), list) for message in messages) and "{'type': 'text'" in text:

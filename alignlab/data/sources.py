@@ -8,6 +8,7 @@ from alignlab.config.data import DataSettings
 from alignlab.data.files import READERS, Rows, file_kind, file_rows
 from alignlab.data.tasks import task_rows
 from alignlab.errors import ConfigError, DataError
+from alignlab.models.download_limits import within_download_limit
 
 
 def load_rows(settings: DataSettings) -> Rows:
@@ -45,7 +46,9 @@ def _hub_rows(settings: DataSettings) -> Rows:
     if saved:
         return _saved_rows(path, settings.split)
     try:
-        return load_dataset(path, settings.config_name, split=settings.split)
+        return within_download_limit(path, lambda: load_dataset(path, settings.config_name, split=settings.split))
+    except ConfigError:
+        raise
     except Exception as error:
         raise DataError(
             f"data.path must be a local file or folder or a dataset of the Hub, and {path!r} "

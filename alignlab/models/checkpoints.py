@@ -33,7 +33,9 @@ from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_tasks, with_saved_adapter
 from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
+from alignlab.models.download_limits import waits_for_hub
 from alignlab.models.families import read_hub_config, write_hub_config
+from alignlab.models.folder_limits import check_architecture
 from alignlab.models.generation_defaults import writable_generation_config
 from alignlab.models.intact import check_folder, named_errors
 from alignlab.models.packaged import resolve_checkpoint
@@ -51,6 +53,7 @@ _ROPE_KEYS = ("rope_theta", "rope_scaling")
 _CHOSEN_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
+@waits_for_hub
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The model of a checkpoint, in evaluation mode, its attention set to "alignlab".
 
@@ -93,6 +96,7 @@ def _check_base(path: str) -> None:
         raise CheckpointError(f"the base of the adapter {path}: {error}") from error
 
 
+@waits_for_hub
 def check_checkpoint(name: str) -> None:
     """See that a checkpoint is there, whole where alignlab wrote it, and of a known architecture; nothing is loaded.
 
@@ -124,6 +128,7 @@ def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
         )
 
 
+@waits_for_hub
 def empty_model(name: str) -> PreTrainedModel:
     """A checkpoint's model without its weights, all of whose sizes can be asked for; of an adapter, its base.
 
@@ -134,7 +139,7 @@ def empty_model(name: str) -> PreTrainedModel:
     path = resolve_checkpoint(name)
     if is_adapter(path):
         return empty_model(base_of(path))
-    with init_empty_weights():
+    with named_errors(f"{name} cannot be loaded", "Correct its config.json"), init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
     with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)  # without a file, of the config, as in loading
@@ -229,7 +234,8 @@ def _with_its_attention(model: PreTrainedModel) -> PreTrainedModel:
 def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
     """`hub` as a `PolicyForCausalLM` over the same tensors, where its family is known."""
     try:
-        config = read_hub_config(hub.config)
+        with named_errors(f"{hub.config.name_or_path} cannot be loaded", "Correct its config.json"):
+            config = read_hub_config(hub.config)
     except ConfigError as error:
         _log.warning("%s is used as transformers has it: %s", type(hub).__name__, error)
         return hub
@@ -262,9 +268,10 @@ def new_model(
         architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
 
     Raises:
-        ConfigError: a field is unknown, or the combination is impossible.
+        ConfigError: a field is unknown, the combination is impossible, or the model larger than the memory.
     """
     _check_names(architecture)
+    check_architecture(architecture, vocab_size, dtype.itemsize)
     tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
         config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)
@@ -329,6 +336,7 @@ def _as_family(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     return twin
 
 
+@waits_for_hub
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint, or beside the base of an adapter. Without a padding token, the end token pads.
 

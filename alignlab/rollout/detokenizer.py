@@ -8,6 +8,9 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
+from alignlab.errors import DataError
+from alignlab.models.template_limits import render_template
+
 _UNFINISHED = "�"  # what a tokenizer decodes part of a character to
 
 
@@ -78,12 +81,12 @@ def _ids_of_turns(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if not tokenizer.chat_template:
         return set()
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "."}], tokenize=False, add_generation_prompt=True
-        )
+        text = render_template(tokenizer, [{"role": "user", "content": "."}], add_generation_prompt=True)
+    except DataError:  # the template does not end
+        raise
     except Exception:  # a template that takes no such chat says nothing about its turns
         return set()
-    return set(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return set(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class Detokenizer:

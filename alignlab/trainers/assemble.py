@@ -6,10 +6,11 @@ import copy
 import logging
 import numbers
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,17 +21,28 @@ from alignlab.models.adapter_rules import check_base_is_reference, check_trainab
 from alignlab.models.adapters import add_lora, has_adapters
 from alignlab.models.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
+from alignlab.trainers.rank_watchdog import watch_ranks
 from alignlab.training.reward_functions import LoadedReward, load_reward, load_weighted
 
 logger = logging.getLogger(__name__)
 Model = str | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 Rewards = Reward | Sequence[Reward]
+_LATER_S = 120.0
 
 
-def make_accelerator() -> Accelerator:
-    """The ranks and the device of this process: a GPU where there is one, else the CPU."""
-    return Accelerator(cpu=not torch.cuda.is_available())
+def make_accelerator(rank_timeout_s: float) -> Accelerator:
+    """The ranks and the device of this process: a GPU where there is one, else the CPU. Several ranks are watched from
+    here on; see `rank_watchdog`.
+
+    Args:
+        rank_timeout_s: how long ranks wait for one that is alive and does not get on.
+    """
+    # The libraries' own limit comes after the watchdog's, which can tell which rank it is.
+    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _LATER_S))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
+    watch_ranks(accelerator.process_index, accelerator.num_processes, rank_timeout_s)
+    return accelerator
 
 
 def make_rank_group() -> torch.distributed.ProcessGroup | None:

@@ -7,6 +7,7 @@ the next one changes them; from there on a copy is what is saved, if there is on
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class StepKeeper:
         self._whole: WholeStep | None = None
         self._copy: Tensors | None = None
         self._saved_step = loop.step
+        self._keeping, self._is_kept = threading.Lock(), False
 
     def mark(self) -> None:
         """Remember the step that is done; every rank calls this together."""
@@ -104,14 +106,20 @@ class StepKeeper:
         try:
             yield
         except BaseException:
-            if self._loop.is_main:
-                self._keep()
+            self.keep()
             if self._loop.agreed.failed:  # on all ranks: the first to end must not take rank 0 with it while it saves
                 self._loop.accelerator.wait_for_everyone()
             raise
 
+    def keep(self) -> None:
+        """Save the last whole step on rank 0, and say whether that was possible; no rank waits for another here. Once
+        alone, from whichever thread comes first; another waits until that is done."""
+        with self._keeping:
+            if self._loop.is_main and not self._is_kept:
+                self._is_kept = True
+                self._keep()
+
     def _keep(self) -> None:
-        """Save the last whole step, and say whether that was possible; no rank waits for another here."""
         whole, note = self._whole, self._loop.progress.note
         if whole is None or whole.step == 0:
             return

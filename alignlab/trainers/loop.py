@@ -21,6 +21,7 @@ from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
 from alignlab.trainers.keeping import StepKeeper, check_all_weights, check_trained_weights
 from alignlab.trainers.learner import Learner
+from alignlab.trainers.rank_watchdog import Position, tell_position, watched
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
 from alignlab.trainers.result import TrainResult
 from alignlab.trainers.run_identity import RunIdentity
@@ -151,9 +152,10 @@ class TrainingLoop(ABC):
             RankError: another rank has failed.
             NothingLearntError: the run is over, with its model and report, and nothing could be learnt from.
         """
-        on_main_rank(self.check_ending)  # before the folder is taken
+        self.keeper = None
         self.agreed = RankAgreement(self.accelerator)
-        with ExitStack() as stack:
+        with watched(self.position, lambda: self.keeper and self.keeper.keep()), ExitStack() as stack:
+            on_main_rank(self.check_ending)  # before the folder is taken
             folder = self._enter_folder(stack, resume)
             checkpoint = self._restore(folder) if resume else None
             resume_step = None if checkpoint is None else checkpoint.step
@@ -174,6 +176,7 @@ class TrainingLoop(ABC):
             learnt = result.interrupted or not result.verdict.nothing_to_learn_from
             outcome = ("interrupted" if result.interrupted else "done") if learnt else "nothing learnt"
             folder.ended(outcome, self.step, logger.state())
+        self.keeper = None  # with its copy of the weights
         if not learnt:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
@@ -192,7 +195,7 @@ class TrainingLoop(ABC):
 
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
         self.progress = TrainingProgress(
-            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main
+            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main, on_phase=tell_position
         )
         keeper = self.keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
@@ -210,6 +213,11 @@ class TrainingLoop(ABC):
             self.signal.verdict(num_updates=self.learner.num_updates, num_skipped=self.learner.num_skipped),
             folder.run_id,
         )
+
+    def position(self) -> Position:
+        """What is being done; may be asked from any thread."""
+        phase = self.progress.current_phase
+        return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = self.learner.has_adapters

@@ -68,7 +68,7 @@ class OfflineTrainer(TrainingLoop):
         check_callbacks(callbacks)
         train = given_data(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.rank_timeout_s)
         size: int = getattr(config, self.size_field)
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)

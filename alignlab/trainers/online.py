@@ -111,7 +111,7 @@ class OnlineTrainer(TrainingLoop):
         check_callbacks(callbacks)
         train = given_prompts(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.rank_timeout_s)
         check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
         set_seed(config.seed)
         warn_of_truncation(config.sampling)

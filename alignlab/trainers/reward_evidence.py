@@ -14,9 +14,10 @@ from alignlab.config.online_rules import STEP_ADVANTAGES
 from alignlab.config.trainers import GRPOConfig, OnlineConfig, PPOConfig
 from alignlab.errors import ConfigError, RewardError
 from alignlab.training.learning_signal import SignalMonitor
+from alignlab.training.reward_calls import FAILURE_KINDS
 from alignlab.training.reward_columns import check_columns, reward_columns
 from alignlab.training.reward_functions import LoadedReward
-from alignlab.training.reward_runner import FAILURE_KINDS, RewardRunner
+from alignlab.training.reward_runner import RewardRunner
 from alignlab.training.reward_values import clipped
 from alignlab.training.signal_sentences import SignalSettings
 from alignlab.types import Prompt, Rollout

@@ -13,6 +13,7 @@ from typing import Any
 
 from alignlab.atomic_files import write_atomically
 from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -49,14 +50,15 @@ class MetricsFile:
         """Write a line. One that cannot be written leaves no part of it, and is kept for `state`.
 
         Raises:
-            OSError: the disk is full, or fails.
+            DiskError: the disk is full, or fails.
         """
         self._unwritten.append(line)
         content = f"{line}\n".encode()
         rest = memoryview(content)
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            with writing(self._path, "the metrics"):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
         except OSError:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._num_bytes)

@@ -23,6 +23,7 @@ from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
 from alignlab.models.reward_checkpoints import is_reward_model, known_base, load_reward_model, load_reward_role
 from alignlab.models.reward_model import RewardModel
+from alignlab.models.template_limits import render_template
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reference_cache import digest_of_model
 from alignlab.training.reward_calls import CallerReward
@@ -207,7 +208,5 @@ def _difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a short conversation."""
     if tokenizer.chat_template is None:
-        found: Any = tokenizer(_CONVERSATION[1]["content"])
-    else:
-        found = tokenizer.apply_chat_template(_CONVERSATION, return_dict=True)
-    return list(found["input_ids"])
+        return list(tokenizer(_CONVERSATION[1]["content"])["input_ids"])
+    return list(tokenizer(render_template(tokenizer, _CONVERSATION), add_special_tokens=False)["input_ids"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -44,6 +44,10 @@ class TrainingProgress:
         done_steps: done before this start, by a run that is resumed.
         enabled: False shows nothing (ranks other than the first).
         console: default: stderr.
+        on_phase: called whenever a phase has begun.
+
+    Attributes:
+        num_phases: begun so far.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class TrainingProgress:
         done_steps: int = 0,
         enabled: bool = True,
         console: Console | None = None,
+        on_phase: Callable[[], object] = lambda: None,
     ) -> None:
         self.phase_seconds: dict[str, float] = {}
         self._total, self._done, self._title = total_steps, done_steps, title
@@ -61,6 +66,9 @@ class TrainingProgress:
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
         self._phases: list[str] = []
+        self.num_phases = 0
+        self._on_phase = on_phase
+        self._failed_phase: str | None = None
         self._phase_sums: dict[str, float] = {}
         self._metrics: Mapping[str, float] = {}
         self._trend: deque[float] = deque(maxlen=TREND_STEPS)
@@ -89,11 +97,23 @@ class TrainingProgress:
         """What the block is doing ("generate", "score", "update"): shown, and its seconds counted."""
         start = time.perf_counter()
         self._phases.append(name)
+        self.num_phases += 1
+        self._failed_phase = None
+        self._on_phase()
         try:
             yield
+        except BaseException:
+            self._failed_phase = self._phases[0]
+            raise
         finally:
             self._phases.pop()
             self._phase_sums[name] = self._phase_sums.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def current_phase(self) -> str:
+        """The outermost phase under way, or the one that has just failed; may be asked from any thread."""
+        phases = tuple(self._phases)
+        return phases[0] if phases else self._failed_phase or "between phases"
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""

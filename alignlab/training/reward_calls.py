@@ -1,16 +1,23 @@
-"""Calls of plug-ins that may hang: in a thread or on an event loop, waited for no longer than a limit."""
+"""Where reward functions run (`CallPlace`), and calls of them that are waited for no longer than a limit."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, Protocol
 
 from alignlab.errors import JudgeError
+
+FAILURE_KINDS = (
+    "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "missing column", "exited",
+    "out of memory", "not JSON",
+)  # fmt: skip
+_CLIP = 2000
 
 
 class RewardFailure(Exception):
@@ -23,11 +30,18 @@ class RewardFailure(Exception):
 
 
 class RewardCall:
-    """A call that is under way, or is over."""
+    """A call that is under way, or is over.
 
-    def __init__(self, future: Future[Any], limit_s: float) -> None:
+    Args:
+        future: of what `CallPlace.start` promises.
+        limit_s: from now on.
+        abandon: called where the limit is over, to stop the call.
+    """
+
+    def __init__(self, future: Future[Any], limit_s: float, abandon: Callable[[], object] = lambda: None) -> None:
         self.future = future
         self.limit_s = limit_s
+        self._abandon = abandon
         self._deadline = time.monotonic() + limit_s
 
     @property
@@ -39,7 +53,7 @@ class RewardCall:
         wait([self.future], timeout=self.remaining_s)
 
     def result(self) -> Any:
-        """What the function returned.
+        """What the call came to.
 
         Raises:
             RewardFailure: it raised, or its time was over.
@@ -47,6 +61,7 @@ class RewardCall:
         self.join()
         if not self.future.done():
             self.future.cancel()
+            self._abandon()
             raise RewardFailure("timeout", f"took longer than time_limit_s ({self.limit_s:g})")
         if self.future.cancelled():
             raise RewardFailure("raised", "was cancelled")
@@ -55,7 +70,16 @@ class RewardCall:
             return self.future.result()
         if isinstance(error, RewardFailure):
             raise error
-        raise RewardFailure("raised", f"{type(error).__name__}: {error}") from error
+        raise RewardFailure("raised", described(error)) from error
+
+
+def described(error: BaseException) -> str:
+    """Return the class and the text of what a reward raised, cut to a readable length."""
+    try:
+        text = str(error)
+    except Exception:  # its class is the author's, too
+        text = "(its text cannot be had)"
+    return f"{type(error).__name__}: {text[:_CLIP]}"
 
 
 def failed(error: RewardFailure) -> Future[Any]:
@@ -63,6 +87,28 @@ def failed(error: RewardFailure) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_exception(error)
     return future
+
+
+class CallPlace(Protocol):
+    """Where one reward function runs.
+
+    Attributes:
+        runs_beside: whether the functions of other places may run at the same time.
+    """
+
+    runs_beside: bool
+
+    def start(self, arguments: Mapping[str, Any], count: int, limit_s: float) -> RewardCall:
+        """Call the function on `count` completions; the call comes to the `RewardValues` of what it returned."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to see of the place so far, by name."""
+        ...
+
+    def close(self) -> None:
+        """Free what the place holds. A later `start` works all the same."""
+        ...
 
 
 class CallerReward:
@@ -97,7 +143,7 @@ async def contained(awaitable: Awaitable[Any]) -> Any:
     try:
         return await awaitable
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RewardFailure("raised", f"{type(error).__name__}: {error}") from error
+        raise RewardFailure("raised", described(error)) from error
 
 
 def in_thread(function: Callable[[], Any]) -> Future[Any]:
@@ -122,3 +168,15 @@ def is_async(function: Callable[..., Any]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def own_copy(value: Any) -> Any:
+    """Return a copy that a reward may write into. What cannot be copied, such as a lock or a client, is passed as it
+    is, inside a container that is a copy."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a class may refuse in any way
+        pass
+    if type(value) is dict:
+        return {key: own_copy(held) for key, held in value.items()}
+    return type(value)(map(own_copy, value)) if type(value) in (list, tuple, set) else value

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from alignlab.errors import ConfigError
-from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters, required
+from alignlab.training.reward_functions import LoadedReward
+from alignlab.training.reward_lookup import accepts_any, parameters, required
+from alignlab.training.reward_process import IsolatedReward, json_problem, unsendable
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ def check_columns(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], *,
         data: how the prompts are called in a message, such as "the training data".
 
     Raises:
-        ConfigError: a reward requires an argument that no row has, or, being one of ours, refuses its options.
+        ConfigError: a reward requires an argument that no row has, or, being one of ours, refuses its options; or it
+            runs in a process of its own, and a column that it takes is no JSON.
     """
     columns = reward_columns(prompts)
     _say_reserved(prompts, data)
@@ -48,6 +51,8 @@ def check_columns(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], *,
                 raise ConfigError(missing_column(reward.name, name, columns, data))
             _refuse_empty(reward.name, name, prompts, data)
             _say_partial(reward.name, name, prompts, data)
+        if isinstance(reward.function, IsolatedReward):
+            _refuse_unsendable(reward, prompts)
         _try_shipped(reward, columns, data)
 
 
@@ -88,6 +93,19 @@ def _say_partial(reward: str, name: str, prompts: Sequence[Prompt], data: str) -
             "reward %r requires the column %r, which %d of %d rows of %s do not have, first row %d: it receives None "
             "there", reward, name, len(without), len(prompts), data, without[0],
         )  # fmt: skip
+
+
+def _refuse_unsendable(reward: LoadedReward, prompts: Sequence[Prompt]) -> None:
+    """Raise if a column that a reward takes cannot be sent to the process in which it runs."""
+    known = parameters(reward.function)
+    takes_all = known is None or accepts_any(known)
+    for prompt in prompts:
+        for name, value in prompt.columns.items():
+            if name in RESERVED or name in reward.options or not (takes_all or name in (known or {})):
+                continue
+            problem = json_problem(value)
+            if problem is not None:
+                raise ConfigError(unsendable(reward.name, f"the column {name!r} of row {prompt.index}", problem))
 
 
 def _try_shipped(reward: LoadedReward, columns: Sequence[str], data: str) -> None:

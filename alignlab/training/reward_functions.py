@@ -3,18 +3,12 @@ callable."""
 
 from __future__ import annotations
 
-import difflib
 import functools
-import hashlib
-import importlib.util
 import inspect
 import math
 import numbers
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +17,11 @@ from transformers import PreTrainedModel
 
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
+from alignlab.training.reward_calls import own_copy
+from alignlab.training.reward_lookup import check_options, find_function, made_function, short_name
+from alignlab.training.reward_process import IsolatedReward
 
-ENTRY_POINT_GROUP = "alignlab.rewards"
 REWARD_MODEL = "reward_model"
-_GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,8 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     plug-in (entry points of the group "alignlab.rewards"), as the local folder of a reward model, which is the plug-in
     `reward_model` with that folder for its option `model`, and as `package.module.function`.
 
+    With `run_in: process`, nothing of it is imported here; see `reward_process`.
+
     Raises:
         ConfigError: there is no such function, it cannot be imported, or an option is unknown to it.
     """
@@ -69,13 +66,28 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
         _check_callable(reward)
         return LoadedReward(_callable_name(reward), reward)
     given, reward = reward, _of_model(reward)
-    function = _find(reward.name)
+    if reward.run_in == "process":
+        return _load_isolated(reward, given)
+    function = find_function(reward.name)
     if not callable(function):
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
-    _check_options(reward.name, function, reward.options)
+    check_options(reward.name, function, reward.options)
+    options = own_copy(dict(reward.options))
     if inspect.isclass(function):
-        return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight, given=given)
-    return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options), given)
+        made = made_function(reward.name, function, options)
+        return LoadedReward(short_name(reward.name), made, reward.weight, given=given)
+    return LoadedReward(short_name(reward.name), function, reward.weight, options, given)
+
+
+def _load_isolated(reward: RewardSettings, given: RewardSettings) -> LoadedReward:
+    """Start the process of a reward that runs in one, which finds the function and checks its options."""
+    if reward.name == REWARD_MODEL:
+        raise ConfigError(
+            f"the reward {reward.options.get('model', reward.name)!r} is a reward model, which shares the policy's "
+            "memory and runs in the training's process; remove run_in: process"
+        )
+    function = IsolatedReward(reward)
+    return LoadedReward(short_name(reward.name), function, reward.weight, function.call_options, given)
 
 
 def load_weighted(reward: Any, weight: Any) -> LoadedReward:
@@ -97,57 +109,6 @@ def load_weighted(reward: Any, weight: Any) -> LoadedReward:
         )
     loaded = load_reward(RewardSettings(name=reward) if isinstance(reward, str) else reward)
     return replace(loaded, weight=float(weight))
-
-
-def installed_rewards() -> dict[str, EntryPoint]:
-    """The plug-ins that are installed, by name."""
-    return {entry.name: entry for entry in sorted(entry_points(group=ENTRY_POINT_GROUP))}
-
-
-def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """Named parameters of a function; None where Python cannot know them, as of some built-in functions."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
-
-
-def required(known: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Names of the parameters that a call must give."""
-    return [
-        name
-        for name, parameter in known.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-
-
-def accepts_any(known: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether there is a `**columns` among the parameters."""
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-
-
-def _find(name: str) -> Any:
-    path, separator, attribute = name.rpartition(":")
-    if separator and path.endswith(".py"):
-        return _from_file(path, attribute)
-    installed = installed_rewards()
-    if name in installed:
-        return _imported(name, installed[name].load)
-    if Path(name).is_dir() or "/" in name:
-        raise ConfigError(
-            f"the reward model {name!r} must be a local folder of a reward model, and is none; train one with "
-            "trainer.type reward, or download a sequence-classification model of one label (hf download) and give its "
-            "folder"
-        )
-    if "." in name or separator:
-        return _imported(name, lambda: pkgutil.resolve_name(name))
-    near = difflib.get_close_matches(name, installed, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    raise ConfigError(
-        f"a reward must be an installed plug-in, package.module.function or file.py:function, and {name!r} is none; "
-        f"{hint}Installed: {', '.join(installed) or 'none'}"
-    )
 
 
 def _check_callable(reward: Any) -> None:
@@ -178,79 +139,6 @@ def _of_model(reward: RewardSettings) -> RewardSettings:
     if not is_reward_model(reward.name):
         return reward
     return reward.model_copy(update={"name": REWARD_MODEL, "options": {**reward.options, "model": reward.name}})
-
-
-def _imported(name: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except (Exception, SystemExit) as error:  # a module may raise anything, and even end the process
-        raise ConfigError(
-            f"reward {name!r} must be importable, and is not: {type(error).__name__}: {error}; "
-            "correct the name, install its package, or give file.py:function"
-        ) from error
-
-
-def _from_file(path: str, attribute: str) -> Any:
-    """A function of a Python file, which is run once a process."""
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise ConfigError(f"the file of a reward must exist, and {path} does not (working directory: {Path.cwd()})")
-    module_name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            del sys.modules[module_name]
-            raise ConfigError(
-                f"the file of a reward must run, and {path} raised {error!r}; correct the file"
-            ) from error
-    found = vars(sys.modules[module_name])
-    if attribute not in found:
-        functions = [name for name, value in found.items() if inspect.isfunction(value)]
-        raise ConfigError(f"{path} must hold the reward {attribute!r}, and does not; it has: {', '.join(functions)}")
-    return found[attribute]
-
-
-def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """An option must be a parameter that the function names: `**columns` takes the dataset's columns alone."""
-    known = parameters(function)
-    if known is None:
-        return
-    named = [
-        key
-        for key, parameter in known.items()
-        if key not in _GIVEN
-        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    ]
-    for option in options:
-        if option not in named:
-            near = difflib.get_close_matches(option, named, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"reward {name!r} has no option {option!r}; {hint}"
-                f"Its options, and the columns it reads: {', '.join(named) or 'none'}"
-            )
-
-
-def _made(reward: RewardSettings, kind: Callable[..., Any]) -> Callable[..., Any]:
-    """The object of a reward that is a class."""
-    missing = [
-        name
-        for name, parameter in (parameters(kind) or {}).items()
-        if parameter.default is parameter.empty and name not in reward.options
-    ]
-    if missing:
-        raise ConfigError(f"reward {reward.name!r} needs the option {missing[0]!r}; add it to its options")
-    made: Callable[..., Any] = kind(**reward.options)
-    return made
-
-
-def _short_name(name: str) -> str:
-    return name.rpartition(":")[2].rpartition(".")[2]
 
 
 def _callable_name(function: Callable[..., Any]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import itertools
 import logging
 from collections import Counter
@@ -14,27 +12,15 @@ from typing import Any
 from alignlab.config.rewards import RewardLimits
 from alignlab.errors import RewardError
 from alignlab.rollout.loop_thread import LoopThread
-from alignlab.training.reward_calls import (
-    CallerReward,
-    RewardCall,
-    RewardFailure,
-    contained,
-    failed,
-    in_caller,
-    in_thread,
-    is_async,
-)
+from alignlab.training.reward_calls import FAILURE_KINDS, RewardCall, RewardFailure, failed, own_copy
 from alignlab.training.reward_columns import RESERVED, missing_column
-from alignlab.training.reward_functions import LoadedReward, accepts_any, parameters, required
-from alignlab.training.reward_values import clipped, number_of, values_of, weighted_sum
+from alignlab.training.reward_functions import LoadedReward
+from alignlab.training.reward_lookup import accepts_any, parameters, required
+from alignlab.training.reward_places import place_of
+from alignlab.training.reward_values import LARGEST_TOTAL, RewardValues, clipped, weighted_sum
 from alignlab.types import Message, Rollout, Text
 
 logger = logging.getLogger(__name__)
-
-FAILURE_KINDS = (
-    "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "missing column",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class _Batch:
@@ -50,35 +36,37 @@ class _Batch:
         return len(self.prompts)
 
     def arguments(self, reward: LoadedReward) -> dict[str, Any]:
-        """What `reward` is called with: all that it takes, in fresh lists; its options last.
+        """What `reward` is called with: all that it takes, its options last. Nothing of it is shared with another call:
+        what a function writes into it is seen by nobody else.
 
         Raises:
             RewardFailure: it requires an argument that neither the dataset nor the options have.
         """
-        given: dict[str, Any] = {name: list(values) for name, values in self.columns.items()}
-        given |= {"prompts": [_copied(text) for text in self.prompts], "completions": list(self.completions)}
-        given |= {"completion_ids": [list(ids) for ids in self.completion_ids], **reward.options}
+        given: dict[str, Any] = dict(self.columns) | {"prompts": self.prompts, "completions": self.completions}
+        given |= {"completion_ids": self.completion_ids, **reward.options}
         known = parameters(reward.function)
-        if known is None:
-            return given
-        if "prompt_ids" in known:  # TRL gives none: only who names them gets them
-            given["prompt_ids"] = [list(ids) for ids in self.prompt_ids]
-        missing = [name for name in required(known) if name not in given]
+        if known is not None and "prompt_ids" in known:  # TRL gives none: only who names them gets them
+            given["prompt_ids"] = self.prompt_ids
+        missing = [name for name in required(known or {}) if name not in given]
         if missing:
             message = missing_column(reward.name, missing[0], list(self.columns), "the dataset")
             raise RewardFailure("missing column", message)
-        return given if accepts_any(known) else {name: given[name] for name in known if name in given}
+        if known is not None and not accepts_any(known):
+            given = {name: given[name] for name in known if name in given}
+        own = {name: own_copy(reward.options[name]) for name in given if name in reward.options}
+        return {name: own[name] if name in own else list(map(own_copy, values)) for name, values in given.items()}
 
 
 class RewardRunner:
-    """Calls reward functions on rollouts, each within a time limit.
+    """Calls reward functions on rollouts, each where it runs (`reward_places`, `reward_process`) and within a limit of
+    time.
 
-    A synchronous function runs in a thread of its own, an asynchronous one on an event loop in a thread; the
-    asynchronous ones run at the same time. A function that is over its time is abandoned, since Python cannot stop a
-    thread: it keeps its core, its memory and any lock it holds until it returns or the process ends (its thread is a
-    daemon, so it does not keep the process alive), and native code that never releases the interpreter's lock stops
-    everything. Signals do not work in a thread: a function must not use `signal.alarm`. Untrusted code needs a process
-    of its own. A `CallerReward` runs in the caller's thread instead, without a limit.
+    A synchronous function runs in a thread of its own, an asynchronous one on an event loop in a thread, which runs
+    them at the same time, and one with `run_in: process` in a process of its own. A thread that is over its time is
+    abandoned, since Python cannot stop it: it keeps its core, its memory and any lock it holds until it returns or the
+    process ends (it is a daemon, so it does not keep the process alive), and native code that never releases the
+    interpreter's lock stops everything. In a thread, a function must not use `signal.alarm`, and one that calls
+    `os._exit` ends the run without a word. A `CallerReward` runs in the caller's thread instead, without a limit.
 
     None for a sample, or for all of a call, is no failure: the reward does not apply to it, as one does not apply to
     the rows of another task.
@@ -103,6 +91,7 @@ class RewardRunner:
         self.num_calls: Counter[str] = Counter()
         self.num_worked: Counter[str] = Counter()
         self._loop = LoopThread("alignlab-reward-loop")
+        self._places = {each.name: place_of(each.function, each.name, self._loop) for each in self.rewards}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,10 +104,7 @@ class RewardRunner:
 
     def metrics(self) -> dict[str, float]:
         """What there is to see of the rewards' work so far, by name."""
-        found: dict[str, float] = {}
-        for reward in self.rewards:
-            found |= reward.function.metrics() if isinstance(reward.function, CallerReward) else {}
-        return found
+        return {name: value for place in self._places.values() for name, value in place.metrics().items()}
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with `rewards`, the weighted sum of the parts that apply to each completion, and `reward_parts`.
@@ -126,7 +112,7 @@ class RewardRunner:
         A part is None where its function returned None or failed; a completion to which no part applies has reward nan.
 
         Raises:
-            RewardError: more calls have failed than `limits.max_failures`, or a completion's sum is beyond a float.
+            RewardError: more calls have failed than `limits.max_failures`, or a completion's sum is too large.
         """
         batch = _batch(rollouts, self.columns)
         if not len(batch):
@@ -142,7 +128,9 @@ class RewardRunner:
         return scored
 
     def close(self) -> None:
-        """Stop the event loop's thread. A later `score` starts another."""
+        """Stop the event loop's thread, and free what the places hold. A later `score` starts them again."""
+        for place in self._places.values():
+            place.close()
         self._loop.close()
 
     def _total(self, values: Sequence[float | None]) -> float:
@@ -151,13 +139,14 @@ class RewardRunner:
         except OverflowError:
             given = ", ".join(f"{r.name} {v!r} x {r.weight:g}" for r, v in zip(self.rewards, values, strict=True))
             raise RewardError(
-                f"the weighted sum of a completion's rewards must be a finite number, and is beyond a float: {given}; "
-                "scale the functions or their weights down"
+                f"a completion's rewards and their weighted sum must lie within {LARGEST_TOTAL:g} and "
+                f"-{LARGEST_TOTAL:g}, and do not: {given}; scale the functions or their weights down"
             ) from None
 
     def _parts(self, batch: _Batch) -> dict[str, list[float | None]]:
-        """Values by reward, in the order of the rewards; asynchronous functions are started before the others run."""
-        calls = {reward.name: self._start(reward, batch) for reward in self.rewards if is_async(reward.function)}
+        """Values by reward, in the order of the rewards; those that run beside others are started first."""
+        beside = [reward for reward in self.rewards if self._places[reward.name].runs_beside]
+        calls = {reward.name: self._start(reward, batch) for reward in beside}
         for reward in self.rewards:
             if reward.name not in calls:
                 calls[reward.name] = self._start(reward, batch)
@@ -170,43 +159,19 @@ class RewardRunner:
             arguments = batch.arguments(reward)
         except RewardFailure as error:
             return RewardCall(failed(error), limit_s)
-        if is_async(reward.function):
-            return RewardCall(self._loop.submit(contained(reward.function(**arguments))), limit_s)
-        run = in_caller if isinstance(reward.function, CallerReward) else in_thread
-        return RewardCall(run(lambda: reward.function(**arguments)), limit_s)
-
-    def _result(self, call: RewardCall) -> Any:
-        """What the call returned, awaited where a plain function returned an awaitable."""
-        try:
-            result = call.result()
-            if inspect.isawaitable(result):
-                call.future = self._loop.submit(contained(result))
-                result = call.result()
-        except RewardFailure as error:
-            if error.kind == "timeout":
-                self._loop.replace_if_blocked()
-            raise
-        return result
+        return self._places[reward.name].start(arguments, len(batch), limit_s)
 
     def _collect(self, reward: LoadedReward, call: RewardCall, batch: _Batch) -> list[float | None]:
         self.num_calls[reward.name] += 1
         try:
-            values = values_of(self._result(call), len(batch))
+            read: RewardValues = call.result()
         except RewardFailure as error:
             self._count(reward.name, error, batch)
             return [None] * len(batch)
-        checked: list[float | None] = []
-        failures: list[RewardFailure] = []
-        for sample, value in enumerate(values):
-            try:
-                checked.append(number_of(value, sample))
-            except RewardFailure as error:
-                checked.append(None)
-                failures.append(error)
-        self.num_worked[reward.name] += len(failures) < len(values)
-        if failures:
-            self._count(reward.name, failures[0], batch)
-        return checked
+        self.num_worked[reward.name] += read.num_unread < len(batch)
+        if read.failure is not None:
+            self._count(reward.name, read.failure, batch)
+        return read.values
 
     def _count(self, name: str, failure: RewardFailure, batch: _Batch) -> None:
         assert failure.kind in FAILURE_KINDS
@@ -240,11 +205,6 @@ def _batch(rollouts: Sequence[Rollout], columns: Sequence[str]) -> _Batch:
         completion_ids=[list(completion.token_ids) for _, completion in pairs],
         columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
     )
-
-
-def _copied(text: Text) -> Text:
-    """A prompt that a reward may write into."""
-    return text if isinstance(text, str) else copy.deepcopy(list(text))
 
 
 def _like_prompt(prompt: Text, completion: str) -> str | list[Message]:

@@ -198,7 +198,7 @@ class RunFolder:
     def _record(self, config_text: str, *, resume: bool, number: int, part_of: str | None) -> None:
         """Keep what the run was started with, and the config. `starts.jsonl` comes first: it says which run this is."""
         config = next(
-            (path for path in sorted(self.path.glob("config*.yaml")) if path.read_text() == config_text), None
+            (path for path in sorted(self.path.glob("config*.yaml")) if path.read_bytes() == config_text.encode()), None
         )
         file = self._unused_config_name() if config is None else config
         start = _start(resume) | {

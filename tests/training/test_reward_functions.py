@@ -12,7 +12,8 @@ from alignlab.errors import ConfigError
 from alignlab.models.checkpoints import new_model
 from alignlab.trainers.assemble import resolve_rewards
 from alignlab.training.model_reward import ModelReward
-from alignlab.training.reward_functions import installed_rewards, load_reward
+from alignlab.training.reward_functions import load_reward
+from alignlab.training.reward_lookup import installed_rewards
 
 SHIPPED = {"math_answer", "reasoning_gym_answer", "exact_match", "regex_format", "length", "repetition", "combine"}
 

@@ -132,7 +132,7 @@ def test_calls_that_worked_are_counted(make: Make) -> None:
 def test_a_sum_beyond_a_float_is_named(make: Make) -> None:
     large = [LoadedReward(name, lambda **columns: [1e308] * 4) for name in ("large", "too")]
     runner = make(*large)
-    with pytest.raises(RewardError, match=r"beyond a float: large 1e\+308 x 1, too 1e\+308 x 1; scale"):
+    with pytest.raises(RewardError, match=r"within 1e\+18 and .*: large 1e\+308 x 1, too 1e\+308 x 1; scale"):
         runner.score(PAIR)
 
 

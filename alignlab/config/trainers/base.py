@@ -45,6 +45,9 @@ class TrainerConfig(Frozen):
     save_every_steps: MayChange[int | None] = Field(None, ge=1)
     """None saves at the end and on interruption only."""
     keep_checkpoints: MayChange[int] = Field(2, ge=1)
+    rank_timeout_s: MayChange[float] = Field(1800.0, gt=0)
+    """On several ranks: how long the others wait for one that is alive and does not get on. One that fails, is killed
+    or is stopped is noticed within seconds, or 30 s, whatever this says."""
     trackers: MayChange[tuple[str, ...]] = ("tensorboard",)
     """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
 

@@ -1,0 +1,67 @@
+"""One of two ranks of a short training, in which one fails. Usage: rank_faults.py FOLDER RANK HOW WHERE TIMEOUT_S"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignlab.config.rollout import SamplingSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import AlignlabError
+from alignlab.models.checkpoints import new_model
+from alignlab.trainers import rank_watchdog
+from alignlab.trainers.grpo import GRPOTrainer
+from tests.trainers.conftest import DENSE, even_ids
+
+PLACES = {"generate": "generate", "update": "learn", "evaluate": "evaluate", "save": "check_weights", "sync": "_tell"}
+
+
+def fail(how: str) -> None:
+    if how == "raise":
+        raise AlignlabError("broken on purpose")
+    if how == "hang":
+        threading.Event().wait()
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+
+
+def main() -> None:
+    folder, failing, how, where, timeout_s = sys.argv[1:]
+    rank_watchdog.BEAT_S, rank_watchdog.GRACE_S = 0.2, 5.0
+    tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    torch.manual_seed(0)
+    model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+    config = GRPOConfig(
+        output_dir=Path(folder) / "run", num_steps=3, num_prompts=2, group_size=2, learning_rate=1e-2, trackers=(),
+        sampling=SamplingSettings(max_new_tokens=3), eval_every_steps=1, rank_timeout_s=float(timeout_s),
+    )
+    rows = [{"prompt": f"ab{i}", "answer": str(i)} for i in range(4)]
+    trainer = GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, eval_dataset=rows[:2])
+    method = getattr(trainer, PLACES[where])
+
+    def failing_in_the_second_step(*given: Any, **named: Any) -> Any:
+        if trainer.step == (1 if where in ("generate", "update") else 2):
+            assert rank_watchdog._watchdog is not None
+            rank_watchdog._watchdog._tell()  # else a step as short as this may be over before the next beat
+            fail(how)
+        return method(*given, **named)
+
+    if os.environ["RANK"] == failing:
+        setattr(trainer, PLACES[where], failing_in_the_second_step)
+    try:
+        trainer.train()
+    except AlignlabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    logging.basicConfig()
+    main()

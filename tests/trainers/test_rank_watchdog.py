@@ -1,0 +1,115 @@
+"""Two ranks, one of which fails, is killed, is stopped or hangs: the other names it, keeps its work and ends."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+ROOT = Path(__file__).parents[2]
+WATCHED, TRAINING = "rank_watched.py", "rank_faults.py"
+pytestmark = pytest.mark.distributed
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def two_ranks(
+    script: str, folder: Path, port: int, *arguments: str, agent: bool = True
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Both ranks, as a launcher starts them; none outlives the test.
+
+    Args:
+        agent: whether their store is this process's, as that of torchrun is its own, or rank 0's.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(agent),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/trainers" / script), str(folder), *arguments],
+            text=True, stderr=subprocess.PIPE,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+@contextmanager
+def launcher_store() -> Iterator[int]:
+    """The port of a store that is neither rank's."""
+    port = free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
+    yield port
+    del store
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("kill", "has ended without a word"),
+        ("stop", r"is stopped, by SIGSTOP or a debugger, and has said nothing for \d+ s"),
+        ("hang", r"does not get on; .* stood at .*/rank_watched.py:\d+ \(fail\) for \d+ s"),
+        ("raise", "failed: AlignlabError: broken on purpose"),
+    ],
+)
+def test_a_lost_rank_is_named_and_the_other_saves_and_ends(how: str, named: str, tmp_path: Path) -> None:
+    timeout_s = "3" if how in ("hang", "stop") else "60"
+    with launcher_store() as port, two_ranks(WATCHED, tmp_path, port, "1", how, "score", timeout_s) as (main, lost):
+        _, said = main.communicate(timeout=120)
+        lost.send_signal(signal.SIGCONT)
+        _, also_said = lost.communicate(timeout=120)
+    assert main.returncode == 2 and lost.returncode == (-signal.SIGKILL if how == "kill" else 2)
+    assert re.search(rf"rank 1 \(process {lost.pid} on [^;]+; step 3, score\) {named}", said), said
+    assert "Traceback" not in said and "gloo" not in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["saved by 0"]
+    if how in ("stop", "hang"):
+        assert re.search(rf"rank 1 \(process {lost.pid} ", also_said), also_said
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_rank_0_which_holds_the_store_is_lost(how: str, tmp_path: Path) -> None:
+    with two_ranks(WATCHED, tmp_path, free_port(), "0", how, "sync", "3", agent=False) as (_, other):
+        _, said = other.communicate(timeout=120)
+    assert other.returncode == 2
+    assert re.search(r"rank 0 \(process \d+ on [^;]+; (set-up|step 3, sync)\) (has ended|is stopped)", said), said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("how", "where", "named", "step"),
+    [
+        ("kill", "update", r"step 2, update\) has ended without a word", 1),
+        ("hang", "evaluate", r"step 2, evaluate\) does not get on; .* stood at .*/rank_faults.py:\d+ \(fail\)", 2),
+    ],
+)
+def test_a_training_of_which_a_rank_is_lost_keeps_its_last_whole_step(
+    how: str, where: str, named: str, step: int, tmp_path: Path
+) -> None:
+    with launcher_store() as port, two_ranks(TRAINING, tmp_path, port, "1", how, where, "3") as (main, lost):
+        _, said = main.communicate(timeout=120)
+        lost.communicate(timeout=120)
+    assert main.returncode == 2 and re.search(rf"rank 1 \(process {lost.pid} on [^;]+; {named}", said), said
+    assert "Traceback" not in said and "gloo" not in said, said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
