@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from alignlab.library_errors import writing
 
-READ_BYTES = 1 << 20
 TEMPORARY, REPLACED, REMOVED = "tmp", "replaced", "removed"
 """What follows a hidden name beside the one that is written: being written; the former content; about to be removed."""
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux's renameat2
@@ -101,15 +99,6 @@ def remove_folder(path: Path) -> None:
     hidden = hidden_name(path, REMOVED)
     os.replace(path, hidden)
     shutil.rmtree(hidden)
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from alignlab.addresses import redacted, secret_part
 from alignlab.config.messages import BrokenRule
 
+_MAX_CHARACTERS = 2048
 _FIX = (
     "remove it: a judge's key belongs into the environment variable that judge.api_key_env names, the token of vLLM "
     "servers into ALIGNLAB_SERVER_TOKEN"
@@ -33,9 +34,9 @@ def check_address(
         is_address = parts.scheme in schemes and bool(parts.hostname) and bool(parts.port or not port)
     except ValueError:  # a bracket without its other, or a port that is no number
         is_address = False
-    is_clean = url.isascii() and url.isprintable() and " " not in url
+    is_clean = url.isascii() and url.isprintable() and " " not in url and len(url) <= _MAX_CHARACTERS
     if not is_address or not is_clean or not (path or parts.path in ("", "/")):
-        raise BrokenRule(field, shown, must, "correct it")
+        raise BrokenRule(field, shown, must, f"correct {shown:.80}")
     secret = secret_part(url)
     if secret is not None:
         raise BrokenRule(field, shown, f"have no {secret}, which files and messages would show", _FIX)

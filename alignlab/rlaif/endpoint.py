@@ -136,7 +136,7 @@ class EndpointChatModel:
             answer, asked_wait_s = await self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
-            if not self._has_warned:
+            if not self._has_warned and self._settings.max_attempts > 1:
                 self._has_warned = True
                 logger.warning("%s; a question is asked up to %d times", answer.message, self._settings.max_attempts)
         return answer

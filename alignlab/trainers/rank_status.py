@@ -109,7 +109,7 @@ def find_lost(
         if status.block < block or (status.block == block and not status.is_done)
     }
     for status in ranks.values():
-        if status.failed_of is not None and status.failure is not None:  # found by another rank before
+        if status.failed_of is not None and status.failure is not None:  # found by another rank
             return LostRank(status.failed_of, status.failure)
     for find in (_failed, _gone_or_silent, _standing_still):
         lost = find(needed, ranks, silent_s, own, timeout_s)
@@ -124,9 +124,11 @@ _Lost = tuple[int, str] | None
 
 
 def _failed(needed: _Ranks, ranks: _Ranks, silent_s: Mapping[int, float], own: int, timeout_s: float) -> _Lost:
-    """The first rank that says that it has failed by itself."""
-    failed = ((rank, status.failure) for rank, status in needed.items() if rank != own and status.failure is not None)
-    return next(((rank, f"failed: {failure}") for rank, failure in failed), None)
+    """The first rank that says that it has failed in this block by itself."""
+    for rank, status in needed.items():
+        if rank != own and status.failure is not None and status.block == ranks[own].block:
+            return rank, f"failed: {status.failure}"
+    return None
 
 
 def _gone_or_silent(

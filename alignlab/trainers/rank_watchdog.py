@@ -84,7 +84,7 @@ class RankWatchdog:
         self._store, self._rank, self._others = store, rank, [each for each in range(num_ranks) if each != rank]
         self._beat_s = min(BEAT_S, timeout_s / 4)
         self._position: Callable[[], Position] = Position
-        self._keep: Callable[[], None] = lambda: None
+        self._keep: Callable[[], object] = lambda: None
         self._depth = 0
         self._thread = WorkingThread(threading.get_ident())
         self._own = RankStatus(
@@ -107,13 +107,14 @@ class RankWatchdog:
     def begin(self) -> None:
         """Begin a block of work, unless one is under way already; the calling thread is the one that works."""
         with self._lock:
-            if self._own.is_done:
+            if self._own.is_done or (self._own.failure is not None and not self._depth):
                 self._thread = WorkingThread(threading.get_ident())
-                self._own = replace(self._own, block=self._own.block + 1, is_done=False)
+                block = self._own.block + 1
+                self._own = replace(self._own, block=block, is_done=False, failure=None, has_saved=False)
         self._wanted.set()
 
     @contextmanager
-    def watched(self, position: Callable[[], Position], keep: Callable[[], None]) -> Iterator[None]:
+    def watched(self, position: Callable[[], Position], keep: Callable[[], object]) -> Iterator[None]:
         """Do the rest of a block of work, which ends with this context, or with the one that it is within.
 
         Args:
@@ -328,7 +329,7 @@ def tell_position() -> None:
 
 
 @contextmanager
-def watched(position: Callable[[], Position], keep: Callable[[], None]) -> Iterator[None]:
+def watched(position: Callable[[], Position], keep: Callable[[], object]) -> Iterator[None]:
     """Do what all ranks do together; see `RankWatchdog.watched`. One rank alone is not watched."""
     if _watchdog is None:
         yield

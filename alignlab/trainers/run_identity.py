@@ -6,12 +6,9 @@ settings' own classes, see `config.on_resume`; `config/README.md` has the table.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +28,7 @@ from alignlab.digests import DamagedError, as_json, digest_of_values, json_diges
 from alignlab.errors import CheckpointError
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reward_functions import LoadedReward
+from alignlab.training.reward_source import source_digest
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -248,26 +246,3 @@ def prompts_digest(prompts: Sequence[Prompt], tokens: str) -> str:
     if not prompts:
         return NO_ROWS
     return digest_of_values([tokens, *((prompt.text, prompt.columns) for prompt in prompts)])
-
-
-def source_digest(function: Callable[..., Any]) -> str | None:
-    """Digest of a function: of the source of its file (of its own source in the main program) and of the plain values
-    that are bound to it, as by `functools.partial`; None where Python does not know the source."""
-    bound: list[Any] = []
-    while isinstance(function, functools.partial):
-        bound.append([*map(_plain, function.args), {name: _plain(value) for name, value in function.keywords.items()}])
-        function = function.func
-    is_object = not (inspect.isroutine(function) or inspect.isclass(function))
-    subject = type(function) if is_object else function
-    try:
-        module = sys.modules[subject.__module__]
-        source = inspect.getsource(subject if subject.__module__ == "__main__" else module)
-        held = vars(function) if is_object else inspect.getclosurevars(inspect.unwrap(function)).nonlocals
-    except (OSError, TypeError, KeyError, AttributeError):
-        return None
-    return digest_of_values([source, *bound, {name: _plain(value) for name, value in held.items()}])
-
-
-def _plain(value: Any) -> Any:
-    """The value, if it is one; of a thing, such as a model or a list that grows, the type."""
-    return value if value is None or isinstance(value, str | bool | int | float) else type(value).__qualname__

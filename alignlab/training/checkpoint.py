@@ -89,7 +89,7 @@ def save_checkpoint(
     """
     assert keep >= 1, keep
     random = [random_state()] if random is None else random
-    final = folder / f"{PREFIX}{step:08d}"
+    final = checkpoint_path(folder, step)
     if final.exists():
         if _is_of(final, run_id):
             return final
@@ -147,6 +147,11 @@ def load_latest(
             load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())
         ),
     )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -17,9 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from alignlab.atomic_files import write_atomically
 from alignlab.digests import SHA256, DamagedError, sealed, unsealed
 from alignlab.library_errors import writing
-from alignlab.training.files import write_atomically
 
 NUMBER = "line"
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alignlab.atomic_files import publish
 from alignlab.data.preferences import CompletionGroup
 from alignlab.file_lock import one_at_a_time
 from alignlab.library_errors import writing
@@ -21,7 +22,6 @@ from alignlab.models.adapters import is_of_adapter
 from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
 from alignlab.rollout.weight_proof import digest, digests
-from alignlab.training.files import publish
 from alignlab.types import Completion
 
 logger = logging.getLogger(__name__)

@@ -15,23 +15,15 @@ import inspect
 import json
 import logging
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
 from alignlab.training.reward_calls import FAILURE_KINDS, RewardCall, RewardFailure, failed, in_thread
+from alignlab.training.reward_child import Printed, RewardChild
 from alignlab.training.reward_lookup import short_name
 from alignlab.training.reward_values import RewardValues
-from alignlab.training.reward_worker import read_frame, write_frame
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +31,7 @@ START_LIMIT_S = 120.0
 """For a process to start and import the reward."""
 DEFAULT_MEMORY_GIB = 4.0
 _GIB = 2**30
-_WORKER = "alignlab.training.reward_worker"
 _REPLY_BYTES, _BYTES_A_VALUE = 1 << 16, 32
-_TAIL_CHARS = 500
-_EXIT_S, _LOOK_S = 2.0, 0.01
 
 
 def json_problem(value: Any) -> str | None:
@@ -67,6 +56,10 @@ class IsolatedReward:
     Args:
         settings: how the function is found.
 
+    Attributes:
+        call_options: keyword arguments, passed on every call.
+        isolated_source: see `reward_source`.
+
     Raises:
         ConfigError: it cannot be found or made, its options are unknown to it or no JSON, or it does not start.
     """
@@ -88,6 +81,7 @@ class IsolatedReward:
             raise ConfigError(f"reward {settings.name!r} must start in a process of its own: {error}") from error
         self.give_back(process)
         self.__module__ = described["module"] or __name__
+        self.isolated_source: str | None = described["source"]
         self.call_options: dict[str, Any] = {} if described["is_class"] else dict(settings.options)
         if described["parameters"] is not None:
             self.__signature__ = _signature(described["parameters"])
@@ -169,32 +163,12 @@ def unsendable(reward: str, name: str, problem: str) -> str:
     )
 
 
-class Printed:
-    """What a process prints: counted, and forgotten but for its end."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self._end = ""
-
-    def read(self, stream: Any) -> None:
-        """Read to the end of a stream, in a thread of its own."""
-        with stream, suppress(OSError):
-            while part := os.read(stream.fileno(), 1 << 16):
-                self.num_bytes += len(part)
-                self._end = (self._end + part[-_TAIL_CHARS:].decode(errors="replace"))[-_TAIL_CHARS:]
-
-    @property
-    def tail(self) -> str:
-        """The last of it."""
-        return self._end.strip()
-
-
 class RewardProcess:
     """One process, from its start to its end; it may be started again. One call at a time."""
 
     def __init__(self, settings: RewardSettings) -> None:
         self._settings = settings
-        self._worker: _Worker | None = None
+        self._worker: RewardChild | None = None
         self.printed = Printed()
         self._number = 0
 
@@ -211,7 +185,7 @@ class RewardProcess:
             RewardFailure: it has ended, or is not ready within `START_LIMIT_S`.
         """
         assert self._worker is None
-        worker = self._worker = _Worker(self.printed)
+        worker = self._worker = RewardChild(self.printed)
         limit = self._settings.memory_limit_gib or DEFAULT_MEMORY_GIB
         settings = {"name": self._settings.name, "options": self._settings.options}
         request = {**settings, "memory_limit_bytes": math.ceil(limit * _GIB)}
@@ -226,7 +200,7 @@ class RewardProcess:
         if "error" in told:
             self.end()
             raise ConfigError(str(told["error"]))
-        return {"parameters": None, "module": None, "is_class": False, **told}
+        return {"parameters": None, "module": None, "is_class": False, "source": None, **told}
 
     def call(self, arguments: Mapping[str, Any], count: int) -> RewardValues:
         """Call the function, for as long as it takes; `end` from another thread ends the call.
@@ -249,7 +223,7 @@ class RewardProcess:
             raise
         return values
 
-    def _exchange(self, worker: _Worker, request: Mapping[str, Any], limit: int) -> Any:
+    def _exchange(self, worker: RewardChild, request: Mapping[str, Any], limit: int) -> Any:
         try:
             reply = worker.exchange(request, limit)
         except (EOFError, OSError):
@@ -268,92 +242,6 @@ class RewardProcess:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
-
-
-class _Worker:
-    """A running process with its pipes."""
-
-    def __init__(self, printed: Printed) -> None:
-        requests, self.requests = os.pipe()
-        self.replies, replies = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _WORKER, str(requests), str(replies), str(os.getpid())],
-                pass_fds=(requests, replies), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True, env=_environment(),
-            )  # fmt: skip
-        except OSError as error:
-            raise RewardFailure("exited", f"its process cannot be started: {error}") from error
-        finally:
-            os.close(requests)
-            os.close(replies)
-        self._drain = threading.Thread(
-            target=printed.read, args=(self._process.stdout,), name="alignlab-reward-output", daemon=True
-        )
-        self._drain.start()
-        self._ending, self._exchanging = threading.Lock(), threading.Lock()
-        self._finalizer = weakref.finalize(self, _kill, self._process)
-
-    def exchange(self, request: Mapping[str, Any], limit: int) -> Any:
-        """Send a message, and return the reply.
-
-        Raises:
-            EOFError, OSError: the process is over.
-            ValueError, RecursionError: the reply is longer than `limit` bytes, or no JSON.
-        """
-        with self._exchanging:
-            write_frame(self.requests, request)
-            return read_frame(self.replies, limit)
-
-    def ending(self) -> str:
-        """Say how the process, which no longer answers, has ended, and end it if it has not."""
-        by_itself = self._finalizer.alive and _has_exited(self._process.pid)
-        self.end()
-        return _ending(self._process.returncode) if by_itself else "stopped answering, and was ended"
-
-    def end(self) -> None:
-        """End the process and all that it has started."""
-        with self._ending:
-            if not self._finalizer.alive:
-                return
-            self._finalizer()
-            self._drain.join(_EXIT_S)
-            if self._exchanging.acquire(timeout=_EXIT_S):  # a thread that still reads must not read another file
-                os.close(self.requests)
-                os.close(self.replies)
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, and its places to import from."""
-    folders = [os.path.abspath(folder) for folder in sys.path]  # "" is the working directory
-    return os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group. Not waited for until then, its number cannot belong to another."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _has_exited(pid: int) -> bool:
-    """Whether a child is over, or is within a moment: its pipes are closed a little earlier."""
-    deadline = time.monotonic() + _EXIT_S
-    with suppress(ChildProcessError):  # ended by another thread meanwhile
-        while time.monotonic() < deadline:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return True
-            time.sleep(_LOOK_S)
-    return False
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"has exited with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
 
 
 def _signature(parameters: list[list[Any]]) -> inspect.Signature:

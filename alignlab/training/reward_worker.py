@@ -23,6 +23,7 @@ from typing import Any
 from alignlab.errors import ConfigError
 from alignlab.training.reward_calls import CallerReward, RewardFailure, described, is_async
 from alignlab.training.reward_lookup import check_call, check_options, find_function, made_function, parameters
+from alignlab.training.reward_source import source_digest
 from alignlab.training.reward_values import read_values
 
 _LENGTH = struct.Struct(">Q")
@@ -124,7 +125,8 @@ def _load(settings: Mapping[str, Any], replies: int) -> Callable[..., Any] | Non
         [key, int(parameter.kind), parameter.default is parameter.empty] for key, parameter in known.items()
     ]
     module = getattr(function, "__module__", None)
-    write_frame(replies, {"parameters": described_parameters, "module": module, "is_class": inspect.isclass(found)})
+    told = {"parameters": described_parameters, "module": module, "is_class": inspect.isclass(found)}
+    write_frame(replies, {**told, "source": source_digest(function)})
     return function
 
 

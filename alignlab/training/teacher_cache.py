@@ -30,6 +30,7 @@ import xxhash
 from numpy.lib.format import open_memmap
 from torch import nn
 
+from alignlab.atomic_files import sync_file, write_atomically
 from alignlab.data.examples import Example
 from alignlab.digests import READ_BYTES, DamagedError, parse_sealed, sealed
 from alignlab.file_lock import one_at_a_time
@@ -37,7 +38,6 @@ from alignlab.functional.distillation import TopTokens
 from alignlab.library_errors import writing
 from alignlab.models.packaged import cache_folder
 from alignlab.training.checkpoint import fingerprint
-from alignlab.training.files import sync_file, write_atomically
 from alignlab.training.reference_cache import digest_of_model
 
 logger = logging.getLogger(__name__)

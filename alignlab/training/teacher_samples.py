@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
@@ -29,7 +30,6 @@ from alignlab.digests import digest_of_values
 from alignlab.errors import ConfigError, DataError
 from alignlab.library_errors import writing
 from alignlab.rollout.detokenizer import special_ids
-from alignlab.training.files import write_atomically
 from alignlab.training.journal import journal_lines, read_journal
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine

@@ -47,7 +47,7 @@ def test_an_alias_that_repeats_a_little_is_let_through() -> None:
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("#" * (input_limits.MAX_SETTINGS_BYTES + 1))
-    with pytest.raises(ConfigError, match="run.yaml must have at most 1048576 bytes, and has more"):
+    with pytest.raises(ConfigError, match=r"run\.yaml must have at most 1048576 bytes, and has more"):
         load_config(tmp_path / "run.yaml")
 
 

@@ -207,6 +207,13 @@ def test_a_key_in_an_address_is_refused_and_not_shown(url: str) -> None:
     assert KEY not in str(raised.value)
 
 
+@pytest.mark.parametrize("url", ["", "http://", "http://[", "http://a b/v1", "http://a\n/v1", "http://" + "a" * 2048])
+def test_what_is_no_address_is_refused_in_a_short_message(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^url is .* must be the address of an OpenAI-compatible server") as raised:
+        EndpointJudge(url=url, model="m")
+    assert len(str(raised.value)) < 300
+
+
 def test_a_key_in_place_of_its_variable_s_name_is_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match="must name an environment variable in capitals") as raised:
         EndpointJudge(model="m", api_key_env=KEY)

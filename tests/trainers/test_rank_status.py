@@ -78,11 +78,12 @@ def test_a_lost_rank(changes: Any, silent: Any, found: str) -> None:
         ({}, {2: TIMEOUT_S - 1}),
         ({1: sees("gone"), 2: {"is_done": True}}, {}),
         ({1: sees("gone"), 2: {"block": 2}}, {}),
+        ({0: {"block": 2}, 1: {"block": 2}, 2: {"failure": "the same as of all"}}, {}),
         ({rank: {"still_s": LATE} for rank in range(3)}, {}),
         ({0: {"is_waiting": True, "still_s": TIMEOUT_S - 1}, 2: {"still_s": LATE}}, {}),
     ],
     ids=[
-        "all well", "stopped for a moment", "silent and running", "ended after its work", "ahead",
+        "all well", "stopped for a moment", "silent and running", "ended after its work", "ahead", "failed before, as all did",
         "all in a long native call", "waited for within the limit",
     ],
 )

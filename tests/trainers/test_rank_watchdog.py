@@ -93,7 +93,7 @@ def test_rank_0_which_holds_the_store_is_lost(how: str, tmp_path: Path) -> None:
     with two_ranks(WATCHED, tmp_path, free_port(), "0", how, "sync", "3", agent=False) as (_, other):
         _, said = other.communicate(timeout=120)
     assert other.returncode == 2
-    assert re.search(r"rank 0 \(process \d+ on [^;]+; step 3, sync\) (has ended|is stopped)", said), said
+    assert re.search(r"rank 0 \(process \d+ on [^;]+; (set-up|step 3, sync)\) (has ended|is stopped)", said), said
     assert not list(tmp_path.iterdir())
 
 

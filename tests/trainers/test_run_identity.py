@@ -18,8 +18,9 @@ from alignlab.config.trainers import GRPOConfig, KLSettings
 from alignlab.errors import CheckpointError
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.run import run
-from alignlab.trainers.run_identity import RunIdentity, source_digest
+from alignlab.trainers.run_identity import RunIdentity
 from alignlab.training.reward_functions import load_reward, load_weighted
+from alignlab.training.reward_source import source_digest
 from alignlab.types import Prompt
 from tests.trainers.conftest import even_ids
 

@@ -19,6 +19,7 @@ from alignlab.training import reward_process
 from alignlab.training.reward_columns import check_columns
 from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.training.reward_runner import RewardRunner
+from alignlab.training.reward_source import source_digest
 from alignlab.types import Prompt
 from tests.training.test_reward_runner import PAIR, rollout
 
@@ -132,12 +133,20 @@ def test_what_a_reward_prints_is_counted_and_not_shown(
     assert message.endswith("the end") and len(message) < 1000
 
 
+@pytest.mark.parametrize(("function", "options"), [("lengths", {}), ("Counting", {"first": 4})])
+def test_a_function_has_the_same_source_in_a_process_as_in_a_thread(function: str, options: dict[str, Any]) -> None:
+    """So that a run may go on with it in the other place."""
+    alone = isolated(function, **options)
+    here = load_reward(RewardSettings(name=f"{HERE}.{function}", options=options))
+    assert source_digest(alone.function) == source_digest(here.function) is not None
+
+
 def test_nothing_of_it_is_imported_here(tmp_path: Path, make: Make) -> None:
     code = "import os\nPID = os.getpid()\ndef r(completions): return [PID] * len(completions)\n"
-    (tmp_path / "mine.py").write_text(code)
-    loaded = load_reward(RewardSettings(name=f"{tmp_path}/mine.py:r", run_in="process"))
+    (tmp_path / "alone.py").write_text(code)
+    loaded = load_reward(RewardSettings(name=f"{tmp_path}/alone.py:r", run_in="process"))
     assert parts(make(loaded), "r")[0] != os.getpid()
-    assert not [name for name in sys.modules if name.startswith("mine_")]
+    assert not [name for name in sys.modules if name.startswith("alone_")]
 
 
 @pytest.mark.parametrize(
