@@ -144,6 +144,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
+        self.identity.name_data(train, held_out)
         self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
         self.identity.add_rewards(rewards.rewards)
         self.store: RolloutStore | None = None
