@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alignlab.errors import ConfigError
 
@@ -152,7 +152,7 @@ def made_function(name: str, function: Callable[..., Any], options: Mapping[str,
             f"reward {name!r} is a class whose objects cannot be called; give it a method __call__(self, "
             "prompts, completions, **columns)"
         )
-    return made
+    return cast("Callable[..., Any]", made)
 
 
 def short_name(name: str) -> str:
