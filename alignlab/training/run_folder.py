@@ -78,7 +78,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.path)
         try:
-            self._check(resume)
+            check_folder(self.path, resume=resume)
             starts = read_records(self._starts_file)
             self.run_id = run_id_of(self._starts_file) if resume else uuid.uuid4().hex
             if resume:
@@ -166,26 +166,6 @@ class RunFolder:
         finally:
             lock.close()
 
-    def _check(self, resume: bool) -> None:
-        held = holds_run(self.path)
-        if held and not resume:
-            raise ConfigError(
-                f"output_dir must not hold another run's results, and {self.path} does; go on with that run by "
-                "--resume, or choose another trainer.output_dir (nothing was overwritten)"
-            )
-        made = [] if held else sorted(path.name for name in MADE for path in self.path.glob(name) if _is_made(path))
-        if made:
-            raise ConfigError(
-                f"{self.path} must hold a whole run or nothing of one, and holds {', '.join(made)} without the "
-                f"{STARTS_FILE} that says which run made them; put that file back to go on with the run by --resume, "
-                "or choose another trainer.output_dir (nothing was overwritten)"
-            )
-        if resume and not held:
-            raise ConfigError(
-                f"--resume needs a run to go on with, and {self.path} holds none; leave --resume out to start one, "
-                "or correct trainer.output_dir"
-            )
-
     def _check_last_start(self, starts: list[dict[str, Any]], part_of: str | None) -> None:
         """Raise if the last start is still alive or a stage of another run; say if it ended without a word."""
         last = starts[-1]
@@ -235,6 +215,32 @@ class RunFolder:
     def _unused_config_name(self) -> Path:
         names = itertools.chain([CONFIG_FILE], (f"config.{number}.yaml" for number in itertools.count(2)))
         return next(self.path / name for name in names if not (self.path / name).exists())
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raise if no run can be started in a folder, which need not exist, or none be gone on with.
+
+    Raises:
+        ConfigError: see `RunFolder`.
+    """
+    held = holds_run(folder)
+    if held and not resume:
+        raise ConfigError(
+            f"output_dir must not hold another run's results, and {folder} does; go on with that run by "
+            "--resume, or choose another trainer.output_dir (nothing was overwritten)"
+        )
+    made = [] if held else sorted(path.name for name in MADE for path in folder.glob(name) if _is_made(path))
+    if made:
+        raise ConfigError(
+            f"{folder} must hold a whole run or nothing of one, and holds {', '.join(made)} without the "
+            f"{STARTS_FILE} that says which run made them; put that file back to go on with the run by --resume, "
+            "or choose another trainer.output_dir (nothing was overwritten)"
+        )
+    if resume and not held:
+        raise ConfigError(
+            f"--resume needs a run to go on with, and {folder} holds none; leave --resume out to start one, "
+            "or correct trainer.output_dir"
+        )
 
 
 def holds_run(folder: Path) -> bool:
