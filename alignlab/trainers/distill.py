@@ -93,6 +93,7 @@ class DistillTrainer(OfflineTrainer):
         self.scorer = scorer
         self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
         check_prompt_ids(self.learner.model, self.eval_prompts, self.tokenizer)
+        self.identity.name_data(train, held_out)
         self.identity.add_held_out(self.eval_prompts, self.evaluation)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"

@@ -147,6 +147,7 @@ class OnlineTrainer(TrainingLoop):
         self.engine = make_engine(model, tokenizer, config.rollout)
         digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
         self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
+        self.identity.name_data(train, held_out)
         self.identity.add_prompts(digest, self.prompts)
         self.identity.add_held_out(self.eval_prompts, self.evaluation)
         self.identity.add_rewards(rewards.rewards)

@@ -153,6 +153,7 @@ class RLAIFTrainer:
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
         self.identity = RunIdentity(config)
+        self.identity.name_data(train, held_out)
         self.identity.add_prompts(digest_of(((prompt.token_ids,), ()) for prompt in self.prompts), self.prompts)
         self.identity.add_held_out(self.eval_prompts, self.evaluation)
         self.identity.add_constitution(self.constitution)

@@ -26,6 +26,7 @@ from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.data.sequences import HasSequences, digest_of
 from alignlab.digests import DamagedError, as_json, digest_of_values, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError
+from alignlab.trainers.given_data import GivenData
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_source import source_digest
@@ -97,6 +98,12 @@ class RunIdentity:
         self._contents[name] = Setting(digest, rule)
         if what is not None:
             self._descriptions[name] = what
+
+    def name_data(self, train: GivenData, held_out: GivenData | None) -> None:
+        """Say where the data comes from, for messages."""
+        for name, data in ((TRAIN_ROWS, train), (EVAL_ROWS, held_out)):
+            if data is not None:
+                self._descriptions[name] = f"{data.settings.source}: {_CONTENTS[name]}"
 
     def add_prompts(self, tokens: str, prompts: Sequence[Prompt]) -> None:
         """Add prompts to learn from, with the columns that rewards are made of.

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,16 @@ class RolloutStore:
         self._folder, self._rank, self._run_id = folder, rank, run_id
         self._sums = folder / f"{SUMS}{rank}"
         folder.mkdir(parents=True, exist_ok=True)
+        last_step = 0 if resume_step is None else resume_step
         for path in folder.glob(f"step-*-rank{rank}.parquet"):
-            if resume_step is None or int(path.name.split("-")[1]) > resume_step:
+            if _step_of(path.name) > last_step:
                 path.unlink()
             elif run_id is not None:
                 _check_run(path, run_id)
-        self._keep_sums_of_files()
+        self._keep_sums(last_step)
 
-    def _keep_sums_of_files(self) -> None:
-        """Take the sums of files that are no longer there out of the list.
+    def _keep_sums(self, last_step: int) -> None:
+        """Take the sums of later steps out of the list, and say which files of the others are not there.
 
         Files of an earlier version, which kept no sums, get them now: as they are, which is said.
         """
@@ -94,8 +95,9 @@ class RolloutStore:
             sums = {path.name: sha256_of(path) for path in paths}
         else:
             sums = _read_sums(self._sums)
-        names = {path.name for path in paths}
-        write_atomically(self._sums, "".join(_sum_line(name, digest) for name, digest in sums.items() if name in names))
+        sums = {name: digest for name, digest in sums.items() if _step_of(name) <= last_step}
+        _say_missing(self._folder, sums.keys() - {path.name for path in paths})
+        write_atomically(self._sums, "".join(_sum_line(name, digest) for name, digest in sums.items()))
 
     def append(
         self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float] | None] | None = None
@@ -167,9 +169,18 @@ def _check_sums(folder: Path, paths: Sequence[Path]) -> None:
                 f"{path} is damaged: its SHA-256 is not the one in {SUMS}*; restore it from a copy, or remove it to "
                 "read the other steps (a run goes on without it)"
             )
-    missing = sorted(sums.keys() - {path.name for path in paths})
-    if missing:
-        logger.warning("%d rollout files in %s are not there, first %s", len(missing), folder, missing[0])
+    _say_missing(folder, sums.keys() - {path.name for path in paths})
+
+
+def _say_missing(folder: Path, names: Set[str]) -> None:
+    if names:
+        logger.warning("%d rollout files in %s are missing, first %s", len(names), folder, min(names))
+
+
+def _step_of(name: str) -> int:
+    """The step that a file's name gives; 0 for a name of another form, as of a damaged list."""
+    step = name.removeprefix("step-").partition("-")[0]
+    return int(step) if step.isascii() and step.isdigit() else 0
 
 
 def _read_sums(file: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from alignlab.config.rollout import SamplingSettings, VLLMServerSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, KLSettings
 from alignlab.errors import CheckpointError
+from alignlab.trainers.given_data import given_data
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.run import run
 from alignlab.trainers.run_identity import RunIdentity
@@ -146,6 +147,13 @@ def test_rewards_are_known_as_they_were_asked_for() -> None:
     settings = RewardSettings(name="alignlab_rewards.length.length", weight=0.5, options={"max_tokens": 3})
     assert load_reward(settings).settings == settings
     assert load_weighted("length", 2).settings == RewardSettings(name="length", weight=2.0)
+
+
+def test_data_is_named_by_its_source(tmp_path: Path) -> None:
+    now = identity(prompts=PROMPTS[1:])
+    now.name_data(given_data(str(tmp_path / "rows.jsonl")), None)
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl: the training data has changed"):
+        check(now)
 
 
 def test_a_trainer_refuses_before_anything_is_generated(

@@ -143,7 +143,11 @@ def test_a_file_that_is_gone_is_said_and_one_of_an_earlier_version_is_read(
     paths = [store.append(step, [make_rollout()]) for step in (1, 2)]
     paths[0].unlink()
     assert read_rollouts(tmp_path)["step"].to_pylist() == [2, 2]
-    assert "1 rollout files" in caplog.text and "first step-00000001-rank0.parquet" in caplog.text
+    said = f"1 rollout files in {tmp_path} are missing, first step-00000001-rank0.parquet"
+    assert said in caplog.text
+    caplog.clear()
+    RolloutStore(tmp_path, resume_step=2)
+    assert said in caplog.text and len((tmp_path / "_SHA256SUMS-rank0").read_text().splitlines()) == 2
     (tmp_path / "_SHA256SUMS-rank0").unlink()
     assert read_rollouts(tmp_path).num_rows == 2 and "of an earlier version, which kept no digests" in caplog.text
     RolloutStore(tmp_path, resume_step=2)
