@@ -80,9 +80,9 @@ class LimitedLoader(yaml.SafeLoader):
             raise _problem(f"there are more than {MAX_NODES} values and keys", mark)
         if self._depth > MAX_DEPTH:
             raise _problem(f"it is nested deeper than {MAX_DEPTH} levels", mark)
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self._depth -= 1
-        return node  # type: ignore[no-any-return]
+        return node
 
     def get_single_node(self) -> yaml.Node | None:
         """Compose the only document, and count what it comes to once aliases are followed."""
@@ -94,7 +94,7 @@ class LimitedLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node; what its type cannot hold is an error of YAML's."""
         try:
-            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            value = super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
         except Exception as error:  # of int(), of a date that there is not, of a key that cannot be looked up

@@ -111,13 +111,14 @@ class StepKeeper:
                 self._loop.accelerator.wait_for_everyone()
             raise
 
-    def keep(self) -> None:
+    def keep(self) -> bool:
         """Save the last whole step on rank 0, and say whether that was possible; no rank waits for another here. Once
-        alone, from whichever thread comes first; another waits until that is done."""
+        alone, from whichever thread comes first; another waits until that is done. Return whether this rank did."""
         with self._keeping:
             if self._loop.is_main and not self._is_kept:
                 self._is_kept = True
                 self._keep()
+            return self._is_kept
 
     def _keep(self) -> None:
         whole, note = self._whole, self._loop.progress.note

@@ -154,7 +154,7 @@ class TrainingLoop(ABC):
         """
         self.keeper = None
         self.agreed = RankAgreement(self.accelerator)
-        with watched(self.position, lambda: self.keeper and self.keeper.keep()), ExitStack() as stack:
+        with watched(self.position, lambda: self.keeper is not None and self.keeper.keep()), ExitStack() as stack:
             on_main_rank(self.check_ending)  # before the folder is taken
             folder = self._enter_folder(stack, resume)
             checkpoint = self._restore(folder) if resume else None

@@ -176,7 +176,7 @@ class RankWatchdog:
 
     def _main_rank_is_over(self) -> bool:
         main = self._ranks.get(0)
-        return main is None or main.has_saved or self._own.processes.get(0, "running") != "running"
+        return main is None or main.has_saved or self._processes().get(0, "running") != "running"
 
     def _fail(self, text: str, of: int | None) -> None:
         if self._own.failure is None:
@@ -251,7 +251,11 @@ class RankWatchdog:
                 self._heard = dict.fromkeys(self._heard, now)
                 self._store_answered = now
             looked = now
-            self.lost = self._look(now)
+            lost = self._look(now)
+            if lost is not None and lost.is_gone:
+                self._tell()  # hear what it has said last
+                lost = self._look(now)
+            self.lost = lost
         self._end(self.lost)
 
     def _look(self, now: float) -> LostRank | None:
@@ -317,7 +321,8 @@ def watch_ranks(rank: int, num_ranks: int, timeout_s: float) -> None:
     if num_ranks == 1 or not torch.distributed.is_initialized():
         return
     if _watchdog is None:
-        _watchdog = RankWatchdog(PrefixStore(_PREFIX, _get_default_store().clone()), rank, num_ranks, timeout_s)
+        default: Any = _get_default_store()
+        _watchdog = RankWatchdog(PrefixStore(_PREFIX, default.clone()), rank, num_ranks, timeout_s)
     _watchdog.timeout_s = timeout_s
     _watchdog.begin()
 

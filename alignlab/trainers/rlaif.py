@@ -136,7 +136,7 @@ class RLAIFTrainer:
         check_lora(peft_config)
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
-        self.accelerator = make_accelerator(config.rank_timeout_s)
+        self.accelerator = make_accelerator(max(stage.rank_timeout_s for stage in config.stages))
         base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
         self.model: Any = base.to(self.accelerator.device)
         check_base(config, self.model, adapted=peft_config is not None)

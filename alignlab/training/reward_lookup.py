@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alignlab.errors import ConfigError
 
@@ -114,8 +114,8 @@ def made_function(name: str, function: Callable[..., Any], options: Mapping[str,
     missing = [key for key in required(parameters(function) or {}) if key not in options]
     if missing:
         raise ConfigError(f"reward {name!r} needs the option {missing[0]!r}; add it to its options")
-    made: Callable[..., Any] = function(**options)
-    return made
+    made: Any = function(**options)
+    return cast("Callable[..., Any]", made)
 
 
 def short_name(name: str) -> str:

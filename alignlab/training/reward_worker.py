@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import functools
 import inspect
 import json
 import os
@@ -68,7 +69,8 @@ def _read(pipe: int, count: int) -> bytes:
 def main() -> None:
     """Serve one reward function until the other end closes. Arguments: pipes to read and write, the parent's id."""
     requests, replies, parent = map(int, sys.argv[1:])
-    os.register_at_fork(after_in_child=lambda: (os.close(requests), os.close(replies)))
+    for pipe in (requests, replies):  # a child that lives on must not keep them open
+        os.register_at_fork(after_in_child=functools.partial(os.close, pipe))
     faulthandler.enable()
     _end_with(parent)
     try:

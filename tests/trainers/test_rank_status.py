@@ -83,8 +83,8 @@ def test_a_lost_rank(changes: Any, silent: Any, found: str) -> None:
         ({0: {"is_waiting": True, "still_s": TIMEOUT_S - 1}, 2: {"still_s": LATE}}, {}),
     ],
     ids=[
-        "all well", "stopped for a moment", "silent and running", "ended after its work", "ahead", "failed before, as all did",
-        "all in a long native call", "waited for within the limit",
+        "all well", "stopped for a moment", "silent and running", "ended after its work", "ahead",
+        "failed before, as all did", "all in a long native call", "waited for within the limit",
     ],
 )
 def test_no_rank_is_lost(changes: Any, silent: Any) -> None:
