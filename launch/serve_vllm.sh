@@ -12,7 +12,8 @@ Servers listen where their addresses say, by default on this machine alone, and 
 one account on one file system nothing has to be done for it.
 
 environment:
-  ALIGNLAB_SERVER_TOKEN  the token, the same for servers and training, where these are on several machines
+  ALIGNLAB_SERVER_TOKEN  the token, 16 characters or more, the same for servers and training, where these are on several
+                         machines; what travels is not encrypted
   CUDA_VISIBLE_DEVICES   the GPUs, one for each server
   OMP_NUM_THREADS        threads of a server on a CPU (default: half of the cores, for the training needs the others)
   ALIGNLAB_VENV          another environment than .venv
