@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from alignlab_rewards.answers.options import check_number
+
 
 def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **given: Any) -> list[float | None]:
     """The weighted sum of the parts that apply to a sample; None where none does.
@@ -18,18 +20,36 @@ def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **given: Any) -> 
             `package.module:function`. Parts are synchronous.
         given: prompts, completions and columns, handed to every part.
     """
+    _check_parts(parts)
     count = len(given["completions"])
     totals: list[float | None] = [None] * count
     for name, part in parts.items():
         options = dict(part) if isinstance(part, Mapping) else {"weight": part}
-        weight = float(options.pop("weight", 1.0))
+        weight = options.pop("weight", 1.0)
+        check_number("combine", f"weight of the part {name}", weight)
         part_function = _find(name)
         arguments = _arguments(name, part_function, given, options)
-        values = _values(name, part_function(**arguments), count) if count else []
+        # A part of ours checks its options on an empty batch too, which others may not expect.
+        is_ours = str(getattr(part_function, "__module__", "")).startswith(f"{__package__}.")
+        values = _values(name, part_function(**arguments), count) if count or is_ours else []
         for i, value in enumerate(values):
             if value is not None:
                 totals[i] = (totals[i] or 0.0) + weight * value
     return totals
+
+
+def _check_parts(parts: Any) -> None:
+    if not isinstance(parts, Mapping) or not parts:
+        raise ValueError(
+            f"the option parts of combine must be a mapping of rewards to their weights, and is {parts!r:.80}; "
+            'write it as {"math_answer": 1.0, "length": {"weight": 0.2, "max_tokens": 64}}'
+        )
+    for name, part in parts.items():
+        if not isinstance(part, Mapping | int | float) or isinstance(part, bool):
+            raise ValueError(
+                f"the part {name} of combine must be a weight, or a mapping of its weight and options, and is "
+                f"{part!r:.80}; correct it"
+            )
 
 
 def _arguments(
@@ -40,6 +60,10 @@ def _arguments(
     Raises:
         ValueError: it has no such option, or requires what is neither given nor an option.
     """
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(
+            f"{name}, a part of combine, is asynchronous, and parts are not; give it as a reward of its own"
+        )
     known = inspect.signature(function).parameters
     for option in options:
         if option not in known:
@@ -77,9 +101,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    for entry in entry_points(group="alignlab.rewards", name=name):
+    for entry in entry_points(group="alignlab.rewards", name=str(name)):
         return entry.load()
-    if ":" not in name:
+    if not isinstance(name, str) or ":" not in name:
         known = ", ".join(sorted(entry.name for entry in entry_points(group="alignlab.rewards")))
         raise ValueError(f"combine has a part {name!r} that is not installed; installed: {known}")
-    return pkgutil.resolve_name(name)
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"combine has a part {name!r} that cannot be imported: {error}; correct its name") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer, in_digits
+from alignlab_rewards.answers.options import check_switch
 
 from alignlab.types import Text, message_text
 
@@ -24,6 +25,7 @@ def exact_match(
         ignore_case: compare without regard to case.
         columns: unused.
     """
+    check_switch("exact_match", "ignore_case", ignore_case)
     return [
         _value(expected_answer(expected, reward="exact_match"), message_text(completion).strip(), ignore_case)
         for completion, expected in zip(completions, answer, strict=True)

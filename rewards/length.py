@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignlab_rewards.answers.options import check_whole
+
 
 def length(
     *,
@@ -22,6 +24,9 @@ def length(
         falloff_tokens: how far outside the value reaches 0, >= 1.
         columns: unused.
     """
+    for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens), ("falloff_tokens", falloff_tokens)):
+        if name != "max_tokens" or value is not None:
+            check_whole("length", name, value)
     if min_tokens < 0 or falloff_tokens < 1 or (max_tokens is not None and max_tokens < min_tokens):
         raise ValueError(
             "length needs 0 <= min_tokens <= max_tokens and falloff_tokens >= 1, and got "

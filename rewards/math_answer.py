@@ -8,6 +8,7 @@ from typing import Any
 
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer
 from alignlab_rewards.answers.extraction import Thinking, after_thinking
+from alignlab_rewards.answers.options import check_choice, check_number
 from alignlab_rewards.answers.verdict import Expectation, is_right
 
 from alignlab.types import Text, message_text
@@ -29,9 +30,9 @@ def math_answer(
     last number of the last sentence that has one, checks and remarks behind it aside. "Wait, it should be 73" takes an
     answer back. Two answers, "11 or 12", are not one of them, nor is a bound such as "at least 72". Numbers are
     compared exactly (1/3 is not 0.33), expressions for all values of their variables, sets in any order, intervals with
-    their brackets, words as words. Units and currencies must agree where both answers have them; percent may be written
-    as `28%`, `28` or `0.28`. Every call takes bounded time: numbers too large to be written out are compared by their
-    remainders, or only as they are written.
+    their brackets, words as words, a number in words as the number. Units and currencies must agree where both answers
+    have them; percent may be written as `28%`, `28` or `0.28`. Every call takes bounded time: numbers too large to be
+    written out are compared by their remainders, or only as they are written.
 
     Args:
         completions: strings or chat messages.
@@ -50,8 +51,8 @@ def math_answer(
     """
     if answer is None and solution is None:
         raise ValueError("math_answer needs a column 'answer' or 'solution' in the dataset")
-    if thinking not in ("auto", "required", "keep"):
-        raise ValueError(f"math_answer's option thinking must be auto, required or keep, and is {thinking!r}")
+    check_choice("math_answer", "thinking", thinking, ("auto", "required", "keep"))
+    check_number("math_answer", "relative_tolerance", relative_tolerance)
     if not 0 <= relative_tolerance < 1:
         raise ValueError(
             f"math_answer's relative_tolerance must be at least 0 and below 1, and is {relative_tolerance}"

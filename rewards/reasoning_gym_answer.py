@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from alignlab_rewards.answers.columns import expected_answer, plain_number
+from alignlab_rewards.answers.options import check_choice
 
 from alignlab.types import Text, message_text
 
@@ -41,6 +42,7 @@ def reasoning_gym_answer(
         extract: how the answer is taken from the completion; see `extract_answer`.
         columns: unused.
     """
+    check_choice("reasoning_gym_answer", "extract", extract, ("last_number", "tagged", "whole"))
     nothing: list[None] = [None] * len(completions)
     rows = zip(prompts, completions, answer, task or nothing, task_options or nothing, metadata or nothing, strict=True)
     values: list[float | None] = []

@@ -18,5 +18,17 @@ def regex_format(*, completions: Sequence[Text], pattern: str, **columns: Any) -
             `<think>.*</think>\s*<answer>.*</answer>`. Mind patterns that backtrack without an end.
         columns: unused.
     """
-    form = re.compile(pattern, re.DOTALL)
+    form = _compiled(pattern)
     return [float(form.fullmatch(message_text(completion).strip()) is not None) for completion in completions]
+
+
+def _compiled(pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"the option pattern of regex_format must be text, and is {pattern!r:.80}; correct it")
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"the option pattern of regex_format must be a regular expression, and {pattern!r:.80} is none: {error}; "
+            "correct it"
+        ) from error

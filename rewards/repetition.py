@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignlab_rewards.answers.options import check_whole
+
 from alignlab.types import Text, message_text
 
 
@@ -20,6 +22,7 @@ def repetition(*, completions: Sequence[Text], ngram_size: int = 3, **columns: A
 
     Reference: the repetition penalty of Yeo et al. (2025), arXiv:2502.03373, over the whole completion.
     """
+    check_whole("repetition", "ngram_size", ngram_size)
     if ngram_size < 1:
         raise ValueError(f"repetition needs ngram_size >= 1, and got {ngram_size}")
     values: list[float | None] = []

@@ -200,6 +200,21 @@ def test_check_stops_at_a_reward_that_fails(run_file, tmp_path, capsys):
     assert "broken" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([""], "PROMPT is empty, and must be a text to go on from; write it in quotes"),
+        (["  \n"], "PROMPT is empty"),
+        (["say " * 5000], "the prompt has 20000 tokens, and must have fewer than the model's"),
+        (["say", "--plain", "--system-prompt", "Be brief."], "put the text into --prompt-template instead"),
+    ],
+)
+def test_generate_refuses_a_prompt_in_terms_of_its_flags(words, told, run_file, capsys):
+    assert main(["generate", str(run_file.parent / "model"), *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "RenderSettings" not in error
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, capsys):
     model = str(run_file.parent / "model")
     words = ["--seed", "3", "--max-new-tokens", "6", "--dtype", "float32"]
@@ -334,6 +349,21 @@ def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
         bare = ["rewards=[]", "eval_data=null", "evaluation={}"]
         assert main(["check", str(run_file), *bare, f"trainer={json.dumps(trainer)}"]) == 2
         assert "must have the student's tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_problems_without_room_are_refused_or_skipped(command, run_file, tmp_path, capsys, caplog):
+    rows = [{"prompt": "say red", "answer": "red"}, {"prompt": "say blue " * 30, "answer": "blue"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = "data" if command == "sample" else "eval_data"
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    words = [command, str(run_file.parent / "model"), "--config", str(run_file), "--max-new-tokens", "8"]
+    words += ["--output", str(tmp_path / "out.jsonl")] if command == "sample" else []
+    words += ["--set", "trainer.rollout={cache_tokens: 64}", "--set"]
+    assert main([*words, f"{section}={json.dumps(data)}"]) == 2
+    assert "must fit rollout.cache_tokens (64)" in capsys.readouterr().err
+    main([*words, f"{section}={json.dumps(data | {'on_bad_row': 'skip'})}"])  # of a random model nothing may be kept
+    assert "skipped 1 of 2" in caplog.text and "must fit" not in capsys.readouterr().err
 
 
 def test_sample_takes_the_last_stage_s_sampling():

@@ -124,3 +124,19 @@ def test_a_missing_result_names_its_command(
     missing = {"model": {"name": str(tmp_path / "teacher" / "model")}}
     assert main([command, write(rows_for("sft", "blue"), missing, type="sft")]) == 2
     assert f"make it first: alignlab train {tmp_path / 'first.yaml'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_check_skips_or_refuses_prompts_without_room_as_the_training_does(
+    held_out: bool, write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [{"prompt": "red", "answer": "1"}, {"prompt": "blue one two " * 40, "answer": "1"}]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (long if held_out else long[:1])))
+    settings = {"rewards": [{"name": "exact_match"}], "eval_data": {"path": str(tmp_path / "eval.jsonl")}}
+    room = {"type": "grpo", "rollout": {"cache_tokens": 40}, "sampling": {"max_new_tokens": 8}}
+    config = write(long[:1] if held_out else long, settings, **room)
+    section = "eval_data" if held_out else "data"
+    assert main(["check", config]) == 2
+    told = capsys.readouterr().err
+    assert "must fit rollout.cache_tokens (40)" in told and f"longest {'evaluation ' if held_out else ''}prompt" in told
+    assert main(["check", config, f"{section}.on_bad_row=skip"]) == 0

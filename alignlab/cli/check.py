@@ -173,13 +173,12 @@ def check_training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: 
     from alignlab.data.sequences import fitting
     from alignlab.data.vocabulary import check_ids
     from alignlab.models.attention import num_embeddings, num_positions
-    from alignlab.trainers.preflight import check_prompt_ids
     from alignlab.trainers.teacher import check_width
 
     model = shape_of(config, tokenizer)
     models = {"the model": model} | teachers_of(config)
     check_prompts(models, data.prompts, config, tokenizer)
-    check_prompt_ids(model, held_out.prompts, tokenizer)
+    check_problems(model, held_out.prompts, config, tokenizer)
     for teacher in list(models.values())[1:]:
         check_width(teacher, tokenizer, rows=num_embeddings(model))
     rows = {whose: num_embeddings(each) for whose, each in models.items()}
@@ -239,15 +238,36 @@ def check_prompts(
     models: Mapping[str, Any], prompts: Sequence[Prompt], config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raise if a model cannot read the prompts, or they and their completions do not fit its positions."""
-    from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.trainers.preflight import check_prompt_ids, check_room
+    from alignlab.config.trainers import OnlineConfig, RLAIFConfig
+    from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings
+    from alignlab.trainers.preflight import check_prompt_ids, with_room
 
+    trainer = config.trainer
+    stages = trainer.sampling_stages if isinstance(trainer, RLAIFConfig) else (trainer,)
     for whose, model in models.items():
         check_prompt_ids(model, prompts, tokenizer, whose=whose)
-    for stage in stages_of(config.trainer):
-        if isinstance(stage, OnlineConfig):
-            for whose, model in models.items():
-                check_room(model, prompts, stage, whose=whose, tokenizer=tokenizer)
+        for stage in stages:
+            if isinstance(stage, OnlineConfig | RevisionSettings | LabelSettings):
+                with_room(prompts, model, stage, config.data, whose=whose, tokenizer=tokenizer)
+
+
+def check_problems(
+    model: PreTrainedModel, prompts: Sequence[Prompt], config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise if the model cannot read the held-out prompts, or they and their completions do not fit its positions."""
+    from alignlab.config.rollout import RolloutSettings, SamplingSettings
+    from alignlab.config.trainers import OnlineConfig, stages_of
+    from alignlab.trainers.held_out import held_out_problems
+    from alignlab.trainers.run import measured_data
+
+    settings, last = measured_data(config), stages_of(config.trainer)[-1]
+    if settings is None:
+        return
+    online = last if isinstance(last, OnlineConfig) else None
+    sampling = online.sampling if online else SamplingSettings()
+    rollout = online.rollout if online else RolloutSettings()
+    how = held_out_problems(config.evaluation, (), sampling, rollout, needed=False)
+    how.of(prompts, settings, model, tokenizer)
 
 
 def check_endings(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

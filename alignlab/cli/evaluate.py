@@ -148,15 +148,14 @@ def same_problems(plan: Plan, candidates: Sequence[Candidate], scorer: LoadedRew
         AlignlabError: with the name of a policy that cannot be loaded or given the problems, before one is loaded.
     """
     from alignlab.cli.policy import tokenizer_source
-    from alignlab.data.prompts import load_prompts
-    from alignlab.models.checkpoints import check_checkpoint, load_tokenizer
+    from alignlab.models.checkpoints import empty_model, load_tokenizer
 
     prompts = []
     for candidate in candidates:
         try:
-            check_checkpoint(candidate.model)
+            model = empty_model(candidate.model)
             tokenizer = load_tokenizer(tokenizer_source(candidate.model, candidate.adapter))
-            prompts.append(load_prompts(plan.data, tokenizer))
+            prompts.append(problems_with_room(plan, model, tokenizer))
             refuse_deaf_scorer(scorer, prompts[-1][0], tokenizer)
         except AlignlabError as error:
             raise type(error)(f"MODEL {candidate.name}: {error}; nothing was evaluated") from error
@@ -276,14 +275,27 @@ def _changed(evaluation: EvaluationSettings, args: argparse.Namespace) -> Evalua
 
 def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> EvaluationResult:
     """Load the policy, its problems and its scorer, and count."""
-    from alignlab.data.prompts import load_prompts
     from alignlab.training.reward_functions import load_reward
 
     scorer = load_reward(plan.scorer)
     policy, tokenizer = load_policy(model, adapter, dtype)
-    prompts = load_prompts(plan.data, tokenizer)
+    prompts = problems_with_room(plan, policy, tokenizer)
     refuse_deaf_scorer(scorer, prompts[0], tokenizer)
     return answer(plan, policy, tokenizer, prompts[: plan.evaluation.num_problems], scorer)
+
+
+def problems_with_room(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
+    """Return the problems that a model can read and complete, the first of them where the others are no matter.
+
+    Raises:
+        ConfigError, DataError: one cannot be asked, and is not to be left out.
+    """
+    from alignlab.data.prompts import load_prompts
+    from alignlab.trainers.preflight import with_room
+
+    prompts = load_prompts(plan.data, tokenizer)
+    asked = prompts if plan.data.on_bad_row == "skip" else prompts[: plan.evaluation.num_problems]
+    return with_room(asked, model, plan, plan.data, tokenizer=tokenizer, what="evaluation prompt")
 
 
 def answer(

@@ -8,10 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import date
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from alignlab.config.render import FlagSettings
+    from alignlab.types import Prompt
 
 NAME = "generate"
 SUMMARY = "complete a prompt, streaming the text"
@@ -40,14 +46,15 @@ def run(args: argparse.Namespace) -> int:
     """Stream one completion."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
 
-    from alignlab.config.render import RenderSettings
+    from alignlab.config.render import FlagSettings
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.data.prompts import prompts_from_rows
     from alignlab.rollout.engine import EmbeddedEngine
 
+    if not args.prompt.strip():
+        raise ConfigError(f"PROMPT is empty, and must be a text to go on from; write it in quotes, such as {EXAMPLE}")
     model, tokenizer = load_policy(args.model, args.adapter, args.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None) or RenderSettings().max_prompt_tokens
-    settings = RenderSettings(
+    limit = getattr(model.config, "max_position_embeddings", None) or FlagSettings().max_prompt_tokens
+    settings = FlagSettings(
         chat=False if args.plain else None,
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,
@@ -55,12 +62,37 @@ def run(args: argparse.Namespace) -> int:
         escape_special_tokens=args.escape_special_tokens,
         **template_settings(args),
     )
-    [prompt] = prompts_from_rows([{"prompt": args.prompt}], settings, tokenizer)
+    prompt = rendered(args.prompt, settings, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
     for text in engine.stream(prompt, sampling.params(n=1, seed=args.seed)):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def rendered(text: str, settings: FlagSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Return the tokens of a prompt.
+
+    Raises:
+        ConfigError, DataError: the flags contradict each other or the tokenizer, or the prompt cannot be rendered.
+    """
+    from alignlab.data.messages import BadRow
+    from alignlab.data.rendering import PromptRenderer
+    from alignlab.types import Prompt
+
+    render = PromptRenderer(settings, tokenizer)
+    try:
+        [token_ids] = render.encode([render(text)])
+        if len(token_ids) >= settings.max_prompt_tokens:
+            raise BadRow(
+                "too_long",
+                f"has {len(token_ids)} tokens, and must have fewer than the model's {settings.max_prompt_tokens} "
+                "positions; shorten it",
+            )
+        render.check_length(token_ids)
+    except BadRow as error:
+        raise DataError(f"the prompt {error}") from error
+    return Prompt(token_ids, text)
 
 
 def template_settings(args: argparse.Namespace) -> dict[str, Any]:

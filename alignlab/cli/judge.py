@@ -93,7 +93,9 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
         DataError: a row has not all three.
     """
     from alignlab.config.data import DataSettings
+    from alignlab.data.chat_text import with_chats
     from alignlab.data.messages import BadRow
+    from alignlab.data.notices import Notices
     from alignlab.data.rows import plain_row
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
@@ -101,9 +103,10 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
     from alignlab.types import message_text
 
     pairs = []
+    notices = Notices(args.pairs)
     for index, given in enumerate(load_rows(DataSettings(path=args.pairs))):
         try:
-            row = plain_row(given)
+            row = with_chats(plain_row(given), "prompt", notices.of_row(index))
         except BadRow as error:
             raise DataError(f"{args.pairs}: row {index} (the first is 0) {error}; correct it, or remove it") from error
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]

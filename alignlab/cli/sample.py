@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.data.prompts import load_prompts
     from alignlab.data.rendering import PromptRenderer
     from alignlab.rollout.engines import make_engine
+    from alignlab.trainers.preflight import SampledBy, with_room
     from alignlab.training.checkpoint import fingerprint
     from alignlab.training.model_reward import bind_rewards
     from alignlab.training.reward_columns import check_columns, reward_columns
@@ -70,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
     limits = trainer.reward_limits if trainer else RewardLimits()
     rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
     policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
-    prompts = load_prompts(config.data, tokenizer)[: args.num_prompts]
+    rollout = trainer.rollout if trainer else RolloutSettings()
+    prompts = with_room(
+        load_prompts(config.data, tokenizer)[: args.num_prompts], policy, SampledBy(settings.sampling, rollout),
+        config.data, tokenizer=tokenizer,
+    )
     check_columns(rewards.rewards, prompts, data="the training data")
     rewards.columns = reward_columns(prompts)
     identity = {
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     bind_rewards(rewards.rewards, policy, tokenizer, share=True)
     try:
         counts = sample_teacher(
-            make_engine(policy, tokenizer, trainer.rollout if trainer else RolloutSettings()),
+            make_engine(policy, tokenizer, rollout),
             prompts, rewards, PromptRenderer(config.data, tokenizer), output, settings, identity=identity,
         )
     finally:

@@ -77,3 +77,11 @@ class DataSettings(RenderSettings):
             raise BrokenRule("split", self.split, 'be "train" or "eval" for a task', "use train")
         if self.config_name is not None:
             raise BrokenRule("config_name", self.config_name, "stay null for a task", "use task_options")
+
+
+class PathSettings(DataSettings):
+    """The source that a program names by its path alone; messages say how it gives a setting."""
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return how a program gives a setting beside the path, with a value where one is advised."""
+        return f"DataSettings(path={self.path!r}, {name}={'...' if value is None else repr(value)})"

@@ -20,6 +20,19 @@ _SHARED = {
     "max_prompt_length": "max_prompt_tokens of the section data",
     "use_liger_kernel": "logprob_chunk_tokens; the logits are always computed in chunks",
     "model_init_kwargs": "dtype and architecture of the section model",
+    "eval_strategy": "eval_every_steps, where the trainer has it",
+    "save_strategy": "save_every_steps",
+    "logging_strategy": "not needed: metrics.jsonl holds every step",
+    "per_device_eval_batch_size": "not needed: memory is bounded by tokens_per_microbatch, in evaluations too",
+    "optim": "not needed: the optimizer is AdamW",
+    "remove_unused_columns": "not needed: rewards receive all columns of the dataset",
+    "disable_dropout": "not needed: dropout of the model is always off, and that of an adapter is lora.dropout",
+    "dataset_num_proc": "not needed: rows are read once, in one process",
+    "trust_remote_code": "not offered: code from a checkpoint is never run",
+    "pad_to_multiple_of": "not needed: nothing is padded",
+    "chat_template_kwargs": "chat_template_kwargs of the section data",
+    "shuffle_dataset": "not needed: examples are drawn in a shuffled order, by seed",
+    "run_name": "output_dir",
 }
 
 _GRPO = {
@@ -91,7 +104,21 @@ _SFT = {
     "packing": "not needed: examples are always packed, without attending to each other",
     "eval_steps": "eval_every_steps",
     "padding_free": "not needed: nothing is padded",
+    "eval_packing": "not needed: examples are always packed, without attending to each other",
+    "packing_strategy": "not needed: examples are always packed, without attending to each other",
     "completion_only_loss": "not needed: the loss is always on the completion alone",
+    "assistant_only_loss": "not needed: the loss is always on the assistant's turns alone; see data.taught_turns",
+    "dataset_text_field": "prompt_column of the section data; plain text is a row with an empty prompt, which is no "
+    "example here",
+    "max_seq_length": "max_prompt_tokens of the section data",
+    "chat_template_path": "model.tokenizer, a folder with another chat template",
+    "max_length": "max_prompt_tokens of the section data",
+}
+
+_REWARD = {
+    "per_device_train_batch_size": "num_pairs, over all ranks",
+    "center_rewards_coefficient": "centring_coef",
+    "eval_steps": "eval_every_steps",
     "max_length": "max_prompt_tokens of the section data",
 }
 
@@ -139,6 +166,7 @@ PEER_NAMES: dict[str, dict[str, str]] = {
     "KTOConfig": _SHARED | _KTO,
     "OnlineDPOConfig": _SHARED | _ONLINE_DPO,
     "SFTConfig": _SHARED | _SFT,
+    "RewardConfig": _SHARED | _REWARD,
     "LoraSettings": {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_parameters": "experts"},
     "ModelSettings": {
         "model_name_or_path": "name",
@@ -163,4 +191,34 @@ PEER_NAMES: dict[str, dict[str, str]] = {
         "vllm_importance_sampling_cap": "high",
         **VERL_NAMES,
     },
+}
+
+_NO_COLLATOR = "not needed: examples are packed by the trainer"
+_OWN_OPTIMIZER = "learning_rate, lr_schedule and warmup_steps of config, and the optimizer is AdamW"
+
+# Arguments of TRL's and transformers' trainers -> what there is here.
+PEER_ARGUMENTS = {
+    "args": "config",
+    "processing_class": "tokenizer",
+    "reward_processing_classes": "not needed: a reward model is given by its folder, and read with the tokenizer there",
+    "reward_model": "reward_funcs, which takes the folder of a reward model",
+    "reward_fn": "reward_funcs",
+    "ref_model": "not needed: the reference is the model as it is given, or the base under an adapter",
+    "teacher_model": "config.teacher, such as GKDConfig(teacher={'name': ...})",
+    "value_model": "not needed: the critic is made of the model; see config.critic",
+    "formatting_func": "not needed: rows have prompt and completion, or messages, columns; map the dataset before",
+    "data_collator": _NO_COLLATOR,
+    "compute_metrics": "callbacks, each called as callback(trainer, step, metrics)",
+    "compute_loss_func": "not offered: derive from the trainer, and override its loss",
+    "preprocess_logits_for_metrics": "not needed: logits are never kept",
+    "optimizers": _OWN_OPTIMIZER,
+    "optimizer_cls_and_kwargs": _OWN_OPTIMIZER,
+    "model_init": "model, a name or a live model",
+    "quantization_config": "not offered: models are trained in bfloat16 or float32",
+    "rollout_func": "not offered: config.rollout chooses the engine, and reward_funcs scores its completions",
+    "environment_factory": "not offered: completions are of one turn",
+    "tools": "render_settings=RenderSettings(tools=...), or the column tools of the rows",
+    "dataset": "train_dataset",
+    "lora_config": "peft_config",
+    "reward_functions": "reward_funcs",
 }

@@ -19,7 +19,7 @@ class RenderSettings(Frozen):
     size: int | None = Field(None, ge=1)
     """Rows to take; default all (for a task, 1000)."""
     prompt_column: str = "prompt"
-    """A string, or a list of chat messages."""
+    """A string, or a list of chat messages: OpenAI's or ShareGPT's, also as the text that a table has for it."""
     system_prompt: str | None = None
     prompt_template: str | None = None
     """Text with `{prompt}` in it, put around a plain prompt."""
@@ -56,3 +56,29 @@ class RenderSettings(Frozen):
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise BrokenRule("prompt_template", self.prompt_template, "contain {prompt}", "put it in")
         return self
+
+
+class HeldOutSettings(RenderSettings):
+    """How held-out rows that a program has in memory become text and tokens."""
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return how the program gives one of them, with a value where one is advised."""
+        if value is None:
+            return f"eval_render_settings.{name}"
+        return f"eval_render_settings=RenderSettings({name}={value!r})"
+
+
+class FlagSettings(RenderSettings):
+    """Settings that a command is given by its flags."""
+
+    @property
+    def source(self) -> str:
+        """The name of the prompt in messages."""
+        return "the prompt"
+
+    def setting(self, name: str, value: str | bool | None = None) -> str:
+        """Return the flag of a setting, with a value where one is advised; prompts without a chat are `--plain`."""
+        if name == "chat":
+            return "--plain"
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value is None or value is True else f"{flag} {value}"

@@ -1,8 +1,9 @@
 """The forms in which chat templates take the same messages.
 
-Templates differ in what they read: arguments of a call as a mapping or as JSON text, no content or an empty one beside
-a call, a thought under one name or another, a content as text or as parts. The forms are tried in an order, and the
-first one of which the template loses nothing is used.
+Templates differ in what they read: a call with or without a mapping `function` around it, its arguments as a mapping or
+as JSON text, no content or an empty one beside a call, a thought in tags or in a field of one name or another, a
+content as text or as parts. The forms are tried in an order, and the first one of which the template loses nothing is
+used.
 """
 
 from __future__ import annotations
@@ -12,18 +13,36 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from alignlab.data.messages import THOUGHT_FIELDS
+from alignlab.data.thoughts import THOUGHT_FIELDS, split_thought
 from alignlab.types import Message
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def forms_of(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages as they are, and then in each other form that makes a difference to them."""
+def forms_of(messages: Sequence[Message], *, fields_first: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Yield the messages as they are, and then in each other form that makes a difference to them.
+
+    Args:
+        fields_first: begin with the forms that have thoughts in fields instead of tags.
+    """
     changes = [change for change in _CHANGES if any(change(dict(message)) != message for message in messages)]
-    for number in range(len(changes) + 1):
-        for chosen in itertools.combinations(changes, number):
-            yield [_changed(message, chosen) for message in messages]
+    forms = [chosen for number in range(len(changes) + 1) for chosen in itertools.combinations(changes, number)]
+    if fields_first:
+        forms.sort(key=lambda chosen: _thought_in_fields not in chosen)
+    for chosen in forms:
+        yield [_changed(message, chosen) for message in messages]
+
+
+def forms_of_tools(tools: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+    """Return tools as they are, and with and without a mapping `function` around each, which templates differ in."""
+    wrapped = [_wrapped_tool(tool) for tool in tools]
+    return [tools, wrapped, [tool["function"] for tool in wrapped]]
+
+
+def _wrapped_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(tool.get("function"), Mapping):
+        return dict(tool)
+    return {"type": "function", "function": {key: held for key, held in tool.items() if key != "type"}}
 
 
 def _changed(message: Message, changes: Sequence[Change]) -> dict[str, Any]:
@@ -33,9 +52,36 @@ def _changed(message: Message, changes: Sequence[Change]) -> dict[str, Any]:
     return made
 
 
-def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+def _with_calls(message: dict[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    return message if not calls else {**message, "tool_calls": [_call_with_text(call) for call in calls]}
+    return message if not calls else {**message, "tool_calls": [change(call) for call in calls]}
+
+
+def _calls_wrapped(message: dict[str, Any]) -> dict[str, Any]:
+    return _with_calls(message, _wrapped)
+
+
+def _wrapped(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return dict(call)
+    outer = {key: held for key, held in call.items() if key not in ("name", "arguments", "type")}
+    inner = {key: call[key] for key in ("name", "arguments") if key in call}
+    return {**outer, "type": "function", "function": inner}
+
+
+def _calls_unwrapped(message: dict[str, Any]) -> dict[str, Any]:
+    return _with_calls(message, _unwrapped)
+
+
+def _unwrapped(call: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(call.get("function"), Mapping):
+        return dict(call)
+    outer = {key: held for key, held in call.items() if key not in ("function", "type")}
+    return {**outer, **call["function"]}
+
+
+def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    return _with_calls(message, _call_with_text)
 
 
 def _call_with_text(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +90,14 @@ def _call_with_text(call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call)
     written = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
     return written if function is call else {**call, "function": written}
+
+
+def _thought_in_fields(message: dict[str, Any]) -> dict[str, Any]:
+    """Move a thought that stands in tags of a content to the fields for thoughts."""
+    if message["role"] != "assistant" or any(message.get(name) for name in THOUGHT_FIELDS):
+        return message
+    found = split_thought(message["content"])
+    return message if found is None else {**message, **dict.fromkeys(THOUGHT_FIELDS, found[0]), "content": found[1]}
 
 
 def _thought_under_each_name(message: dict[str, Any]) -> dict[str, Any]:
@@ -61,5 +115,6 @@ def _content_as_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 _CHANGES: tuple[Change, ...] = (
-    _arguments_as_text, _thought_under_each_name, _no_content_beside_calls, _content_as_parts,
+    _calls_wrapped, _calls_unwrapped, _arguments_as_text, _thought_in_fields, _thought_under_each_name,
+    _no_content_beside_calls, _content_as_parts,
 )  # fmt: skip

@@ -10,8 +10,10 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow
 from alignlab.data.notices import Notices
+from alignlab.data.thoughts import THOUGHT_FIELDS, THOUGHT_TAG
 from alignlab.errors import ConfigError
 from alignlab.types import Message
 
@@ -23,6 +25,7 @@ RESERVED_NAMES = frozenset(
     )
 )  # fmt: skip
 """Variables that are set by other means than `chat_template_kwargs`."""
+_THOUGHT_FIELD = re.compile(rf"\b(?:{'|'.join(THOUGHT_FIELDS)})\b")
 _PROBE = ({"role": "user", "content": "A question?"}, {"role": "assistant", "content": "ANSWER-OF-THE-PROBE"})
 
 
@@ -36,9 +39,10 @@ class ChatTemplate:
         ConfigError: there are several templates, and none is the default.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: datetime.date, notices: Notices) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings, notices: Notices) -> None:
         self._tokenizer = tokenizer
-        self._moment = datetime.datetime.combine(day, datetime.time())
+        self._settings = settings
+        self._moment = datetime.datetime.combine(settings.template_date, datetime.time())
         self._notices = notices
         self._headers: dict[str, str] = {}  # by the variables of the template; shared by the rows
 
@@ -67,9 +71,14 @@ class ChatTemplate:
             return str(self._tokenizer.get_chat_template(values.get("chat_template")))
         except ValueError as error:
             raise ConfigError(
-                f"the tokenizer has several chat templates: {error}; name one, such as "
-                "data.chat_template_kwargs={chat_template: NAME}"
+                f"the tokenizer has several chat templates: {error}; name one in "
+                f"{self._settings.setting('chat_template_kwargs')}, as {{chat_template: NAME}}"
             ) from error
+
+    def marks_thoughts(self, values: Mapping[str, Any]) -> bool:
+        """Return whether the template reads a field for thoughts, and writes them without the usual tags."""
+        text = self._text(values)
+        return _THOUGHT_FIELD.search(text) is not None and THOUGHT_TAG.search(text) is None
 
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], values: Mapping[str, Any],
@@ -113,8 +122,8 @@ class ChatTemplate:
         self._notices.say(
             "date",
             "the chat template writes today's date, and is given %s on every day, so that the tokens of a run stay the "
-            "same; see data.template_date",
-            self._moment.date(),
+            "same; see %s",
+            self._moment.date(), self._settings.setting("template_date"),
         )
         return self._moment.strftime(form)
 

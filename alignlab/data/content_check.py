@@ -8,17 +8,18 @@ escaped. The check is a search in a string, so that every row can be checked.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alignlab.data.messages import THOUGHT_FIELDS, tool_name
+from alignlab.data.messages import TAUGHT_FIELDS, tool_name
+from alignlab.data.thoughts import THOUGHT_FIELDS, thoughts_and_texts
 from alignlab.types import Message
 
 Kind = Literal["text", "thought", "tool call", "tool", "document"]
 
-_THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|thoughts|reasoning)>|\[(/?)THINK\]")
+_CHECKED_FIELDS = frozenset(("role", "content", "tool_calls", *THOUGHT_FIELDS, *TAUGHT_FIELDS))
+"""Fields of a message whose texts are fragments, or that say how it is used."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def fragments_of_documents(documents: Any) -> list[Fragment]:
     return [_fragment("document", -1, "", text) for text in texts if isinstance(text, str) and text.strip()]
 
 
+def other_fields(messages: Sequence[Message]) -> dict[tuple[str, str], int]:
+    """Return (role, field) -> first message of the fields beside a chat's own that hold something, such as `name`."""
+    found: dict[tuple[str, str], int] = {}
+    for i, message in enumerate(messages):
+        for name, value in message.items():
+            if name not in _CHECKED_FIELDS and _holds_something(value):
+                found.setdefault((str(message["role"]), name), i)
+    return found
+
+
 def missing(fragments: Iterable[Fragment], rendered: str) -> list[Fragment]:
     """Return the fragments that are not in a rendered text."""
     squeezed = _squeezed(rendered)
@@ -95,13 +106,8 @@ def _of_content(index: int, role: str, content: str) -> list[Fragment]:
     """Return a content, cut at the tags around thoughts: templates move what is between them."""
     if role != "assistant":
         return [_fragment("text", index, role, content)] if content.strip() else []
-    found, place, thinks = [], 0, False
-    for tag in _THOUGHT_TAG.finditer(content):
-        closes = bool(tag[1] or tag[2])
-        found.append((thinks or closes, content[place : tag.start()]))
-        place, thinks = tag.end(), not closes
-    found.append((thinks, content[place:]))
-    return [_fragment("thought" if thought else "text", index, role, text) for thought, text in found if text.strip()]
+    pieces = thoughts_and_texts(content)
+    return [_fragment("thought" if thought else "text", index, role, text) for thought, text in pieces if text.strip()]
 
 
 def _of_call(index: int, role: str, call: Mapping[str, Any]) -> list[Fragment]:
@@ -133,3 +139,7 @@ def _fragment(kind: Kind, message: int, role: str, text: str, *others: str) -> F
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
+
+
+def _holds_something(value: Any) -> bool:
+    return len(value) > 0 if hasattr(value, "__len__") else bool(value)

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow, check_characters, check_text, is_taught
-from alignlab.data.prompts import count_or_raise, report, split_row
+from alignlab.data.prompts import chat_of, count_or_raise, report, split_row
 from alignlab.data.rendering import PromptRenderer
-from alignlab.data.rows import plain_row, readable_rows
+from alignlab.data.rows import readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -106,8 +106,8 @@ def examples_from_rows(
 ) -> ExampleDataset:
     """Render and tokenise rows of one of three forms.
 
-    - `messages`, and no prompt: every message of the assistant's is taught, nothing else; see
-      `RenderSettings.taught_turns`.
+    - `messages`, and no prompt; or a prompt that is a chat with its answer, and no other: every message of the
+      assistant's is taught, nothing else; see `RenderSettings.taught_turns`.
     - a prompt and `completion` (TRL's form; a string, or chat messages): the completion is taught.
     - a prompt and `answer_column`: `answer_template` with the answer in place of `{answer}` is taught.
 
@@ -129,8 +129,7 @@ def examples_from_rows(
     skipped: Counter[str] = Counter()
     for index, given in enumerate(readable_rows(rows, settings)):
         try:
-            row = plain_row(given)
-            own = render.of_row(row, index)
+            row, own = render.read(given, index)
             found = _examples_of(row, own, answer_column, answer_template)
             examples += [_example(pieces, own) for pieces in found]
         except BadRow as error:
@@ -152,14 +151,29 @@ def _examples_of(
     row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str
 ) -> list[list[_Piece]]:
     """The pieces of each example of a row."""
-    turns = render.settings.taught_turns
-    if row.get(render.settings.prompt_column) is None and row.get("messages") is not None:
-        messages = check_text(row["messages"], "messages")
-        if isinstance(messages, str):
-            raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
+    turns, name = render.settings.taught_turns, render.settings.prompt_column
+    messages = _conversation(row, name, answer_column)
+    if messages is not None:
         return _chat_pieces(render.messages(messages), render, 0, turns)
-    prompt, columns = split_row(row, render.settings.prompt_column)
+    prompt, columns = split_row(row, name)
     return _cut_after(prompt, _completion(columns, answer_column, answer_template), render, turns)
+
+
+def _conversation(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> list[Message] | None:
+    """Return the messages of a row that holds a whole conversation; None where it holds a prompt and a completion.
+
+    That is the column `messages` of a row without a prompt; and the column of prompts where it ends with the
+    assistant's message, and there is no other completion.
+    """
+    has_prompt = row.get(prompt_column) is not None
+    column = prompt_column if has_prompt else "messages"
+    if row.get(column) is None:
+        return None
+    is_completed = any(row.get(name) is not None for name in ("completion", answer_column))
+    if has_prompt and (is_completed or isinstance(row[column], str)):
+        return None
+    messages = chat_of(row[column], column)
+    return None if has_prompt and messages[-1]["role"] != "assistant" else messages
 
 
 def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: str) -> list[list[_Piece]]:

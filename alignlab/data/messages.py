@@ -16,14 +16,25 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
+from alignlab.data.thoughts import THOUGHT_FIELDS
 from alignlab.types import Text
 
 logger = logging.getLogger(__name__)
 
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Names under which a message may have what the assistant thought before its answer."""
-_TAUGHT_FIELDS = ("weight", "train")
+TAUGHT_FIELDS = ("weight", "train")
 """Fields of OpenAI's and others' messages that say whether a turn of the assistant's is taught."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MISNAMED = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "ai": "assistant", "bot": "assistant",
+    "model": "assistant",
+} | dict(zip(_ROLES, _ROLES, strict=True))
+"""Roles by what other data call them, in small letters."""
+_SHAREGPT = _MISNAMED | {"function_response": "tool", "observation": "tool"}
+_SHAREGPT_CALLS = ("function_call", "tool_call")
+SPEAKERS = frozenset((*_SHAREGPT, *_SHAREGPT_CALLS))
+"""All names of speakers that are known here, in small letters."""
+_OF_ARGUMENTS = ("parameters", "input", "args")
+"""What the arguments of a call are called in other data."""
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -99,20 +110,22 @@ def without_value(row: Mapping[str, Any], column: str) -> BadRow:
     return BadRow("missing_column", what)
 
 
-def check_media(row: Mapping[str, Any]) -> None:
-    """Refuse a row with an image, a film or a sound: models here read text.
+def check_media(row: Mapping[str, Any], *, of_message: bool = False) -> None:
+    """Refuse a row, or a message, with an image, a film or a sound: models here read text.
 
     Raises:
         BadRow: a column for one of these holds something.
     """
+    where, fix = ("the column", "use rows without, or rename the column where it is for the rewards")
+    if of_message:
+        where, fix = "a message's field", "use rows without"
     for name in _MEDIA_COLUMNS:
         value = row.get(name)
         if value is None or value is False or (hasattr(value, "__len__") and len(value) == 0):
             continue
         raise BadRow(
             "media",
-            f"has something in the column {name!r}, and models here read text alone; use rows without, or rename the "
-            "column where it is for the rewards",
+            f"has something in {where} {name!r}, and models here read text alone; {fix}",
         )
 
 
@@ -177,14 +190,14 @@ def is_taught(message: Mapping[str, Any]) -> bool:
     Raises:
         BadRow: one of the two is another value, such as a weight of 0.5.
     """
-    for name in _TAUGHT_FIELDS:
+    for name in TAUGHT_FIELDS:
         if message.get(name, 1) not in (0, 1):
             raise BadRow(
                 "wrong_type",
                 f"has {message[name]!r:.40} for {name} in a message, which is 1 (taught) or 0 (read and not taught); "
                 "turns have no other weights here",
             )
-    return all(message.get(name, 1) for name in _TAUGHT_FIELDS)
+    return all(message.get(name, 1) for name in TAUGHT_FIELDS)
 
 
 def without_none(value: Any) -> Any:
@@ -197,9 +210,10 @@ def without_none(value: Any) -> Any:
 
 
 def _message(message: Any, column: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(message, Mapping):
         raise _no_message(message, column)
-    made = {key: part for key, part in message.items() if part is not None}
+    made = _with_role({key: part for key, part in message.items() if part is not None}, column)
+    check_media(made, of_message=True)
     calls = _calls(made.pop("tool_calls", None)) or _legacy_calls(made.pop("function_call", None))
     if calls:
         made["tool_calls"] = calls
@@ -215,6 +229,31 @@ def _message(message: Any, column: str) -> dict[str, Any]:
     elif not isinstance(made["content"], str):
         made = _with_joined_parts(made, column)
     return made
+
+
+def _with_role(message: dict[str, Any], column: str) -> dict[str, Any]:
+    """Return a message with `role` and `content`, also of one in ShareGPT's form, with `from` and `value`.
+
+    Raises:
+        BadRow: it has no role, or one under a name that chat templates do not know.
+    """
+    if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
+        speaker, value = message["from"].lower(), message["value"]
+        others = {key: held for key, held in message.items() if key not in ("from", "value")}
+        if speaker in _SHAREGPT_CALLS:
+            return {"role": "assistant", "tool_calls": [value], **others}
+        return {"role": _SHAREGPT.get(speaker, message["from"]), "content": value, **others}
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise _no_message(message, column)
+    known = _MISNAMED.get(role.strip().lower(), role)
+    if known != role:
+        raise BadRow(
+            "wrong_type",
+            f"has a message of the role {role!r} in the column {column!r}, which chat templates know as {known!r}; "
+            "write that",
+        )
+    return message
 
 
 def _no_message(message: Any, column: str) -> BadRow:
@@ -302,6 +341,9 @@ def _call(call: Any) -> dict[str, Any]:
         )
     made = {key: held for key, held in call.items() if held is not None}
     function = dict(made["function"]) if isinstance(made.get("function"), Mapping) else made
+    other = next((name for name in _OF_ARGUMENTS if name in function), None)
+    if "arguments" not in function and other is not None:
+        function["arguments"] = function.pop(other)
     if "arguments" in function:
         function["arguments"] = _arguments(function["arguments"])
     return {**made, "function": function} if function is not made else made

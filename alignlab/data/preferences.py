@@ -18,7 +18,7 @@ from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow, check_text, without_value
 from alignlab.data.prompts import count_or_raise, report
 from alignlab.data.rendering import PromptRenderer
-from alignlab.data.rows import as_number, plain_row, readable_rows
+from alignlab.data.rows import as_number, readable_rows
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError
@@ -211,8 +211,7 @@ def read_rows(
     skipped: Counter[str] = Counter()
     for index, given in enumerate(readable_rows(rows, settings)):
         try:
-            row = plain_row(given)
-            found += make(row, render.of_row(row, index))
+            found += make(*render.read(given, index))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
     report(len(found), skipped, settings)

@@ -14,10 +14,10 @@ from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow, check_text
 from alignlab.data.rendering import PromptRenderer
-from alignlab.data.rows import plain_row, readable_rows
+from alignlab.data.rows import readable_rows
 from alignlab.data.sources import load_rows
 from alignlab.errors import DataError
-from alignlab.types import Prompt, Text
+from alignlab.types import Message, Prompt, Text
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def prompts_from_rows(
     skipped: Counter[str] = Counter()
     for index, given in enumerate(readable_rows(rows, settings)):
         try:
-            row = plain_row(given)
-            render = whole.of_row(row, index)
+            row, render = whole.read(given, index)
             text, columns = split_row(row, settings.prompt_column)
+            _say_begun(text, render)
             usable.append((index, text, render(text), columns))
         except BadRow as error:
             count_or_raise(skipped, error, index, settings)
@@ -114,9 +114,7 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
             f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set prompt_column",
         )
     columns.pop(prompt_column, None)
-    messages = check_text(columns.pop("messages"), "messages")
-    if isinstance(messages, str):
-        raise BadRow("wrong_type", "has a string in the column 'messages', which holds a list of chat messages")
+    messages = chat_of(columns.pop("messages"))
     if messages[-1]["role"] == "assistant":
         answer, messages = messages[-1], messages[:-1]
         if answer["content"].strip():
@@ -126,6 +124,28 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     if not messages:
         raise BadRow("empty", "has only the assistant's message in its column 'messages', and no prompt before it")
     return messages, columns
+
+
+def chat_of(value: Any, column: str = "messages") -> list[Message]:
+    """Return the messages of a column that holds chats.
+
+    Raises:
+        BadRow: they cannot be read.
+    """
+    messages = check_text(value, column)
+    if isinstance(messages, str):
+        raise BadRow("wrong_type", f"has a string in the column {column!r}, which holds a list of chat messages")
+    return list(messages)
+
+
+def _say_begun(prompt: Text, render: PromptRenderer) -> None:
+    """Log once that a prompt ends with the assistant's message, which may be an answer that was not to be shown."""
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        render.notices.say(
+            "begun",
+            "the prompt ends with the assistant's message, which completions go on with; where that is the answer, "
+            "call the column messages",
+        )
 
 
 def count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: RenderSettings) -> None:
@@ -142,9 +162,12 @@ def report(num_usable: int, skipped: Counter[str], settings: RenderSettings) -> 
     """Say how many rows were left out; refuse a dataset of which nothing remains."""
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     if not num_usable:
+        fix = f"check the rows and {settings.setting('prompt_column')}"
+        if skipped["too_long"]:
+            fix += f", and raise {settings.setting('max_prompt_tokens')}, which is {settings.max_prompt_tokens}"
         raise DataError(
             f"{settings.source}: a dataset must hold at least one usable row, and this has none "
-            f"(skipped: {counts or 'no rows at all'}); check the rows and {settings.setting('prompt_column')}"
+            f"(skipped: {counts or 'no rows at all'}); {fix}"
         )
     if skipped:
         logger.warning("%s: skipped %d rows (%s)", settings.source, skipped.total(), counts)

@@ -9,21 +9,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.render import RenderSettings
-from alignlab.data.chat_forms import forms_of
+from alignlab.data.chat_forms import forms_of_tools
 from alignlab.data.chat_template import RESERVED_NAMES, ChatTemplate
-from alignlab.data.content_check import (
-    Fragment,
-    fragments_of,
-    fragments_of_documents,
-    fragments_of_tools,
-    missing,
-)
+from alignlab.data.chat_text import with_chats
+from alignlab.data.content_check import fragments_of, fragments_of_tools, missing
+from alignlab.data.lossless import LossCheck
 from alignlab.data.messages import BadRow, check_media, check_text, template_values_of, tools_of
 from alignlab.data.notices import Notices
+from alignlab.data.rows import plain_row
 from alignlab.data.special_text import SpecialText, unmarked, with_marks
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
 
+_QUESTION: tuple[Message, ...] = ({"role": "user", "content": "A question?"},)
 _SYSTEM_FIX = "give it as a message of the role system, or for all rows as the setting system_prompt"
 _MASK_FIX = "what is taught are the assistant's messages, but for those whose field weight is 0"
 _UNREAD_COLUMNS = {
@@ -61,9 +59,9 @@ class PromptRenderer:
         self._check_settings(has_template)
         self.notices = notices or Notices(settings.source)
         self._special = SpecialText(tokenizer)
-        self._tools: Sequence[Mapping[str, Any]] = settings.tools
-        self._template = ChatTemplate(tokenizer, settings.template_date, self.notices) if self.chat else None
+        self._template = ChatTemplate(tokenizer, settings, self.notices) if self.chat else None
         self._values: dict[str, Any] = dict(settings.chat_template_kwargs)
+        self._tools: Sequence[Mapping[str, Any]] = self._known_form(settings.tools)
         if self._template is not None:
             self._template.check_values(self._values, settings.setting("chat_template_kwargs"))
 
@@ -97,6 +95,18 @@ class PromptRenderer:
             except BadRow as error:
                 raise ConfigError(f"{settings.setting('tools')} {error}; correct it") from error
 
+    def read(self, given: Any, index: int) -> tuple[dict[str, Any], PromptRenderer]:
+        """Return a row as a plain dict, with lists of messages for chats that are text, and the renderer of the row.
+
+        Raises:
+            BadRow: it is damaged, or as `of_row`.
+        """
+        row = plain_row(given)
+        own = self.of_row(row, index)
+        if self.settings.chat is not False:
+            row = with_chats(row, self.settings.prompt_column, own.notices)
+        return row, own
+
     def of_row(self, columns: Mapping[str, Any], index: int) -> PromptRenderer:
         """Return the renderer of one row, with the tools and the template's variables that its columns hold.
 
@@ -118,8 +128,6 @@ class PromptRenderer:
                 )
             return own
         own._template = self._template.with_notices(own.notices)
-        if tools is not None:
-            own._tools = tools_of(tools)
         if values is not None:
             given = template_values_of(values)
             reserved = RESERVED_NAMES.intersection(given)
@@ -127,7 +135,22 @@ class PromptRenderer:
                 raise BadRow("wrong_type", f"has {min(reserved)!r} in 'chat_template_kwargs', which is given otherwise")
             own._values = self._values | given
             own._template.check_values(given, "the column 'chat_template_kwargs'")
+        if tools is not None:
+            own._tools = own._known_form(tools_of(tools))
         return own
+
+    def _known_form(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return tools in the form in which the chat template writes their names; as they are where it never does."""
+        if self._template is None or not tools:
+            return tools
+        for form in forms_of_tools(tools):
+            try:
+                text = self._render(_QUESTION, form, generation=True, continue_last=False)
+            except BadRow:
+                continue
+            if not missing(fragments_of_tools(tools), unmarked(text)):
+                return form
+        return tools
 
     def _say_unread(self, columns: Mapping[str, Any]) -> None:
         """Log once that a column which others' data have for the chat is not read."""
@@ -177,140 +200,24 @@ class PromptRenderer:
         return [{"role": "system", "content": self.settings.system_prompt}, *checked]
 
     def lossless(self, messages: Sequence[Message], *, taught: Collection[int] = ()) -> Sequence[Message]:
-        """Return the messages in the form in which the chat template writes all of them.
-
-        Args:
-            messages: a chat, which is rendered as it is used: up to where the assistant goes on, or with taught turns.
-            taught: indices of messages whose thoughts are looked for where they are taught, and not here.
-
-        Raises:
-            BadRow: the template refuses them in every form, or leaves something out in every form.
-            ConfigError: the template does that with the settings' system prompt or tools alone.
-        """
+        """Return the messages in the form in which the chat template writes all of them; see `LossCheck.form_of`."""
         self._say_special(messages)
-        form, lost = self._best_form(messages, generation=not taught)
-        if form is None:
-            raise self._refusal(messages, generation=not taught)
-        lost = [fragment for fragment in lost if fragment.message not in taught]
-        self._refuse_lost([*lost, *self._unused_tools(form, generation=not taught)], messages)
-        return form
-
-    def _unused_tools(self, form: Sequence[Message], *, generation: bool) -> list[Fragment]:
-        """Return the tools where they change nothing: their names may stand in calls, and not in a list of tools."""
-        if not self._tools:
-            return []
-        without = copy.copy(self)
-        without._tools = ()
-        try:
-            same = without.render_chat(form, generation=generation) == self.render_chat(form, generation=generation)
-        except BadRow:  # of a template that needs tools
-            same = False
-        return fragments_of_tools(self._tools) if same else []
-
-    def _best_form(
-        self, messages: Sequence[Message], *, generation: bool
-    ) -> tuple[Sequence[Message] | None, list[Fragment]]:
-        """Return the first form of the fewest losses, and what is lost in it.
-
-        The form is None where the template refuses the messages as they are, and no other form is without a loss but
-        of thoughts.
-        """
-        wanted = [
-            *fragments_of(messages),
-            *fragments_of_tools(self._tools),
-            *fragments_of_documents(self._values.get("documents")),
-        ]
-        best: Sequence[Message] | None = None
-        least, refused = wanted, False
-        for form in forms_of(messages):
-            try:
-                rendered = unmarked(self.render_chat(form, generation=generation))
-            except BadRow:
-                refused = refused or form == list(messages)
-                continue
-            lost = missing(wanted, rendered)
-            if best is None or len(lost) < len(least):
-                best, least = form, lost
-            if not lost:
-                break
-        if refused and not all(map(_is_earlier_thought, least)):
-            return None, least
-        return best, least
-
-    def _refusal(self, messages: Sequence[Message], *, generation: bool) -> Exception:
-        """Return the error of messages that the template takes in no form."""
-        try:
-            self.render_chat(messages, generation=generation)
-        except BadRow as error:
-            without = messages[1:] if self._has_set_system(messages) else ()
-            if without and self._best_form(without, generation=generation)[0] is not None:
-                return ConfigError(
-                    f"{self.settings.setting('system_prompt')} is given, and the chat template takes no system message "
-                    f"before these messages ({error}); {self._instead_of_system()}"
-                )
-            return error
-        raise AssertionError("the messages as they are were the first form to be tried")
-
-    def _refuse_lost(self, lost: Sequence[Fragment], messages: Sequence[Message]) -> None:
-        earlier = list(filter(_is_earlier_thought, lost))
-        if earlier:
-            self.notices.say(
-                "earlier thoughts",
-                "the chat template leaves out what the assistant thought in an earlier turn, here %s; a model that is "
-                "used by this template never reads it either",
-                earlier[0].described,
-            )
-        for one in lost:
-            if one in earlier:
-                continue
-            if one.kind == "tool" and self._tools is self.settings.tools:
-                raise ConfigError(
-                    f"{self.settings.setting('tools')} has {one.described}, and the chat template does not write it; "
-                    "use a tokenizer whose chat template takes tools, or remove the setting"
-                )
-            if one.message == 0 and self._has_set_system(messages):
-                raise ConfigError(
-                    f"{self.settings.setting('system_prompt')} is given, and the chat template leaves system messages "
-                    f"out; {self._instead_of_system()}"
-                )
-            raise BadRow(
-                "not_rendered",
-                f"has {one.described}, and the chat template leaves it out; use a tokenizer whose chat template writes "
-                "it, or remove it from the row",
-            )
+        return self._loss_check.form_of(messages, taught=taught)
 
     def check_taught(self, messages: Sequence[Message], index: int, turn: str) -> None:
-        """Refuse a taught turn in which something of its message is not.
+        """Refuse a taught turn in which something of its message is not; see `LossCheck.check_taught`."""
+        self._loss_check.check_taught(messages, index, unmarked(turn))
 
-        Args:
-            messages: the conversation, not in a template's form.
-            index: of the message that is taught.
-            turn: what is taught of it.
-
-        Raises:
-            BadRow: a text, a call or, with `needs_thoughts`, a thought is missing.
-        """
-        own = [fragment for fragment in fragments_of(messages[: index + 1]) if fragment.message == index]
-        for one in missing(own, unmarked(turn)):
-            if one.kind == "thought" and not self.needs_thoughts:
-                self.notices.say("thoughts", "the chat template leaves out %s; it is not read", one.described)
-                continue
-            raise BadRow(
-                "not_rendered",
-                f"has {one.described}, and the chat template leaves it out of the turn that is taught; use a tokenizer "
-                "whose chat template writes it, or remove it from the row",
-            )
-
-    def _has_set_system(self, messages: Sequence[Message]) -> bool:
-        """Whether the first message is the settings' system prompt."""
-        first = messages[0]
-        return first["role"] == "system" and first["content"] == self.settings.system_prompt
-
-    def _instead_of_system(self) -> str:
-        return (
-            f"put the text into {self.settings.setting('prompt_template')}, which is put around plain prompts, or "
-            "remove it"
+    @property
+    def _loss_check(self) -> LossCheck:
+        assert self._template is not None
+        return LossCheck(
+            self.settings, self.notices, self._unmarked, self._tools, self._values, self.needs_thoughts,
+            self._template.marks_thoughts(self._values),
         )
+
+    def _unmarked(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]], generation: bool) -> str:
+        return unmarked(self._render(messages, tools, generation=generation, continue_last=True))
 
     def render_chat(self, messages: Sequence[Message], *, generation: bool = True, continue_last: bool = True) -> str:
         """Return the template's text of the messages; with `generation`, up to where the assistant goes on.
@@ -320,14 +227,20 @@ class PromptRenderer:
             generation: add what begins the assistant's turn.
             continue_last: where the last message is the assistant's, go on with it instead of beginning another turn.
         """
+        return self._render(messages, self._tools, generation=generation, continue_last=continue_last)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generation: bool, continue_last: bool
+    ) -> str:
         assert self._template is not None
         open_ended = generation and continue_last and messages[-1]["role"] == "assistant"
-        tools: Any = list(self._tools)
+        given_tools: Any = list(tools)
         given: Any = [dict(message) for message in messages]
         if self.settings.escape_special_tokens:
-            given, tools = self._special.marked(given), self._special.marked(tools)
+            given, given_tools = self._special.marked(given), self._special.marked(given_tools)
         text = self._template.render(
-            given, tools=tools, values=self._values, generation=generation and not open_ended, open_ended=open_ended
+            given, tools=given_tools, values=self._values, generation=generation and not open_ended,
+            open_ended=open_ended,
         )
         return with_marks(text) if self.settings.escape_special_tokens else text
 
@@ -403,8 +316,3 @@ class PromptRenderer:
         if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
             ids = ids[:-1]
         return tuple(ids)
-
-
-def _is_earlier_thought(fragment: Fragment) -> bool:
-    """Whether a fragment that is lost before a taught turn is a thought of the assistant's."""
-    return fragment.kind == "thought" and fragment.role == "assistant"

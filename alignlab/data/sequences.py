@@ -55,7 +55,7 @@ def fitting(
         advice: how the user asks for that.
 
     Raises:
-        DataError: one does not fit, and is not to be left out.
+        DataError: one does not fit, and is not to be left out; or none fits.
     """
     whose, limit = min(positions.items(), key=lambda each: each[1])
     longest = [max(map(len, item.sequences)) for item in items]
@@ -66,6 +66,11 @@ def fitting(
         raise DataError(
             f"example {long[0]} (the first is 0) has {longest[long[0]]} tokens, and must fit {whose}'s {limit:g} "
             f"positions; shorten it, or set {advice} to leave such rows out"
+        )
+    if len(long) == len(items):
+        raise DataError(
+            f"all {len(items)} examples have more tokens than {whose}'s {limit:g} positions, the shortest "
+            f"{min(longest)}; give shorter rows, or a model of more positions"
         )
     logger.warning("skipped %d of %d examples: more tokens than %s's %g positions", len(long), len(items), whose, limit)
     return [item for item, length in zip(items, longest, strict=True) if length <= limit]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import DataSettings
 from alignlab.config.render import RenderSettings
-from alignlab.data.messages import check_text, without_value
+from alignlab.data.messages import BadRow, check_text, without_value
 from alignlab.data.preferences import (
     Mask,
     completion_tokens,
@@ -20,12 +20,12 @@ from alignlab.data.preferences import (
     preference_rows,
     read_rows,
 )
-from alignlab.data.prompts import split_row
+from alignlab.data.prompts import chat_of, split_row
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.rows import as_label
 from alignlab.data.sequences import Sequences
 from alignlab.errors import DataError
-from alignlab.types import Rollout
+from alignlab.types import Rollout, Text
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def unpaired_from_rows(
     """Render and tokenise rows of one of two forms, strings or chat messages (TRL's forms).
 
     - a prompt, `completion` and `label`, true or 1 where the completion is good, false or 0 where it is bad, also as
-      text;
+      text; `messages` are a prompt and, as their last one, the completion;
     - `chosen` and `rejected`, see `preferences_from_rows`: a good completion and a bad one.
 
     Raises:
@@ -116,7 +116,7 @@ def unpaired_from_rows(
             completion of another prompt to mismatch one with.
     """
     found, skipped = read_rows(rows, settings, tokenizer, _from_row)
-    return UnpairedDataset(mismatch(found), skipped)
+    return UnpairedDataset(mismatch(found, settings.source), skipped)
 
 
 def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPreference]:
@@ -124,16 +124,31 @@ def _from_row(row: Mapping[str, Any], render: PromptRenderer) -> list[UnpairedPr
         pair = preference_from_row(row, render)
         both = ((pair.chosen, True, pair.chosen_mask), (pair.rejected, False, pair.rejected_mask))
         return [UnpairedPreference(pair.prompt, ids, good, completion_mask=mask) for ids, good, mask in both]
-    prompt, columns = split_row(row, render.settings.prompt_column)
-    missing = [name for name in ("completion", "label") if columns.get(name) is None]
-    if missing:
-        raise without_value(row, missing[0])
-    completion, label = check_text(columns["completion"], "completion"), as_label(columns["label"], "label")
+    prompt, completion = _prompt_and_completion(row, render.settings.prompt_column)
+    if row.get("label") is None:
+        raise without_value(row, "label")
+    label = as_label(row["label"], "label")
     start, ids, mask = completion_tokens(prompt, completion, render)
     return [UnpairedPreference(start, ids, label, completion_mask=mask)]
 
 
-def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPreference, ...]:
+def _prompt_and_completion(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, Text]:
+    """Return what a row asks and what is labelled of it: the completion, or the last message of its `messages`."""
+    if row.get("completion") is not None:
+        return split_row(row, prompt_column)[0], check_text(row["completion"], "completion")
+    if row.get(prompt_column) is not None or row.get("messages") is None:
+        raise without_value(row, "completion")
+    messages = chat_of(row["messages"])
+    if messages[-1]["role"] != "assistant" or len(messages) == 1:
+        raise BadRow(
+            "missing_column",
+            "has no column 'completion', and its 'messages' do not end with the assistant's, which the label would be "
+            "of; add it to the messages, or as the column 'completion'",
+        )
+    return messages[:-1], messages[-1:]
+
+
+def mismatch(preferences: Sequence[UnpairedPreference], source: str = "the data") -> tuple[UnpairedPreference, ...]:
     """Each with the completion of the next one that has another prompt and another completion.
 
     The good ones go before the bad ones, and round: so each completion, of a pair too, is taken about once, and those
@@ -147,8 +162,8 @@ def mismatch(preferences: Sequence[UnpairedPreference]) -> tuple[UnpairedPrefere
     if len(labels) == 1:
         kind = "true" if labels.pop() else "false"
         raise DataError(
-            f"labels must be of both kinds, and all {len(preferences)} of the data are {kind}; add completions of the "
-            "other kind, or use supervised fine-tuning"
+            f"{source}: labels must be of both kinds, and all {len(preferences)} are {kind}; add completions of the "
+            "other kind or, to learn from good ones alone, use supervised fine-tuning"
         )
     places = sorted(range(len(preferences)), key=lambda i: not preferences[i].desirable)
     ordered = [preferences[i] for i in places]

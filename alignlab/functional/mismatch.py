@@ -22,6 +22,8 @@ seq_mean_k1 the masks alone, with bounds of the inverse ratio.
 
 from __future__ import annotations
 
+from typing import TypedDict, Unpack
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -30,13 +32,25 @@ from alignlab.functional.precision import at_least_float32, clamped_exp
 from alignlab.functional.reduction import sequence_sum
 
 
+class Sequences(TypedDict):
+    """Which sequence each token belongs to, for the levels above the token.
+
+    Attributes:
+        mask: [N] bool, tokens that the policy sampled; all masked tokens of a sequence must be in this pack.
+        sequence_ids: [N] int, which sequence each token belongs to; -1 on shared prompts.
+        num_sequences: sequences of the step.
+    """
+
+    mask: Tensor
+    sequence_ids: Tensor
+    num_sequences: int
+
+
 @torch.no_grad()
 def token_tis(
     old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, cap: float
 ) -> Float[Tensor, "N"]:
     """Truncated importance sampling: a token counts by its own ratio, at most `cap` times.
-
-        weight = min(exp(old - mu), cap)
 
     Args:
         old_logprobs: under the trainer's weights before the update, nats.
@@ -45,7 +59,7 @@ def token_tis(
 
     Reference: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
-    return _ratio(old_logprobs, rollout_logprobs).clamp(max=cap)
+    return _truncated(_token_ratio(old_logprobs, rollout_logprobs), cap)
 
 
 @torch.no_grad()
@@ -54,16 +68,13 @@ def icepop(
 ) -> Float[Tensor, "N"]:
     """Masked importance sampling by token: a token counts by its ratio within the bounds, and not at all outside.
 
-        weight = exp(old - mu) where low <= exp(old - mu) <= high, else 0
-
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
         low, high: 0 <= low < 1 < high; 0.5 and 5 are usual.
 
     Reference: Ling Team (2025), arXiv:2510.18855, Sec. 3 (IcePop).
     """
-    ratio = _ratio(old_logprobs, rollout_logprobs)
-    return torch.where(_within(ratio, low, high), ratio, 0.0)
+    return _masked(_token_ratio(old_logprobs, rollout_logprobs), low, high)
 
 
 @torch.no_grad()
@@ -72,187 +83,150 @@ def token_mask(
 ) -> Float[Tensor, "N"]:
     """Rejection by token: a token counts as it is while its ratio is within the bounds, and not at all outside.
 
-        weight = 1 where low <= exp(old - mu) <= high, else 0
-
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
         low, high: 0 <= low < 1 < high.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", rejection sampling, at the level of tokens.
     """
-    ratio = _ratio(old_logprobs, rollout_logprobs)
-    return _within(ratio, low, high).to(ratio.dtype)
+    return _mask_alone(_token_ratio(old_logprobs, rollout_logprobs), low, high)
 
 
 @torch.no_grad()
 def sequence_tis(
-    old_logprobs: Float[Tensor, "N"],
-    rollout_logprobs: Float[Tensor, "N"],
-    *,
-    mask: Bool[Tensor, "N"],
-    sequence_ids: Int[Tensor, "N"],
-    num_sequences: int,
-    cap: float,
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, cap: float,
+    **sequences: Unpack[Sequences],
 ) -> Float[Tensor, "N"]:
     """Truncated importance sampling by sequence: each token counts by the ratio of its sequence's probabilities.
 
-        weight[t] = min(exp(sum over the sequence of (old - mu)), cap)
-
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
-        mask, sequence_ids, num_sequences: see `sequence_mask`.
         cap: > 0; 2 to 10 is usual.
+        sequences: see `Sequences`.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", sequence-level truncated importance sampling.
     """
-    ratio = _sequence_ratio(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return ratio.clamp(max=cap)
+    return _truncated(_sequence_ratio(old_logprobs, rollout_logprobs, **sequences), cap)
 
 
 @torch.no_grad()
 def sequence_mis(
-    old_logprobs: Float[Tensor, "N"],
-    rollout_logprobs: Float[Tensor, "N"],
-    *,
-    mask: Bool[Tensor, "N"],
-    sequence_ids: Int[Tensor, "N"],
-    num_sequences: int,
-    low: float,
-    high: float,
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, low: float, high: float,
+    **sequences: Unpack[Sequences],
 ) -> Float[Tensor, "N"]:
     """Masked importance sampling by sequence: a sequence counts by its ratio within the bounds, and not at all outside.
 
-        weight[t] = r where low <= r <= high, else 0        r = exp(sum over the sequence of (old - mu))
-
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
-        mask, sequence_ids, num_sequences: see `sequence_mask`.
         low, high: 0 <= low < 1 < high. The paper and TRL bound the ratio from above alone, which is low = 0.
+        sequences: see `Sequences`.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", sequence-level masked importance sampling.
     """
-    ratio = _sequence_ratio(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return torch.where(_within(ratio, low, high), ratio, 0.0)
+    return _masked(_sequence_ratio(old_logprobs, rollout_logprobs, **sequences), low, high)
 
 
 @torch.no_grad()
 def sequence_mask(
-    old_logprobs: Float[Tensor, "N"],
-    rollout_logprobs: Float[Tensor, "N"],
-    *,
-    mask: Bool[Tensor, "N"],
-    sequence_ids: Int[Tensor, "N"],
-    num_sequences: int,
-    low: float,
-    high: float,
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, low: float, high: float,
+    **sequences: Unpack[Sequences],
 ) -> Float[Tensor, "N"]:
     """Rejection by sequence: a sequence counts as it is while its ratio is within the bounds, and not at all outside.
-
-        weight[t] = 1 where low <= exp(sum over the sequence of (old - mu)) <= high, else 0
 
     The sum grows with the length, so long completions are dropped first: watch what is kept, by length. TRL's
     `sequence_mask` also weighs what it keeps: that is `sequence_mis`.
 
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
-        mask: tokens that the policy sampled; all masked tokens of a sequence must be in this pack.
-        sequence_ids: which sequence each token belongs to; -1 on shared prompts.
-        num_sequences: sequences of the step.
         low, high: 0 <= low < 1 < high.
+        sequences: see `Sequences`.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", sequence-level rejection sampling.
     """
-    ratio = _sequence_ratio(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return _within(ratio, low, high).to(ratio.dtype)
+    return _mask_alone(_sequence_ratio(old_logprobs, rollout_logprobs, **sequences), low, high)
 
 
 @torch.no_grad()
 def geometric_mis(
-    old_logprobs: Float[Tensor, "N"],
-    rollout_logprobs: Float[Tensor, "N"],
-    *,
-    mask: Bool[Tensor, "N"],
-    sequence_ids: Int[Tensor, "N"],
-    num_sequences: int,
-    low: float,
-    high: float,
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, low: float, high: float,
+    **sequences: Unpack[Sequences],
 ) -> Float[Tensor, "N"]:
     """`sequence_mis` by the geometric mean of the tokens' ratios, which does not grow with the length.
 
-        weight[t] = g where low <= g <= high, else 0        g = exp(mean over the sequence of (old - mu))
-
-    g is no importance weight: it is the sequence's ratio to the power 1 / length, of low variance and biased.
+    It is no importance weight: it is the sequence's ratio to the power 1 / length, of low variance and biased.
 
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
-        mask, sequence_ids, num_sequences: see `sequence_mask`.
         low, high: see `geometric_mask`.
+        sequences: see `Sequences`.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", geometric-level masked importance sampling (Geo-MIS).
     """
-    ratio = _geometric_ratio(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return torch.where(_within(ratio, low, high), ratio, 0.0)
+    return _masked(_geometric_ratio(old_logprobs, rollout_logprobs, **sequences), low, high)
 
 
 @torch.no_grad()
 def geometric_mask(
-    old_logprobs: Float[Tensor, "N"],
-    rollout_logprobs: Float[Tensor, "N"],
-    *,
-    mask: Bool[Tensor, "N"],
-    sequence_ids: Int[Tensor, "N"],
-    num_sequences: int,
-    low: float,
-    high: float,
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, low: float, high: float,
+    **sequences: Unpack[Sequences],
 ) -> Float[Tensor, "N"]:
     """`sequence_mask` by the geometric mean of the tokens' ratios, which does not grow with the length.
 
-        weight[t] = 1 where low <= exp(mean over the sequence of (old - mu)) <= high, else 0
-
     Args:
         old_logprobs, rollout_logprobs: see `token_tis`.
-        mask, sequence_ids, num_sequences: see `sequence_mask`.
         low, high: 0 <= low < 1 < high, near 1, since a mean over a sequence stays near 1.
+        sequences: see `Sequences`.
 
     Reference: Liu et al. (2025), "When Speed Kills Stability", geometric-level rejection sampling (Geo-RS).
     """
-    ratio = _geometric_ratio(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return _within(ratio, low, high).to(ratio.dtype)
+    return _mask_alone(_geometric_ratio(old_logprobs, rollout_logprobs, **sequences), low, high)
 
 
-def _ratio(old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+# The three forms of a weight.
+
+
+def _truncated(ratio: Float[Tensor, "N"], cap: float) -> Float[Tensor, "N"]:
+    """min(r, cap)."""
+    return ratio.clamp(max=cap)
+
+
+def _masked(ratio: Float[Tensor, "N"], low: float, high: float) -> Float[Tensor, "N"]:
+    """r where low <= r <= high, else 0."""
+    return torch.where(_is_within(ratio, low, high), ratio, 0.0)
+
+
+def _mask_alone(ratio: Float[Tensor, "N"], low: float, high: float) -> Float[Tensor, "N"]:
+    """1 where low <= r <= high, else 0."""
+    return _is_within(ratio, low, high).to(ratio.dtype)
+
+
+def _is_within(ratio: Float[Tensor, "N"], low: float, high: float) -> Bool[Tensor, "N"]:
+    return (ratio >= low) & (ratio <= high)
+
+
+# The three levels of a ratio.
+
+
+def _token_ratio(old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """exp(old - mu) of each token."""
     return clamped_exp(at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs))
 
 
 def _sequence_ratio(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], *, mask: Bool[Tensor, "N"],
+    sequence_ids: Int[Tensor, "N"], num_sequences: int, is_mean: bool = False,
 ) -> Float[Tensor, "N"]:
-    """exp of the sum of old - mu over each token's sequence; 1 on tokens of none."""
-    totals, _ = _sequence_gap(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return _on_tokens(totals, sequence_ids)
+    """exp of the sum of old - mu, or of its mean, over each token's sequence; 1 on tokens of none."""
+    gap = torch.where(mask, at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs), 0.0)
+    totals = sequence_sum(gap, sequence_ids, num_sequences=num_sequences)
+    if is_mean:
+        counts = sequence_sum(mask.to(gap.dtype), sequence_ids, num_sequences=num_sequences)
+        totals = totals / counts.clamp(min=1)
+    return torch.where(sequence_ids >= 0, clamped_exp(totals)[sequence_ids.clamp(min=0).long()], 1.0)
 
 
 def _geometric_ratio(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int
+    old_logprobs: Float[Tensor, "N"], rollout_logprobs: Float[Tensor, "N"], **sequences: Unpack[Sequences]
 ) -> Float[Tensor, "N"]:
     """exp of the mean of old - mu over each token's sequence; 1 on tokens of none."""
-    totals, counts = _sequence_gap(old_logprobs, rollout_logprobs, mask, sequence_ids, num_sequences)
-    return _on_tokens(totals / counts.clamp(min=1), sequence_ids)
-
-
-def _sequence_gap(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, sequence_ids: Tensor, num_sequences: int
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    """Sum of old - mu, and number of masked tokens, of each sequence."""
-    gap = torch.where(mask, at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs), 0.0)
-    totals = sequence_sum(gap, sequence_ids, num_sequences=num_sequences)
-    return totals, sequence_sum(mask.to(gap.dtype), sequence_ids, num_sequences=num_sequences)
-
-
-def _on_tokens(log_ratio: Float[Tensor, "B"], sequence_ids: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    ratio = clamped_exp(log_ratio)
-    return torch.where(sequence_ids >= 0, ratio[sequence_ids.clamp(min=0).long()], 1.0)
-
-
-def _within(ratio: Float[Tensor, "N"], low: float, high: float) -> Bool[Tensor, "N"]:
-    return (ratio >= low) & (ratio <= high)
+    return _sequence_ratio(old_logprobs, rollout_logprobs, **sequences, is_mean=True)

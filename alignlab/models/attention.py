@@ -13,6 +13,7 @@ Shapes: N tokens, H heads, K kv heads, D head size, V vocabulary; the model's hi
 from __future__ import annotations
 
 import math
+import numbers
 import threading
 from typing import Any, Protocol, cast
 
@@ -138,11 +139,25 @@ def num_embeddings(model: nn.Module) -> int:
 
 
 def end_ids(model: nn.Module) -> set[int]:
-    """Return the ids that end a text by the model's config and its generation defaults."""
+    """Return the ids that end a text by the model's config and its generation defaults.
+
+    Raises:
+        ConfigError: one of the two holds something else for an id.
+    """
     lm = causal_lm(model)
-    named = [getattr(config, "eos_token_id", None) for config in (lm.config, lm.generation_config)]
-    lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
-    return {int(index) for ids in lists for index in ids if index is not None}
+    found: set[int] = set()
+    for name in ("config", "generation_config"):
+        ids = getattr(getattr(lm, name), "eos_token_id", None)
+        for index in ids if isinstance(ids, list | tuple) else [ids]:
+            if index is None:
+                continue
+            if isinstance(index, bool) or not isinstance(index, numbers.Integral):
+                raise ConfigError(
+                    f"the model's {name}.eos_token_id is {ids!r:.60}, and must be a token id or a list of them; "
+                    f"correct {name}.json, or the field of a live model"
+                )
+            found.add(int(index))
+    return found
 
 
 def hidden_states(

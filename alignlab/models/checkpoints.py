@@ -34,7 +34,7 @@ from alignlab.models.adapter_files import base_of, is_adapter, refuse_other_task
 from alignlab.models.attention import ATTENTION, packing_problem, sees_later_tokens
 from alignlab.models.config import PolicyConfig
 from alignlab.models.families import read_hub_config, write_hub_config
-from alignlab.models.generation_defaults import writable_generation_config
+from alignlab.models.generation_defaults import check_generation_file, writable_generation_config
 from alignlab.models.intact import check_folder, named_errors
 from alignlab.models.packaged import resolve_checkpoint
 from alignlab.models.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
@@ -134,6 +134,7 @@ def empty_model(name: str) -> PreTrainedModel:
     path = resolve_checkpoint(name)
     if is_adapter(path):
         return empty_model(base_of(path))
+    check_generation_file(path)
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
     with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
@@ -175,6 +176,7 @@ def _from_hub(name: str, path: str, dtype: torch.dtype | str, *, headless: bool 
     options = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if headless:
         options["tie_word_embeddings"] = True
+    check_generation_file(path)
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
     with named_errors(f"{name} cannot be loaded", f"{_NO_CHECKPOINT}, of an architecture that transformers knows"):

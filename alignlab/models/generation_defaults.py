@@ -7,10 +7,14 @@ were published with such a file: a temperature, and nothing that says whether to
 from __future__ import annotations
 
 import copy
+import json
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from alignlab.errors import CheckpointError
 
@@ -23,6 +27,35 @@ _SAMPLING = {
 _BEAM = {"early_stopping": False, "length_penalty": 1.0}
 """Fields that are read only by beam search, likewise."""
 _CACHE = ("cache_implementation", "cache_config")
+_NUMBERS = (*_SAMPLING, "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens", "num_beams")
+_SWITCHES = ("do_sample", "use_cache")
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+
+
+def check_generation_file(path: str) -> None:
+    """Raise if a checkpoint's `generation_config.json` cannot be used.
+
+    `transformers` takes a file that is no JSON for an absent one.
+
+    Args:
+        path: a folder, or the id of a Hub model.
+
+    Raises:
+        CheckpointError: it is no JSON object, or a field is of another type than it must be; with the file.
+    """
+    try:
+        file = cached_file(path, GENERATION_CONFIG_NAME)
+    except OSError:  # there is none, or the model cannot be reached, which is said when it is loaded
+        return
+    try:
+        values = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} must be JSON, and is not: {error}; correct it, or remove it") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{file} must hold a JSON object, and holds {type(values).__name__}; correct it, or remove it"
+        )
+    _refuse_other_types(values, str(file), "correct the file")
 
 
 def writable_generation_config(config: GenerationConfig, whose: str) -> GenerationConfig:
@@ -39,7 +72,9 @@ def writable_generation_config(config: GenerationConfig, whose: str) -> Generati
         CheckpointError: the defaults contradict themselves in another way.
     """
     mended = copy.deepcopy(config)
-    _refuse_other_types(mended, whose)
+    _refuse_other_types(
+        vars(mended), f"the generation defaults of {whose}", "correct its generation_config.json"
+    )
     changes = [*_mend_sampling(mended), *_remove_unread(mended)]
     try:
         mended.validate(strict=True)
@@ -57,14 +92,30 @@ def writable_generation_config(config: GenerationConfig, whose: str) -> Generati
     return mended
 
 
-def _refuse_other_types(config: GenerationConfig, whose: str) -> None:
-    for name in (*_SAMPLING, "length_penalty"):
-        value = getattr(config, name, None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise CheckpointError(
-                f"the generation defaults of {whose} hold {name} {value!r}, which must be a number; correct its "
-                "generation_config.json"
-            )
+def _refuse_other_types(values: Mapping[str, Any], whose: str, fix: str) -> None:
+    rules = [(_NUMBERS, _is_number, "a number"), (_SWITCHES, _is_switch, "true or false")]
+    rules += [(_TOKENS[:1], _is_token_or_list, "a token id or a list of them"), (_TOKENS[1:], _is_token, "a token id")]
+    for names, is_right, must in rules:
+        for name in names:
+            value = values.get(name)
+            if value is not None and not is_right(value):
+                raise CheckpointError(f"{whose} has {name} {value!r:.60}, which must be {must}; {fix}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token_or_list(value: Any) -> bool:
+    return all(map(_is_token, value)) if isinstance(value, list | tuple) else _is_token(value)
 
 
 def _mend_sampling(config: GenerationConfig) -> list[str]:

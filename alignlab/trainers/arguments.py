@@ -1,14 +1,70 @@
-"""Arguments of a trainer that are of another kind than it takes, refused by name before anything is loaded."""
+"""Arguments of a trainer that it does not take, or of another kind, refused by name before anything is loaded."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from abc import ABCMeta
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from alignlab.config.peer_names import PEER_ARGUMENTS
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
+
+
+class NamedArguments(ABCMeta):
+    """The class of trainers: one that is made with arguments that it does not take is refused with the right ones."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a trainer.
+
+        Raises:
+            ConfigError: an argument is unknown or missing, or given twice.
+        """
+        known = _argument_names(cls)
+        for name in kwargs:
+            if name not in known:
+                raise ConfigError(_unknown_argument(cls.__name__, name, known))
+        try:
+            inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
+        except TypeError as error:
+            raise ConfigError(
+                f"{cls.__name__}: {error}; its arguments are {', '.join(known)}, and of these "
+                f"{', '.join(_required(cls))} must be given"
+            ) from None
+        return super().__call__(*args, **kwargs)
+
+
+def _argument_names(trainer: type) -> list[str]:
+    """Return the arguments of a trainer, with those that it hands on to its base."""
+    names: dict[str, None] = {}
+    for owner in trainer.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        names |= dict.fromkeys(parameter.name for parameter in parameters if parameter.kind not in variadic)
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return list(names)
+
+
+def _required(trainer: type) -> list[str]:
+    parameters = list(inspect.signature(trainer.__init__).parameters.values())[1:]  # type: ignore[misc]
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in parameters if each.default is each.empty and each.kind is positional]
+
+
+def _unknown_argument(trainer: str, name: str, known: Collection[str]) -> str:
+    what = f"{trainer} has no argument {name!r}"
+    if name in PEER_ARGUMENTS:
+        return f"{what}; what TRL calls {name} is here {PEER_ARGUMENTS[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"{what}; did you mean {close[0]!r}?"
+    return f"{what}; it has {', '.join(known)}, and settings such as num_steps are in config"
 
 
 def check_config(trainer: type, config: Any) -> None:

@@ -73,7 +73,7 @@ def resolve_model(
             is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
-    model, tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
+    model, tokenizer = resolve_base(model, tokenizer, peft_config)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
@@ -90,9 +90,11 @@ def resolve_model(
 
 
 def resolve_base(
-    model: Model, tokenizer: str | PreTrainedTokenizerBase | None, *, adapted: bool
+    model: Model, tokenizer: str | PreTrainedTokenizerBase | None, peft_config: LoraSettings | LoraConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model as it is given, or loaded by name in bfloat16 where an adapter will be put on it; and its tokenizer.
+
+    An adapter that trains copies of whole modules is put on a float32 model: the copies have the model's dtype.
 
     Raises:
         ConfigError: there is no tokenizer.
@@ -104,8 +106,15 @@ def resolve_base(
         )
     tokenizer = _resolve_tokenizer(model, tokenizer)
     if isinstance(model, str):
-        model = load_model(model, dtype=torch.bfloat16 if adapted else torch.float32)
+        whole = peft_config is None or _trains_copies(peft_config)
+        model = load_model(model, dtype=torch.float32 if whole else torch.bfloat16)
     return model, tokenizer
+
+
+def _trains_copies(peft_config: LoraSettings | LoraConfig) -> bool:
+    """Return whether an adapter trains copies of modules or rows of the embedding, which have the base's dtype."""
+    names = ("modules_to_save", "trainable_token_indices")
+    return any(getattr(peft_config, name, None) for name in names)
 
 
 def check_lora(peft_config: object) -> None:
@@ -134,9 +143,11 @@ def _resolve_tokenizer(model: Model, tokenizer: str | PreTrainedTokenizerBase | 
 def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
     low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if low:
+        adapted = isinstance(model, PeftModel)
+        instead = "take its module out of modules_to_save" if adapted else "train an adapter (lora)"
         raise ConfigError(
             f"{len(low)} weights would be trained in {model.dtype}, first {low[0]}, and an optimizer's small updates "
-            "are lost in its rounding; load the model in float32, or train an adapter (lora)"
+            f"are lost in its rounding; load the model in float32, or {instead}"
         )
 
 

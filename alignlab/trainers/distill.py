@@ -41,14 +41,13 @@ from alignlab.trainers.given_data import (
     given_data,
     given_held_out,
     resolve_examples,
-    resolve_prompts,
 )
+from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.offline import OfflineTrainer
-from alignlab.trainers.preflight import check_prompt_ids, choose_scorer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
 from alignlab.training.checkpoint import fingerprint
-from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.training.teacher_cache import KeptTeacher, TeacherCache
 from alignlab.types import Experience
@@ -84,17 +83,15 @@ class DistillTrainer(OfflineTrainer):
         evaluation: EvaluationSettings | None = None,
         **options: Any,
     ) -> None:
-        self.evaluation = evaluation or EvaluationSettings()
         rewards = resolve_rewards(reward_funcs) if reward_funcs else []
-        scorer = choose_scorer(self.evaluation, rewards, needed=eval_dataset is not None)
+        how = held_out_problems(
+            evaluation, rewards, SamplingSettings(), RolloutSettings(), needed=eval_dataset is not None
+        )
         train = given_data(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         super().__init__(model, config, train, **options)
-        self.scorer = scorer
-        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
-        check_prompt_ids(self.learner.model, self.eval_prompts, self.tokenizer)
-        self.identity.name_data(train, held_out)
-        self.identity.add_held_out(self.eval_prompts, self.evaluation)
+        self.held_out = how.read(held_out, self.learner.model, self.tokenizer)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())
@@ -185,18 +182,10 @@ class DistillTrainer(OfflineTrainer):
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts or self.scorer is None:
+        if not self.held_out:
             return None
         engine = EmbeddedEngine(self.learner.model, self.tokenizer, RolloutSettings())
-        return evaluate(
-            engine,
-            self.eval_prompts[: self.evaluation.num_problems],
-            self.scorer,
-            sampling=self.evaluation.sampled or SamplingSettings(),
-            num_samples=self.evaluation.num_samples,
-            seed=self.config.seed,
-            pass_at=self.evaluation.pass_at,
-        )
+        return self.held_out.evaluate(engine, seed=self.config.seed)
 
     def frozen(self) -> dict[str, str]:
         """The teacher."""

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import DataSettings, PathSettings
+from alignlab.config.render import HeldOutSettings, RenderSettings
 from alignlab.data.examples import Example, examples_from_rows, load_examples
 from alignlab.data.preferences import Preference, load_preferences, preferences_from_rows
 from alignlab.data.prompts import load_prompts, prompts_from_rows
@@ -22,6 +22,7 @@ from alignlab.types import Prompt
 
 Dataset = str | Path | DataSettings | Sequence[Prompt] | Iterable[Mapping[str, Any]]
 _Made = TypeVar("_Made")
+HELD_OUT = "eval_dataset"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,22 @@ class GivenData:
         self, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
         render: Callable[[Sequence[Any], RenderSettings], Sequence[_Made]],
     ) -> Sequence[_Made]:
-        """Return the items of a source, by `load`; of rows, by `render`; or those made already, of `kind`."""
+        """Return the items of a source, by `load`; of rows, by `render`; or those made already, of `kind`.
+
+        Raises:
+            ConfigError, DataError: they cannot be read; of held-out data with the name.
+        """
+        try:
+            return self._read(kind, load, render)
+        except DataError as error:
+            if self.name == HELD_OUT:
+                raise DataError(f"{self.name}: {error}") from error
+            raise
+
+    def _read(
+        self, kind: type[_Made], load: Callable[[DataSettings], Sequence[_Made]],
+        render: Callable[[Sequence[Any], RenderSettings], Sequence[_Made]],
+    ) -> Sequence[_Made]:
         if self.source is not None:
             return load(self.source)
         if not all(isinstance(item, kind) for item in self.items):
@@ -86,7 +102,7 @@ def given_data(
         return dataset
     _check_settings(settings, settings_name)
     if isinstance(dataset, str | Path):
-        dataset = DataSettings(path=str(dataset))
+        dataset = PathSettings(path=str(dataset))
     if isinstance(dataset, DataSettings):
         if settings is not None:
             raise ConfigError(
@@ -112,7 +128,7 @@ def given_held_out(
     Raises:
         ConfigError, DataError: see `given_data`; or there are settings and no data.
     """
-    name, settings_name = "eval_dataset", "eval_render_settings"
+    name, settings_name = HELD_OUT, "eval_render_settings"
     if dataset is None:
         if settings is not None:
             raise ConfigError("eval_render_settings is given, and there is no eval_dataset; give both or neither")
@@ -120,8 +136,16 @@ def given_held_out(
     if settings is None and train.source is None and not isinstance(dataset, str | Path | DataSettings):
         held_out = given_data(dataset, name=name, settings_name=settings_name)
         of_rows = all(isinstance(item, Mapping) for item in held_out.items)
-        return replace(held_out, settings=train.settings.model_copy(update={"size": None})) if of_rows else held_out
-    return given_data(dataset, settings, name=name, settings_name=settings_name)
+        return replace(held_out, settings=_named(train.settings) if of_rows else held_out.settings)
+    held_out = given_data(dataset, settings, name=name, settings_name=settings_name)
+    if held_out.source is not None:
+        return held_out
+    return replace(held_out, settings=_named(held_out.settings, size=held_out.settings.size))
+
+
+def _named(settings: RenderSettings, size: int | None = None) -> HeldOutSettings:
+    """Return the settings under the name that a program gives those of held-out rows."""
+    return HeldOutSettings(**_shared(settings) | {"size": size})
 
 
 def sampled_settings(settings: RenderSettings) -> RenderSettings:
@@ -216,7 +240,7 @@ def resolve_unpaired(data: GivenData, tokenizer: PreTrainedTokenizerBase) -> Seq
         UnpairedPreference, lambda source: load_unpaired(source, tokenizer),
         lambda rows, settings: unpaired_from_rows(rows, settings, tokenizer),
     )
-    return mismatch(found) if isinstance(found, list) else found
+    return mismatch(found, data.name) if isinstance(found, list) else found
 
 
 def given_prompts(dataset: Dataset | GivenData, settings: RenderSettings | None = None) -> GivenData:

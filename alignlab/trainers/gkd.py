@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from alignlab.config.trainers import GKDConfig
 from alignlab.data.examples import completion_example
 from alignlab.data.messages import BadRow, check_text
 from alignlab.data.preferences import Mask
+from alignlab.data.prompts import count_or_raise, report
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
@@ -38,7 +40,7 @@ from alignlab.trainers.distilling import (
 from alignlab.trainers.given_data import Dataset
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.preflight import check_room
+from alignlab.trainers.preflight import with_room
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher, readable_part
 from alignlab.training.checkpoint import fingerprint
@@ -94,21 +96,39 @@ class GKDTrainer(OnlineTrainer):
     ) -> None:
         super().__init__(model, reward_funcs, config, train_dataset, **options)
         self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
-        check_room(self.teacher.model, self.prompts, config, whose="the teacher", tokenizer=self.tokenizer)
-        self._given: dict[int, tuple[tuple[int, ...], Mask]] = {}
-        if config.student_frac < 1:
-            render = PromptRenderer(self.render_settings, self.tokenizer)
-            numbers = {prompt.index for prompt in self.prompts}
-            if len(numbers) < len(self.prompts):
-                raise DataError(
-                    f"{len(self.prompts)} prompts have {len(numbers)} different indices, and the dataset's completions "
-                    "are found by them; number the prompts (Prompt.index)"
-                )
-            limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
-            self._given = {prompt.index: given_completion(prompt, render, limit) for prompt in self.prompts}
-            models = {"the student": self.learner.model, "the teacher": self.teacher.model}
-            rows = {whose: num_embeddings(model) for whose, model in models.items()}
-            check_ids(((ids,) for ids, _ in self._given.values()), rows, self.tokenizer, what="completion")
+        fit = with_room(
+            self.prompts, self.teacher.model, config, self.render_settings, whose="the teacher",
+            tokenizer=self.tokenizer,
+        )
+        self._given = self._given_completions(fit) if config.student_frac < 1 else {}
+        self.keep_prompts([prompt for prompt in fit if prompt.index in self._given] if self._given else fit)
+
+    def _given_completions(self, prompts: Sequence[Prompt]) -> dict[int, tuple[tuple[int, ...], Mask]]:
+        """Return the dataset's completions by the index of their prompt.
+
+        Raises:
+            DataError: one cannot be used, and is not to be left out; or none can.
+        """
+        numbers = {prompt.index for prompt in prompts}
+        if len(numbers) < len(prompts):
+            raise DataError(
+                f"{len(prompts)} prompts have {len(numbers)} different indices, and the dataset's completions are "
+                "found by them; number the prompts (Prompt.index)"
+            )
+        render = PromptRenderer(self.render_settings, self.tokenizer)
+        limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
+        given: dict[int, tuple[tuple[int, ...], Mask]] = {}
+        skipped: Counter[str] = Counter()
+        for prompt in prompts:
+            try:
+                given[prompt.index] = given_completion(prompt, render, limit)
+            except BadRow as error:
+                count_or_raise(skipped, error, prompt.index, self.render_settings)
+        report(len(given), skipped, self.render_settings)
+        models = {"the student": self.learner.model, "the teacher": self.teacher.model}
+        rows = {whose: num_embeddings(model) for whose, model in models.items()}
+        check_ids(((ids,) for ids, _ in given.values()), rows, self.tokenizer, what="completion")
+        return given
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
         """The student, and beside it the teacher."""
@@ -179,25 +199,24 @@ def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tu
         limit: of the tokens of both together.
 
     Raises:
-        DataError: it does not, or they cannot be rendered, or are too many.
+        BadRow: it does not, or they cannot be rendered, or are too many.
     """
     text = next((prompt.columns[name] for name in COMPLETIONS if prompt.columns.get(name) is not None), None)
     if text is None:
-        raise DataError(
-            f"row {prompt.index} has neither {' nor '.join(COMPLETIONS)}, and student_frac is below 1: the dataset "
-            "completes the other prompts; add the column, or use student_frac 1"
+        raise BadRow(
+            "missing_column",
+            f"has neither {' nor '.join(COMPLETIONS)}, and student_frac is below 1: the dataset completes the other "
+            "prompts; add the column, or use student_frac 1",
         )
-    try:
-        completion = check_text(text if isinstance(text, list) else str(text), "the completion")
-        example = completion_example(prompt.text, completion, render.of_row(prompt.columns, prompt.index))
-    except BadRow as error:
-        raise DataError(f"row {prompt.index} {error}; correct it, or use student_frac 1") from None
+    completion = check_text(text if isinstance(text, list) else str(text), "the completion")
+    example = completion_example(prompt.text, completion, render.of_row(prompt.columns, prompt.index))
     if example.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
-        raise DataError(f"row {prompt.index} begins otherwise with its completion than without; use student_frac 1")
+        raise BadRow("unstable_template", "begins otherwise with its completion than without; use student_frac 1")
     if len(example.token_ids) > limit:
-        raise DataError(
-            f"row {prompt.index} has {len(example.token_ids)} tokens with its completion, and the student and its "
-            f"teacher have {limit:g} positions; shorten it, or leave it out"
+        raise BadRow(
+            "no_room",
+            f"has {len(example.token_ids)} tokens with its completion, and the student and its teacher have {limit:g} "
+            "positions; shorten it",
         )
     own = example.completion_mask[len(prompt.token_ids) :]
     return example.token_ids[len(prompt.token_ids) :], None if all(own) else own

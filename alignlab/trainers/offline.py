@@ -22,7 +22,7 @@ from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
 from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.policy import Policy, PolicyOutput
-from alignlab.trainers.arguments import check_callbacks, check_config
+from alignlab.trainers.arguments import NamedArguments, check_callbacks, check_config
 from alignlab.trainers.assemble import Model, check_shares, make_accelerator, resolve_model
 from alignlab.trainers.given_data import GivenData, given_data, given_held_out
 from alignlab.trainers.learner import Learner
@@ -31,7 +31,7 @@ from alignlab.trainers.reduction import Weigh
 from alignlab.types import Experience
 
 
-class OfflineTrainer(TrainingLoop):
+class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
     """Examples -> packs -> update, step by step.
 
     A trainer derives from it and decides how examples are made (`examples`) and packed (`packs`), how tokens are
@@ -81,8 +81,7 @@ class OfflineTrainer(TrainingLoop):
         self.eval_examples: Sequence[Any] = () if held_out is None else self._fitting(held_out)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
-        self.identity.name_data(train, held_out)
-        self.identity.add_examples(digest, self.eval_examples)
+        self.identity.add_examples(digest, self.eval_examples, train, held_out)
 
     def make_learner(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,

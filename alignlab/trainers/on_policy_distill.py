@@ -31,12 +31,12 @@ from alignlab.trainers.given_data import Dataset
 from alignlab.trainers.grpo import spread
 from alignlab.trainers.objective import PolicyObjective
 from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.preflight import check_room
+from alignlab.trainers.preflight import with_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
 from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher, readable_part
 from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.training.checkpoint import fingerprint
-from alignlab.types import Experience, Prompt, Rollout
+from alignlab.types import Experience, Rollout
 
 
 class DistillObjective(PolicyObjective):
@@ -79,16 +79,22 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         if self.config.alignment == "tokens":
             check_same_tokens(tokenizer, self.tokenizer)
             check_width(causal_lm(self.teacher.model), self.tokenizer, rows=num_embeddings(self.learner.model))
-            self._check_room(self.prompts, tokenizer)
+            self._keep_prompts_with_room(tokenizer, [prompt.token_ids for prompt in self.prompts])
             return TokenScores(self.learner, self.teacher)
         aligner = TextAligner(self.tokenizer, tokenizer, self.render_settings)
         check_width(causal_lm(self.teacher.model), tokenizer)
         # What its template refuses, or is too long for it, is said before anything is sampled.
-        self._check_room([Prompt(ids, "") for ids in aligner.prompt_ids(self.prompts)], tokenizer)
+        self._keep_prompts_with_room(tokenizer, aligner.prompt_ids(self.prompts))
         return TextScores(self.learner, self.teacher, aligner, budget=self.config.tokens_per_microbatch)
 
-    def _check_room(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
-        check_room(self.teacher.model, prompts, self.config, whose="the teacher", tokenizer=tokenizer)
+    def _keep_prompts_with_room(self, tokenizer: PreTrainedTokenizerBase, read_as: Sequence[Sequence[int]]) -> None:
+        """Leave out prompts that the teacher, which reads them as `read_as`, has no room for."""
+        self.keep_prompts(
+            with_room(
+                self.prompts, self.teacher.model, self.config, self.render_settings,
+                whose="the teacher", tokenizer=tokenizer, read_as=read_as,
+            )
+        )
 
     def make_objective(self, config: OnPolicyDistillConfig, policy: Policy) -> DistillObjective:
         """The policy gradient."""

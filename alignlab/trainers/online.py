@@ -34,7 +34,7 @@ from alignlab.rollout.engines import make_engine
 from alignlab.rollout.vllm.proved import ProvedEngine
 from alignlab.rollout.vllm.server.engine import VLLMServerEngine
 from alignlab.trainers.ahead import Collected, CollectingVotes, RolloutsAhead, check_age
-from alignlab.trainers.arguments import check_callbacks, check_config
+from alignlab.trainers.arguments import NamedArguments, check_callbacks, check_config
 from alignlab.trainers.assemble import (
     Model,
     Reward,
@@ -46,16 +46,18 @@ from alignlab.trainers.assemble import (
     resolve_rewards,
 )
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts
+from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.learner import Learner, mean_over_updates
 from alignlab.trainers.loop import Callback, TrainingLoop
 from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
 from alignlab.trainers.pack_scores import score_packs
-from alignlab.trainers.preflight import check_prompt_ids, check_room, choose_scorer, warn_of_truncation
+from alignlab.trainers.preflight import warn_of_truncation, with_room
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.reward_evidence import (
     check_rewards,
+    failures_of_rank,
     failures_of_ranks,
     say_unrewarded,
     signal_settings,
@@ -63,7 +65,7 @@ from alignlab.trainers.reward_evidence import (
     stop_without_any_reward,
 )
 from alignlab.trainers.rollout_metrics import PaddingTokens, reward_range, rollout_metrics
-from alignlab.training.evaluation import EvaluationResult, evaluate
+from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.learning_signal import SignalMonitor
 from alignlab.training.model_reward import bind_rewards, check_reward_ids, fingerprints_of
 from alignlab.training.reward_runner import RewardRunner
@@ -72,7 +74,7 @@ from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience, Prompt, Rollout
 
 
-class OnlineTrainer(TrainingLoop):
+class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
     """Prompts -> rollouts -> rewards -> packs -> scores -> experience -> update -> sync, step by step.
 
     Args:
@@ -119,11 +121,11 @@ class OnlineTrainer(TrainingLoop):
         rewards = RewardRunner(resolve_rewards(reward_funcs) if needed else [], config.reward_limits)
         model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
         self.render_settings = train.settings
-        self.prompts = resolve_prompts(train, tokenizer)
-        self.eval_prompts = resolve_prompts(held_out, tokenizer)
-        check_rewards(rewards, self.prompts, config)
-        check_room(model, self.prompts, config, tokenizer=tokenizer)
-        check_prompt_ids(model, self.eval_prompts, tokenizer)
+        prompts = with_room(resolve_prompts(train, tokenizer), model, config, train.settings, tokenizer=tokenizer)
+        check_rewards(rewards, prompts, config)
+        self.held_out = held_out_problems(
+            evaluation, rewards.rewards, config.sampling, config.rollout, needed=held_out is not None
+        ).read(held_out, model, tokenizer)
         policy = self.make_policy(model, tokenizer, config)
         self.objective = self.make_objective(config, policy)
         self.reference = make_reference(policy) if self.objective.uses_reference else None
@@ -138,26 +140,28 @@ class OnlineTrainer(TrainingLoop):
         self.rewards = rewards
         self.signal = SignalMonitor(signal_settings(config, rewards))
         self._said_unrewarded = config.takes_rewards != "needed"  # a teacher judges those without a reward too
-        self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = choose_scorer(self.evaluation, rewards.rewards, needed=bool(self.eval_prompts))
         bind_rewards(rewards.rewards, model, tokenizer, share=max_staleness(config.rollout) == 0)
-        check_reward_ids(rewards.rewards, self.prompts, tokenizer)
+        check_reward_ids(rewards.rewards, prompts, tokenizer)
         self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
-        digest = digest_of(((prompt.token_ids,), ()) for prompt in self.prompts)
-        self.sampler = IndexSampler(len(self.prompts), config.num_prompts, config.seed, digest=digest)
-        self.identity.name_data(train, held_out)
-        self.identity.add_prompts(digest, self.prompts)
-        self.identity.add_held_out(self.eval_prompts, self.evaluation)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         self.identity.add_rewards(rewards.rewards)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
         self.max_staleness = max_staleness(config.rollout)
         group = make_rank_group() if self.max_staleness else None
         self._any_rank_is_short = CollectingVotes(self.num_rounds, group, self._any_rank)
-        self._position = self._position_now()
+        self.keep_prompts(prompts)
         self.ahead = self._make_ahead()
+
+    def keep_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Sample completions of these prompts, from the first on."""
+        self.prompts = prompts
+        digest = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
+        self.sampler = IndexSampler(len(prompts), self.config.num_prompts, self.config.seed, digest=digest)
+        self.identity.add_prompts(digest, prompts)
+        self._position = self._position_now()
 
     def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Any) -> Policy:
         """What is trained of a model."""
@@ -351,28 +355,16 @@ class OnlineTrainer(TrainingLoop):
     @property
     def has_held_out(self) -> bool:
         """Whether there are held-out prompts."""
-        return bool(self.eval_prompts)
+        return bool(self.held_out)
 
     def evaluate(self) -> EvaluationResult | None:
         """Greedy and sampled accuracy on the held-out prompts."""
-        if not self.eval_prompts or self.scorer is None:
-            return None
-        settings = self.evaluation
-        return evaluate(
-            self.engine,
-            self.eval_prompts[: settings.num_problems],
-            self.scorer,
-            sampling=settings.sampled or self.config.sampling.model_copy(update={"temperature": 1.0}),
-            num_samples=settings.num_samples,
-            seed=self.config.seed,
-            pass_at=settings.pass_at,
-        )
+        return self.held_out.evaluate(self.engine, seed=self.config.seed)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(
-            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
-        )
+        rank = self.accelerator.process_index
+        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=rank, run_id=folder.run_id)
         stack.callback(self._close)
 
     def _close(self) -> None:
@@ -405,8 +397,7 @@ class OnlineTrainer(TrainingLoop):
         super().load_state(state)
         self.objective.load_state(state["objective"])
         self.sampler.load_state_dict(state["sampler"])
-        own = state["reward_failures"][self.accelerator.process_index]
-        self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})
+        self.rewards.failures = failures_of_rank(state["reward_failures"], self.accelerator.process_index)
         self._position = self._position_now()
         self.ahead = self._make_ahead()
         # An engine that has run already, as after an interruption in the same process, only counts upwards.

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rewards import RewardSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings
-from alignlab.config.run import EvaluationSettings
-from alignlab.config.trainers import OnlineConfig
+from alignlab.config.render import RenderSettings
+from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMServerSettings, VLLMSettings
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.models.attention import num_embeddings, num_positions
-from alignlab.training.reward_functions import LoadedReward, load_reward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -23,32 +20,77 @@ TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, 
 """Settings that change the distribution sampled from, and where they do not."""
 
 
-def check_room(
-    model: Any, prompts: Sequence[Prompt], config: OnlineConfig, *, whose: str = "the model",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Raise if the model cannot read the prompts, or the longest leaves no room for its completion, in the model or in
-    the engine.
+class Samples(Protocol):
+    """Settings of a trainer, or of a stage, that samples completions."""
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How completions are drawn."""
+        ...
+
+    @property
+    def rollout(self) -> RolloutSettings | VLLMSettings | VLLMServerSettings:
+        """The engine."""
+        ...
+
+
+class SampledBy(NamedTuple):
+    """Settings of samples that no trainer draws."""
+
+    sampling: SamplingSettings
+    rollout: RolloutSettings | VLLMSettings | VLLMServerSettings
+
+
+def with_room(
+    prompts: Sequence[Prompt], model: Any, config: Samples, settings: RenderSettings, *,
+    whose: str = "the model", tokenizer: PreTrainedTokenizerBase | None = None, what: str = "prompt",
+    read_as: Sequence[Sequence[int]] | None = None,
+) -> Sequence[Prompt]:
+    """Return the prompts that a model can read with a completion behind them, in its positions and in the engine's.
 
     Args:
+        settings: how rows are read; those that do not fit are left out, and counted, under `on_bad_row: skip`.
+        whose: the model, for messages.
         tokenizer: names a token that the model has no embedding for.
+        what: the prompts, for messages.
+        read_as: token ids of each prompt as the model reads it; default: the prompt's own.
 
     Raises:
-        ConfigError: with the value that fits.
+        ConfigError: with the value that fits; one does not fit and is not to be left out, or none fits.
     """
-    check_prompt_ids(model, prompts, tokenizer, whose=whose)
-    positions = num_positions(model)
-    served = None if isinstance(config.rollout, RolloutSettings) else config.rollout.context_tokens
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    ids = [prompt.token_ids for prompt in prompts] if read_as is None else read_as
+    check_ids(((row,) for row in ids), {whose: num_embeddings(model)}, tokenizer, what=what)
+    engine_limit = "cache_tokens" if isinstance(config.rollout, RolloutSettings) else "context_tokens"
+    served = getattr(config.rollout, engine_limit)
+    limits = {f"{whose}'s {{:g}} positions": num_positions(model), f"rollout.{engine_limit} ({{}})": served}
     wanted = config.sampling.max_new_tokens
-    for limit, named in ((positions, f"{whose}'s {{}} positions"), (served, "rollout.context_tokens ({})")):
-        if limit is not None and longest + wanted > limit:
-            room = limit - longest
-            fix = f"use {room} or less, or lower" if room > 0 else "lower"
-            raise ConfigError(
-                f"sampling.max_new_tokens is {wanted}, and with the longest prompt ({longest} tokens) must fit "
-                f"{named.format(limit)}; {fix} max_prompt_tokens of the data"
-            )
+    for named, limit in limits.items():
+        lengths = list(map(len, ids))
+        fits = [limit is None or length + wanted <= limit for length in lengths]
+        if all(fits):
+            continue
+        assert limit is not None
+        if settings.on_bad_row == "error" or not any(fits):
+            raise ConfigError(_no_room(max(lengths), wanted, limit, named.format(limit), what, settings))
+        logger.warning(
+            "%s: skipped %d of %d %ss, whose tokens and sampling.max_new_tokens (%d) do not fit %s",
+            settings.source, fits.count(False), len(prompts), what, wanted, named.format(limit),
+        )  # fmt: skip
+        prompts = [prompt for prompt, is_fit in zip(prompts, fits, strict=True) if is_fit]
+        ids = [row for row, is_fit in zip(ids, fits, strict=True) if is_fit]
+    return prompts
+
+
+def _no_room(
+    longest: int, wanted: int, limit: float, limit_name: str, what: str, settings: RenderSettings
+) -> str:
+    room = limit - longest
+    fix = f"use {room:g} or less, or lower" if room > 0 else "lower"
+    skip = "" if settings.on_bad_row == "skip" else f", or set {settings.setting('on_bad_row', 'skip')}"
+    return (
+        f"sampling.max_new_tokens is {wanted}, and with the longest {what} ({longest} tokens) must fit {limit_name}; "
+        f"{fix} {settings.setting('max_prompt_tokens')}{skip}"
+    )
 
 
 def check_prompt_ids(
@@ -75,23 +117,3 @@ def warn_of_truncation(sampling: SamplingSettings) -> None:
             "the gradient is biased and rollout_gap is large by construction; leave it out, unless that is meant",
             ", sampling.".join(truncating),
         )
-
-
-def choose_scorer(
-    evaluation: EvaluationSettings, rewards: Sequence[LoadedReward], *, needed: bool
-) -> LoadedReward | None:
-    """What says which completions are right: `evaluation.scorer` or, without one, the first of the rewards.
-
-    Raises:
-        ConfigError: it is needed, for there is held-out data, and there is none.
-    """
-    if evaluation.scorer is not None:
-        return load_reward(RewardSettings(name=evaluation.scorer))
-    if rewards:
-        return rewards[0]
-    if needed:
-        raise ConfigError(
-            "eval_dataset is given, and must be left out where nothing says what is right; give reward_funcs or "
-            "evaluation.scorer, such as reasoning_gym_answer"
-        )
-    return None

@@ -57,23 +57,25 @@ from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from alignlab.rollout.engines import give_back, make_engine
+from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
 from alignlab.trainers.base_of_stages import check_base
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.ending import check_stages
 from alignlab.trainers.given_data import Dataset, given_held_out, given_prompts, resolve_prompts, sampled_settings
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.loop import Callback, TrainResult
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
-from alignlab.trainers.preflight import choose_scorer
+from alignlab.trainers.preflight import with_room
 from alignlab.trainers.ranks import RankAgreement
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, read_evaluation, write_evaluation
+from alignlab.training.evaluation import Evaluation, EvaluationResult, read_evaluation, write_evaluation
 from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
 from alignlab.training.report import RunReport, show_table, write_report
@@ -95,7 +97,7 @@ class Stopped(Exception):
         self.result = result
 
 
-class RLAIFTrainer:
+class RLAIFTrainer(metaclass=NamedArguments):
     """Runs the stages that the config names.
 
     Args:
@@ -136,15 +138,18 @@ class RLAIFTrainer:
         self.config, self.peft_config, self.callbacks = config, peft_config, tuple(callbacks)
         self.constitution = load_constitution(config.constitution)
         self.accelerator = make_accelerator()
-        base, self.tokenizer = resolve_base(model, tokenizer, adapted=peft_config is not None)
+        base, self.tokenizer = resolve_base(model, tokenizer, peft_config)
         self.model: Any = base.to(self.accelerator.device)
         check_base(config, self.model, adapted=peft_config is not None)
         self._stage_settings = sampled_settings(train.settings)
         self.prompts = resolve_prompts(train, self.tokenizer)
-        self.eval_prompts = resolve_prompts(held_out, self.tokenizer)
-        check_stages(config, self.model, self.tokenizer, [*self.prompts, *self.eval_prompts])
-        self.evaluation = evaluation or EvaluationSettings()
-        self.scorer = choose_scorer(self.evaluation, (), needed=bool(self.eval_prompts))
+        for stage in config.sampling_stages:
+            self.prompts = with_room(self.prompts, self.model, stage, train.settings, tokenizer=self.tokenizer)
+        last = config.policy
+        usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
+        how = held_out_problems(evaluation, (), usual, RolloutSettings(), needed=held_out is not None)
+        self.held_out = how.read(held_out, self.model, self.tokenizer)
+        check_stages(config, self.model, self.tokenizer, self.prompts)
         self._judge_is_given = judge is not None
         self.judge = judge or make_judge(
             config.judge, self.constitution, policy=self.model, tokenizer=self.tokenizer, seed=config.seed
@@ -152,9 +157,8 @@ class RLAIFTrainer:
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
         self.identity = RunIdentity(config)
-        self.identity.name_data(train, held_out)
         self.identity.add_prompts(digest_of(((prompt.token_ids,), ()) for prompt in self.prompts), self.prompts)
-        self.identity.add_held_out(self.eval_prompts, self.evaluation)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         self.identity.add_constitution(self.constitution)
         self.title = type(self).__name__
         self.base_model: str | None = None
@@ -358,19 +362,9 @@ class RLAIFTrainer:
         return result
 
     def _evaluate(self, model: Any) -> EvaluationResult | None:
-        if self.scorer is None or not self.eval_prompts:
+        if not self.held_out:
             return None
-        settings, last = self.evaluation, self.config.policy
-        usual = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
-        return evaluate(
-            make_engine(model, self.tokenizer, RolloutSettings()),
-            self.eval_prompts[: settings.num_problems],
-            self.scorer,
-            sampling=settings.sampled or usual.model_copy(update={"temperature": 1.0}),
-            num_samples=settings.num_samples,
-            seed=self.config.seed,
-            pass_at=settings.pass_at,
-        )
+        return self.held_out.evaluate(make_engine(model, self.tokenizer, RolloutSettings()), seed=self.config.seed)
 
     def _report(self, result: TrainResult) -> RunReport:
         adapters = has_adapters(self._trained)

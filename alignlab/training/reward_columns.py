@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import ConfigError
@@ -19,6 +20,8 @@ RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 """Columns that no reward receives: a call's own arguments have these names, or hold what they would."""
 OF_TRL = ("trainer_state", "log_extra", "log_metric")
 _SHIPPED = "alignlab_rewards"
+_OF_PARTS = "combine"
+_SINGLE = ("str", "int", "float", "bool", "dict", "Mapping", "Literal")
 
 
 def reward_columns(prompts: Iterable[Prompt]) -> tuple[str, ...]:
@@ -44,11 +47,15 @@ def check_columns(rewards: Sequence[LoadedReward], prompts: Sequence[Prompt], *,
         known = parameters(reward.function)
         needed = [name for name in required(known or {}) if name not in GIVEN and name not in reward.options]
         for name in needed:
+            if name not in columns and known is not None and _is_option(known[name]):
+                raise ConfigError(_missing_option(reward.name, name))
             if name not in columns:
                 raise ConfigError(missing_column(reward.name, name, columns, data))
             _refuse_empty(reward.name, name, prompts, data)
             _say_partial(reward.name, name, prompts, data)
-        _try_shipped(reward, columns, data)
+        if _is_shipped(reward):
+            _try_shipped(reward, columns, data)
+            _refuse_inapplicable(reward, prompts, columns, data)
 
 
 def missing_column(reward: str, name: str, columns: Sequence[str], data: str) -> str:
@@ -61,6 +68,20 @@ def missing_column(reward: str, name: str, columns: Sequence[str], data: str) ->
         f"reward {reward!r} requires {name}, and {data} has only {', '.join(columns) or 'no columns'}; {hint} "
         "the column, or give the reward a default or an option of that name"
     )
+
+
+def _missing_option(reward: str, name: str) -> str:
+    return (
+        f"reward {reward!r} requires the option {name}, which is not given; add it, as options: {{{name}: ...}} or, in "
+        f"Python, RewardSettings(name=..., options={{{name!r}: ...}}) or functools.partial(reward, {name}=...)"
+    )
+
+
+def _is_option(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter is annotated as one value or a mapping: a column is a list, one value a sample."""
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return text.partition("[")[0].partition(" |")[0].rpartition(".")[2] in _SINGLE
 
 
 def _say_reserved(prompts: Sequence[Prompt], data: str) -> None:
@@ -92,17 +113,52 @@ def _say_partial(reward: str, name: str, prompts: Sequence[Prompt], data: str) -
 
 def _try_shipped(reward: LoadedReward, columns: Sequence[str], data: str) -> None:
     """Call one of the rewards that come with alignlab on no completion at all: each checks its options and columns
-    first. Another function is not called, for it may not expect an empty batch."""
-    module = getattr(reward.function, "__module__", None)  # None, too, of a function that was made by exec
-    if module is None or module.partition(".")[0] != _SHIPPED:
-        return
-    known = parameters(reward.function) or {}
-    given: dict[str, Any] = {name: [] for name in (*columns, *GIVEN[:2], GIVEN[3])} | dict(reward.options)
-    arguments = given if accepts_any(known) else {name: given[name] for name in known if name in given}
+    first."""
     try:
-        reward.function(**arguments)
+        _called(reward, {name: [] for name in columns}, [], [])
     except Exception as error:  # a plug-in says what is wrong in any class of error
         raise ConfigError(
             f"reward {reward.name!r} cannot score {data}, whose columns are {', '.join(columns) or 'none'}: {error}; "
             "correct its options, or the data"
         ) from error
+
+
+def _refuse_inapplicable(
+    reward: LoadedReward, prompts: Sequence[Prompt], columns: Sequence[str], data: str
+) -> None:
+    """Raise if one of the rewards that come with alignlab applies to no row: nothing could be learnt from it.
+
+    The rows are tried with an empty completion, up to the first that has a value.
+    """
+    if not prompts or reward.function.__name__ == _OF_PARTS:  # whose parts may be anybody's
+        return
+    failure: Exception | None = None
+    for prompt in prompts:
+        try:
+            values = _called(reward, {name: [prompt.columns.get(name)] for name in columns}, [prompt.text], [""])
+        except Exception as error:  # such as an expected answer that cannot be read
+            failure = error
+            continue
+        if values[0] is not None:
+            return
+    why = "it gives None for each" if failure is None else f"it gives None or fails for each, as with: {failure}"
+    raise ConfigError(
+        f"reward {reward.name!r} applies to none of the {len(prompts)} rows of {data}: {why}; correct the column that "
+        "it compares with, or leave the reward out"
+    )
+
+
+def _is_shipped(reward: LoadedReward) -> bool:
+    """Return whether a reward comes with alignlab: another one is not called, for it may not expect an empty batch."""
+    module = getattr(reward.function, "__module__", None)  # None, too, of a function that was made by exec
+    return module is not None and module.partition(".")[0] == _SHIPPED
+
+
+def _called(
+    reward: LoadedReward, columns: Mapping[str, Any], prompts: Sequence[Any], completions: Sequence[str]
+) -> Any:
+    """Return what a reward gives to completions of no tokens."""
+    known = parameters(reward.function) or {}
+    given: dict[str, Any] = {**columns, "prompts": prompts, "completions": completions}
+    given |= {"completion_ids": [[] for _ in completions], **reward.options}
+    return reward.function(**(given if accepts_any(known) else {name: given[name] for name in known if name in given}))

@@ -67,6 +67,7 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     """
     if not isinstance(reward, RewardSettings):
         _check_callable(reward)
+        _check_call(_callable_name(reward), reward)
         return LoadedReward(_callable_name(reward), reward)
     given, reward = reward, _of_model(reward)
     function = _find(reward.name)
@@ -74,7 +75,10 @@ def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
         raise ConfigError(f"reward {reward.name!r} must be a function, and is {type(function).__name__}")
     _check_options(reward.name, function, reward.options)
     if inspect.isclass(function):
-        return LoadedReward(_short_name(reward.name), _made(reward, function), reward.weight, given=given)
+        made = _made(reward, function)
+        _check_call(reward.name, made)
+        return LoadedReward(_short_name(reward.name), made, reward.weight, given=given)
+    _check_call(reward.name, function)
     return LoadedReward(_short_name(reward.name), function, reward.weight, dict(reward.options), given)
 
 
@@ -162,10 +166,39 @@ def _check_callable(reward: Any) -> None:
             "no tokenizer; save both with save_pretrained(folder), and give the folder's name, or RewardSettings("
             'name="reward_model", options={"model": folder})'
         )
+    if inspect.isclass(reward):
+        raise ConfigError(
+            f"reward_funcs holds the class {reward.__name__}, and a reward is a function or an object that can be "
+            f"called; give an object, {reward.__name__}(...)"
+        )
     if not callable(reward):
         raise ConfigError(
             f"a reward must be a callable or RewardSettings, and is {reward!r}; pass one of these, or a pair "
             "(callable, weight)"
+        )
+
+
+def _check_call(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that no call of a reward fits: all its arguments are given by name.
+
+    Raises:
+        ConfigError: it takes none, or one by position alone.
+    """
+    known = parameters(function)
+    if known is None:
+        return
+    by_place = [each for each in known.values() if each.kind is inspect.Parameter.POSITIONAL_ONLY]
+    unmet = [each.name for each in by_place if each.default is each.empty]
+    named = [each for each in known.values() if each.kind is not inspect.Parameter.VAR_POSITIONAL]
+    signature = "def reward(prompts, completions, **columns)"
+    if unmet:
+        raise ConfigError(
+            f"reward {name!r} takes {unmet[0]} by position alone, and rewards are called with names; write it as "
+            f"{signature}"
+        )
+    if len(named) == len(by_place):
+        raise ConfigError(
+            f"reward {name!r} takes no argument by name, so that it would see no completion; write it as {signature}"
         )
 
 
@@ -245,7 +278,20 @@ def _made(reward: RewardSettings, kind: Callable[..., Any]) -> Callable[..., Any
     ]
     if missing:
         raise ConfigError(f"reward {reward.name!r} needs the option {missing[0]!r}; add it to its options")
-    made: Callable[..., Any] = kind(**reward.options)
+    try:
+        made: Callable[..., Any] = kind(**reward.options)
+    except ConfigError:
+        raise
+    except Exception as error:  # of the class's own code
+        raise ConfigError(
+            f"reward {reward.name!r} is a class, and could not be made with its options {reward.options}: "
+            f"{type(error).__name__}: {error}; correct them"
+        ) from error
+    if not callable(made):
+        raise ConfigError(
+            f"reward {reward.name!r} is a class whose objects cannot be called; give it a method __call__(self, "
+            "prompts, completions, **columns)"
+        )
     return made
 
 

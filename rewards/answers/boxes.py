@@ -15,6 +15,13 @@ _JOINER = re.compile(
 _NEXT_LINE = re.compile(_LAYOUT)
 _NAMED = re.compile(r"\s*([A-Za-z](?:_\w+)?)\s*=[^=]*")
 
+_WHOLE = r"[$€£]?([-\u2212]?\d{1,3}(?:,\d{3})+|[-\u2212]?\d+)"
+_OR = rf"{_LAYOUT}\bor\b{_LAYOUT}(?:(?:maybe|perhaps|possibly|even)\s)?{_LAYOUT}"
+_WHOLE_NUMBER = re.compile(rf"\s*{_WHOLE}\s*")
+_OR_BEFORE = re.compile(rf"(?<![\w.,]){_WHOLE}{_OR}\Z")
+_OR_AFTER = re.compile(rf"{_LAYOUT},?{_OR}{_WHOLE}{_LAYOUT}(?:\Z|\n|(?<=[.!?$\)\s])\s)")
+_MAX_BESIDE = 80
+
 Box = tuple[int, int, str]
 
 
@@ -38,6 +45,20 @@ def boxed(text: str) -> str | None:
     if len(set(contents)) == 1:
         return contents[0]
     return "".join(joiner + content for joiner, content in zip(joiners, contents, strict=True))
+
+
+def hedged_box(text: str) -> str | None:
+    """Return both numbers where another whole number is offered beside the last box: `41 or \\boxed{42}`; else None."""
+    last = _last_box(text, len(text))
+    whole = _WHOLE_NUMBER.fullmatch(last[2]) if last is not None else None
+    if last is None or whole is None:
+        return None
+    before = _OR_BEFORE.search(text, max(0, last[0] - _MAX_BESIDE), last[0])
+    after = _OR_AFTER.match(text[last[1] : last[1] + _MAX_BESIDE])
+    other = before or after
+    if other is None or other[1] == whole[1]:
+        return None
+    return f"{other[1]} or {whole[1]}" if before else f"{whole[1]} or {other[1]}"
 
 
 def end_of_boxes(text: str) -> int:

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignlab_rewards.answers.blocks import block_answer, list_below
-from alignlab_rewards.answers.boxes import boxed, end_of_boxes
+from alignlab_rewards.answers.boxes import boxed, end_of_boxes, hedged_box
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
-from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_comparison, without_parenthesis
+from alignlab_rewards.answers.number_words import in_digits_of_words
+from alignlab_rewards.answers.remarks import (
+    CORRECTION,
+    DOUBT,
+    without_checks,
+    without_comparison,
+    without_parenthesis,
+    without_purpose,
+    without_remarks,
+)
 
 Thinking = Literal["auto", "required", "keep"]
 
@@ -151,7 +160,8 @@ def statements(text: str) -> Iterator[Statement]:
         if corrected is not None:
             yield corrected
             return
-        yield Statement(tuple(_marked_readings(boxed(marked) or marked)), prose=False, decisive=True)
+        content = hedged_box(text) or boxed(marked) or marked
+        yield Statement(tuple(_marked_readings(content)), prose=False, decisive=True)
         return
     tail = text[-MAX_TAIL:]
     yield from _anchored(tail)
@@ -167,6 +177,7 @@ def _marked_readings(content: str) -> Iterator[str]:
     """A box's or tag's content, without a label in front, and what a sentence inside of it states."""
     yield content
     plain = plain_notation(content)
+    yield from _in_digits(plain)
     label = re.match(r"[A-Za-z][A-Za-z ]{1,40}:\s*(?=\S)", plain)
     if label is not None:
         yield plain[label.end() :]
@@ -260,6 +271,7 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
     """Readings of what follows "the answer is": all of it, its first clause, then as any sentence."""
     phrase = without_parenthesis(phrase)
     plain = _trimmed(phrase)
+    yield from _in_digits(plain)
     yield from _ends_of_chains(plain)
     if _PRICE_FIRST.match(plain):
         yield _CLAUSE_END.split(plain, maxsplit=1)[0]
@@ -278,6 +290,13 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
     yield from _sentence_readings(phrase)
 
 
+def _in_digits(plain: str) -> Iterator[str]:
+    """Yield a number in words, and its unit, with digits."""
+    digits = in_digits_of_words(plain)
+    if digits is not None:
+        yield digits
+
+
 def _ends_of_chains(plain: str) -> Iterator[str]:
     """Yield the last of several equations: `16 - 7 = 9, so 9 * 2 = 18`."""
     parts = re.split(r",?\s+(?:and\s+)?(?:so|therefore|thus|hence)\s+", plain)
@@ -294,13 +313,13 @@ def _trimmed(text: str) -> str:
 def _sentences(text: str) -> Iterator[Statement]:
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence and sentence.strip(" *_#`->|$\t")]
     sentences = [sentence for sentence in sentences if not _CLOSING_REMARK.match(sentence.lstrip(" *_>-"))]
-    for sentence in reversed(sentences[-_MAX_SENTENCES:]):
+    for sentence in reversed(without_remarks(sentences[-_MAX_SENTENCES:])):
         yield Statement(tuple(_sentence_readings(sentence[-_MAX_SENTENCE:])), prose=True, decisive=False)
 
 
 def _sentence_readings(sentence: str) -> Iterator[str]:
     """The whole sentence, its only price, its emphasis, its longest end that could be mathematics, its last number."""
-    sentence = without_comparison(without_parenthesis(sentence))
+    sentence = without_purpose(without_comparison(without_parenthesis(sentence)))
     if _COULD_BE_EITHER.search(sentence):
         yield _trimmed(sentence)
         return
@@ -310,6 +329,8 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
         else sentence
     )
     yield plain
+    if " " not in plain:
+        yield from _in_digits(plain)
     prices = [*_PRICE.finditer(sentence)]
     if len(prices) == 1 and "**" not in sentence and _PAID_FOR.match(sentence, prices[0].end()):
         yield prices[0][0].rstrip(",")

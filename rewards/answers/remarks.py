@@ -27,6 +27,17 @@ CORRECTION = re.compile(
 )
 _COMPARES = re.compile(r",\s+which\s+(?:is|was|are)\b[^=,]{0,80}\b(?:times|twice|half|than|of)\b[^=,]{0,80}$")
 _STATES = re.compile(r"(?:\b(?:is|are|was|were)|=)\s+[*$]{0,3}[$€£]?[-\u2212]?\d[\d.,/]*[*$]{0,3}(?:\s[a-z]+){0,2}$")
+_NEEDS = re.compile(
+    r"(\b(?:needs?|needed|takes?|took|requires?|required)\s+(?:(?:about|only|just|another|exactly)\s+)?"
+    r"[*]{0,2}[$€£]?\d[\d,]*(?:\.\d+)?[*]{0,2}(?:\s[a-z]+){0,3})\s+to\s+[a-z]+\s[^=]*$"
+)
+_REMARKS = re.compile(
+    r"[\s*_>-]*(?:note that\b|(?:this|that|these)\s+(?:is because|uses?|includes?|accounts? for|assumes?|covers?"
+    r"|takes into|comes from|follows from|agrees with|matches)\b)"
+    r"(?!.*(?:=|\b(?:so|thus|therefore|hence|leaves|leaving|total)\b))",
+    re.IGNORECASE,
+)
+_BOLD_NUMBER = re.compile(r"\*\*[^*\n]{0,40}\d[^*\n]{0,40}\*\*")
 _PARENTHESIS = re.compile(
     r"(?<=[\w%$*}])\s+\((?!\s*(?:or|mod)\b|\\|(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)"
     r"(?=[^()]*(?:[A-Za-z]{2}|\d\s*(?:[-+*/×·]|x\b|\\times|\\cdot)\s*\d))[^()]{1,200}\)(?=\s*[.!*]*\s*$)"
@@ -72,3 +83,22 @@ def without_comparison(sentence: str) -> str:
     """Return a sentence that states a number without what it then compares it with: `is 36, which is 3 times 12`."""
     match = _COMPARES.search(sentence)
     return sentence if match is None or not _STATES.search(sentence[: match.start()]) else sentence[: match.start()]
+
+
+def without_purpose(sentence: str) -> str:
+    """Return a sentence without what a number is needed for: `needs $5 more to buy the wallet of $100`."""
+    match = _NEEDS.search(sentence)
+    return sentence if match is None else sentence[: match.end(1)]
+
+
+def without_remarks(sentences: list[str]) -> list[str]:
+    """Return sentences without those at the end that explain an emphasised number in front of them.
+
+    `She makes **18** dollars. This accounts for all 16 eggs.`
+    """
+    end = len(sentences)
+    while end > 1 and _REMARKS.match(sentences[end - 1]) and not DOUBT.search(sentences[end - 1]):
+        end -= 1
+    is_behind = end < len(sentences) and _BOLD_NUMBER.search(sentences[end - 1])
+    has_bold = any("**" in sentence for sentence in sentences[end:])
+    return sentences[:end] if is_behind and not has_bold else sentences

@@ -30,7 +30,11 @@ _LEADING = re.compile(
     re.IGNORECASE,
 )
 _BOTH_VERDICTS = re.compile(r"\W*(?:(?:yes|true)\s*,\s*(?:no|false)|(?:no|false)\s*,\s*(?:yes|true))\b", re.IGNORECASE)
-_DENIED = re.compile(r"\b(?:not|cannot|never|neither|nor|doubts?|unlikely)\b|n't\b|\b(?:anything|everything) but\s*$")
+_DENIED = re.compile(
+    r"\b(?:not|cannot|never|neither|nor|doubts?|unlikely|nobody|no one|no-one|none|hardly|scarcely)\b|n't\b"
+    r"|\b(?:anything|everything) but\s*$"
+)
+_WITHOUT_DOUBT = re.compile(r"\b(?:no|without(?: a| any)?|beyond(?: a| any)?) doubts?\b|\bnot only\b")
 _IS_SUBJECT = re.compile(r" (?:is|was|are|were) (?!not\b|one of\b)(?=\w)(?!.*\b(?:wrong|incorrect|false)\b)")
 _BUT_NOT = re.compile(r"(?:,\s?(?:and )?| (?:and|but) )not [^,;]{1,60}$")
 _UNDECIDED = re.compile(
@@ -132,4 +136,4 @@ def ends_with_text(expected: str, sentence: str) -> bool:
     if len(wanted.strip("()")) == 1:
         return _DENIED.search(before[-40:]) is None and _CHOOSES.search(before) is not None
     clause = re.split(r"[,;:]|(?<!thing )\bbut\b|\. ", before)[-1]
-    return _UNDECIDED.search(before) is None and _DENIED.search(clause) is None
+    return _UNDECIDED.search(before) is None and _DENIED.search(_WITHOUT_DOUBT.sub("", clause)) is None

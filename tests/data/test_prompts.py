@@ -120,6 +120,12 @@ def test_a_prompt_at_the_limit_is_kept(plain_tokenizer: PreTrainedTokenizerFast)
     assert [prompt.text for prompt in dataset] == ["1234"]
 
 
+def test_a_dataset_that_is_too_long_throughout_names_the_limit(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = RenderSettings(max_prompt_tokens=4, on_bad_row="skip")
+    with pytest.raises(DataError, match=r"too_long 2\).*raise RenderSettings\.max_prompt_tokens, which is 4"):
+        prompts_from_rows([{"prompt": "12345"}] * 2, settings, plain_tokenizer)
+
+
 @pytest.mark.parametrize("rows", [[], [{"prompt": ""}]])
 def test_an_empty_dataset_is_an_error(plain_tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match="at least one usable row"):

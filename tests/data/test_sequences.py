@@ -49,3 +49,8 @@ def test_what_is_too_long_is_named(item: Example | Preference | UnpairedPreferen
     with pytest.raises(DataError, match=told):
         fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=False)
     assert fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=True) == [short]
+
+
+def test_a_dataset_of_which_nothing_fits_is_refused_with_the_lengths() -> None:
+    with pytest.raises(DataError, match="all 2 examples have more tokens than the model's 2 positions, the shortest 3"):
+        fitting([Example((1, 2, 3), (False, True, True)), PAIR], {"the model": 2}, skip=True)

@@ -111,7 +111,7 @@ def test_bad_rows_are_refused_with_their_number_or_counted(row: Any, message: st
 
 @pytest.mark.parametrize(("label", "kind"), [(True, "true"), (False, "false")])
 def test_labels_of_one_kind_are_refused(label: bool, kind: str, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=f"labels must be of both kinds, and all 2 of the data are {kind}"):
+    with pytest.raises(DataError, match=f"labels must be of both kinds, and all 2 are {kind}"):
         read([GOOD | {"label": label}, BAD | {"label": label}], tokenizer)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from alignlab.errors import CheckpointError
+from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.attention import end_ids
 from alignlab.models.checkpoints import empty_model, load_model, new_model, save_model
 from alignlab.models.generation_defaults import writable_generation_config
 from alignlab.models.student import student_from
@@ -93,6 +94,47 @@ def test_defaults_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     for load in (lambda: empty_model(folder), lambda: load_model(folder, dtype=torch.float32)):
         with pytest.raises(CheckpointError, match="max_new_tokens"):
             load()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "must be JSON"), ("[1]", "must hold a JSON object, and holds list"), ("\x00", "must be JSON"),
+        ('{"eos_token_id": "x"}', "eos_token_id 'x', which must be a token id or a list of them"),
+        ('{"eos_token_id": [2, "x"]}', "eos_token_id"), ('{"eos_token_id": 2.5}', "eos_token_id"),
+        ('{"temperature": "hot"}', "temperature 'hot', which must be a number"),
+        ('{"do_sample": "yes"}', "do_sample 'yes', which must be true"),
+        ('{"pad_token_id": [0]}', "pad_token_id"), ('{"max_new_tokens": "many"}', "max_new_tokens"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_of_defaults_is_refused_by_its_name(text: str, named: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    for load in (lambda: empty_model(str(folder)), lambda: load_model(str(folder), dtype=torch.float32)):
+        with pytest.raises(CheckpointError, match=f"generation_config.json .*{named}"):
+            load()
+
+
+def test_a_model_without_a_file_of_defaults_loads(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / "generation_config.json").unlink()
+    assert end_ids(empty_model(str(folder))) == end_ids(load_model(str(folder), dtype=torch.float32)) == {2}
+
+
+def test_an_end_token_of_the_config_that_is_no_id_is_refused_by_name(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
+    for load in (lambda: empty_model(str(folder)), lambda: load_model(str(folder), dtype=torch.float32)):
+        with pytest.raises(CheckpointError, match=r"cannot be loaded: (?s:.*)eos_token_id"):
+            load()
+
+
+def test_a_live_model_whose_end_is_no_id_is_refused_by_name() -> None:
+    model = new_model(TINY, vocab_size=30, eos_token_id=2)
+    model.generation_config.eos_token_id = [2, "x"]
+    with pytest.raises(ConfigError, match=r"generation_config.eos_token_id is \[2, 'x'\], and must be a token id"):
+        end_ids(model)
 
 
 def test_a_student_takes_the_defaults_over(tmp_path: Path) -> None:

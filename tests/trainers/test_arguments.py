@@ -2,9 +2,22 @@ from typing import Any
 
 import pytest
 
-from alignlab import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, PPOConfig, SFTConfig, SFTTrainer
+from alignlab import (
+    DPOConfig,
+    DPOTrainer,
+    GKDTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RLAIFTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from alignlab.config.peer_names import PEER_ARGUMENTS
 from alignlab.errors import ConfigError
-from alignlab.trainers.arguments import check_callbacks, check_config
+from alignlab.trainers.arguments import _argument_names, check_callbacks, check_config
 
 
 class OwnTrainer(GRPOTrainer):
@@ -54,3 +67,44 @@ def test_a_callback_of_other_parameters_is_refused(callbacks: Any) -> None:
 def test_callbacks_that_are_no_list_are_refused() -> None:
     with pytest.raises(ConfigError, match="callbacks must be a list, and is int"):
         check_callbacks(5)
+
+
+ROWS = [{"prompt": "q", "completion": "a"}]
+
+
+@pytest.mark.parametrize(
+    "trainer", [GRPOTrainer, OwnTrainer, PPOTrainer, SFTTrainer, DPOTrainer, GKDTrainer, RLAIFTrainer]
+)
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("args", "is here config"), ("processing_class", "is here tokenizer"),
+        ("ref_model", "not needed: the reference"),
+        ("data_collator", "not needed"), ("formatting_func", "not needed: rows have"), ("optimizers", "learning_rate"),
+        ("compute_metrics", "callbacks"), ("quantization_config", "not offered"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_trl_is_answered_with_ours(trainer: Any, theirs: str, ours: str) -> None:
+    told = f"{trainer.__name__} has no argument '{theirs}'; what TRL calls {theirs} .*{ours}"
+    with pytest.raises(ConfigError, match=told):
+        trainer(model="no-such-model", train_dataset=ROWS, **{theirs: None})
+
+
+def test_a_misspelt_argument_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="has no argument 'tokeniser'; did you mean 'tokenizer'"):
+        SFTTrainer("no-such-model", SFTConfig(num_steps=1), ROWS, tokeniser=None)
+    with pytest.raises(ConfigError, match="has no argument 'num_steps'; it has model, reward_funcs, config"):
+        GKDTrainer("no-such-model", (), None, ROWS, num_steps=1)
+
+
+@pytest.mark.parametrize("given", [(), ("m", SFTConfig(num_steps=1)), ("m", None, ROWS, None, None)])
+def test_arguments_that_are_missing_or_too_many_are_refused_with_those_there_are(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"SFTTrainer: .*of these model, config, train_dataset must be given"):
+        SFTTrainer(*given)
+
+
+def test_every_argument_offered_in_place_of_trl_s_exists() -> None:
+    known = set(_argument_names(GKDTrainer)) | set(_argument_names(RLAIFTrainer))
+    for ours in PEER_ARGUMENTS.values():
+        first = ours.replace("=", " ").replace(",", " ").replace(".", " ").split()[0]
+        assert first in known | {"not"} or ours.startswith("learning_rate"), ours

@@ -357,6 +357,25 @@ def test_a_teacher_has_room_for_what_the_student_writes(save_teacher: Make, make
     make_gkd(short, sampling={"max_new_tokens": 5})
 
 
+SKIP = {"render_settings": RenderSettings(on_bad_row="skip")}
+
+
+def test_rows_that_a_teacher_has_no_room_for_are_skipped_and_counted(
+    save_teacher: Make, make_gkd: Make, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = save_teacher(DENSE | {"max_position_embeddings": 12})
+    data = [*rows[:4], {"prompt": "a" * 9 + "b" * 9 + "12312", "answer": "1"}, {"prompt": "ab", "answer": "1" * 40}]
+    with pytest.raises(DataError, match=r"row 4 .*and the student and its teacher have 12 positions"):
+        make_gkd(short, data=[*data[:4], data[5]], student_frac=0.5)
+    trainer = make_gkd(short, data=data, student_frac=0.5, options=SKIP, num_steps=1)
+    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
+    assert "skipped 1 of 6 prompts" in caplog.text and "the teacher's 12 positions" in caplog.text
+    assert "skipped 1 rows (no_room 1)" in caplog.text
+    assert trainer.train().num_steps == 1
+    with pytest.raises(ConfigError, match=r"must fit the teacher's 12 .*; lower RenderSettings\.max_prompt_tokens"):
+        make_gkd(short, data=[data[4]] * 2, options=SKIP)
+
+
 def test_where_the_teacher_says_no_number_is_named(save_teacher: Make, make_distill: Make) -> None:
     trainer = make_distill(save_teacher())
     with torch.no_grad():
@@ -414,7 +433,7 @@ def test_the_dataset_s_completions_are_those_of_fine_tuning(
     alike = [Prompt((8, 9), "ab", columns={"answer": str(i)}) for i in range(2)]
     with pytest.raises(DataError, match=r"2 prompts have 1 different indices"):
         make_gkd(save_teacher(), student_frac=0.5, data=alike)
-    with pytest.raises(DataError, match="row 0 has neither completion nor answer"):
+    with pytest.raises(DataError, match=r"row 0 .*has neither completion nor answer"):
         make_gkd(save_teacher(), student_frac=0.5, data=[{"prompt": row["prompt"]} for row in rows])
 
 

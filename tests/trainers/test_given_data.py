@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def make_trainer(make_model: Make, tokenizer: Any, tmp_path: Path, monkeypatch: 
 
 def tokens_of(trainer: Any, *, held_out: bool = False) -> list[Any]:
     if isinstance(trainer, GRPOTrainer):
-        return [prompt.token_ids for prompt in (trainer.eval_prompts if held_out else trainer.prompts)]
+        return [prompt.token_ids for prompt in (trainer.held_out.prompts if held_out else trainer.prompts)]
     return [item.sequences for item in (trainer.eval_examples if held_out else trainer.train_examples)]
 
 
@@ -84,9 +85,21 @@ def test_held_out_rows_are_read_as_the_training_s_unless_they_have_settings(make
     how = RenderSettings(prompt_template="Q: {prompt}!", size=2)
     alike = make_trainer("grpo", ROWS, eval_dataset=ROWS, render_settings=how)
     assert tokens_of(alike, held_out=True)[:2] == tokens_of(alike)
-    assert (len(alike.prompts), len(alike.eval_prompts)) == (2, 4)
+    assert (len(alike.prompts), len(alike.held_out.prompts)) == (2, 4)
     other = make_trainer("grpo", ROWS, eval_dataset=ROWS, render_settings=how, eval_render_settings=RenderSettings())
     assert tokens_of(other, held_out=True) == tokens_of(make_trainer("grpo", ROWS))
+
+
+def test_messages_name_settings_as_the_caller_gives_them(make_trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    pd.DataFrame([{"prompt": "q" * 2000, "completion": "a"}]).to_json(path, orient="records", lines=True)
+    settings = DataSettings(path=str(path))
+    for given, named in ((str(path), f"DataSettings(path='{path}', max_prompt"), (settings, "data.max_prompt_tokens")):
+        with pytest.raises(DataError, match=re.escape(named)):
+            make_trainer("sft", given)
+    for how in ({}, {"eval_render_settings": RenderSettings(max_prompt_tokens=5)}):
+        with pytest.raises(DataError, match=r"eval_dataset: .*set eval_render_settings=RenderSettings\(on_bad_row"):
+            make_trainer("sft", ROWS, eval_dataset=[{"prompt": "q" * 2000, "completion": "a"}], **how)
 
 
 def test_a_string_prompt_can_be_fed_as_it_is(make_trainer: Make, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError, ConfigError, RewardError
 from alignlab.trainers.assemble import check_shares
@@ -352,6 +354,23 @@ def test_a_failing_reward_loses_no_step(make_model: Make, make_config: Make, tok
     whole = GRPOTrainer(make_model(), even_ids, base, rows, tokenizer=tokenizer)
     whole.train()
     assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(resumed).items())
+
+
+def test_prompts_without_room_are_skipped_where_that_is_asked_for(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [*rows[:4], {"prompt": "abd123ba" * 20, "answer": "1"}]
+    skip, config = RenderSettings(on_bad_row="skip"), make_config(num_steps=1, rollout={"cache_tokens": 32})
+    make = partial(GRPOTrainer, make_model(), even_ids, config, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"must fit rollout\.cache_tokens \(32\); lower RenderSettings\.max_prompt"):
+        make(data)
+    trainer = make(data, eval_dataset=data[3:], render_settings=skip)
+    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in trainer.held_out.prompts] == [0]
+    assert "skipped 1 of 5 prompts" in caplog.text and "skipped 1 of 2 evaluation prompts" in caplog.text
+    assert trainer.train().num_steps == 1
+    with pytest.raises(ConfigError, match=r"with the longest prompt .* lower RenderSettings\.max_prompt_tokens$"):
+        make(data[4:] * 2, render_settings=skip)
 
 
 def test_a_refused_start_leaves_the_folder_free(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:

@@ -224,8 +224,12 @@ def test_rows_and_pairs_are_read(make_trainer: Make) -> None:
     assert [x.desirable for x in make_trainer(data=rows).train_examples] == [True, True, False]
     with pytest.raises(DataError, match=r"row 0 .*has no column 'label'"):
         make_trainer(data=[{"prompt": "ab", "completion": " 1"}])
-    with pytest.raises(DataError, match="all 3 of the data are true"):
+    with pytest.raises(DataError, match="all 3 are true"):
         make_trainer(data=[replace(x, desirable=True) for x in labelled(3)])
+    one_label = [replace(x, desirable=True) for x in labelled(3)]
+    for held_out in (one_label, [{"prompt": "ab", "completion": " 1", "label": 0}]):
+        with pytest.raises(DataError, match=r"eval_dataset: .*labels must be of both kinds, and all [13] are"):
+            make_trainer(held_out=held_out)
 
 
 def test_a_run_of_it_reads_neither_rewards_nor_an_evaluation() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
+from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnPolicyDistillConfig, SFTConfig
@@ -31,7 +32,7 @@ from tests.trainers.conftest import DENSE, SPARSE, even_ids
 Make = Callable[..., Any]
 
 
-OPTIONS = ("peft_config", "eval_dataset", "evaluation", "callbacks")
+OPTIONS = ("peft_config", "eval_dataset", "evaluation", "callbacks", "render_settings")
 WORDS = ("bab", "cab", "ab ba", "abc 12", "ba ab")
 
 
@@ -377,11 +378,11 @@ def test_resuming_with_another_teacher_is_refused(make_trainer: Make, teacher: s
         make_trainer(student_folder, num_steps=2).train(resume=True)
 
 
-def narrow_in_time(folder: str) -> str:
+def narrow_in_time(folder: str, positions: int = 6) -> str:
     """A copy of a teacher with few positions."""
     copy = Path(folder).with_name("narrow")
     model: Any = load_model(folder, dtype=torch.float32)
-    model.config.max_position_embeddings = 6
+    model.config.max_position_embeddings = positions
     model.config.hub_config = None
     return saved(model, load_tokenizer(folder), copy)
 
@@ -403,6 +404,19 @@ def test_what_cannot_be_distilled_is_refused(
         make_trainer(teacher, task_weight=1.0)
     with pytest.raises(ConfigError, match=r"eval_dataset is given, and must be left out"):
         make_trainer(teacher, eval_dataset=rows)
+
+
+@pytest.mark.parametrize(("fixture", "alignment"), [("teacher", "tokens"), ("other_teacher", "text")])
+def test_prompts_that_the_teacher_has_no_room_for_are_skipped(
+    fixture: str, alignment: str, make_trainer: Make, rows: Any, request: pytest.FixtureRequest
+) -> None:
+    folder = narrow_in_time(request.getfixturevalue(fixture), 14)
+    data = [*rows[:4], {"prompt": "abd123ba" * 6, "answer": "1"}]
+    settings = RenderSettings(on_bad_row="skip")
+    trainer = make_trainer(folder, data=data, alignment=alignment, render_settings=settings, num_steps=1)
+    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
+    assert sorted(trainer.sampler.take(4)) == [0, 1, 2, 3], "none of them is drawn"
+    assert trainer.train().num_steps == 1
 
 
 def test_a_padded_vocabulary_is_no_hindrance(make_trainer: Make, tokenizer: Any, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from alignlab.config.loader import load_config
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import Example
 from alignlab.errors import ConfigError
+from alignlab.models.checkpoints import save_model
 from alignlab.trainers.run import run
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import LikelihoodResult, evaluation_from_json
@@ -85,6 +87,26 @@ def test_held_out_data_changes_nothing_that_is_trained(make_model: Make, tokeniz
         trainer.train()
         ends.append(torch.cat([p.detach().flatten() for p in trainer.learner.trained.values()]))
     assert torch.equal(*ends)
+
+
+def test_a_copy_of_the_head_beside_an_adapter_trains_for_a_model_by_name_too(
+    make_model: Make, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The advice where an adapter is on the output head: `modules_to_save`."""
+    save_model(make_model(), tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = SFTConfig(output_dir=tmp_path / "run", num_steps=1, num_sequences=4, learning_rate=1e-2, trackers=())
+    on_head = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match=r"train the whole head: modules_to_save=\['lm_head'\]"):
+        SFTTrainer(str(tmp_path / "model"), config, ROWS, peft_config=on_head)
+    advised = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    trainer = SFTTrainer(str(tmp_path / "model"), config, ROWS, peft_config=LoraConfig(**advised))
+    [head] = [weight for name, weight in trainer.learner.trained.items() if "lm_head" in name]
+    before = head.clone()
+    trainer.train()
+    assert not torch.equal(head, before)
+    with pytest.raises(ConfigError, match=r"load the model in float32, or take its module out of modules_to_save"):
+        SFTTrainer(make_model().bfloat16(), config, ROWS, tokenizer=tokenizer, peft_config=LoraConfig(**advised))
 
 
 def test_a_perplexity_that_no_number_holds_is_infinite() -> None:

@@ -8,7 +8,9 @@ from alignlab_rewards.combine import combine
 from alignlab_rewards.exact_match import exact_match
 from alignlab_rewards.length import length
 from alignlab_rewards.math_answer import math_answer
+from alignlab_rewards.reasoning_gym_answer import reasoning_gym_answer
 from alignlab_rewards.regex_format import regex_format
+from alignlab_rewards.repetition import repetition
 
 from alignlab.errors import ConfigError
 from alignlab.training.reward_columns import check_columns, reward_columns
@@ -75,12 +77,52 @@ def test_a_column_of_some_rows_alone_is_said(caplog: pytest.LogCaptureFixture) -
         (combine, {"parts": {"length": {"max_token": 3}}}, "length, a part of combine, has no option 'max_token'"),
         (regex_format, {"pattern": "("}, "unterminated"),
         (length, {"falloff_tokens": 0}, "falloff_tokens >= 1"),
+        (length, {"max_tokens": "64"}, "the option max_tokens of length must be a whole number, and is '64'"),
+        (length, {"min_tokens": 1.5}, "the option min_tokens of length must be a whole number"),
+        (repetition, {"ngram_size": "3"}, "the option ngram_size of repetition must be a whole number"),
+        (regex_format, {"pattern": 3}, "the option pattern of regex_format must be text, and is 3"),
+        (regex_format, {}, "requires the option pattern, which is not given; add it, as options: {pattern: ...}"),
+        (combine, {}, "requires the option parts, which is not given; add it"),
+        (combine, {"parts": ["length"]}, "parts of combine must be a mapping of rewards to their weights"),
+        (combine, {"parts": {}}, "parts of combine must be a mapping"),
+        (combine, {"parts": {"length": "much"}}, "the part length of combine must be a weight"),
+        (combine, {"parts": {"length": {"weight": "much"}}}, "weight of the part length of combine must be a number"),
+        (combine, {"parts": {"length": {"max_tokens": "64"}}}, "the option max_tokens of length must be a whole"),
+        (combine, {"parts": {"no.such:reward": 1}}, "'no.such:reward' that cannot be imported"),
+        (combine, {"parts": {f"{__name__}:in_time": 1}}, "in_time, a part of combine, is asynchronous"),
         (exact_match, {}, "requires answer"),
     ],
 )
 def test_a_shipped_reward_that_could_never_work_is_refused(function: Any, options: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(function, [Prompt((1,), "q", 0, {"task": "t"})], **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "named"),
+    [
+        (math_answer, {"relative_tolerance": "0.1"}, "relative_tolerance of math_answer must be a number"),
+        (math_answer, {"thinking": True}, "thinking of math_answer must be auto, required or keep, and is True"),
+        (exact_match, {"ignore_case": "false"}, "ignore_case of exact_match must be true or false, and is 'false'"),
+        (reasoning_gym_answer, {"extract": "first"}, "extract of reasoning_gym_answer must be last_number, tagged or"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_in_plain_words(function: Any, options: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check(function, **options)
+
+
+@pytest.mark.parametrize("function", [math_answer, exact_match, reasoning_gym_answer])
+@pytest.mark.parametrize("answers", [["", ""], [" ", None], [float("nan"), float("nan")], [{"a": 1}, {"b": 2}]])
+def test_a_reward_that_applies_to_no_row_is_refused(function: Any, answers: list[Any]) -> None:
+    prompts = [Prompt((1,), "q", i, {"answer": answer}) for i, answer in enumerate(answers)]
+    with pytest.raises(ConfigError, match=r"applies to none of the 2 rows of the training data: it gives None"):
+        check(function, prompts)
+    check(function, [*prompts, Prompt((1,), "q", 2, {"answer": "4"})])
+
+
+async def in_time(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def test_shipped_rewards_that_can_work_are_let_through() -> None:

@@ -104,6 +104,45 @@ def test_an_unknown_option_names_the_known(name: str, option: str, named: str) -
         load_reward(RewardSettings(name=name, options={option: 1}))
 
 
+class Judge:
+    def __init__(self, strict: bool = False) -> None:
+        if strict not in (True, False):
+            raise ValueError("strict is a switch")
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+
+class Deaf:
+    pass
+
+
+def by_place(prompts: Any, completions: Any, /, **columns: Any) -> list[float]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("reward", "named"),
+    [
+        (Judge, r"holds the class Judge, .* give an object, Judge\(\.\.\.\)"),
+        (lambda: [1.0], "takes no argument by name, so that it would see no completion"),
+        (lambda *values: [1.0], "takes no argument by name"),
+        (by_place, "'by_place' takes prompts by position alone, and rewards are called with names"),
+        (RewardSettings(name=f"{__name__}.by_place"), "takes prompts by position alone"),
+        (RewardSettings(name=f"{__name__}.Judge", options={"strict": "x"}), "could not be made .*strict is a switch"),
+        (RewardSettings(name=f"{__name__}.Deaf"), "a class whose objects cannot be called; give it a method __call__"),
+    ],
+)
+def test_a_reward_that_no_call_fits_is_refused(reward: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_reward(reward)
+
+
+def test_an_object_and_a_class_by_name_are_rewards() -> None:
+    for reward in (Judge(), RewardSettings(name=f"{__name__}.Judge", options={"strict": True})):
+        assert load_reward(reward).function(completions=["a"]) == [1.0]
+
+
 def test_what_is_no_reward_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a callable"):
         load_reward("length")  # type: ignore[arg-type]

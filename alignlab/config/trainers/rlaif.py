@@ -15,6 +15,7 @@ from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, Samp
 from alignlab.config.trainers.base import TrainerConfig
 from alignlab.config.trainers.dpo import DPOConfig
 from alignlab.config.trainers.grpo import GRPOConfig
+from alignlab.config.trainers.online import OnlineConfig
 from alignlab.config.trainers.online_dpo import OnlineDPOConfig
 from alignlab.config.trainers.ppo import PPOConfig
 from alignlab.config.trainers.reward import RewardConfig
@@ -162,6 +163,12 @@ class RLAIFConfig(Frozen):
     def step(self) -> str:
         """What its stages are made of."""
         return "; ".join(f"{stage.method}, {stage.num_steps} steps, {stage.step}" for stage in self.stages)
+
+    @property
+    def sampling_stages(self) -> tuple[RevisionSettings | LabelSettings | OnlineConfig, ...]:
+        """The stages in which the policy samples completions of the prompts, in order."""
+        stages = (self.revision, self.labels, self.policy if isinstance(self.policy, OnlineConfig) else None)
+        return tuple(stage for stage in stages if stage is not None)
 
     @property
     def stages(self) -> tuple[TrainerConfig, ...]:
