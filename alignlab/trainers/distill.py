@@ -91,8 +91,7 @@ class DistillTrainer(OfflineTrainer):
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
         super().__init__(model, config, train, **options)
         self.held_out = how.read(held_out, self.learner.model, self.tokenizer)
-        self.identity.name_data(train, held_out)
-        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
         self._teacher_fingerprint = fingerprint(teacher.named_parameters())

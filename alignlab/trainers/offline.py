@@ -81,8 +81,7 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         self.eval_examples: Sequence[Any] = () if held_out is None else self._fitting(held_out)
         digest = digest_of((example.sequences, example.labels) for example in self.train_examples)
         self.sampler = IndexSampler(len(self.train_examples), size, config.seed, digest=digest)
-        self.identity.name_data(train, held_out)
-        self.identity.add_examples(digest, self.eval_examples)
+        self.identity.add_examples(digest, self.eval_examples, train, held_out)
 
     def make_learner(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: Any,

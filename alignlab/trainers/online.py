@@ -57,6 +57,7 @@ from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.reward_evidence import (
     check_rewards,
+    failures_of_rank,
     failures_of_ranks,
     say_unrewarded,
     signal_settings,
@@ -144,8 +145,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self._padding = PaddingTokens(model, tokenizer)
         self._frozen = fingerprint_of(self.reference) | fingerprints_of(rewards.rewards)
         self.engine = make_engine(model, tokenizer, config.rollout)
-        self.identity.name_data(train, held_out)
-        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         self.identity.add_rewards(rewards.rewards)
         self.store: RolloutStore | None = None
         self.credit_metrics: dict[str, float] = {}
@@ -363,9 +363,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
-        self.store = RolloutStore(
-            folder.rollouts, resume_step=resume_step, rank=self.accelerator.process_index, run_id=folder.run_id
-        )
+        rank = self.accelerator.process_index
+        self.store = RolloutStore(folder.rollouts, resume_step=resume_step, rank=rank, run_id=folder.run_id)
         stack.callback(self._close)
 
     def _close(self) -> None:
@@ -398,8 +397,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         super().load_state(state)
         self.objective.load_state(state["objective"])
         self.sampler.load_state_dict(state["sampler"])
-        own = state["reward_failures"][self.accelerator.process_index]
-        self.rewards.failures = Counter({(name, kind): count for name, kind, count in own})
+        self.rewards.failures = failures_of_rank(state["reward_failures"], self.accelerator.process_index)
         self._position = self._position_now()
         self.ahead = self._make_ahead()
         # An engine that has run already, as after an interruption in the same process, only counts upwards.

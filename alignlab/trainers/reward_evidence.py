@@ -87,6 +87,11 @@ def failures_of_ranks(
     return [[(*key, n) for key, n in zip(keys, row, strict=True) if n] for row in counts]
 
 
+def failures_of_rank(failures: Sequence[Sequence[tuple[str, str, int]]], rank: int) -> Counter[tuple[str, str]]:
+    """Return one rank's part of what `failures_of_ranks` gave."""
+    return Counter({(name, kind): count for name, kind, count in failures[rank]})
+
+
 def stop_broken_rewards(rewards: RewardRunner, reduce_sum: Callable[[Tensor], Tensor]) -> None:
     """End the run where a reward has failed at each of its first calls; every rank calls this together.
 

@@ -158,9 +158,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
         self._trained: Any = self.model
         self.config_text = config.model_dump_json(indent=2)
         self.identity = RunIdentity(config)
-        self.identity.name_data(train, held_out)
         self.identity.add_prompts(digest_of(((prompt.token_ids,), ()) for prompt in self.prompts), self.prompts)
-        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings)
+        self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         self.identity.add_constitution(self.constitution)
         self.title = type(self).__name__
         self.base_model: str | None = None

@@ -99,8 +99,8 @@ class RunIdentity:
         if what is not None:
             self._descriptions[name] = what
 
-    def name_data(self, train: GivenData, held_out: GivenData | None) -> None:
-        """Say where the data comes from, for messages."""
+    def _name_data(self, train: GivenData, held_out: GivenData | None) -> None:
+        """Keep where the data comes from, for messages."""
         for name, data in ((TRAIN_ROWS, train), (EVAL_ROWS, held_out)):
             if data is not None:
                 self._descriptions[name] = f"{data.settings.source}: {_CONTENTS[name]}"
@@ -113,17 +113,31 @@ class RunIdentity:
         """
         self.add_content(TRAIN_ROWS, prompts_digest(prompts, tokens))
 
-    def add_held_out(self, prompts: Sequence[Prompt], evaluation: EvaluationSettings) -> None:
-        """Add the prompts on which accuracy is measured, and how."""
+    def add_held_out(
+        self, prompts: Sequence[Prompt], evaluation: EvaluationSettings, train: GivenData, held_out: GivenData | None
+    ) -> None:
+        """Add the prompts on which accuracy is measured, and how.
+
+        Args:
+            train, held_out: where the data comes from, for messages.
+        """
+        self._name_data(train, held_out)
         tokens = digest_of(((prompt.token_ids,), ()) for prompt in prompts)
         self.add_content(EVAL_ROWS, prompts_digest(prompts, tokens))
         self.add_section("evaluation", evaluation)
 
-    def add_examples(self, digest: str, held_out: Sequence[HasSequences]) -> None:
-        """Add examples to learn from, by their digest, and those to measure on."""
+    def add_examples(
+        self, digest: str, measured: Sequence[HasSequences], train: GivenData, held_out: GivenData | None
+    ) -> None:
+        """Add examples to learn from, by their digest, and those to measure on.
+
+        Args:
+            train, held_out: where they come from, for messages.
+        """
+        self._name_data(train, held_out)
         self.add_content(TRAIN_ROWS, digest)
-        measured = digest_of((example.sequences, example.labels) for example in held_out)
-        self.add_content(EVAL_ROWS, measured if held_out else NO_ROWS)
+        of_measured = digest_of((example.sequences, example.labels) for example in measured)
+        self.add_content(EVAL_ROWS, of_measured if measured else NO_ROWS)
 
     def add_constitution(self, constitution: Constitution) -> None:
         """Add what a judge goes by."""

@@ -230,9 +230,10 @@ def test_informative_groups_of_online_dpo(make_model: Make, tokenizer: Any, rows
     one, *_ = trainer.collect(1).rollouts
     groups = [rewarded(one, 0.0, 1.0), rewarded(one, 1.0, 1.0), rewarded(one, NAN, 1.0)]
     assert trainer.informative(groups).tolist() == [True, False, False]
-    result = trainer.train()
-    assert result.verdict.learnt is False and "every completion got the same reward, 0" in str(result.verdict.reason)
-    assert result.metrics["empty_updates"] == 2
+    with pytest.raises(NothingLearntError, match="every completion got the same reward, 0") as error:
+        trainer.train()
+    result = error.value.result
+    assert result.verdict.learnt is False and result.metrics["empty_updates"] == 2
 
 
 def test_advantages_with_missing_rewards_are_of_the_others() -> None:

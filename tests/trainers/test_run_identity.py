@@ -39,10 +39,11 @@ def odd(*, completions: list[str], **columns: Any) -> list[float]:
 
 def identity(
     config: GRPOConfig = CONFIG, *, rewards: Any = ((even, 1.0),), prompts: Any = PROMPTS, held_out: Any = PROMPTS[:1],
+    source: str | None = None,
 ) -> RunIdentity:
     made = RunIdentity(config)
     made.add_prompts("tokens", prompts)
-    made.add_held_out(held_out, EvaluationSettings())
+    made.add_held_out(held_out, EvaluationSettings(), given_data(source or PROMPTS), None)
     made.add_rewards([load_weighted(*reward) for reward in rewards])
     return made
 
@@ -63,7 +64,7 @@ REFUSED = {
     r"rewards\.0\.weight was 1\.0 and is 2\.0": {"rewards": [(even, 2.0)]},
     r"rewards\.0\.name was 'even' and is 'odd'": {"rewards": [(odd, 1.0)]},
     r"rewards was 1 and is 2": {"rewards": [(even, 1.0), (odd, 1.0)]},
-    "the training data has changed.*such as answers": {
+    "the given rows: the training data has changed.*such as answers": {
         "prompts": [*PROMPTS[:2], Prompt((1, 2), "ab", index=2, columns={**PROMPTS[2].columns, "answer": "7"})]
     },
     "the held-out data, on which the run was measured at its begin, has changed": {"held_out": PROMPTS[:2]},
@@ -150,8 +151,7 @@ def test_rewards_are_known_as_they_were_asked_for() -> None:
 
 
 def test_data_is_named_by_its_source(tmp_path: Path) -> None:
-    now = identity(prompts=PROMPTS[1:])
-    now.name_data(given_data(str(tmp_path / "rows.jsonl")), None)
+    now = identity(prompts=PROMPTS[1:], source=str(tmp_path / "rows.jsonl"))
     with pytest.raises(CheckpointError, match=r"rows\.jsonl: the training data has changed"):
         check(now)
 
