@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
-READ_BYTES = 1 << 20
+from alignlab.library_errors import writing
+
 TEMPORARY, REPLACED, REMOVED = "tmp", "replaced", "removed"
 """What follows a hidden name beside the one that is written: being written; the former content; about to be removed."""
 _AT_CWD, _EXCHANGE = -100, 2  # of Linux's renameat2
@@ -36,10 +36,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`, through a temporary file beside it."""
+    """Replace `path` by `content`, through a temporary file beside it.
+
+    Raises:
+        DiskError: the disk, a limit or a permission.
+    """
     temporary = hidden_name(path, TEMPORARY)
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    publish(temporary, path)
+    with writing(path, "the file"):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -94,15 +99,6 @@ def remove_folder(path: Path) -> None:
     hidden = hidden_name(path, REMOVED)
     os.replace(path, hidden)
     shutil.rmtree(hidden)
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from alignlab.atomic_files import READ_BYTES as READ_BYTES
-from alignlab.atomic_files import sha256_of as sha256_of
-
+READ_BYTES = 1 << 20
 SHA256 = "sha256"
 """The key under which a JSON object holds the digest of the rest of it."""
 LONG_INTEGER_BITS = 1024
@@ -20,6 +19,15 @@ WRITTEN_AS_TEXT = ("datetime", "decimal", "fractions", "pathlib", "uuid")
 
 class DamagedError(ValueError):
     """Content is not what was written; the reader of a file says which file and what to do."""
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def json_digest(value: Any) -> str:

@@ -39,8 +39,20 @@ class NothingLearntError(AlignlabError):
         self.summary: dict[str, Any] = {}
 
 
+class DiskError(AlignlabError, OSError):
+    """A disk, a quota, a limit or a permission stops reading or writing. It is an `OSError` too, as callers expect."""
+
+
 class CheckpointError(AlignlabError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class DeadlineError(AlignlabError):
+    """What was waited for did not come in time; the message says for whom, and how long."""
+
+
+class MemoryLimitError(AlignlabError):
+    """The memory of the machine or of a device is used up."""
 
 
 class NumericsError(AlignlabError):

@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alignlab.atomic_files import sha256_of
+from alignlab.digests import json_digest, sha256_of
 
 MODEL_MANIFEST = "alignlab-manifest.json"
 """In the folder of a model, an adapter or a reward model."""
@@ -35,7 +34,7 @@ def write_manifest(
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
     }
     manifest = {"format": FORMAT, "run": run_id, **(entries or {}), "files": files}
-    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1) + "\n"
+    text = json.dumps(manifest | {"sha256": json_digest(manifest)}, indent=1) + "\n"
     (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -58,7 +57,7 @@ def read_manifest(folder: Path, name: str = MODEL_MANIFEST) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read ({error})") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} has format {manifest.get('format')}, and this version reads {FORMAT}")
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if manifest.pop("sha256", None) != json_digest(manifest):
         raise ValueError(f"{file} is damaged: its SHA-256 is not the one it was written with")
     for inside, written in files.items():
         path = PurePosixPath(inside)
@@ -89,7 +88,3 @@ def _damage(path: Path, written: Mapping[str, Any]) -> str | None:
     if sha256_of(path) != written["sha256"]:
         return f"{path} is damaged: its SHA-256 is not the one it was written with"
     return None
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

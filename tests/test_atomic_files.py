@@ -13,6 +13,7 @@ import pytest
 
 from alignlab import atomic_files
 from alignlab.atomic_files import publish_folder, recover_folder, remove_folder
+from alignlab.digests import json_digest
 from alignlab.manifest import MODEL_MANIFEST, find_damage, has_manifest, read_manifest, write_manifest
 
 OLD, NEW = {"a": "old", "only/old": "x"}, {"a": "new"}
@@ -144,5 +145,5 @@ def test_a_manifest_of_no_version_is_refused_though_its_digest_is_right(tmp_path
 
     folder = fill(tmp_path / "model", OLD)
     entries = {"format": manifest.FORMAT, "run": None, "files": entry}
-    (folder / MODEL_MANIFEST).write_text(json.dumps(entries | {"sha256": manifest._digest(entries)}))
+    (folder / MODEL_MANIFEST).write_text(json.dumps(entries | {"sha256": json_digest(entries)}))
     assert "has an entry that no version writes" in str(find_damage(folder))

@@ -12,6 +12,7 @@ import pytest
 import alignlab.trainers.run
 from alignlab.cli import COMMANDS, main, parse
 from alignlab.errors import ConfigError
+from alignlab.manifest import MODEL_MANIFEST, find_damage, has_manifest
 from alignlab.models.checkpoints import load_model, new_model, save_model
 from tests.config.test_loader import SHIPPED
 
@@ -252,14 +253,33 @@ def test_merged_model_is_the_adapted_one(run_file, adapter, tmp_path):
         expected, got, before = adapted(tokens).logits, merged(tokens).logits, base(tokens).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (got - before).abs().max() > 1e-3
+    assert has_manifest(tmp_path / "merged") and find_damage(tmp_path / "merged") is None
 
     assert main(["merge", str(trained), str(tmp_path / "merged")]) == 2  # it is not empty any more
+
+
+def test_numbers_that_are_not_finite_are_not_merged(run_file, adapter, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
+    (broken / MODEL_MANIFEST).unlink()
+    model = str(run_file.parent / "model")
+    assert main(["merge", str(broken), str(tmp_path / "merged"), "--model", model]) == 2
+    assert "finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
     teacher, output = str(run_file.parent / "model"), str(tmp_path / "student")
     assert main(["student", teacher, output, "--layers", "0"]) == 0
     assert "layers 0: " in capsys.readouterr().err
+    assert has_manifest(Path(output)) and find_damage(Path(output)) is None
     assert main(["generate", output, "say red", "--max-new-tokens", "2"]) == 0
     assert main(["student", teacher, output, "--num-layers", "1"]) == 2
     assert "OUTPUT must be a new or empty folder" in capsys.readouterr().err

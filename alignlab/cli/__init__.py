@@ -16,7 +16,7 @@ import alignlab
 from alignlab.cli import check, evaluate, generate, judge, merge, sample, serve, student, train
 from alignlab.cli.ending import ExitStatus
 from alignlab.cli.process_end import end_despite_threads
-from alignlab.errors import AlignlabError
+from alignlab.library_errors import named
 
 COMMANDS = (train, check, evaluate, generate, merge, sample, student, judge, serve)
 
@@ -39,11 +39,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # whoever read standard output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.ERROR
-    except (AlignlabError, OSError) as error:
-        if args.debug:
+    except Exception as error:
+        named_error = named(error)
+        if named_error is None or args.debug:
             raise
-        fix = "; correct the path, its permissions, or the disk" if isinstance(error, OSError) else ""
-        print(f"alignlab {args.name}: {error}{fix}", file=sys.stderr)
+        print(f"alignlab {args.name}: {named_error}", file=sys.stderr)
         return ExitStatus.ERROR
     except KeyboardInterrupt:
         print(f"alignlab {args.name}: interrupted", file=sys.stderr)

@@ -127,17 +127,16 @@ def check_judge(judge: JudgeSettings, constitution: Constitution) -> None:
 
 def server_notes(trainer: TrainerConfig) -> Iterator[str]:
     """Which vLLM servers do not answer now."""
-    import httpx2
+    import anyio
 
     from alignlab.config.rollout import VLLMServerSettings
     from alignlab.config.trainers import OnlineConfig
+    from alignlab.rollout.vllm.server.client import is_healthy
 
     rollout = trainer.rollout if isinstance(trainer, OnlineConfig) else None
     for address in rollout.servers if isinstance(rollout, VLLMServerSettings) else ():
-        try:
-            httpx2.get(f"{address}/health", timeout=5.0, trust_env=False).raise_for_status()
-        except httpx2.HTTPError as error:
-            yield f"the vLLM server {address} does not answer ({error}); start it: bash launch/serve_vllm.sh CONFIG"
+        if not anyio.run(is_healthy, address):
+            yield f"the vLLM server {address} does not answer; start it: bash launch/serve_vllm.sh CONFIG"
 
 
 def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:

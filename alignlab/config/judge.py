@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from alignlab.addresses import HIDDEN
+from alignlab.config.addresses import check_address
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
 from alignlab.config.model import Dtype
 from alignlab.config.on_resume import MayChange, OnResume
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 class _JudgeSettings(Frozen):
@@ -80,14 +84,16 @@ class EndpointJudge(_JudgeSettings):
     model: str
     """As the server calls it."""
     api_key_env: MayChange[str | None] = None
-    """The environment variable that holds the key; no key is ever in a file."""
+    """The environment variable that holds the key, a name in capitals; no key is ever in a file."""
     top_logprobs: int = Field(20, ge=2)
     """Tokens whose probabilities are asked for."""
     request_timeout_s: MayChange[float] = Field(60.0, gt=0)
+    """For one attempt in all, from connecting to the answer's last byte."""
     max_concurrent: MayChange[int] = Field(16, ge=1)
     """Requests under way at one time."""
     retry_wait_s: MayChange[float] = Field(1.0, ge=0)
-    """Before the second attempt; doubled before each further one."""
+    """Before the second attempt; doubled before each further one. A server that asks for a longer wait (Retry-After)
+    gets it, up to 120 s."""
 
     @model_validator(mode="after")
     def _check_unread(self) -> Self:
@@ -97,10 +103,15 @@ class EndpointJudge(_JudgeSettings):
 
     @model_validator(mode="after")
     def _check_url(self) -> Self:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            must = "be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
-            raise BrokenRule("url", self.url, must, "correct it")
+        must = "be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+        check_address("url", self.url, must=must, schemes=("http", "https"))
+        return self
+
+    @model_validator(mode="after")
+    def _check_api_key_env(self) -> Self:
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            must = "name an environment variable in capitals, and never hold the key itself"
+            raise BrokenRule("api_key_env", HIDDEN, must, "write for example OPENAI_API_KEY, and export the key there")
         return self
 
 

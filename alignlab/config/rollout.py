@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from alignlab.config.addresses import check_address
 from alignlab.config.base import Frozen
 from alignlab.config.messages import BrokenRule
 from alignlab.config.on_resume import OnResume, Recorded
@@ -114,27 +114,19 @@ class VLLMServerSettings(_VLLMSettings):
     """While requests run, every so many seconds each server and its engine are asked whether they live; after three
     times without an answer it is lost."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """A server that has not answered a request by then is lost."""
+    """A server that has not answered a request whole by then is lost; the time to send
+    weights comes on top."""
     reconnect_s: float = Field(120.0, ge=0)
     """How long to wait for a server to come (back) where there is none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for address in self.servers:
-            if not _is_address(address):
-                must = "hold addresses of the form http://HOST:PORT"
-                raise BrokenRule("servers", list(self.servers), must, f"correct {address}")
+            must = "hold addresses of the form http://HOST:PORT"
+            check_address("servers", address, must=must, schemes=("http",), port=True, path=False)
         if len(set(self.servers)) < len(self.servers):
             raise BrokenRule("servers", list(self.servers), "name each server once", "remove the second")
         return self
-
-
-def _is_address(text: str) -> bool:
-    parts = urlsplit(text)
-    try:
-        return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port) and parts.path in ("", "/")
-    except ValueError:  # the port is no number
-        return False
 
 
 EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings

@@ -19,7 +19,10 @@ from alignlab.models.intact import check_folder, named_errors
 
 _CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-_DAMAGED = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
+_DAMAGED = (
+    OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ArithmeticError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
 
 
 def is_adapter(path: str) -> bool:

@@ -139,7 +139,7 @@ def empty_model(name: str) -> PreTrainedModel:
     path = resolve_checkpoint(name)
     if is_adapter(path):
         return empty_model(base_of(path))
-    with init_empty_weights():
+    with named_errors(f"{name} cannot be loaded", "Correct its config.json"), init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
     with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)  # without a file, of the config, as in loading
@@ -234,7 +234,8 @@ def _with_its_attention(model: PreTrainedModel) -> PreTrainedModel:
 def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
     """`hub` as a `PolicyForCausalLM` over the same tensors, where its family is known."""
     try:
-        config = read_hub_config(hub.config)
+        with named_errors(f"{hub.config.name_or_path} cannot be loaded", "Correct its config.json"):
+            config = read_hub_config(hub.config)
     except ConfigError as error:
         _log.warning("%s is used as transformers has it: %s", type(hub).__name__, error)
         return hub

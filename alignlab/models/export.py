@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
+from alignlab.library_errors import writing
 from alignlab.models.attention import causal_lm
 from alignlab.models.families import write_hub_config
 from alignlab.models.merging import base_state, merged_state, untie_config, unties
@@ -54,14 +55,15 @@ def write_base(model: Model, folder: Path) -> None:
         untie_config(config)
     config.architectures = [type(written).__name__]
     config.dtype = causal_lm(model).dtype
-    config.save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in base_tensors(model).items():
         shared = tensor.data_ptr() in seen  # an untied head is the embeddings until then; safetensors takes none twice
         tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
         seen.add(tensor.data_ptr())
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with writing(folder, "the model for vLLM"):
+        config.save_pretrained(folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _tensors(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

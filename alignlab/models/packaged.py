@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.atomic_files import publish_folder
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.file_lock import one_at_a_time
+from alignlab.library_errors import writing
 from alignlab.manifest import write_manifest
 from alignlab.models.folder_limits import check_model_folder
 from alignlab.models.intact import damage_of, is_intact
@@ -67,7 +68,7 @@ def resolve_checkpoint(name: str) -> str:
     if not is_intact(folder):
         source = _gguf_file(name, model)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with one_at_a_time(folder, "converts the model"):
             if not is_intact(folder):  # another process may have made it while this one waited
                 _convert(source, folder)
     return str(folder)
@@ -101,10 +102,12 @@ def _convert(source: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         del model.config.quantization_config  # the weights are no longer quantised
         del model.hf_quantizer
-        model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**place).save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        write_manifest(unfinished)
-        publish_folder(unfinished, folder)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        with writing(folder, "the converted model"):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.chmod(0o755)
+            write_manifest(unfinished)
+            publish_folder(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from alignlab.atomic_files import TEMPORARY, hidden_name, publish_folder, recover_folder, sync_folder
 from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
 from alignlab.manifest import write_manifest
 from alignlab.models.attention import causal_lm
 
@@ -39,8 +40,16 @@ def published(folder: str | Path, *, run_id: str | None = None) -> Iterator[Path
     Args:
         folder: its name.
         run_id: of the run that made the model; None where none did.
+
+    Raises:
+        DiskError: the disk, a limit or a permission.
     """
     folder = Path(folder).absolute()
+    with writing(folder, "the model"):
+        yield from _published(folder, run_id)
+
+
+def _published(folder: Path, run_id: str | None) -> Iterator[Path]:
     if _holds_nothing(folder) and (folder.is_mount() or not os.access(folder.parent, os.W_OK | os.X_OK)):
         yield folder  # nothing can be put in its place, and nothing is lost in it
         write_manifest(folder, run_id=run_id)

@@ -8,11 +8,12 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 from alignlab.digests import json_digest
+from alignlab.library_errors import writing
 
 logger = logging.getLogger(__name__)
 _SCHEMA = (
@@ -44,9 +45,10 @@ class AnswerStore:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._prepare()
+        with self._named():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._prepare()
 
     def get(self, keys: Sequence[str]) -> dict[str, list[float]]:
         """The answers that are known."""
@@ -57,7 +59,7 @@ class AnswerStore:
             marks = ",".join("?" * len(part))
             query = f"SELECT key, answer, sha256 FROM sealed_answers WHERE key IN ({marks})"
             rows: list[tuple[Any, Any, Any]] = []
-            with self._put_aside_if_damaged(), closing(self._open()) as connection:
+            with self._named(), self._put_aside_if_damaged(), closing(self._open()) as connection:
                 rows = connection.execute(query, part).fetchall()
             for key, answer, digest in rows:
                 if digest == _digest(key, answer):
@@ -78,8 +80,12 @@ class AnswerStore:
         self._write(rows)  # to the file that took the damaged one's place
 
     def _write(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        with closing(self._open()) as connection, connection:
+        with self._named(), closing(self._open()) as connection, connection:
             connection.executemany("INSERT OR REPLACE INTO sealed_answers VALUES (?, ?, ?)", rows)
+
+    def _named(self) -> AbstractContextManager[None]:
+        """Name what stops the file from being read or written."""
+        return writing(self._path, "the judges' answers")
 
     def _prepare(self) -> None:
         with self._put_aside_if_damaged(prepare=False):

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
+from alignlab.atomic_files import write_atomically
+from alignlab.config.constitution import Constitution
+from alignlab.config.flat_settings import refused_settings
+from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings, RLAIFConfig
 from alignlab.digests import DamagedError, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError, DataError
 from alignlab.rlaif.chat_model import DOWN
-from alignlab.training.files import write_atomically
 from alignlab.training.interrupt import catch_interrupts
 from alignlab.training.journal import Journal, read_journal
 from alignlab.training.progress import TrainingProgress
+from alignlab.training.reference_cache import digest_of_model
 from alignlab.types import Prompt, Text
 
 logger = logging.getLogger(__name__)
@@ -71,6 +76,19 @@ def collect(
     if rank == 0:
         write_atomically(folder / _COMPLETE, json.dumps(sealed({"rows": _digest(known)})) + "\n")
     return [known[prompt.index] for prompt in prompts]
+
+
+def made_with(
+    config: RLAIFConfig, constitution: Constitution, model: nn.Module, settings: RevisionSettings | LabelSettings
+) -> dict[str, Any]:
+    """What the rows of a stage depend on, for `check_made_with`."""
+    return {
+        "constitution": constitution.model_dump(mode="json"),
+        "model": digest_of_model(model),
+        "judge": refused_settings(config.judge),
+        "settings": refused_settings(settings),
+        "seed": config.seed,
+    }
 
 
 def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> None:

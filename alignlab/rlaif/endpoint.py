@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-import time
+import json
+import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+import anyio
 import httpx2
 
+from alignlab.addresses import is_loopback, must_bypass_proxies
+from alignlab.bounded_http import OK, PLAIN, Reply, TooLargeError, excerpt, exchange, retry_after
 from alignlab.config.judge import EndpointJudge
-from alignlab.errors import ConfigError
-from alignlab.rlaif.chat_model import Conversation, Failure, FailureKind
+from alignlab.credentials import environment_key
+from alignlab.rlaif.chat_answers import choice_logprobs, completion_text, first_choice
+from alignlab.rlaif.chat_model import DOWN, Conversation, Failure
+from alignlab.rollout.loop_thread import LoopThread
+from alignlab.rollout.task_groups import each
 
+logger = logging.getLogger(__name__)
+MAX_ANSWER_BYTES = 4 * 2**20
+MAX_WAIT_S = 120.0
 _TOO_MANY, _SERVER_FAULT, _FAULT = 429, 500, 400
 _OF_EVERYBODY = (401, 403, 404)  # no key, no right, no such model
 _Answer = TypeVar("_Answer")
 
 
+class Outage:
+    """The state of a server that may be down: after `limit` failures of its own in a row, it is asked no more."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._in_a_row = limit, 0
+        self._last = Failure("unreachable", "")
+
+    def note(self, answer: object) -> None:
+        """Count what became of a question."""
+        if isinstance(answer, Failure) and answer.kind in DOWN:
+            self._in_a_row, self._last = self._in_a_row + 1, answer
+        else:
+            self._in_a_row = 0
+
+    def failure(self) -> Failure | None:
+        """Return what becomes of a question that is not asked; None while it is to be asked."""
+        return self._last if self._in_a_row >= self._limit else None
+
+
 class EndpointChatModel:
     """Asks a server, many questions at a time; a request that may succeed later is sent again.
+
+    Each attempt has `request_timeout_s` in all, from connecting to the last byte, and an answer has at most
+    `MAX_ANSWER_BYTES`. Where a server has answered none of many questions, the others of the call are not asked. The
+    wait before the next attempt is the server's `Retry-After` where that is longer, up to
+    `MAX_WAIT_S`. The key is never sent to a proxy on the way to this machine's own servers.
 
     Args:
         settings: the server, and how patiently it is asked.
         transport: of the connection; default: the network.
 
     Raises:
-        ConfigError: the environment variable of the key is not set.
+        ConfigError: the environment variable of the key is not set, blank, or holds no key.
     """
 
-    def __init__(self, settings: EndpointJudge, *, transport: httpx2.BaseTransport | None = None) -> None:
+    def __init__(self, settings: EndpointJudge, *, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         self.identity = f"{settings.url} {settings.model} {settings.top_logprobs}"
-        self.num_retries = 0
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._headers, self._transport = _authorization(settings), transport
+        self.num_retries, self._has_warned = 0, False
+        self._settings, self._transport = settings, transport
+        self._address = f"{settings.url.rstrip('/')}/chat/completions"
+        variable = settings.api_key_env
+        self._key = "" if variable is None else environment_key(variable, "judge.api_key_env").get_secret_value()
+        parts = urlsplit(settings.url)
+        self._bypasses_proxies = must_bypass_proxies(parts.hostname or "")
+        if self._key and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            logger.warning(
+                "the judge's key travels unencrypted to %s; use https, or a tunnel to this machine (ssh -L)",
+                settings.url,
+            )
 
     def choose(
         self, conversations: Sequence[Conversation], choices: Sequence[str]
@@ -47,98 +86,97 @@ class EndpointChatModel:
         options = {
             "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": self._settings.top_logprobs,
         }  # fmt: skip
-        return self._each(conversations, options, lambda choice: _choice_logprobs(choice, choices))
+        return self._each(conversations, options, lambda choice: choice_logprobs(choice, choices))
 
     def write(
         self, conversations: Sequence[Conversation], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[str | Failure]:
         """A sampled answer to each conversation."""
         options = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        return self._each(conversations, options, _text)
+        return self._each(conversations, options, completion_text)
 
     def _each(
         self, conversations: Sequence[Conversation], options: dict[str, Any],
         read: Callable[[Any], _Answer | Failure],
     ) -> list[_Answer | Failure]:
-        def ask(conversation: Conversation) -> _Answer | Failure:
-            answer = self._ask(http, {"model": self._settings.model, "messages": list(conversation), **options})
-            return answer if isinstance(answer, Failure) else read(answer)
+        """Ask all questions, from a thread of its own: the caller's may have an event loop already."""
+        requests = [
+            {"model": self._settings.model, "messages": list(conversation), **options} for conversation in conversations
+        ]
+        thread = LoopThread("alignlab-judge")
+        try:
+            choices: list[dict[str, Any] | Failure] = thread.submit(self._ask_all(requests)).result()
+        finally:
+            thread.close()
+        return [choice if isinstance(choice, Failure) else read(choice) for choice in choices]
 
-        patience = self._settings.request_timeout_s
-        with (
-            httpx2.Client(headers=self._headers, timeout=patience, transport=self._transport) as http,
-            ThreadPoolExecutor(self._settings.max_concurrent) as pool,
-        ):
-            return list(pool.map(ask, conversations))
+    async def _ask_all(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | Failure]:
+        free, down = anyio.Semaphore(self._settings.max_concurrent), Outage(2 * self._settings.max_concurrent)
+        headers = PLAIN | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        async with httpx2.AsyncClient(
+            headers=headers, timeout=None, transport=self._transport, trust_env=not self._bypasses_proxies
+        ) as http:
 
-    def _ask(self, http: httpx2.Client, request: dict[str, Any]) -> dict[str, Any] | Failure:
-        """The first choice of the server's answer."""
+            async def ask(request: dict[str, Any]) -> dict[str, Any] | Failure:
+                async with free:
+                    answer = down.failure() or await self._ask(http, request)
+                    down.note(answer)
+                    return answer
+
+            return await each(ask, requests)
+
+    async def _ask(self, http: httpx2.AsyncClient, request: dict[str, Any]) -> dict[str, Any] | Failure:
+        """The only choice of the server's answer."""
         answer: dict[str, Any] | Failure = Failure("unreachable", "")
+        asked_wait_s = 0.0
         for attempt in range(self._settings.max_attempts):
             if attempt:
-                with self._lock:
-                    self.num_retries += 1
-                time.sleep(self._settings.retry_wait_s * 2 ** (attempt - 1))
-            answer = self._send(http, request)
+                self.num_retries += 1
+                await anyio.sleep(max(self._wait_s(attempt), asked_wait_s))
+            answer, asked_wait_s = await self._send(http, request)
             if not isinstance(answer, Failure) or answer.kind not in ("timeout", "unreachable"):
                 break
+            if not self._has_warned and self._settings.max_attempts > 1:
+                self._has_warned = True
+                logger.warning("%s; a question is asked up to %d times", answer.message, self._settings.max_attempts)
         return answer
 
-    def _send(self, http: httpx2.Client, request: dict[str, Any]) -> dict[str, Any] | Failure:
-        address = f"{self._settings.url.rstrip('/')}/chat/completions"
+    def _wait_s(self, attempt: int) -> float:
+        """Return the wait before a further attempt, 1 or more: doubled each time, up to `MAX_WAIT_S`."""
+        first = self._settings.retry_wait_s
+        return max(first, min(first * 2.0 ** min(attempt - 1, 30), MAX_WAIT_S))
+
+    async def _send(
+        self, http: httpx2.AsyncClient, request: dict[str, Any]
+    ) -> tuple[dict[str, Any] | Failure, float]:
+        """The choice or what failed, and the seconds that the server asks to be left alone."""
+        patience = self._settings.request_timeout_s
+        body = json.dumps(request).encode()  # in ASCII, so that half a character is no error here
         try:
-            response = http.post(address, json=request)
-        except httpx2.TimeoutException:
-            return Failure("timeout", f"{address} did not answer within {self._settings.request_timeout_s:g} s")
-        except httpx2.HTTPError as error:
-            return Failure("unreachable", f"{address} cannot be reached: {error}")
-        status = response.status_code
+            reply = await exchange(
+                http, "POST", self._address, deadline_s=patience, max_bytes=MAX_ANSWER_BYTES,
+                content=body, headers={"Content-Type": "application/json"},
+            )  # fmt: skip
+        except (TimeoutError, httpx2.TimeoutException):
+            message = f"waited for {self._address}, and it did not answer whole within {patience:g} s"
+            return Failure("timeout", f"{message} (judge.request_timeout_s)"), 0.0
+        except TooLargeError as error:
+            return Failure("unusable", f"{self._address} cannot be used: {error}"), 0.0
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            why = excerpt(str(error).encode(errors="replace"), self._key)
+            return Failure("unreachable", f"{self._address} cannot be reached: {why}"), 0.0
+        return self._read(reply), retry_after(reply.headers, longest_s=MAX_WAIT_S)
+
+    def _read(self, reply: Reply) -> dict[str, Any] | Failure:
+        """The only choice of an answer; a Failure where the answer has another status, or is no completion."""
+        status, text = reply.status, reply.excerpt(self._key)
         if status == _TOO_MANY or status >= _SERVER_FAULT:
-            return Failure("unreachable", f"{address} answers with status {status}: {response.text[:200]}")
-        if status >= _FAULT:
-            kind: FailureKind = "unusable" if status in _OF_EVERYBODY else "refused"
-            return Failure(kind, f"{address} answers with status {status}: {response.text[:200]}")
+            return Failure("unreachable", f"{self._address} answers with status {status}: {text}")
+        if status >= _FAULT and status not in _OF_EVERYBODY:
+            return Failure("refused", f"{self._address} answers with status {status}: {text}")
+        if status != OK:
+            return Failure("unusable", f"{self._address} answers with status {status}: {text}")
         try:
-            choice: dict[str, Any] = response.json()["choices"][0]
-            return choice
-        except (ValueError, LookupError, TypeError):
-            return Failure("unusable", f"{address} answers with no completion: {response.text[:200]}")
-
-
-def _authorization(settings: EndpointJudge) -> dict[str, str]:
-    if settings.api_key_env is None:
-        return {}
-    key = os.environ.get(settings.api_key_env)
-    if not key:
-        raise ConfigError(
-            f"judge.api_key_env names the environment variable {settings.api_key_env}, and it is not set; set it, or "
-            "remove api_key_env for a server without keys"
-        )
-    return {"Authorization": f"Bearer {key}"}
-
-
-def _text(choice: Any) -> str | Failure:
-    try:
-        return str(choice["message"]["content"] or "")
-    except (LookupError, TypeError):
-        return Failure("refused", f"the server's answer has no message: {choice!r:.200}")
-
-
-def _choice_logprobs(choice: Any, choices: Sequence[str]) -> tuple[float, ...] | Failure:
-    try:
-        likeliest = choice["logprobs"]["content"][0]["top_logprobs"]
-        told = [(str(one["token"]), float(one["logprob"])) for one in likeliest]
-    except (LookupError, TypeError, ValueError):
-        return Failure("unusable", "the server gives no log-probabilities (top_logprobs); use answers: sampled")
-    listed = [(token, logprob) for token, logprob in told if math.isfinite(logprob)]
-    found = [[logprob for token, logprob in listed if token.strip() == one] for one in choices]
-    if not any(found):
-        return Failure("nonsense", f"none of {', '.join(choices)} is among the likeliest tokens {listed[:3]}")
-    least = min(logprob for _, logprob in listed)
-    return tuple(_total(each) if each else least for each in found)
-
-
-def _total(logprobs: Sequence[float]) -> float:
-    """The log of the sum of probabilities."""
-    top = max(logprobs)
-    return top + math.log(sum(math.exp(logprob - top) for logprob in logprobs))
+            return first_choice(reply.json())
+        except ValueError as error:
+            return Failure("unusable", f"{self._address} answers with no completion ({error}): {text}")

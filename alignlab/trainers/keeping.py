@@ -18,9 +18,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from alignlab.models.finite import check_finite
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.trainers.learner import Learner
 from alignlab.trainers.ranks import gather_random_states
-from alignlab.training.checkpoint import save_checkpoint
+from alignlab.training.checkpoint import checkpoint_path, save_checkpoint
 from alignlab.training.metrics import MetricsLogger
 from alignlab.training.random_state import RandomState
 from alignlab.training.run_folder import RunFolder
@@ -84,7 +85,7 @@ class StepKeeper:
         self._copy = _copied(live, self._copy) if live and _is_small(live) else None
 
     def save(self) -> Path:
-        """Write the checkpoint of the step that is done; every rank calls this together.
+        """Write the checkpoint of the step that is done, and return its folder; every rank calls this together.
 
         Raises:
             NumericsError: a weight or a number of an optimizer is not finite.
@@ -97,7 +98,7 @@ class StepKeeper:
                 self._folder.renew()
                 self._write(self._whole, self._tensors())
         self._saved_step = self._whole.step
-        return self._folder.checkpoints
+        return checkpoint_path(self._folder.checkpoints, self._whole.step)
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
@@ -172,6 +173,26 @@ class StepKeeper:
 
     def _num_changes(self) -> list[int]:
         return [learner.num_changes for learner in self._loop.learners.values()]
+
+
+def check_all_weights(learners: Mapping[str, Learner]) -> None:
+    """Raise if a weight that a run begins with, in training or frozen, is not finite.
+
+    Raises:
+        NumericsError: naming it.
+    """
+    weights = ((f"{role}{n}", w) for role, each in learners.items() for n, w in each.policy.named_parameters())
+    check_finite(weights, "the weights that the run begins with", fix=TAKE_ANOTHER)
+
+
+def check_trained_weights(learners: Mapping[str, Learner], step: int) -> None:
+    """Raise if a weight in training is not finite after a step.
+
+    Raises:
+        NumericsError: naming it.
+    """
+    weights = ((f"{role}{n}", w) for role, each in learners.items() for n, w in each.trained.items())
+    check_finite(weights, f"the weights after step {step}")
 
 
 def _is_small(tensors: Tensors) -> bool:

@@ -170,8 +170,15 @@ class Learner:
                 "the run was started with"
             ) from error
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
+        self._forget_unfinished_step()
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
+
+    def _forget_unfinished_step(self) -> None:
+        """Drop the gradients and counts that a step has left which failed half way, in this process."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for router in routers(self.policy.model):
+            router.expert_counts = None
 
     def score(
         self, packs: Sequence[Experience], policy: Policy | None = None, *, of: str | None = None

@@ -17,10 +17,9 @@ from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
-from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.saving import published
 from alignlab.trainers.ending import check_ending, on_main_rank
-from alignlab.trainers.keeping import StepKeeper
+from alignlab.trainers.keeping import StepKeeper, check_all_weights, check_trained_weights
 from alignlab.trainers.learner import Learner
 from alignlab.trainers.rank_watchdog import Position, tell_position, watched
 from alignlab.trainers.ranks import RankAgreement, of_main_rank
@@ -54,7 +53,7 @@ class TrainingLoop(ABC):
         agreed: ends a block of work on every rank where it fails on one.
         evaluation_due: whether held-out data is still to be evaluated after the last step that was done.
         part_of: id of the run that this run is a stage of; None where it is none.
-        keeper: saves the run's checkpoints while it trains.
+        keeper: saves the run's checkpoints; None before it is trained.
     """
 
     def __init__(
@@ -166,6 +165,7 @@ class TrainingLoop(ABC):
                         folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
                         last_step=self.config.num_steps,
                         saved=None if checkpoint is None else checkpoint.state["metrics"],
+                        ended=None if folder.last_end is None else folder.last_end.get("metrics"),
                     )
                 )
                 self.open(stack, folder, resume_step)
@@ -174,7 +174,8 @@ class TrainingLoop(ABC):
                 if self.is_main and not result.interrupted:
                     write_report(folder, self._report(result))
             learnt = result.interrupted or not result.verdict.nothing_to_learn_from
-            folder.ended(("interrupted" if result.interrupted else "done") if learnt else "nothing learnt", self.step)
+            outcome = ("interrupted" if result.interrupted else "done") if learnt else "nothing learnt"
+            folder.ended(outcome, self.step, logger.state())
         self.keeper = None  # with its copy of the weights
         if not learnt:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
@@ -199,7 +200,7 @@ class TrainingLoop(ABC):
         keeper = self.keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
-                self.check_all_weights()
+                check_all_weights(self.learners)
                 self.before = self._evaluate(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
@@ -264,7 +265,7 @@ class TrainingLoop(ABC):
             keeper.copy_weights()
             metrics = self.train_step(step)
             with self.agreed(f"checking the weights after step {step}"):
-                self.check_weights(f"after step {step}")
+                check_trained_weights(self.learners, step)
             self.train_seconds += time.perf_counter() - start
             self.step = step
             last = step == self.config.num_steps
@@ -277,12 +278,21 @@ class TrainingLoop(ABC):
                 self._evaluate_due(logger)
             stop = self._any_rank(interrupt.requested)
             if stop or last or self._save_at(step):
-                keeper.save()
+                self.save()
             if stop and not last:
                 who = interrupt.signal or "another rank"
                 self.progress.note(f"stopped by {who} after step {step}; go on with --resume")
                 break
         return metrics
+
+    def save(self) -> Path:
+        """Write a checkpoint of the step that is done, and return its folder; every rank calls this together.
+
+        Raises:
+            NumericsError, ConfigError, RankError: see `StepKeeper.save`.
+        """
+        assert self.keeper is not None, "called while the run trains, such as in a callback"
+        return self.keeper.save()
 
     def _evaluate_due(self, logger: MetricsLogger) -> None:
         self._evaluate(logger)
@@ -296,29 +306,6 @@ class TrainingLoop(ABC):
             messages.warning("step %d: %s", self.step, line)
         for callback in self.callbacks:
             callback(self, self.step, metrics)
-
-    def check_all_weights(self) -> None:
-        """Raise if a weight that the run begins with, in training or frozen, is not finite.
-
-        Raises:
-            NumericsError: naming it.
-        """
-        weights = (
-            (f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.policy.named_parameters()
-        )
-        check_finite(weights, "the weights that the run begins with", fix=TAKE_ANOTHER)
-
-    def check_weights(self, when: str) -> None:
-        """Raise if a weight in training is not finite.
-
-        Args:
-            when: that is, such as "after step 3".
-
-        Raises:
-            NumericsError: naming it.
-        """
-        weights = ((f"{role}{n}", w) for role, each in self.learners.items() for n, w in each.trained.items())
-        check_finite(weights, f"the weights {when}")
 
     def _restore(self, folder: RunFolder) -> Checkpoint | None:
         """Take back the newest checkpoint and return it; None where the run stopped before its first."""
@@ -354,7 +341,7 @@ class TrainingLoop(ABC):
     def _save_model(self, folder: RunFolder) -> Path:
         path = folder.adapter if self.learner.has_adapters else folder.model
         with self.agreed("saving what was trained"):
-            self.check_weights(f"after step {self.step}")
+            check_trained_weights(self.learners, self.step)
             if self.is_main:
                 folder.renew()
                 with published(path, run_id=folder.run_id) as unfinished:

@@ -24,12 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.constitution import load_constitution
-from alignlab.config.flat_settings import refused_settings
 from alignlab.config.judge import ModelJudge
 from alignlab.config.model import LoraSettings
 from alignlab.config.render import RenderSettings
@@ -51,7 +49,7 @@ from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
 from alignlab.models.saving import published
-from alignlab.rlaif.collecting import check_made_with, collect, finished
+from alignlab.rlaif.collecting import check_made_with, collect, finished, made_with
 from alignlab.rlaif.judge import Judge, PromptedJudge
 from alignlab.rlaif.judges import chat_model, make_judge
 from alignlab.rlaif.labels import judge_pairs, preferences
@@ -77,11 +75,9 @@ from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, evaluate, read_evaluation, write_evaluation
-from alignlab.training.files import write_atomically
 from alignlab.training.journal import write_rows
 from alignlab.training.model_reward import ModelReward
-from alignlab.training.reference_cache import digest_of_model
-from alignlab.training.report import RunReport, write_report
+from alignlab.training.report import RunReport, show_table, write_report
 from alignlab.training.run_folder import RunFolder, holds_run
 from alignlab.types import Prompt, Rollout, RolloutEngine
 
@@ -273,13 +269,7 @@ class RLAIFTrainer:
         """
         folder = kept.parent
         self.accelerator.wait_for_everyone()
-        told = {
-            "constitution": self.constitution.model_dump(mode="json"),
-            "model": digest_of_model(model),
-            "judge": refused_settings(self.config.judge),
-            "settings": refused_settings(settings),
-            "seed": self.config.seed,
-        }
+        told = made_with(self.config, self.constitution, model, settings)
         check_made_with(folder, told, writes=self.accelerator.is_main_process)
         prompts = self.prompts[: settings.num_prompts]
         if kept.exists():
@@ -397,12 +387,8 @@ class RLAIFTrainer:
             write_rows(path, rows)
 
     def _show(self, title: str, lines: Sequence[tuple[str, Any]]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in lines:
-            table.add_row(name, str(value))
-        Console(stderr=True).print(table)
+        if self.accelerator.is_main_process:
+            show_table(title, lines)
 
     def _section(self, config: Any, folder: Path, **changes: Any) -> Any:
         """A stage's section, in a folder of its own, with the run's seed."""

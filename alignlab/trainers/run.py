@@ -41,7 +41,7 @@ from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.vocabulary import num_token_ids
-from alignlab.errors import ConfigError, NothingLearntError
+from alignlab.errors import NothingLearntError
 from alignlab.models.checkpoints import is_adapter, load_model, load_tokenizer, new_model
 from alignlab.models.student import chosen_layers, student_from
 from alignlab.trainers.distill import DistillTrainer
@@ -59,7 +59,7 @@ from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
 from alignlab.training.evaluation import Evaluation, EvaluationResult, LikelihoodResult
-from alignlab.training.run_folder import holds_run
+from alignlab.training.run_folder import check_folder, holds_run
 from alignlab.types import message_text
 
 WARM_START = "warm_start"
@@ -130,11 +130,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         AlignlabError: any of its kinds, each before work is lost.
     """
     folder = config.trainer.output_dir
-    if resume and not (holds_run(folder) or holds_run(folder / WARM_START)):
-        raise ConfigError(
-            f"--resume needs a run to go on with, and {folder} holds none; leave --resume out to start one, or correct "
-            "trainer.output_dir"
-        )
+    # A run that was stopped in its warm start has not begun itself.
+    check_folder(folder, resume=resume and (holds_run(folder) or not holds_run(folder / WARM_START)))
     tokenizer = make_tokenizer(config)
     set_seed(config.trainer.seed)  # a new model's weights are the run's too
     # A warm start trains all weights, whatever is put on them afterwards.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, publish_folder, remove_folder
 from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
 from alignlab.manifest import find_damage, read_manifest, write_manifest
 from alignlab.training.random_state import RandomState, random_state
 
@@ -82,26 +83,30 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskError: the disk, a limit or a permission; earlier checkpoints stay.
     """
     assert keep >= 1, keep
     random = [random_state()] if random is None else random
-    final = folder / f"{PREFIX}{step:08d}"
+    final = checkpoint_path(folder, step)
     if final.exists():
         if _is_of(final, run_id):
             return final
         remove_folder(final)
-    temporary = hidden_name(final, TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for rank, generators in enumerate(random):
-        _write_tensors(temporary / f"random-{rank}.safetensors", generators.tensors)
-        _write_json(temporary / f"random-{rank}.json", generators.state)
-    for name, group in tensors.items():
-        _write_tensors(temporary / f"{name}.safetensors", group)
-    _write_json(temporary / STATE, state)
-    write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
-    publish_folder(temporary, final)
-    _remove_old(folder, keep)
+    with writing(final, "the checkpoint"):
+        temporary = hidden_name(final, TEMPORARY)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for rank, generators in enumerate(random):
+            _write_tensors(temporary / f"random-{rank}.safetensors", generators.tensors)
+            _write_json(temporary / f"random-{rank}.json", generators.state)
+        for name, group in tensors.items():
+            _write_tensors(temporary / f"{name}.safetensors", group)
+        _write_json(temporary / STATE, state)
+        write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
+        publish_folder(temporary, final)
+        _remove_old(folder, keep)
     return final
 
 
@@ -142,6 +147,11 @@ def load_latest(
             load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())
         ),
     )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

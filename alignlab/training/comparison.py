@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.atomic_files import publish
 from alignlab.errors import RewardError
 from alignlab.functional.estimators import mcnemar_exact, mcnemar_interval, paired_bootstrap, sign_flip_test
 from alignlab.training.evaluation import EvaluatedProblem, EvaluationResult
-from alignlab.training.files import publish
 from alignlab.training.report import completions_table, evenly_spaced, problems_judged
 
 LEVEL = 0.95

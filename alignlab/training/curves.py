@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignlab.training.files import publish
+from alignlab.atomic_files import publish
 from alignlab.training.metrics import read_metrics
 
 if TYPE_CHECKING:

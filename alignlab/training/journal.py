@@ -17,8 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from alignlab.atomic_files import write_atomically
 from alignlab.digests import SHA256, DamagedError, sealed, unsealed
-from alignlab.training.files import write_atomically
+from alignlab.library_errors import writing
 
 NUMBER = "line"
 
@@ -81,7 +82,7 @@ class Journal:
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows."""
-        with self._path.open("ab") as file:
+        with writing(self._path, "the journal"), self._path.open("ab") as file:
             file.write(journal_lines(rows, first=len(self.rows) + 1).encode())
             file.flush()
             os.fsync(file.fileno())

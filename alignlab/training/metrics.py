@@ -54,7 +54,7 @@ class MetricsLogger:
         folder: of the run.
         trackers: names of accelerate's trackers.
         accelerator: says which process is the main one; None where there is one process.
-        resume_step, last_step, saved: see `MetricsFile`.
+        resume_step, last_step, saved, ended: see `MetricsFile`.
 
     Raises:
         ConfigError: a tracker is unknown, its package missing, or it cannot be started.
@@ -70,6 +70,7 @@ class MetricsLogger:
         resume_step: int | None = None,
         last_step: int | None = None,
         saved: Mapping[str, Any] | None = None,
+        ended: Mapping[str, Any] | None = None,
     ) -> None:
         check_trackers(trackers)
         self._is_main = accelerator is None or accelerator.is_main_process
@@ -77,7 +78,9 @@ class MetricsLogger:
         if not self._is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = MetricsFile(folder / METRICS_FILE, resume_step=resume_step, last_step=last_step, saved=saved)
+        self._file = MetricsFile(
+            folder / METRICS_FILE, resume_step=resume_step, last_step=last_step, saved=saved, ended=ended
+        )
         try:
             for name in trackers:
                 self._trackers.append(_started_tracker(name, folder, resume_step))

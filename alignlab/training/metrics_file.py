@@ -13,6 +13,7 @@ from typing import Any
 
 from alignlab.atomic_files import write_atomically
 from alignlab.errors import CheckpointError
+from alignlab.library_errors import writing
 
 logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -26,6 +27,8 @@ class MetricsFile:
         resume_step: lines of later steps are dropped, and so is a line that a crash cut short. None begins a new file.
         last_step: of the run; its evaluation comes again, and is dropped.
         saved: what `state` gave for the checkpoint of `resume_step`; None: nothing is known of the lines.
+        ended: what `state` gave when the run last ended; None if it did not end by itself. Lines behind those of
+            `saved`, of an evaluation at the end, are kept only if the whole file is as it was then.
 
     Raises:
         CheckpointError: the lines that the checkpoint stands for are not as they were written.
@@ -33,10 +36,10 @@ class MetricsFile:
 
     def __init__(
         self, path: Path, *, resume_step: int | None = None, last_step: int | None = None,
-        saved: Mapping[str, Any] | None = None,
+        saved: Mapping[str, Any] | None = None, ended: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = path
-        lines = [] if resume_step is None else _lines_until(path, resume_step, last_step, saved)
+        lines = [] if resume_step is None else _lines_until(path, resume_step, last_step, saved, ended)
         content = b"".join(line + b"\n" for line in lines)
         self._unwritten: list[str] = []
         self._num_bytes, self._digest = len(content), hashlib.sha256(content)
@@ -47,14 +50,15 @@ class MetricsFile:
         """Write a line. One that cannot be written leaves no part of it, and is kept for `state`.
 
         Raises:
-            OSError: the disk is full, or fails.
+            DiskError: the disk is full, or fails.
         """
         self._unwritten.append(line)
         content = f"{line}\n".encode()
         rest = memoryview(content)
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            with writing(self._path, "the metrics"):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
         except OSError:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._num_bytes)
@@ -100,34 +104,38 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     )
 
 
-def _lines_until(path: Path, step: int, last_step: int | None, saved: Mapping[str, Any] | None) -> list[bytes]:
+def _lines_until(
+    path: Path, step: int, last_step: int | None, saved: Mapping[str, Any] | None, ended: Mapping[str, Any] | None
+) -> list[bytes]:
     """The lines that a run which goes on after a step keeps."""
     if not path.exists():
         if saved is not None and saved["bytes"] > 0:
             logger.warning("%s is gone: the run goes on without the metrics of its first %d steps", path, step)
         return []
     content = path.read_bytes()
-    length = 0 if saved is None else saved["bytes"]
-    if saved is not None and hashlib.sha256(content[:length]).hexdigest() != saved["sha256"]:
+    if saved is None:
+        return [line for line, metrics in _numbered(path, content) if _is_kept(metrics, step, last_step)]
+    length = saved["bytes"]
+    if not _is_as_written(content[:length], saved):
         raise CheckpointError(
             f"the first {length} bytes of {path} must be as they were when the checkpoint of step {step} was saved, "
             "and were changed since, or are another run's; put the file back as it was, or rename it to go on without "
             f"the metrics of the first {step} steps"
         )
-    kept = [line for number, line in enumerate(_whole_lines(content[:length]), start=1)
-            if _is_kept(_parsed(path, number, line), step, last_step)]
-    kept += [line.encode() for line in ([] if saved is None else saved["unwritten"])]
-    for number, line in enumerate(_whole_lines(content[length:]), start=len(kept) + 1):
-        try:
-            later = _parsed(path, number, line)
-        except CheckpointError as error:
-            if saved is None:
-                raise
-            logger.warning("%s (it is later than the checkpoint of step %d, and is left out)", error, step)
-            continue
-        if _is_kept(later, step, last_step):
-            kept.append(line)
+    kept = [line for line, metrics in _numbered(path, content[:length]) if _is_kept(metrics, step, last_step)]
+    kept += [line.encode() for line in saved["unwritten"]]
+    if ended is not None and _is_as_written(content, ended):
+        kept += [line for line, metrics in _numbered(path, content[length:]) if _is_kept(metrics, step, last_step)]
     return kept
+
+
+def _numbered(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    lines = _whole_lines(content)
+    return [(line, _parsed(path, number, line)) for number, line in enumerate(lines, start=1)]
+
+
+def _is_as_written(content: bytes, state: Mapping[str, Any]) -> bool:
+    return len(content) == state["bytes"] and hashlib.sha256(content).hexdigest() == state["sha256"]
 
 
 def _is_kept(metrics: Mapping[str, Any], step: int, last_step: int | None) -> bool:

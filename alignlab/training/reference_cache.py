@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 import xxhash
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alignlab.atomic_files import publish
 from alignlab.data.preferences import CompletionGroup
+from alignlab.file_lock import one_at_a_time
+from alignlab.library_errors import writing
 from alignlab.models.adapters import is_of_adapter
 from alignlab.models.attention import causal_lm
 from alignlab.models.packaged import cache_folder
 from alignlab.rollout.weight_proof import digest, digests
-from alignlab.training.files import publish
 from alignlab.types import Completion
 
 logger = logging.getLogger(__name__)
@@ -49,14 +50,15 @@ class ReferenceCache:
         """Log-probs of all completions, end to end, of each example: as kept, or made now and kept."""
         path = self.path(examples)
         self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
+        with one_at_a_time(path, "scores the examples by the reference"):
             flat = self._read(path, sum(example.num_tokens for example in examples))
             if flat is None:
                 print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
                 flat = torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
                 temporary = path.with_name(f".{path.name}.tmp")
-                save_file({_LOGPROBS: flat}, temporary, {_DIGEST: digest(flat)})
-                publish(temporary, path)
+                with writing(path, "the reference's log-probs"):
+                    save_file({_LOGPROBS: flat}, temporary, {_DIGEST: digest(flat)})
+                    publish(temporary, path)
         return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]
 
     @staticmethod

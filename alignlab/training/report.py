@@ -138,6 +138,14 @@ def write_report(run: RunFolder, report: RunReport, *, console: Console | None =
         _show(console, "use it", report.command)
 
 
+def show_table(title: str, lines: Sequence[tuple[str, Any]]) -> None:
+    """Show names and values on stderr."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in lines:
+        table.add_row(name, str(value))
+    Console(stderr=True).print(table)
+
+
 def _draw_curves(run: RunFolder, title: str, evaluations: Mapping[int, Mapping[str, float]]) -> bool:
     """Draw the curves, if there is anything to draw; a picture that cannot be drawn is said, and ends no run."""
     if not run.metrics_file.exists():

@@ -4,9 +4,9 @@
     duckdb.sql("select step, avg(reward) from 'runs/alignlab/rollouts/*.parquet' group by step order by step")
 
 A step is one file a rank, complete from the moment it has its name. Its schema's metadata name the run, as
-`alignlab.run`. The SHA-256 of each is in `_SHA256SUMS-rank<rank>`,
-before the file has its name, so that a file without one, or with another, is found; `sha256sum -c` reads it too. Names
-that begin with an underscore are no data to readers of Parquet folders.
+`alignlab.run`. The SHA-256 of each is in `_SHA256SUMS-rank<rank>` before the file has its name, so that a file without
+one, or with another, is found; `sha256sum -c` reads it too. Names that begin with an underscore are no data to readers
+of Parquet folders.
 
 The columns: step, prompt_index (row of the dataset), sample_index (in its group), prompt, completion (texts), row (the
 dataset's other columns, JSON), prompt_ids, token_ids, logprobs (of the distribution sampled from), raw_logprobs (of the
@@ -28,8 +28,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from alignlab.atomic_files import publish, sha256_of, write_atomically
+from alignlab.atomic_files import publish, write_atomically
+from alignlab.digests import sha256_of
 from alignlab.errors import DataError
+from alignlab.library_errors import writing
 from alignlab.types import Rollout, message_text
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,6 @@ class RolloutStore:
         names = {path.name for path in paths}
         write_atomically(self._sums, "".join(_sum_line(name, digest) for name, digest in sums.items() if name in names))
 
-
     def append(
         self, step: int, rollouts: Sequence[Rollout], *, advantages: Sequence[Sequence[float] | None] | None = None
     ) -> Path:
@@ -116,12 +117,13 @@ class RolloutStore:
         table = pa.Table.from_pylist(rows, schema=pa.schema(types.items(), metadata=metadata))
         path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
         temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(table, temporary, compression="zstd")
-        with self._sums.open("a") as file:  # before the file has its name: none is without a sum
-            file.write(_sum_line(path.name, sha256_of(temporary)))
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        with writing(path, "the rollouts"):
+            pq.write_table(table, temporary, compression="zstd")
+            with self._sums.open("a") as file:  # before the file has its name: none is without a sum
+                file.write(_sum_line(path.name, sha256_of(temporary)))
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
         return path
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class RunFolder:
         part_of: id of the run that this run is a stage of; None where it is none.
 
     Attributes:
+        last_end: the record of how the last start ended; None where there is none.
         run_id: 32 hexadecimal digits, drawn at the run's first start, in all that the run makes. Other ranks than 0
             have to be told.
 
@@ -68,6 +70,7 @@ class RunFolder:
     ) -> None:
         self.path = path.absolute()
         self.run_id: str | None = None
+        self.last_end: dict[str, Any] | None = None
         self._lock: RunLock | None = None
         self._end: dict[str, Any] | None = None
         if rank != 0:
@@ -75,7 +78,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.path)
         try:
-            self._check(resume)
+            check_folder(self.path, resume=resume)
             starts = read_records(self._starts_file)
             self.run_id = run_id_of(self._starts_file) if resume else uuid.uuid4().hex
             if resume:
@@ -127,10 +130,16 @@ class RunFolder:
         if self._lock is not None:
             self._lock.renew()
 
-    def ended(self, outcome: str, step: int) -> None:
-        """Say how the run ended, such as "done" or "interrupted", and after which step, for the record of its end."""
+    def ended(self, outcome: str, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Say how the run ended, for the record of its end.
+
+        Args:
+            outcome: "done", "interrupted", "nothing learnt" or "failed".
+            step: the last that is done.
+            metrics: what `MetricsLogger.state` gives; None where there are none.
+        """
         if self._end is not None:
-            self._end |= {"outcome": outcome, "step": step}
+            self._end |= {"outcome": outcome, "step": step, "metrics": metrics}
 
     def close(self) -> None:
         """Record the end, and give the lock back."""
@@ -157,26 +166,6 @@ class RunFolder:
         finally:
             lock.close()
 
-    def _check(self, resume: bool) -> None:
-        held = holds_run(self.path)
-        if held and not resume:
-            raise ConfigError(
-                f"output_dir must not hold another run's results, and {self.path} does; go on with that run by "
-                "--resume, or choose another trainer.output_dir (nothing was overwritten)"
-            )
-        made = [] if held else sorted(path.name for name in MADE for path in self.path.glob(name) if _is_made(path))
-        if made:
-            raise ConfigError(
-                f"{self.path} must hold a whole run or nothing of one, and holds {', '.join(made)} without the "
-                f"{STARTS_FILE} that says which run made them; put that file back to go on with the run by --resume, "
-                "or choose another trainer.output_dir (nothing was overwritten)"
-            )
-        if resume and not held:
-            raise ConfigError(
-                f"--resume needs a run to go on with, and {self.path} holds none; leave --resume out to start one, "
-                "or correct trainer.output_dir"
-            )
-
     def _check_last_start(self, starts: list[dict[str, Any]], part_of: str | None) -> None:
         """Raise if the last start is still alive or a stage of another run; say if it ended without a word."""
         last = starts[-1]
@@ -185,8 +174,9 @@ class RunFolder:
                 f"{self.path} must be a stage of the run {part_of}, and is one of {last.get('part_of')}; put the stage "
                 "back that was there, or remove the folder to run the stage again"
             )
-        ends = {end.get("start") for end in read_records(self.path / ENDS_FILE)}
-        if last.get("start") in ends:
+        ends = {end.get("start"): end for end in read_records(self.path / ENDS_FILE)}
+        self.last_end = ends.get(last.get("start"))
+        if self.last_end is not None:
             return
         process = f"process {last.get('process')} on {last.get('host')}"
         if is_alive(last):
@@ -208,7 +198,7 @@ class RunFolder:
     def _record(self, config_text: str, *, resume: bool, number: int, part_of: str | None) -> None:
         """Keep what the run was started with, and the config. `starts.jsonl` comes first: it says which run this is."""
         config = next(
-            (path for path in sorted(self.path.glob("config*.yaml")) if path.read_text() == config_text), None
+            (path for path in sorted(self.path.glob("config*.yaml")) if path.read_bytes() == config_text.encode()), None
         )
         file = self._unused_config_name() if config is None else config
         start = _start(resume) | {
@@ -225,6 +215,32 @@ class RunFolder:
     def _unused_config_name(self) -> Path:
         names = itertools.chain([CONFIG_FILE], (f"config.{number}.yaml" for number in itertools.count(2)))
         return next(self.path / name for name in names if not (self.path / name).exists())
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raise if no run can be started in a folder, which need not exist, or none be gone on with.
+
+    Raises:
+        ConfigError: see `RunFolder`.
+    """
+    held = holds_run(folder)
+    if held and not resume:
+        raise ConfigError(
+            f"output_dir must not hold another run's results, and {folder} does; go on with that run by "
+            "--resume, or choose another trainer.output_dir (nothing was overwritten)"
+        )
+    made = [] if held else sorted(path.name for name in MADE for path in folder.glob(name) if _is_made(path))
+    if made:
+        raise ConfigError(
+            f"{folder} must hold a whole run or nothing of one, and holds {', '.join(made)} without the "
+            f"{STARTS_FILE} that says which run made them; put that file back to go on with the run by --resume, "
+            "or choose another trainer.output_dir (nothing was overwritten)"
+        )
+    if resume and not held:
+        raise ConfigError(
+            f"--resume needs a run to go on with, and {folder} holds none; leave --resume out to start one, "
+            "or correct trainer.output_dir"
+        )
 
 
 def holds_run(folder: Path) -> bool:

@@ -27,16 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from filelock import FileLock
 from numpy.lib.format import open_memmap
 from torch import nn
 
+from alignlab.atomic_files import sync_file, write_atomically
 from alignlab.data.examples import Example
 from alignlab.digests import READ_BYTES, DamagedError, parse_sealed, sealed
+from alignlab.file_lock import one_at_a_time
 from alignlab.functional.distillation import TopTokens
+from alignlab.library_errors import writing
 from alignlab.models.packaged import cache_folder
 from alignlab.training.checkpoint import fingerprint
-from alignlab.training.files import sync_file, write_atomically
 from alignlab.training.reference_cache import digest_of_model
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,13 @@ class KeptTeacher:
         """What the teacher answers at the taught tokens of one example."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
         return TopTokens(*(torch.from_numpy(np.array(array[rows])) for array in self._arrays))
+
+
+def _reserve(path: Path) -> None:
+    """Have the disk set aside all of a file: writing to its memory on a full disk would end the process by a signal."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -147,7 +155,7 @@ class TeacherCache:
         path = self.path(examples)
         offsets = [0, *accumulate(sum(example.completion_mask) for example in examples)]
         self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # ranks, and runs beside this one, wait for the first
+        with one_at_a_time(path, "asks the teacher"):
             if not _is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)
                 self._make(path, examples, offsets, ask)
@@ -203,10 +211,12 @@ class TeacherCache:
     def _arrays(self, folder: Path, num_rows: int, *, new: bool) -> list[np.memmap]:
         shapes = {"ids": (num_rows, self._k), "logprobs": (num_rows, self._k), "rest": (num_rows,)}
         mode = "w+" if new else "r+"
-        arrays = [
-            open_memmap(folder / f"{name}.npy", mode=mode, dtype=dtype, shape=shapes[name])
-            for name, dtype in _TYPES.items()
-        ]
+        arrays = []
+        for name, dtype in _TYPES.items():
+            path = folder / f"{name}.npy"
+            with writing(path, "the teacher's answers"):
+                arrays.append(open_memmap(path, mode=mode, dtype=dtype, shape=shapes[name]))
+                _reserve(path)
         for (name, dtype), array in zip(_TYPES.items(), arrays, strict=True):
             if array.shape != shapes[name] or array.dtype != dtype:
                 raise ValueError(f"{name}.npy is {array.dtype} {list(array.shape)}, not {list(shapes[name])}")

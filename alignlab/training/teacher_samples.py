@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from alignlab.atomic_files import write_atomically
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
@@ -27,8 +28,8 @@ from alignlab.data.rendering import PromptRenderer
 from alignlab.data.special_text import unmarked
 from alignlab.digests import digest_of_values
 from alignlab.errors import ConfigError, DataError
+from alignlab.library_errors import writing
 from alignlab.rollout.detokenizer import special_ids
-from alignlab.training.files import write_atomically
 from alignlab.training.journal import journal_lines, read_journal
 from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout, RolloutEngine
@@ -278,9 +279,10 @@ def _begun(file: IO[str], path: Path, told: Mapping[str, Any]) -> list[dict[str,
 
 
 def _append(file: IO[str], value: Mapping[str, Any], *, number: int) -> None:
-    file.write(journal_lines([value], first=number))
-    file.flush()
-    os.fsync(file.fileno())
+    with writing(file.name, "the samples"):
+        file.write(journal_lines([value], first=number))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from alignlab.config.trainers import SFTConfig
-from alignlab.errors import NothingLearntError, NumericsError
+from alignlab.errors import CheckpointError, NothingLearntError, NumericsError
+from alignlab.manifest import MODEL_MANIFEST, find_damage
 from alignlab.trainers import keeping
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
-from tests.trainers.conftest import even_ids
+from tests.trainers.conftest import SPARSE, even_ids
 from tests.trainers.test_distributed import ROOT, torchrun
 
 Make = Callable[..., Any]
@@ -169,6 +172,21 @@ def test_an_optimizer_that_fails_half_way_loses_no_step_before_it(sft: Make, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_same_trainer_goes_on_without_what_the_failed_step_left(
+    make_model: Make, sft: Make, tmp_path: Path
+) -> None:
+    """Gradients of its first pack, and what its routers counted there."""
+    trainer = sft(make_model(SPARSE), tokens_per_microbatch=8)
+    trainer.loss = fails_at(6, trainer.loss, Failure("second pack of the third step"))
+    with pytest.raises(Failure):
+        trainer.train()
+    straight = sft(make_model(SPARSE), tokens_per_microbatch=8, output_dir=tmp_path / "straight")
+    for each in (trainer, straight):
+        each.train(resume=each is trainer)
+    one, other = (each.learner.policy.state_dict() for each in (trainer, straight))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_weights_too_large_to_be_copied_are_not_saved_half_way(
     grpo: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +272,26 @@ def test_a_model_that_is_not_finite_is_not_trained(sft: Make, make_model: Make) 
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"weights that the run begins with must be finite.*up_proj"):
         sft(model, on_nonfinite="skip").train()
+
+
+def test_all_that_a_run_makes_names_it(grpo: Make) -> None:
+    result = grpo(num_steps=1).train()
+    folder = result.folder
+    manifests = [folder / "checkpoints" / "step-00000001" / "manifest.json", result.model_path / MODEL_MANIFEST]
+    for file in (*manifests, folder / "report.json", folder / "starts.jsonl", folder / "ends.jsonl"):
+        assert json.loads(file.read_text())["run"] == result.run_id, file
+    (rollouts,) = (folder / "rollouts").glob("*.parquet")
+    assert pq.read_schema(rollouts).metadata[b"alignlab.run"].decode() == result.run_id
+    assert find_damage(result.model_path) is None
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(sft: Make, tmp_path: Path) -> None:
+    sft().train()
+    sft(output_dir=tmp_path / "other").train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="is of another run"):
+        sft(num_steps=4).train(resume=True)
 
 
 @pytest.mark.distributed

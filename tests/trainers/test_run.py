@@ -188,3 +188,14 @@ def test_generate_takes_the_flags_that_a_run_reports(config_file: Path) -> None:
 def test_turns_to_teach_are_refused_where_no_turn_is_taught(config_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.taught_turns.* must stay together for trainer grpo"):
         load_config(config_file, ["data.taught_turns=last", "warm_start=null"])
+
+
+def test_a_folder_that_is_not_free_is_refused_before_the_warm_start(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("precious")
+    config = load_config(config_file, [f"trainer.output_dir={folder}"])
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"holds metrics\.jsonl without the starts\.jsonl"):
+            run(config, resume=resume)
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]

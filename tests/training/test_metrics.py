@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate import tracking
 
-from alignlab.errors import ConfigError
+from alignlab.errors import CheckpointError, ConfigError
 from alignlab.training import metrics
 from alignlab.training.metrics import MetricsLogger, check_trackers, read_metrics
 
@@ -134,3 +135,64 @@ def test_a_tracker_that_cannot_be_closed_ends_no_run(
     with MetricsLogger(tmp_path, ("tensorboard",)) as logger:
         logger.log(1, {"loss": 0.5})
     assert steps_in(tmp_path) == [1] and "could not be closed (RuntimeError: the network is gone)" in caplog.text
+
+
+def logged(folder: Path, steps: int = 3) -> dict[str, Any]:
+    """Lines of some steps, and what a checkpoint keeps of them."""
+    with MetricsLogger(folder) as logger:
+        for step in range(1, steps + 1):
+            logger.log(step, {"reward": float(step)})
+        state = logger.state()
+    assert state is not None
+    return state
+
+
+def test_a_checkpoint_knows_the_lines_that_belong_to_it(tmp_path: Path) -> None:
+    state = logged(tmp_path)
+    with MetricsLogger(tmp_path, resume_step=3, saved=state) as logger:
+        assert logger.state() == state
+        logger.log(4, {"reward": 4.0})
+        assert logger.state() != state
+    with MetricsLogger(tmp_path, resume_step=3, saved=state):
+        assert steps_in(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("position", range(0, 150, 7))
+def test_no_flipped_bit_is_taken_as_true_on_resuming(tmp_path: Path, position: int) -> None:
+    state = logged(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"of .*metrics\.jsonl must be as they were .* rename it to go on"):
+        MetricsLogger(tmp_path, resume_step=3, saved=state)
+    assert path.read_bytes() == content, "it is left as it is"
+    path.rename(tmp_path / "metrics.damaged")
+    MetricsLogger(tmp_path, resume_step=3, saved=state).close()
+    assert steps_in(tmp_path) == []
+
+
+def test_an_evaluation_at_the_end_is_kept_if_nothing_was_changed_since(tmp_path: Path) -> None:
+    saved = logged(tmp_path)
+    with MetricsLogger(tmp_path, resume_step=3, saved=saved) as logger:
+        logger.log(3, {"eval/greedy": 0.5})
+        ended = logger.state()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for content, kept in ((whole, 4), (whole.replace(b"0.5", b"0.6"), 3), (whole[:-4], 3)):
+        path.write_bytes(content)
+        MetricsLogger(tmp_path, resume_step=3, last_step=5, saved=saved, ended=ended).close()
+        assert len(read_metrics(path)) == kept
+    path.write_bytes(whole)
+    MetricsLogger(tmp_path, resume_step=3, last_step=3, saved=saved, ended=ended).close()
+    assert len(read_metrics(path)) == 3, "it comes again"
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "rew', "[]", '{"reward": 1}', "[" * 100_000])
+def test_a_line_that_holds_no_metrics_is_named(tmp_path: Path, line: str) -> None:
+    logged(tmp_path, 1)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    for read in (lambda: read_metrics(path), lambda: MetricsLogger(tmp_path, resume_step=3)):
+        with pytest.raises(CheckpointError, match=r"line 2 of .*metrics\.jsonl must be the metrics of a step"):
+            read()

@@ -135,19 +135,38 @@ def test_a_lock_file_that_was_removed_lets_no_second_run_in(tmp_path: Path) -> N
     RunFolder(tmp_path, resume=True).close()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process finds the lock taken."""
+    script = "import fcntl, sys\nfcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", script, str(folder / ".lock")], capture_output=True, check=False)
+    return b"BlockingIOError" in done.stderr
+
+
 def test_a_lock_that_was_lost_is_taken_again(tmp_path: Path) -> None:
     """Closing any other handle of a file frees a process's record locks on it, as code does that copies the folder."""
-    run = RunFolder(tmp_path / "run", resume=False)
-    shutil.copytree(run.path, tmp_path / "copy")
-    run.renew()
-    (run.path / ".lock").unlink()
-    run.renew()
-    script = HOLD.replace("resume=False", "resume=True")
-    other = subprocess.run(
-        [sys.executable, "-c", script, str(run.path)], capture_output=True, text=True, check=False, input=""
-    )
-    assert f"is in use by process {os.getpid()} on" in other.stderr
-    run.close()
+    with RunFolder(tmp_path / "run", resume=False) as run:
+        assert is_locked(run.path)
+        shutil.copytree(run.path, tmp_path / "copy")
+        assert not is_locked(run.path)
+        run.renew()
+        assert is_locked(run.path)
+        (run.path / ".lock").unlink()
+        run.renew()
+        assert is_locked(run.path)
+    assert not is_locked(run.path)
+
+
+def test_a_lock_that_another_process_has_taken_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, resume=False)
+    (tmp_path / ".lock").unlink()
+    script = "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)"
+    process = hold(tmp_path / ".lock", f"{script}\nprint('ready', flush=True)\nsys.stdin.read()")
+    try:
+        with pytest.raises(ConfigError, match="is in use by another process"):
+            run.renew()
+    finally:
+        end(process)
+        run.close()
 
 
 def test_a_folder_that_was_moved_or_replaced_is_no_longer_the_run_s(tmp_path: Path) -> None:

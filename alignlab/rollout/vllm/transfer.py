@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from alignlab.rollout.vllm import mending
 from alignlab.rollout.vllm.options import BACKEND
+from alignlab.rollout.vllm.server.private_folders import require_private
 from alignlab.rollout.weight_proof import digest
 
 MEMORY = "memory:"
@@ -43,7 +45,11 @@ def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
 
 def offered(key: str) -> Offer:
     """The tensors and config offered under a key; those of a safetensors file under file:PATH."""
-    return (load_file(key.removeprefix(FILE)), {}) if key.startswith(FILE) else _offers[key]
+    if not key.startswith(FILE):
+        return _offers[key]
+    path = Path(key.removeprefix(FILE))
+    require_private(path)
+    return load_file(path), {}
 
 
 @dataclass

@@ -18,6 +18,7 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.models.checkpoints import new_model
 from alignlab.models.export import write_base
 from tests.rollout.conftest import VOCAB
+from tests.rollout.vllm.stand_in import RUN, StandIn, weights
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 # Sizes that vLLM's kernels take on a CPU: hidden and expert sizes are multiples of 32, and so is a head's.
@@ -142,3 +143,40 @@ def make_client(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., An
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., StandIn]]:
+    """Starts stand-ins, which end with the test."""
+    started: list[StandIn] = []
+
+    def make(port: int = 0) -> StandIn:
+        started.append(StandIn(port))
+        return started[-1]
+
+    yield make
+    for server in started:
+        if server.socket.fileno() >= 0:
+            server.die()
+
+
+@pytest.fixture
+def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Pools of stand-ins that have been given weights."""
+    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "a-token-of-the-tests")
+    from alignlab.rollout.vllm.server.pool import ServerPool
+
+    pools: list[ServerPool] = []
+
+    def make(*servers: StandIn, layers: list[int] | None = None, **settings: Any) -> ServerPool:
+        addresses = tuple(server.address for server in servers)
+        asked = VLLMServerSettings(servers=addresses, **{"health_every_s": 0.01, "reconnect_s": 30} | settings)
+        pool = ServerPool(asked, {"vocab_size": 10}, layers or [], run=RUN, rank=0, check=lambda about: None)
+        pools.append(pool)
+        pool.open()
+        pool.put(weights(tmp_path, 1))
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()

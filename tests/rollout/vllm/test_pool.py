@@ -3,162 +3,17 @@
 from __future__ import annotations
 
 import gc
-import json
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import RolloutError
-from alignlab.rollout.vllm.completions import Request
 from alignlab.rollout.vllm.server.client import ServerLost
-from alignlab.rollout.vllm.server.handout import SentWeights
-from alignlab.rollout.vllm.server.identity import digest_of_all
 from alignlab.rollout.vllm.server.pool import ServerPool
-
-RUN = "run"
-
-
-class StandIn(ThreadingHTTPServer):
-    """A server that takes weights, and answers each request with one token.
-
-    Attributes:
-        num_puts: how often it was sent weights.
-        free: unset, it takes weights and does not say so.
-        began: it was sent weights.
-        asked: released by each request.
-        together: how many requests it waits for before it answers any.
-    """
-
-    request_queue_size = 256
-    daemon_threads = False
-
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.version: str | None = None
-        self.num_puts = 0
-        self.free = threading.Event()
-        self.free.set()
-        self.together = threading.Barrier(1)
-        self.began, self.asked = threading.Event(), threading.Semaphore(0)
-        self._sockets: set[socket.socket] = set()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def get_request(self) -> Any:
-        request, client = super().get_request()
-        self._sockets.add(request)
-        return request, client
-
-    def shutdown_request(self, request: Any) -> None:
-        self._sockets.discard(request)
-        super().shutdown_request(request)
-
-    def die(self) -> None:
-        """Break all connections, and listen no more."""
-        self.shutdown()
-        self.together.abort()
-        self.free.set()
-        for connection in list(self._sockets):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Its side of one connection."""
-
-    protocol_version = "HTTP/1.1"
-    server: StandIn
-
-    def do_GET(self) -> None:
-        server = self.server
-        about: dict[str, Any] = {"identity": {}, "version": server.version, "digest": digest_of_all({}), "idle_s": 1e9}
-        self._tell(about | {"records_routing": False})
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.num_puts += 1
-        self.server.began.set()
-        self.server.free.wait()
-        self.server.version = self.path.rpartition("/")[2]
-        self._tell({"arrived": {}})
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.release()
-        with suppress(threading.BrokenBarrierError):
-            self.server.together.wait()
-        versions = [{"version": self.server.version, "start": 0, "end": 1}]
-        logprobs = {"content": [{"logprob": -1.0}]}
-        choice = {"token_ids": [7], "finish_reason": "stop", "stop_reason": None}
-        self._tell({"choices": [choice | {"logprobs": logprobs, "weight_versions": versions}], "request_id": "1"})
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
-
-    def _tell(self, what: dict[str, Any]) -> None:
-        body = json.dumps(what).encode()
-        with suppress(OSError):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., StandIn]]:
-    """Starts stand-ins, which end with the test."""
-    started: list[StandIn] = []
-
-    def make(port: int = 0) -> StandIn:
-        started.append(StandIn(port))
-        return started[-1]
-
-    yield make
-    for server in started:
-        if server.socket.fileno() >= 0:
-            server.die()
-
-
-@pytest.fixture
-def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ServerPool]]:
-    """Pools of stand-ins that have been given weights."""
-    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "token")
-    pools: list[ServerPool] = []
-
-    def make(*servers: StandIn) -> ServerPool:
-        addresses = tuple(server.address for server in servers)
-        settings = VLLMServerSettings(servers=addresses, health_every_s=0.01, reconnect_s=30)
-        pool = ServerPool(settings, {}, [], run=RUN, rank=0, check=lambda about: None)
-        pools.append(pool)
-        pool.open()
-        pool.put(weights(tmp_path, 1))
-        return pool
-
-    yield make
-    for pool in pools:
-        pool.close()
-
-
-def weights(folder: Path, number: int) -> SentWeights:
-    path = folder / f"{number}.safetensors"
-    path.write_bytes(b"weights")
-    return SentWeights(f"{RUN}-{number}-{number}", path, {}, False)
-
-
-def requests(count: int) -> list[Request]:
-    return [Request((1, 2), {}) for _ in range(count)]
+from tests.rollout.vllm.stand_in import RUN, StandIn, requests, weights
 
 
 def one_is_being_given_the_weights(start: Any, connect: Any) -> tuple[ServerPool, StandIn, StandIn]:

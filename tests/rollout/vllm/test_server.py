@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from alignlab.models.adapters import add_lora
 from alignlab.types import Completion, SamplingParams
 from tests.rollout.conftest import flat, full_logprobs, make_prompts
 from tests.rollout.vllm.conftest import DENSE, OWN_MOE, PATIENCE, free_address, make_model
+from tests.rollout.vllm.hostile_requests import HOSTILE, ask
 from tests.rollout.vllm.test_routing import own_choices
 from tests.rollout.vllm.test_sync import shake
 
@@ -230,7 +230,7 @@ def test_a_trainer_that_differs_is_refused(
         make_engine(model, longer, settings)
     with pytest.raises(ConfigError, match="was started for all weights, and must be ready for an adapter of rank 4"):
         make_client(add_lora(make_model(DENSE), LoraSettings(rank=4)), settings.model_copy(update={"sync": "adapter"}))
-    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "another")
+    monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "another-token-of-the-tests")
     with pytest.raises(ConfigError, match="does not take this run's token; set ALIGNLAB_SERVER_TOKEN"):
         make_client(model, settings)
 
@@ -336,6 +336,15 @@ def test_an_adapter_s_update_that_failed_can_be_tried_again(adapter: Any, monkey
     assert engine.proof.gap.largest < 5e-5
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_refused_with_a_sentence_and_the_server_goes_on(name: str, adapter: Any) -> None:
+    engine, _ = adapter
+    *request, expected = HOSTILE[name]
+    status, text = ask(engine._settings.servers[0], *request)
+    assert status == expected and "Traceback" not in text and len(text) > 20, text
+    assert flat(engine.generate(make_prompts(5), SamplingParams(max_new_tokens=1)))
+
+
 @pytest.fixture(scope="module")
 def moe(serve: Serve, make_client: Any) -> tuple[Any, Any]:
     """(engine, model) that may run behind."""
@@ -386,16 +395,3 @@ def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
             here = torch.tensor([v == version for v in completion.policy_versions])
             assert (own - torch.tensor(completion.logprobs))[here].abs().max().item() < 5e-5 if here.any() else True
     assert list(mixed[0].policy_versions) == sorted(mixed[0].policy_versions)
-
-
-def test_the_token_of_a_user_is_made_once_and_read_by_nobody_else(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from alignlab.rollout.vllm.server.access import server_token
-
-    monkeypatch.delenv("ALIGNLAB_SERVER_TOKEN", raising=False)
-    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-    token = server_token()
-    assert len(token) > 30 and server_token() == token
-    assert os.stat(tmp_path / "cache" / "server-token").st_mode & 0o777 == 0o600
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["server-token"]

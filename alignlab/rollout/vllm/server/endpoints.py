@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -31,8 +30,18 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.platforms import current_platform
 
 from alignlab.rollout.vllm.server.access import TokenGuard
+from alignlab.rollout.vllm.server.asgi import Refusal
+from alignlab.rollout.vllm.server.connections import use_bounded_connections
 from alignlab.rollout.vllm.server.identity import digest_of_all, model_identity
-from alignlab.rollout.vllm.server.wire import adapter_config, temporary_folder
+from alignlab.rollout.vllm.server.private_folders import PrivateFolder
+from alignlab.rollout.vllm.server.uploads import (
+    FILE_NAME,
+    check_version,
+    max_upload_bytes,
+    received,
+    routing_question,
+)
+from alignlab.rollout.vllm.server.wire import adapter_config
 from alignlab.rollout.vllm.transfer import FILE
 
 _ENGINE_S = 4.0
@@ -46,7 +55,8 @@ class Endpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes."""
+        """Add the routes, and bound the connections of the server that is about to be started."""
+        use_bounded_connections()
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -72,8 +82,9 @@ class Weights:
         self._engine, self._models = engine, state.openai_serving_models
         self._config: Any = engine.model_config
         self._lora: Any = state.vllm_config.lora_config
-        self._adapters: dict[str, tempfile.TemporaryDirectory[str]] = {}
-        self._turn = asyncio.Lock()
+        self._adapters: dict[str, PrivateFolder] = {}
+        self._turn, self._upload = asyncio.Lock(), asyncio.Lock()
+        self._max_upload_bytes = max_upload_bytes(Path(args.model))
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         dtype = str(self._config.dtype).removeprefix("torch.")
         self._identity = model_identity(self._config.hf_config, tokenizer, dtype)
@@ -107,13 +118,15 @@ class Weights:
         }
 
     async def take(self, version: str, request: Request) -> dict[str, str]:
-        """Receive weights and put them to use; returns the digest of each tensor as it arrived."""
-        folder = temporary_folder(int(request.headers.get("content-length", 0)))
-        path = Path(folder.name) / "adapter_model.safetensors"
+        """Receive weights and put them to use; returns the digest of each tensor as it arrived.
+
+        Raises:
+            Refusal: they are not received.
+        """
+        async with self._upload:
+            folder = await received(request, max_bytes=self._max_upload_bytes)
+        path = Path(folder.name) / FILE_NAME
         try:
-            with path.open("wb") as file:
-                async for chunk in request.stream():
-                    file.write(chunk)
             async with self._turn:
                 self.version, self.released = None, False
                 adapter = adapter_config(path)
@@ -149,7 +162,7 @@ class Weights:
         return dict(arrived)
 
     async def _take_adapter(
-        self, version: str, folder: tempfile.TemporaryDirectory[str], config: dict[str, Any]
+        self, version: str, folder: PrivateFolder, config: dict[str, Any]
     ) -> dict[str, str]:
         (Path(folder.name) / "adapter_config.json").write_text(json.dumps(config))
         await self._drop_unused()
@@ -198,7 +211,10 @@ async def release(request: Request) -> JSONResponse:
 async def put_weights(version: str, request: Request) -> JSONResponse:
     """New weights; the body is a safetensors file."""
     try:
+        check_version(version)
         return JSONResponse({"arrived": await request.app.state.alignlab.take(version, request)})
+    except Refusal as refusal:
+        return JSONResponse({"error": refusal.message}, refusal.status, {"Connection": "close"})
     except Exception as error:  # told to the trainer, which stops
         return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=422)
 
@@ -206,5 +222,10 @@ async def put_weights(version: str, request: Request) -> JSONResponse:
 @router.post("/routing")
 async def post_routing(request: Request) -> JSONResponse:
     """Experts chosen for one request."""
-    asked = await request.json()
-    return JSONResponse({"routed_experts": await request.app.state.alignlab.routing(asked["name"], asked["layers"])})
+    try:
+        name, layers = routing_question(await request.body())
+        return JSONResponse({"routed_experts": await request.app.state.alignlab.routing(name, layers)})
+    except Refusal as refusal:
+        return JSONResponse({"error": refusal.message}, refusal.status)
+    except Exception as error:  # it has no such request, or no such layer
+        return JSONResponse({"error": f"no experts are known: {type(error).__name__}: {error}"}, status_code=404)

@@ -69,8 +69,9 @@ class VLLMServerEngine(ProvedEngine):
             raise
 
     def metrics(self) -> dict[str, float]:
-        """Servers alive now; so far, servers lost, servers that came back, requests asked again; the canary's gap."""
-        counts = {f"servers/{name}": float(self._pool.counts[name]) for name in ("lost", "returned", "reissued")}
+        """Servers alive now; so far, servers lost and back, requests asked again, faulty answers; the canary's gap."""
+        names = ("lost", "returned", "reissued", "faulty")
+        counts = {f"servers/{name}": float(self._pool.counts[name]) for name in names}
         return super().metrics() | {"servers/alive": float(len(self._pool.alive))} | counts
 
     def release(self) -> None:
@@ -102,6 +103,8 @@ class VLLMServerEngine(ProvedEngine):
 
     def _check_server(self, about: Mapping[str, Any]) -> None:
         """See that a server takes prompts as long and weights as this run sends them."""
+        if not {"context_tokens", "lora_rank"} <= about.keys():
+            raise ConfigError("a vLLM server does not tell its sizes; start it with this version of alignlab")
         longest = about["context_tokens"]
         if longest < self.context_tokens:
             raise ConfigError(

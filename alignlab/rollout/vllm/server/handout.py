@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from alignlab.rollout.vllm.server.client import ServerLost, VLLMServer
 from alignlab.rollout.vllm.server.identity import digest_of_all
 from alignlab.rollout.weight_proof import check_arrived
 
+logger = logging.getLogger(__name__)
 LEASE_S = 30.0
 """Another run may take a server over that was not used for so long."""
 
@@ -84,7 +86,7 @@ class Handout:
 
     async def _require_ours(self, server: VLLMServer, about: Mapping[str, Any], *, first: bool) -> None:
         """See that nobody else is using a server."""
-        until = time.monotonic() + self._settings.reconnect_s
+        until, has_said_so = time.monotonic() + self._settings.reconnect_s, False
         while (held := about["version"]) is not None and held.partition("-")[0] != self._run:
             if not first:
                 raise RolloutError(
@@ -98,5 +100,11 @@ class Handout:
                     f"the server {server.address} was used by another run {about['idle_s']:.0f} s ago; end that run, "
                     "or name other servers in trainer.rollout.servers"
                 )
+            if not has_said_so:
+                has_said_so = True
+                logger.warning(
+                    "waiting up to %g s for the server %s, which another run uses", self._settings.reconnect_s,
+                    server.address,
+                )  # fmt: skip
             await asyncio.sleep(min(self._settings.health_every_s, 1.0))
             about = await self._introduce(server)

@@ -37,6 +37,6 @@ def check_identity(own: Mapping[str, Any], served: Mapping[str, Any], address: s
         if served.get(name) != value:
             what = "tokenizer's vocabulary" if name == "vocabulary" else name
             raise ConfigError(
-                f"the server {address} has {what} {served.get(name)}, and must have the trainer's ({value}); start it "
-                "from the trainer's config: bash launch/serve_vllm.sh CONFIG"
+                f"the server {address} has {what} {served.get(name)!s:.80}, and must have the trainer's ({value}); "
+                "start it from the trainer's config: bash launch/serve_vllm.sh CONFIG"
             )

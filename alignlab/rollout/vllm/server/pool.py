@@ -19,22 +19,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anyio
-import httpx2
 
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.loop_thread import LoopThread
+from alignlab.rollout.task_groups import each, task_group
 from alignlab.rollout.vllm.completions import Answer, Request
-from alignlab.rollout.vllm.server.access import server_token
-from alignlab.rollout.vllm.server.client import CONNECT_S, ServerLost, VLLMServer
-from alignlab.rollout.vllm.server.groups import each, task_group
+from alignlab.rollout.vllm.server.access import server_token, warn_of_open_ways
+from alignlab.rollout.vllm.server.client import MAX_VOCAB_SIZE, ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.server.handout import Handout, SentWeights
 from alignlab.rollout.vllm.server.identity import check_identity
 
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
-_IDLE_S = 2.0  # servers close connections that are idle for 5 s
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 T = TypeVar("T")
 
@@ -54,7 +52,7 @@ class ServerPool:
         check: raises ConfigError where a server, as it tells of itself, does not fit.
 
     Attributes:
-        counts: "lost", "returned" servers and "reissued" requests.
+        counts: "lost" and "returned" servers, "reissued" requests, and "faulty" answers, which cannot be so.
     """
 
     def __init__(
@@ -65,17 +63,19 @@ class ServerPool:
         self._rank, self._check = rank, check
         self.counts: Counter[str] = Counter()
         self._settings, self._identity, self._sparse_layers = settings, identity, sparse_layers
-        timeout = httpx2.Timeout(settings.request_timeout_s, connect=CONNECT_S, pool=None)
-        self._http = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {server_token()}"}, timeout=timeout, trust_env=False,
-            limits=httpx2.Limits(
-                max_connections=None, max_keepalive_connections=256, keepalive_expiry=_IDLE_S
-            ),
-        )
-        self._servers = [VLLMServer(address, self._http) for address in settings.servers]
+        token = server_token()
+        self._http = http_client(token)
+        self._servers = [
+            VLLMServer(
+                address, self._http, timeout_s=settings.request_timeout_s, token=token,
+                vocab_size=identity.get("vocab_size") or MAX_VOCAB_SIZE,
+            )
+            for address in settings.servers
+        ]  # fmt: skip
+        warn_of_open_ways(settings.servers)
         self._places: asyncio.PriorityQueue[tuple[int, int, int]] = asyncio.PriorityQueue()
         self._handout = Handout(run, self._introduce, settings)
-        self._number = 0
+        self._number, self._reason, self._said = 0, "", set[str]()
         self._loop = LoopThread("alignlab-servers")
         self._running: dict[asyncio.Task[Any], anyio.CancelScope] = {}
         self._returning: dict[VLLMServer, asyncio.Task[None]] = {}
@@ -183,6 +183,7 @@ class ServerPool:
             missing = [server.address for server in self._servers if server.address not in found]
             if not missing or time.monotonic() >= until:
                 break
+            self._say_once(f"waiting up to {self._settings.reconnect_s:g} s for the vLLM servers {', '.join(missing)}")
             await asyncio.sleep(min(self._settings.health_every_s, 1.0))
         if not found:
             raise ConfigError(
@@ -204,6 +205,7 @@ class ServerPool:
 
     async def _expect(self, sent: SentWeights) -> None:
         self._handout.sent = sent
+        self._forgive()
         for server in self._servers:
             await self._try_again(server)
             if server.version != sent.version:
@@ -211,6 +213,7 @@ class ServerPool:
 
     async def _put(self, sent: SentWeights) -> None:
         first, self._handout.sent = self._handout.sent is None, sent
+        self._forgive()
         until = time.monotonic() + self._settings.reconnect_s
         while True:
             reasons = await each(partial(self._reason_against, first=first), self._servers)
@@ -264,6 +267,7 @@ class ServerPool:
                 return await self._call(server, request)
             except ServerLost as error:
                 self._lose(server, error)
+                self.counts["faulty"] += isinstance(error, ServerFaulty)
                 last = f"{server.address}: {error}"
                 self.counts["reissued"] += 1
             finally:
@@ -311,7 +315,21 @@ class ServerPool:
             for number in range(self._settings.max_running):
                 self._places.put_nowait((number, index, server.generation))
 
+    def _forgive(self) -> None:
+        """With new weights each server gets another chance."""
+        self._said.clear()
+        for server in self._servers:
+            server.is_faulty = False
+
+    def _say_once(self, text: str) -> None:
+        """Say who is waited for; the same once until the next weights."""
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
     def _lose(self, server: VLLMServer, reason: Exception) -> None:
+        server.is_faulty = server.is_faulty or isinstance(reason, ServerFaulty)
+        self._reason = f"{server.address}: {reason}"
         if server.alive:
             server.alive = False
             self.counts["lost"] += 1
@@ -326,16 +344,19 @@ class ServerPool:
             RolloutError: none is left, and none came back in time.
         """
         since: float | None = None
+        patience_s = self._settings.reconnect_s
         while True:
             await each(self._look, self._servers)
             if self.alive:
                 since = None
             elif since is None:
                 since = time.monotonic()
-            elif time.monotonic() - since > self._settings.reconnect_s:
+                self._say_once(f"no vLLM server is left; waiting up to {patience_s:g} s for one to come back")
+            elif time.monotonic() - since > patience_s:
                 raise RolloutError(
                     f"all {len(self._servers)} vLLM servers are lost, and none came back within reconnect_s "
-                    f"({self._settings.reconnect_s:g} s); start them again, and go on with --resume"
+                    f"({patience_s:g} s; the last that was lost is {self._reason}); start them again, and go on with "
+                    "--resume"
                 )
             await asyncio.sleep(self._settings.health_every_s)
 
@@ -350,7 +371,7 @@ class ServerPool:
         if returning is not None and returning.done():
             del self._returning[server]
             returning.result()
-        elif returning is None and not server.alive:
+        elif returning is None and not server.alive and not (server.is_faulty and self.alive):
             self._returning[server] = asyncio.create_task(self._take_back(server))
         elif server.alive and (server.turn.locked() or await server.lives()):
             server.missed = 0

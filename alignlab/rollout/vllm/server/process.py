@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,18 +18,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
+import anyio
 
+from alignlab.addresses import listens_beyond
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.vllm.server.access import SERVED_NAME, VARIABLE, server_token
+from alignlab.rollout.vllm.server.client import is_healthy
 
+logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 STEADY_S = 600.0
 UNHEALTHY_S = 60.0
+START_S = 1800.0
+"""Loading a model and its kernels; vLLM itself gives its engine 600 s."""
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _OURS = "alignlab.rollout.vllm"
 _PLUGINS = ("vllm.general_plugins", "vllm.platform_plugins")
 _GRACE_S = 10.0
+_TELL_EVERY_S = 60.0
 _PAUSE_S = 0.5
 
 
@@ -42,21 +49,25 @@ class ServerProcess:
         environment: of the process.
         was_up: it has answered once since it was started last.
         num_restarts: since it was last up for `STEADY_S`.
-        healthy_at, up_at: when it answered last, and first since it was started, by `time.monotonic`.
+        started_at, healthy_at, up_at: when it was started last, answered last, and first since it was started, by
+            `time.monotonic`.
+        told_at: when it was last said that it is not up yet, by the same clock.
     """
 
     address: str
     command: list[str]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)  # the token is in it
     was_up: bool = False
     num_restarts: int = 0
+    started_at: float = 0.0
     healthy_at: float = 0.0
     up_at: float = 0.0
+    told_at: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Start it; what it says goes to standard error."""
-        self.was_up = False
+        self.was_up, self.started_at = False, time.monotonic()
         self.process = subprocess.Popen(
             self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
             start_new_session=True,  # Ctrl-C reaches it through us
@@ -64,16 +75,25 @@ class ServerProcess:
 
     def answers(self) -> bool:
         """Whether it is up."""
-        try:
-            return httpx2.get(f"{self.address}/health", timeout=5.0, trust_env=False).status_code == 200
-        except httpx2.TransportError:
-            return False
+        return anyio.run(is_healthy, self.address)
 
     def stop(self, sign: signal.Signals) -> None:
         """Send a signal to it and to the processes that it started, which may live longer than it does."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
+
+
+    def reap(self) -> None:
+        """Wait for the end of a process that was killed, and warn of one that the kernel does not let go."""
+        if self.process is not None:
+            try:
+                self.process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                logger.warning(
+                    "process %d of the server %s was killed and has not ended within %g s: a device or a disk holds it",
+                    self.process.pid, self.address, _GRACE_S,
+                )  # fmt: skip
 
 
 def make_server(
@@ -91,6 +111,12 @@ def make_server(
     parts = urlsplit(address)
     assert parts.hostname is not None and parts.port is not None
     _require_free(address, parts.hostname, parts.port)
+    if listens_beyond(parts.hostname):
+        logger.warning(
+            "the server %s can be reached from other machines: its token protects it, and nothing encrypts what "
+            "travels; listen at 127.0.0.1, or use a network that you trust",
+            address,
+        )
     given = dict(options) | {
         "model": str(folder), "served_model_name": SERVED_NAME, "host": parts.hostname, "port": parts.port,
         "middleware": f"{_OURS}.server.access.TokenGuard", "enable_scale_out": True,
@@ -107,7 +133,7 @@ def wait_until_up(server: ServerProcess) -> None:
     """Wait for a server that was started.
 
     Raises:
-        RolloutError: it ends instead.
+        RolloutError: it ends instead, or is not up within `START_S`.
     """
     while not server.was_up:
         _look_after(server, lambda text: None)
@@ -118,7 +144,8 @@ def keep_running(servers: Sequence[ServerProcess], tell: Callable[[str], None]) 
     """Start the servers and see that they run, until a signal ends the process; then none is left.
 
     One that ends after it was up, or does not answer for `UNHEALTHY_S`, is started again, up to `MAX_RESTARTS` times in
-    a row; one that ends more often is given up, and the others go on.
+    a row; one that ends more often is given up, and the others go on. One that is not up within `START_S` counts as
+    ended.
 
     Raises:
         RolloutError: one ends before it was ever up, or none is left.
@@ -154,7 +181,7 @@ def _look_after(server: ServerProcess, tell: Callable[[str], None]) -> bool:
         return False
     server.num_restarts += 1
     tell(f"{server.address} {how}; starting it again")
-    server.process.wait()
+    server.reap()
     server.start()
     return True
 
@@ -165,9 +192,12 @@ def _failure(server: ServerProcess, tell: Callable[[str], None]) -> str | None:
     status, now = server.process.poll(), time.monotonic()
     if status is not None:
         return f"ended with status {status}"
+    if not server.was_up and now - max(server.started_at, server.told_at) >= _TELL_EVERY_S:
+        tell(f"{server.address} is not up after {now - server.started_at:.0f} s; it is given {START_S:g} s to load")
+        server.told_at = now
     if not server.answers():
-        gone = server.was_up and now - server.healthy_at >= UNHEALTHY_S
-        return f"did not answer for {UNHEALTHY_S:g} s" if gone else None
+        patience_s, since = (UNHEALTHY_S, server.healthy_at) if server.was_up else (START_S, server.started_at)
+        return f"did not answer for {patience_s:g} s" if now - since >= patience_s else None
     if not server.was_up:
         tell(f"{server.address} is up")
         server.was_up, server.up_at = True, now
@@ -186,7 +216,7 @@ def end_all(servers: Sequence[ServerProcess]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.process.wait(_GRACE_S)
             server.stop(signal.SIGKILL)
-            server.process.wait()
+            server.reap()
 
 
 def _require_free(address: str, host: str, port: int) -> None:

@@ -5,46 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alignlab.library_errors import writing
+from alignlab.rollout.vllm.server.private_folders import temporary_folder
+
 _ADAPTER = "adapter_config"
-_IN_MEMORY = Path("/dev/shm")
-_PREFIX = "alignlab-weights-"
-_SPARE = 1.2
-
-
-def memory_folder(num_bytes: int = 0) -> str | None:
-    """Where files lie in memory; None where there is no such place or no room in it: the usual temporary folder serves.
-
-    Args:
-        num_bytes: that are to be written.
-    """
-    if not _IN_MEMORY.is_dir() or shutil.disk_usage(_IN_MEMORY).free < num_bytes * _SPARE:
-        return None
-    return str(_IN_MEMORY)
-
-
-def temporary_folder(num_bytes: int = 0) -> tempfile.TemporaryDirectory[str]:
-    """A folder in memory; those of processes that were killed before they could remove theirs go now."""
-    place = memory_folder(num_bytes)
-    for left in Path(place or tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        number = left.name.removeprefix(_PREFIX).partition("-")[0]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=place)
+_MAX_CONFIG_CHARACTERS = 2**20
+_MAX_EXPERT = 2**15 - 1
 
 
 @contextmanager
@@ -54,15 +32,27 @@ def weights_file(tensors: Mapping[str, Tensor], adapter: Mapping[str, Any] | Non
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with temporary_folder(size) as folder:
         path = Path(folder) / "weights.safetensors"
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=told)
+        with writing(path, "the weights for vLLM's servers"):
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=told)
         yield path
 
 
 def adapter_config(path: Path) -> dict[str, Any] | None:
-    """The PEFT config in a file of weights; None where they are a whole model's."""
+    """Return the PEFT config in a file of weights; None where they are a whole model's.
+
+    Raises:
+        ValueError, SafetensorError: the file or the config is not what it must be.
+    """
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(_ADAPTER)
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    if len(text) > _MAX_CONFIG_CHARACTERS:
+        raise ValueError(f"an adapter's config must have at most {_MAX_CONFIG_CHARACTERS:,} characters")
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise ValueError("an adapter's config must be an object")
+    return config
 
 
 def encode_routing(record: Tensor) -> str:
@@ -72,6 +62,23 @@ def encode_routing(record: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def decode_routing(text: str) -> Tensor:
-    """What `encode_routing` was given."""
-    return torch.from_numpy(np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False).astype(np.int16))
+def decode_routing(text: Any) -> Tensor:
+    """Return what `encode_routing` was given.
+
+    Raises:
+        ValueError: it is something else. Nothing is allocated for a shape that the text has no bytes for.
+    """
+    if not isinstance(text, str):
+        raise ValueError("experts must be told in base64")
+    buffer = io.BytesIO(base64.b64decode(text, validate=True))
+    version = np.lib.format.read_magic(buffer)
+    if version != (1, 0):
+        raise ValueError(f"experts must be told in numpy's format 1.0, and are in {version[0]}.{version[1]}")
+    shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    values = buffer.read()
+    if len(shape) != 3 or dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError("experts must be told as whole numbers [tokens, layers, K]")
+    record = np.frombuffer(values, dtype).reshape(shape, order="F" if in_fortran_order else "C")
+    if record.size and (record.min() < -1 or record.max() > _MAX_EXPERT):
+        raise ValueError(f"experts must be -1 to {_MAX_EXPERT}")
+    return torch.from_numpy(record.astype(np.int16))
