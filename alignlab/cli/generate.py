@@ -109,8 +109,8 @@ def template_settings(args: argparse.Namespace) -> dict[str, Any]:
         flag = f"--{name.replace('_', '-')}"
         try:
             settings[name] = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{flag} must be JSON, and is {text!r}: {error}; correct it") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} must be JSON, and is {text[:200]!r}: {error}; correct it") from None
         if not isinstance(settings[name], kind):
             raise ConfigError(f"{flag} must be a JSON {_JSON_NAMES[kind]}, and is {text!r}; correct it")
     if args.template_date is not None:

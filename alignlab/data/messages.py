@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
+from alignlab.data.nesting import parse_json
 from alignlab.data.thoughts import THOUGHT_FIELDS
 from alignlab.types import Text
 
@@ -353,7 +354,7 @@ def _arguments(value: Any) -> Any:
     """Return a mapping where it is one or the JSON text of one, without what `datasets` filled up; else as it is."""
     if isinstance(value, str):
         try:
-            parsed = json.loads(value)
+            parsed = parse_json(value)
         except ValueError:
             return value
         return parsed if isinstance(parsed, dict) else value
@@ -375,7 +376,7 @@ def _from_json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise BadRow("wrong_type", f"has text in {name!r} that is no JSON: {error}; write it as JSON") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow
+from alignlab.data.nesting import MAX_DEPTH, is_too_deep
 from alignlab.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -41,7 +42,7 @@ def plain_row(row: Any) -> dict[str, Any]:
     Lists that pandas has read as arrays of objects become lists again; so do all arrays in columns of text.
 
     Raises:
-        BadRow: it is damaged, or no mapping of names to values.
+        BadRow: it is damaged, no mapping of names to values, or nested too deeply.
     """
     if isinstance(row, DamagedRow):
         raise BadRow("damaged", row.message)
@@ -50,6 +51,9 @@ def plain_row(row: Any) -> dict[str, Any]:
     for name in row:
         if not isinstance(name, str):
             raise BadRow("wrong_type", f"has a column called {name!r} ({type(name).__name__}); names must be strings")
+    deep = next((name for name, value in row.items() if is_too_deep(value)), None)
+    if deep is not None:
+        raise BadRow("wrong_type", f"is nested deeper than {MAX_DEPTH} levels in the column {deep!r}; write it flatter")
     return {name: _plain_value(value, name) for name, value in row.items()}
 
 

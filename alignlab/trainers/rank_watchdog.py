@@ -176,7 +176,9 @@ class RankWatchdog:
 
     def _main_rank_is_over(self) -> bool:
         main = self._ranks.get(0)
-        return main is None or main.has_saved or self._processes().get(0, "running") != "running"
+        if main is None or main.has_saved or main.block > self._own.block:  # it may have begun another block since
+            return True
+        return self._processes().get(0, "running") != "running"
 
     def _fail(self, text: str, of: int | None) -> None:
         if self._own.failure is None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from alignlab.errors import JudgeError
+from alignlab.errors import JudgeError, NumericsError
 
 FAILURE_KINDS = (
     "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "missing column", "exited",
@@ -128,6 +128,8 @@ def in_caller(function: Callable[[], Any]) -> Future[Any]:
         future.set_result(function())
     except JudgeError:
         raise
+    except NumericsError as error:
+        future.set_exception(RewardFailure("not finite", str(error)))
     except Exception as error:
         future.set_exception(error)
     return future
