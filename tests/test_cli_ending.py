@@ -15,6 +15,7 @@ import alignlab.trainers.run
 from alignlab.cli import main, make_parser
 from alignlab.cli.ending import ExitStatus, no_silent_exit, print_closing_line
 from alignlab.errors import AlignlabError, NumericsError, RankError
+from alignlab.training.reward_calls import in_thread
 
 
 @pytest.fixture
@@ -107,6 +108,12 @@ def test_code_that_a_run_calls_cannot_end_it_as_if_all_were_well() -> None:
     with pytest.raises(SystemExit, match=r"os\._exit\(0\)"), no_silent_exit():
         os._exit(0)
     assert os._exit is real
+
+
+def test_a_reward_that_asks_to_exit_is_a_failed_reward() -> None:
+    with no_silent_exit():
+        future = in_thread(lambda: os._exit(0))
+        assert isinstance(future.exception(timeout=60), SystemExit)
 
 
 @pytest.mark.parametrize(

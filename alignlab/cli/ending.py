@@ -24,6 +24,9 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, NoReturn, TextIO
 
+OWN_THREADS = ("alignlab-reward", "alignlab-rollouts")
+"""Names of the threads that hand their errors on to the main one."""
+
 
 class ExitStatus(IntEnum):
     """Exit statuses of every command."""
@@ -63,15 +66,17 @@ def _begins_line(stream: TextIO) -> bool:
 def no_silent_exit() -> Iterator[None]:
     """Keep code that is called within this context from ending the process as if all were well.
 
-    `os._exit` in the main thread becomes a `SystemExit`, so that what was done is kept and its status is told. In any
-    other thread, as of a watchdog, it ends the process, with another status than 0. In child processes it is itself.
+    `os._exit` becomes a `SystemExit` in the main thread and in those of rewards and rollouts, which hand their errors
+    on: what was done is kept then, and told. In any other thread, as of a watchdog, it ends the process, with another
+    status than 0. In child processes it is itself.
     """
     exit_now, process = os._exit, os.getpid()
 
     def ask_to_exit(status: int) -> NoReturn:
         if os.getpid() != process:
             exit_now(status)
-        if threading.current_thread() is threading.main_thread():
+        thread = threading.current_thread()
+        if thread is threading.main_thread() or thread.name in OWN_THREADS:
             raise SystemExit(f"os._exit({status})")
         print(f"alignlab: os._exit({status}) was called in a thread, and ends the run", file=sys.stderr, flush=True)
         exit_now(status or ExitStatus.UNEXPECTED)
