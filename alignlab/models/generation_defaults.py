@@ -7,7 +7,6 @@ were published with such a file: a temperature, and nothing that says whether to
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from alignlab.config.input_limits import read_json_object
 from alignlab.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,7 @@ def check_generation_file(path: str) -> None:
         file = cached_file(path, GENERATION_CONFIG_NAME)
     except OSError:  # there is none, or the model cannot be reached, which is said when it is loaded
         return
-    try:
-        values = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} must be JSON, and is not: {error}; correct it, or remove it") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{file} must hold a JSON object, and holds {type(values).__name__}; correct it, or remove it"
-        )
+    values = read_json_object(Path(str(file)), CheckpointError)
     _refuse_other_types(values, str(file), "correct the file")
 
 

@@ -19,7 +19,7 @@ from alignlab.file_lock import one_at_a_time
 from alignlab.library_errors import writing
 from alignlab.manifest import write_manifest
 from alignlab.models.folder_limits import check_model_folder
-from alignlab.models.intact import damage_of, is_intact
+from alignlab.models.intact import check_folder, damage_of, is_intact
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def resolve_checkpoint(name: str) -> str:
 
     Raises:
         ConfigError: the package is not installed.
-        CheckpointError: the name can only be a folder's, and there is none; or see `check_model_folder`.
+        CheckpointError: the name can only be a folder's, and there is none; or see `check_folder` and
+            `check_model_folder`.
     """
     model = PACKAGED.get(name.lower())
     if model is None:
@@ -62,6 +63,7 @@ def resolve_checkpoint(name: str) -> str:
                 f"there is no folder {name}, and a Hub id is owner/model; correct the path, or make what is to be there"
             )
         if Path(name).is_dir():
+            check_folder(name)
             check_model_folder(Path(name))
         return name
     folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"

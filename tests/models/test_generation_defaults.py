@@ -99,7 +99,7 @@ def test_defaults_that_mean_nothing_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{", "must be JSON"), ("[1]", "must hold a JSON object, and holds list"), ("\x00", "must be JSON"),
+        ("{", "it is no JSON"), ("[1]", "it must hold one object, and holds list"), ("\x00", "it is no JSON"),
         ('{"eos_token_id": "x"}', "eos_token_id 'x', which must be a token id or a list of them"),
         ('{"eos_token_id": [2, "x"]}', "eos_token_id"), ('{"eos_token_id": 2.5}', "eos_token_id"),
         ('{"temperature": "hot"}', "temperature 'hot', which must be a number"),

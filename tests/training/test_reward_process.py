@@ -156,7 +156,7 @@ def test_nothing_of_it_is_imported_here(tmp_path: Path, make: Make) -> None:
         ("length", {"max_token": 3}, "did you mean 'max_tokens'"),
         (f"{HERE}.Counting", {}, "needs the option 'first'"),
         (f"{HERE}.STARTED", {}, "must be a function, and is str"),
-        ("alignlab.training.reward_calls.CallerReward", {}, "runs in the training's process; remove run_in: process"),
+        (f"{HERE}.InCaller", {}, "runs in the training's process; remove run_in: process"),
         ("reward_model", {"model": "/nowhere"}, "'/nowhere' is a reward model, which shares the policy's memory"),
         (f"{HERE}.lengths", {"scale": date(2026, 1, 2)}, "must be JSON .* and hold date"),
         ("EXITS", {}, "must start in a process of its own: its process has exited with status 0"),
