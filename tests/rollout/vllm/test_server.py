@@ -375,7 +375,7 @@ def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
     first = engine.policy_version
     before = {name: value.clone() for name, value in model.state_dict().items()}
     got: list[Completion] = []
-    sampling = SamplingParams(n=24, max_new_tokens=100, ignore_eos=True, seed=1)
+    sampling = SamplingParams(n=48, max_new_tokens=100, ignore_eos=True, seed=1)
     thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9, 20), sampling))))
     started = threading.Event()
     with at_request(engine, 8, started.set):
@@ -389,7 +389,7 @@ def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
     after = {name: value.clone() for name, value in model.state_dict().items()}
     for weights, version in ((before, first), (after, first + 1)):
         model.load_state_dict(weights)
-        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(24)], got, strict=True):
+        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(48)], got, strict=True):
             rows = full_logprobs(model, prompt.token_ids + completion.token_ids)[len(prompt.token_ids) - 1 : -1]
             own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             here = torch.tensor([v == version for v in completion.policy_versions])
