@@ -35,6 +35,17 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those around it, where there is none; their names are on the disk then.
+
+    A file that is synced in a new folder is lost with the folder's name, which is synced with the folder around it.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync_file(place.parent)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`, through a temporary file beside it.
 
@@ -95,9 +106,10 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; a removal that is cut short leaves nothing under its name."""
+    """Remove a folder; a removal that is cut short, by a power cut too, leaves all of it under its name or nothing."""
     hidden = hidden_name(path, REMOVED)
     os.replace(path, hidden)
+    sync_file(path.parent)
     shutil.rmtree(hidden)
 
 

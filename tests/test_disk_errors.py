@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,3 +154,15 @@ def test_the_command_line_shows_where_this_program_is_at_fault(monkeypatch: pyte
     monkeypatch.setattr("alignlab.config.loader.load_config", fail)
     with pytest.raises(KeyError):
         alignlab.cli.main(["train", "x.yaml"])
+
+
+def test_metrics_that_cannot_be_synced_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(DiskError, match=r"metrics\.jsonl"):
+        metrics.state()
+    metrics.close()

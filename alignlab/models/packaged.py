@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab.atomic_files import publish_folder
+from alignlab.atomic_files import make_folder, publish_folder
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.file_lock import one_at_a_time
 from alignlab.library_errors import writing
@@ -69,7 +69,7 @@ def resolve_checkpoint(name: str) -> str:
     folder = cache_folder() / f"{name.lower()}-{model.requirement.replace('==', '-')}"
     if not is_intact(folder):
         source = _gguf_file(name, model)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with one_at_a_time(folder, "converts the model"):
             if not is_intact(folder):  # another process may have made it while this one waited
                 _convert(source, folder)

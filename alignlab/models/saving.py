@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from alignlab.atomic_files import TEMPORARY, hidden_name, publish_folder, recover_folder, sync_folder
+from alignlab.atomic_files import TEMPORARY, hidden_name, make_folder, publish_folder, recover_folder, sync_folder
 from alignlab.errors import CheckpointError
 from alignlab.library_errors import writing
 from alignlab.manifest import write_manifest
@@ -57,7 +57,8 @@ def _published(folder: Path, run_id: str | None) -> Iterator[Path]:
         return
     temporary = hidden_name(folder, TEMPORARY)
     recover_folder(folder)
-    temporary.mkdir(parents=True)
+    make_folder(folder.parent)
+    temporary.mkdir()
     try:
         yield temporary
         write_manifest(temporary, run_id=run_id)

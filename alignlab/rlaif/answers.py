@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
+from alignlab.atomic_files import make_folder
 from alignlab.digests import json_digest
 from alignlab.library_errors import writing
 
@@ -47,7 +48,7 @@ class AnswerStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._named():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._prepare()
 
     def get(self, keys: Sequence[str]) -> dict[str, list[float]]:

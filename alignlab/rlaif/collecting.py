@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from alignlab.atomic_files import write_atomically
+from alignlab.atomic_files import make_folder, write_atomically
 from alignlab.config.constitution import Constitution
 from alignlab.config.flat_settings import refused_settings
 from alignlab.config.trainers.rlaif import LabelSettings, RevisionSettings, RLAIFConfig
@@ -103,7 +103,7 @@ def check_made_with(folder: Path, told: Mapping[str, Any], *, writes: bool) -> N
     """
     path = folder / _MADE_WITH
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if writes:
             write_atomically(path, json.dumps(sealed(told), indent=1) + "\n")
         return

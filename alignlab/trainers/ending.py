@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
 from alignlab.data.vocabulary import check_end_token
 from alignlab.errors import AlignlabError, CheckpointError, ConfigError
+from alignlab.library_errors import writing
 from alignlab.models.attention import causal_lm, end_ids, num_embeddings
 from alignlab.models.checkpoints import is_adapter, save_model
 from alignlab.models.reward_checkpoints import padded_tokenizer, try_reward_model
@@ -141,11 +142,15 @@ def try_saving(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase
 
     Raises:
         CheckpointError: one of the two fails.
+        DiskError: the temporary folder has no room, or cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="alignlab-save-") as temporary:
         folder = Path(temporary) / "model"
         try:
-            write(folder)
+            with writing(folder, "what the end of the run saves"):
+                write(folder)
+        except AlignlabError:
+            raise
         except SAVING_ERRORS as error:
             raise unsaveable("the model or its tokenizer", error) from error
         _read_back(folder, tokenizer)

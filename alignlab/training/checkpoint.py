@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, publish_folder, remove_folder
+from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, make_folder, publish_folder, remove_folder
 from alignlab.errors import CheckpointError
 from alignlab.library_errors import writing
 from alignlab.manifest import find_damage, read_manifest, write_manifest
@@ -97,7 +97,8 @@ def save_checkpoint(
     with writing(final, "the checkpoint"):
         temporary = hidden_name(final, TEMPORARY)
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(folder)
+        temporary.mkdir()
         for rank, generators in enumerate(random):
             _write_tensors(temporary / f"random-{rank}.safetensors", generators.tensors)
             _write_json(temporary / f"random-{rank}.json", generators.state)

@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from alignlab.atomic_files import write_atomically
+from alignlab.atomic_files import make_folder, write_atomically
 from alignlab.digests import SHA256, DamagedError, sealed, unsealed
 from alignlab.library_errors import writing
 
@@ -69,7 +69,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path = path
         content = read_journal(path)
         self.rows = content.rows

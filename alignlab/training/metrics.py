@@ -14,6 +14,7 @@ from typing import Any, Self
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
+from alignlab.atomic_files import make_folder
 from alignlab.errors import ConfigError
 from alignlab.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 
@@ -77,7 +78,7 @@ class MetricsLogger:
         self._trackers: list[GeneralTracker] = []
         if not self._is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._file = MetricsFile(
             folder / METRICS_FILE, resume_step=resume_step, last_step=last_step, saved=saved, ended=ended
         )

@@ -68,8 +68,13 @@ class MetricsFile:
         self._digest.update(content)
 
     def state(self) -> dict[str, Any]:
-        """Wait until all lines are on the disk, and return what a checkpoint keeps of them."""
-        os.fsync(self._file.fileno())
+        """Wait until all lines are on the disk, and return what a checkpoint keeps of them.
+
+        Raises:
+            DiskError: the disk fails.
+        """
+        with writing(self._path, "the metrics"):
+            os.fsync(self._file.fileno())
         return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest(), "unwritten": list(self._unwritten)}
 
     def close(self) -> None:

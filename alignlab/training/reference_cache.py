@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from alignlab.atomic_files import publish
+from alignlab.atomic_files import make_folder, publish
 from alignlab.data.preferences import CompletionGroup
 from alignlab.file_lock import one_at_a_time
 from alignlab.library_errors import writing
@@ -49,7 +49,7 @@ class ReferenceCache:
     ) -> Scores:
         """Log-probs of all completions, end to end, of each example: as kept, or made now and kept."""
         path = self.path(examples)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         with one_at_a_time(path, "scores the examples by the reference"):
             flat = self._read(path, sum(example.num_tokens for example in examples))
             if flat is None:

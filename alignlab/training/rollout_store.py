@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from alignlab.atomic_files import publish, write_atomically
+from alignlab.atomic_files import make_folder, publish, write_atomically
 from alignlab.digests import sha256_of
 from alignlab.errors import DataError
 from alignlab.library_errors import writing
@@ -74,7 +74,7 @@ class RolloutStore:
     ) -> None:
         self._folder, self._rank, self._run_id = folder, rank, run_id
         self._sums = folder / f"{SUMS}{rank}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         last_step = 0 if resume_step is None else resume_step
         for path in folder.glob(f"step-*-rank{rank}.parquet"):
             if _step_of(path.name) > last_step:

@@ -26,8 +26,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import alignlab
-from alignlab.atomic_files import REMOVED, REPLACED, TEMPORARY, recover_folder, write_atomically
+from alignlab.atomic_files import REMOVED, REPLACED, TEMPORARY, make_folder, recover_folder, write_atomically
 from alignlab.errors import ConfigError
+from alignlab.library_errors import writing
 from alignlab.training.metrics_file import METRICS_FILE
 from alignlab.training.run_lock import RunLock, identity_of_process, in_use, is_alive
 from alignlab.training.run_records import append_record, read_records, run_id_of
@@ -75,8 +76,9 @@ class RunFolder:
         self._end: dict[str, Any] | None = None
         if rank != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = RunLock(self.path)
+        with writing(self.path, "the run's folder"):
+            make_folder(self.path)
+            self._lock = RunLock(self.path)
         try:
             check_folder(self.path, resume=resume)
             starts = read_records(self._starts_file)

@@ -30,7 +30,7 @@ import xxhash
 from numpy.lib.format import open_memmap
 from torch import nn
 
-from alignlab.atomic_files import sync_file, write_atomically
+from alignlab.atomic_files import make_folder, sync_file, write_atomically
 from alignlab.data.examples import Example
 from alignlab.digests import READ_BYTES, DamagedError, parse_sealed, sealed
 from alignlab.file_lock import one_at_a_time
@@ -154,7 +154,7 @@ class TeacherCache:
         """The answers about all of `examples`: as kept, or asked for now and kept."""
         path = self.path(examples)
         offsets = [0, *accumulate(sum(example.completion_mask) for example in examples)]
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         with one_at_a_time(path, "asks the teacher"):
             if not _is_whole(path):
                 shutil.rmtree(path, ignore_errors=True)

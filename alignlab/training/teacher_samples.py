@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from alignlab.atomic_files import write_atomically
+from alignlab.atomic_files import make_folder, write_atomically
 from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.data.examples import completion_example
@@ -114,7 +114,7 @@ def sample_teacher(
     settings.check(len(rewards.rewards))
     if output.exists():
         raise ConfigError(f"{output} exists, and is not overwritten; remove it, or choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     told = {"settings": repr(settings), "prompts": _digest(prompts), **identity}
     partial = output.with_name(output.name + _PARTIAL)
     with partial.open("a+", encoding="utf-8") as file:
