@@ -15,7 +15,6 @@ from typing import Literal
 from alignlab_rewards.answers.blocks import block_answer, list_below
 from alignlab_rewards.answers.boxes import boxed, end_of_boxes, hedged_box
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
-from alignlab_rewards.answers.number_words import in_digits_of_words
 from alignlab_rewards.answers.remarks import (
     CORRECTION,
     DOUBT,
@@ -177,7 +176,6 @@ def _marked_readings(content: str) -> Iterator[str]:
     """A box's or tag's content, without a label in front, and what a sentence inside of it states."""
     yield content
     plain = plain_notation(content)
-    yield from _in_digits(plain)
     label = re.match(r"[A-Za-z][A-Za-z ]{1,40}:\s*(?=\S)", plain)
     if label is not None:
         yield plain[label.end() :]
@@ -271,7 +269,6 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
     """Readings of what follows "the answer is": all of it, its first clause, then as any sentence."""
     phrase = without_parenthesis(phrase)
     plain = _trimmed(phrase)
-    yield from _in_digits(plain)
     yield from _ends_of_chains(plain)
     if _PRICE_FIRST.match(plain):
         yield _CLAUSE_END.split(plain, maxsplit=1)[0]
@@ -288,13 +285,6 @@ def _phrase_readings(phrase: str) -> Iterator[str]:
     if first_math is not None:
         yield first_math[0]
     yield from _sentence_readings(phrase)
-
-
-def _in_digits(plain: str) -> Iterator[str]:
-    """Yield a number in words, and its unit, with digits."""
-    digits = in_digits_of_words(plain)
-    if digits is not None:
-        yield digits
 
 
 def _ends_of_chains(plain: str) -> Iterator[str]:
@@ -329,8 +319,6 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
         else sentence
     )
     yield plain
-    if " " not in plain:
-        yield from _in_digits(plain)
     prices = [*_PRICE.finditer(sentence)]
     if len(prices) == 1 and "**" not in sentence and _PAID_FOR.match(sentence, prices[0].end()):
         yield prices[0][0].rstrip(",")

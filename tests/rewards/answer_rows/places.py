@@ -122,7 +122,7 @@ PLACES: dict[str, list[tuple[str, str, float]]] = {
         ("9", "We need 5-9 more, that is 9", 1.0),
         ("0.5", "= .5", 1.0),
         ("3", "The answer is: 3.0", 1.0),
-        ("6", "The answer is six.", 1.0),
+        ("6", "The answer is six.", 0.0),
         ("12", "Let $x = 3$. Then $4x = 12$.", 1.0),
         ("3", "Let $x = 3$. Then $4x = 12$.", 0.0),
         ("12", "We find that $x = 12$, as claimed.", 1.0),
