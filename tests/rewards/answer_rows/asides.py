@@ -1,0 +1,36 @@
+"""What is told behind an answer: explanations under a first line that is nothing else, and clauses about the answer."""
+
+ASIDES: dict[str, list[tuple[str, str, float]]] = {
+    "an answer and its explanation": [
+        ("5", "5\n\nExplanation: There are 2 apples and 3 more.", 1.0),
+        ("3", "5\n\nExplanation: There are 2 apples and 3 more.", 0.0),
+        ("5", "5\n\nHere's why: he buys 2 apples and 3 more.", 1.0),
+        ("2", "**5**\n\nReasoning: start from 7 and take 2.", 0.0),
+        ("5", "**5**\n\nReasoning: start from 7 and take 2.", 1.0),
+        ("$5", "$5\n**Explanation**\nHe has 3 of 9.", 1.0),
+        ("1/2", "1/2\n\n## Explanation\n\nThere are 6 sides and 3 are even.", 1.0),
+        ("12", "12%\n\nStep-by-step explanation: 6 of 50.", 1.0),
+        ("C", "C\n\nExplanation: Option A is wrong and so is B.", 1.0),
+        ("B", "C\n\nExplanation: Option A is wrong and so is B", 0.0),
+        ("Paris", "Paris\n\nExplanation: It is the capital, not London.", 1.0),
+        ("London", "Paris\n\nExplanation: It is bigger than London.", 0.0),
+        ("12", "5 apples\n\nReasoning: 5 + 7 = 12, so the answer is 12", 1.0),
+        ("12", "Step 5\n\nExplanation: 5 + 7 = 12", 1.0),
+        ("12", "Solution\n\nExplanation: 5 + 7 = 12", 1.0),
+    ],
+    "words that are told of the answer": [
+        ("Monday", "Therefore, it is a **Tuesday**, the day after Monday.", 0.0),
+        ("Tuesday", "Therefore, it is a **Tuesday**, the day after Monday.", 1.0),
+        ("Bob", "The winner is Alice, who beat Bob.", 0.0),
+        ("Alice", "The winner is Alice, who beat Bob.", 1.0),
+        ("Bob", "The winner is **Alice**, who beat Bob.", 0.0),
+        ("red", "The ball is **blue**, because blue beats red.", 0.0),
+        ("blue", "The ball is blue because blue beats red.", 1.0),
+        ("Bob", "The winner is Alice, the sister of Bob.", 0.0),
+        ("sister of Bob", "The winner is Alice, the sister of Bob.", 1.0),
+        ("Monday", "The first day is Sunday, which makes the next Monday.", 1.0),
+        ("Bob", "Since Alice is taller than Carol, the tallest is Bob.", 1.0),
+        ("Bob", "It is not Alice, who lost, but Bob.", 1.0),
+        ("Paris, France", "The capital is **Paris**, France.", 1.0),
+    ],
+}
