@@ -329,7 +329,7 @@ def _sentence_readings(sentence: str) -> Iterator[str]:
         else sentence
     )
     yield plain
-    if " " not in plain:
+    if re.fullmatch(r"(?:(?:minus|negative)\s)?\S+", plain, re.IGNORECASE):
         yield from _in_digits(plain)
     prices = [*_PRICE.finditer(sentence)]
     if len(prices) == 1 and "**" not in sentence and _PAID_FOR.match(sentence, prices[0].end()):

@@ -28,7 +28,7 @@ _GOES_ON = re.compile(r"\bbut\b|(?:^|[.!:\n]\s*)(?:So|Therefore|Thus|Hence)\b[^\
 _EXPLAINS = re.compile(r"\s*(?:this|that) is\b(?![^\n]*(?:=|\bso\b|\bthus\b|\btherefore\b))", re.IGNORECASE)
 DOUBT = re.compile(
     r"\bwait\b|(?<!common )\b(?:error\b|mistake)|\bwrong\b|\bincorrect\b|\bactually\b|\bno,|\boops\b|\bsorry\b"
-    r"|\bcorrection\b|\bhmm\b",
+    r"|\bcorrection\b|\bhmm\b|\bnot (?:quite )?(?:correct|right)\b(?!-)",
     re.IGNORECASE,
 )
 CORRECTION = re.compile(

@@ -18,6 +18,14 @@ ASIDES: dict[str, list[tuple[str, str, float]]] = {
         ("12", "Step 5\n\nExplanation: 5 + 7 = 12", 1.0),
         ("12", "Solution\n\nExplanation: 5 + 7 = 12", 1.0),
     ],
+    "answers that are taken back, and numbers below zero in words": [
+        ("15", "\\boxed{12} is not correct... 3*5 = 15. So the answer is 15.", 1.0),
+        ("12", "\\boxed{12} is not correct... 3*5 = 15. So the answer is 15.", 0.0),
+        ("12", "\\boxed{12}. It is a right-angled triangle, not right-handed. The answer is the area.", 1.0),
+        ("-7", "negative seven", 1.0),
+        ("-7", "Minus seven.", 1.0),
+        ("7", "negative seven", 0.0),
+    ],
     "words that are told of the answer": [
         ("Monday", "Therefore, it is a **Tuesday**, the day after Monday.", 0.0),
         ("Tuesday", "Therefore, it is a **Tuesday**, the day after Monday.", 1.0),
