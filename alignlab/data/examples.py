@@ -318,11 +318,19 @@ def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRen
         through = render.render_chat(form[: i + 1], generation=False)
         if not before.startswith(done) or not through.startswith(before):
             raise BadRow("unstable_template", _unstable(i, render, turns if pieces else "one"))
-        turn = through[len(before) :].rstrip()
+        turn = _closed_once(through[len(before) :].rstrip(), render)
         render.check_taught(messages, i, turn)
         pieces += [_Piece(before[len(done) :], False), _Piece(turn, True)]
         done = before + turn
     return pieces
+
+
+def _closed_once(turn: str, render: PromptRenderer) -> str:
+    """Return a turn with one end token, where the row's text has it too, or the template writes it twice."""
+    eos = render.tokenizer.eos_token
+    while turn.endswith(eos * 2):
+        turn = turn.removesuffix(eos)
+    return turn
 
 
 def _unstable(index: int, render: PromptRenderer, turns: str) -> str:

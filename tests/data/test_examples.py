@@ -1,3 +1,4 @@
+import copy
 import logging
 from decimal import Decimal
 from typing import Any
@@ -174,6 +175,19 @@ def test_an_answer_that_is_a_number_is_taught_as_its_digits(
     example = examples_from_rows([{"prompt": "hi", "answer": answer}], DataSettings(), chat_tokenizer)[0]
     taught = [token for token, is_taught in zip(example.token_ids, example.completion_mask, strict=True) if is_taught]
     assert chat_tokenizer.decode(taught) == "72<|im_end|>"
+
+
+def test_an_end_token_in_the_text_or_twice_in_the_template_is_taught_once(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    twice = copy.deepcopy(chat_tokenizer)
+    twice.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    twice.chat_template = twice.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    for tokenizer, text in ((chat_tokenizer, "3<|im_end|>"), (twice, "3")):
+        for row in ({"prompt": "hi", "completion": text}, {"messages": [USER, {"role": "assistant", "content": text}]}):
+            example = examples_from_rows([row], DataSettings(), tokenizer)[0]
+            assert example.token_ids.count(tokenizer.eos_token_id) == 2, tokenizer.decode(example.token_ids)
+            assert example.token_ids[-1] == tokenizer.eos_token_id and example.completion_mask[-1]
 
 
 @pytest.mark.parametrize("column", ["reasoning", "reasoning_content", "thinking"])

@@ -120,7 +120,7 @@ def test_a_path_names_a_model_and_a_tokenizer(make_model: Any, tokenizer: Any, t
 
 
 def test_a_tokenizer_of_another_kind_is_refused(make_model: Any) -> None:
-    with pytest.raises(ConfigError, match="tokenizer must be a name, a path or a tokenizer .*, and is dict"):
+    with pytest.raises(ConfigError, match=r"tokenizer must be a name, a path or a tokenizer .*, and is dict"):
         SFTTrainer(make_model(), SFTConfig(num_steps=1), ROWS, tokenizer={})
 
 
