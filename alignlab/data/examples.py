@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
+from numbers import Real
 from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +17,10 @@ from alignlab.config.render import RenderSettings
 from alignlab.data.messages import BadRow, check_characters, check_text, is_taught
 from alignlab.data.prompts import chat_of, count_or_raise, report, split_row
 from alignlab.data.rendering import PromptRenderer
-from alignlab.data.rows import readable_rows
+from alignlab.data.rows import readable_rows, scalar
 from alignlab.data.sequences import Sequences
 from alignlab.data.sources import load_rows
+from alignlab.data.thoughts import THOUGHT_FIELDS
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
 
@@ -156,6 +160,7 @@ def _examples_of(
     if messages is not None:
         return _chat_pieces(render.messages(messages), render, 0, turns)
     prompt, columns = split_row(row, name)
+    _say_thought(columns, render)
     return _cut_after(prompt, _completion(columns, answer_column, answer_template), render, turns)
 
 
@@ -249,12 +254,29 @@ def _check_not_blank(message: Message) -> None:
         raise BadRow("empty", "has an empty message of the assistant's where one is taught")
 
 
+def _say_thought(columns: Mapping[str, Any], render: PromptRenderer) -> None:
+    """Log once that a column of thoughts beside that of the completion is not taught."""
+    name = next((name for name in THOUGHT_FIELDS if columns.get(name) is not None), None)
+    if name is not None:
+        render.notices.say(
+            "unread thought",
+            "the column %r is not taught; to teach it, write it into the completion, as this field of the assistant's "
+            "message or between <think> and </think>", name,
+        )  # fmt: skip
+
+
 def _completion(columns: Mapping[str, Any], answer_column: str, answer_template: str) -> Text:
     if columns.get("completion") is not None:
         return check_text(columns["completion"], "completion")
-    answer = columns.get(answer_column)
+    answer = scalar(columns.get(answer_column))
     if answer is None:
         raise BadRow("missing_column", f"has no column 'completion' and no column {answer_column!r}")
+    if not isinstance(answer, str | Real | Decimal | date):
+        raise BadRow(
+            "wrong_type",
+            f"has {type(answer).__name__} in the column {answer_column!r}, of which no text can be taught but Python's "
+            "own notation; write the answer as text, or call the column completion and give chat messages",
+        )
     if not str(answer).strip():
         raise BadRow("empty", f"has an empty string in the column {answer_column!r}")
     check_characters(answer, answer_column)
@@ -296,11 +318,19 @@ def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRen
         through = render.render_chat(form[: i + 1], generation=False)
         if not before.startswith(done) or not through.startswith(before):
             raise BadRow("unstable_template", _unstable(i, render, turns if pieces else "one"))
-        turn = through[len(before) :].rstrip()
+        turn = _closed_once(through[len(before) :].rstrip(), render)
         render.check_taught(messages, i, turn)
         pieces += [_Piece(before[len(done) :], False), _Piece(turn, True)]
         done = before + turn
     return pieces
+
+
+def _closed_once(turn: str, render: PromptRenderer) -> str:
+    """Return a turn with one end token, where the row's text has it too, or the template writes it twice."""
+    eos = render.tokenizer.eos_token
+    while turn.endswith(eos * 2):
+        turn = turn.removesuffix(eos)
+    return turn
 
 
 def _unstable(index: int, render: PromptRenderer, turns: str) -> str:

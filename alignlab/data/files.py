@@ -38,11 +38,12 @@ def file_rows(path: str) -> Rows:
     """
     kind = file_kind(path)
     if not Path(path).is_file():
-        raise DataError(f"data.path must be an existing file, and {path} is none; correct the path")
+        raise DataError(f"the path of the data must be an existing file, and {path} is none; correct the path")
     reader = READERS.get(kind)
     if reader is None:
         raise DataError(
-            f"data.path must be a file of a kind that is known, and {path} is {kind or 'none by its name'}; use "
+            f"the path of the data must be a file of a kind that is known, and {path} is "
+            f"{kind or 'none by its name'}; use "
             f"{', '.join(READERS)}, the first three also with .gz"
         )
     return reader(path)

@@ -24,8 +24,10 @@ from alignlab.types import Message, Text
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "A question?"},)
 _SYSTEM_FIX = "give it as a message of the role system, or for all rows as the setting system_prompt"
 _MASK_FIX = "what is taught are the assistant's messages, but for those whose field weight is 0"
+_CONTEXT_FIX = "where the model needs it for its answer, write it into the prompt"
 _UNREAD_COLUMNS = {
-    "system": _SYSTEM_FIX, "system_prompt": _SYSTEM_FIX,
+    "system": _SYSTEM_FIX, "system_prompt": _SYSTEM_FIX, "functions": "call it tools",
+    **dict.fromkeys(("input", "context", "history", "choices", "options"), _CONTEXT_FIX),
     "completion_mask": _MASK_FIX, "assistant_masks": _MASK_FIX,
 }  # fmt: skip
 """Columns that other programs' data have for the chat, and what to do instead."""

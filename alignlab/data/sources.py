@@ -44,22 +44,24 @@ def _hub_rows(settings: DataSettings) -> Rows:
     path = str(settings.path)
     saved = [name for name in ("dataset_info.json", "dataset_dict.json") if (Path(path) / name).is_file()]
     if saved:
-        return _saved_rows(path, settings.split)
+        return _saved_rows(path, settings)
     try:
         return within_download_limit(path, lambda: load_dataset(path, settings.config_name, split=settings.split))
     except ConfigError:
         raise
     except Exception as error:
         raise DataError(
-            f"data.path must be a local file or folder or a dataset of the Hub, and {path!r} "
+            f"the path of the data must be a local file or folder or a dataset of the Hub, and {path!r} "
             f"(config_name {settings.config_name!r}, split {settings.split!r}) cannot be loaded: {error}; "
             "correct the name, or unset HF_HUB_OFFLINE if it has to be downloaded"
         ) from error
 
 
-def _saved_rows(path: str, split: str) -> Rows:
+def _saved_rows(path: str, settings: DataSettings) -> Rows:
     """Return a split of a folder that `datasets` has saved."""
     from datasets import DatasetDict, load_from_disk
+
+    split, setting = settings.split, settings.setting("split")
 
     try:
         saved = load_from_disk(path)
@@ -68,10 +70,10 @@ def _saved_rows(path: str, split: str) -> Rows:
     if not isinstance(saved, DatasetDict):
         if split != "train":
             raise ConfigError(
-                f"data.split is {split!r}, and {path} is a folder of one split's rows; give the folder of that "
-                "split as data.path, and remove split"
+                f"{setting} is {split!r}, and {path} is a folder of one split's rows; give the folder "
+                "of that split, and remove split"
             )
         return saved
     if split not in saved:
-        raise ConfigError(f"data.split is {split!r}, and {path} has {', '.join(saved)}; use one of these")
+        raise ConfigError(f"{setting} is {split!r}, and {path} has {', '.join(saved)}; use one of these")
     return saved[split]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import numbers
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -138,15 +139,15 @@ def num_embeddings(model: nn.Module) -> int:
     return int(table.weight.shape[0] if rows is None else rows)
 
 
-def end_ids(model: nn.Module) -> set[int]:
-    """Return the ids that end a text by the model's config and its generation defaults.
+def end_ids(model: nn.Module, places: Sequence[str] = ("config", "generation_config")) -> set[int]:
+    """Return the ids that end a text by the model's config and its generation defaults, or by one of the two.
 
     Raises:
         ConfigError: one of the two holds something else for an id.
     """
     lm = causal_lm(model)
     found: set[int] = set()
-    for name in ("config", "generation_config"):
+    for name in places:
         ids = getattr(getattr(lm, name), "eos_token_id", None)
         for index in ids if isinstance(ids, list | tuple) else [ids]:
             if index is None:
@@ -307,9 +308,14 @@ def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None, float | None]:
     """Weight [V, hidden size], bias [V] and soft-cap of the layer that gives the logits.
 
     Raises:
-        ConfigError: the logits are more than that: adapted, or scaled.
+        ConfigError: the logits are more than that: adapted, or scaled; or the model gives none.
     """
     lm = causal_lm(model)
+    if lm.get_output_embeddings() is None:
+        raise ConfigError(
+            f"the model must be a causal language model, and {type(lm).__name__} has no output head; load it by "
+            "AutoModelForCausalLM, or give its name or path"
+        )
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
     if isinstance(head, BaseTunerLayer):
         raise ConfigError(

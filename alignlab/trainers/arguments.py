@@ -27,14 +27,26 @@ class NamedArguments(ABCMeta):
         for name in kwargs:
             if name not in known:
                 raise ConfigError(_unknown_argument(cls.__name__, name, known))
+        signature = _signature(cls)
         try:
-            inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
+            signature.bind(None, *args, **{name: held for name, held in kwargs.items() if name in signature.parameters})
         except TypeError as error:
             raise ConfigError(
                 f"{cls.__name__}: {error}; its arguments are {', '.join(known)}, and of these "
                 f"{', '.join(_required(cls))} must be given"
             ) from None
         return super().__call__(*args, **kwargs)
+
+
+def _signature(trainer: type) -> inspect.Signature:
+    """Return the signature that names the arguments by position: of a trainer, or of the base that it hands them to."""
+    for owner in trainer.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        signature = inspect.signature(vars(owner)["__init__"])
+        if all(each.kind is not inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
+            return signature
+    raise AssertionError("object's own __init__ takes no arguments")
 
 
 def _argument_names(trainer: type) -> list[str]:
@@ -52,7 +64,7 @@ def _argument_names(trainer: type) -> list[str]:
 
 
 def _required(trainer: type) -> list[str]:
-    parameters = list(inspect.signature(trainer.__init__).parameters.values())[1:]  # type: ignore[misc]
+    parameters = list(_signature(trainer).parameters.values())[1:]
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [each.name for each in parameters if each.default is each.empty and each.kind is positional]
 

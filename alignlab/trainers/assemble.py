@@ -7,6 +7,7 @@ import logging
 import numbers
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from alignlab.trainers.rank_watchdog import watch_ranks
 from alignlab.training.reward_functions import LoadedReward, load_reward, load_weighted
 
 logger = logging.getLogger(__name__)
-Model = str | PreTrainedModel | PeftModel
+Model = str | Path | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 Rewards = Reward | Sequence[Reward]
 _LATER_S = 120.0
@@ -102,7 +103,7 @@ def resolve_model(
 
 
 def resolve_base(
-    model: Model, tokenizer: str | PreTrainedTokenizerBase | None, peft_config: LoraSettings | LoraConfig | None
+    model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None, peft_config: LoraSettings | LoraConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model as it is given, or loaded by name in bfloat16 where an adapter will be put on it; and its tokenizer.
 
@@ -111,6 +112,7 @@ def resolve_base(
     Raises:
         ConfigError: there is no tokenizer.
     """
+    model = str(model) if isinstance(model, Path) else model
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ConfigError(
             f"model must be a name, a path or a model of transformers or PEFT, and is {type(model).__name__}; give one "
@@ -144,12 +146,21 @@ def check_lora(peft_config: object) -> None:
     )
 
 
-def _resolve_tokenizer(model: Model, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _resolve_tokenizer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         tokenizer = model if isinstance(model, str) else model.config.name_or_path or None
     if tokenizer is None:
         raise ConfigError("tokenizer is not given, and the model has no name to find it by; pass tokenizer=")
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(str(tokenizer))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"tokenizer must be a name, a path or a tokenizer of transformers, and is {type(tokenizer).__name__}; give "
+            "one of these, of a processor its tokenizer"
+        )
+    return tokenizer
 
 
 def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:

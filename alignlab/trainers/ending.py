@@ -83,7 +83,9 @@ def check_saving(
     """Raise as `check_ending` does, the run's folder and its disk aside."""
     check_trackers(config.trackers)
     check_drawing()
-    check_end_token(tokenizer, num_embeddings(model), end_ids(model))
+    ends = end_ids(model)
+    # Generation by other programs stops at the generation defaults' ends alone, where these have some.
+    check_end_token(tokenizer, num_embeddings(model), end_ids(model, ("generation_config",)) or ends)
     warn_of_unnamed_base(model)
     try_saving(write, tokenizer)
 

@@ -12,11 +12,23 @@ _CHECK = re.compile(
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"[\s*_#>-]*[A-Za-z -]{4,30}[\s*_:]*")
+_LONE_ANSWER = re.compile(
+    r"\s*[*_`$(]{0,4}(?:[-+\u2212]?[$€£¥]?[-+\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?\s?%?"
+    r"(?:\s[A-Za-z]{1,15}){0,2}|[A-J]|[A-J][).:]\s[^\n.:]{1,80}"
+    r"|(?!solution|answer|explanation|reasoning|step)[A-Za-z]{2,20})[.!]?[*_`$)]{0,4}[.!]?[ \t]*\n",
+    re.IGNORECASE,
+)
+_EXPLANATION = re.compile(
+    r"[\s*_#>-]*(?:(?:brief |short |detailed |step[- ]by[- ]step )?(?:explanation|reasoning|justification|rationale)\b"
+    r"|here(?:'s| is) (?:why|how|the (?:reasoning|explanation))\b)",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(r"\b(?:wait|actually|oops|sorry|correction|hmm|mistake)\b|\bno,", re.IGNORECASE)
 _GOES_ON = re.compile(r"\bbut\b|(?:^|[.!:\n]\s*)(?:So|Therefore|Thus|Hence)\b[^\n]*\d")
 _EXPLAINS = re.compile(r"\s*(?:this|that) is\b(?![^\n]*(?:=|\bso\b|\bthus\b|\btherefore\b))", re.IGNORECASE)
 DOUBT = re.compile(
     r"\bwait\b|(?<!common )\b(?:error\b|mistake)|\bwrong\b|\bincorrect\b|\bactually\b|\bno,|\boops\b|\bsorry\b"
-    r"|\bcorrection\b|\bhmm\b",
+    r"|\bcorrection\b|\bhmm\b|\bnot (?:quite )?(?:correct|right)\b(?!-)",
     re.IGNORECASE,
 )
 CORRECTION = re.compile(
@@ -47,8 +59,12 @@ _PARENTHESIS = re.compile(
 def without_checks(text: str) -> str:
     """Return a text without the paragraphs behind its answer that check or explain it.
 
-    A paragraph that has second thoughts is kept, and so is all where nothing in front has a number.
+    A paragraph that has second thoughts is kept, and so is all where nothing in front has a number. Of a text that
+    begins with a line of nothing but an answer, and then is headed "Explanation", that line remains.
     """
+    lone = _LONE_ANSWER.match(text)
+    if lone is not None and _EXPLANATION.match(text, lone.end()) and not _TAKEN_BACK.search(text, lone.end()):
+        return lone[0]
     paragraphs = re.split(r"(\n\s*\n|\n(?=[ \t*_#>-]*(?:Verification|Check)\b))", text)
     for _ in range(_MAX_PARAGRAPHS):
         if len(paragraphs) < 3:

@@ -43,6 +43,15 @@ _UNDECIDED = re.compile(
 _CHOOSES = re.compile(
     r"(?:\b(?:is|be|option|choice|answer|choose|chose|pick|select|with|letter|for|namely)|[:=])\s*\(?$", re.IGNORECASE
 )
+# "The winner is Alice, who beat Bob", "It is a Tuesday, the day after Monday": what is told of an answer behind it.
+_ASIDE = re.compile(
+    r"(?P<answer>\b(?:is|are|was|were) (?!not\b)(?:[^\s,;:]+ ){0,4}?[^\s,;:]+)"
+    r"(?:(?P<clause>,(?:who|whom|whose|which) |[ ,](?:because|since|although|though|whereas|while|unlike) )"
+    r"(?!.*[,;:].*\b(?:is|are|was|were)\b)"
+    r"|,(?:the|an?) (?:[^\s,;:]+ ){1,3}?(?P<place>(?:after|before|of|from|behind|to|in|at|with|by|between) )"
+    r"(?!.*\b(?:is|are|was|were)\b))"
+    r"(?!.*\b(?:so|thus|therefore|hence|means?|implies|makes?|leaves?|leaving|but|must|answer)\b)"
+)
 _SAME_WORDS = {
     "does not exist": "dne",
     "doesn't exist": "dne",
@@ -118,6 +127,12 @@ def leading_verdict(sentence: str) -> str | None:
     return match[1].casefold() if match is not None else None
 
 
+def _split_end(expected: str, said: str) -> tuple[str, str]:
+    """Return words cut before the expected ones at their end, which are empty where they are not there."""
+    wanted = next((text for text in _spellings(expected) if said.endswith(text)), "")
+    return said[: len(said) - len(wanted)], wanted
+
+
 def ends_with_text(expected: str, sentence: str) -> bool:
     """Return True if a sentence ends with the expected words, and does not offer them beside others or deny them.
 
@@ -127,10 +142,12 @@ def ends_with_text(expected: str, sentence: str) -> bool:
     subject = next((text for text in _spellings(expected) if said.startswith(text)), "")
     if len(subject) > 1 and _IS_SUBJECT.match(said, len(subject)):
         return True
-    wanted = next((text for text in _spellings(expected) if said.endswith(text)), "")
+    before, wanted = _split_end(expected, said)
+    aside = _ASIDE.search(said)
+    if aside is not None and len(before) >= max(aside.end("clause"), aside.end("place")):
+        before, wanted = _split_end(expected, said[: aside.end("answer")])
     if not wanted:
         return False
-    before = said[: len(said) - len(wanted)]
     if before and (before[-1].isalnum() or before[-1] in "-+*/^_\\"):
         return False
     if len(wanted.strip("()")) == 1:

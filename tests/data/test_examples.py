@@ -1,6 +1,11 @@
+import copy
+import logging
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.data import DataSettings
@@ -140,6 +145,10 @@ def test_an_unstable_template_is_refused(
     [
         ({"prompt": "hi"}, "missing_column", "no column 'completion' and no column 'answer'"),
         ({"prompt": "hi", "answer": " "}, "empty", "empty string in the column 'answer'"),
+        ({"prompt": "hi", "answer": ["72", "73"]}, "wrong_type", "list in the column 'answer', of which no text"),
+        ({"prompt": "hi", "answer": {"text": "72"}}, "wrong_type", "dict in the column 'answer'"),
+        ({"prompt": "hi", "answer": b"72"}, "wrong_type", "bytes in the column 'answer'"),
+        ({"prompt": "hi", "answer": np.array([7, 2])}, "wrong_type", "ndarray in the column 'answer'"),
         ({"prompt": "hi", "completion": ""}, "empty", "empty string in the column 'completion'"),
         ({"messages": [USER]}, "empty", "no message of the assistant's"),
         ({"messages": [USER, BLANK]}, "empty", "an empty message of the assistant's"),
@@ -157,6 +166,38 @@ def test_bad_rows(chat_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], 
         examples_from_rows(rows, DataSettings(max_prompt_tokens=60), chat_tokenizer)
     dataset = examples_from_rows(rows, DataSettings(max_prompt_tokens=60, on_bad_row="skip"), chat_tokenizer)
     assert len(dataset) == 1 and dataset.skipped == {reason: 1}
+
+
+@pytest.mark.parametrize("answer", [72, np.int64(72), torch.tensor(72), Decimal(72), "72"])
+def test_an_answer_that_is_a_number_is_taught_as_its_digits(
+    chat_tokenizer: PreTrainedTokenizerFast, answer: Any
+) -> None:
+    example = examples_from_rows([{"prompt": "hi", "answer": answer}], DataSettings(), chat_tokenizer)[0]
+    taught = [token for token, is_taught in zip(example.token_ids, example.completion_mask, strict=True) if is_taught]
+    assert chat_tokenizer.decode(taught) == "72<|im_end|>"
+
+
+def test_an_end_token_in_the_text_or_twice_in_the_template_is_taught_once(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    twice = copy.deepcopy(chat_tokenizer)
+    twice.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    twice.chat_template = twice.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    for tokenizer, text in ((chat_tokenizer, "3<|im_end|>"), (twice, "3")):
+        for row in ({"prompt": "hi", "completion": text}, {"messages": [USER, {"role": "assistant", "content": text}]}):
+            example = examples_from_rows([row], DataSettings(), tokenizer)[0]
+            assert example.token_ids.count(tokenizer.eos_token_id) == 2, tokenizer.decode(example.token_ids)
+            assert example.token_ids[-1] == tokenizer.eos_token_id and example.completion_mask[-1]
+
+
+@pytest.mark.parametrize("column", ["reasoning", "reasoning_content", "thinking"])
+def test_a_column_of_thoughts_that_is_not_taught_is_said_once(
+    chat_tokenizer: PreTrainedTokenizerFast, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "hi", "completion": "yo", column: "a thought"}] * 3
+    with caplog.at_level(logging.WARNING):
+        examples_from_rows(rows, DataSettings(), chat_tokenizer)
+    assert len(caplog.records) == 1 and f"the column {column!r} is not taught" in caplog.text
 
 
 def test_a_chat_completion_needs_a_chat_prompt(plain_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -184,6 +184,8 @@ def test_a_head_that_is_more_than_a_product_is_refused(llama):
     adapted = get_peft_model(untied, LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ConfigError, match="an adapter is on the output head"):
         output_head(adapted)
+    with pytest.raises(ConfigError, match="LlamaModel has no output head"):
+        output_head(llama.model)
 
 
 def test_deep_packs_keep_to_their_own_prompt(llama):

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from alignlab import (
 from alignlab.config.peer_names import PEER_ARGUMENTS
 from alignlab.errors import ConfigError
 from alignlab.trainers.arguments import _argument_names, check_callbacks, check_config
+from alignlab.trainers.assemble import resolve_base
 
 
 class OwnTrainer(GRPOTrainer):
@@ -101,6 +103,25 @@ def test_a_misspelt_argument_is_answered_with_the_nearest() -> None:
 def test_arguments_that_are_missing_or_too_many_are_refused_with_those_there_are(given: Any) -> None:
     with pytest.raises(ConfigError, match=r"SFTTrainer: .*of these model, config, train_dataset must be given"):
         SFTTrainer(*given)
+
+
+@pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer])
+@pytest.mark.parametrize("given", [(), ("m", DPOConfig(num_steps=1)), ("m", "m", DPOConfig(num_steps=1), ROWS)])
+def test_arguments_that_a_trainer_hands_to_its_base_are_counted_too(trainer: Any, given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{trainer.__name__}: .*of these model, config, train_dataset must be"):
+        trainer(*given)
+
+
+def test_a_path_names_a_model_and_a_tokenizer(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model, loaded = resolve_base(tmp_path / "model", tmp_path / "tokenizer", None)
+    assert model.num_parameters() == make_model().num_parameters() and loaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_of_another_kind_is_refused(make_model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer must be a name, a path or a tokenizer .*, and is dict"):
+        SFTTrainer(make_model(), SFTConfig(num_steps=1), ROWS, tokenizer={})
 
 
 def test_every_argument_offered_in_place_of_trl_s_exists() -> None:

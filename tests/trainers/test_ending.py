@@ -142,6 +142,16 @@ def test_a_run_that_goes_on_counts_what_it_has_on_the_disk(sft: Make, monkeypatc
     assert trainer.train(resume=True).num_steps == 4
 
 
+def test_generation_defaults_that_do_not_name_the_taught_end_are_said(
+    sft: Make, make_model: Make, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [5]
+    sft(model).check_ending()
+    assert "the model's configs name 5" in caplog.text
+
+
 def test_an_adapter_needs_room_for_itself_alone(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     config = SFTConfig(output_dir=tmp_path / "run", num_steps=2, num_sequences=2, trackers=())
     trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))

@@ -4,6 +4,7 @@ Every category has right and wrong answers. The rows say what a careful human ma
 differ, `math_answer`'s docstring says which one it follows.
 """
 
+from tests.rewards.answer_rows.asides import ASIDES
 from tests.rewards.answer_rows.endings import ENDINGS
 from tests.rewards.answer_rows.held_out import HELD_OUT
 from tests.rewards.answer_rows.near_misses import NEAR_MISSES
@@ -16,4 +17,5 @@ from tests.rewards.answer_rows.structures import STRUCTURES
 Row = tuple[str, str, float]
 ROWS: dict[str, list[Row]] = {
     **PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS, **ENDINGS, **NEAR_MISSES, **SECOND_READING,
+    **ASIDES,
 }  # fmt: skip
