@@ -22,8 +22,8 @@ ASIDES: dict[str, list[tuple[str, str, float]]] = {
         ("15", "\\boxed{12} is not correct... 3*5 = 15. So the answer is 15.", 1.0),
         ("12", "\\boxed{12} is not correct... 3*5 = 15. So the answer is 15.", 0.0),
         ("12", "\\boxed{12}. It is a right-angled triangle, not right-handed. The answer is the area.", 1.0),
-        ("-7", "negative seven", 1.0),
-        ("-7", "Minus seven.", 1.0),
+        ("-7", "negative seven", 0.0),
+        ("-7", "Minus seven.", 0.0),
         ("7", "negative seven", 0.0),
     ],
     "words that are told of the answer": [

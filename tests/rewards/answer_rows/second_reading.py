@@ -1,4 +1,4 @@
-"""Rows for numbers in words (which are words), offers beside a box, denials, purposes and remarks behind an emphasised answer."""
+"""Rows for numbers in words (which are words), offers beside a box, denials, purposes, remarks behind a bold answer."""
 
 SECOND_READING: dict[str, list[tuple[str, str, float]]] = {
     "numbers in words": [
