@@ -110,6 +110,11 @@ _DENIED = re.compile(
 _OR_MORE = re.compile(
     r"\s*(?:[A-Za-z]+\s+)?(?:or|and)\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|up)\b|\+(?!\s*[\w\\({])"
 )
+# "It is minus 7", and no difference such as "12 minus 7".
+_SIGN_IN_WORDS = re.compile(
+    r"(?:^|(?<=\bis )|(?<=\bwas )|(?<=\bbe )|(?<=\bequals )|(?<=: )|(?<=\*\*))(?:minus|negative) (?=[$€£]?\d)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _JOINED = re.compile(r"\s*(?:,|,?\s?(?:and|or))\s*")
 # A sentence up to its number: "Janet makes 18 dollars".
 _TWO_WORDS = re.compile(r"(?!.*\b(?:or|either)\b)[A-Za-z]{2,}(?: [A-Za-z']+)+ [$€£]?(?=\d)")
@@ -162,7 +167,7 @@ def statements(text: str) -> Iterator[Statement]:
         content = hedged_box(text) or boxed(marked) or marked
         yield Statement(tuple(_marked_readings(content)), prose=False, decisive=True)
         return
-    tail = text[-MAX_TAIL:]
+    tail = _SIGN_IN_WORDS.sub("-", text[-MAX_TAIL:])
     yield from _anchored(tail)
     yield from _sentences(without_checks(tail))
 

@@ -25,6 +25,10 @@ ASIDES: dict[str, list[tuple[str, str, float]]] = {
         ("-7", "negative seven", 0.0),
         ("-7", "Minus seven.", 0.0),
         ("7", "negative seven", 0.0),
+        ("-7", "The temperature is minus 7 degrees.", 1.0),
+        ("7", "The temperature is minus 7 degrees.", 0.0),
+        ("-7", "The answer is **negative 7**.", 1.0),
+        ("5", "12 minus 7 is 5.", 1.0),
     ],
     "words that are told of the answer": [
         ("Monday", "Therefore, it is a **Tuesday**, the day after Monday.", 0.0),
