@@ -129,8 +129,12 @@ def load_latest(
     problem = find_problem(newest, run_id)
     if problem is not None:
         intact = next((path for path in reversed(found[:-1]) if find_problem(path, run_id) is None), None)
-        way_on = f"resume from {intact}, which is intact" if intact else "start again: no other checkpoint is intact"
-        raise CheckpointError(f"{problem}; remove the folder {newest} to {way_on}")
+        raise CheckpointError(
+            f"{problem}; remove the folder {newest} to resume from {intact}, which is intact"
+            if intact
+            else f"{problem}; put it back as it was, or start again in another trainer.output_dir: no other checkpoint "
+            "is intact"
+        )
     manifest = read_manifest(newest, MANIFEST)
     if manifest["world_size"] != world_size:
         raise CheckpointError(

@@ -4,11 +4,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import alignlab
-from alignlab.errors import ConfigError
+from alignlab.digests import sealed
+from alignlab.errors import ConfigError, DiskError
 from alignlab.training.run_folder import RunFolder, source_commit
 
 HOLD = """
@@ -42,6 +44,30 @@ if ctypes.CDLL(None).fork() == 0:  # Python's hooks do not see it
     os._exit(0)
 sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl"])
+def test_a_record_that_was_changed_is_refused(name: str, tmp_path: Path) -> None:
+    for resume in (False, True):
+        with RunFolder(tmp_path, resume=resume):
+            pass
+    file = tmp_path / name
+    content = file.read_bytes()
+    for old, new in ((b'"start": 2', b'"start": 3'), (b'"sha256"', b'"rha256"')):
+        assert old in content
+        file.write_bytes(content.replace(old, new))
+        with pytest.raises(ConfigError, match=rf"line \d of .*{name} must be a record of a run, and is damaged"):
+            RunFolder(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl", "config.yaml", ".lock", "saved.json"])
+def test_what_cannot_be_read_as_a_file_has_a_name(name: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path, resume=False):
+        pass
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(DiskError, match=rf"run's folder cannot be .*{name}.* is a folder, and must be a file"):
+        RunFolder(tmp_path, resume=True)
 
 
 def hold(folder: Path, script: str = HOLD) -> subprocess.Popen[str]:
@@ -208,13 +234,18 @@ def test_what_a_run_made_without_its_starts_is_refused_and_left_untouched(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {made.split("/")[0], ".lock"}
 
 
+def line(record: dict[str, Any]) -> str:
+    return json.dumps(sealed(record)) + "\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"resume": false}\n', "names no run: an earlier version"),
+        (line({"resume": False}), "names no run: an earlier version"),
         ("", "names 0 runs|names no run"),
-        ('{"run": "a"}\n{"run": "b"}\n', "names 2 runs"),
-        ('{"run": "a"}\n{"run": "a"', "line 2 of .* cannot be read"),
+        (line({"run": "a"}) + line({"run": "b"}), "names 2 runs"),
+        (line({"run": "a"}) + line({"run": "a"})[:-5], "line 2 of .* is damaged"),
+        ('{"run": "a"}\n', "line 1 of .* is damaged .it holds no digest of itself"),
     ],
 )
 def test_starts_that_do_not_name_one_run_are_refused(tmp_path: Path, content: str, message: str) -> None:
