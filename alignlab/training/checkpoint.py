@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, publish_folder, remove_folder
+from alignlab.digests import digest_of_values
 from alignlab.errors import CheckpointError
 from alignlab.library_errors import writing
 from alignlab.manifest import find_damage, read_manifest, write_manifest
+from alignlab.models.computed import model_settings
 from alignlab.training.random_state import RandomState, random_state
 
 MANIFEST = "manifest.json"
@@ -237,6 +239,11 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().flatten()[::stride][:FINGERPRINT_VALUES].double().tolist()
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype), values]).encode())
     return digest.hexdigest()
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Digest of the fingerprint of a language model's weights and of the fields of its config that count."""
+    return digest_of_values([fingerprint(model.named_parameters()), model_settings(model)])
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
