@@ -9,9 +9,11 @@ from torch import nn
 from alignlab.digests import as_json
 from alignlab.models.attention import causal_lm
 
-_ASIDE = frozenset(
-    ["_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "initializer_range", "max_position_embeddings", "hub_config", "pad_token_id", "bos_token_id", "chunk_size_feed_forward"]
-)
+_ASIDE = frozenset({
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
+    "output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "initializer_range",
+    "max_position_embeddings", "hub_config", "pad_token_id", "bos_token_id", "chunk_size_feed_forward",
+})  # fmt: skip
 """Fields that say where a model comes from, how it was made, or how it is called."""
 
 

@@ -134,8 +134,8 @@ class TrainingLoop(ABC):
         for name, now in self.frozen().items():
             if state["frozen"].get(name, now) != now:
                 raise CheckpointError(
-                    f"the {name} has other weights than when the run began, or another config; resume with the {name} that "
-                    "the run was started with"
+                    f"the {name} has other weights than when the run began, or another config; resume with the {name} "
+                    "that the run was started with"
                 )
 
     def train(self, *, resume: bool = False) -> TrainResult:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from alignlab.atomic_files import REMOVED, REPLACED, TEMPORARY, recover_folder, 
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.library_errors import writing
 from alignlab.training.metrics_file import METRICS_FILE
-from alignlab.training.run_lock import RunLock, identity_of_process, in_use, is_alive
+from alignlab.training.run_lock import LOCK_FILE, RunLock, identity_of_process, in_use, is_alive
 from alignlab.training.run_records import append_record, read_records, read_saved_step, run_id_of, write_saved_step
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class RunFolder:
 
     def _enter(self, config_text: str, *, resume: bool, part_of: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        _check_files(self.path)
         self._lock = RunLock(self.path)
         try:
             check_folder(self.path, resume=resume)
@@ -273,6 +275,17 @@ def check_folder(folder: Path, *, resume: bool) -> None:
             f"--resume needs a run to go on with, and {folder} holds none; leave --resume out to start one, "
             "or correct trainer.output_dir"
         )
+
+
+def _check_files(folder: Path) -> None:
+    """Raise if what has to be a file is anything else, such as a pipe, which would be waited for without an end."""
+    names = (STARTS_FILE, ENDS_FILE, SAVED_FILE, METRICS_FILE, LOCK_FILE)
+    for path in (*(folder / name for name in names), *folder.glob("config*.yaml")):
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(
+                f"{path} must be a file, and is a folder, a pipe or a link that leads to none; put the file back, or "
+                "choose another trainer.output_dir"
+            )
 
 
 def holds_run(folder: Path) -> bool:

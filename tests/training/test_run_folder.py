@@ -60,14 +60,24 @@ def test_a_record_that_was_changed_is_refused(name: str, tmp_path: Path) -> None
             RunFolder(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl", "config.yaml", ".lock", "saved.json"])
-def test_what_cannot_be_read_as_a_file_has_a_name(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl", "config.yaml", ".lock", "saved.json", "metrics.jsonl"])
+def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
     with RunFolder(tmp_path, resume=False):
         pass
-    (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).mkdir()
-    with pytest.raises(DiskError, match=rf"run's folder cannot be .*{name}.* is a folder, and must be a file"):
-        RunFolder(tmp_path, resume=True)
+    file = tmp_path / name
+    for make in (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to(file)):
+        file.unlink(missing_ok=True)
+        make()
+        with pytest.raises(ConfigError, match=rf"{name} must be a file, and is a folder, a pipe or a link"):
+            RunFolder(tmp_path, resume=True)
+        if file.is_dir():
+            file.rmdir()
+
+
+def test_a_folder_that_cannot_be_made_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DiskError, match=r"the run's folder cannot be written to .*link: File exists"):
+        RunFolder(tmp_path / "link", resume=False)
 
 
 def hold(folder: Path, script: str = HOLD) -> subprocess.Popen[str]:
