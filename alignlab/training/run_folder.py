@@ -345,9 +345,10 @@ def source_commit(folder: Path) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What a git command says; None where it fails or there is no git."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        result = subprocess.run(  # which must leave no lock behind if it is killed
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10,
+            check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -333,7 +333,10 @@ def test_commit_is_that_of_tracked_sources_only(tmp_path: Path) -> None:
     git("add", ".")
     git("commit", "-q", "-m", "x")
     commit = git("rev-parse", "HEAD")
+    os.utime(package / "__init__.py", (1, 1))
+    index = (tmp_path / ".git" / "index").read_bytes()
     assert source_commit(package) == commit
+    assert (tmp_path / ".git" / "index").read_bytes() == index, "nothing is written, so that nothing is locked"
     (package / "__init__.py").write_text("changed = True\n")
     assert source_commit(package) == f"{commit}-dirty"
     assert source_commit(Path(alignlab.__file__).parent.parent / "absent") is None
