@@ -339,7 +339,9 @@ def source_commit(folder: Path) -> str | None:
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = _git(folder, "describe", "--always", "--abbrev=40", "--exclude=*")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")  # `describe --dirty` locks the index
+    return None if commit is None or changed is None else f"{commit}-dirty" if changed else commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
