@@ -165,7 +165,10 @@ def reason(error: BaseException) -> str:
 def _disk_error(error: BaseException, head: str, place: Path | None, fix: str | None) -> DiskError:
     number = disk_number(error)
     full = number in (errno.ENOSPC, errno.EDQUOT)
-    why = reason(error) + (_free(place) if full and place is not None else "")
+    inner = getattr(error, "filename", None)
+    is_inside = isinstance(inner, str) and place is not None and place in Path(inner).parents
+    named_file = f" ({inner})" if is_inside else ""
+    why = reason(error) + named_file + (_free(place) if full and place is not None else "")
     text = ": ".join(part for part in (head, why) if part)
     disk_error = DiskError(f"{text}; {fix or _FIXES.get(number or 0, _USUAL_FIX)}")
     disk_error.errno = number

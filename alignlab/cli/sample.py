@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.data.rendering import PromptRenderer
     from alignlab.rollout.engines import make_engine
     from alignlab.trainers.preflight import SampledBy, with_room
-    from alignlab.training.checkpoint import fingerprint
+    from alignlab.training.checkpoint import fingerprint_of_model
     from alignlab.training.model_reward import bind_rewards
     from alignlab.training.reward_columns import check_columns, reward_columns
     from alignlab.training.reward_functions import load_reward
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     check_columns(rewards.rewards, prompts, data="the training data")
     rewards.columns = reward_columns(prompts)
     identity = {
-        "model": fingerprint(policy.named_parameters()),
+        "model": fingerprint_of_model(policy),
         "data": config.data.model_dump_json(),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }

@@ -31,6 +31,8 @@ def read_limited(path: Path, limit: int, kind: type[AlignlabError]) -> str:
         kind: it is longer, no text in UTF-8, or cannot be read.
     """
     try:
+        if path.is_fifo():
+            raise kind(f"{path} must be a file, and is a pipe, whose end may never come; write it to a file")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:

@@ -19,6 +19,7 @@ from alignlab.config.input_limits import (
 from alignlab.config.messages import LONGEST_SHOWN, show
 from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
+from alignlab.library_errors import reading
 
 
 class _Loader(LimitedLoader):
@@ -67,9 +68,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such file, or it is not a YAML mapping.
+        DiskError: it cannot be looked for, such as a name that is too long.
     """
     path = Path(path)
-    if not path.is_file():
+    with reading(path, "the config", ConfigError):
+        is_file = path.is_file()
+    if not is_file:
         there = sorted(str(each) for each in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"use one of {', '.join(there)}" if there else "correct the path"
         raise ConfigError(f"{path} must be a YAML file, and does not exist; {hint}")

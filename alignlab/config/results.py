@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignlab.config.input_limits import MAX_SETTINGS_BYTES, read_limited
 from alignlab.config.loader import read_settings
 from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
@@ -73,7 +74,7 @@ def _strings(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
 
 def _makers(source: Path) -> Iterator[Maker]:
     """What is made by the commands in the comments of all configs of the folder, and by training each."""
-    files = sorted(source.absolute().parent.glob("*.yaml"))
+    files = sorted(file for file in source.absolute().parent.glob("*.yaml") if _is_file(file))
     for file in files:
         for command in _commands(file):
             yield from (Maker(_absolute(output), command) for output in _outputs(command))
@@ -94,7 +95,10 @@ def _output_dir(file: Path) -> str | None:
 
 def _commands(file: Path) -> Iterator[str]:
     """The commands in a file's comments, each on one line."""
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    try:
+        lines = read_limited(file, MAX_SETTINGS_BYTES, ConfigError).splitlines()
+    except ConfigError:
+        return  # see `_output_dir`
     for number, line in enumerate(lines):
         found = _COMMAND.search(line) if line.startswith("#") else None
         if found is None:
@@ -125,6 +129,14 @@ def _outputs(command: str) -> Iterator[str]:
 
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, and no folder, pipe or link to nothing, as editors leave beside a file that is open."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _exists(path: Path) -> bool:

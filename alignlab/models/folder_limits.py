@@ -29,11 +29,13 @@ _FIX = "copy the checkpoint again, or correct the file"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a model's folder whose JSON files cannot be read, or describe what no machine holds.
+    """Refuse a model's folder whose JSON files cannot be read, or describe what no machine holds, or that has a pipe,
+    a folder or a link to nothing in the place of a file.
 
     Raises:
         CheckpointError: with the file and what it says.
     """
+    _check_files(folder)
     for name in JSON_FILES:
         if (folder / name).is_file():
             values = read_json_object(folder / name, CheckpointError)
@@ -43,6 +45,15 @@ def check_model_folder(folder: Path) -> None:
         _check_index(index)
     if (folder / "config.json").is_file():
         _check_layers(folder)
+
+
+def _check_files(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        is_model_file = path.name in JSON_FILES or path.suffix == ".safetensors"
+        if path.is_fifo() or (is_model_file and not path.is_file()):
+            raise CheckpointError(
+                f"{path} must be a file, and is a folder, a pipe or a link that leads to none; {_FIX}"
+            )
 
 
 def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ from alignlab.trainers.held_out import held_out_problems
 from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher
-from alignlab.training.checkpoint import fingerprint
+from alignlab.training.checkpoint import fingerprint_of_model
 from alignlab.training.evaluation import EvaluationResult
 from alignlab.training.run_folder import RunFolder
 from alignlab.training.teacher_cache import KeptTeacher, TeacherCache
@@ -94,7 +94,7 @@ class DistillTrainer(OfflineTrainer):
         self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
         teacher = self.learner.teacher
         assert teacher is not None, "it is there until it was asked"
-        self._teacher_fingerprint = fingerprint(teacher.named_parameters())
+        self._teacher_fingerprint = fingerprint_of_model(teacher.model)
         self._kept: KeptTeacher | None = None
 
     def make_learner(

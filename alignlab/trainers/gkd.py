@@ -43,7 +43,7 @@ from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.preflight import with_room
 from alignlab.trainers.reduction import Weigh, token_mean
 from alignlab.trainers.teacher import load_teacher, readable_part
-from alignlab.training.checkpoint import fingerprint
+from alignlab.training.checkpoint import fingerprint_of_model
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
 COMPLETIONS = ("completion", "answer")
@@ -95,7 +95,7 @@ class GKDTrainer(OnlineTrainer):
         **options: Any,
     ) -> None:
         super().__init__(model, reward_funcs, config, train_dataset, **options)
-        self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
+        self._teacher_fingerprint = fingerprint_of_model(self.teacher.model)
         fit = with_room(
             self.prompts, self.teacher.model, config, self.render_settings, whose="the teacher",
             tokenizer=self.tokenizer,

@@ -162,6 +162,7 @@ class StepKeeper:
             self._folder.checkpoints, whole.step, tensors=tensors, state=state, keep=loop.config.keep_checkpoints,
             random=whole.random, run_id=self._folder.run_id,
         )
+        self._folder.saved(whole.step)
 
     def _tensors(self) -> Tensors:
         """What is trained and its optimizers' state, as it is now."""

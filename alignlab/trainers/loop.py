@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from alignlab.config.trainers import EvaluatedConfig, TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
+from alignlab.library_errors import writing
 from alignlab.models.attention import causal_lm
 from alignlab.models.checkpoints import save_model
 from alignlab.models.saving import published
@@ -133,8 +134,8 @@ class TrainingLoop(ABC):
         for name, now in self.frozen().items():
             if state["frozen"].get(name, now) != now:
                 raise CheckpointError(
-                    f"the {name} has other weights than when the run began; resume with the {name} that the run was "
-                    "started with"
+                    f"the {name} has other weights than when the run began, or another config; resume with the {name} "
+                    "that the run was started with"
                 )
 
     def train(self, *, resume: bool = False) -> TrainResult:
@@ -159,11 +160,11 @@ class TrainingLoop(ABC):
             folder = self._enter_folder(stack, resume)
             checkpoint = self._restore(folder) if resume else None
             resume_step = None if checkpoint is None else checkpoint.step
-            with self.agreed("opening the files of the run"):
+            with self.agreed("opening the files of the run"), writing(folder.path, "the run's files"):
                 logger = stack.enter_context(
                     MetricsLogger(
                         folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
-                        last_step=self.config.num_steps,
+                        last_step=max(self.config.num_steps, self.step),
                         saved=None if checkpoint is None else checkpoint.state["metrics"],
                         ended=None if folder.last_end is None else folder.last_end.get("metrics"),
                     )
@@ -314,6 +315,7 @@ class TrainingLoop(ABC):
                 folder.checkpoints, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes,
                 run_id=folder.run_id,
             )
+            folder.check_newest(None if checkpoint is None else checkpoint.step)
             if checkpoint is not None:
                 self._load(checkpoint)
         if checkpoint is not None:

@@ -35,7 +35,7 @@ from alignlab.trainers.preflight import with_room
 from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
 from alignlab.trainers.teacher import check_same_tokens, check_width, load_teacher, readable_part
 from alignlab.trainers.teacher_scores import TeacherScores, TextScores, TokenScores
-from alignlab.training.checkpoint import fingerprint
+from alignlab.training.checkpoint import fingerprint_of_model
 from alignlab.types import Experience, Rollout
 
 
@@ -72,7 +72,7 @@ class OnPolicyDistillTrainer(OnlineTrainer):
         self.teacher = load_teacher(
             config.teacher, self.learner.device, chunk_tokens=config.logprob_chunk_tokens, num_ids=ids
         )
-        self._teacher_fingerprint = fingerprint(self.teacher.named_parameters())
+        self._teacher_fingerprint = fingerprint_of_model(self.teacher.model)
         self.scores = self._make_scores(tokenizer)
 
     def _make_scores(self, tokenizer: Any) -> TeacherScores:

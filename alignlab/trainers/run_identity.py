@@ -26,6 +26,7 @@ from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.data.sequences import HasSequences, digest_of
 from alignlab.digests import DamagedError, as_json, digest_of_values, json_digest, parse_sealed, sealed
 from alignlab.errors import CheckpointError
+from alignlab.models.computed import model_settings
 from alignlab.trainers.given_data import GivenData
 from alignlab.training.checkpoint import fingerprint
 from alignlab.training.reward_functions import LoadedReward
@@ -42,7 +43,7 @@ _CONTENTS = {
     START: "the starting weights are others, in whose place the checkpoint's are trained on",
     EVAL_ROWS: "the held-out data, on which the run was measured at its begin, has changed",
 }
-_ADAPTER = "peft_config"
+_ADAPTER, _MODEL = "peft_config", "model_config"
 _OF_ADAPTERS = (
     "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "target_parameters",
     "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern",
@@ -70,7 +71,7 @@ class RunIdentity:
     """
 
     def __init__(self, config: Frozen, model: nn.Module | None = None) -> None:
-        self._settings = flat_settings(config, OWN) | _adapter_settings(model)
+        self._settings = flat_settings(config, OWN) | _adapter_settings(model) | _model_settings(model)
         self._contents: dict[str, Setting] = {}
         self._descriptions = dict(_CONTENTS)
         self.prefix = "config"
@@ -247,6 +248,12 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"{path} is damaged ({error}), and says what the run was started with; remove it to go on without a "
             "comparison, if nothing has changed since"
         ) from error
+
+
+def _model_settings(model: nn.Module | None) -> dict[str, Setting]:
+    """What the model computes, whatever its weights are."""
+    values = {} if model is None else model_settings(model)
+    return {f"{_MODEL}.{name}": Setting(value, OnResume.REFUSED) for name, value in values.items()}
 
 
 def _adapter_settings(model: nn.Module | None) -> dict[str, Setting]:

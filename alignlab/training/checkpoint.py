@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.atomic_files import REMOVED, TEMPORARY, hidden_name, make_folder, publish_folder, remove_folder
+from alignlab.digests import digest_of_values
 from alignlab.errors import CheckpointError
 from alignlab.library_errors import writing
 from alignlab.manifest import find_damage, read_manifest, write_manifest
+from alignlab.models.computed import model_settings
 from alignlab.training.random_state import RandomState, random_state
 
 MANIFEST = "manifest.json"
@@ -130,8 +132,12 @@ def load_latest(
     problem = find_problem(newest, run_id)
     if problem is not None:
         intact = next((path for path in reversed(found[:-1]) if find_problem(path, run_id) is None), None)
-        way_on = f"resume from {intact}, which is intact" if intact else "start again: no other checkpoint is intact"
-        raise CheckpointError(f"{problem}; remove the folder {newest} to {way_on}")
+        raise CheckpointError(
+            f"{problem}; remove the folder {newest} to resume from {intact}, which is intact"
+            if intact
+            else f"{problem}; put it back as it was, or start again in another trainer.output_dir: no other checkpoint "
+            "is intact"
+        )
     manifest = read_manifest(newest, MANIFEST)
     if manifest["world_size"] != world_size:
         raise CheckpointError(
@@ -234,6 +240,11 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().flatten()[::stride][:FINGERPRINT_VALUES].double().tolist()
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype), values]).encode())
     return digest.hexdigest()
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Digest of the fingerprint of a language model's weights and of the fields of its config that count."""
+    return digest_of_values([fingerprint(model.named_parameters()), model_settings(model)])
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

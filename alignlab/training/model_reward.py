@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.packing import pack_rollouts
 from alignlab.data.vocabulary import check_ids
+from alignlab.digests import digest_of_values
 from alignlab.errors import ConfigError
 from alignlab.models.attention import num_embeddings, num_positions
 from alignlab.models.checkpoints import load_tokenizer
+from alignlab.models.computed import model_settings
 from alignlab.models.reward_checkpoints import is_reward_model, known_base, load_reward_model, load_reward_role
 from alignlab.models.reward_model import RewardModel
 from alignlab.models.template_limits import render_template
@@ -106,7 +108,7 @@ class ModelReward(CallerReward):
         reward = self._reward
         assert reward is not None
         if not isinstance(reward.model, PeftModel):
-            return fingerprint(reward.named_parameters())
+            return digest_of_values([fingerprint(reward.named_parameters()), model_settings(reward.model)])
         part = f".{reward.role or reward.model.active_adapter}."
         return fingerprint(
             (name.replace(part, "."), weight)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from alignlab.training.marked_processes import MARK, end_marked, new_mark
 from alignlab.training.reward_calls import RewardFailure
 from alignlab.training.reward_worker import read_frame, write_frame
 
@@ -54,11 +55,12 @@ class RewardChild:
     def __init__(self, printed: Printed) -> None:
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
+        mark = new_mark()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _WORKER, str(requests), str(replies), str(os.getpid())],
                 pass_fds=(requests, replies), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True, env=_environment(),
+                stderr=subprocess.STDOUT, start_new_session=True, env=_environment() | {MARK: mark},
             )  # fmt: skip
         except OSError as error:
             raise RewardFailure("exited", f"its process cannot be started: {error}") from error
@@ -70,7 +72,7 @@ class RewardChild:
         )
         self._drain.start()
         self._ending, self._exchanging = threading.Lock(), threading.Lock()
-        self._finalizer = weakref.finalize(self, _kill, self._process)
+        self._finalizer = weakref.finalize(self, _kill, self._process, mark)
 
     def exchange(self, request: Mapping[str, Any], limit: int) -> Any:
         """Send a message, and return the reply.
@@ -107,11 +109,12 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group. Not waited for until then, its number cannot belong to another."""
+def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a process, its group and its daemons. Not waited for until then, its number cannot belong to another."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    end_marked(mark)
 
 
 def _has_exited(pid: int) -> bool:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignlab.errors import ConfigError
+from alignlab.training.marked_processes import MARK, end_marked
 from alignlab.training.reward_calls import CallerReward, RewardFailure, described, is_async
 from alignlab.training.reward_lookup import check_call, check_options, find_function, made_function, parameters
 from alignlab.training.reward_source import source_digest
@@ -29,6 +30,7 @@ from alignlab.training.reward_values import read_values
 
 _LENGTH = struct.Struct(">Q")
 _LOOK_S = 1.0
+_MARK = os.environ.get(MARK)
 
 
 def write_frame(pipe: int, message: Mapping[str, Any]) -> None:
@@ -70,6 +72,7 @@ def main() -> None:
     """Serve one reward function until the other end closes. Arguments: pipes to read and write, the parent's id."""
     requests, replies, parent = map(int, sys.argv[1:])
     for pipe in (requests, replies):  # a child that lives on must not keep them open
+        os.set_inheritable(pipe, False)
         os.register_at_fork(after_in_child=functools.partial(os.close, pipe))
     faulthandler.enable()
     _end_with(parent)
@@ -84,7 +87,7 @@ def main() -> None:
             sys.stderr.flush()
             write_frame(replies, {"number": request["number"], **reply})
     except (EOFError, BrokenPipeError):  # the parent is gone
-        os.killpg(0, signal.SIGKILL)
+        _end_all()
 
 
 def _end_with(parent: int) -> None:
@@ -93,9 +96,16 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOK_S)
-        os.killpg(0, signal.SIGKILL)
+        _end_all()
 
     threading.Thread(target=watch, name="alignlab-parent", daemon=True).start()
+
+
+def _end_all() -> None:
+    """End this process, and all that the reward has started in it."""
+    if _MARK is not None:
+        end_marked(_MARK)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _limit_memory(limit_bytes: int) -> None:
@@ -111,11 +121,13 @@ def _load(settings: Mapping[str, Any], replies: int) -> Callable[..., Any] | Non
         found = find_function(name)
         if not callable(found):
             raise ConfigError(f"reward {name!r} must be a function, and is {type(found).__name__}")
+        if isinstance(found, type) and issubclass(found, CallerReward):
+            raise ConfigError(_not_here(name))
         check_options(name, found, options)
         function = made_function(name, found, options)
         check_call(name, function)
         if isinstance(function, CallerReward):
-            raise ConfigError(f"reward {name!r} runs in the training's process; remove run_in: process")
+            raise ConfigError(_not_here(name))
         known = parameters(function)
     except ConfigError as error:
         write_frame(replies, {"error": str(error)})
@@ -130,6 +142,10 @@ def _load(settings: Mapping[str, Any], replies: int) -> Callable[..., Any] | Non
     told = {"parameters": described_parameters, "module": module, "is_class": inspect.isclass(found)}
     write_frame(replies, {**told, "source": source_digest(function)})
     return function
+
+
+def _not_here(name: str) -> str:
+    return f"reward {name!r} runs in the training's process; remove run_in: process"
 
 
 def _called(function: Callable[..., Any], arguments: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     ends.jsonl        a line for each of them that ended by itself: how, and after which step
     config.yaml       the resolved config; config.2.yaml, ... where a resumed run was given another
     metrics.jsonl     rollouts/  checkpoints/  trackers/
+    saved.json        the step of the newest checkpoint, which is missed where it is gone
     adapter/ or model/   report.json  curves.png
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -27,23 +29,24 @@ from typing import Any, Self
 
 import alignlab
 from alignlab.atomic_files import REMOVED, REPLACED, TEMPORARY, make_folder, recover_folder, write_atomically
-from alignlab.errors import ConfigError
+from alignlab.errors import CheckpointError, ConfigError
 from alignlab.library_errors import writing
 from alignlab.training.metrics_file import METRICS_FILE
-from alignlab.training.run_lock import RunLock, identity_of_process, in_use, is_alive
-from alignlab.training.run_records import append_record, read_records, run_id_of
+from alignlab.training.run_lock import LOCK_FILE, RunLock, identity_of_process, in_use, is_alive
+from alignlab.training.run_records import append_record, read_records, read_saved_step, run_id_of, write_saved_step
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
-STARTS_FILE, ENDS_FILE = "starts.jsonl", "ends.jsonl"
+STARTS_FILE, ENDS_FILE, SAVED_FILE = "starts.jsonl", "ends.jsonl", "saved.json"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 MADE = (
-    "config*.yaml", ENDS_FILE, METRICS_FILE, "checkpoints", "rollouts", "trackers", ADAPTER_FOLDER, MODEL_FOLDER,
-    "report.json", "curves.png",
+    "config*.yaml", ENDS_FILE, SAVED_FILE, METRICS_FILE, "checkpoints", "rollouts", "trackers", ADAPTER_FOLDER,
+    MODEL_FOLDER, "report.json", "curves.png",
 )  # fmt: skip
 """What a run makes in its folder; `starts.jsonl`, which comes first, says which run that is."""
 PACKAGES = ("alignlab", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 MAX_ERROR_CHARS = 500
+ENDS_FIX = "put the file back as it was, or rename it: it only says how earlier starts have ended"
 
 
 class RunFolder:
@@ -60,10 +63,12 @@ class RunFolder:
         last_end: the record of how the last start ended; None where there is none.
         run_id: 32 hexadecimal digits, drawn at the run's first start, in all that the run makes. Other ranks than 0
             have to be told.
+        saved_step: of the newest checkpoint that earlier starts have recorded; None where there is none.
 
     Raises:
         ConfigError: another live run has the folder; it holds a run and `resume` is false, or the other way round; it
             holds what a run has made without the `starts.jsonl` that says which; or it is a stage of another run.
+        DiskError: the disk, a limit or a permission.
     """
 
     def __init__(
@@ -72,13 +77,17 @@ class RunFolder:
         self.path = path.absolute()
         self.run_id: str | None = None
         self.last_end: dict[str, Any] | None = None
+        self.saved_step: int | None = None
         self._lock: RunLock | None = None
         self._end: dict[str, Any] | None = None
-        if rank != 0:
-            return
-        with writing(self.path, "the run's folder"):
-            make_folder(self.path)
-            self._lock = RunLock(self.path)
+        if rank == 0:
+            with writing(self.path, "the run's folder"):
+                self._enter(config_text, resume=resume, part_of=part_of)
+
+    def _enter(self, config_text: str, *, resume: bool, part_of: str | None) -> None:
+        make_folder(self.path)
+        _check_files(self.path)
+        self._lock = RunLock(self.path)
         try:
             check_folder(self.path, resume=resume)
             starts = read_records(self._starts_file)
@@ -86,6 +95,7 @@ class RunFolder:
             if resume:
                 self._check_last_start(starts, part_of)
                 self._clear_leftovers()
+                self.saved_step = read_saved_step(self.path / SAVED_FILE, self.run_id)
             self._record(config_text, resume=resume, number=len(starts) + 1, part_of=part_of)
         except BaseException as error:
             self._close(error)
@@ -143,6 +153,28 @@ class RunFolder:
         if self._end is not None:
             self._end |= {"outcome": outcome, "step": step, "metrics": metrics}
 
+    def saved(self, step: int) -> None:
+        """Record that the checkpoint of a step is complete."""
+        write_saved_step(self.path / SAVED_FILE, self.run_id, step)
+
+    def check_newest(self, step: int | None) -> None:
+        """Say if a newer checkpoint than that of a step was saved and is gone.
+
+        Args:
+            step: that the run goes on after; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: none is left.
+        """
+        if self.saved_step is None or (step is not None and step >= self.saved_step):
+            return
+        if step is None:
+            raise CheckpointError(
+                f"the run has saved a checkpoint of step {self.saved_step}, and {self.checkpoints} holds none; put it "
+                "back, or begin again in another trainer.output_dir"
+            )
+        logger.warning("the newest checkpoint, of step %d, is gone: going on after step %d", self.saved_step, step)
+
     def close(self) -> None:
         """Record the end, and give the lock back."""
         self._close(None)
@@ -176,7 +208,7 @@ class RunFolder:
                 f"{self.path} must be a stage of the run {part_of}, and is one of {last.get('part_of')}; put the stage "
                 "back that was there, or remove the folder to run the stage again"
             )
-        ends = {end.get("start"): end for end in read_records(self.path / ENDS_FILE)}
+        ends = {end.get("start"): end for end in read_records(self.path / ENDS_FILE, fix=ENDS_FIX)}
         self.last_end = ends.get(last.get("start"))
         if self.last_end is not None:
             return
@@ -245,6 +277,17 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         )
 
 
+def _check_files(folder: Path) -> None:
+    """Raise if what has to be a file is anything else, such as a pipe, which would be waited for without an end."""
+    names = (STARTS_FILE, ENDS_FILE, SAVED_FILE, METRICS_FILE, LOCK_FILE)
+    for path in (*(folder / name for name in names), *folder.glob("config*.yaml")):
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(
+                f"{path} must be a file, and is a folder, a pipe or a link that leads to none; put the file back, or "
+                "choose another trainer.output_dir"
+            )
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run was started in this folder."""
     return (folder / STARTS_FILE).exists()
@@ -296,15 +339,18 @@ def source_commit(folder: Path) -> str | None:
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = _git(folder, "describe", "--always", "--abbrev=40", "--exclude=*")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")  # `describe --dirty` locks the index
+    return None if commit is None or changed is None else f"{commit}-dirty" if changed else commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """What a git command says; None where it fails or there is no git."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        result = subprocess.run(  # which must leave no lock behind if it is killed
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10,
+            check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

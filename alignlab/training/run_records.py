@@ -1,38 +1,46 @@
-"""The records of a run's starts and ends: a line of JSON each, on the disk before the run goes on."""
+"""The records of a run: its starts and ends, a line of JSON each, and the last step that it saved. Each has its digest,
+and is on the disk before the run goes on."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alignlab.atomic_files import write_atomically
+from alignlab.digests import DamagedError, parse_sealed, sealed
 from alignlab.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+PUT_BACK = "put the file back as it was, or choose another trainer.output_dir"
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line to a file of records; a crash leaves the file with the line or without it."""
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, earlier + json.dumps(record) + "\n")
+    write_atomically(path, earlier + json.dumps(sealed(record)) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, *, fix: str = PUT_BACK) -> list[dict[str, Any]]:
     """Return the lines of a file of records; none where there is no file.
 
+    Args:
+        fix: of a file that is damaged.
+
     Raises:
-        ConfigError: a line is no record.
+        ConfigError: a line is no record, or not as it was written.
     """
     if not path.exists():
         return []
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            records.append(parse_sealed(line))
+        except DamagedError as error:
             raise ConfigError(
-                f"line {number} of {path} must be a record of a run, and cannot be read ({error}); put the file back "
-                "as it was, or choose another trainer.output_dir"
+                f"line {number} of {path} must be a record of a run, and is damaged ({error}); {fix}"
             ) from error
     return records
 
@@ -51,3 +59,35 @@ def run_id_of(starts: Path) -> str:
         f"{starts} must name the run that its folder holds, and {problem}; put the file back as it was, or choose "
         "another trainer.output_dir"
     )
+
+
+def write_saved_step(path: Path, run_id: str | None, step: int) -> None:
+    """Record the step of the newest checkpoint, once that is complete.
+
+    A record that cannot be written is no failure of the run: an earlier one tells less, and nothing that is not so.
+    """
+    try:
+        write_atomically(path, json.dumps(sealed({"run": run_id, "step": step})) + "\n")
+    except OSError as error:
+        logger.warning("that step %d is saved could not be recorded: %s", step, error)
+
+
+def read_saved_step(path: Path, run_id: str | None) -> int | None:
+    """Return the step of the newest checkpoint that a run has recorded; None where it has recorded none.
+
+    A damaged record, and one of another run, is said in the log.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = parse_sealed(path.read_bytes())
+        if record["run"] == run_id:
+            return int(record["step"])
+        problem = f"it is of the run {record['run']}"
+    except DamagedError as error:
+        problem = str(error)
+    logger.warning(
+        "%s must say which step was saved last, and does not (%s): a newer checkpoint that is gone would not be missed",
+        path, problem,
+    )  # fmt: skip
+    return None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from alignlab.config.input_limits import MAX_SETTINGS_BYTES, read_json_object
 from alignlab.config.loader import load_config
 from alignlab.config.results import check_results
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, DiskError
 
 GRPO: dict[str, Any] = {
     "model": {"name": "some/model"}, "data": {"task": "products"}, "rewards": [{"name": "exact_match"}],
@@ -130,3 +132,24 @@ def test_an_absolute_path_is_found_too(folder: Path) -> None:
     second = write(folder / "second.yaml", with_setting("model.name", "runs/first/adapter"), output_dir="runs/second")
     with pytest.raises(ConfigError, match=r"alignlab train configs/first\.yaml"):
         check(second)
+
+
+def test_pipes_folders_and_broken_links_beside_a_config_do_not_stop_it(folder: Path) -> None:
+    """An editor leaves such a link beside a file that is open, and a pipe would be waited for without an end."""
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "folder.yaml").mkdir()
+    (folder / ".#open.yaml").symlink_to("user@host.1234")
+    (folder / "large.yaml").write_bytes(b"#" * (MAX_SETTINGS_BYTES + 1))
+    write(folder / "first.yaml", GRPO, output_dir="runs/first")
+    second = write(folder / "second.yaml", with_setting("model.name", "runs/first/model"), output_dir="runs/second")
+    with pytest.raises(ConfigError, match="make it first: alignlab train configs/first"):
+        check(second)
+    with pytest.raises(ConfigError, match=r"pipe\.yaml must be a YAML file"):
+        load_config(folder / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml must be a file, and is a pipe"):
+        read_json_object(folder / "pipe.yaml", ConfigError)
+
+
+def test_a_config_s_name_that_no_file_can_have_is_refused_by_name() -> None:
+    with pytest.raises(DiskError, match=r"config cannot be read from .*File name too long; use a shorter path"):
+        load_config("x" * 300)

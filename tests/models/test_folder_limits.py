@@ -1,6 +1,7 @@
 """Files of a model's folder that no machine could follow."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,16 @@ def test_a_folder_as_it_was_saved_is_read(folder: Path) -> None:
 def test_a_new_model_beyond_the_memory_is_refused(changes: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         new_model(SHAPE | changes, vocab_size=260)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(folder: Path, name: str) -> None:
+    """A pipe would be waited for without an end, and a folder was as if nothing were there."""
+    file = folder / name
+    for make in (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("nowhere")):
+        file.unlink()
+        make()
+        refused(folder, rf"{name} must be a file, and is a folder, a pipe or a link that leads to none")
+        if file.is_dir():
+            file.rmdir()
+            file.touch()

@@ -294,6 +294,32 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(sft: Make, tmp_path: Pa
         sft(num_steps=4).train(resume=True)
 
 
+def test_the_newest_checkpoint_that_was_removed_is_missed(
+    sft: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    sft(save_every_steps=1).train()
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    sft(save_every_steps=1).train(resume=True)
+    assert "the newest checkpoint, of step 3, is gone: going on after step 2" in caplog.text
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"has saved a checkpoint of step 3, and .* holds none"):
+        sft().train(resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    (folder / "saved.json").write_bytes((folder / "saved.json").read_bytes().replace(b"3", b"2", 1))
+    caplog.clear()
+    sft().train(resume=True)
+    assert "saved.json must say which step was saved last, and does not (its SHA-256" in caplog.text
+
+
+def test_a_run_resumed_with_fewer_steps_than_it_has_done_keeps_one_line_of_each_evaluation(grpo: Make) -> None:
+    grpo().train()
+    metrics = metrics_of(grpo().config.output_dir)
+    grpo(num_steps=2).train(resume=True)
+    assert metrics_of(grpo().config.output_dir) == metrics
+
+
 @pytest.mark.distributed
 def test_on_two_ranks_a_failure_of_one_loses_no_step(tmp_path: Path) -> None:
     done = torchrun(str(ROOT / "tests/trainers/rank_keeping.py"), str(tmp_path))

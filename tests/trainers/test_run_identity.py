@@ -20,10 +20,11 @@ from alignlab.trainers.given_data import given_data
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.run import run
 from alignlab.trainers.run_identity import RunIdentity
+from alignlab.training.checkpoint import fingerprint_of_model
 from alignlab.training.reward_functions import load_reward, load_weighted
 from alignlab.training.reward_source import source_digest
 from alignlab.types import Prompt
-from tests.trainers.conftest import even_ids
+from tests.trainers.conftest import DENSE, even_ids
 
 CONFIG = GRPOConfig(sampling=SamplingSettings(max_new_tokens=6))
 PROMPTS = [Prompt((1, 2), "ab", index=i, columns={"answer": str(i), "tags": ["x", {"y": 1.5}]}) for i in range(3)]
@@ -220,3 +221,23 @@ def test_other_starting_weights_are_recorded_where_the_checkpoint_holds_all(
     assert not caplog.records
     check(RunIdentity(CONFIG, make_model(seed=1)), RunIdentity(CONFIG, make_model()))
     assert "the starting weights are others, in whose place the checkpoint's are trained on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 77.0}, r"model_config\.rope_parameters was .*10000.* and is .*77"),
+        ({"rms_norm_eps": 0.1}, r"model_config\.rms_norm_eps was 1e-06 and is 0\.1"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, r"model_config\.head_dim was 8 and is"),
+    ],
+)
+def test_the_same_weights_under_another_config_are_another_model(
+    change: dict[str, Any], message: str, make_model: Any
+) -> None:
+    def with_model(architecture: dict[str, Any]) -> RunIdentity:
+        return RunIdentity(CONFIG, make_model(architecture))
+
+    check(with_model(DENSE), with_model(DENSE))
+    with pytest.raises(CheckpointError, match=message):
+        check(with_model(DENSE | change), with_model(DENSE))
+    assert fingerprint_of_model(make_model(DENSE | change)) != fingerprint_of_model(make_model(DENSE))

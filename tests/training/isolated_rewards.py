@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -96,3 +97,15 @@ def exits_once(*, completion_ids: list[list[int]], folder: str) -> list[float]:
     if calls == 1:
         os._exit(0)
     return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def starts_daemons(*, completions: list[str], folder: str) -> list[float]:
+    """Starts a session of its own, and a child of a child that has ended, and then fails to return."""
+    session = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(writing, str(subprocess.Popen(["sleep", "3600"], stdout=subprocess.DEVNULL).pid).encode())
+        os._exit(0)
+    Path(folder, "pids.json").write_text(json.dumps([session.pid, int(os.read(reading, 20))]))
+    os._exit(5)

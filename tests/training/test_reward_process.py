@@ -117,6 +117,14 @@ def test_a_call_over_its_time_ends_the_process_and_what_it_started(
     assert not late._places["misbehaving"]._process.is_running  # type: ignore[attr-defined]
 
 
+def test_daemons_of_a_reward_are_ended_with_its_process(make: Make, tmp_path: Path) -> None:
+    runner = make(isolated("starts_daemons", folder=str(tmp_path)))
+    assert parts(runner, "starts_daemons") == [None] * 4
+    assert "has exited with status 5" in runner.last_failures["starts_daemons"]
+    for daemon in json.loads((tmp_path / "pids.json").read_text()):
+        wait_until_over(daemon)
+
+
 def test_what_a_reward_prints_is_counted_and_not_shown(
     make: Make, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

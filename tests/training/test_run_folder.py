@@ -4,11 +4,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import alignlab
-from alignlab.errors import ConfigError
+from alignlab.digests import sealed
+from alignlab.errors import ConfigError, DiskError
 from alignlab.training.run_folder import RunFolder, source_commit
 
 HOLD = """
@@ -42,6 +44,40 @@ if ctypes.CDLL(None).fork() == 0:  # Python's hooks do not see it
     os._exit(0)
 sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl"])
+def test_a_record_that_was_changed_is_refused(name: str, tmp_path: Path) -> None:
+    for resume in (False, True):
+        with RunFolder(tmp_path, resume=resume):
+            pass
+    file = tmp_path / name
+    content = file.read_bytes()
+    for old, new in ((b'"start": 2', b'"start": 3'), (b'"sha256"', b'"rha256"')):
+        assert old in content
+        file.write_bytes(content.replace(old, new))
+        with pytest.raises(ConfigError, match=rf"line \d of .*{name} must be a record of a run, and is damaged"):
+            RunFolder(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl", "config.yaml", ".lock", "saved.json", "metrics.jsonl"])
+def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path, resume=False):
+        pass
+    file = tmp_path / name
+    for make in (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to(file)):
+        file.unlink(missing_ok=True)
+        make()
+        with pytest.raises(ConfigError, match=rf"{name} must be a file, and is a folder, a pipe or a link"):
+            RunFolder(tmp_path, resume=True)
+        if file.is_dir():
+            file.rmdir()
+
+
+def test_a_folder_that_cannot_be_made_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DiskError, match=r"the run's folder cannot be written to .*link: File exists"):
+        RunFolder(tmp_path / "link", resume=False)
 
 
 def hold(folder: Path, script: str = HOLD) -> subprocess.Popen[str]:
@@ -208,13 +244,18 @@ def test_what_a_run_made_without_its_starts_is_refused_and_left_untouched(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {made.split("/")[0], ".lock"}
 
 
+def line(record: dict[str, Any]) -> str:
+    return json.dumps(sealed(record)) + "\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"resume": false}\n', "names no run: an earlier version"),
+        (line({"resume": False}), "names no run: an earlier version"),
         ("", "names 0 runs|names no run"),
-        ('{"run": "a"}\n{"run": "b"}\n', "names 2 runs"),
-        ('{"run": "a"}\n{"run": "a"', "line 2 of .* cannot be read"),
+        (line({"run": "a"}) + line({"run": "b"}), "names 2 runs"),
+        (line({"run": "a"}) + line({"run": "a"})[:-5], "line 2 of .* is damaged"),
+        ('{"run": "a"}\n', "line 1 of .* is damaged .it holds no digest of itself"),
     ],
 )
 def test_starts_that_do_not_name_one_run_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -292,7 +333,10 @@ def test_commit_is_that_of_tracked_sources_only(tmp_path: Path) -> None:
     git("add", ".")
     git("commit", "-q", "-m", "x")
     commit = git("rev-parse", "HEAD")
+    os.utime(package / "__init__.py", (1, 1))
+    index = (tmp_path / ".git" / "index").read_bytes()
     assert source_commit(package) == commit
+    assert (tmp_path / ".git" / "index").read_bytes() == index, "nothing is written, so that nothing is locked"
     (package / "__init__.py").write_text("changed = True\n")
     assert source_commit(package) == f"{commit}-dirty"
     assert source_commit(Path(alignlab.__file__).parent.parent / "absent") is None
