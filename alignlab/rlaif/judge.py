@@ -56,16 +56,20 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class _Question:
-    """One conversation with its choices; `vote` tells samples of the same question apart."""
+    """One conversation with its choices; `vote` tells samples of the same question apart, `work` is asked for."""
 
     conversation: Conversation
     choices: tuple[str, ...]
     vote: int
+    work: str
 
 
 @dataclass
 class PromptedJudge:
     """A chat model asked by a constitution.
+
+    Callers may name the work that they ask for. An answer on disk that was asked for the same work, by a process that
+    was killed before it had kept what it made of it, counts as asked now: counts are as if nothing had been.
 
     Attributes:
         model: what is asked.
@@ -91,14 +95,18 @@ class PromptedJudge:
         """Questions asked, by this start and by earlier ones."""
         return self.counts["asked"] + self.earlier["asked"]
 
-    def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
-        """`votes` judgements of each pair, in both orders."""
+    def compare(self, pairs: Sequence[tuple[Text, str, str]], *, work: Sequence[str] = ()) -> list[Verdict]:
+        """`votes` judgements of each pair, in both orders.
+
+        Args:
+            work: names, one a pair, of what the verdict is for; each is asked for in one call of a process.
+        """
         asked, reason = [], self.settings.answers == "sampled"
-        for prompt, first, second in pairs:
+        for (prompt, first, second), name in zip(pairs, work or [""] * len(pairs), strict=True):
             for vote, principle in enumerate(self._principles(f"{prompt}{min(first, second)}{max(first, second)}")):
                 for one, other in ((first, second), (second, first)):
                     told = questions.comparison(self.constitution, principle, prompt, one, other, reason=reason)
-                    asked.append(_Question(told, questions.FIRST_OR_SECOND, vote))
+                    asked.append(_Question(told, questions.FIRST_OR_SECOND, vote, name))
         found, tallies = self._answers(asked)
         answers, counted = iter(found), iter(tallies)
         verdicts = []
@@ -109,8 +117,8 @@ class PromptedJudge:
             verdicts.append(Verdict(settled(fmean(means)) if means else None, both, dict(counts)))
         return verdicts
 
-    def rate(self, answers: Sequence[tuple[Text, str]]) -> list[float | None]:
-        """The expected rating, brought to [0, 1], averaged over `votes` judgements.
+    def rate(self, answers: Sequence[tuple[Text, str]], *, work: Sequence[str] = ()) -> list[float | None]:
+        """The expected rating, brought to [0, 1], averaged over `votes` judgements; `work` is as for `compare`.
 
             rating = (sum_r r p(r) - 1) / (max_rating - 1)
 
@@ -119,10 +127,10 @@ class PromptedJudge:
         top, reason = self.settings.max_rating, self.settings.answers == "sampled"
         choices = questions.ratings(top)
         asked = []
-        for prompt, text in answers:
+        for (prompt, text), name in zip(answers, work or [""] * len(answers), strict=True):
             for vote, principle in enumerate(self._principles(f"{prompt}{text}")):
                 told = questions.rating(self.constitution, principle, prompt, text, max_rating=top, reason=reason)
-                asked.append(_Question(told, choices, vote))
+                asked.append(_Question(told, choices, vote, name))
         found = iter(self._answers(asked)[0])
         rated = []
         for _ in answers:
@@ -146,12 +154,15 @@ class PromptedJudge:
         return self.settings.max_attempts if self.settings.answers == "sampled" else 1
 
     def _answers(self, asked: Sequence[_Question]) -> tuple[list[list[float] | None], list[Counter[str]]]:
-        """Probabilities of the choices of each question, as kept or asked now (None without an answer), and its counts."""
+        """Probabilities of the choices of each question, as kept or asked now (None without one), and its counts."""
         keys = [self._key(question) for question in asked]
+        wanted = {key: question for key, question in zip(reversed(keys), reversed(asked), strict=True)}  # the first's
+        wanted = {key: wanted[key] for key in keys}
         tallies: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        known = self.store.get(keys) if self.store is not None else {}
-        self._count("cached", [key for key in keys if key in known], tallies)
-        left = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
+        known = self.store.get(list(wanted)) if self.store is not None else {}
+        own = self._count_own({key: wanted[key] for key in known}, tallies)
+        self._count("cached", known.keys() - own, tallies)
+        left = {key: question for key, question in wanted.items() if key not in known}
         for attempt in range(self._num_attempts):
             found = self._ask(left, attempt, tallies)
             known |= _told(found)
@@ -159,7 +170,23 @@ class PromptedJudge:
                 refuse_silence(list(found.values()))
             left = {key: left[key] for key, answer in found.items() if _is_nonsense(answer)}
         self._count("unanswered", [key for key in keys if key not in known], tallies)
-        return [known.get(key) for key in keys], [tallies.pop(key, Counter()) for key in keys]
+        counts = [tallies.pop(key, Counter()) for key in keys]
+        repeated = [key for key, count in Counter(keys).items() for _ in range(count - 1) if key in known]
+        self.counts["cached"] += len(repeated)
+        return [known.get(key) for key in keys], [
+            count or Counter(cached=int(key in known)) for key, count in zip(keys, counts, strict=True)
+        ]
+
+    def _count_own(self, found: Mapping[str, _Question], tallies: Mapping[str, Counter[str]]) -> set[str]:
+        """Count what was asked for the same work before, as it was then, and return which those are."""
+        named = [key for key, question in found.items() if question.work]
+        told = self.store.work(named) if self.store is not None and named else {}
+        own = {key: attempts for key, (work, attempts) in told.items() if work == found[key].work}
+        for key, attempts in own.items():
+            self._count("asked", [key] * attempts, tallies)
+            self._count("nonsense", [key] * (attempts - 1), tallies)
+        self._count("answered", own, tallies)
+        return set(own)
 
     def _count(self, name: str, keys: Collection[str], tallies: Mapping[str, Counter[str]]) -> None:
         self.counts[name] += len(keys)
@@ -186,7 +213,8 @@ class PromptedJudge:
             if isinstance(answer, Failure):
                 self._count(answer.kind, [key], tallies)
         if self.store is not None:
-            self.store.put(answered)
+            work = {key: now[key].work for key in answered if now[key].work}
+            self.store.put(answered, work=work, attempts=attempt + 1)
         return found
 
     def _read(self, asked: Sequence[_Question], attempt: int) -> list[list[float] | Failure]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignlab.data.messages import template_columns
 from alignlab.rlaif.collecting import as_json
-from alignlab.rlaif.judge import Judge, Verdict
+from alignlab.rlaif.judge import Judge, PromptedJudge, Verdict
 from alignlab.types import Rollout
 
 
@@ -51,8 +51,11 @@ class LabelReport:
         return [("pairs", str(self.num_pairs)), *outcomes, *shown, *asked]
 
 
-def judge_pairs(judge: Judge, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+def judge_pairs(judge: Judge, rollouts: Sequence[Rollout], *, work: str = "") -> list[dict[str, Any]]:
     """A row for the first two completions of each prompt: both texts, and what the judge makes of them.
+
+    Args:
+        work: names the run, for counts that are the same whether or not it is killed; see `PromptedJudge`.
 
     Returns:
         Rows with index, prompt, first, second, probability (that the first is better; None without an answer),
@@ -62,7 +65,11 @@ def judge_pairs(judge: Judge, rollouts: Sequence[Rollout]) -> list[dict[str, Any
     rows = [_row(rollout) for rollout in rollouts]
     shown = [row for row in rows if row["outcome"] == "judged"]
     before = Counter(judge.counts)
-    verdicts = judge.compare([(row["prompt"], row["first"], row["second"]) for row in shown])
+    pairs = [(row["prompt"], row["first"], row["second"]) for row in shown]
+    if work and isinstance(judge, PromptedJudge):
+        verdicts = judge.compare(pairs, work=[f"{work}/{row['index']}" for row in shown])
+    else:
+        verdicts = judge.compare(pairs)
     for row, verdict in zip(shown, verdicts, strict=True):
         row |= {"probability": verdict.probability, "by_order": [list(both) for both in verdict.by_order]}
         row["outcome"] = "judged" if verdict.probability is not None else "unanswered"
@@ -75,8 +82,8 @@ def judge_pairs(judge: Judge, rollouts: Sequence[Rollout]) -> list[dict[str, Any
 
 def counts_of_rows(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
     """What became of the questions that the rows took, whichever start, on whichever rank, has made each; zeros left
-    out. Questions whose rows a killed run did not keep are asked again, and counted with the rows that are kept. Rows
-    of earlier versions have no counts."""
+    out. Questions whose rows a killed run did not keep are counted with the rows that are made anew, as asked, be their
+    answers on disk or not. Rows of earlier versions have no counts."""
     return sum((Counter(row.get("counts", {})) for row in rows), Counter[str]())
 
 

@@ -19,27 +19,36 @@ _Answers = TypeVar("_Answers")
 class JudgeReward(CallerReward):
     """What rewards by a judge have in common: the budget, and counts of questions, which go on with a resumed run.
 
+    Args:
+        work: names the run and the rank, for counts that are the same whether or not it is killed; see `PromptedJudge`.
+
     Attributes:
         counts: of the questions of this rank's calls, see `PromptedJudge.counts`, those of earlier starts among them;
             of a call that fails, or that a resumed run makes once more, only those of the last time.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, *, work: str = "") -> None:
+        self.judge, self._work = judge, work
         self.counts: Counter[str] = Counter()
+        self._num_calls = 0  # that are over, in the whole run
 
     def metrics(self) -> dict[str, float]:
         """What became of the questions so far."""
         return {f"judge/{name}": float(self.counts[name]) for name in ("asked", "cached", "unanswered")}
 
     def state(self) -> dict[str, Any]:
-        """The counts."""
-        return {"counts": dict(self.counts)}
+        """The counts, and how many calls there were."""
+        return {"counts": dict(self.counts), "calls": self._num_calls}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Count on from where `state` was taken."""
-        self.counts = Counter(state["counts"])
+        self.counts, self._num_calls = Counter(state["counts"]), state["calls"]
         take_earlier(self.judge, self.counts)
+
+    def work_of(self, shown: Sequence[Any]) -> dict[str, Any]:
+        """The arguments that tell the judge what each of the shown is judged for, where it takes any."""
+        named = self._work and isinstance(self.judge, PromptedJudge)
+        return {"work": [f"{self._work}/{self._num_calls}"] * len(shown)} if named else {}
 
     def within_budget(self, ask: Callable[[], _Answers]) -> _Answers:
         """What `ask` returns, its questions counted.
@@ -56,6 +65,7 @@ class JudgeReward(CallerReward):
                 "--resume"
             )
         self.counts += judge.counts - before
+        self._num_calls += 1
         return answers
 
 
@@ -67,7 +77,8 @@ class RatingReward(JudgeReward):
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
         """One rating a completion; None where the judge gave none."""
         texts = [message_text(completion) for completion in completions]
-        return self.within_budget(lambda: self.judge.rate(list(zip(prompts, texts, strict=True))))
+        shown = list(zip(prompts, texts, strict=True))
+        return self.within_budget(lambda: self.judge.rate(shown, **self.work_of(shown)))
 
 
 class WinReward(JudgeReward):
@@ -95,8 +106,13 @@ class WinReward(JudgeReward):
         found = {pair: _plain(texts, pair) for _, group in groups for pair in itertools.combinations(group, 2)}
         asked = [pair for pair, known in found.items() if known is None]
         shown = [(prompts[i], texts[i], texts[j]) for i, j in asked]
-        verdicts = self.within_budget(lambda: self.judge.compare(shown))
+        verdicts = self.within_budget(lambda: self.judge.compare(shown, **self.work_of(shown)))
         return found | {pair: verdict.probability for pair, verdict in zip(asked, verdicts, strict=True)}
+
+
+def counts_of_rewards(functions: Sequence[object]) -> Counter[str]:
+    """What became of the questions of those that are rewards by a judge, on this rank."""
+    return sum((each.counts for each in functions if isinstance(each, JudgeReward)), Counter[str]())
 
 
 def _plain(texts: Sequence[str], pair: tuple[int, int]) -> float | None:

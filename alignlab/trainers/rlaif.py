@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from alignlab.rlaif.judges import chat_model, make_judge
 from alignlab.rlaif.labels import counts_of_rows, judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
-from alignlab.rlaif.rewards import JudgeReward, RatingReward, WinReward
+from alignlab.rlaif.rewards import RatingReward, WinReward, counts_of_rewards
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
@@ -72,7 +73,7 @@ from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import with_room
 from alignlab.trainers.rank_watchdog import Position, watched
-from alignlab.trainers.ranks import RankAgreement, json_of_ranks
+from alignlab.trainers.ranks import RankAgreement, json_of_ranks, of_main_rank
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
@@ -165,6 +166,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
         self._run_id: str | None = None  # on rank 0, while it runs
+        self._work = ""  # the run's id, on every rank
         self._questions: Counter[str] = Counter()  # of all stages and ranks, by what became of them
 
     def train(self, *, resume: bool = False) -> TrainResult:
@@ -185,6 +187,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
                     RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
                 )
             self._run_id, self._questions = folder.run_id, Counter()
+            self._work = of_main_rank(self.accelerator, (folder.run_id or "").encode()).decode()
             self.identity.keep_file(folder.path / _IDENTITY, resume=resume, accelerator=self.accelerator)
             before = self._before(folder.path / _BEFORE)
             try:
@@ -252,7 +255,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
         judge = self._judge_of(model)
         take_earlier(judge, counts_of_rows(rows_of_rank(folder, self.accelerator.process_index)))
         kept = folder / "preferences.jsonl"
-        rows = self._collect(settings, kept, model, 2, lambda pairs: judge_pairs(judge, pairs), "AI preferences")
+        rows = self._collect(settings, kept, model, 2, partial(judge_pairs, judge, work=self._work), "AI preferences")
         counts = counts_of_rows(rows)
         self._questions += counts
         told = label_report(rows, counts, min_confidence=settings.min_confidence)
@@ -330,22 +333,18 @@ class RLAIFTrainer(metaclass=NamedArguments):
             trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
         result = self._train(trainer, "policy")
         if isinstance(trainer, OnlineTrainer):
-            self._questions += sum(map(Counter, json_of_ranks(self.accelerator, self._counts(trainer))), Counter())
+            own = counts_of_rewards([each.function for each in trainer.rewards.rewards])
+            self._questions += sum(map(Counter, json_of_ranks(self.accelerator, own)), Counter())
         self._trained = trainer.learner.model
         return result
-
-    @staticmethod
-    def _counts(trainer: OnlineTrainer) -> Counter[str]:
-        """Of the questions that this rank's reward has asked."""
-        functions = [each.function for each in trainer.rewards.rewards]
-        return sum((each.counts for each in functions if isinstance(each, JudgeReward)), Counter[str]())
 
     def _reward_of(self, policy: Any, reward: Path | None) -> Any:
         """What the last stage is rewarded by."""
         if reward is not None:
             return ModelReward(str(reward))
         judge = self._judge_of(policy)
-        return WinReward(judge) if self.config.path == "online_dpo" else RatingReward(judge)
+        work = self._work and f"{self._work}/policy/{self.accelerator.process_index}"
+        return WinReward(judge, work=work) if self.config.path == "online_dpo" else RatingReward(judge, work=work)
 
     def _judge_of(self, model: Any) -> Judge:
         """The judge; one that shares the policy's base looks at it with the adapter off, as it is in this stage."""

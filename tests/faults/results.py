@@ -17,7 +17,7 @@ UNREAD = (
 """Files that tell of a start, or are drawn for people; digests are those of files with times in them."""
 JOURNAL = re.compile(r"rank\d+\.jsonl")
 _SHOWN = 60
-COUNTS, LEFT_OVER = ":counts", "is left over"
+LEFT_OVER = "is left over"
 TIMED = re.compile(r"(^time|_s|_seconds|^run|^staleness|policy_version)$")
 """Fields that hold times and the random name of a run, or follow times: which version of the policy sampled a token,
 where that is done meanwhile."""
@@ -41,16 +41,10 @@ def what_was_made(run: Path, root: Path) -> dict[str, str]:
     return found
 
 
-def differences(made: Mapping[str, str], expected: Mapping[str, str], *, counts: bool = True) -> list[str]:
-    """One sentence for each name of which the value is another, missing or not expected.
-
-    Args:
-        counts: whether the judge's questions are compared; on several ranks, the first one's share may be another.
-    """
+def differences(made: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """One sentence for each name of which the value is another, missing or not expected."""
     told = []
     for name in sorted({*made, *expected}):
-        if name.endswith(COUNTS) and not counts:
-            continue
         if name not in made:
             told.append(f"{name} is missing")
         elif name not in expected:
@@ -80,10 +74,7 @@ def _values(path: Path) -> Iterator[tuple[str, str]]:
         names = [f"/../rank*:{row['index']}" if JOURNAL.match(path.name) else f":{i}" for i, row in enumerate(rows)]
         yield from zip(names, map(untimed, rows), strict=True)
     elif path.suffix == ".json":
-        said = json.loads(path.read_text())
-        if path.name == "report.json":
-            yield COUNTS, untimed([said.pop(name, None) for name in ("questions", "counts")])
-        yield "", untimed(said)
+        yield "", untimed(json.loads(path.read_text()))
     elif path.suffix == ".parquet":
         yield "", "its rows stand under the folder"
     else:
@@ -117,18 +108,7 @@ def _without_times(value: Any) -> Any:
     if isinstance(value, Mapping):
         # A file's digest follows the times in it.
         value = {key: entry for key, entry in value.items() if not (isinstance(entry, Mapping) and "sha256" in entry)}
-        value = _with_all_questions(value)
         return {key: _without_times(entry) for key, entry in value.items() if not TIMED.search(str(key))}
     if isinstance(value, list):
         return [_without_times(entry) for entry in value]
     return value
-
-
-def _with_all_questions(counts: Mapping[str, Any]) -> dict[str, Any]:
-    """Questions to a judge, however many of the answers were on disk already."""
-    found = dict(counts)
-    for prefix in ("", "judge/"):
-        if f"{prefix}asked" in found:
-            answered, cached = (found.pop(f"{prefix}{name}", 0) for name in ("answered", "cached"))
-            found[f"{prefix}asked"] = answered + cached
-    return found
