@@ -256,9 +256,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
         take_earlier(judge, counts_of_rows(rows_of_rank(folder, self.accelerator.process_index)))
         kept = folder / "preferences.jsonl"
         rows = self._collect(settings, kept, model, 2, partial(judge_pairs, judge, work=self._work), "AI preferences")
-        counts = counts_of_rows(rows)
-        self._questions += counts
-        told = label_report(rows, counts, min_confidence=settings.min_confidence)
+        told = label_report(rows, counts_of_rows(rows), min_confidence=settings.min_confidence)
+        self._questions.update(told.counts)
         self._show("AI preferences", told.lines())
         found = preferences(rows, min_confidence=settings.min_confidence)
         if not found:

@@ -118,7 +118,8 @@ class RewardRunner:
                 function.load_state(states[name])
 
     def _callers(self) -> dict[str, CallerReward]:
-        return {each.name: each.function for each in self.rewards if isinstance(each.function, CallerReward)}
+        functions: dict[str, Any] = {each.name: each.function for each in self.rewards}
+        return {name: function for name, function in functions.items() if isinstance(function, CallerReward)}
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with `rewards`, the weighted sum of the parts that apply to each completion, and `reward_parts`.

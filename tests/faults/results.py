@@ -15,6 +15,7 @@ UNREAD = (
     "_SHA256SUMS-rank0", "_SHA256SUMS-rank1",
 )  # fmt: skip
 """Files that tell of a start, or are drawn for people; digests are those of files with times in them."""
+_PLACE = ("line", "sha256")
 JOURNAL = re.compile(r"rank\d+\.jsonl")
 _SHOWN = 60
 LEFT_OVER = "is left over"
@@ -70,9 +71,11 @@ def _values(path: Path) -> Iterator[tuple[str, str]]:
         yield from ((f":{i}", untimed(line)) for i, line in enumerate(read_metrics(path)))
     elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        # Journals of ranks hold the rows of other prompts where a run goes on: all of them together are compared.
-        names = [f"/../rank*:{row['index']}" if JOURNAL.match(path.name) else f":{i}" for i, row in enumerate(rows)]
-        yield from zip(names, map(untimed, rows), strict=True)
+        if JOURNAL.match(path.name):
+            # Ranks hold the rows of other prompts where a run goes on: all rows are compared, wherever they stand.
+            yield from ((f"/../rank*:{row['index']}", untimed(row, *_PLACE)) for row in rows)
+        else:
+            yield from ((f":{i}", untimed(row)) for i, row in enumerate(rows))
     elif path.suffix == ".json":
         yield "", untimed(json.loads(path.read_text()))
     elif path.suffix == ".parquet":
@@ -99,9 +102,10 @@ def _rollouts(folder: Path, name: str) -> dict[str, str]:
     return {f"{name}:{i}": untimed(row) for i, row in enumerate(rows)}
 
 
-def untimed(value: Any) -> str:
-    """A value as JSON, its times left out."""
-    return json.dumps(_without_times(value), sort_keys=True, default=str)
+def untimed(value: Any, *others: str) -> str:
+    """A value as JSON, its times and what has these other names left out."""
+    left = _without_times(value)
+    return json.dumps({k: v for k, v in left.items() if k not in others} if others else left, sort_keys=True, default=str)
 
 
 def _without_times(value: Any) -> Any:
