@@ -105,7 +105,8 @@ def _rollouts(folder: Path, name: str) -> dict[str, str]:
 def untimed(value: Any, *others: str) -> str:
     """A value as JSON, its times and what has these other names left out."""
     left = _without_times(value)
-    return json.dumps({k: v for k, v in left.items() if k not in others} if others else left, sort_keys=True, default=str)
+    kept = {name: entry for name, entry in left.items() if name not in others} if others else left
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _without_times(value: Any) -> Any:
