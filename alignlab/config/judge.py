@@ -30,8 +30,9 @@ class _JudgeSettings(Frozen):
     max_rating: int = Field(9, ge=2, le=9)
     """Of a single completion, from 1 on: a digit is one token for every tokenizer."""
     max_questions: MayChange[int | None] = Field(None, ge=1)
-    """Comparisons and ratings that each rank may ask for, from one start to its end. Answers that are on disk already
-    cost nothing. Labels are then made of what was answered; a policy that the judge rewards stops, to be resumed."""
+    """Comparisons and ratings that each rank may ask for in a run, over all its starts; what was asked for labels or a
+    step that were not kept does not count, and answers that are on disk already cost nothing. Labels are then made of
+    what was answered; a policy that the judge rewards stops, to be resumed."""
     max_attempts: MayChange[int] = Field(3, ge=1)
     """For one question, before it goes without an answer."""
     cache: MayChange[bool] = True

@@ -21,6 +21,11 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS sealed_answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, sha256 TEXT NOT NULL) "
     "WITHOUT ROWID"
 )
+_WORK_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS work (key TEXT PRIMARY KEY, work TEXT NOT NULL, attempts INTEGER NOT NULL) "
+    "WITHOUT ROWID"
+)
+"""What answers were asked for: of use to counts alone, so that a run that was killed counts as if it had not been."""
 _AT_ONCE = 500
 _EXTERNAL = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
@@ -55,34 +60,49 @@ class AnswerStore:
         """The answers that are known."""
         answers: dict[str, list[float]] = {}
         damaged = 0
-        for start in range(0, len(keys), _AT_ONCE):
-            part = list(keys[start : start + _AT_ONCE])
-            marks = ",".join("?" * len(part))
-            query = f"SELECT key, answer, sha256 FROM sealed_answers WHERE key IN ({marks})"
-            rows: list[tuple[Any, Any, Any]] = []
-            with self._named(), self._put_aside_if_damaged(), closing(self._open()) as connection:
-                rows = connection.execute(query, part).fetchall()
-            for key, answer, digest in rows:
-                if digest == _digest(key, answer):
-                    answers[key] = json.loads(answer)
-                else:
-                    damaged += 1
+        for key, answer, digest in self._select("key, answer, sha256 FROM sealed_answers", keys):
+            if digest == _digest(key, answer):
+                answers[key] = json.loads(answer)
+            else:
+                damaged += 1
         if damaged:
             logger.warning("%d answers in %s are damaged, and are asked for again", damaged, self._path)
         return answers
 
-    def put(self, answers: Mapping[str, Sequence[float]]) -> None:
-        """Keep answers."""
+    def work(self, keys: Sequence[str]) -> dict[str, tuple[str, int]]:
+        """Of the answers that were put with it: the work that they were asked for, and after how many attempts."""
+        return {key: (work, attempts) for key, work, attempts in self._select("key, work, attempts FROM work", keys)}
+
+    def put(
+        self, answers: Mapping[str, Sequence[float]], *, work: Mapping[str, str] | None = None, attempts: int = 1
+    ) -> None:
+        """Keep answers.
+
+        Args:
+            work: by key, a name for what an answer was asked for.
+            attempts: that each took, >= 1.
+        """
         texts = {key: json.dumps(list(answer)) for key, answer in answers.items()}
         rows = [(key, text, _digest(key, text)) for key, text in texts.items()]
+        asked = [(key, name, attempts) for key, name in (work or {}).items() if key in texts]
         with self._put_aside_if_damaged():
-            self._write(rows)
+            self._write(rows, asked)
             return
-        self._write(rows)  # to the file that took the damaged one's place
+        self._write(rows, asked)  # to the file that took the damaged one's place
 
-    def _write(self, rows: Sequence[tuple[str, str, str]]) -> None:
+    def _select(self, what: str, keys: Sequence[str]) -> list[tuple[Any, Any, Any]]:
+        rows: list[tuple[Any, Any, Any]] = []
+        for start in range(0, len(keys), _AT_ONCE):
+            part = list(keys[start : start + _AT_ONCE])
+            marks = ",".join("?" * len(part))
+            with self._named(), self._put_aside_if_damaged(), closing(self._open()) as connection:
+                rows += connection.execute(f"SELECT {what} WHERE key IN ({marks})", part).fetchall()
+        return rows
+
+    def _write(self, rows: Sequence[tuple[str, str, str]], asked: Sequence[tuple[str, str, int]]) -> None:
         with self._named(), closing(self._open()) as connection, connection:
             connection.executemany("INSERT OR REPLACE INTO sealed_answers VALUES (?, ?, ?)", rows)
+            connection.executemany("INSERT OR REPLACE INTO work VALUES (?, ?, ?)", asked)
 
     def _named(self) -> AbstractContextManager[None]:
         """Name what stops the file from being read or written."""
@@ -99,6 +119,7 @@ class AnswerStore:
             connection.execute("PRAGMA journal_mode=WAL")
             with connection:
                 connection.execute(_SCHEMA)
+                connection.execute(_WORK_SCHEMA)
                 _seal_earlier_answers(connection)
 
     def _open(self) -> sqlite3.Connection:

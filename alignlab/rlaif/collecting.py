@@ -55,11 +55,11 @@ def collect(
     rows, damage = _rows(folder)
     if rank == 0 and damage:
         logger.warning("%s; what is lost is made again", "; ".join(damage))
-    known = {row["index"]: row for row in rows}
+    known = _by_index(rows)
     _check_same(prompts, known, folder)
     accelerator.wait_for_everyone()  # nobody writes before all have read
     left = [prompt for prompt in prompts if not _is_done(known.get(prompt.index))][rank::ranks]
-    journal = Journal(folder / f"rank{rank}.jsonl")
+    journal = Journal(_journal(folder, rank))
     starts = range(0, len(left), batch_size)
     progress = TrainingProgress(len(starts), title=title, enabled=rank == 0)
     with catch_interrupts() as interrupt, progress:
@@ -70,7 +70,7 @@ def collect(
                 progress.note(f"stopped by {interrupt.signal}; what is done is kept, go on with --resume")
                 break
     accelerator.wait_for_everyone()
-    known = {row["index"]: row for row in _rows(folder)[0]}
+    known = _by_index(_rows(folder)[0])
     if any(prompt.index not in known for prompt in prompts):
         return None
     if rank == 0:
@@ -144,7 +144,7 @@ def finished(prompts: Sequence[Prompt], folder: Path, *, done: Path) -> list[dic
     )
     if damage:
         raise CheckpointError(f"{'; '.join(damage)}; {remedy}")
-    rows = {row["index"]: row for row in found}
+    rows = _by_index(found)
     _check_complete(rows, folder / _COMPLETE, remedy)
     _check_same(prompts, rows, folder)
     return [rows[prompt.index] for prompt in prompts if prompt.index in rows]
@@ -163,6 +163,24 @@ def _check_complete(rows: Mapping[int, Mapping[str, Any]], path: Path, remedy: s
 
 def _digest(rows: Mapping[int, Mapping[str, Any]]) -> str:
     return json_digest([rows[index] for index in sorted(rows)])
+
+
+def _by_index(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The row of each prompt: the last one, but none without an answer where another rank has got one since."""
+    known: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if _is_done(row) or not _is_done(known.get(row["index"])):
+            known[row["index"]] = row
+    return known
+
+
+def rows_of_rank(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """All rows that a rank has kept, those among them that were made anew later."""
+    return read_journal(_journal(folder, rank)).rows
+
+
+def _journal(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.jsonl"
 
 
 def _is_done(row: Mapping[str, Any] | None) -> bool:

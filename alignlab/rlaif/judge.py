@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Protocol
@@ -32,14 +32,16 @@ class Verdict:
         probability: that the first completion is the better one; None where no question about it was answered.
         by_order: the same, of each judgement: as the pair was shown first, and as it was shown second; None where an
             order has no answer, and then the judgement does not count.
+        counts: of the questions about this pair, as the judge's; a question about two pairs of one call is the first's.
     """
 
     probability: float | None
     by_order: tuple[tuple[float | None, float | None], ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 class Judge(Protocol):
-    """What prefers and rates. `counts` is of questions, by what became of them."""
+    """What prefers and rates. `counts` is of questions since this start, by what became of them."""
 
     counts: Counter[str]
 
@@ -54,16 +56,20 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class _Question:
-    """One conversation with its choices; `vote` tells samples of the same question apart."""
+    """One conversation with its choices; `vote` tells samples of the same question apart, `work` is asked for."""
 
     conversation: Conversation
     choices: tuple[str, ...]
     vote: int
+    work: str
 
 
 @dataclass
 class PromptedJudge:
     """A chat model asked by a constitution.
+
+    Callers may name the work that they ask for. An answer on disk that was asked for the same work, by a process that
+    was killed before it had kept what it made of it, counts as asked now: counts are as if nothing had been.
 
     Attributes:
         model: what is asked.
@@ -71,8 +77,9 @@ class PromptedJudge:
         settings: how.
         store: answers on disk; None keeps none.
         seed: of the choice of principles, and of sampled answers.
-        counts: of questions: asked (attempts), cached, answered, unanswered, over_budget, and by `FailureKind`; and of
-            requests that were sent once more: retried.
+        counts: of questions since this start: asked (attempts), cached, answered, unanswered, over_budget, and by
+            `FailureKind`; and of requests that were sent once more: retried.
+        earlier: counts of what earlier starts have kept, for the budget; see `take_earlier`.
     """
 
     model: ChatModel
@@ -81,25 +88,37 @@ class PromptedJudge:
     store: AnswerStore | None = None
     seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    earlier: Counter[str] = field(default_factory=Counter)
 
-    def compare(self, pairs: Sequence[tuple[Text, str, str]]) -> list[Verdict]:
-        """`votes` judgements of each pair, in both orders."""
+    @property
+    def num_asked(self) -> int:
+        """Questions asked, by this start and by earlier ones."""
+        return self.counts["asked"] + self.earlier["asked"]
+
+    def compare(self, pairs: Sequence[tuple[Text, str, str]], *, work: Sequence[str] = ()) -> list[Verdict]:
+        """`votes` judgements of each pair, in both orders.
+
+        Args:
+            work: names, one a pair, of what the verdict is for; each is asked for in one call of a process.
+        """
         asked, reason = [], self.settings.answers == "sampled"
-        for prompt, first, second in pairs:
+        for (prompt, first, second), name in zip(pairs, work or [""] * len(pairs), strict=True):
             for vote, principle in enumerate(self._principles(f"{prompt}{min(first, second)}{max(first, second)}")):
                 for one, other in ((first, second), (second, first)):
                     told = questions.comparison(self.constitution, principle, prompt, one, other, reason=reason)
-                    asked.append(_Question(told, questions.FIRST_OR_SECOND, vote))
-        answers = iter(self._answers(asked))
+                    asked.append(_Question(told, questions.FIRST_OR_SECOND, vote, name))
+        found, tallies = self._answers(asked)
+        answers, counted = iter(found), iter(tallies)
         verdicts = []
         for _ in pairs:
             both = tuple((_first(next(answers)), _second(next(answers))) for _ in range(self.settings.votes))
+            counts = sum((next(counted) for _ in range(2 * self.settings.votes)), Counter[str]())
             means = [fmean((one, other)) for one, other in both if one is not None and other is not None]
-            verdicts.append(Verdict(settled(fmean(means)) if means else None, both))
+            verdicts.append(Verdict(settled(fmean(means)) if means else None, both, dict(counts)))
         return verdicts
 
-    def rate(self, answers: Sequence[tuple[Text, str]]) -> list[float | None]:
-        """The expected rating, brought to [0, 1], averaged over `votes` judgements.
+    def rate(self, answers: Sequence[tuple[Text, str]], *, work: Sequence[str] = ()) -> list[float | None]:
+        """The expected rating, brought to [0, 1], averaged over `votes` judgements; `work` is as for `compare`.
 
             rating = (sum_r r p(r) - 1) / (max_rating - 1)
 
@@ -108,11 +127,11 @@ class PromptedJudge:
         top, reason = self.settings.max_rating, self.settings.answers == "sampled"
         choices = questions.ratings(top)
         asked = []
-        for prompt, text in answers:
+        for (prompt, text), name in zip(answers, work or [""] * len(answers), strict=True):
             for vote, principle in enumerate(self._principles(f"{prompt}{text}")):
                 told = questions.rating(self.constitution, principle, prompt, text, max_rating=top, reason=reason)
-                asked.append(_Question(told, choices, vote))
-        found = iter(self._answers(asked))
+                asked.append(_Question(told, choices, vote, name))
+        found = iter(self._answers(asked)[0])
         rated = []
         for _ in answers:
             votes = [next(found) for _ in range(self.settings.votes)]
@@ -134,38 +153,68 @@ class PromptedJudge:
         """A probability is what it is: only a sampled answer that is nonsense may be another the next time."""
         return self.settings.max_attempts if self.settings.answers == "sampled" else 1
 
-    def _answers(self, asked: Sequence[_Question]) -> list[list[float] | None]:
-        """Probabilities of the choices of each question, as kept or asked now; None without an answer."""
+    def _answers(self, asked: Sequence[_Question]) -> tuple[list[list[float] | None], list[Counter[str]]]:
+        """Probabilities of the choices of each question, as kept or asked now (None without one), and its counts."""
         keys = [self._key(question) for question in asked]
-        known = self.store.get(keys) if self.store is not None else {}
-        self.counts["cached"] += sum(key in known for key in keys)
-        left = {key: question for key, question in zip(keys, asked, strict=True) if key not in known}
+        wanted = {key: question for key, question in zip(reversed(keys), reversed(asked), strict=True)}  # the first's
+        wanted = {key: wanted[key] for key in keys}
+        tallies: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        known = self.store.get(list(wanted)) if self.store is not None else {}
+        own = self._count_own({key: wanted[key] for key in known}, tallies)
+        self._count("cached", known.keys() - own, tallies)
+        left = {key: question for key, question in wanted.items() if key not in known}
         for attempt in range(self._num_attempts):
-            found = self._ask(left, attempt)
+            found = self._ask(left, attempt, tallies)
             known |= _told(found)
             if not known:
                 refuse_silence(list(found.values()))
             left = {key: left[key] for key, answer in found.items() if _is_nonsense(answer)}
-        self.counts["unanswered"] += sum(key not in known for key in keys)
-        return [known.get(key) for key in keys]
+        self._count("unanswered", [key for key in keys if key not in known], tallies)
+        counts = [tallies.pop(key, Counter()) for key in keys]
+        repeated = [key for key, count in Counter(keys).items() for _ in range(count - 1) if key in known]
+        self.counts["cached"] += len(repeated)
+        return [known.get(key) for key in keys], [
+            count or Counter(cached=int(key in known)) for key, count in zip(keys, counts, strict=True)
+        ]
 
-    def _ask(self, left: dict[str, _Question], attempt: int) -> dict[str, list[float] | Failure]:
+    def _count_own(self, found: Mapping[str, _Question], tallies: Mapping[str, Counter[str]]) -> set[str]:
+        """Count what was asked for the same work before, as it was then, and return which those are."""
+        named = [key for key, question in found.items() if question.work]
+        told = self.store.work(named) if self.store is not None and named else {}
+        own = {key: attempts for key, (work, attempts) in told.items() if work == found[key].work}
+        for key, attempts in own.items():
+            self._count("asked", [key] * attempts, tallies)
+            self._count("nonsense", [key] * (attempts - 1), tallies)
+        self._count("answered", own, tallies)
+        return set(own)
+
+    def _count(self, name: str, keys: Collection[str], tallies: Mapping[str, Counter[str]]) -> None:
+        self.counts[name] += len(keys)
+        for key in keys:
+            tallies[key][name] += 1
+
+    def _ask(
+        self, left: dict[str, _Question], attempt: int, tallies: Mapping[str, Counter[str]]
+    ) -> dict[str, list[float] | Failure]:
         """What becomes of the questions that the budget leaves room for; answers are kept."""
         limit = self.settings.max_questions
-        room = len(left) if limit is None else max(0, limit - self.counts["asked"])
+        room = len(left) if limit is None else max(0, limit - self.num_asked)
         now = dict(list(left.items())[:room])
-        self.counts["over_budget"] += len(left) - len(now)
+        self._count("over_budget", left.keys() - now.keys(), tallies)
         if not now:
             return {}
-        self.counts["asked"] += len(now)
+        self._count("asked", now, tallies)
         before = self.model.num_retries
         found = dict(zip(now, self._read(list(now.values()), attempt), strict=True))
         self.counts["retried"] += self.model.num_retries - before
         answered = _told(found)
-        self.counts["answered"] += len(answered)
-        self.counts.update(answer.kind for answer in found.values() if isinstance(answer, Failure))
+        self._count("answered", answered, tallies)
+        for key, answer in found.items():
+            if isinstance(answer, Failure):
+                self._count(answer.kind, [key], tallies)
         if self.store is not None:
-            self.store.put(answered)
+            work = {key: now[key].work for key in answered if now[key].work}
+            self.store.put(answered, work=work, attempts=attempt + 1)
         return found
 
     def _read(self, asked: Sequence[_Question], attempt: int) -> list[list[float] | Failure]:
@@ -196,6 +245,17 @@ class PromptedJudge:
         return answer_key(
             model=self.model.identity, conversation=list(question.conversation), choices=question.choices, how=how
         )
+
+
+def take_earlier(judge: Judge, kept: Mapping[str, int]) -> None:
+    """Let what earlier starts have kept count for the budget too, where the judge has one.
+
+    Args:
+        kept: counts of all that is kept, by this start and by earlier ones.
+    """
+    if isinstance(judge, PromptedJudge):
+        judge.earlier.clear()
+        judge.earlier.update(Counter(kept) - judge.counts)
 
 
 def _told(answers: Mapping[str, list[float] | Failure]) -> dict[str, list[float]]:

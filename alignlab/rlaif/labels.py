@@ -10,7 +10,7 @@ from typing import Any
 
 from alignlab.data.messages import template_columns
 from alignlab.rlaif.collecting import as_json
-from alignlab.rlaif.judge import Judge, Verdict
+from alignlab.rlaif.judge import Judge, PromptedJudge, Verdict
 from alignlab.types import Rollout
 
 
@@ -24,7 +24,7 @@ class LabelReport:
         agreement: judgements whose two orders prefer the same completion, in [0, 1]; None without one in both orders.
         first_rate: how often the completion shown first is preferred, in [0, 1]; 0.5 without a position bias.
         confidence: mean probability of the preferred completion among labelled pairs.
-        counts: of questions, see `PromptedJudge.counts`.
+        counts: of questions that the rows took, see `counts_of_rows`.
     """
 
     num_pairs: int
@@ -51,20 +51,40 @@ class LabelReport:
         return [("pairs", str(self.num_pairs)), *outcomes, *shown, *asked]
 
 
-def judge_pairs(judge: Judge, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+def judge_pairs(judge: Judge, rollouts: Sequence[Rollout], *, work: str = "") -> list[dict[str, Any]]:
     """A row for the first two completions of each prompt: both texts, and what the judge makes of them.
+
+    Args:
+        work: names the run, for counts that are the same whether or not it is killed; see `PromptedJudge`.
 
     Returns:
         Rows with index, prompt, first, second, probability (that the first is better; None without an answer),
-        by_order, and outcome: judged, unanswered, identical or empty; and what the prompt's chat template was given.
+        by_order, and outcome: judged, unanswered, identical or empty; what the prompt's chat template was given; and
+        counts of the questions about it. What the judge does not tell of each pair is counted with the last one.
     """
     rows = [_row(rollout) for rollout in rollouts]
     shown = [row for row in rows if row["outcome"] == "judged"]
-    verdicts = judge.compare([(row["prompt"], row["first"], row["second"]) for row in shown])
+    before = Counter(judge.counts)
+    pairs = [(row["prompt"], row["first"], row["second"]) for row in shown]
+    if work and isinstance(judge, PromptedJudge):
+        verdicts = judge.compare(pairs, work=[f"{work}/{row['index']}" for row in shown])
+    else:
+        verdicts = judge.compare(pairs)
     for row, verdict in zip(shown, verdicts, strict=True):
         row |= {"probability": verdict.probability, "by_order": [list(both) for both in verdict.by_order]}
         row["outcome"] = "judged" if verdict.probability is not None else "unanswered"
+        row["counts"] = dict(verdict.counts)
+    if shown:
+        untold = judge.counts - before - counts_of_rows(shown)
+        shown[-1]["counts"] = dict(Counter(shown[-1]["counts"]) + untold)
     return rows
+
+
+def counts_of_rows(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """What became of the questions that the rows took, whichever start, on whichever rank, has made each; zeros left
+    out. Questions whose rows a killed run did not keep are counted with the rows that are made anew, as asked, be their
+    answers on disk or not. Rows of earlier versions have no counts."""
+    return sum((Counter(row.get("counts", {})) for row in rows), Counter[str]())
 
 
 def _row(rollout: Rollout) -> dict[str, Any]:
@@ -83,6 +103,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         "probability": None,
         "by_order": [],
         "outcome": outcome,
+        "counts": {},
     }
 
 

@@ -53,6 +53,7 @@ from alignlab.trainers.mismatch import kept_fractions
 from alignlab.trainers.objective import Objective
 from alignlab.trainers.pack_scores import score_packs
 from alignlab.trainers.preflight import warn_of_truncation, with_room
+from alignlab.trainers.ranks import json_of_ranks
 from alignlab.trainers.reduction import Weigh
 from alignlab.trainers.reference import fingerprint_of
 from alignlab.trainers.reward_evidence import (
@@ -306,8 +307,9 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         )
 
     def _position_now(self) -> dict[str, Any]:
-        """Where this rank is in the data, and what its rewards have failed at."""
-        return {"sampler": self.sampler.state_dict(), "failures": Counter(self.rewards.failures)}
+        """Where this rank is in the data, what its rewards have failed at, and what they need to go on."""
+        failures, states = Counter(self.rewards.failures), self.rewards.state()
+        return {"sampler": self.sampler.state_dict(), "failures": failures, "rewards": states}
 
     def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         """Sample and score one group for each prompt."""
@@ -385,6 +387,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             "sampler": self._position["sampler"],
             "policy_version": self.engine.policy_version,
             "reward_failures": failures_of_ranks(self._position["failures"], self.rewards.names, self.gather),
+            "rewards": json_of_ranks(self.accelerator, self._position["rewards"]),
             "objective": self.objective.state(),
         }
 
@@ -398,6 +401,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self.objective.load_state(state["objective"])
         self.sampler.load_state_dict(state["sampler"])
         self.rewards.failures = failures_of_rank(state["reward_failures"], self.accelerator.process_index)
+        if "rewards" in state:  # earlier versions did not keep it
+            self.rewards.load_state(state["rewards"][self.accelerator.process_index])
         self._position = self._position_now()
         self.ahead = self._make_ahead()
         # An engine that has run already, as after an interruption in the same process, only counts upwards.

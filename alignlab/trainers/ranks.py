@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -76,6 +78,11 @@ def gather_bytes(accelerator: Accelerator, content: bytes) -> list[bytes]:
     padded[0, : len(own)] = own
     gathered: Tensor = accelerator.gather(padded)
     return [bytes(row[:size].tolist()) for row, size in zip(gathered.cpu(), lengths, strict=True)]
+
+
+def json_of_ranks(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the value of each rank, which JSON holds exactly, on every rank; all call it together."""
+    return [json.loads(content) for content in gather_bytes(accelerator, json.dumps(value).encode())]
 
 
 def of_main_rank(accelerator: Accelerator, content: bytes) -> bytes:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ from alignlab.errors import ConfigError, DataError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.checkpoints import save_model
 from alignlab.models.saving import published
-from alignlab.rlaif.collecting import check_made_with, collect, finished, made_with
-from alignlab.rlaif.judge import Judge, PromptedJudge
+from alignlab.rlaif.collecting import check_made_with, collect, finished, made_with, rows_of_rank
+from alignlab.rlaif.judge import Judge, PromptedJudge, take_earlier
 from alignlab.rlaif.judges import chat_model, make_judge
-from alignlab.rlaif.labels import judge_pairs, preferences
+from alignlab.rlaif.labels import counts_of_rows, judge_pairs, preferences
 from alignlab.rlaif.labels import report as label_report
 from alignlab.rlaif.revision import Reviser, taught_rows
-from alignlab.rlaif.rewards import RatingReward, WinReward
+from alignlab.rlaif.rewards import RatingReward, WinReward, counts_of_rewards
 from alignlab.rollout.engines import give_back, make_engine
 from alignlab.trainers.arguments import NamedArguments
 from alignlab.trainers.assemble import Model, check_lora, make_accelerator, resolve_base, resolve_model
@@ -72,7 +73,7 @@ from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.preflight import with_room
 from alignlab.trainers.rank_watchdog import Position, watched
-from alignlab.trainers.ranks import RankAgreement
+from alignlab.trainers.ranks import RankAgreement, json_of_ranks, of_main_rank
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.run_identity import RunIdentity
 from alignlab.trainers.sft import SFTTrainer
@@ -165,6 +166,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
         self.base_model: str | None = None
         self.generate_options: tuple[str, ...] = ()
         self._run_id: str | None = None  # on rank 0, while it runs
+        self._work = ""  # the run's id, on every rank
+        self._questions: Counter[str] = Counter()  # of all stages and ranks, by what became of them
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM ends them where they are, and everything made is kept.
@@ -183,7 +186,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
                 folder = stack.enter_context(
                     RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
                 )
-            self._run_id = folder.run_id
+            self._run_id, self._questions = folder.run_id, Counter()
+            self._work = of_main_rank(self.accelerator, (folder.run_id or "").encode()).decode()
             self.identity.keep_file(folder.path / _IDENTITY, resume=resume, accelerator=self.accelerator)
             before = self._before(folder.path / _BEFORE)
             try:
@@ -249,9 +253,11 @@ class RLAIFTrainer(metaclass=NamedArguments):
     def _label(self, settings: LabelSettings, folder: Path, model: Model) -> list[dict[str, Any]]:
         """Pairs of the policy's completions, as the judge prefers them."""
         judge = self._judge_of(model)
+        take_earlier(judge, counts_of_rows(rows_of_rank(folder, self.accelerator.process_index)))
         kept = folder / "preferences.jsonl"
-        rows = self._collect(settings, kept, model, 2, lambda pairs: judge_pairs(judge, pairs), "AI preferences")
-        told = label_report(rows, judge.counts, min_confidence=settings.min_confidence)
+        rows = self._collect(settings, kept, model, 2, partial(judge_pairs, judge, work=self._work), "AI preferences")
+        told = label_report(rows, counts_of_rows(rows), min_confidence=settings.min_confidence)
+        self._questions.update(told.counts)
         self._show("AI preferences", told.lines())
         found = preferences(rows, min_confidence=settings.min_confidence)
         if not found:
@@ -325,6 +331,9 @@ class RLAIFTrainer(metaclass=NamedArguments):
             section = self._section(config, folder)
             trainer = _ONLINE[type(config)](policy, self._reward_of(policy, reward), section, self.prompts, **given)
         result = self._train(trainer, "policy")
+        if isinstance(trainer, OnlineTrainer):
+            own = counts_of_rewards([each.function for each in trainer.rewards.rewards])
+            self._questions += sum(map(Counter, json_of_ranks(self.accelerator, own)), Counter())
         self._trained = trainer.learner.model
         return result
 
@@ -333,7 +342,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
         if reward is not None:
             return ModelReward(str(reward))
         judge = self._judge_of(policy)
-        return WinReward(judge) if self.config.path == "online_dpo" else RatingReward(judge)
+        work = self._work and f"{self._work}/policy/{self.accelerator.process_index}"
+        return WinReward(judge, work=work) if self.config.path == "online_dpo" else RatingReward(judge, work=work)
 
     def _judge_of(self, model: Any) -> Judge:
         """The judge; one that shares the policy's base looks at it with the adapter off, as it is in this stage."""
@@ -373,7 +383,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
             title=self.title, before=result.before, after=result.after, train_seconds=result.train_seconds,
             num_steps=result.num_steps, adapter=result.model_path if adapters else None,
             model=None if adapters else result.model_path, generate_options=self.generate_options,
-            base_model=self.base_model, summary={"questions": dict(self.judge.counts)} | self.identity.summary,
+            base_model=self.base_model, summary={"questions": dict(self._questions)} | self.identity.summary,
             verdict=result.verdict, run_id=result.run_id,
         )  # fmt: skip
 

@@ -120,6 +120,13 @@ class CallerReward:
         """What there is to see of it so far, by name."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """What it needs to go on after a step, as JSON; nothing by default."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; nothing by default."""
+
 
 def in_caller(function: Callable[[], Any]) -> Future[Any]:
     """Run `function` here and now, for as long as it takes."""

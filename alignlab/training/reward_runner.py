@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from alignlab.config.rewards import RewardLimits
 from alignlab.errors import RewardError
 from alignlab.rollout.loop_thread import LoopThread
-from alignlab.training.reward_calls import FAILURE_KINDS, RewardCall, RewardFailure, failed, own_copy
+from alignlab.training.reward_calls import FAILURE_KINDS, CallerReward, RewardCall, RewardFailure, failed, own_copy
 from alignlab.training.reward_columns import RESERVED, missing_column
 from alignlab.training.reward_functions import LoadedReward
 from alignlab.training.reward_lookup import accepts_any, parameters, required
@@ -105,6 +105,21 @@ class RewardRunner:
     def metrics(self) -> dict[str, float]:
         """What there is to see of the rewards' work so far, by name."""
         return {name: value for place in self._places.values() for name, value in place.metrics().items()}
+
+    def state(self) -> dict[str, Any]:
+        """By name, what each `CallerReward` that has a state needs to go on, as JSON."""
+        states = {name: function.state() for name, function in self._callers().items()}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state(self, states: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; a reward that it does not name stays as it is."""
+        for name, function in self._callers().items():
+            if name in states:
+                function.load_state(states[name])
+
+    def _callers(self) -> dict[str, CallerReward]:
+        functions: dict[str, Any] = {each.name: each.function for each in self.rewards}
+        return {name: function for name, function in functions.items() if isinstance(function, CallerReward)}
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with `rewards`, the weighted sum of the parts that apply to each completion, and `reward_parts`.

@@ -15,9 +15,10 @@ UNREAD = (
     "_SHA256SUMS-rank0", "_SHA256SUMS-rank1",
 )  # fmt: skip
 """Files that tell of a start, or are drawn for people; digests are those of files with times in them."""
+_PLACE = ("line", "sha256")
 JOURNAL = re.compile(r"rank\d+\.jsonl")
 _SHOWN = 60
-COUNTS, LEFT_OVER = ":counts", "is left over"
+LEFT_OVER = "is left over"
 TIMED = re.compile(r"(^time|_s|_seconds|^run|^staleness|policy_version)$")
 """Fields that hold times and the random name of a run, or follow times: which version of the policy sampled a token,
 where that is done meanwhile."""
@@ -41,16 +42,10 @@ def what_was_made(run: Path, root: Path) -> dict[str, str]:
     return found
 
 
-def differences(made: Mapping[str, str], expected: Mapping[str, str], *, counts: bool = True) -> list[str]:
-    """One sentence for each name of which the value is another, missing or not expected.
-
-    Args:
-        counts: whether the judge's questions are compared; on several ranks, the first one's share may be another.
-    """
+def differences(made: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """One sentence for each name of which the value is another, missing or not expected."""
     told = []
     for name in sorted({*made, *expected}):
-        if name.endswith(COUNTS) and not counts:
-            continue
         if name not in made:
             told.append(f"{name} is missing")
         elif name not in expected:
@@ -76,14 +71,13 @@ def _values(path: Path) -> Iterator[tuple[str, str]]:
         yield from ((f":{i}", untimed(line)) for i, line in enumerate(read_metrics(path)))
     elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        # Journals of ranks hold the rows of other prompts where a run goes on: all of them together are compared.
-        names = [f"/../rank*:{row['index']}" if JOURNAL.match(path.name) else f":{i}" for i, row in enumerate(rows)]
-        yield from zip(names, map(untimed, rows), strict=True)
+        if JOURNAL.match(path.name):
+            # Ranks hold the rows of other prompts where a run goes on: all rows are compared, wherever they stand.
+            yield from ((f"/../rank*:{row['index']}", untimed(row, *_PLACE)) for row in rows)
+        else:
+            yield from ((f":{i}", untimed(row)) for i, row in enumerate(rows))
     elif path.suffix == ".json":
-        said = json.loads(path.read_text())
-        if path.name == "report.json":
-            yield COUNTS, untimed([said.pop(name, None) for name in ("questions", "counts")])
-        yield "", untimed(said)
+        yield "", untimed(json.loads(path.read_text()))
     elif path.suffix == ".parquet":
         yield "", "its rows stand under the folder"
     else:
@@ -108,27 +102,18 @@ def _rollouts(folder: Path, name: str) -> dict[str, str]:
     return {f"{name}:{i}": untimed(row) for i, row in enumerate(rows)}
 
 
-def untimed(value: Any) -> str:
-    """A value as JSON, its times left out."""
-    return json.dumps(_without_times(value), sort_keys=True, default=str)
+def untimed(value: Any, *others: str) -> str:
+    """A value as JSON, its times and what has these other names left out."""
+    left = _without_times(value)
+    kept = {name: entry for name, entry in left.items() if name not in others} if others else left
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _without_times(value: Any) -> Any:
     if isinstance(value, Mapping):
         # A file's digest follows the times in it.
         value = {key: entry for key, entry in value.items() if not (isinstance(entry, Mapping) and "sha256" in entry)}
-        value = _with_all_questions(value)
         return {key: _without_times(entry) for key, entry in value.items() if not TIMED.search(str(key))}
     if isinstance(value, list):
         return [_without_times(entry) for entry in value]
     return value
-
-
-def _with_all_questions(counts: Mapping[str, Any]) -> dict[str, Any]:
-    """Questions to a judge, however many of the answers were on disk already."""
-    found = dict(counts)
-    for prefix in ("", "judge/"):
-        if f"{prefix}asked" in found:
-            answered, cached = (found.pop(f"{prefix}{name}", 0) for name in ("answered", "cached"))
-            found[f"{prefix}asked"] = answered + cached
-    return found

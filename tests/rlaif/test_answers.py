@@ -80,7 +80,7 @@ def test_answers_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
     assert AnswerStore(path).get(["a"]) == {"a": [0.25, 0.75]}
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [
-            ("sealed_answers",)
+            ("sealed_answers",), ("work",),
         ]
 
 

@@ -69,6 +69,15 @@ def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert len(run(tmp_path, done)) == 5 and done == [5, 3, 8, 1, 7]
 
 
+def test_an_answer_that_another_rank_got_later_counts(tmp_path: Path) -> None:
+    """Rank 1 got none; rank 0, whose rows are read first, asks again."""
+    assert run(tmp_path, [], ranks=Ranks(1, 2), late_at=3) is None
+    done: list[int] = []
+    rows = run(tmp_path, done)
+    assert done == [5, 3, 8, 7] and {row["outcome"] for row in rows} == {"done"}
+    assert run(tmp_path, done) == rows and len(done) == 4
+
+
 def test_ranks_share_the_work_and_a_later_start_may_have_fewer(tmp_path: Path) -> None:
     done: list[int] = []
     assert run(tmp_path, done, ranks=Ranks(1, 2)) is None and done == [3, 1]

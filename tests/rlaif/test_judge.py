@@ -97,6 +97,29 @@ def test_a_rating_is_not_its_scale(text: str, rating: int | None) -> None:
     assert chosen(text, ratings(9)) == (None if rating is None else rating - 1)
 
 
+def test_an_answer_on_disk_counts_as_asked_for_the_work_that_it_was_asked_for(
+    make_judge: Make, tmp_path: Path
+) -> None:
+    """The first sample is nonsense: 3 attempts for the 2 questions of the pair."""
+    def judge(*texts: str) -> Any:
+        store = AnswerStore(tmp_path / "answers.sqlite")
+        return make_judge(RuledModel(texts=texts), answers="sampled", store=store)
+
+    pairs = [("q", "a", "b")]
+    first = judge("hm", "1", "2")
+    told = first.compare(pairs, work=["run/0"])
+    counts = {"asked": 3, "answered": 2, "nonsense": 1}
+    assert +first.counts == counts
+    again = judge()
+    assert again.compare(pairs, work=["run/0"]) == told and +again.counts == counts
+    for work in (["run/1"], []):
+        other = judge()
+        assert other.compare(pairs, work=work) == told and +other.counts == {"cached": 2}
+    twice = judge()
+    twice.compare(pairs * 2, work=["run/0", "run/1"])
+    assert +twice.counts == counts | {"cached": 2}
+
+
 class PickyModel(RuledModel):
     """Refuses one question; what it does with the others is told by `kind`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignlab.rlaif.judge import Verdict
-from alignlab.rlaif.labels import bias, judge_pairs, preferences, report
+from alignlab.rlaif.labels import bias, counts_of_rows, judge_pairs, preferences, report
 from alignlab.rlaif.rewards import RatingReward, WinReward
 from tests.rlaif.conftest import RuledModel, rollout
 
@@ -35,6 +35,28 @@ def test_pairs_become_preferences_with_their_probability(make_judge: Make) -> No
     assert told.num_pairs == 7 and told.confidence == pytest.approx(0.775)
     assert told.outcomes == {"labelled": 2, "identical": 1, "empty": 1, "unanswered": 1, "tie": 2}
     assert ("questions asked", "8") not in told.lines() and ("questions asked", "10") in told.lines()
+
+
+class UntoldJudge:
+    """Counts, and does not say what each pair came to."""
+
+    def __init__(self, judge: Any) -> None:
+        self.counts, self._judge = judge.counts, judge
+
+    def compare(self, pairs: Any) -> list[Verdict]:
+        return [Verdict(verdict.probability, verdict.by_order) for verdict in self._judge.compare(pairs)]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_each_row_holds_what_its_questions_came_to(told: bool, make_judge: Make) -> None:
+    judge = make_judge()
+    shown = [rollout(0, "xxx", "x"), rollout(1, "same", "same"), rollout(2, "mute", "x")]
+    rows = judge_pairs(judge if told else UntoldJudge(judge), shown)
+    own = [{"asked": 2, "answered": 2}, {}, {"asked": 2, "nonsense": 2, "unanswered": 2}]
+    assert not told or [row["counts"] for row in rows] == own
+    assert counts_of_rows(rows) == {"asked": 4, "answered": 2, "nonsense": 2, "unanswered": 2}
+    rows += judge_pairs(judge if told else UntoldJudge(judge), shown[:1])
+    assert counts_of_rows(rows)["asked"] == judge.counts["asked"] == 6
 
 
 def test_a_position_bias_shows_in_the_report(make_judge: Make) -> None:

@@ -21,6 +21,7 @@ from alignlab.config.render import RenderSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.errors import CheckpointError, ConfigError, DataError, JudgeError
+from alignlab.rlaif.answers import AnswerStore
 from alignlab.rlaif.chat_model import Failure
 from alignlab.rlaif.judge import PromptedJudge
 from alignlab.rlaif.labels import judge_pairs, preferences
@@ -272,6 +273,62 @@ def test_a_policy_does_not_learn_on_when_the_budget_is_spent(make_trainer: Make)
     with pytest.raises(JudgeError, match=r"asked 12 questions, which is judge\.max_questions; raise it"):
         make_trainer("direct", judge=judge).train()
     assert make_trainer("direct", judge={"name": "given"}).train(resume=True).num_steps == 3
+
+
+class FailingStore(AnswerStore):
+    """Keeps what it is given, and ends the run the second time: before the labels or the step are kept."""
+
+    num_puts = 0
+
+    def put(self, answers: Any, **told: Any) -> None:
+        super().put(answers, **told)
+        self.num_puts += 1
+        if self.num_puts == 2:
+            raise JudgeError("the run ends here")
+
+
+@pytest.mark.parametrize("path", ["dpo", "direct", "online_dpo"])
+def test_questions_are_counted_as_if_the_run_had_not_been_stopped(
+    path: str, make_trainer: Make, tmp_path: Path
+) -> None:
+    whole = make_trainer(path, output_dir=tmp_path / "whole")
+    whole.judge.store = AnswerStore(tmp_path / "whole.sqlite")
+    whole.train()
+    stopped = make_trainer(path)
+    stopped.judge.store = FailingStore(tmp_path / "run.sqlite")
+    with pytest.raises(JudgeError, match="the run ends here"):
+        stopped.train()
+    resumed = make_trainer(path)
+    resumed.judge.store = AnswerStore(tmp_path / "run.sqlite")
+    resumed.train(resume=True)
+    reports = [json.loads((tmp_path / run / "report.json").read_text())["questions"] for run in ("whole", "run")]
+    assert reports[0] == reports[1] == {name: count for name, count in whole.judge.counts.items() if count}
+    if path == "dpo":
+        labels = [(tmp_path / run / "labels" / "report.json").read_text() for run in ("whole", "run")]
+        assert labels[0] == labels[1]
+        return
+    lines = [(tmp_path / run / "policy" / "metrics.jsonl").read_text().splitlines() for run in ("whole", "run")]
+    asked = [[json.loads(line)["judge/asked"] for line in part] for part in lines]
+    assert asked[0] == asked[1] and len(asked[0]) == 3
+
+
+@pytest.mark.parametrize(("path", "kept"), [("direct", 8), ("dpo", 4)])
+def test_a_budget_is_of_all_starts(path: str, kept: int, make_trainer: Make, tmp_path: Path) -> None:
+    """Of 12 or 6 questions, those of the first step or of the first labels were kept."""
+    judge = {"name": "given", "max_questions": kept * 3 // 2}
+    stopped = make_trainer(path, judge=judge)
+    stopped.judge.store = FailingStore(tmp_path / "run.sqlite")
+    with pytest.raises(JudgeError):
+        stopped.train()
+    model = LetterModel()
+    again = make_trainer(path, judge=judge, model=model)
+    if path == "dpo":
+        again.train(resume=True)
+        assert len(model.asked) == kept // 2
+        return
+    with pytest.raises(JudgeError, match=r"asked 12 questions, which is judge\.max_questions"):
+        again.train(resume=True)
+    assert len(model.asked) == kept // 2
 
 
 def test_labels_are_made_of_what_the_budget_allows(make_trainer: Make, tmp_path: Path) -> None:
