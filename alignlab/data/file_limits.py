@@ -16,6 +16,7 @@ MAX_RATIO = 100
 """By which a packed file may grow. Rows of text grow five to twenty times."""
 ALWAYS_ALLOWED_BYTES = 2**26
 _MEMORY_FRACTION = 0.5
+_ROWS_AT_ONCE = 128
 
 
 def unpacked_limit(size: int, *, is_packed: bool) -> int:
@@ -73,18 +74,40 @@ def limited_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def check_table(path: str) -> None:
-    """Refuse a Parquet file whose columns, unpacked, do not fit into memory, by what the file says of itself.
+    """Refuse a Parquet file whose rows do not fit into memory once they are unpacked.
+
+    A column may hold a text once, and how often it is meant: such columns are counted without being written out.
 
     Raises:
-        DataError: with the size.
+        DataError: they do not fit.
     """
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
-    told = parquet.read_metadata(path)
-    size = sum(told.row_group(index).total_byte_size for index in range(told.num_row_groups))
     memory = int(psutil.virtual_memory().available * _MEMORY_FRACTION)
+    with parquet.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        columns = file.schema_arrow
+    texts = [each.name for each in columns if types.is_string(each.type) or types.is_binary(each.type)]
+    if size <= memory:
+        size = 0
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                size += sum(map(_num_bytes, batch.columns))
+                if size > memory:
+                    break
     if size > memory:
         raise DataError(
-            f"{path} must unpack to at most {memory} bytes, half of the free memory, and says that it has {size}; "
-            "divide it, or correct the path"
+            f"{path} must unpack to at most {memory} bytes, half of the free memory, and has more; divide it, or "
+            "correct the path"
         )
+
+
+def _num_bytes(column: Any) -> int:
+    """Bytes of a column of Arrow's, with each text as often as it is meant."""
+    from pyarrow import DictionaryArray, compute
+
+    if isinstance(column, DictionaryArray):
+        lengths = compute.binary_length(column.dictionary)
+        return int(compute.sum(compute.cast(lengths.take(column.indices), "int64")).as_py() or 0)
+    return int(column.nbytes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
@@ -63,6 +64,17 @@ def test_a_file_that_does_not_fit_into_memory_is_refused(
     for name in ("a.jsonl", "a.parquet"):
         with pytest.raises(DataError, match=rf"{name} must .*half of the free memory"):
             texts(tmp_path / name, plain_tokenizer)
+
+
+def test_a_table_that_has_one_long_text_very_often_is_refused(
+    tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = psutil.virtual_memory().available
+    pd.DataFrame({"prompt": ["a" * 10**4] * 10**4, "n": range(10**4)}).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(file_limits, "_MEMORY_FRACTION", 5 * 10**7 / free)
+    assert (tmp_path / "a.parquet").stat().st_size < 10**6
+    with pytest.raises(DataError, match=r"a\.parquet must unpack to at most \d+ bytes, half of the free memory"):
+        texts(tmp_path / "a.parquet", plain_tokenizer)
 
 
 @pytest.mark.parametrize(
