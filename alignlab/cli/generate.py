@@ -6,7 +6,6 @@ The prompt is a user's message where the tokenizer has a chat template, plain te
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +100,8 @@ def template_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a flag's JSON or date cannot be read.
     """
+    from alignlab.data.nesting import parse_json
+
     settings: dict[str, Any] = {}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         text = getattr(args, name)
@@ -108,11 +109,11 @@ def template_settings(args: argparse.Namespace) -> dict[str, Any]:
             continue
         flag = f"--{name.replace('_', '-')}"
         try:
-            settings[name] = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            settings[name] = parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"{flag} must be JSON, and is {text[:200]!r}: {error}; correct it") from None
         if not isinstance(settings[name], kind):
-            raise ConfigError(f"{flag} must be a JSON {_JSON_NAMES[kind]}, and is {text!r}; correct it")
+            raise ConfigError(f"{flag} must be a JSON {_JSON_NAMES[kind]}, and is {text[:200]!r}; correct it")
     if args.template_date is not None:
         try:
             settings["template_date"] = date.fromisoformat(args.template_date)

@@ -96,7 +96,7 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
     from alignlab.data.chat_text import with_chats
     from alignlab.data.messages import BadRow
     from alignlab.data.notices import Notices
-    from alignlab.data.rows import plain_row
+    from alignlab.data.rows import check_text_sizes, plain_row
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
     from alignlab.rlaif.examples import KnownPair
@@ -106,7 +106,9 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
     notices = Notices(args.pairs)
     for index, given in enumerate(load_rows(DataSettings(path=args.pairs))):
         try:
-            row = with_chats(plain_row(given), "prompt", notices.of_row(index))
+            plain = plain_row(given)
+            check_text_sizes(plain, "prompt")
+            row = with_chats(plain, "prompt", notices.of_row(index))
         except BadRow as error:
             raise DataError(f"{args.pairs}: row {index} (the first is 0) {error}; correct it, or remove it") from error
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]

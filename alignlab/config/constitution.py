@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field
 
 from alignlab.config.base import Frozen
+from alignlab.config.input_limits import MAX_SETTINGS_BYTES, read_limited
+from alignlab.config.loader import parse_yaml
 from alignlab.errors import ConfigError
 
 
@@ -40,12 +41,11 @@ def load_constitution(path: str | Path) -> Constitution:
     Raises:
         ConfigError: the file cannot be read, or says something else than `Constitution`.
     """
-    try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the constitution {path} must be a YAML file of a name and principles, and cannot be read: {error}"
-        ) from error
+    text = read_limited(Path(path), MAX_SETTINGS_BYTES, ConfigError)
+    said = parse_yaml(text, f"the constitution {path}")
     if not isinstance(said, dict):
         raise ConfigError(f"the constitution {path} must hold a name and principles, and holds {type(said).__name__}")
-    return Constitution.model_validate(said)
+    try:
+        return Constitution.model_validate(said)
+    except ConfigError as error:
+        raise ConfigError(f"the constitution {path}: {error}") from None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from alignlab.data.file_limits import MAX_ROW_BYTES, LimitedReader, check_table, limited_lines, unpacked_limit
 from alignlab.data.rows import DamagedRow
 from alignlab.errors import DataError
 
@@ -59,18 +60,21 @@ def file_kind(path: str) -> str:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """Open a file that is text in UTF-8, unpacked, after its byte-order mark.
+    """Open a file that is text in UTF-8, unpacked as far as `unpacked_limit`, after its byte-order mark.
 
     Raises:
-        DataError: it cannot be read, is damaged, or is no UTF-8.
+        DataError: it cannot be read, is damaged, unpacks to more, or is no UTF-8.
     """
+    is_packed = path.lower().endswith(".gz")
     try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-            begin = file.read(len(_UTF8_MARK))
+        with gzip.open(path) if is_packed else open(path, "rb") as source:
+            limit = unpacked_limit(Path(path).stat().st_size, is_packed=is_packed)
+            file = io.BufferedReader(LimitedReader(cast("BinaryIO", source), limit, path))
+            begin = file.peek(len(_UTF8_MARK))
             if begin.startswith(_OTHER_MARKS):
                 raise DataError(f"{path} must be text in UTF-8, and is UTF-16 or UTF-32 by its first bytes; convert it")
-            if begin != _UTF8_MARK:
-                file.seek(0)
+            if begin.startswith(_UTF8_MARK):
+                file.read(len(_UTF8_MARK))
             yield cast("BinaryIO", file)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from error
@@ -81,9 +85,11 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 def _jsonl_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
     """Line by line, because Arrow's reader refuses a whole file for one line and cannot say which."""
     with _opened(path) as file:
-        lines = (line for part in file for line in part.rstrip(b"\r\n").split(b"\r"))
+        lines = (line for part in limited_lines(file) for line in part.rstrip(b"\r\n").split(b"\r"))
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if len(line) > MAX_ROW_BYTES:
+                yield DamagedRow(f"is no row: line {number} must have at most {MAX_ROW_BYTES} bytes, and has more")
+            elif line.strip():
                 yield _json_object(line, number)
 
 
@@ -143,7 +149,7 @@ def _json_rows(path: str) -> list[Any]:
 
 def _csv_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
     """Every value is text, so that an answer "007" stays what it is; an empty field is a missing value."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with _opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
         try:
@@ -196,7 +202,10 @@ def _parquet_rows(path: str) -> Rows:
     from datasets import Dataset
 
     try:
+        check_table(path)
         return Dataset.from_parquet(path)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path} must be a Parquet file, and cannot be read: {error}; write it again") from error
 

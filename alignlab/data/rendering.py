@@ -16,7 +16,7 @@ from alignlab.data.content_check import fragments_of, fragments_of_tools, missin
 from alignlab.data.lossless import LossCheck
 from alignlab.data.messages import BadRow, check_media, check_text, template_values_of, tools_of
 from alignlab.data.notices import Notices
-from alignlab.data.rows import plain_row
+from alignlab.data.rows import check_text_sizes, plain_row
 from alignlab.data.special_text import SpecialText, unmarked, with_marks
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
@@ -101,9 +101,10 @@ class PromptRenderer:
         """Return a row as a plain dict, with lists of messages for chats that are text, and the renderer of the row.
 
         Raises:
-            BadRow: it is damaged, or as `of_row`.
+            BadRow: it is damaged, far too long, or as `of_row`.
         """
         row = plain_row(given)
+        check_text_sizes(row, self.settings.prompt_column, self.settings.max_prompt_tokens)
         own = self.of_row(row, index)
         if self.settings.chat is not False:
             row = with_chats(row, self.settings.prompt_column, own.notices)

@@ -21,6 +21,10 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
 """Columns of text beside the prompt's, and those that chat templates are given."""
+MAX_TEXT_CHARS = 2**22
+"""Of what a row has in one column of text: a million tokens."""
+MAX_CHARS_PER_TOKEN = 256
+"""More than any tokenizer writes for one, but for spaces."""
 _NOT_THERE = ("NAType", "NaTType")  # of pandas
 _WHOLE = 2.0**53  # below this, a float64 holds every whole number
 
@@ -55,6 +59,32 @@ def plain_row(row: Any) -> dict[str, Any]:
     if deep is not None:
         raise BadRow("wrong_type", f"is nested deeper than {MAX_DEPTH} levels in the column {deep!r}; write it flatter")
     return {name: _plain_value(value, name) for name, value in row.items()}
+
+
+def check_text_sizes(row: Mapping[str, Any], prompt_column: str, max_prompt_tokens: int | None = None) -> None:
+    """Refuse a row whose texts are far too long for any model, before anything is made of them.
+
+    Raises:
+        BadRow: a column of text has more than `MAX_TEXT_CHARS` characters, or the prompt has more than
+            `max_prompt_tokens` tokens can stand for.
+    """
+    for name in (prompt_column, *TEXT_COLUMNS):
+        limit, rule = MAX_TEXT_CHARS, "a column of text has"
+        if name == prompt_column and max_prompt_tokens is not None:
+            tokens = max_prompt_tokens * MAX_CHARS_PER_TOKEN
+            limit, rule = min((limit, rule), (tokens, f"{max_prompt_tokens} tokens (max_prompt_tokens) have"))
+        size = _num_chars(row.get(name))
+        if size > limit:
+            raise BadRow("too_long", f"has {size} characters in {name!r}, and {rule} at most {limit}; shorten it")
+
+
+def _num_chars(value: Any) -> int:
+    """Characters of the texts in a value that is not nested too deeply."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_num_chars(key) + _num_chars(held) for key, held in value.items())
+    return sum(map(_num_chars, value)) if isinstance(value, list | tuple) else 0
 
 
 def _plain_value(value: Any, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from alignlab.config.input_limits import read_json_object
 from alignlab.errors import CheckpointError
 from alignlab.models.adapters import compute_in_base_dtype
 from alignlab.models.intact import check_folder, named_errors
@@ -38,8 +38,7 @@ def adapter_config(path: str) -> Any:
     """
     file = Path(path) / _CONFIG
     try:
-        if not isinstance(json.loads(file.read_text()), dict):
-            raise ValueError("it must hold one object")
+        read_json_object(file, CheckpointError)
         return PeftConfig.from_pretrained(path)
     except _DAMAGED as error:
         raise CheckpointError(f"{file} cannot be read: {error}; copy the adapter again, or save it again") from error

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from alignlab.config.input_limits import read_json_object
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapter_files import TENSORS, adapter_config, base_of, check_tensors, is_adapter
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
@@ -238,11 +239,7 @@ def _told(path: str) -> dict[str, Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    with named_errors(f"{file} is damaged", "Copy the folder again"):
-        value = json.loads(file.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it must hold one object")
-        return value
+    return read_json_object(file, CheckpointError)
 
 
 def _base(path: str, dtype: torch.dtype | None, device: torch.device | str) -> Any:

@@ -1,7 +1,7 @@
 """Chat templates rendered within limits: a template is a program of its author's, and need not end.
 
 A rendering that computes for too long, or fills memory, is stopped between two of its steps (`interruption`). A single
-step that never ends cannot be stopped: the operators that could be one are refused.
+step that never ends cannot be stopped: it is refused before it is done (`check_template`, `template_sandbox`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.errors import DataError
 from alignlab.models.interruption import Interruption
+from alignlab.models.template_sandbox import limit_chat_templates
+from alignlab.models.template_sizes import FIX as _FIX
 
 CPU_LIMIT_S = 10.0
 """Of one rendering: time of its thread on a core. A long chat takes a hundredth of a second."""
 MEMORY_LIMIT_BYTES = 2**30
 """By which this process may grow while one chat is rendered."""
-MAX_CHARS = 2**24
 MAX_TEMPLATE_CHARS = 2**20
 LARGEST_LITERAL = 10**6
 _LOOK_S = 0.02
-_FIX = "use a tokenizer with another chat template, or correct this one"
 _Result = TypeVar("_Result")
+limit_chat_templates()
 
 
 def render_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -44,13 +45,7 @@ def render_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mappi
     """
     check_template(tokenizer.get_chat_template(options.get("chat_template"), options.get("tools")))
     given = [dict(message) for message in messages]
-    text = str(within_limits(lambda: tokenizer.apply_chat_template(given, tokenize=False, **options)))
-    if len(text) > MAX_CHARS:
-        raise DataError(
-            f"a chat must be rendered to at most {MAX_CHARS} characters, and the chat template has written "
-            f"{len(text)}; {_FIX}"
-        )
-    return text
+    return str(within_limits(lambda: tokenizer.apply_chat_template(given, tokenize=False, **options)))
 
 
 @functools.lru_cache

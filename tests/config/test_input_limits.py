@@ -1,11 +1,14 @@
 """Files of settings that never end, or that Python's own errors would name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignlab.config import input_limits
+from alignlab.config.constitution import load_constitution
 from alignlab.config.loader import load_config, parse_yaml
+from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -43,6 +46,45 @@ def test_yaml_beyond_the_limits_or_of_values_that_there_are_not_is_named(text: s
 
 def test_an_alias_that_repeats_a_little_is_let_through() -> None:
     assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "it") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("name: !!int x", "line 1: 'x' is no int"), ("name: 2026-13-45", "line 1: '2026-13-45' is no timestamp"),
+        ("[" * 5000, "line 1: it is nested deeper than 50 levels"), (BOMB, "its aliases make more than 20000"),
+        ("name: a\nname: b", "name is given twice"), ("name: a\nprinciples: []", "principles"),
+        ("- a", "must hold a name and principles, and holds list"),
+    ],
+)  # fmt: skip
+def test_a_constitution_has_the_limits_of_settings_and_is_named(text: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"the constitution {file}.*{named}"):
+        load_constitution(file)
+
+
+@pytest.mark.parametrize(("held", "kind"), [("a\0b", "zero characters"), ("a\ud800", "halves of surrogate pairs")])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.path", "data.chat_template_kwargs", "data.tools", "model.name", "model.tokenizer", "trainer.output_dir",
+        "rewards.0.name", "rewards.0.options",
+    ],
+)  # fmt: skip
+def test_no_setting_has_characters_that_names_of_files_cannot_have(setting: str, held: str, kind: str) -> None:
+    settings: dict[str, Any] = {
+        "model": {"name": "x", "tokenizer": "y"}, "data": {"path": "a.jsonl"}, "rewards": [{"name": "exact_match"}],
+        "trainer": {"type": "grpo", "num_steps": 1},
+    }  # fmt: skip
+    value = {"options": {"x": [held]}, "tools": [{"x": held}], "chat_template_kwargs": {held: 1}}
+    *outer, last = setting.split(".")
+    holder: Any = settings
+    for key in outer:
+        holder = holder[int(key) if key.isdecimal() else key]
+    holder[last] = value.get(last, held)
+    with pytest.raises(ConfigError, match=f"{setting}.*({kind}, and must have none; take them out|unicode)"):
+        RunConfig.model_validate(settings)
 
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.data import DataSettings
-from alignlab.data.prompts import load_prompts
+from alignlab.config.render import RenderSettings
+from alignlab.data import file_limits, files
+from alignlab.data.messages import BadRow
+from alignlab.data.prompts import load_prompts, prompts_from_rows
+from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError, DataError
 
 
@@ -34,6 +39,79 @@ DAMAGED = [
     ("a.csv", b"prompt,answer\na,1\nb,2,3\nc,3\n", "row 1 .* more fields than the header names; put fields that hold"),
     ("a.csv", b'prompt,answer\na,1\n"b"x,2\nc,3\n', "row 1 .* is no row of CSV, up to line 3"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("text", [b"\0", b'{"prompt": "a"}\n'], ids=["one line", "many lines"])
+def test_a_file_that_unpacks_to_far_more_than_its_size_is_refused(
+    ending: str, text: bytes, tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_limits, "ALWAYS_ALLOWED_BYTES", 2**16)
+    path = tmp_path / f"a.{ending}.gz"
+    path.write_bytes(gzip.compress(text * (2**20 // len(text))))
+    with pytest.raises(DataError, match=r"a\.\w+\.gz must hold at most \d+ bytes of text, 100 times the size of"):
+        texts(path, plain_tokenizer)
+
+
+def test_a_file_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Dataset.from_list([{"prompt": f"{i}" * 999} for i in range(999)]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' * 9999)
+    assert len(texts(tmp_path / "a.jsonl", plain_tokenizer)) == 9999
+    monkeypatch.setattr(file_limits, "ALWAYS_ALLOWED_BYTES", 1)
+    monkeypatch.setattr(file_limits, "_MEMORY_FRACTION", 1e-12)
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(DataError, match=rf"{name} must .*half of the free memory"):
+            texts(tmp_path / name, plain_tokenizer)
+
+
+def test_a_table_that_has_one_long_text_very_often_is_refused(
+    tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = psutil.virtual_memory().available
+    pd.DataFrame({"prompt": ["a" * 10**4] * 10**4, "n": range(10**4)}).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(file_limits, "_MEMORY_FRACTION", 5 * 10**7 / free)
+    assert (tmp_path / "a.parquet").stat().st_size < 10**6
+    with pytest.raises(DataError, match=r"a\.parquet must unpack to at most \d+ bytes, half of the free memory"):
+        texts(tmp_path / "a.parquet", plain_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "%s"}\n\n{"prompt": "c"}\n' % (b"b" * 9999)),
+        ("a.csv", b"prompt\na\n%s\nc\n" % (b"b" * 9999)),
+    ],
+)
+def test_a_row_that_is_too_long_is_no_row_and_can_be_skipped(
+    name: str, content: bytes, tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_limits, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    (tmp_path / name).write_bytes(content)
+    assert texts(tmp_path / name, plain_tokenizer, on_bad_row="skip") == ["a", "c"]
+    with pytest.raises(DataError, match=r"row 1 .*(line 2 must have at most 100 bytes|field larger than field limit)"):
+        texts(tmp_path / name, plain_tokenizer)
+
+
+@pytest.mark.parametrize("value", ["a" * 600, [{"role": "user", "content": "a" * 600}]])
+def test_a_prompt_far_beyond_the_limit_of_tokens_is_refused_before_it_is_tokenised(
+    value: Any, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RenderSettings(max_prompt_tokens=2, on_bad_row="skip")
+    monkeypatch.setattr(PromptRenderer, "__call__", lambda *_: pytest.fail("it was rendered"))
+    with pytest.raises(DataError, match=r"skipped: too_long 1"):
+        prompts_from_rows([{"prompt": value}], settings, plain_tokenizer)
+    with pytest.raises(DataError, match=r"has 6\d\d characters in 'prompt', and 2 tokens \(max_prompt_tokens\) have"):
+        prompts_from_rows([{"prompt": value}], RenderSettings(max_prompt_tokens=2), plain_tokenizer)
+
+
+@pytest.mark.parametrize("column", ["completion", "messages", "chosen"])
+def test_a_text_that_no_model_has_room_for_is_refused(column: str, plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "a", column: [{"role": "user", "content": "a" * 2**22}]}
+    with pytest.raises(BadRow, match=f"has 41943.. characters in '{column}', and a column of text has at most 4194304"):
+        PromptRenderer(RenderSettings(), plain_tokenizer).read(row, 0)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED)

@@ -55,6 +55,10 @@ def _header(length: int, text: bytes = b"") -> Content:
     return lambda content: struct.pack("<Q", length) + text + content[8:64]
 
 
+def _lines(count: int) -> Content:
+    return lambda content: gzip.compress(content.splitlines(keepends=True)[0] * count, compresslevel=9)
+
+
 def _zeros(count: int) -> Content:
     return lambda _: gzip.compress(bytes(count), compresslevel=9)
 
@@ -179,6 +183,15 @@ TEMPLATES = {
     "tojson": "{{ range(10 ** 9) | list | tojson }}",
     "slice": "{{ range(10 ** 9) | slice(3) | list }}", "random": "{{ range(10 ** 9) | random }}",
     "wordwrap": "{{ ('a ' * 10 ** 7) | wordwrap(1) }}", "format-spec": "{{ '{:>10000000000}'.format(1) }}",
+    "concat": "{% set a = 'a' * 999999 %}{{ " + "a ~ " * 20_000 + "a }}",
+    "output": "{% set a = 'a' * 999999 %}" + "{{ a }}" * 20_000,
+    "printed-list": "{% set a = 'a' * 999999 %}{{ [a] * 99999 }}",
+    "join-long": "{% set a = 'a' * 999999 %}{{ a.join(a) }}",
+    "translate": "{% set a = 'a' * 999999 %}{{ a.translate({97: a}) }}",
+    "sum-lists": "{{ ([[1] * 999999] * 999999) | sum(start=[]) }}",
+    "width-computed": "{{ 'x'.ljust(99999 * 999999) }}", "star": "{{ '%*d' % (99999 * 99999, 1) }}",
+    "fill": "{{ range(3) | batch(99999 * 99999, 'x') | list }}", "precision": "{{ 1.5 | round(99999 * 9999) }}",
+    "digits-tojson": "{{ [1] | tojson(indent=99999 * 99999) }}", "to-bytes": "{{ (1).to_bytes(99999 * 99999) }}",
     "shift": "{{ 1 << 10 ** 10 }}", "bytes": "{{ ('a' * 10 ** 9).encode() | length }}",
 }  # fmt: skip
 _CONSTITUTION: dict[str, Content] = {
@@ -187,6 +200,7 @@ _CONSTITUTION: dict[str, Content] = {
     "no-principles": _text("name: x\nprinciples: []\n"),
     "many": _text(f"name: x\nprinciples: [{'{name: a, prefer: b, rate: c, critique: d, revise: e}, ' * 20_000}]\n"),
     "deep": _text("[" * _DEEP), "not-utf-8": lambda _: b"\xff\xfe", "int-tag": _text("name: !!int x\n"),
+    "zero-byte": _text('name: "a\\0"\nprinciples: []\n'), "digits": _text("9" * 5000),
     "date": _text("name: 2026-13-45\n"),
 }  # fmt: skip
 
@@ -211,7 +225,8 @@ FILES: dict[str, tuple[str, str, dict[str, Content]]] = {
 }
 """By subject: the run that reads the file, the file in `inputs`, and its contents by name."""
 COMPRESSED: dict[str, Content] = {
-    "bomb": _zeros(2 * _GIB), "cut": lambda content: gzip.compress(content)[:-20], "not-gzip": lambda content: content,
+    "bomb": _zeros(2 * _GIB), "bomb-of-lines": _lines(20_000_000),
+    "cut": lambda content: gzip.compress(content)[:-20], "not-gzip": lambda content: content,
     "twice": lambda content: gzip.compress(gzip.compress(content)),
     "trailing": lambda content: gzip.compress(content) + b"x" * 100,
     "empty": _text(""), "whole": gzip.compress,

@@ -61,7 +61,8 @@ def test_a_loop_without_an_end_is_stopped_wherever_a_template_is_rendered(
 def test_a_template_that_fills_memory_is_stopped(with_template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "MEMORY_LIMIT_BYTES", 2**26)
     with pytest.raises(DataError, match=r"within 0\.0625 GiB of memory"):
-        render_template(with_template(NESTED.replace("{BODY}", "{{ i ~ 'abcdefgh' * 9999 }}")), CHAT)
+        growing = NESTED.replace("{BODY}", "{% set ns.x = ns.x + [i ~ 'abcd' * 9999] %}")
+        render_template(with_template("{% set ns = namespace(x=[]) %}" + growing), CHAT)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_template_that_fills_memory_is_stopped(with_template: Any, monkeypatch
         ("{{ 1e99 }}", "holds the number 1e99"),
         ("{{ " + "9" * 5000 + " }}", "holds the number 9999"),
         ("a" * (2**20 + 1), "must have at most 1048576 characters, and has 1048577"),
-        ("{% for i in range(20000) %}" + "abc" * 300 + "{% endfor %}", "has written 18000000"),
+        ("{% for i in range(20000) %}" + "abc" * 300 + "{% endfor %}", "16777216 characters, and would make 167"),
     ],
 )
 def test_a_template_of_one_endless_step_or_an_endless_text_is_refused(
@@ -81,6 +82,59 @@ def test_a_template_of_one_endless_step_or_an_endless_text_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=named):
         render_template(with_template(template), CHAT)
+
+
+LONG = "{% set a = 'a' * 999999 %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%10000000000d' % 1 }}", "{{ '%*d' % (10 * 999999999, 1) }}", "{{ '%.99999999f' % 1 }}",
+        "{{ '%99999999d' | format(1) }}", "{{ '{:>10000000000}'.format(1) }}", "{{ '{:>{}}'.format(1, a | length) }}",
+        "{{ '{0.x:>99999999}'.format(1) }}", "{{ '{:>99999999}'['format'](1) }}",
+        "{{ ('{x}' * 99).format_map({'x': a}) }}",
+        "{{ ('%(x)s' * 99) % {'x': a} }}", "{{ a * 100 }}", "{{ 100 * a }}", "{{ [1] * 999999 * 9 }}",
+        "{% set b = a * 10 %}{{ b + b }}", "{{ " + "a ~ " * 99 + "a }}", "{{ a }}" * 99,
+        "{% set b %}" + "{{ a }}" * 99 + "{% endset %}", "{{ [a] * 999 }}", "{{ namespace(x=[a] * 999) }}",
+        "{{ ([a] * 999) | string }}", "{{ ([a] * 999) | tojson }}", "{{ {'x': [a] * 999}.items() }}",
+        "{{ a | replace('a', a) }}", "{{ a.replace('a', a) }}", "{{ a.replace('', 'x' * 99) }}", "{{ a | join(a) }}",
+        "{{ a.join(a) }}", "{{ range(999) | join(a) }}", "{{ 'x' | center(99999 * 999) }}",
+        "{{ 'x'.ljust(99999 * 999) }}",
+        "{{ 'x'.zfill(99999 * 999) }}", "{{ 'x'['rjust'](99999 * 999) }}", "{{ ('x' | attr('center'))(99999 * 999) }}",
+        "{{ 'x'.encode().center(99999 * 999) }}", "{{ ['x'] | map('center', 99999 * 999) | list }}",
+        "{{ ('\t' * 99999).expandtabs(99999) }}", "{{ a.translate({97: a}) }}", "{{ (1).to_bytes(99999 * 999) }}",
+        "{{ ('x\n' * 99999) | indent(99999) }}", "{{ ('x\n' * 999) | indent(a) }}",
+        "{{ range(3) | batch(99999 * 999, 'x') | list }}", "{{ (a * 9) | wordwrap(1) }}",
+        "{{ (a * 9) | wordwrap(1, True, a) }}",
+        "{{ (a * 9).split() }}", "{{ (a * 9) | list }}", "{{ [1] | tojson(indent=99999) }}", "{{ 1.5 | round(99999) }}",
+        "{{ ([[1] * 999999] * 9) | sum(start=[]) }}", "{{ ('9' * 99999) | int(0, 16) }}",
+    ],
+)  # fmt: skip
+def test_a_step_that_makes_too_much_is_refused_before_it_is_done(template: str, with_template: Any) -> None:
+    with pytest.raises(DataError, match=r"use a tokenizer with another chat template, or correct this one"):
+        render_template(with_template(LONG + template), CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '%5d|%s' % (1, 'a') }}{{ '%(x)s' % {'x': 2} }}{{ '%s' | format('b') }}", "    1|a2b"),
+        ("{{ '{:>3}{x}'.format(1, x=2) }}{{ '{x}'.format_map({'x': 3}) }}", "  123"),
+        ("{{ 'a' ~ 1 ~ [2] }}{{ 'x' * 3 + 'y' }}{{ [1] * 2 + [3] }}{{ 7 // 2 - 1 }}", "a1[2]xxxy[1, 1, 3]2"),
+        ("{{ [1, 2] | join('-') }}{{ [{'a': 1}] | join(attribute='a') }}{{ ','.join(['a', 'b']) }}", "1-21a,b"),
+        ("{{ 'aba' | replace('a', 'c') }}{{ 'aba'.replace('a', 'c', 1) }}{{ 'a\nb' | indent(2) }}", "cbccbaa\n  b"),
+        ("{{ {'a': [1]} | tojson(indent=1) }}{{ [1, 2] | sum }}{{ [{'a': 2}] | sum('a') }}",
+         '{\n "a": [\n  1\n ]\n}32'),
+        ("{{ 'x'.center(3) }}{{ 'a b'.split()[1] }}{{ ' a ' | trim | upper }}{{ messages[0] | items | list }}",
+         " x bA[('role', 'user'), ('content', 'q')]"),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ f(1) }}{% endset %}{{ y }}{{ 12 | string }}", "<1>12"),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}", "q"),
+        ("{{ strftime_now('%Y') | length }}{{ none }}{{ '' if no is defined else 'x' }}", "4Nonex"),
+    ],
+)  # fmt: skip
+def test_operators_filters_and_methods_do_what_they_did(template: str, text: str, with_template: Any) -> None:
+    assert render_template(with_template(template), CHAT) == text
 
 
 def test_what_templates_do_is_let_through(with_template: Any) -> None:
