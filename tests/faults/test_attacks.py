@@ -87,7 +87,7 @@ def test_what_is_killed_is_killed_there(lab: Lab) -> None:
     [ending] = lab.train("grpo", plan=Plan("inside", write.number), log=lab.folder / "killed")
     assert ending.status == -9
     [half] = lab.root.rglob("state.json")
-    assert half.stat().st_size == len(write.data) // 2
+    assert half.stat().st_size == pytest.approx(len(write.data) / 2, abs=20)  # its times have more digits, or fewer
 
 
 def test_operations_of_every_library_are_seen(lab: Lab) -> None:
