@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -14,6 +15,19 @@ from alignlab.training.reward_calls import CallerReward
 from alignlab.types import Text, message_text
 
 _Answers = TypeVar("_Answers")
+
+
+@dataclass
+class _Calls:
+    """Of a reward, as a thing of its own: what a reward holds itself tells it from another when a run goes on.
+
+    Attributes:
+        work: names the run and the rank.
+        num_done: in the whole run.
+    """
+
+    work: str
+    num_done: int = 0
 
 
 class JudgeReward(CallerReward):
@@ -28,9 +42,8 @@ class JudgeReward(CallerReward):
     """
 
     def __init__(self, judge: Judge, *, work: str = "") -> None:
-        self.judge, self._work = judge, work
+        self.judge, self._calls = judge, _Calls(work)
         self.counts: Counter[str] = Counter()
-        self._num_calls = 0  # that are over, in the whole run
 
     def metrics(self) -> dict[str, float]:
         """What became of the questions so far."""
@@ -38,17 +51,18 @@ class JudgeReward(CallerReward):
 
     def state(self) -> dict[str, Any]:
         """The counts, and how many calls there were."""
-        return {"counts": dict(self.counts), "calls": self._num_calls}
+        return {"counts": dict(self.counts), "calls": self._calls.num_done}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Count on from where `state` was taken."""
-        self.counts, self._num_calls = Counter(state["counts"]), state["calls"]
+        self.counts, self._calls.num_done = Counter(state["counts"]), state["calls"]
         take_earlier(self.judge, self.counts)
 
     def work_of(self, shown: Sequence[Any]) -> dict[str, Any]:
         """The arguments that tell the judge what each of the shown is judged for, where it takes any."""
-        named = self._work and isinstance(self.judge, PromptedJudge)
-        return {"work": [f"{self._work}/{self._num_calls}"] * len(shown)} if named else {}
+        calls = self._calls
+        named = calls.work and isinstance(self.judge, PromptedJudge)
+        return {"work": [f"{calls.work}/{calls.num_done}"] * len(shown)} if named else {}
 
     def within_budget(self, ask: Callable[[], _Answers]) -> _Answers:
         """What `ask` returns, its questions counted.
@@ -65,7 +79,7 @@ class JudgeReward(CallerReward):
                 "--resume"
             )
         self.counts += judge.counts - before
-        self._num_calls += 1
+        self._calls.num_done += 1
         return answers
 
 

@@ -83,6 +83,7 @@ RUNS: dict[str, dict[str, Any]] = {
         {"policy": {"type": "grpo", "group_size": 2} | _STEPS | _SAMPLED, "reward": {"num_pairs": 2} | _STEPS}
         | _LABELS,
     ),
+    "rlaif_direct": _rlaif("direct", {"policy": {"type": "grpo", "group_size": 2} | _STEPS | _SAMPLED}),
     "warm": _online(
         {"type": "grpo", "group_size": 2, "num_steps": 2},
         model={"architecture": MODEL, "tokenizer": {"vocab_size": 262}},

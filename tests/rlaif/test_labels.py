@@ -11,6 +11,7 @@ import pytest
 from alignlab.rlaif.judge import Verdict
 from alignlab.rlaif.labels import bias, counts_of_rows, judge_pairs, preferences, report
 from alignlab.rlaif.rewards import RatingReward, WinReward
+from alignlab.training.reward_source import source_digest
 from tests.rlaif.conftest import RuledModel, rollout
 
 Make = Callable[..., Any]
@@ -80,6 +81,18 @@ def test_a_rating_is_a_reward(make_judge: Make) -> None:
     reward = RatingReward(make_judge(max_rating=3))
     chat = [{"role": "assistant", "content": "xxx"}]
     assert reward(prompts=["q", "q", "q"], completions=["x", chat, "mute"]) == [0.0, 1.0, None]
+
+
+def test_a_reward_goes_on_counting_and_is_the_same_one_in_every_run(make_judge: Make) -> None:
+    first, second = (RatingReward(make_judge(max_rating=3), work=name) for name in ("one/0", "two/0"))
+    source = source_digest(first)
+    first(prompts=["q"], completions=["x"])
+    assert source_digest(first) == source_digest(second) == source
+    second.load_state(first.state())
+    second(prompts=["q"], completions=["xx"])
+    assert second.metrics() == {"judge/asked": 2, "judge/cached": 0, "judge/unanswered": 0}
+    assert second.state() == {"counts": {"asked": 2, "answered": 2}, "calls": 2}
+    assert second.judge.num_asked == 2
 
 
 def test_wins_over_the_others_of_the_prompt_are_a_reward(make_judge: Make) -> None:
