@@ -41,7 +41,10 @@ def load_constitution(path: str | Path) -> Constitution:
     Raises:
         ConfigError: the file cannot be read, or says something else than `Constitution`.
     """
-    text = read_limited(Path(path), MAX_SETTINGS_BYTES, ConfigError)
+    try:
+        text = read_limited(Path(path), MAX_SETTINGS_BYTES, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"the constitution {path} must be a YAML file of a name and principles: {error}") from None
     said = parse_yaml(text, f"the constitution {path}")
     if not isinstance(said, dict):
         raise ConfigError(f"the constitution {path} must hold a name and principles, and holds {type(said).__name__}")

@@ -345,6 +345,20 @@ def watched(position: Callable[[], Position], keep: Callable[[], object]) -> Ite
         yield
 
 
+@contextmanager
+def watched_set_up() -> Iterator[None]:
+    """Make what a run needs, `watch_ranks` being called on the way.
+
+    Raises:
+        RankError: another rank is lost; see `RankWatchdog.watched`.
+    """
+    try:
+        yield
+    except BaseException:
+        with watched(Position, lambda: None):
+            raise
+
+
 def _launcher_holds_store() -> bool:
     """Whether the ranks' store is torchrun's, and not rank 0's."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -55,6 +55,7 @@ from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.online import OnlineTrainer
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
+from alignlab.trainers.rank_watchdog import watched_set_up
 from alignlab.trainers.reward import RewardTrainer
 from alignlab.trainers.rlaif import RLAIFTrainer
 from alignlab.trainers.sft import SFTTrainer
@@ -144,7 +145,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
             return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
         model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
         resume = resume and holds_run(folder)
-    trainer = make_trainer(config, model, tokenizer)
+    with watched_set_up():
+        trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)
     trainer.identity.add_run(config)
     if config.warm_start is None:
@@ -230,10 +232,11 @@ def warm_start(
         answer_template=settings.answer_template,
     )
     folder = config.trainer.output_dir / WARM_START
-    trainer = SFTTrainer(
-        model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
-        render_settings=RenderSettings(on_bad_row=source.on_bad_row),
-    )
+    with watched_set_up():
+        trainer = SFTTrainer(
+            model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
+            render_settings=RenderSettings(on_bad_row=source.on_bad_row),
+        )
     trainer.identity.prefix = "warm_start.trainer"
     return trainer.train(resume=resume and holds_run(folder))
 

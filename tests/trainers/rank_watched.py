@@ -12,7 +12,7 @@ import torch
 
 from alignlab.errors import AlignlabError
 from alignlab.trainers import rank_watchdog
-from alignlab.trainers.rank_watchdog import Position, tell_position, watch_ranks, watched
+from alignlab.trainers.rank_watchdog import Position, tell_position, watch_ranks, watched, watched_set_up
 
 
 def fail(how: str) -> None:
@@ -31,9 +31,16 @@ def main() -> None:
     rank_watchdog.BEAT_S, rank_watchdog.GRACE_S = 0.2, 5.0
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    watch_ranks(rank, 2, float(timeout_s))
     phase = where
     try:
+        if where == "set-up":
+            with watched_set_up():
+                watch_ranks(rank, 2, float(timeout_s))
+                torch.distributed.barrier()
+                if str(rank) == failing:
+                    fail(how)
+                torch.distributed.barrier()
+        watch_ranks(rank, 2, float(timeout_s))
         with watched(lambda: Position(3, phase, 1), lambda: Path(folder, f"saved by {rank}").touch()):
             tell_position()
             torch.distributed.barrier()

@@ -88,6 +88,15 @@ def test_a_lost_rank_is_named_and_the_other_saves_and_ends(how: str, named: str,
         assert re.search(rf"rank 1 \(process {lost.pid} ", also_said), also_said
 
 
+@pytest.mark.parametrize(("how", "named"), [("raise", "failed: AlignlabError: broken"), ("kill", "has ended without")])
+def test_a_rank_that_is_lost_in_the_set_up_is_named(how: str, named: str, tmp_path: Path) -> None:
+    with launcher_store() as port, two_ranks(WATCHED, tmp_path, port, "1", how, "set-up", "60") as (main, lost):
+        _, said = main.communicate(timeout=120)
+    assert main.returncode == 2
+    assert re.search(rf"rank 1 \(process {lost.pid} on [^;]+; set-up\) {named}", said), said
+    assert "Traceback" not in said and "gloo" not in said, said
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_rank_0_which_holds_the_store_is_lost(how: str, tmp_path: Path) -> None:
     with two_ranks(WATCHED, tmp_path, free_port(), "0", how, "sync", "3", agent=False) as (_, other):
