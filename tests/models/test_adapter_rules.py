@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PromptTuningCo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignlab.config.model import LoraSettings
+from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_base_is_reference, check_trainable
 from alignlab.models.adapters import adapters_disabled, add_lora, add_role, in_role, is_of_adapter, load_role
@@ -115,7 +116,7 @@ def test_a_live_adapter_in_a_state_that_its_folder_does_not_keep_is_refused(base
     check_trainable(model)
     STATES[message](model)
     with pytest.raises(ConfigError, match=message):
-        resolve_model(model, object(), None, CPU)
+        resolve_model(model, train_tokenizer(["ab"], vocab_size=262), None, CPU)
 
 
 def test_rslora_and_patterns_are_no_hand_made_scale(base):
