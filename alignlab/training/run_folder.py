@@ -158,7 +158,7 @@ class RunFolder:
         write_saved_step(self.path / SAVED_FILE, self.run_id, step)
 
     def check_newest(self, step: int | None) -> None:
-        """Say if a newer checkpoint than that of a step was saved and is gone.
+        """Say if a newer checkpoint than that of a step was saved and is gone; record a newer one than is recorded.
 
         Args:
             step: that the run goes on after; None where there is no checkpoint.
@@ -166,7 +166,12 @@ class RunFolder:
         Raises:
             CheckpointError: none is left.
         """
-        if self.saved_step is None or (step is not None and step >= self.saved_step):
+        recorded = -1 if self.saved_step is None else self.saved_step
+        if step is not None and step >= recorded:
+            if step > recorded and self._lock is not None:
+                self.saved(step)  # the run was ended between the checkpoint and its record
+            return
+        if self.saved_step is None:
             return
         if step is None:
             raise CheckpointError(

@@ -10,7 +10,7 @@ import pytest
 
 import alignlab
 from alignlab.digests import sealed
-from alignlab.errors import ConfigError, DiskError
+from alignlab.errors import CheckpointError, ConfigError, DiskError
 from alignlab.training.run_folder import RunFolder, source_commit
 
 HOLD = """
@@ -340,3 +340,15 @@ def test_commit_is_that_of_tracked_sources_only(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("changed = True\n")
     assert source_commit(package) == f"{commit}-dirty"
     assert source_commit(Path(alignlab.__file__).parent.parent / "absent") is None
+
+
+def test_a_checkpoint_whose_record_a_kill_prevented_is_recorded_when_the_run_goes_on(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, resume=False) as folder:
+        folder.saved(2)
+    with RunFolder(tmp_path, resume=True) as folder:
+        folder.check_newest(3)
+    with RunFolder(tmp_path, resume=True) as folder:
+        assert folder.saved_step == 3
+        folder.check_newest(3)
+        with pytest.raises(CheckpointError, match="has saved a checkpoint of step 3"):
+            folder.check_newest(None)
