@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 import shutil
 import tempfile
 import traceback
@@ -38,7 +41,7 @@ def _readers(run: Path) -> Iterator[tuple[str, Callable[[], str]]]:
             yield name, lambda path=path: _metrics(path)  # type: ignore[misc]
         elif path.name == "rollouts" and path.is_dir():
             yield name, lambda path=path: _rollouts(path)  # type: ignore[misc]
-        elif path.name.startswith("step-") and path.is_dir():
+        elif re.fullmatch(r"step-\d{8}", path.name) and path.is_dir():
             yield name, lambda path=path: _checkpoint(path)  # type: ignore[misc]
         elif path.name in ("model", "adapter") and path.is_dir():
             yield name, lambda path=path: _model(path)  # type: ignore[misc]
@@ -51,9 +54,16 @@ def _metrics(path: Path) -> str:
 
 
 def _rollouts(path: Path) -> str:
-    from alignlab.training.rollout_store import read_rollouts
+    from alignlab.training import rollout_store
 
-    return untimed(read_rollouts(path).to_pylist())
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    rollout_store.logger.addHandler(handler)
+    try:
+        rows = untimed(rollout_store.read_rollouts(path).to_pylist())
+    finally:
+        rollout_store.logger.removeHandler(handler)
+    return f"{NAMED}{said.getvalue()}" if said.getvalue() else rows
 
 
 def _checkpoint(path: Path) -> str:
