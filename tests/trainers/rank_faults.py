@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,9 @@ from alignlab.models.checkpoints import new_model
 from alignlab.trainers import rank_watchdog
 from alignlab.trainers.grpo import GRPOTrainer
 from tests.trainers.conftest import DENSE, even_ids
+from tests.trainers.rank_watched import fail
 
 PLACES = {"generate": "generate", "update": "learn", "evaluate": "evaluate", "save": "check_weights", "sync": "_tell"}
-
-
-def fail(how: str) -> None:
-    if how == "raise":
-        raise AlignlabError("broken on purpose")
-    if how == "hang":
-        threading.Event().wait()
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
 def main() -> None:
@@ -48,8 +39,6 @@ def main() -> None:
 
     def failing_in_the_second_step(*given: Any, **named: Any) -> Any:
         if trainer.step == (1 if where in ("generate", "update") else 2):
-            assert rank_watchdog._watchdog is not None
-            rank_watchdog._watchdog._tell()  # else a step as short as this may be over before the next beat
             fail(how)
         return method(*given, **named)
 

@@ -16,7 +16,7 @@ from alignlab.trainers.rank_watchdog import Position, tell_position, watch_ranks
 
 
 def fail(how: str) -> None:
-    """Fail once the others know what this rank is doing."""
+    """Fail once the others know what this rank is doing: a short step may be over before the next beat."""
     assert rank_watchdog._watchdog is not None
     rank_watchdog._watchdog._tell()
     if how == "raise":

@@ -110,7 +110,7 @@ def test_a_training_of_which_a_rank_hangs_keeps_its_last_whole_step(tmp_path: Pa
     with launcher_store() as port, two_ranks(TRAINING, tmp_path, port, "1", "hang", "evaluate", "3") as (main, lost):
         _, said = main.communicate(timeout=120)
         lost.communicate(timeout=120)
-    named = r"step 2, evaluate\) does not get on; .* stood at .*/rank_faults.py:\d+ \(fail\)"
+    named = r"step 2, evaluate\) does not get on; .* stood at .*/rank_watched.py:\d+ \(fail\)"
     assert main.returncode == 2 and re.search(rf"rank 1 \(process {lost.pid} on [^;]+; {named}", said), said
     assert "Traceback" not in said and "gloo" not in said, said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
