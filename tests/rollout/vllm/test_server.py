@@ -366,30 +366,39 @@ def test_experts_and_routers_are_updated_and_their_choices_told(moe: Any) -> Non
             assert (completion.routing.sort(-1).values == own.sort(-1).values)[known].all()
 
 
-def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
-    """Each token is from the weights of the version that it bears, and its log-prob theirs, to the bit of float32.
-
-    Eight run at a time, so that the update finds some that are half done.
-    """
-    engine, model = moe
-    first = engine.policy_version
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def completions_around_an_update(engine: Any, model: Any, group_size: int) -> list[Completion]:
+    """Completions of two prompts, during which the weights are shaken and given to the server."""
     got: list[Completion] = []
-    sampling = SamplingParams(n=48, max_new_tokens=100, ignore_eos=True, seed=1)
+    sampling = SamplingParams(n=group_size, max_new_tokens=100, ignore_eos=True, seed=1)
     thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9, 20), sampling))))
     started = threading.Event()
     with at_request(engine, 8, started.set):
         thread.start()
         assert started.wait(30)
         shake(model, 0.02)
-        engine.update_weights(first + 1)
+        engine.update_weights(engine.policy_version + 1)
         thread.join()
-    mixed = [c for c in got if len(set(c.policy_versions)) == 2]
+    return got
+
+
+def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
+    """Each token is from the weights of the version that it bears, and its log-prob theirs, to the bit of float32.
+
+    Eight run at a time, so that the update finds some that are half done; on a busy machine it takes more of them.
+    """
+    engine, model = moe
+    for group_size in (24, 96, 384):
+        first = engine.policy_version
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        got = completions_around_an_update(engine, model, group_size)
+        mixed = [c for c in got if len(set(c.policy_versions)) == 2]
+        if mixed:
+            break
     assert mixed, "the update came too late to see anything"
     after = {name: value.clone() for name, value in model.state_dict().items()}
     for weights, version in ((before, first), (after, first + 1)):
         model.load_state_dict(weights)
-        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(48)], got, strict=True):
+        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(group_size)], got, strict=True):
             rows = full_logprobs(model, prompt.token_ids + completion.token_ids)[len(prompt.token_ids) - 1 : -1]
             own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             here = torch.tensor([v == version for v in completion.policy_versions])
