@@ -1,6 +1,6 @@
-"""The types that every part shares: prompts, rollouts, segments, experience.
+"""Types that all parts share: prompts, completions, rollouts, segments, experience.
 
-Shapes: N tokens of one pack, S segments, B sequences of an optimizer step, L MoE layers, K experts a token.
+Shapes: N tokens of one pack, S segments, B sequences and P pairs of an optimizer step, L MoE layers, K experts a token.
 Every [N] tensor is indexed by the token it describes: `logprobs[t] = log p(tokens[t] | what precedes it)`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +18,12 @@ from torch import Tensor
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 FinishReason = Literal["stop", "length", "aborted"]
+Writer = Literal["policy", "tool", "user"]
+TokenSequences = tuple[tuple[int, ...], ...]
 
 
 def message_text(text: Text) -> str:
-    """The plain text of a prompt or completion: of a chat, the content of its last message."""
+    """Return the plain text of a prompt or completion; for a chat, the content of its last message."""
     if isinstance(text, str):
         return text
     return str(text[-1].get("content") or "") if text else ""
@@ -32,10 +34,10 @@ class Prompt:
     """One prompt, ready to generate from.
 
     Attributes:
-        token_ids: what the engine is fed, after the chat template.
-        text: the prompt as the dataset gave it, a string or a list of chat messages; rewards receive this.
-        index: row in its dataset.
-        columns: the row's other columns; rewards receive them by name.
+        token_ids: the engine's input, after the chat template.
+        text: the prompt of the dataset, a string or a list of chat messages; rewards receive it.
+        index: index of its row in the dataset.
+        columns: the other columns of the row; rewards receive them by name.
     """
 
     token_ids: tuple[int, ...]
@@ -43,25 +45,35 @@ class Prompt:
     index: int = 0
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sequences(self) -> TokenSequences:
+        """The prompt's token ids as the only sequence of an item of a dataset."""
+        return (self.token_ids,)
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """No numbers: training uses a prompt's tokens alone."""
+        return ()
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are sampled.
+    """Parameters by which completions are sampled.
 
     Attributes:
-        n: completions a prompt, >= 1.
+        n: number of completions of each prompt, >= 1.
         temperature: >= 0; 0 is greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
         min_p: drop tokens less likely than this fraction of the likeliest, in [0, 1).
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen before; 1 is off.
-        max_new_tokens: limit of a completion's length, >= 1.
+        max_new_tokens: largest number of tokens of a completion, >= 1.
         min_new_tokens: stop tokens and the end of sequence cannot be sampled before this many tokens.
         stop: strings that end a completion; the text is cut before them, the tokens are kept.
-        stop_token_ids: tokens that end a completion, beside the model's own end tokens.
-        ignore_eos: go on to `max_new_tokens` whatever the model samples.
-        seed: None draws one from torch's global generator; the same seed gives the same completions,
-            whatever else is in the batch.
+        stop_token_ids: tokens that end a completion, in addition to the model's end tokens.
+        ignore_eos: continue to `max_new_tokens` even after an end token.
+        seed: the same seed gives the same completions, whatever else is in the batch; None draws a seed from torch's
+            global generator.
     """
 
     n: int = 1
@@ -80,17 +92,20 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled continuation of a prompt.
+    """One continuation of a prompt: sampled from the policy, or taken from a dataset.
 
     Attributes:
-        token_ids: exactly the ids that were sampled, the end token included.
+        token_ids: exactly the sampled ids, with the end token.
         text: decoded, without special tokens, cut before a stop string.
-        logprobs: of each token under the distribution sampled from (temperature, truncation), nats.
-        raw_logprobs: of each token under the model's own distribution, nats; None where the engine does not know them.
+        logprobs: of each token under the distribution sampled from (temperature, truncation), nats; 0 for a token that
+            the policy did not write.
+        raw_logprobs: of each token under the model's own distribution, nats; None if the engine does not report them.
         finish_reason: "stop" (end token, stop token or stop string), "length" or "aborted".
         policy_versions: version of the weights that sampled each token.
-        routing: [prompt + completion tokens, L, K] int16, experts chosen, -1 where there is no record; None if dense.
-        own: of each token, whether the policy wrote it and not, say, a tool; None where the policy wrote all.
+        routing: [prompt + completion tokens, L, K] int16, the chosen experts, -1 without a record; None for a dense
+            model.
+        writers: who wrote each token: the policy, a tool, or the user ("user" includes the text that a chat template
+            puts between turns); None if the policy wrote all. Only the policy's tokens are trained on.
     """
 
     token_ids: tuple[int, ...]
@@ -100,7 +115,38 @@ class Completion:
     finish_reason: FinishReason
     policy_versions: tuple[int, ...]
     routing: Tensor | None = None
-    own: tuple[bool, ...] | None = None
+    writers: tuple[Writer, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.writers is None or len(self.writers) == len(self.token_ids), "each token has one writer"
+
+    @classmethod
+    def of(
+        cls, token_ids: Sequence[int], text: str = "", *, logprobs: Sequence[float] | None = None,
+        raw_logprobs: Sequence[float] | None = None, finish_reason: FinishReason = "stop", policy_version: int = 0,
+        writers: Sequence[Writer] | None = None,
+    ) -> Completion:
+        """Return a completion that no engine sampled; all its tokens have one policy version.
+
+        Args:
+            logprobs: log-prob of each token; default: 0.
+        """
+        return cls(
+            token_ids=tuple(token_ids),
+            text=text,
+            logprobs=(0.0,) * len(token_ids) if logprobs is None else tuple(logprobs),
+            raw_logprobs=None if raw_logprobs is None else tuple(raw_logprobs),
+            finish_reason=finish_reason,
+            policy_versions=(policy_version,) * len(token_ids),
+            writers=None if writers is None else tuple(writers),
+        )
+
+    @property
+    def policy_tokens(self) -> tuple[bool, ...]:
+        """Mask of the tokens that the policy wrote."""
+        if self.writers is None:
+            return (True,) * len(self.token_ids)
+        return tuple(writer == "policy" for writer in self.writers)
 
 
 @dataclass(frozen=True)
@@ -108,8 +154,8 @@ class Rollout:
     """A prompt with its group of G completions and, once scored, their rewards.
 
     Attributes:
-        rewards: total reward of each completion; nan where no reward function gave one.
-        reward_parts: by reward function, its raw value for each completion; None where it does not apply or failed.
+        rewards: total reward of each completion; nan if no reward function returned a value.
+        reward_parts: raw value of each completion by reward function; None if it does not apply or failed.
     """
 
     prompt: Prompt
@@ -120,17 +166,18 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Segments:
-    """How N flat tokens divide into sequences, and which completions hang on which shared prompt.
+    """Division of N flat tokens into sequences, in which completions may share a prompt.
 
     A segment is a contiguous run of tokens. A *root* (prefix -1) attends causally to itself; a segment with a prefix
-    attends to all of the prefix's tokens and causally to itself, and its positions go on from the prefix's. Prefixes
-    are roots: sharing is one level deep, and a prefix comes before the segments that hang on it.
+    attends to all tokens of the prefix and causally to itself, and its positions continue those of the prefix. Prefixes
+    are roots: sharing is one level deep, and a prefix comes before the segments that continue it.
 
     Attributes, one entry a segment:
-        lengths: tokens in the segment, >= 1.
+        lengths: number of tokens, >= 1.
         prefixes: index of the segment that this one continues, or -1.
-        sequence_ids: which sequence of the optimizer step the segment ends, 0..B-1; -1 for a shared prompt.
-        group_ids: which prompt's group it belongs to.
+        sequence_ids: index, 0..B-1, of the sequence of the optimizer step that ends with the segment; -1 for a shared
+            prompt.
+        group_ids: index of its prompt's group.
     """
 
     lengths: tuple[int, ...]
@@ -147,7 +194,7 @@ class Segments:
 
     @classmethod
     def single(cls, length: int, device: torch.device | None = None) -> Segments:
-        """One sequence of `length` tokens."""
+        """Return the segments of one sequence of `length` tokens."""
         return cls((length,), (-1,), (0,), (0,), device or torch.device("cpu"))
 
     @property
@@ -156,7 +203,7 @@ class Segments:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First token of each segment."""
+        """Index of the first token of each segment."""
         offsets = [0]
         for length in self.lengths[:-1]:
             offsets.append(offsets[-1] + length)
@@ -170,7 +217,7 @@ class Segments:
 
     @cached_property
     def position_ids(self) -> Int[Tensor, "N"]:
-        """Position of each token in its sequence, the shared prompt counted."""
+        """Position of each token in its sequence, from the start of the shared prompt."""
         parts = [
             torch.arange(length) + (self.lengths[prefix] if prefix >= 0 else 0)
             for length, prefix in zip(self.lengths, self.prefixes, strict=True)
@@ -190,8 +237,18 @@ class Segments:
         """Sequence id of each token; -1 on a shared prompt."""
         return torch.tensor(self.sequence_ids, device=self.device)[self.segment_of_token]
 
+    @cached_property
+    def sequences(self) -> tuple[int, ...]:
+        """Ids of the sequences that end here, ascending."""
+        return tuple(sorted({i for i in self.sequence_ids if i >= 0}))
+
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """Ids of the pairs here, ascending, where sequences 2 i and 2 i + 1 are the chosen and rejected of pair i."""
+        return tuple(sorted({i // 2 for i in self.sequences}))
+
     def to(self, device: torch.device | str) -> Segments:
-        """The same table with its tensors on `device`."""
+        """Return the same segments with their tensors on `device`."""
         device = torch.device(device)
         return self if device == self.device else replace(self, device=device)
 
@@ -211,8 +268,9 @@ class Experience:
         values: of the state in which each token was chosen, by the critic before the update.
         returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
-        margins: by which the chosen completion of the token's pair is to lead.
-        probabilities: that the chosen completion of the token's pair is the better one.
+        pair_margins: of each pair of the optimizer step, by which its chosen completion is to lead.
+        pair_probabilities: of each pair of the step, that its chosen completion is the better one.
+        desirable: of each sequence of the step, whether it is labelled good.
     """
 
     tokens: Int[Tensor, "N"]
@@ -225,8 +283,9 @@ class Experience:
     values: Float[Tensor, "N"] | None = None
     returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
-    margins: Float[Tensor, "N"] | None = None
-    probabilities: Float[Tensor, "N"] | None = None
+    pair_margins: Float[Tensor, "P"] | None = None
+    pair_probabilities: Float[Tensor, "P"] | None = None
+    desirable: Bool[Tensor, "B"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -238,35 +297,15 @@ class Experience:
         return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
 
 
-@runtime_checkable
-class RolloutEngine(Protocol):
-    """What generates completions. `policy_version` is that of the weights in use."""
-
-    policy_version: int
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """`sampling.n` completions of each prompt, in the order of `prompts`.
-
-        Raises:
-            RolloutError: a prompt leaves no room for a completion, or a parameter is out of range.
-        """
-        ...
-
-    def update_weights(self, policy_version: int) -> None:
-        """Take over the policy's present weights under a new version; drops what was cached under the old one."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """What there is to see of its work so far, by name."""
-        ...
-
-
 class RewardFunction(Protocol):
-    """A reward plug-in, with TRL's signature. `columns` holds the dataset's columns and `completion_ids`, as lists;
-    and `prompt_ids` for one that names it."""
+    """A reward plug-in, with TRL's signature.
+
+    `columns` holds the columns of the dataset and `completion_ids`, as lists; also `prompt_ids` if the function has a
+    parameter of that name.
+    """
 
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[float | None] | Awaitable[list[float | None]]:
-        """One value a completion, in order; None where the reward does not apply to that sample."""
+        """Return one value for each completion, in order; None for completions to which the reward does not apply."""
         ...

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Makes what the tests need, and runs them all.
+# Sets up what the tests need, and runs them all, or a fast subset.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/test.sh [pytest's arguments]
+usage: bash launch/test.sh [--fast] [pytest's arguments]
 
 Sets up .venv with what the tests need (see launch/setup_env.sh) and runs all tests, a process for each core; or pytest
-as its arguments say.
+with the given arguments. --fast runs a subset in under two minutes: the mathematics, data, settings, rewards, the
+embedded engine, and the conformance of every trainer; no vLLM, no second rank, nothing slow.
 
 example: bash launch/test.sh tests/functional -k kl
 TEXT
 }
+
+FAST=(
+    tests/config tests/data tests/functional tests/models/test_attention.py tests/models/test_moe.py
+    tests/models/test_policy.py tests/models/test_transformer.py tests/rewards tests/rollout/embedded tests/runs
+    tests/trainers/test_conformance.py
+)
 
 main() {
     case "${1:-}" in -h | --help) usage && return ;; esac
@@ -19,7 +26,11 @@ main() {
     bash launch/setup_env.sh tasks,dev,vllm >&2
     # Processes of one thread each: most tests are too small for a second thread.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    (($#)) || set -- -n logical --maxprocesses 8 --dist loadscope
+    local spread=(-n logical --maxprocesses 8 --dist loadscope)
+    if [[ "${1:-}" == --fast ]]; then
+        set -- "${spread[@]}" -m "not slow and not distributed and not vllm" "${FAST[@]}" "${@:2}"
+    fi
+    (($#)) || set -- "${spread[@]}"
     exec "${ALIGNLAB_VENV:-.venv}/bin/python" -m pytest "$@"
 }
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: the weighted sum of their values."""
+"""Reward that is the weighted sum of several others."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 from alignlab_rewards.answers.options import check_number
 
 
-def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **given: Any) -> list[float | None]:
-    """The weighted sum of the parts that apply to a sample; None where none does.
+def combine(*, parts: Mapping[str, float | Mapping[str, Any]], **columns: Any) -> list[float | None]:
+    """Return the weighted sum of the parts that apply to a completion; None where none does.
 
     Args:
         parts: by name, a weight, or a mapping with `weight` (default 1) and the part's options, such as
             `{"math_answer": 1.0, "length": {"weight": 0.2, "max_tokens": 64}}`. A name is an installed plug-in's or
             `package.module:function`. Parts are synchronous.
-        given: prompts, completions and columns, handed to every part.
+        columns: prompts, completions and the dataset's columns, which every part gets.
     """
     _check_parts(parts)
-    count = len(given["completions"])
+    count = len(columns["completions"])
     totals: list[float | None] = [None] * count
     for name, part in parts.items():
         options = dict(part) if isinstance(part, Mapping) else {"weight": part}
         weight = options.pop("weight", 1.0)
         check_number("combine", f"weight of the part {name}", weight)
-        part_function = _find(name)
-        arguments = _arguments(name, part_function, given, options)
-        # A part of ours checks its options on an empty batch too, which others may not expect.
-        is_ours = str(getattr(part_function, "__module__", "")).startswith(f"{__package__}.")
-        values = _values(name, part_function(**arguments), count) if count or is_ours else []
+        reward = _load(name)
+        arguments = _arguments(name, reward, columns, options)
+        # A shipped part checks its options on an empty batch too, which others may not expect.
+        is_shipped = str(getattr(reward, "__module__", "")).startswith(f"{__package__}.")
+        values = _values(name, reward(**arguments), count) if count or is_shipped else []
         for i, value in enumerate(values):
             if value is not None:
                 totals[i] = (totals[i] or 0.0) + weight * value
@@ -53,38 +53,47 @@ def _check_parts(parts: Any) -> None:
 
 
 def _arguments(
-    name: str, function: Callable[..., Any], given: Mapping[str, Any], options: Mapping[str, Any]
+    name: str, reward: Callable[..., Any], columns: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a part is called with: what it takes of the call's arguments, and its options.
+    """Return the arguments of a part: the columns that it takes, and its options.
 
     Raises:
-        ValueError: it has no such option, or requires what is neither given nor an option.
+        ValueError: the part is asynchronous, has no such option, or requires a column that there is not.
     """
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(reward):
         raise ValueError(
             f"{name}, a part of combine, is asynchronous, and parts are not; give it as a reward of its own"
         )
-    known = inspect.signature(function).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name}, a part of combine, has no option {option!r}")
-    arguments = {**given, **options}
+    parameters = inspect.signature(reward).parameters
+    unknown = next((option for option in options if option not in parameters), None)
+    if unknown is not None:
+        raise ValueError(f"{name}, a part of combine, has no option {unknown!r}")
+    arguments = {**columns, **options}
+    missing = next((column for column in _required(parameters) if column not in arguments), None)
+    if missing is not None:
+        raise ValueError(
+            f"{name}, a part of combine, requires {missing}, and the dataset has no such column; add it, or give "
+            "the part an option of that name"
+        )
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {column: arguments[column] for column in parameters if column in arguments}
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    for column, parameter in known.items():
-        if parameter.default is parameter.empty and parameter.kind not in variadic and column not in arguments:
-            raise ValueError(
-                f"{name}, a part of combine, requires {column}, and the dataset has no such column; add it, or give "
-                "the part an option of that name"
-            )
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-    return arguments if takes_all else {column: arguments[column] for column in known if column in arguments}
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind not in variadic
+    ]
 
 
 def _values(name: str, result: Any, count: int) -> list[float | None]:
-    """A part's values; NaN in a tensor, an array or a Series, which hold no None, is None.
+    """Return a part's values; NaN of a tensor, an array or a Series, which cannot hold None, becomes None.
 
     Raises:
-        ValueError: they are no list, or too many or too few.
+        ValueError: the result is no list, or has too many or too few values.
     """
     is_array = hasattr(result, "tolist")
     values = result.tolist() if is_array else result
@@ -96,16 +105,17 @@ def _values(name: str, result: Any, count: int) -> list[float | None]:
 
 
 def _is_missing(value: Any) -> bool:
-    """Return whether a value of an array stands for no value: NaN, or the NA of pandas."""
+    """Return True for NaN and the NA of pandas."""
     return type(value).__name__ == "NAType" or bool(value != value)
 
 
-def _find(name: str) -> Callable[..., Any]:
+def _load(name: str) -> Callable[..., Any]:
+    """Return the plug-in of a name, or the function of `package.module:function`."""
     for entry in entry_points(group="alignlab.rewards", name=str(name)):
         return entry.load()
     if not isinstance(name, str) or ":" not in name:
-        known = ", ".join(sorted(entry.name for entry in entry_points(group="alignlab.rewards")))
-        raise ValueError(f"combine has a part {name!r} that is not installed; installed: {known}")
+        installed = ", ".join(sorted(entry.name for entry in entry_points(group="alignlab.rewards")))
+        raise ValueError(f"combine has a part {name!r} that is not installed; installed: {installed}")
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""1 where the completion is the answer and nothing else."""
+"""Reward for a completion that is the answer and nothing else."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from alignlab.types import Text, message_text
 def exact_match(
     *, completions: Sequence[Text], answer: Sequence[Any], ignore_case: bool = False, **columns: Any
 ) -> list[float | None]:
-    """1.0 where completion and answer are equal but for white space around them, else 0.0.
+    """Return 1.0 where completion and answer are equal but for white space around them, else 0.0.
 
-    Text is compared as text. Where the column holds numbers, as a column of whole numbers with gaps does (72.0), digits
-    of the same value are equal. A text that ends with a line `#### 72`, as in GSM8K, is the 72, or itself as a whole.
+    Text is compared as text. Where the column holds numbers, digits of the same value are equal: `72` and 72.0. The
+    answer of a text that ends with a line `#### 72`, as in GSM8K, is 72 or the whole text.
 
     Args:
         completions: strings or chat messages.
-        answer: the dataset's column; the reward does not apply where it is None, NaN or empty, which the log says once.
+        answer: the dataset's column. The value is None where it is None, NaN or empty, which is logged once.
         ignore_case: compare without regard to case.
         columns: unused.
     """
@@ -32,13 +32,13 @@ def exact_match(
     ]
 
 
-def _value(expected: ExpectedAnswer | None, said: str, ignore_case: bool) -> float | None:
+def _value(expected: ExpectedAnswer | None, completion: str, ignore_case: bool) -> float | None:
     if expected is None:
         return None
-    value = in_digits(expected.text) if expected.numeric else None
-    if value is not None and value == in_digits(said):
+    number = in_digits(expected.text) if expected.numeric else None
+    if number is not None and number == in_digits(completion):
         return 1.0
     texts = [expected.text, expected.whole]
     if ignore_case:
-        return float(said.casefold() in [text.casefold() for text in texts])
-    return float(said in texts)
+        return float(completion.casefold() in [text.casefold() for text in texts])
+    return float(completion in texts)

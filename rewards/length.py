@@ -1,4 +1,4 @@
-"""1 where the completion's length is within limits, less the farther it is outside."""
+"""Reward for a completion whose length is within limits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def length(
     falloff_tokens: int = 32,
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 from `min_tokens` to `max_tokens`, falling in a straight line to 0.0 at `falloff_tokens` outside.
+    """Return 1.0 from `min_tokens` to `max_tokens`, falling in a straight line to 0.0 at `falloff_tokens` outside.
 
     Args:
         completion_ids: sampled tokens of each completion, the end token included.
         min_tokens, max_tokens: the limits, both allowed lengths; equal, they are a target. None is no upper limit.
-        falloff_tokens: how far outside the value reaches 0, >= 1.
+        falloff_tokens: distance from the limits at which the value reaches 0, >= 1.
         columns: unused.
     """
     for name, value in (("min_tokens", min_tokens), ("max_tokens", max_tokens), ("falloff_tokens", falloff_tokens)):

@@ -1,4 +1,4 @@
-"""1 where the answer in the completion is exactly right, by the scorer of its reasoning_gym task."""
+"""Reward for an exactly right answer, by the scorer of its reasoning_gym task."""
 
 from __future__ import annotations
 
@@ -30,36 +30,38 @@ def reasoning_gym_answer(
     extract: Literal["last_number", "tagged", "whole"] = "last_number",
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 where the extracted answer is exactly right, else 0.0; partial credit counts as 0.0.
+    """Return 1.0 where the extracted answer is exactly right, else 0.0; partial credit counts as 0.0.
 
     Args:
         prompts: the questions, strings or chat messages.
         completions: strings or chat messages.
-        answer: the dataset's column; the reward does not apply where it is None or NaN, which the log says once.
-            Without a task, a text that ends with a line `#### 72`, as in GSM8K, is the 72.
-        task, task_options, metadata: the columns of a task's rows. With `task` given, the task's own `score_answer`
-            must return exactly 1; without it, numbers are compared by value, and other answers as text.
-        extract: how the answer is taken from the completion; see `extract_answer`.
+        answer: the dataset's column. The value is None where it is None or NaN, which is logged once. Without a task,
+            the answer of a text that ends with a line `#### 72`, as in GSM8K, is 72.
+        task, task_options, metadata: the columns of a task's rows. With a `task`, its own `score_answer` must return
+            exactly 1; without one, numbers are compared by value, and other answers as text.
+        extract: the part of the completion that is the answer; see `extract_answer`.
         columns: unused.
     """
     check_choice("reasoning_gym_answer", "extract", extract, ("last_number", "tagged", "whole"))
-    nothing: list[None] = [None] * len(completions)
-    rows = zip(prompts, completions, answer, task or nothing, task_options or nothing, metadata or nothing, strict=True)
+    absent: list[None] = [None] * len(completions)
+    rows = zip(prompts, completions, answer, task or absent, task_options or absent, metadata or absent, strict=True)
     values: list[float | None] = []
-    for prompt, completion, expected, name, options, details in rows:
-        gold = _expected(expected, name, extract)
+    for prompt, completion, expected, task_name, options, details in rows:
+        gold = _expected(expected, task_name, extract)
         if gold is None:
             values.append(None)
             continue
-        given = extract_answer(message_text(completion), extract)
-        entry = {"question": message_text(prompt), "answer": gold, "metadata": details or {}}
-        right = given is not None and (_same(given, gold) if name is None else _scored(given, name, options, entry))
-        values.append(float(right))
+        extracted = extract_answer(message_text(completion), extract)
+        if extracted is not None and task_name is not None:
+            entry = {"question": message_text(prompt), "answer": gold, "metadata": details or {}}
+            values.append(float(_scores_one(extracted, task_name, options, entry)))
+        else:
+            values.append(float(extracted is not None and _same(extracted, gold)))
     return values
 
 
 def _expected(value: Any, task: str | None, extract: str) -> str | None:
-    """Return the expected answer's text: of a task's row as it stands, since its scorer compares with that."""
+    """Return the expected answer's text; a task's is not changed, since its scorer compares with it."""
     if task is not None and isinstance(value, str):
         return value
     gold = expected_answer(value, reward="reasoning_gym_answer")
@@ -72,13 +74,16 @@ def _expected(value: Any, task: str | None, extract: str) -> str | None:
 
 
 def extract_answer(text: str, extract: str = "last_number") -> str | None:
-    """The answer in a completion's text; None where there is none.
+    """Return the answer in a completion's text; None where there is none.
 
-    - "last_number": the last integer or decimal. A sign belongs to it when it touches the first digit and nothing that
-      it could be subtracted from stands right before it: -4 in "= -4", 9 in "5-9". Commas between groups of three
-      digits are left out, a period after the number is no part of it, and digits inside a word are no number.
-    - "tagged": what stands between the last <answer> and </answer>.
+    - "last_number": the last integer or decimal, without the commas between groups of three digits and without a period
+      behind it. A sign belongs to it if it touches the first digit and nothing to subtract from stands right before it:
+      -4 in "= -4", but 9 in "5-9". Digits inside a word are no number.
+    - "tagged": the text between the last <answer> and </answer>.
     - "whole": the whole text, without the white space around it.
+
+    Raises:
+        ValueError: `extract` is none of these.
     """
     if extract == "last_number":
         numbers = _NUMBER.findall(text)
@@ -91,20 +96,20 @@ def extract_answer(text: str, extract: str = "last_number") -> str | None:
     raise ValueError(f"extract must be last_number, tagged or whole, and is {extract!r}")
 
 
-def _same(given: str, expected: str) -> bool:
-    numbers = plain_number(given), plain_number(expected)
-    if numbers[0] is not None and numbers[1] is not None:
-        return numbers[0] == numbers[1]
-    return given.strip() == expected.strip()
+def _same(answer: str, expected: str) -> bool:
+    number, expected_number = plain_number(answer), plain_number(expected)
+    if number is not None and expected_number is not None:
+        return number == expected_number
+    return answer.strip() == expected.strip()
 
 
-def _scored(found: str, task: str, options: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> bool:
-    score = _scorer(task, json.dumps(options or {}, sort_keys=True))
+def _scores_one(answer: str, task: str, options: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> bool:
+    scorer = _scorer(task, json.dumps(options or {}, sort_keys=True))
     try:
-        return bool(score.score_answer(found, entry) == 1.0)
+        return bool(scorer.score_answer(answer, entry) == 1.0)
     except Exception:
-        # Where the scorer fails on the right answer too, the row is at fault and not the completion.
-        score.score_answer(entry["answer"], entry)
+        # If the scorer fails on the right answer too, the row is at fault and not the completion.
+        scorer.score_answer(entry["answer"], entry)
         return False
 
 

@@ -1,4 +1,4 @@
-"""1 where the completion has a given form."""
+"""Reward for a completion of a given form."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from alignlab.types import Text, message_text
 
 
 def regex_format(*, completions: Sequence[Text], pattern: str, **columns: Any) -> list[float | None]:
-    r"""1.0 where the whole completion matches `pattern`, else 0.0.
+    r"""Return 1.0 where the whole completion matches `pattern`, else 0.0.
 
     Args:
         completions: strings or chat messages; white space around them does not count.
         pattern: a regular expression in which `.` matches line breaks too, such as
-            `<think>.*</think>\s*<answer>.*</answer>`. Mind patterns that backtrack without an end.
+            `<think>.*</think>\s*<answer>.*</answer>`. Avoid nested repetitions such as `(a+)+`, whose
+            matching may take exponential time.
         columns: unused.
     """
-    form = _compiled(pattern)
-    return [float(form.fullmatch(message_text(completion).strip()) is not None) for completion in completions]
+    compiled = _compiled(pattern)
+    return [float(compiled.fullmatch(message_text(completion).strip()) is not None) for completion in completions]
 
 
 def _compiled(pattern: Any) -> re.Pattern[str]:

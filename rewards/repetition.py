@@ -1,4 +1,4 @@
-"""A penalty for saying the same thing again and again."""
+"""Penalty for a completion that repeats itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignlab.types import Text, message_text
 
 
 def repetition(*, completions: Sequence[Text], ngram_size: int = 3, **columns: Any) -> list[float | None]:
-    """Minus the fraction of a completion's word n-grams that repeat an earlier one: 0.0 (none) to almost -1.0.
+    """Return minus the fraction of a completion's word n-grams that repeat an earlier one: from 0.0 to almost -1.0.
 
         value = distinct n-grams / n-grams - 1
 

@@ -7,19 +7,32 @@ from pathlib import Path
 import pytest
 
 from alignlab.cli import main, parse
-from alignlab.config.recipes import RECIPES
+from alignlab.config.policy_gradient import RECIPES
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.models.checkpoints import new_model, save_model
-from alignlab.training.reward_functions import load_reward
+from alignlab.models.hub.checkpoints import new_model, save_model
+from alignlab.scoring.loading import load_reward
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MANUALS = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", "node_modules", "runs"} & set(path.relative_to(ROOT).parts[:1])
+)
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def text_of(manual: str) -> str:
+    return (ROOT / manual).read_text(encoding="utf-8")
+
+
+README = text_of("README.md")
+
+
+def blocks(language: str, *manuals: str) -> list[str]:
+    """The code of a language in some manuals; default: the README."""
+    texts = "\n".join(text_of(manual) for manual in manuals or ("README.md",))
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", texts, flags=re.DOTALL | re.MULTILINE)
     return [text for name, text in fenced if name == language]
 
 
@@ -42,7 +55,7 @@ def test_trainer_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_reward_example_is_found_by_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [code] = [block for block in blocks("python") if block.startswith("# my_rewards.py")]
+    [code] = [block for block in blocks("python", "rewards/README.md") if block.startswith("# my_rewards.py")]
     (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
     reward = load_reward(RewardSettings(name="my_rewards.py:ends_with_answer", options={"bonus": 0.5}))
     values = reward.function(completions=["It is 5.", "6"], answer=["5", "5"], prompts=["", ""], **reward.options)
@@ -50,7 +63,8 @@ def test_reward_example_is_found_by_its_file(tmp_path, monkeypatch):
 
 
 def test_every_command_parses():
-    code = "".join(blocks("bash")).replace("\\\n", " ")
+    manuals = [str(path.relative_to(ROOT)) for path in MANUALS if "tests" not in path.parts]
+    code = "".join(blocks("bash", *manuals)).replace("\\\n", " ")
     lines = [line for line in code.splitlines() if line.startswith("alignlab ")]
     assert {parse(shlex.split(line, comments=True)[1:]).name for line in lines} == {
         "check", "train", "eval", "generate", "merge", "judge"
@@ -66,8 +80,10 @@ def test_the_error_that_is_shown_is_the_error(capsys, monkeypatch):
 
 
 def test_every_script_and_config_that_is_named_exists():
-    named = set(re.findall(r"\b(?:launch|configs)/[\w.]+\.(?:sh|sbatch|yaml|py)", README))
-    assert {f"launch/{path.name}" for path in (ROOT / "launch").iterdir()} <= named
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in MANUALS)
+    named = set(re.findall(r"\b(?:launch|configs)/[\w.]+\.(?:sh|sbatch|yaml|py)", texts))
+    there = [*(ROOT / "launch").glob("*[hy]"), *(ROOT / "configs").glob("*.yaml")]
+    assert {f"{path.parent.name}/{path.name}" for path in there} <= named
     assert all((ROOT / name).is_file() for name in named)
 
 
@@ -75,12 +91,18 @@ def test_the_tree_is_the_tree():
     [tree] = [block for block in blocks("") if block.startswith("pyproject.toml")]
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
     there = {path.stem if path.is_dir() else path.name for path in (ROOT / "alignlab").iterdir()}
-    assert listed == there - {"__pycache__", "__init__.py", "__main__.py", "py.typed"}
+    assert listed == there - {"__pycache__", "__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_table_is_right(recipe):
-    [row] = re.findall(rf"^\| `{recipe}` \|(.*)$", README, flags=re.MULTILINE)
+    [row] = re.findall(rf"^\| `{recipe}` \|(.*)$", text_of("alignlab/trainers/README.md"), flags=re.MULTILINE)
     advantage, surrogate, reduction, _, *_ = (cell.strip() for cell in row.split("|"))
     config = GRPOConfig(recipe=recipe)
     assert (advantage, surrogate.split(",")[0], reduction) == (config.advantage, config.surrogate, config.reduction)
+
+
+def test_links_between_manuals_lead_somewhere():
+    for manual in MANUALS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", manual.read_text(encoding="utf-8")):
+            assert (manual.parent / target).exists(), f"{manual.relative_to(ROOT)}: {target}"

@@ -1,6 +1,7 @@
-"""The command `alignlab`: one file for each of its sub-commands.
+"""The command `alignlab`: one file for each sub-command.
 
-Nothing heavy is imported here: a sub-command imports what it needs when it runs, so that `--help` is quick.
+No heavy import stands at the top of these files: a sub-command imports what it needs when it runs, so that `--help` is
+quick.
 """
 
 from __future__ import annotations
@@ -16,70 +17,99 @@ import alignlab
 from alignlab.cli import check, evaluate, generate, judge, merge, sample, serve, student, train
 from alignlab.cli.ending import ExitStatus
 from alignlab.cli.process_end import end_despite_threads
-from alignlab.library_errors import named
+from alignlab.cli.streams import make_streams_last, stdout_error
+from alignlab.errors import ConfigError
+from alignlab.files.library_errors import named, reason
+from alignlab.runs.interrupt import interrupted_by_sigterm
 
 COMMANDS = (train, check, evaluate, generate, merge, sample, student, judge, serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, see `alignlab.cli.ending`."""
-    status = _run(argv)
-    return status if argv is not None else end_despite_threads(status)
+    """Run the command line, and return the exit status; see `alignlab.cli.ending`."""
+    if argv is not None:
+        return _run(argv)
+    make_streams_last()
+    return end_despite_threads(_with_lost_output(_run(None)))
 
 
 def _run(argv: Sequence[str] | None) -> int:
     prepare_environment()
     args = parse(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model writes what a terminal may not know
+        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal cannot show
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
-        status: int = args.command(args)
+        _check_working_folder()
+        with interrupted_by_sigterm():
+            status: int = args.command(args)
         return status
-    except BrokenPipeError:  # whoever read standard output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.ERROR
     except Exception as error:
         named_error = named(error)
         if named_error is None or args.debug:
             raise
         print(f"alignlab {args.name}: {named_error}", file=sys.stderr)
         return ExitStatus.ERROR
-    except KeyboardInterrupt:
-        print(f"alignlab {args.name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        by = f" by {error}" if str(error) else ""
+        print(f"alignlab {args.name}: interrupted{by}", file=sys.stderr)
         return ExitStatus.INTERRUPTED
 
 
-def prepare_environment() -> None:
-    """Set what must be in the environment before torch is imported; whatever the user set stays.
+def _with_lost_output(status: int) -> int:
+    """Return the exit status; not 0, with a message, if standard output did not accept all that was written."""
+    error = stdout_error()
+    if error is None:
+        return status
+    print(f"alignlab: standard output could not be written, and lacks a part: {reason(error)}", file=sys.stderr)
+    return status or ExitStatus.ERROR
 
-    A thread of a parallel region that waits passively is woken by the kernel, which takes longer than one small matrix
-    product; spinning for long, the default, makes threads that share a core with another process wait for each other
-    (beside one busy process, a small product took 20 times as long). A short spin has neither fault.
+
+def _check_working_folder() -> None:
+    """Raise if the working folder is gone: libraries would end the process without a message.
+
+    Raises:
+        ConfigError: it was removed, or may not be entered any more.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working folder must be there, and it was removed or cannot be entered ({reason(error)}); change to "
+            "another one (cd)"
+        ) from error
+
+
+def prepare_environment() -> None:
+    """Set environment variables that must be set before torch is imported; the user's own values stay.
+
+    OpenMP threads spin briefly, then sleep. Waking a thread that sleeps at once takes longer than a small matrix
+    product; long spinning, the default, makes threads wait for each other on a shared core (beside one busy process, a
+    small product took 20 times as long).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():  # a log file is no place for progress bars
+    if not sys.stderr.isatty():  # progress bars would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; overrides (`key=value`) and the models of `eval` may also come after options."""
+    """Return the arguments; overrides (`key=value`) and the models of `eval` may also come after options."""
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    if "models" in args and not any(word.startswith("-") for word in rest):
-        args.models, rest = args.models + rest, []
+    args, words = parser.parse_known_args(argv)
+    if "models" in args and not any(word.startswith("-") for word in words):
+        args.models, words = args.models + words, []
     if "overrides" in args:
-        args.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
-        rest = [word for word in rest if word not in args.overrides]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}; see alignlab {args.name} --help")
+        args.overrides += [word for word in words if "=" in word and not word.startswith("-")]
+        words = [word for word in words if word not in args.overrides]
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}; see alignlab {args.name} --help")
     return args
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="alignlab",
         description="Post-train and align language models with reinforcement learning.",

@@ -1,4 +1,4 @@
-"""Which models `alignlab eval` is to look at: what a MODEL on the command line means, and whether it can be had."""
+"""The models of `alignlab eval`: from the words MODEL on the command line to folders of weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Candidate(NamedTuple):
 
     Attributes:
         name: its label, or MODEL as it was typed.
-        model: a Hub id, a packaged model or a folder; that of an adapter stands for its base with it on top.
+        model: a Hub id, a packaged model or a folder; an adapter's folder means its base with the adapter on it.
         adapter: folder of an adapter to put on the model.
-        labelled: whether the name is a label.
-        is_as_given: whether `model` is the place that was given, and not what was found in a run's folder.
+        labelled: True if the name is a label.
+        is_as_given: True if `model` is the word on the command line, False if it was derived from a run's folder.
     """
 
     name: str
@@ -29,49 +29,50 @@ class Candidate(NamedTuple):
 
     @property
     def adapted(self) -> bool:
-        """Whether an adapter is part of it."""
+        """True if the policy has an adapter."""
         return self.adapter is not None or is_adapter(self.model)
 
 
 def candidates_of(words: Sequence[str], adapter: str | None, default: str | None) -> list[Candidate]:
-    """The policies that MODEL ..., --adapter and the config describe.
+    """Return the policies that MODEL ..., --adapter and the config describe.
 
     Args:
         words: each a Hub id, a packaged model, the folder of a model, an adapter or a run; or LABEL=one of these.
         adapter: --adapter, for one model.
-        default: the config's model, for where neither is given.
+        default: the config's model, used if neither is given.
 
     Raises:
-        ConfigError: there is none, or a word is a setting, has no label before "=" or is given twice.
-        CheckpointError: the folder is that of a run that has made nothing.
+        ConfigError: there is no policy; or a word is a setting, has no label before "=" or is given twice.
+        CheckpointError: a folder is that of a run that has written no weights.
     """
     if len(words) > 1 and adapter is not None:
         raise ConfigError(
             f"--adapter is {adapter}, and goes with one MODEL, and {len(words)} are given; give an adapter's "
             "folder as a MODEL of its own"
         )
-    one = adapter or default
-    if not words and one is None:
+    place = adapter or default
+    if not words and place is None:
         raise ConfigError("no model to evaluate: give MODEL or --adapter; a config with an architecture has no weights")
-    candidates = [_candidate(word, adapter) for word in words or [str(one)]]
+    candidates = [_candidate(word, adapter) for word in words or [str(place)]]
     _check_names([candidate.name for candidate in candidates])
     return candidates
 
 
 def _check_names(names: Sequence[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"MODEL {twice} is given twice; leave one out, or give each a label of its own: a={twice}")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        fix = f"leave one out, or give each a different label: a={repeated}"
+        raise ConfigError(f"MODEL {repeated} is given twice; {fix}")
 
 
 def _candidate(word: str, adapter: str | None) -> Candidate:
     label, place = split_label(word)
-    model, own = weights_of(place), None if adapter == place else adapter
-    return Candidate(label or word, model, own, labelled=label is not None, is_as_given=model == place)
+    model, extra_adapter = weights_of(place), None if adapter == place else adapter
+    return Candidate(label or word, model, extra_adapter, labelled=label is not None, is_as_given=model == place)
 
 
 def split_label(word: str) -> tuple[str | None, str]:
-    """(label, place) of LABEL=PLACE; (None, word) where there is no label. A path may have "=" in it.
+    """Return (label, place) of LABEL=PLACE, or (None, word) without a label. A path may contain "=".
 
     Raises:
         ConfigError: the word is a setting of a config, or one of the two is empty.
@@ -89,20 +90,20 @@ def split_label(word: str) -> tuple[str | None, str]:
 
 
 def weights_of(place: str) -> str:
-    """The adapter or the model of a run, where `place` is a run's folder; any other place as it is.
+    """Return the adapter or the model of a run if `place` is a run's folder, else `place`.
 
     Raises:
-        CheckpointError: the run has made neither yet.
+        CheckpointError: the run has written neither yet.
     """
-    from alignlab.training.run_folder import holds_run, made_in
+    from alignlab.runs.folder import holds_run, output_of_run
 
     folder = Path(place)
     if is_adapter(place) or (folder / "config.json").is_file():
         return place
-    made = made_in(folder)
-    if made is None and holds_run(folder):
+    output = output_of_run(folder)
+    if output is None and holds_run(folder):
         raise CheckpointError(
-            f"{place} holds a run that has made no adapter and no model yet; finish it by alignlab train --resume"
+            f"{place} holds a run that has written no adapter and no model yet; finish it by alignlab train --resume"
         )
-    return place if made is None else str(made)
+    return place if output is None else str(output)
 

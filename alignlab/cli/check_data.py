@@ -1,126 +1,77 @@
-"""What `alignlab check` says of a config's data: rows are read as the training reads them."""
+"""The data part of `alignlab check`: number and lengths of the rows, which are read as the training reads them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from alignlab.config.data import DataSettings
-    from alignlab.config.run import RunConfig
-    from alignlab.data.prompts import PromptDataset
-    from alignlab.data.sequences import HasSequences
-    from alignlab.types import Prompt
-
-Described = tuple[str, Sequence["HasSequences"]]
-Describe = Callable[["DataSettings", "PreTrainedTokenizerBase", Any], Described]
+from alignlab.cli.checked_run import CheckedRun, RowsOfSource
 
 NOT_MEASURED = {
     "accuracy": "accuracy will not be measured",
     "preferences": "how often the chosen completion leads will not be measured",
-    "likelihood": "how likely held-out completions are will not be measured",
-    "labels": "how often labels are agreed with will not be measured",
+    "likelihood": "the likelihood of held-out completions will not be measured",
+    "labels": "the agreement with labels will not be measured",
 }
 
 
-class Data(NamedTuple):
-    """What is said of a source, the prompts that the policy answers, the examples that are learnt from, and whether
-    those that do not fit are skipped."""
-
-    lines: Sequence[str] = ()
-    prompts: Sequence[Prompt] = ()
-    examples: Sequence[HasSequences] = ()
-    skips: bool = False
-
-
-def training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """What is learnt from; of trainers that measure accuracy, the prompts too.
+def data_lines(run: CheckedRun) -> Iterator[str]:
+    """Yield a description of the training data.
 
     Raises:
-        ConfigError, DataError: the training would refuse it.
+        ConfigError, DataError: the training would refuse the data.
     """
-    from alignlab.data.prompts import load_prompts
-
-    describe = fixed_data().get(config.trainer.type)
-    if describe is not None:
-        line, examples = describe(config.data, tokenizer, config.trainer)
-        prompts = load_prompts(config.data, tokenizer) if config.trainer.measures == "accuracy" else ()
-        return Data([line], prompts, examples, config.data.on_bad_row == "skip")
-    prompts = load_prompts(config.data, tokenizer)
-    return Data([prompts_line(prompts)], prompts)
+    yield _described(run.training_rows, run.config.trainer.type)
 
 
-def held_out_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """What is measured on.
+def held_out_lines(run: CheckedRun) -> Iterator[str]:
+    """Yield a description of the held-out data, or what is not measured without any.
 
     Raises:
-        ConfigError, DataError: the training would refuse it.
+        ConfigError, DataError: the training would refuse the data.
     """
-    from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.run import measured_data
-
-    measures, settings = config.trainer.measures, measured_data(config)
-    if settings is None:
-        return Data([f"none: {NOT_MEASURED[measures]}"])
-    if measures != "accuracy":
-        line, examples = fixed_data()[config.trainer.type](settings, tokenizer, config.trainer)
-        return Data([line], (), examples, settings.on_bad_row == "skip")
-    prompts = load_prompts(settings, tokenizer)
-    return Data([prompts_line(prompts)], prompts)
+    if run.held_out_rows is None:
+        yield f"none: {NOT_MEASURED[run.config.trainer.measures]}"
+    else:
+        yield _described(run.held_out_rows, run.config.trainer.type)
 
 
-def fixed_data() -> Mapping[str, Describe]:
-    """By `trainer.type`, what reads the examples of trainers that learn from a fixed set, and says how many."""
-    return {
-        "sft": completions, "distill": completions, "dpo": pairs, "reward": pairs, "kto": labelled,
-    }
+def _described(rows: RowsOfSource, trainer_type: str) -> str:
+    from alignlab.data.prompts import column_names
+
+    examples: Any = rows.examples
+    if examples:
+        return _EXAMPLES[trainer_type](examples) + _skipped(examples.skipped)
+    prompts: Any = rows.prompts
+    text = f"{len(prompts)} prompts of {_lengths([len(prompt.token_ids) for prompt in prompts])}"
+    return f"{text}{_skipped(prompts.skipped)}; columns: {', '.join(column_names(prompts)) or 'none'}"
 
 
-def completions(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
-    """Completions to learn from."""
-    from alignlab.data.examples import load_examples
-
-    examples = load_examples(settings, tokenizer)
+def _completions(examples: Sequence[Any]) -> str:
     taught = sum(sum(example.completion_mask) for example in examples) / len(examples)
-    told = f"{len(examples)} examples of {lengths([len(example.token_ids) for example in examples])}"
-    return f"{told}, of which {taught:.0f} taught{skips(examples.skipped)}", examples
+    lengths = _lengths([len(example.token_ids) for example in examples])
+    return f"{len(examples)} examples of {lengths}, of which {taught:.0f} taught"
 
 
-def pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
-    """Pairs of completions."""
-    from alignlab.data.preferences import load_preferences
-
-    columns = {name: getattr(trainer, name, None) for name in ("margin_column", "probability_column")}
-    found = load_preferences(settings, tokenizer, **columns)
-    each = [len(pair.prompt) + pair.num_tokens for pair in found]
-    return f"{len(found)} pairs of {lengths(each)} with their prompt{skips(found.skipped)}", found
+def _pairs(pairs: Sequence[Any]) -> str:
+    lengths = _lengths([len(pair.prompt) + pair.num_tokens for pair in pairs])
+    return f"{len(pairs)} pairs of {lengths} with their prompt"
 
 
-def labelled(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, trainer: Any) -> Described:
-    """Completions that are labelled good or bad."""
-    from alignlab.data.unpaired import load_unpaired
-
-    found = load_unpaired(settings, tokenizer)
-    each = [len(one.prompt) + len(one.completion) for one in found]
-    good = sum(one.desirable for one in found)
-    told = f"{good} desirable and {len(found) - good} undesirable completions of {lengths(each)} with their prompt"
-    return told + skips(found.skipped), found
+def _labelled(examples: Sequence[Any]) -> str:
+    lengths = _lengths([len(example.prompt) + len(example.completion) for example in examples])
+    num_good = sum(example.desirable for example in examples)
+    num_bad = len(examples) - num_good
+    return f"{num_good} desirable and {num_bad} undesirable completions of {lengths} with their prompt"
 
 
-def prompts_line(prompts: PromptDataset) -> str:
-    """How many prompts, with which columns."""
-    told = f"{len(prompts)} prompts of {lengths([len(prompt.token_ids) for prompt in prompts])}"
-    return f"{told}{skips(prompts.skipped)}; columns: {', '.join(prompts.columns) or 'none'}"
+_EXAMPLES = {"sft": _completions, "distill": _completions, "dpo": _pairs, "reward": _pairs, "kto": _labelled}
 
 
-def lengths(each: Sequence[int]) -> str:
-    """How long they are."""
-    return f"{min(each)} to {max(each)} tokens (mean {sum(each) / len(each):.0f})"
+def _lengths(counts: Sequence[int]) -> str:
+    return f"{min(counts)} to {max(counts)} tokens (mean {sum(counts) / len(counts):.0f})"
 
 
-def skips(skipped: Counter[str]) -> str:
-    """What was left out."""
+def _skipped(skipped: Counter[str]) -> str:
     return "".join(f", {count} skipped ({reason})" for reason, count in skipped.items())

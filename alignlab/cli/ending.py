@@ -1,15 +1,16 @@
-"""How a command ends: its exit status, and the closing line on standard output.
+"""The end of a command: its exit status, and the closing line on standard output.
 
 | status | of `alignlab train` |
 |---|---|
 | 0 | every step is done, and the model and the report are written; `learnt` in the closing line may still be false |
 | 1 | an error without a name, with its traceback; or code that the run called, such as a reward, ended the process |
-| 2 | a wrong command line, or an error that has a name: refused before work is lost, or stopped by it |
+| 2 | a wrong command line, or an error that has a name |
 | 2 | not one update was made: the closing line says why in `reason`, and the saved weights are those of the start |
-| 130 | stopped by SIGINT (Ctrl-C) or SIGTERM, or on another rank by it: `--resume` goes on |
-| 128 + n | killed by signal n, as the shell tells it: `--resume` goes on from the last checkpoint |
+| 2 | standard output did not accept all that was written to it |
+| 130 | stopped by SIGINT (Ctrl-C) or SIGTERM, on this rank or another: `--resume` continues |
+| 128 + n | killed by signal n, as the shell reports it: `--resume` continues from the last checkpoint |
 
-Whatever the status, the last whole step is kept where it can be: see `alignlab/training/README.md`.
+Whatever the status, the last complete step is saved if possible: see `alignlab/runs/README.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from enum import IntEnum
 from typing import Any, NoReturn, TextIO
 
 OWN_THREADS = ("alignlab-reward", "alignlab-rollouts")
-"""Names of the threads that hand their errors on to the main one."""
+"""Names of the threads whose errors are raised again in the main thread."""
 
 
 class ExitStatus(IntEnum):
@@ -40,7 +41,7 @@ class ExitStatus(IntEnum):
 def print_closing_line(summary: Mapping[str, Any]) -> None:
     """Print the result as the last line of standard output, on the first rank alone.
 
-    The line begins a line of its own, whatever code that the run called, or a process of it, has written before.
+    It begins on a new line, whatever a reward or another process has written to standard output before.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -50,13 +51,13 @@ def print_closing_line(summary: Mapping[str, Any]) -> None:
 
 
 def _begins_line(stream: TextIO) -> bool:
-    """Whether a stream is known to be at the beginning of a line: a file that is empty or ends with a line feed."""
+    """Return whether a stream is a file at the beginning of a line: an empty one, or one that ends with a line feed."""
     try:
         descriptor = stream.fileno()
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return False
-        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # what was opened to write cannot be read itself
+        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # the descriptor is open for writing only
             return status.st_size == 0 or os.pread(file.fileno(), 1, status.st_size - 1) == b"\n"
     except (OSError, ValueError):
         return False
@@ -64,11 +65,11 @@ def _begins_line(stream: TextIO) -> bool:
 
 @contextmanager
 def no_silent_exit() -> Iterator[None]:
-    """Keep code that is called within this context from ending the process as if all were well.
+    """Prevent code that is called within this context from ending the process with status 0.
 
-    `os._exit` becomes a `SystemExit` in the main thread and in those of rewards and rollouts, which hand their errors
-    on: what was done is kept then, and told. In any other thread, as of a watchdog, it ends the process, with another
-    status than 0. In child processes it is itself.
+    `os._exit` raises SystemExit in the main thread and in the threads of rewards and rollouts, whose errors reach the
+    main thread: the run then saves its work and reports the call. In any other thread, such as a watchdog, it ends the
+    process with a status other than 0. In child processes it is unchanged.
     """
     exit_now, process = os._exit, os.getpid()
 

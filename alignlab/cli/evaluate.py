@@ -1,12 +1,12 @@
 """Measure the accuracy of a model, or of several side by side, on held-out problems.
 
-Accuracy is greedy, sampled, and pass@k by the unbiased estimator. The problems are a config's evaluation data, or those
-of a reasoning_gym task that training never sees. The last line of standard output is the result as JSON.
+Accuracy is reported greedy, sampled, and as pass@k by the unbiased estimator. The problems are a config's evaluation
+data, or those of a reasoning_gym task that training never sees. The last line of standard output is the result as JSON.
 
 A MODEL is a Hub id, a packaged model, or the folder of a model, an adapter or a run; LABEL=MODEL gives it a name.
-Several are loaded one after the other, in one dtype, and get the same problems and seeds, each rendered by its own
-tokenizer. Each is compared with the first; tests over the problems say which differences exceed chance. Ctrl-C
-tells what is measured by then.
+Several models are loaded one after the other, in one dtype, and get the same problems and seeds, each rendered by its
+own tokenizer. Each is compared with the first; statistical tests over the problems show which differences exceed
+chance. Ctrl-C reports what is measured by then.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import EngineSettings, SamplingSettings
     from alignlab.config.run import EvaluationSettings, RunConfig
-    from alignlab.models.export import Model
-    from alignlab.training.comparison import MeasuredPolicy
-    from alignlab.training.evaluation import EvaluationResult
-    from alignlab.training.reward_functions import LoadedReward
+    from alignlab.evaluation.comparison import MeasuredPolicy
+    from alignlab.evaluation.results import EvaluationResult
+    from alignlab.models.hub.export import Model
+    from alignlab.scoring.loading import LoadedReward
     from alignlab.types import Prompt
 
 NAME = "eval"
@@ -45,7 +45,7 @@ EXAMPLE = (
 
 
 class Plan(NamedTuple):
-    """What to evaluate on, and how."""
+    """The problems of an evaluation, and its settings."""
 
     data: DataSettings
     scorer: RewardSettings
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
     @property
     def task(self) -> str:
-        """What the problems are called."""
+        """Name of the problems."""
         return self.data.task or str(self.data.path)
 
 
@@ -64,19 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("models", metavar="MODEL", nargs="*", help="default: the config's model, or the adapter's base")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", metavar="CONFIG", help="evaluate as this run's config says")
+    source.add_argument("--config", metavar="CONFIG", help="config of a run, whose evaluation is done")
     source.add_argument("--task", metavar="NAME", help="a reasoning_gym task, such as chain_sum")
     add_policy_arguments(parser)
-    parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
-    parser.add_argument("--system-prompt", metavar="TEXT", help="for --task")
+    parser.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="override of a setting; repeatable"
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="system message, for --task")
     ways = ("last_number", "tagged", "whole")
-    parser.add_argument("--extract", choices=ways, help="for --task: how the answer is taken from the text")
-    parser.add_argument("--num-problems", type=int, metavar="N", help="default: all")
+    parser.add_argument("--extract", choices=ways, help="for --task: part of the text that is the answer")
+    parser.add_argument("--num-problems", type=int, metavar="N", help="number of problems; default: all")
     parser.add_argument("--num-samples", type=int, metavar="N", help="sampled completions a problem")
-    parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="the k of pass@k")
-    parser.add_argument("--seed", type=int, help="of the sampled completions")
-    told = "show what is said to N problems; of several models, to N that tell them apart"
-    parser.add_argument("--show", type=int, metavar="N", default=0, help=told)
+    parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="values of k for pass@k")
+    parser.add_argument("--seed", type=int, help="seed of the sampled completions")
+    shown = "show the completions of N problems; with several models, of N problems on which they differ"
+    parser.add_argument("--show", type=int, metavar="N", default=0, help=shown)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
     add_sampling_arguments(parser)
 
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that would be ignored, or taken for others."""
+    """Refuse arguments that would be ignored or misunderstood."""
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
         raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
     if args.plot is not None and len(args.models) < 2:
@@ -113,7 +115,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> None:
-    """The accuracy of one policy."""
+    """Measure the accuracy of one policy, and print it."""
     result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
     show(result, args.show)
     numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
@@ -122,8 +124,8 @@ def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> 
 
 
 def compare(plan: Plan, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
-    """The accuracy of several policies, one after the other; what is measured is told however it ends."""
-    from alignlab.training.reward_functions import load_reward
+    """Measure several policies, one after the other; on an error or Ctrl-C, report those measured so far."""
+    from alignlab.scoring.loading import load_reward
 
     scorer = load_reward(plan.scorer)
     problems = same_problems(plan, candidates, scorer)
@@ -137,18 +139,18 @@ def compare(plan: Plan, candidates: Sequence[Candidate], args: argparse.Namespac
             measured.append(measure(plan, candidate, problems[number - 1], scorer, dtype))
     finally:
         if measured:
-            told = {"seed": plan.seed, "dtype": dtype, "complete": len(measured) == len(candidates)}
-            tell_comparison(plan, measured, told, args)
+            facts = {"seed": plan.seed, "dtype": dtype, "complete": len(measured) == len(candidates)}
+            report_comparison(plan, measured, facts, args)
 
 
 def same_problems(plan: Plan, candidates: Sequence[Candidate], scorer: LoadedReward) -> list[list[Prompt]]:
-    """For each policy the problems rendered by its own tokenizer, those alone that every policy can take.
+    """Return each policy's problems, rendered by its own tokenizer; only those that every policy can read.
 
     Raises:
-        AlignlabError: with the name of a policy that cannot be loaded or given the problems, before one is loaded.
+        AlignlabError: with the name of a policy that cannot be loaded or read the problems, before one is loaded.
     """
     from alignlab.cli.policy import tokenizer_source
-    from alignlab.models.checkpoints import empty_model, load_tokenizer
+    from alignlab.models.hub.checkpoints import empty_model, load_tokenizer
 
     prompts = []
     for candidate in candidates:
@@ -156,30 +158,31 @@ def same_problems(plan: Plan, candidates: Sequence[Candidate], scorer: LoadedRew
             model = empty_model(candidate.model)
             tokenizer = load_tokenizer(tokenizer_source(candidate.model, candidate.adapter))
             prompts.append(problems_with_room(plan, model, tokenizer))
-            refuse_deaf_scorer(scorer, prompts[-1][0], tokenizer)
+            check_scorer_accepts_reference(scorer, prompts[-1][0], tokenizer)
         except AlignlabError as error:
             raise type(error)(f"MODEL {candidate.name}: {error}; nothing was evaluated") from error
-    given = [{prompt.index for prompt in each} for each in prompts]
-    shared = set.intersection(*given)
+    indices = [{prompt.index for prompt in rendered} for rendered in prompts]
+    shared = set.intersection(*indices)
     if not shared:
         raise DataError("no problem can be given to all models: each skips others; see data.max_prompt_tokens")
-    left_out = len(set.union(*given) - shared)
+    left_out = len(set.union(*indices) - shared)
     if left_out:
         print(f"problems left out, because not every model can be given them: {left_out}", file=sys.stderr)
-    return [[p for p in each if p.index in shared][: plan.evaluation.num_problems] for each in prompts]
+    usable = ([prompt for prompt in rendered if prompt.index in shared] for rendered in prompts)
+    return [problems[: plan.evaluation.num_problems] for problems in usable]
 
 
 def measure(
     plan: Plan, candidate: Candidate, prompts: Sequence[Prompt], scorer: LoadedReward, dtype: str
 ) -> MeasuredPolicy:
-    """Load one policy, count, and let its memory go."""
+    """Load one policy, measure it, and free its memory."""
     import gc
 
     import torch
 
-    from alignlab.training.comparison import MeasuredPolicy
+    from alignlab.evaluation.comparison import MeasuredPolicy
 
-    gc.collect()  # what the one before it leaves behind
+    gc.collect()  # frees the policy before it
     torch.cuda.empty_cache()
     policy, tokenizer = load_policy(candidate.model, candidate.adapter, dtype)
     start = time.perf_counter()
@@ -189,16 +192,16 @@ def measure(
     return MeasuredPolicy(candidate.name, candidate.model, result, num_parameters, seconds)
 
 
-def tell_comparison(
-    plan: Plan, measured: Sequence[MeasuredPolicy], told: Mapping[str, Any], args: argparse.Namespace
+def report_comparison(
+    plan: Plan, measured: Sequence[MeasuredPolicy], facts: Mapping[str, Any], args: argparse.Namespace
 ) -> None:
-    """The table and some completions on standard error, the plot, and all as JSON on standard output."""
+    """Print a table and some completions on standard error, JSON on standard output, and draw the plot."""
     from rich.console import Console
 
-    from alignlab.training.comparison import comparison_json, plot_comparison, show_comparison
+    from alignlab.evaluation.comparison import comparison_json, plot_comparison, show_comparison
 
     show_comparison(Console(stderr=True), measured, args.show)
-    result = {"task": plan.task, **sizes(measured[0].result), **told, "models": comparison_json(measured)}
+    result = {"task": plan.task, **sizes(measured[0].result), **facts, "models": comparison_json(measured)}
     print(json.dumps(result), flush=True)
     if args.plot is not None:
         plot_comparison(measured, args.plot)
@@ -206,53 +209,47 @@ def tell_comparison(
 
 
 def sizes(result: EvaluationResult) -> dict[str, int]:
-    """How much was asked."""
+    """Return the number of problems and of samples."""
     return {"num_problems": result.num_problems, "num_samples": result.num_samples}
 
 
 def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
-    """The evaluation that a run's config describes, with the command line's changes."""
-    from alignlab.config.rewards import RewardSettings
+    """Return the evaluation of a run's config, with the command line's changes."""
     from alignlab.config.rollout import RolloutSettings, SamplingSettings
-    from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.trainers.run import evaluation_data
 
     refuse_preferences(config, args.config)
-    data = evaluation_data(config)
+    data = config.evaluation_data
     if data is None:
         raise ConfigError(f"{args.config} has no evaluation data; set eval_data, or use --set eval_data.path=FILE")
-    if config.evaluation.scorer is None and not config.rewards:
+    if config.scorer is None:
         raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
-    scorer = RewardSettings(name=config.evaluation.scorer) if config.evaluation.scorer else config.rewards[0]
-    last = stages_of(config.trainer)[-1]
-    learns = isinstance(last, OnlineConfig)
-    rollout = last.rollout if isinstance(last, OnlineConfig) else RolloutSettings()
-    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
-    base = config.evaluation.sampled or trained.model_copy(update={"temperature": 1.0} if learns else {})
-    sampling = sampling_settings(args, **dict(base))
+    online = config.online_stage
+    rollout = online.rollout if online else RolloutSettings()
+    base = online.sampling.model_copy(update={"temperature": 1.0}) if online else SamplingSettings()
+    sampling = sampling_settings(args, **dict(config.evaluation.sampled or base))
     seed = config.trainer.seed if args.seed is None else args.seed
-    return Plan(data, scorer, sampling, rollout, _changed(config.evaluation, args), seed)
+    return Plan(data, config.scorer, sampling, rollout, _changed(config.evaluation, args), seed)
 
 
 def refuse_preferences(config: RunConfig, path: str) -> None:
-    """Say what to do where a config's data are preferences: no answer to them is right or wrong.
+    """Raise if a config's data are preferences, to which no answer is correct or wrong.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: with what to use instead.
     """
     if config.trainer.measures != "preferences":
         return
     task = config.data.task or "NAME"
     raise ConfigError(
-        f"{path} is of trainer {config.trainer.type}, whose held-out data are preferences, and eval counts right "
+        f"{path} is of trainer {config.trainer.type}, whose held-out data are preferences, and eval counts correct "
         "answers; alignlab train measures how often the chosen completion leads, before and after, and writes it into "
-        f"{config.trainer.output_dir / 'report.json'}. To count right answers, use --task {task}, or --config of a run "
-        "with rewards"
+        f"{config.trainer.output_dir / 'report.json'}. To count correct answers, use --task {task}, or --config "
+        "of a run with rewards"
     )
 
 
 def plan_of_task(args: argparse.Namespace) -> Plan:
-    """The evaluation of a reasoning_gym task, on the questions that training never sees."""
+    """Return the evaluation of a reasoning_gym task, on the questions that training never sees."""
     from alignlab.config.data import DataSettings
     from alignlab.config.rewards import RewardSettings
     from alignlab.config.rollout import RolloutSettings
@@ -267,35 +264,35 @@ def plan_of_task(args: argparse.Namespace) -> Plan:
 
 
 def _changed(evaluation: EvaluationSettings, args: argparse.Namespace) -> EvaluationSettings:
-    """The settings with --num-problems, --num-samples and --pass-at, checked again."""
-    named = {"num_problems": args.num_problems, "num_samples": args.num_samples, "pass_at": args.pass_at}
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    return type(evaluation)(**{**dict(evaluation), **given})
+    """Return the settings with --num-problems, --num-samples and --pass-at, validated again."""
+    flags = {"num_problems": args.num_problems, "num_samples": args.num_samples, "pass_at": args.pass_at}
+    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    return type(evaluation)(**{**dict(evaluation), **changes})
 
 
 def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> EvaluationResult:
-    """Load the policy, its problems and its scorer, and count."""
-    from alignlab.training.reward_functions import load_reward
+    """Load a policy, its problems and its scorer, and measure it."""
+    from alignlab.scoring.loading import load_reward
 
     scorer = load_reward(plan.scorer)
     policy, tokenizer = load_policy(model, adapter, dtype)
     prompts = problems_with_room(plan, policy, tokenizer)
-    refuse_deaf_scorer(scorer, prompts[0], tokenizer)
+    check_scorer_accepts_reference(scorer, prompts[0], tokenizer)
     return answer(plan, policy, tokenizer, prompts[: plan.evaluation.num_problems], scorer)
 
 
 def problems_with_room(plan: Plan, model: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
-    """Return the problems that a model can read and complete, the first of them where the others are no matter.
+    """Return the problems that a model can read and complete; unless bad rows are skipped, only as many as needed.
 
     Raises:
-        ConfigError, DataError: one cannot be asked, and is not to be left out.
+        ConfigError, DataError: a problem does not fit, and bad rows are not skipped.
     """
     from alignlab.data.prompts import load_prompts
-    from alignlab.trainers.preflight import with_room
+    from alignlab.loop.preflight import with_room
 
     prompts = load_prompts(plan.data, tokenizer)
-    asked = prompts if plan.data.on_bad_row == "skip" else prompts[: plan.evaluation.num_problems]
-    return with_room(asked, model, plan, plan.data, tokenizer=tokenizer, what="evaluation prompt")
+    needed = prompts if plan.data.on_bad_row == "skip" else prompts[: plan.evaluation.num_problems]
+    return with_room(needed, model, plan, plan.data.rendering, tokenizer=tokenizer, what="evaluation prompt")
 
 
 def answer(
@@ -305,9 +302,9 @@ def answer(
     prompts: Sequence[Prompt],
     scorer: LoadedReward,
 ) -> EvaluationResult:
-    """Let the policy answer, and count."""
-    from alignlab.rollout.engines import make_engine
-    from alignlab.training.evaluation import evaluate
+    """Sample the policy's answers, and measure their accuracy."""
+    from alignlab.evaluation.evaluate import evaluate
+    from alignlab.rollout.engine import make_engine
 
     return evaluate(
         make_engine(policy, tokenizer, plan.rollout),
@@ -317,14 +314,15 @@ def answer(
         num_samples=plan.evaluation.num_samples,
         seed=plan.seed,
         pass_at=plan.evaluation.pass_at,
+        time_limit_s=plan.evaluation.scorer_time_limit_s,
     )
 
 
-def refuse_deaf_scorer(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say so where the scorer does not take a row's own answer for right: the accuracy would be 0 of anything.
+def check_scorer_accepts_reference(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if the scorer does not accept a row's own answer: every accuracy would be 0.
 
     Raises:
-        ConfigError: with what was tried.
+        ConfigError: with the answer and its score.
     """
     from alignlab.cli.check_rewards import value_of_own_answer
 
@@ -338,14 +336,14 @@ def refuse_deaf_scorer(scorer: LoadedReward, prompt: Prompt, tokenizer: PreTrain
 
 
 def show(result: EvaluationResult, num_problems: int) -> None:
-    """The numbers, and some completions, on standard error."""
-    from alignlab.training.report import problems_judged
+    """Print the metrics, and some completions, on standard error."""
+    from alignlab.evaluation.tables import describe_judged
 
     for problem in result.samples[:num_problems]:
         mark = {True: "right", False: "wrong", None: "not judged"}[problem.greedy_correct]
         lines = [f"problem: {problem.prompt}", f"  answer: {problem.answer}", f"  greedy ({mark}): {problem.greedy}"]
         print("\n".join([*lines, *(f"  sampled: {text}" for text in problem.sampled)]), file=sys.stderr)
-    print(f"{problems_judged(result)} problems, {result.num_samples} samples each", file=sys.stderr)
+    print(f"{describe_judged(result)} problems, {result.num_samples} samples each", file=sys.stderr)
     for name, value in result.metrics().items():
         if name != "eval/num_judged":
             print(f"  {name.removeprefix('eval/'):15} {value:.3f}", file=sys.stderr)

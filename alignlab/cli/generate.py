@@ -1,6 +1,6 @@
-"""Write a completion of a prompt, token by token, to standard output.
+"""Complete a prompt, and write the text to standard output as it is generated.
 
-The prompt is a user's message where the tokenizer has a chat template, plain text elsewhere or with --plain.
+The prompt is a user's message if the tokenizer has a chat template, and plain text otherwise or with --plain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from alignlab.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from alignlab.config.render import FlagSettings
+    from alignlab.config.data import RenderSettings
     from alignlab.types import Prompt
 
 NAME = "generate"
@@ -31,36 +31,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
     add_policy_arguments(parser)
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--seed", type=int, help="seed of the sampling; the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
-    parser.add_argument("--plain", action="store_true", help="no chat template")
-    parser.add_argument("--tools", metavar="JSON", help="tools that the chat template is given, a list of schemas")
-    parser.add_argument("--chat-template-kwargs", metavar="JSON", help='such as {"enable_thinking": false}')
+    parser.add_argument("--plain", action="store_true", help="do not use the chat template")
+    parser.add_argument("--tools", metavar="JSON", help="tools for the chat template, a list of schemas")
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON",
+        help='variables of the chat template, such as {"enable_thinking": false}',
+    )
     parser.add_argument("--template-date", metavar="DAY", help="today's date in the chat template, such as 2026-11-30")
-    parser.add_argument("--escape-special-tokens", action="store_true", help="special tokens in PROMPT are text")
+    parser.add_argument("--escape-special-tokens", action="store_true", help="read special tokens in PROMPT as text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Stream one completion."""
+    """Write one completion as it is generated."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
 
-    from alignlab.config.render import FlagSettings
+    from alignlab.config.data import RenderSettings, SettingNames
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.rollout.engine import EmbeddedEngine
+    from alignlab.rollout.embedded.engine import EmbeddedEngine
 
     if not args.prompt.strip():
-        raise ConfigError(f"PROMPT is empty, and must be a text to go on from; write it in quotes, such as {EXAMPLE}")
+        raise ConfigError(f"PROMPT is empty, and must be a text to complete; write it in quotes, such as {EXAMPLE}")
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ConfigError("PROMPT must be text, and has bytes that are none in the terminal's encoding; write UTF-8")
     model, tokenizer = load_policy(args.model, args.adapter, args.dtype)
-    limit = getattr(model.config, "max_position_embeddings", None) or FlagSettings().max_prompt_tokens
-    settings = FlagSettings(
+    limit = getattr(model.config, "max_position_embeddings", None) or RenderSettings().max_prompt_tokens
+    settings = RenderSettings(
         chat=False if args.plain else None,
         system_prompt=args.system_prompt,
         prompt_template=args.prompt_template,
         max_prompt_tokens=limit,
         escape_special_tokens=args.escape_special_tokens,
         **template_settings(args),
-    )
+    ).named(SettingNames("the prompt", _flag))
     prompt = rendered(args.prompt, settings, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
     for text in engine.stream(prompt, sampling.params(n=1, seed=args.seed)):
@@ -69,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def rendered(text: str, settings: FlagSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def rendered(text: str, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Return the tokens of a prompt.
 
     Raises:
         ConfigError, DataError: the flags contradict each other or the tokenizer, or the prompt cannot be rendered.
     """
-    from alignlab.data.messages import BadRow
+    from alignlab.data.bad_row import BadRow
     from alignlab.data.rendering import PromptRenderer
     from alignlab.types import Prompt
 
@@ -94,8 +99,16 @@ def rendered(text: str, settings: FlagSettings, tokenizer: PreTrainedTokenizerBa
     return Prompt(token_ids, text)
 
 
+def _flag(setting: str, value: str | bool | None) -> str:
+    """Return the flag of a field of `RenderSettings`, with a value where one is advised."""
+    if setting == "chat":
+        return "--plain"
+    flag = f"--{setting.replace('_', '-')}"
+    return flag if value is None or value is True else f"{flag} {value}"
+
+
 def template_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the chat template, as fields of `RenderSettings`.
+    """Return the flags of the chat template as fields of `RenderSettings`.
 
     Raises:
         ConfigError: a flag's JSON or date cannot be read.

@@ -1,8 +1,8 @@
-"""Ask a run's judge about pairs whose better completion is known, before anything is learnt from it.
+"""Measure a run's judge on pairs whose better completion is known, before a policy learns from it.
 
-The pairs are rows of prompt, chosen and rejected; by default, of a task, right answers and those of other questions.
+The pairs are rows of prompt, chosen and rejected; by default, correct answers of a task and those of other questions.
 The last line of standard output is the result as JSON. With --write-examples no judge is asked: the questions are
-written with their right answers, as supervised data (trainer.type sft) that teach one.
+written with their correct answers, as supervised data (trainer.type sft) to train a judge.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
-    from alignlab.rlaif.examples import KnownPair
-    from alignlab.rlaif.judge import Judge
+    from alignlab.scoring.judges.judge import Judge
+    from alignlab.synthesis.judge_examples import KnownPair
 
 NAME = "judge"
-SUMMARY = "how often a judge is right, agrees with itself, and prefers what it sees first"
+SUMMARY = "measure a judge: accuracy, agreement with itself, preference for the first answer"
 EXAMPLE = "alignlab judge configs/rlaif_smollm2_cpu.yaml --num-pairs 60"
 
 
@@ -31,22 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_config_arguments(parser)
     parser.add_argument("--pairs", metavar="FILE", help="rows of prompt, chosen, rejected; default: the config's task")
-    parser.add_argument("--num-pairs", type=int, metavar="N", help="default: all")
-    parser.add_argument("--held-out", action="store_true", help="of a task: questions that training never sees")
-    parser.add_argument("--num-wrong", type=int, default=1, metavar="N", help="of a task: wrong answers a question")
+    parser.add_argument("--num-pairs", type=int, metavar="N", help="number of pairs; default: all")
+    parser.add_argument("--held-out", action="store_true", help="for a task: questions that training never sees")
+    parser.add_argument("--num-wrong", type=int, default=1, metavar="N", help="for a task: wrong answers a question")
     parser.add_argument(
-        "--answer-template", metavar="TEXT", action="append", help="of a task: text with {answer} in it; repeatable"
+        "--answer-template", metavar="TEXT", action="append", help="for a task: text with {answer} in it; repeatable"
     )
-    parser.add_argument("--write-examples", metavar="FILE", help="write JSONL to teach a judge, and ask none")
-    parser.add_argument("--kind", choices=("both", "comparisons", "ratings"), default="both", help="of examples")
+    parser.add_argument("--write-examples", metavar="FILE", help="write JSONL to train a judge, and ask no judge")
+    parser.add_argument(
+        "--kind", choices=("both", "comparisons", "ratings"), default="both", help="kind of the examples"
+    )
     parser.add_argument(
         "--reason", metavar="TEXT",
-        help="of examples, with judge.answers sampled: what is written before the choice; {answer} is the right answer",
+        help="for examples with judge.answers sampled: text before the choice; {answer} is the correct answer",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and print, or write."""
+    """Measure the judge, or write examples."""
     from alignlab.config.loader import load_config
 
     config = load_config(args.config, args.overrides)
@@ -65,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_reason(args: argparse.Namespace, judge: Any) -> None:
-    """See that --reason is asked for where it is written.
+    """Raise if --reason would be ignored, or does not contain the answer.
 
     Raises:
-        ConfigError: it is not, or does not name the answer.
+        ConfigError: with the fix.
     """
     if args.reason is None:
         return
@@ -82,56 +84,55 @@ def check_reason(args: argparse.Namespace, judge: Any) -> None:
 
 
 def reason_for(args: argparse.Namespace, answer: str) -> str:
-    """What a judge is to say of a pair with this right answer."""
+    """Return the reason for a pair with this correct answer."""
     return "" if args.reason is None else str(args.reason).replace("{answer}", answer)
 
 
 def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
-    """Prompt, chosen and rejected of each row of a file.
+    """Return the pairs in the rows of a file.
 
     Raises:
-        DataError: a row has not all three.
+        DataError: a row lacks prompt, chosen or rejected.
     """
     from alignlab.config.data import DataSettings
-    from alignlab.data.chat_text import with_chats
-    from alignlab.data.messages import BadRow
+    from alignlab.data.bad_row import BadRow
+    from alignlab.data.chat.from_text import with_chats
     from alignlab.data.notices import Notices
     from alignlab.data.rows import check_text_sizes, plain_row
     from alignlab.data.sources import load_rows
     from alignlab.errors import DataError
-    from alignlab.rlaif.examples import KnownPair
+    from alignlab.synthesis.judge_examples import KnownPair
     from alignlab.types import message_text
 
     pairs = []
     notices = Notices(args.pairs)
-    for index, given in enumerate(load_rows(DataSettings(path=args.pairs))):
+    for index, raw_row in enumerate(load_rows(DataSettings(path=args.pairs))):
         try:
-            plain = plain_row(given)
+            plain = plain_row(raw_row)
             check_text_sizes(plain, "prompt")
             row = with_chats(plain, "prompt", notices.of_row(index))
         except BadRow as error:
             raise DataError(f"{args.pairs}: row {index} (the first is 0) {error}; correct it, or remove it") from error
         missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
         if missing:
-            told = f"{args.pairs}: row {index} (the first is 0) has no {missing[0]}"
-            raise DataError(f"{told}; add it, or leave the row out")
+            place = f"{args.pairs}: row {index} (the first is 0)"
+            raise DataError(f"{place} has no {missing[0]}; add it, or leave the row out")
         chosen = message_text(row["chosen"])
         pairs.append(KnownPair(row["prompt"], chosen, message_text(row["rejected"]), reason_for(args, chosen)))
     return pairs
 
 
 def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[KnownPair]:
-    """Right and wrong answers of the config's task, in each of the templates.
+    """Return pairs of a correct and a wrong answer of the config's task, in each of the templates.
 
     Raises:
         ConfigError: there is no task, or a template has no place for the answer.
     """
     from alignlab.data.preferences import right_and_wrong
     from alignlab.data.sources import load_rows
-    from alignlab.rlaif.examples import KnownPair
-    from alignlab.trainers.run import evaluation_data
+    from alignlab.synthesis.judge_examples import KnownPair
 
-    data = evaluation_data(config) if args.held_out else config.data
+    data = config.evaluation_data if args.held_out else config.data
     if data is None or data.task is None:
         raise ConfigError("the config's data are prompts without pairs to judge; give --pairs FILE")
     templates = args.answer_template or ["{answer}"]
@@ -151,10 +152,10 @@ def task_pairs(config: RunConfig, args: argparse.Namespace) -> list[KnownPair]:
 
 
 def feedback(config: RunConfig) -> Any:
-    """The run's section.
+    """Return the trainer's section of RLAIF.
 
     Raises:
-        ConfigError: it is of another trainer.
+        ConfigError: the config has another trainer.
     """
     from alignlab.config.trainers import RLAIFConfig
 
@@ -165,15 +166,15 @@ def feedback(config: RunConfig) -> Any:
 
 
 def write_examples(config: RunConfig, pairs: list[KnownPair], path: Path, kind: str) -> None:
-    """Questions and right answers."""
-    from alignlab.config.constitution import load_constitution
-    from alignlab.rlaif.examples import comparisons, rated
-    from alignlab.training.journal import write_rows
+    """Write the questions with their correct answers."""
+    from alignlab.config.judge import load_constitution
+    from alignlab.runs.journal import write_rows
+    from alignlab.synthesis.judge_examples import comparisons, rated
 
     trainer = feedback(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     if trainer.judge.backend == "reward_model":
-        raise ConfigError("judge.backend is reward_model, which is asked nothing; teach one by trainer.type reward")
+        raise ConfigError("judge.backend is reward_model, which is asked no question; train one by trainer.type reward")
     constitution = load_constitution(trainer.constitution)
     rows = [] if kind == "ratings" else list(comparisons(constitution, pairs, trainer.judge))
     rows += [] if kind == "comparisons" else rated(constitution, pairs, trainer.judge)
@@ -182,27 +183,27 @@ def write_examples(config: RunConfig, pairs: list[KnownPair], path: Path, kind: 
 
 
 def ask(config: RunConfig, pairs: list[KnownPair]) -> dict[str, Any]:
-    """What the judge makes of the pairs; shows it as a table on standard error."""
+    """Return the measurements of the judge, and show them as a table on standard error."""
     from rich.console import Console
     from rich.table import Table
 
     judge = judge_of(config)
-    told = measure(judge, pairs) | {name: count for name, count in sorted(judge.counts.items()) if count}
+    metrics = measure(judge, pairs) | {name: count for name, count in sorted(judge.counts.items()) if count}
     table = Table(title=f"judge of {config.trainer.output_dir}", title_justify="left", show_header=False)
-    for name, value in told.items():
+    for name, value in metrics.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console(stderr=True).print(table)
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in told.items()}
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in metrics.items()}
 
 
 def judge_of(config: RunConfig) -> Judge:
-    """The judge that the run would ask."""
+    """Return the judge that the run would ask."""
     import torch
 
-    from alignlab.config.constitution import load_constitution
-    from alignlab.rlaif.judges import make_judge, shares_base
-    from alignlab.rlaif.local import default_device
-    from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
+    from alignlab.config.judge import load_constitution
+    from alignlab.scoring.judges.local import default_device
+    from alignlab.scoring.judges.make_judge import make_judge, shares_base
+    from alignlab.starting_model import make_model, make_tokenizer, model_dtype
 
     trainer = feedback(config)
     policy = tokenizer = None
@@ -215,25 +216,25 @@ def judge_of(config: RunConfig) -> Judge:
 
 
 def measure(judge: Judge, pairs: list[KnownPair]) -> dict[str, Any]:
-    """How often comparisons and ratings favour the better completion, a tie for one half; how surely, how fairly."""
-    from alignlab.rlaif.labels import bias
+    """Return the judge's accuracy (ties count one half), its confidence, and its preference for the first place."""
+    from alignlab.synthesis.labels import position_bias
 
     verdicts = judge.compare([(pair.prompt, pair.better, pair.worse) for pair in pairs])
-    known = [verdict.probability for verdict in verdicts if verdict.probability is not None]
+    probabilities = [verdict.probability for verdict in verdicts if verdict.probability is not None]
     good = judge.rate([(pair.prompt, pair.better) for pair in pairs])
     bad = judge.rate([(pair.prompt, pair.worse) for pair in pairs])
     leads = [g - b for g, b in zip(good, bad, strict=True) if g is not None and b is not None]
-    agreement, first_rate = bias(verdicts)
+    agreement, first_rate = position_bias(verdicts)
     return {
         "num_pairs": len(pairs),
-        "accuracy": right_rate([p - 0.5 for p in known]),
+        "accuracy": right_rate([p - 0.5 for p in probabilities]),
         "rating_accuracy": right_rate(leads),
-        "confidence": fmean(max(p, 1 - p) for p in known) if known else None,
+        "confidence": fmean(max(p, 1 - p) for p in probabilities) if probabilities else None,
         "agreement": agreement,
         "first_rate": first_rate,
     }
 
 
 def right_rate(leads: list[float]) -> float | None:
-    """How often a lead is above 0; None without any."""
+    """Return the fraction of leads above 0, ties as one half; None without any."""
     return fmean(0.5 if lead == 0 else float(lead > 0) for lead in leads) if leads else None

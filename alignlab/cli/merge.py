@@ -1,7 +1,7 @@
 """Merge a LoRA adapter into its base model's weights, and save the result as the base's Hub family, with its tokenizer.
 
-A reward model's adapter gives a sequence-classification model. The sum is taken in float32 and rounded once. Where an
-adapter on the embeddings or the head makes the two differ, a model that ties them is saved untied.
+The adapter of a reward model gives a sequence-classification model. Weights are added in float32 and rounded once. If
+an adapter on the embeddings or the head makes the two differ, a model that ties them is saved untied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from alignlab.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
-FIX = "the adapter or its base holds them: take an earlier checkpoint"
+FIX = "they come from the adapter or its base: take an earlier checkpoint"
 NAME = "merge"
 SUMMARY = "merge a LoRA adapter into its model's weights"
 EXAMPLE = "alignlab merge runs/grpo_smollm2_cpu/adapter merged/smollm2-sums --dtype bfloat16"
@@ -25,14 +25,16 @@ EXAMPLE = "alignlab merge runs/grpo_smollm2_cpu/adapter merged/smollm2-sums --dt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder that a run or PEFT wrote")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of an adapter, written by a run or by PEFT")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist or be empty")
-    parser.add_argument("--model", metavar="MODEL", help="the base; default: the one that the adapter names")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights")
+    parser.add_argument("--model", metavar="MODEL", help="base model; default: the one that the adapter names")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the saved weights"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, merge, save."""
+    """Load the adapter and its base, merge them, save the result."""
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from alignlab.models.reward_checkpoints import is_reward_model
+    from alignlab.models.hub.reward_checkpoints import is_reward_model
 
     merge = _merge_reward if is_reward_model(args.adapter) else _merge
     merge(args, output, getattr(torch, args.dtype))
@@ -53,10 +55,10 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     import torch
     from peft import PeftModel
 
-    from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
     from alignlab.models.finite import check_finite
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.hub.saving import published
     from alignlab.models.merging import merge_adapter
-    from alignlab.models.saving import published
 
     if args.model is None:
         model = load_model(args.adapter, dtype=torch.float32)
@@ -75,11 +77,11 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
 def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     import torch
 
-    from alignlab.models.checkpoints import load_model, load_tokenizer
     from alignlab.models.finite import check_finite
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+    from alignlab.models.hub.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
+    from alignlab.models.hub.saving import published
     from alignlab.models.merging import merge_adapter
-    from alignlab.models.reward_checkpoints import load_reward_model, padded_tokenizer, save_reward_model
-    from alignlab.models.saving import published
 
     base: Any = None if args.model is None else load_model(args.model, dtype=torch.float32)
     reward = load_reward_model(args.adapter, dtype=torch.float32, base=base)

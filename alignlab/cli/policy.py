@@ -1,4 +1,4 @@
-"""A trained or untrained policy from the command line: MODEL, --adapter, --dtype; and sampling flags."""
+"""The policy and its sampling from the command line: MODEL, --adapter, --dtype and the sampling flags."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ DTYPES = ("auto", "float32", "bfloat16")
 # Command-line flags of the fields of SamplingSettings; their defaults are the class's.
 SAMPLING_FLAGS = {
     "temperature": (float, "0 is greedy"),
-    "top_k": (int, "keep the k likeliest tokens; 0 keeps all"),
-    "top_p": (float, "keep the smallest set of tokens with this probability"),
-    "min_p": (float, "drop tokens less likely than this fraction of the likeliest"),
-    "repetition_penalty": (float, "above 1 discourages tokens seen before"),
-    "max_new_tokens": (int, "limit of the completion's length"),
+    "top_k": (int, "sample from the k most probable tokens; 0: from all"),
+    "top_p": (float, "sample from the smallest set of tokens with this total probability"),
+    "min_p": (float, "drop tokens below this fraction of the highest probability"),
+    "repetition_penalty": (float, "above 1: makes earlier tokens less probable"),
+    "max_new_tokens": (int, "largest length of the completion"),
 }
 
 
 def is_adapter(folder: str) -> bool:
-    """Whether a folder holds an adapter of PEFT's."""
+    """Return whether a folder holds an adapter that PEFT wrote."""
     return (Path(folder) / ADAPTER_FILE).is_file()
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """--adapter and --dtype."""
+    """Add --adapter and --dtype."""
     parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter to put on the model")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 under an adapter, float32 without"
@@ -42,34 +42,34 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of SamplingSettings, and --stop."""
+    """Add the flags of SamplingSettings, and --stop."""
     for name, (kind, text) in SAMPLING_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends a completion; repeatable")
 
 
 def sampling_settings(args: argparse.Namespace, **defaults: Any) -> SamplingSettings:
-    """The sampling that the flags describe; `defaults` for those not given."""
+    """Return the sampling of the flags; `defaults` for flags that are left out."""
     from alignlab.config.rollout import SamplingSettings
 
-    given = {name: getattr(args, name) for name in (*SAMPLING_FLAGS, "stop") if getattr(args, name) is not None}
-    return SamplingSettings(**{**defaults, **given})
+    flags = {name: getattr(args, name) for name in (*SAMPLING_FLAGS, "stop") if getattr(args, name) is not None}
+    return SamplingSettings(**{**defaults, **flags})
 
 
 def tokenizer_source(model: str, adapter: str | None) -> str:
-    """Where the tokenizer that an adapter was trained with lies: beside it, or else beside its base."""
+    """Return the folder of the tokenizer that an adapter was trained with: its own, or else that of its base."""
     return adapter if adapter is not None and (Path(adapter) / TOKENIZER_FILE).is_file() else model
 
 
 def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
-    """The model with the adapter of a folder on it.
+    """Return the model with the adapter of a folder on it.
 
     Raises:
         CheckpointError: the adapter is damaged, or of another model; or the model is an adapter itself.
     """
     from peft import PeftModel
 
-    from alignlab.models.adapter_files import with_saved_adapter
+    from alignlab.models.hub.adapter_files import with_saved_adapter
 
     if isinstance(model, PeftModel):
         raise CheckpointError(
@@ -82,14 +82,14 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
 def load_policy(
     model: str, adapter: str | None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A model, with an adapter if one is given, in evaluation mode on the GPU where there is one; and its tokenizer.
+    """Load a model, with an adapter if one is given, in evaluation mode, on a GPU if there is one; and its tokenizer.
 
     Raises:
         CheckpointError: one of them cannot be loaded.
     """
     import torch
 
-    from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 
     if adapter is not None and not is_adapter(adapter):
         raise CheckpointError(f"--adapter must be a folder that PEFT wrote, and {adapter} has no {ADAPTER_FILE}")

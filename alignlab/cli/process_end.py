@@ -1,7 +1,7 @@
-"""The end of the command's process, which threads of others cannot hold up.
+"""The end of the command's process, in spite of threads that hang.
 
-Python waits at its end for every thread that is no daemon, as those of a reward's own thread pool: one that hangs in a
-call would keep a run that is over, and its devices, for ever.
+At its end Python waits for every thread that is no daemon, such as those of a reward's thread pool. One that hangs in a
+call would keep the process of a finished run, and its GPUs, for ever.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
 
 def end_despite_threads(status: int, grace_s: float = GRACE_S) -> int:
-    """Return the status; should threads hang when the main thread is over, end the process with it, and say which.
+    """Return the status; if threads hang after the end of the main thread, report them and end the process.
 
     Args:
-        grace_s: that they have from then on.
+        status: exit status.
+        grace_s: time that threads have after the end of the main thread.
     """
     threading.Thread(target=_end_later, args=(status, grace_s), name="alignlab-end", daemon=True).start()
     return status
@@ -40,8 +41,8 @@ def _end_later(status: int, grace_s: float) -> None:
         return
     named = "; ".join(f"{thread.name!r} at {_place(thread)}" for thread in hanging)
     print(
-        f"alignlab: the command is over, and threads of code that it called are not, after {grace_s:g} s: {named}; the "
-        "process is ended without them",
+        f"alignlab: the command has ended, and after {grace_s:g} s threads of code that it called still run: {named}; "
+        "the process is ended without them",
         file=sys.stderr, flush=True,
     )
     sys.stdout.flush()
@@ -49,7 +50,7 @@ def _end_later(status: int, grace_s: float) -> None:
 
 
 def _is_main_thread_over() -> bool:
-    """Whether the main thread has come to Python's own end, where it waits for the others."""
+    """Return whether the main thread is in Python's shutdown, where it waits for the other threads."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if frame.f_code.co_name == "_shutdown" and frame.f_code.co_filename == threading.__file__:
@@ -59,12 +60,12 @@ def _is_main_thread_over() -> bool:
 
 
 def _hanging() -> list[threading.Thread]:
-    """The threads that Python waits for."""
+    """Return the threads that Python waits for."""
     return [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
 
 
 def _place(thread: threading.Thread) -> str:
-    """File, line and function where a thread is, as far inside as it is not Python's own library."""
+    """Return file, line and function of a thread's innermost frame outside Python's own library."""
     innermost = frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back

@@ -1,7 +1,7 @@
-"""Let a teacher answer a config's training prompts, and keep what its rewards approve, as data for fine-tuning.
+"""Sample a teacher's completions of a config's training prompts, and keep those with a high reward, for fine-tuning.
 
-The output is a JSONL file of prompt and completion, for `type: sft` with data.path. The same command goes on where an
-interrupted one stopped. The last line of standard output is the result as JSON.
+The output is a JSONL file of prompts and completions, for `type: sft` with data.path. Run again, the same command
+continues where it was interrupted. The last line of standard output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
-    from alignlab.training.teacher_samples import SampleSettings
+    from alignlab.synthesis.teacher_samples import SampleSettings
 
 NAME = "sample"
-SUMMARY = "a teacher's approved completions, as data for fine-tuning"
+SUMMARY = "sample a teacher's completions, filtered by rewards, as data for fine-tuning"
 EXAMPLE = (
     "alignlab sample runs/grpo_tiny_moe_cpu/model --config configs/grpo_tiny_moe_cpu.yaml "
     "--output runs/samples.jsonl --num-samples 2 --min-reward 1"
@@ -30,16 +30,25 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="the teacher: a Hub id, a folder, a packaged model")
-    parser.add_argument("--config", metavar="CONFIG", required=True, help="whose data, rewards and sampling are used")
+    parser.add_argument("--config", metavar="CONFIG", required=True, help="config with the data, rewards and sampling")
     parser.add_argument("--output", metavar="FILE", required=True, help="a new .jsonl file")
     add_policy_arguments(parser)
-    parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
-    parser.add_argument("--num-prompts", type=int, metavar="N", help="default: all")
+    parser.add_argument(
+        "--set", metavar="key=value", action="append", default=[], help="override of a setting; repeatable"
+    )
+    parser.add_argument("--num-prompts", type=int, metavar="N", help="number of prompts; default: all")
     parser.add_argument("--num-samples", type=int, metavar="N", help="completions a prompt")
-    parser.add_argument("--min-reward", type=float, metavar="X", help="that a completion must reach; default: none")
-    parser.add_argument("--keep", choices=("all", "best"), default="all", help="of those that reach it")
-    parser.add_argument("--prompts-at-once", type=int, metavar="N", help="between two times that work is put on disk")
-    parser.add_argument("--seed", type=int, help="of the sampling; default: the config's")
+    parser.add_argument(
+        "--min-reward", type=float, metavar="X", help="lowest reward of a completion that is kept; default: none"
+    )
+    parser.add_argument(
+        "--keep", choices=("all", "best"), default="all",
+        help="all completions that reach --min-reward, or the best one of each prompt",
+    )
+    parser.add_argument(
+        "--prompts-at-once", type=int, metavar="N", help="prompts that are sampled together, then written to disk"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling; default: the config's")
     add_sampling_arguments(parser)
 
 
@@ -54,32 +63,30 @@ def run(args: argparse.Namespace) -> int:
 
     from alignlab.config.rewards import RewardLimits
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.config.trainers import OnlineConfig, stages_of
     from alignlab.data.prompts import load_prompts
     from alignlab.data.rendering import PromptRenderer
-    from alignlab.rollout.engines import make_engine
-    from alignlab.trainers.preflight import SampledBy, with_room
-    from alignlab.training.checkpoint import fingerprint_of_model
-    from alignlab.training.model_reward import bind_rewards
-    from alignlab.training.reward_columns import check_columns, reward_columns
-    from alignlab.training.reward_functions import load_reward
-    from alignlab.training.reward_runner import RewardRunner
-    from alignlab.training.teacher_samples import rejected, sample_teacher
+    from alignlab.loop.preflight import SampledBy, with_room
+    from alignlab.models.fingerprints import model_fingerprint
+    from alignlab.rollout.engine import make_engine
+    from alignlab.scoring.columns import check_columns, reward_columns
+    from alignlab.scoring.loading import load_reward
+    from alignlab.scoring.reward_model import bind_rewards
+    from alignlab.scoring.runner import RewardRunner
+    from alignlab.synthesis.teacher_samples import describe_rejected, sample_teacher
 
-    last = stages_of(config.trainer)[-1]
-    trainer = last if isinstance(last, OnlineConfig) else None
+    trainer = config.online_stage
     limits = trainer.reward_limits if trainer else RewardLimits()
-    rewards = RewardRunner([load_reward(each) for each in config.rewards], limits)
+    rewards = RewardRunner([load_reward(settings) for settings in config.rewards], limits)
     policy, tokenizer = load_policy(args.model, args.adapter, args.dtype)
     rollout = trainer.rollout if trainer else RolloutSettings()
     prompts = with_room(
         load_prompts(config.data, tokenizer)[: args.num_prompts], policy, SampledBy(settings.sampling, rollout),
-        config.data, tokenizer=tokenizer,
+        config.data.rendering, tokenizer=tokenizer,
     )
     check_columns(rewards.rewards, prompts, data="the training data")
     rewards.columns = reward_columns(prompts)
     identity = {
-        "model": fingerprint_of_model(policy),
+        "model": model_fingerprint(policy),
         "data": config.data.model_dump_json(),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }
@@ -87,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         counts = sample_teacher(
             make_engine(policy, tokenizer, rollout),
-            prompts, rewards, PromptRenderer(config.data, tokenizer), output, settings, identity=identity,
+            prompts, rewards, PromptRenderer(config.data.rendering, tokenizer), output, settings, identity=identity,
         )
     finally:
         rewards.close()
     plain = bool(tokenizer.chat_template) and config.data.chat is False
-    print(f"alignlab sample: left out: {rejected(counts)}", file=sys.stderr)
+    print(f"alignlab sample: left out: {describe_rejected(counts)}", file=sys.stderr)
     day = config.data.template_date
     dated = "" if day == type(config.data).model_fields["template_date"].default else f" data.template_date={day}"
     print(f"fine-tune on it: data.path={output}{' data.chat=false' if plain else ''}{dated}", file=sys.stderr)
@@ -102,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse an output or a number of prompts that nothing can be made of."""
+    """Refuse an impossible output file or number of prompts."""
     if Path(args.output).suffix != ".jsonl":
         raise ConfigError(f"--output is {args.output}, and must end in .jsonl; rename it")
     if args.num_prompts is not None and args.num_prompts < 1:
@@ -110,13 +117,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def settings_of(config: RunConfig, args: argparse.Namespace) -> SampleSettings:
-    """What the config and the flags say together."""
+    """Return the settings of the config, replaced by flags."""
     from alignlab.config.rollout import SamplingSettings
-    from alignlab.config.trainers import OnlineConfig, stages_of
-    from alignlab.training.teacher_samples import SampleSettings
+    from alignlab.synthesis.teacher_samples import SampleSettings
 
-    last = stages_of(config.trainer)[-1]
-    trained = last.sampling if isinstance(last, OnlineConfig) else SamplingSettings()
+    trained = config.online_stage.sampling if config.online_stage else SamplingSettings()
     named = {"num_samples": args.num_samples, "prompts_at_once": args.prompts_at_once}
     return SampleSettings(
         sampling_settings(args, **dict(trained)),

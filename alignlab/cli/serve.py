@@ -1,9 +1,9 @@
-"""Start the vLLM servers of a run, from the run's own config, and keep them running until Ctrl-C.
+"""Start the vLLM servers of a run from the run's config, and keep them running until Ctrl-C.
 
-A config with `rollout: {engine: vllm_server}` names them in `trainer.rollout.servers`; by default all are started
-here, the first on the first GPU of CUDA_VISIBLE_DEVICES, and so on. Start them, then `alignlab train` with the same
-config and the same key=value: model, dtype and sizes must be alike. On several machines, run this on each with --only,
-and give all of them one token in ALIGNLAB_SERVER_TOKEN.
+A config with `rollout: {engine: vllm_server}` lists its servers in `trainer.rollout.servers`. By default all of them
+start on this machine, the first on the first GPU of CUDA_VISIBLE_DEVICES, and so on. Then run `alignlab train` with the
+same config and the same key=value overrides: model, dtype and sizes must be the same. With several machines, run this
+command on each with --only, and give all of them the same token in ALIGNLAB_SERVER_TOKEN.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
 
 NAME = "serve"
-SUMMARY = "start the vLLM servers that a run's config names"
+SUMMARY = "start the vLLM servers of a run's config"
 EXAMPLE = "alignlab serve configs/grpo_smollm2_vllm_server.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument("--only", metavar="ADDRESS", action="append", help="of trainer.rollout.servers; repeatable")
+    parser.add_argument(
+        "--only", metavar="ADDRESS", action="append", help="one of trainer.rollout.servers to start here; repeatable"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     from alignlab.config.loader import load_config
-    from alignlab.rollout.vllm.requirement import require_vllm
+    from alignlab.rollout.vllm.installation import require_vllm
 
     config = load_config(args.config, args.overrides)
     settings = server_settings(config)
     addresses = chosen(settings, args.only)
     require_vllm(settings.engine)
 
-    from alignlab.rollout.vllm.server.process import keep_running, make_server
+    from alignlab.rollout.vllm.launch import keep_running, make_server
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
@@ -61,35 +63,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tell(text: str) -> None:
-    """One line on standard error."""
+    """Print a line on standard error."""
     print(f"alignlab serve: {text}", file=sys.stderr, flush=True)
 
 
 def server_settings(config: RunConfig) -> VLLMServerSettings:
-    """The config's servers.
+    """Return the settings of the config's servers.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the config has none.
     """
     from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.config.trainers import OnlineConfig, stages_of
 
-    last = stages_of(config.trainer)[-1]
-    rollout = last.rollout if isinstance(last, OnlineConfig) else None
+    rollout = config.online_stage.rollout if config.online_stage else None
     if not isinstance(rollout, VLLMServerSettings):
-        found = "missing" if rollout is None else rollout.engine
+        engine = "missing" if rollout is None else rollout.engine
         raise ConfigError(
-            f"trainer.rollout.engine is {found}, and must be vllm_server for servers to be used; "
+            f"trainer.rollout.engine is {engine}, and must be vllm_server for servers to be used; "
             "add trainer.rollout.engine=vllm_server"
         )
     return rollout
 
 
 def chosen(settings: VLLMServerSettings, only: list[str] | None) -> list[str]:
-    """The addresses to serve at.
+    """Return the addresses to serve at.
 
     Raises:
-        ConfigError: --only names one that the config does not.
+        ConfigError: --only names an address that the config does not.
     """
     unknown = [address for address in only or () if address not in settings.servers]
     if unknown:
@@ -100,7 +100,7 @@ def chosen(settings: VLLMServerSettings, only: list[str] | None) -> list[str]:
 
 
 def devices_of(count: int) -> list[str | None]:
-    """The GPU of each server, where there is one for each."""
+    """Return the GPU of each server, or None for each if there are fewer GPUs than servers."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -109,38 +109,22 @@ def devices_of(count: int) -> list[str | None]:
 
 
 def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) -> dict[str, Any]:
-    """Write the model that the run starts from, which the first update replaces; returns vLLM's options."""
+    """Write the model that the run starts from, which the first update replaces, and return vLLM's options."""
     import torch
     from accelerate.utils import set_seed
 
     from alignlab.models.adapters import add_lora
-    from alignlab.models.attention import causal_lm
-    from alignlab.models.export import write_base
-    from alignlab.rollout.vllm.options import (
-        adapter_options,
-        check_adapter,
-        engine_options,
-        merged_options,
-        travels_alone,
-    )
-    from alignlab.trainers.run import make_model, make_tokenizer, model_dtype
+    from alignlab.models.decoder import causal_lm
+    from alignlab.models.hub.export import write_base
+    from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, sync_adapter_only
+    from alignlab.starting_model import make_model, make_tokenizer, model_dtype
 
     tokenizer = make_tokenizer(config)
     set_seed(config.trainer.seed)
     model = make_model(config.model, tokenizer, model_dtype(config.model))
     write_base(model, folder)
     tokenizer.save_pretrained(folder)
-    lm: Any = causal_lm(model)
-    positions = lm.config.get_text_config().max_position_embeddings
     on_cpu = not torch.cuda.is_available()
-    options = engine_options(
-        settings,
-        dtype=lm.dtype,
-        context_tokens=min(positions, settings.context_tokens or positions),
-        on_cpu=on_cpu,
-        sparse=bool(getattr(lm.config, "sparse_layers", ())),
-    )
-    policy = model if config.model.lora is None else add_lora(lm, config.model.lora)
-    if travels_alone(settings, policy, on_cpu=on_cpu):
-        return options | adapter_options(check_adapter(policy), num_versions=settings.max_staleness + 1)
-    return options | merged_options()
+    policy = model if config.model.lora is None else add_lora(causal_lm(model), config.model.lora)
+    adapter_rank = checked_adapter_rank(policy) if sync_adapter_only(settings, policy, on_cpu=on_cpu) else 0
+    return engine_options(settings, policy, adapter_rank=adapter_rank, on_cpu=on_cpu)

@@ -1,7 +1,7 @@
-"""Make a student of some of a teacher's layers, and save it as the teacher's Hub family, with its tokenizer.
+"""Make a student from some of a teacher's layers, and save it as the teacher's Hub family, with its tokenizer.
 
-It keeps the teacher's widths, embeddings, norms and head. Train it before use: by distillation, or on samples of the
-teacher's.
+The student has the teacher's widths, embeddings, norms and head. Train it before use: by distillation, or on the
+teacher's samples.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from alignlab.cli.policy import is_adapter
 from alignlab.errors import ConfigError
 
-FIX = "the teacher holds them: take another checkpoint"
+FIX = "they come from the teacher: take another checkpoint"
 NAME = "student"
-SUMMARY = "make a smaller model of a teacher's layers"
+SUMMARY = "make a smaller model from some of a teacher's layers"
 EXAMPLE = "alignlab student smollm2-135m-instruct students/smollm2-15 --num-layers 15"
 
 
@@ -23,14 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("teacher", metavar="TEACHER", help="a Hub id, a folder of a model, a packaged model")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist or be empty")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--layers", type=int, nargs="+", metavar="I", help="the layers to keep, counted from 0")
-    which.add_argument("--num-layers", type=int, metavar="N", help="how many to keep, evenly spaced, both ends kept")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers to keep, counted from 0")
+    choice.add_argument(
+        "--num-layers", type=int, metavar="N",
+        help="number of layers to keep, evenly spaced, the first and last included"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the saved weights"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, cut, save."""
+    """Load the teacher, take the layers, save the student."""
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
@@ -39,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from alignlab.models.checkpoints import load_model, load_tokenizer, save_model
     from alignlab.models.finite import check_finite
-    from alignlab.models.saving import published
-    from alignlab.models.student import chosen_layers, student_from
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer, save_model
+    from alignlab.models.hub.saving import published
+    from alignlab.models.layer_pruning import chosen_layers, student_from
 
     tokenizer = load_tokenizer(args.teacher)
     teacher = load_model(args.teacher, dtype=getattr(torch, args.dtype))

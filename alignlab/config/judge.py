@@ -1,40 +1,41 @@
-"""Who judges completions, how its answers are read, and what it may cost."""
+"""Judges of completions, how their answers are read, what they may cost; and their constitutions."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.addresses import HIDDEN
-from alignlab.config.addresses import check_address
-from alignlab.config.base import Frozen
-from alignlab.config.messages import BrokenRule
+from alignlab.config.base import Frozen, MayChange, OnResume, check_address
+from alignlab.config.error_messages import BrokenRule
 from alignlab.config.model import Dtype
-from alignlab.config.on_resume import MayChange, OnResume
+from alignlab.errors import ConfigError
+from alignlab.files.input_files import MAX_SETTINGS_BYTES, parse_yaml, read_limited
+from alignlab.network.addresses import HIDDEN
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 class _JudgeSettings(Frozen):
-    """What every judge has that is asked questions."""
+    """Settings of every judge that is asked questions."""
 
     on_resume = OnResume.REFUSED
     answers: Literal["probabilities", "sampled"] = "probabilities"
-    """How an answer is read: from the probabilities of the choices' tokens, or by sampling texts and counting votes,
-    for a judge that reasons first or does not tell its probabilities."""
+    """probabilities: an answer is read from the probabilities of the choices' tokens. sampled: texts are sampled and
+    votes counted, for a judge that reasons first or does not report probabilities."""
     votes: int = Field(1, ge=1)
-    """Judgements that are averaged, each by a principle of its own (Bai et al. 2022, arXiv:2212.08073, Sec. 4.1) while
-    there are some left."""
+    """Judgements that are averaged, each by a principle of its own where there are enough (Bai et al. 2022,
+    arXiv:2212.08073, Sec. 4.1)."""
     max_rating: int = Field(9, ge=2, le=9)
-    """Of a single completion, from 1 on: a digit is one token for every tokenizer."""
+    """Highest rating of a single completion; the lowest is 1. A digit is one token for every tokenizer."""
     max_questions: MayChange[int | None] = Field(None, ge=1)
-    """Comparisons and ratings that each rank may ask for in a run, over all its starts; what was asked for labels or a
-    step that were not kept does not count, and answers that are on disk already cost nothing. Labels are then made of
-    what was answered; a policy that the judge rewards stops, to be resumed."""
+    """Limit of comparisons and ratings that each rank asks for in a run, over all its starts. Questions for labels or a
+    step that were discarded do not count, nor do answers that are on disk already. At the limit, labels are made of the
+    answers so far; a policy that the judge rewards stops, to be resumed."""
     max_attempts: MayChange[int] = Field(3, ge=1)
-    """For one question, before it goes without an answer."""
+    """Attempts for one question, before it stays without an answer."""
     cache: MayChange[bool] = True
     """Keep answers on disk, for this run after an interruption and for others."""
     max_new_tokens: int = Field(256, ge=1)
@@ -44,16 +45,15 @@ class _JudgeSettings(Frozen):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
-        for name in ("max_new_tokens", "temperature"):
-            default = type(self).model_fields[name].default
-            if self.answers != "sampled" and getattr(self, name) != default:
-                must = f"stay {default} with answers {self.answers}, where nothing is sampled"
-                raise BrokenRule(name, getattr(self, name), must, f"remove {name}, or use answers: sampled")
+        if self.answers != "sampled":
+            for name in ("max_new_tokens", "temperature"):
+                because = f"with answers {self.answers}, where nothing is sampled"
+                self.refuse_unread(name, because, f"remove {name}, or use answers: sampled")
         return self
 
 
 class ModelJudge(_JudgeSettings):
-    """A model in this process, computed by our layers and sampled by our engine."""
+    """A model in this process, with alignlab's layers and embedded engine."""
 
     backend: Literal["model"] = "model"
     name: str | None = None
@@ -65,15 +65,11 @@ class ModelJudge(_JudgeSettings):
 
     @model_validator(mode="after")
     def _check_unread(self) -> Self:
-        sampled = self.answers == "sampled"
-        _refuse_unread(self, "tokens_per_batch" if sampled else "max_attempts", self.answers)
-        return self
-
-    @model_validator(mode="after")
-    def _check_dtype(self) -> Self:
-        if self.name is None and self.dtype != "auto":
-            must = "stay auto without name: the policy's base is as it is"
-            raise BrokenRule("dtype", self.dtype, must, "remove dtype, or give name")
+        unread = "tokens_per_batch" if self.answers == "sampled" else "max_attempts"
+        self.refuse_unread(unread, f"with answers {self.answers}, which do not read it")
+        if self.name is None:
+            because = "without name: the policy's base is loaded already"
+            self.refuse_unread("dtype", because, "remove dtype, or give name")
         return self
 
 
@@ -83,23 +79,23 @@ class EndpointJudge(_JudgeSettings):
     backend: Literal["endpoint"] = "endpoint"
     url: MayChange[str] = "http://127.0.0.1:8000/v1"
     model: str
-    """As the server calls it."""
+    """Name of the model at the server."""
     api_key_env: MayChange[str | None] = None
     """The environment variable that holds the key, a name in capitals; no key is ever in a file."""
     top_logprobs: int = Field(20, ge=2)
-    """Tokens whose probabilities are asked for."""
+    """Number of tokens whose probabilities are requested."""
     request_timeout_s: MayChange[float] = Field(60.0, gt=0)
-    """For one attempt in all, from connecting to the answer's last byte."""
+    """Limit of one attempt, from connecting to the answer's last byte."""
     max_concurrent: MayChange[int] = Field(16, ge=1)
     """Requests under way at one time."""
     retry_wait_s: MayChange[float] = Field(1.0, ge=0)
-    """Before the second attempt; doubled before each further one. A server that asks for a longer wait (Retry-After)
-    gets it, up to 120 s."""
+    """Wait before the second attempt, doubled before each further one. A server that asks for a longer wait
+    (Retry-After) gets it, up to 120 s."""
 
     @model_validator(mode="after")
     def _check_unread(self) -> Self:
         if self.answers == "sampled":
-            _refuse_unread(self, "top_logprobs", self.answers)
+            self.refuse_unread("top_logprobs", "with answers sampled, which do not read it")
         return self
 
     @model_validator(mode="after")
@@ -116,15 +112,8 @@ class EndpointJudge(_JudgeSettings):
         return self
 
 
-def _refuse_unread(settings: _JudgeSettings, name: str, answers: str) -> None:
-    default = type(settings).model_fields[name].default
-    if getattr(settings, name) != default:
-        must = f"stay {default} with answers {answers}, which do not read it"
-        raise BrokenRule(name, getattr(settings, name), must, f"remove {name}")
-
-
 class RewardJudge(Frozen):
-    """A reward model, as trainer type reward writes it, or any of `transformers`' with one label."""
+    """A reward model: of the trainer `reward`, or any of `transformers` with one label."""
 
     on_resume = OnResume.REFUSED
     backend: Literal["reward_model"] = "reward_model"
@@ -137,6 +126,49 @@ PromptedSettings = ModelJudge | EndpointJudge
 AnyJudge = Annotated[JudgeSettings, Field(discriminator="backend")]
 
 
-def fill_judge(given: Any) -> Any:
-    """Settings that name no backend are those of a model in this process."""
-    return {"backend": "model"} | given if isinstance(given, dict) else given
+def fill_judge(raw: Any) -> Any:
+    """Return the judge's settings with the default backend, a model in this process."""
+    return {"backend": "model"} | raw if isinstance(raw, dict) else raw
+
+
+class Principle(Frozen):
+    """One principle, in the words of the questions to a model."""
+
+    name: str
+    prefer: str
+    """The question by which two answers are compared, such as "Which answer is more honest?"."""
+    rate: str
+    """The question by which one answer is rated, such as "How honest is the answer?"."""
+    critique: str
+    """What to look for in an answer, such as "Point out where the answer is not honest."."""
+    revise: str
+    """The instruction after the critique, such as "Rewrite the answer so that it is honest."."""
+
+
+class Constitution(Frozen):
+    """Principles by which completions are criticised, revised and compared."""
+
+    name: str
+    introduction: str = ""
+    """Text before every question to the judge."""
+    principles: tuple[Principle, ...] = Field(min_length=1)
+
+
+def load_constitution(path: str | Path) -> Constitution:
+    """Load a constitution from YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold a `Constitution`.
+    """
+    try:
+        text = read_limited(Path(path), MAX_SETTINGS_BYTES, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"the constitution {path} must be a YAML file of a name and principles: {error}") from None
+    content = parse_yaml(text, f"the constitution {path}")
+    if not isinstance(content, dict):
+        holds = type(content).__name__
+        raise ConfigError(f"the constitution {path} must hold a name and principles, and holds {holds}")
+    try:
+        return Constitution.model_validate(content)
+    except ConfigError as error:
+        raise ConfigError(f"the constitution {path}: {error}") from None

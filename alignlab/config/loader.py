@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignlab.config.input_limits import (
-    MAX_DEPTH,
-    MAX_SETTINGS_BYTES,
-    LimitedLoader,
-    load_limited,
-    read_limited,
-)
-from alignlab.config.messages import LONGEST_SHOWN, show
+from alignlab.config.error_messages import LONGEST_SHOWN, show
 from alignlab.config.run import RunConfig
 from alignlab.errors import ConfigError
-from alignlab.library_errors import reading
-
-
-class _Loader(LimitedLoader):
-    """Plain YAML, except that 1e-6 is a number (YAML 1.1 wants 1.0e-6) and that a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A dict; refuses a second value for a key."""
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(problem=f"{key} is given twice", problem_mark=mark)
-            seen |= {key} if isinstance(key, Hashable) else set()
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+from alignlab.files.input_files import MAX_DEPTH, MAX_SETTINGS_BYTES, parse_yaml, read_limited
+from alignlab.files.library_errors import reading
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a file describes, with settings replaced by overrides.
+    """Load the run that a file describes, with settings replaced by overrides.
 
     Args:
         path: a YAML file.
@@ -64,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, before it is checked.
+    """Return the mapping in a YAML file, before its settings are checked.
 
     Raises:
         ConfigError: there is no such file, or it is not a YAML mapping.
@@ -74,8 +45,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     with reading(path, "the config", ConfigError):
         is_file = path.is_file()
     if not is_file:
-        there = sorted(str(each) for each in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"use one of {', '.join(there)}" if there else "correct the path"
+        configs = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        hint = f"use one of {', '.join(configs)}" if configs else "correct the path"
         raise ConfigError(f"{path} must be a YAML file, and does not exist; {hint}")
     text = read_limited(path, MAX_SETTINGS_BYTES, ConfigError)
     settings = parse_yaml(text, str(path))
@@ -84,17 +55,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """YAML as this project reads it.
-
-    Raises:
-        ConfigError: it is not YAML, gives a key twice, or is beyond `input_limits`; with the line.
-    """
-    return load_limited(text, source, _Loader)
-
-
 def apply_override(settings: dict[str, Any], override: str) -> None:
-    """Set one value in nested settings, in place; missing mappings on the way are made.
+    """Set one value in nested settings, in place; missing mappings on the way are created.
 
     Raises:
         ConfigError: it is not `key=value`, or its path goes through a value or past a list's end.
@@ -106,27 +68,27 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     if len(keys) > MAX_DEPTH:
         raise ConfigError(f"an override must name a setting at most {MAX_DEPTH} levels down, and is {show(override)}")
     value = parse_yaml(text, f"override {path if len(path) <= LONGEST_SHOWN else show(path)}")
-    holder: Any = settings
+    section: Any = settings
     for depth, key in enumerate(keys[:-1]):
-        if isinstance(holder, dict) and holder.get(key) is None:
-            holder[key] = {}
-        holder = holder[_place(holder, key, keys[:depth], override)]
-    holder[_place(holder, keys[-1], keys[:-1], override)] = value
+        if isinstance(section, dict) and section.get(key) is None:
+            section[key] = {}
+        section = section[_index_in(section, key, keys[:depth], override)]
+    section[_index_in(section, keys[-1], keys[:-1], override)] = value
 
 
-def _place(holder: Any, key: str, outer: Sequence[str], override: str) -> str | int:
-    """Where `key` is in `holder`: itself in a mapping, a number in a list."""
-    where = ".".join(outer)
-    if isinstance(holder, dict):
+def _index_in(section: Any, key: str, outer: Sequence[str], override: str) -> str | int:
+    """Return the index of `key` in `section`: the key in a mapping, a number in a list."""
+    path = ".".join(outer)
+    if isinstance(section, dict):
         return key
-    if not isinstance(holder, list):
-        raise ConfigError(f"override {override}: {where} is {show(holder)}, and has no entries; set it whole")
-    if not key.isdecimal() or int(key) >= len(holder):
-        fix = f"it has {where}.0 to {where}.{len(holder) - 1}" if holder else f"it is empty; set {where} whole"
-        raise ConfigError(f"override {override}: {where} has no entry {key}; {fix}")
+    if not isinstance(section, list):
+        raise ConfigError(f"override {override}: {path} is {show(section)}, and has no entries; set it whole")
+    if not key.isdecimal() or int(key) >= len(section):
+        fix = f"it has {path}.0 to {path}.{len(section) - 1}" if section else f"it is empty; set {path} whole"
+        raise ConfigError(f"override {override}: {path} has no entry {key}; {fix}")
     return int(key)
 
 
 def dump_resolved(config: RunConfig) -> str:
-    """YAML with every setting of `config`, given or default, that loads back to an equal config."""
+    """Return YAML with every setting of `config`, given or default; loaded again, it gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,14 +1,13 @@
-"""Which model, which tokenizer, which adapter."""
+"""The model, its tokenizer and its adapter."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen
-from alignlab.config.messages import BrokenRule
-from alignlab.config.on_resume import OnResume, Recorded
+from alignlab.config.base import Frozen, OnResume, Recorded, at_home
+from alignlab.config.error_messages import BrokenRule
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -42,17 +41,17 @@ class TokenizerTraining(Frozen):
     on_resume = OnResume.REFUSED
     vocab_size: int = Field(512, ge=258)
     num_texts: int = Field(2000, ge=1)
-    """Prompts and answers to read."""
+    """Prompts and answers that are read."""
 
 
 class StudentSettings(Frozen):
-    """Which of a teacher's layers a student begins with: exactly one of `layers` and `num_layers`."""
+    """Layers of a teacher that a student begins with: exactly one of `layers` and `num_layers`."""
 
     on_resume = OnResume.REFUSED
     layers: tuple[int, ...] | None = None
     """Counted from 0, ascending."""
     num_layers: int | None = Field(None, ge=1)
-    """So many, evenly spaced, the first and the last among them."""
+    """Number of layers, evenly spaced, the first and the last among them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -62,8 +61,8 @@ class StudentSettings(Frozen):
         if self.layers is not None:
             chosen = list(self.layers)
             if not chosen or min(chosen) < 0 or chosen != sorted(set(chosen)):
-                right = sorted({index for index in chosen if index >= 0}) or [0]
-                raise BrokenRule("layers", chosen, "hold at least one index, none below 0, ascending", f"use {right}")
+                valid = sorted({index for index in chosen if index >= 0}) or [0]
+                raise BrokenRule("layers", chosen, "hold at least one index, none below 0, ascending", f"use {valid}")
         return self
 
 
@@ -82,7 +81,9 @@ class ModelSettings(Frozen):
     lora: LoraSettings | None = None
     """None trains all weights."""
     student: StudentSettings | None = None
-    """Begin with some of `name`'s layers alone."""
+    """Begin with some layers of `name` only."""
+
+    _at_home = field_validator("name", "tokenizer")(at_home)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""Which reward functions, and how much of their failing is survived."""
+"""Reward functions, and how many of their failures a run survives."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.base import Frozen
-from alignlab.config.messages import BrokenRule
-from alignlab.config.on_resume import MayChange, OnResume
+from alignlab.config.base import Frozen, MayChange, OnResume
 
 
 class RewardSettings(Frozen):
@@ -22,25 +20,25 @@ class RewardSettings(Frozen):
     options: dict[str, Any] = {}
     """Keyword arguments, passed on every call."""
     run_in: MayChange[Literal["thread", "process"]] = "thread"
-    """A thread of the training's process, or a process of the reward's own, in which a reward that exits, crashes,
-    hangs, prints or fills memory is a failed call and nothing else."""
+    """A thread of the training's process; or a separate process, in which a reward that exits, crashes, hangs, prints
+    or fills memory costs one failed call only."""
     memory_limit_gib: MayChange[float | None] = Field(None, gt=0)
-    """Of a process of its own: the memory that it may allocate. Default: 4."""
+    """Memory that a separate process may allocate. Default: 4."""
 
     @model_validator(mode="after")
     def _check_place(self) -> Self:
-        if self.memory_limit_gib is not None and self.run_in == "thread":
-            must = "stay null where the reward runs in a thread, which shares the training's memory"
-            raise BrokenRule("memory_limit_gib", self.memory_limit_gib, must, "add run_in: process, or remove it")
+        if self.run_in == "thread":
+            because = "where the reward runs in a thread, which shares the training's memory"
+            self.refuse_unread("memory_limit_gib", because, "add run_in: process, or remove it")
         return self
 
 
 class RewardLimits(Frozen):
-    """What a run survives of failing rewards."""
+    """Limits of failing rewards."""
 
     on_resume = OnResume.MAY_CHANGE
     time_limit_s: float = Field(30.0, gt=0)
-    """For one call on a whole batch."""
+    """Time limit of one call on a whole batch."""
     max_failures: int = Field(10, ge=0)
-    """Failed calls on one rank, counted over the run and over all functions, before it stops. None is no failure. A
-    function that fails at each of its first three calls ends the run whatever this says."""
+    """Failed calls on one rank, counted over the run and over all functions, before the run stops. A reward of None is
+    no failure. A function that fails at each of its first three calls ends the run in any case."""

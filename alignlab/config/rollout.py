@@ -1,4 +1,4 @@
-"""How completions are sampled, and by which engine."""
+"""Sampling of completions, and the engine that samples."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.addresses import check_address
-from alignlab.config.base import Frozen
-from alignlab.config.messages import BrokenRule
-from alignlab.config.on_resume import OnResume, Recorded
+from alignlab.config.base import Frozen, OnResume, Recorded, check_address
+from alignlab.config.error_messages import BrokenRule
 from alignlab.types import SamplingParams
+
+MAX_VLLM_TEMPERATURE = 2.0
 
 
 class SamplingSettings(Frozen):
-    """Sampling of a rollout or an evaluation; the meaning of each is `SamplingParams`'s."""
+    """Sampling of a rollout or an evaluation; the fields are explained at `SamplingParams`."""
 
     on_resume = OnResume.REFUSED
     temperature: float = Field(1.0, ge=0)
@@ -34,7 +34,7 @@ class SamplingSettings(Frozen):
         return self
 
     def params(self, *, n: int, seed: int | None) -> SamplingParams:
-        """The engine's parameters for `n` completions a prompt."""
+        """Return the engine's parameters for `n` completions a prompt."""
         return SamplingParams(n=n, seed=seed, **self.model_dump())
 
 
@@ -50,7 +50,7 @@ class RolloutSettings(Frozen):
     max_running: int = Field(128, ge=1)
     """Sequences decoded together."""
     prefill_tokens: int = Field(2048, ge=1)
-    """Prompt tokens computed in one step; longer prompts are cut into chunks."""
+    """Prompt tokens computed in one step; longer prompts are computed in chunks."""
     merge_lora: bool = True
     """Roll out from a merged copy of the adapted weights, refreshed after each update; false applies it live."""
     pack_weights: bool = True
@@ -59,7 +59,7 @@ class RolloutSettings(Frozen):
 
 
 class _VLLMSettings(Frozen):
-    """What vLLM is told, wherever it runs, and how the weights it was given are proved to be the policy's."""
+    """Settings of vLLM wherever it runs, and of the checks that its weights are the policy's."""
 
     on_resume = OnResume.MAY_CHANGE
     max_running: int = Field(128, ge=1)
@@ -71,53 +71,53 @@ class _VLLMSettings(Frozen):
     block_size: int | None = Field(None, ge=1)
     """Tokens in a block of the KV cache, and of the prompts that are shared; default: vLLM's own."""
     memory_frac: float = Field(0.4, gt=0, lt=1)
-    """Of the device's memory (of the machine's, on a CPU): weights and KV cache of vLLM."""
+    """Fraction of the device's memory (on a CPU: of the machine's) for vLLM's weights and KV cache."""
     cache_gib: float | None = Field(None, gt=0)
-    """Memory of the KV cache; default: what is left of `memory_frac`."""
+    """Memory of the KV cache; default: `memory_frac` without the weights."""
     eager: bool | None = None
     """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
     sync: Recorded[Literal["auto", "merged", "adapter"]] = "auto"
-    """What travels at an update: all weights, an adapter merged in; or the adapter alone. auto: the adapter alone where
-    there is one and vLLM has a GPU; on a CPU it generates half as fast with one."""
+    """Weights that an update sends: all of them, an adapter merged in; or the adapter alone. auto: the adapter alone
+    where there is one and vLLM has a GPU; on a CPU vLLM generates half as fast with an adapter."""
     canary_every_updates: int = Field(10, ge=1)
-    """Every so many, and at the first two, the log-probs of a canary are compared with the trainer's."""
+    """Updates from one canary check to the next: log-probs of a few prompts, compared with the trainer's. The first two
+    updates are always checked."""
     canary_prompts: int = Field(4, ge=1)
     canary_prompt_tokens: int = Field(8, ge=1)
     canary_new_tokens: int = Field(2, ge=1)
     canary_gate: float | None = Field(None, gt=0)
-    """Nats that any canary token may be off; default: by dtype, see `weight_proof.GATES`."""
+    """Largest difference of a canary token's log-prob, in nats; default: by dtype, see `rollout.verification`."""
 
 
 class VLLMSettings(_VLLMSettings):
-    """vLLM in the trainer's process, with weights of its own that are replaced after each update."""
+    """vLLM in the trainer's process, with its own copy of the weights, which each update replaces."""
 
     engine: Recorded[Literal["vllm"]] = "vllm"
     digests_every_updates: int = Field(1, ge=1)
-    """Every so many weight updates, digests of all tensors are compared on both sides."""
+    """Weight updates from one comparison of all tensors' digests to the next."""
     sleep: bool | None = None
-    """Give the GPU's memory to the trainer while nothing is generated: weights go to the host, the KV cache away.
-    Default: on a GPU; a CPU cannot."""
+    """Free the GPU's memory for the trainer while nothing is generated: weights move to the host, the KV cache is
+    dropped. Default: on a GPU; a CPU cannot."""
 
 
 class VLLMServerSettings(_VLLMSettings):
-    """vLLM in processes of its own, on this or on other machines; `alignlab serve` starts them from the same file."""
+    """vLLM in separate processes, on this or on other machines; `alignlab serve` starts them from the same file."""
 
     engine: Recorded[Literal["vllm_server"]] = "vllm_server"
     servers: tuple[str, ...] = Field(("http://127.0.0.1:8000",), min_length=1)
-    """Addresses. Requests go to the server that has the fewest; those of a server that is lost go to the others."""
+    """Addresses. A request goes to the server with the fewest; those of a lost server are sent to the others."""
     memory_frac: float = Field(0.9, gt=0, lt=1)
-    """Of the server's device: weights and KV cache."""
+    """Fraction of the server's device memory for weights and KV cache."""
     max_staleness: Recorded[int] = Field(0, ge=0)
-    """Steps that the policy may be ahead of the weights that sampled a token. 0: a step's rollouts are generated, then
-    learnt from. k: those of up to k later steps are generated meanwhile."""
+    """Steps that the policy may be ahead of the weights that sampled a token. 0: generation and training alternate.
+    k: rollouts of up to k later steps are generated while the policy trains."""
     health_every_s: float = Field(2.0, gt=0)
-    """While requests run, every so many seconds each server and its engine are asked whether they live; after three
-    times without an answer it is lost."""
+    """Seconds between health checks of each server and its engine while requests run; a server that misses three is
+    lost."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """A server that has not answered a request whole by then is lost; the time to send
-    weights comes on top."""
+    """A server whose answer to a request is not complete by then is lost; the time to send weights comes on top."""
     reconnect_s: float = Field(120.0, ge=0)
-    """How long to wait for a server to come (back) where there is none."""
+    """Wait for a server to come up, or back, while there is none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -134,10 +134,10 @@ RolloutEngineSettings = Annotated[EngineSettings, Field(discriminator="engine")]
 
 
 def max_staleness(settings: EngineSettings) -> int:
-    """How far a policy may be ahead of the weights that its rollouts come from."""
+    """Return the number of steps that a policy may be ahead of the weights that sampled its rollouts."""
     return settings.max_staleness if isinstance(settings, VLLMServerSettings) else 0
 
 
-def fill_engine(given: Any) -> Any:
-    """Settings that name no engine are the embedded one's."""
-    return {"engine": "embedded"} | given if isinstance(given, dict) else given
+def fill_engine(raw: Any) -> Any:
+    """Return the engine's settings with the default engine, the embedded one."""
+    return {"engine": "embedded"} | raw if isinstance(raw, dict) else raw

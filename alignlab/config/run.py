@@ -1,24 +1,31 @@
-"""A whole run: what a YAML file says."""
+"""A whole run, as a YAML file describes it."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.base import Frozen
+from alignlab.config.base import Frozen, MayChange, OnResume
 from alignlab.config.data import DataSettings
+from alignlab.config.error_messages import BrokenRule
 from alignlab.config.judge import ModelJudge
-from alignlab.config.messages import BrokenRule
 from alignlab.config.model import ModelSettings
-from alignlab.config.on_resume import OnResume
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.trainers import AnyTrainer, OnPolicyDistillConfig, PPOConfig, RLAIFConfig, SFTConfig
+from alignlab.config.trainers import (
+    AnyTrainer,
+    OnlineConfig,
+    OnPolicyDistillConfig,
+    PPOConfig,
+    RLAIFConfig,
+    SFTConfig,
+    stages_of,
+)
 
 
 class EvaluationSettings(Frozen):
-    """How held-out accuracy is measured: greedy, and sampled at temperature 1 unless `sampled` says otherwise."""
+    """Measuring of held-out accuracy: greedy, and sampled, at temperature 1 unless `sampled` sets another."""
 
     on_resume = OnResume.REFUSED
     num_problems: int | None = Field(None, ge=1)
@@ -30,14 +37,42 @@ class EvaluationSettings(Frozen):
     sampled: SamplingSettings | None = None
     """Default, and default of each of its fields: the trainer's sampling at temperature 1."""
     scorer: str | None = None
-    """The reward function whose value 1 means a right answer; default: the first of `rewards`."""
+    """The reward function whose value 1 means a correct answer; default: the first of `rewards`."""
+    scorer_run_in: MayChange[Literal["thread", "process"]] = "thread"
+    """Where `scorer` runs, as `run_in` of a reward: one that exits, crashes, hangs, prints or fills memory does no harm
+    in a process of its own. The first of `rewards` runs where it says itself."""
+    scorer_memory_limit_gib: MayChange[float | None] = Field(None, gt=0)
+    """Of a process of the scorer's own: the memory that it may allocate. Default: 4."""
+    scorer_time_limit_s: MayChange[float] = Field(300.0, gt=0)
+    """For one call of the scorer on all completions of a pass, greedy or sampled."""
+
+    @property
+    def scorer_settings(self) -> RewardSettings | None:
+        """The settings of `scorer`, with the place where it runs; None if none is named."""
+        if self.scorer is None:
+            return None
+        return RewardSettings(
+            name=self.scorer, run_in=self.scorer_run_in, memory_limit_gib=self.scorer_memory_limit_gib
+        )
+
+    @model_validator(mode="after")
+    def _check_scorer(self) -> Self:
+        if self.scorer is None and self.scorer_run_in != "thread":
+            must = "be left out where no scorer is named: the first of rewards runs where its own run_in says"
+            raise BrokenRule("scorer_run_in", self.scorer_run_in, must, "name the scorer, or remove it")
+        if self.scorer_memory_limit_gib is not None and self.scorer_run_in == "thread":
+            must = "stay null where the scorer runs in a thread, which shares the training's memory"
+            fix = "add scorer_run_in: process, or remove it"
+            raise BrokenRule("scorer_memory_limit_gib", self.scorer_memory_limit_gib, must, fix)
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        wrong = [k for k in self.pass_at if not 1 <= k <= self.num_samples]
-        if wrong:
+        impossible = [k for k in self.pass_at if not 1 <= k <= self.num_samples]
+        if impossible:
             must = f"hold numbers from 1 to num_samples ({self.num_samples}) only"
-            raise BrokenRule("pass_at", list(self.pass_at), must, f"remove {wrong[0]}, or use num_samples {max(wrong)}")
+            fix = f"remove {impossible[0]}, or use num_samples {max(impossible)}"
+            raise BrokenRule("pass_at", list(self.pass_at), must, fix)
         return self
 
 
@@ -55,9 +90,7 @@ class WarmStart(Frozen):
     def _check(self) -> Self:
         if "{answer}" not in self.answer_template:
             raise BrokenRule("answer_template", self.answer_template, "contain {answer}", 'use "{answer}"')
-        if self.trainer.eval_every_steps is not None:
-            must = "be null: nothing is measured in a warm start"
-            raise BrokenRule("trainer.eval_every_steps", self.trainer.eval_every_steps, must, "remove it")
+        self.refuse_unread("trainer.eval_every_steps", "in a warm start, where nothing is measured")
         return self
 
 
@@ -76,21 +109,46 @@ class RunConfig(Frozen):
 
     @property
     def has_scorer(self) -> bool:
-        """Whether something says which completions are right."""
-        return bool(self.rewards) or self.evaluation.scorer is not None
+        """True if a function decides which answers are correct."""
+        return self.scorer is not None
+
+    @property
+    def online_stage(self) -> OnlineConfig | None:
+        """The last training, if it learns from rollouts."""
+        last = stages_of(self.trainer)[-1]
+        return last if isinstance(last, OnlineConfig) else None
+
+    @property
+    def scorer(self) -> RewardSettings | None:
+        """The reward function that decides which answers are correct, if any."""
+        settings = self.evaluation.scorer_settings
+        return self.rewards[0] if settings is None and self.rewards else settings
+
+    @property
+    def evaluation_data(self) -> DataSettings | None:
+        """The held-out data: as given, or the questions of the same task that training never sees."""
+        if self.eval_data is not None or self.data.task is None:
+            return self.eval_data
+        return self.data.model_copy(update={"split": "eval"})
+
+    @property
+    def measured_data(self) -> DataSettings | None:
+        """The held-out data of the trainer; None where it can measure nothing on it."""
+        unscored = self.trainer.takes_rewards == "optional" and self.trainer.measures == "accuracy"
+        return None if unscored and not self.has_scorer else self.evaluation_data
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_sampled(cls, given: Any) -> Any:
-        """What `evaluation.sampled` leaves out is as in training."""
-        if not isinstance(given, dict):
-            return given
-        evaluation, trainer = given.get("evaluation"), given.get("trainer")
+    def _fill_sampled(cls, raw: Any) -> Any:
+        """Fill fields that `evaluation.sampled` leaves out with the training's sampling."""
+        if not isinstance(raw, dict):
+            return raw
+        evaluation, trainer = raw.get("evaluation"), raw.get("trainer")
         sampled = evaluation.get("sampled") if isinstance(evaluation, dict) else None
         trained = trainer.get("sampling") if isinstance(trainer, dict) else None
         if not (isinstance(evaluation, dict) and isinstance(sampled, dict) and isinstance(trained, dict)):
-            return given
-        return given | {"evaluation": evaluation | {"sampled": trained | {"temperature": 1.0} | sampled}}
+            return raw
+        return raw | {"evaluation": evaluation | {"sampled": trained | {"temperature": 1.0} | sampled}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,18 +164,16 @@ class RunConfig(Frozen):
     def _check_warm_start(self) -> None:
         if self.warm_start is not None and isinstance(self.trainer, SFTConfig):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
-        default = SFTConfig.model_fields["output_dir"].default
-        if self.warm_start is not None and self.warm_start.trainer.output_dir != default:
-            given, must = str(self.warm_start.trainer.output_dir), "be left out: a warm start is in trainer.output_dir"
-            raise BrokenRule("warm_start.trainer.output_dir", given, must, "remove it")
+        if self.warm_start is not None:
+            self.refuse_unread("warm_start.trainer.output_dir", "for a warm start, which is in trainer.output_dir")
 
     def _check_data(self) -> None:
         for name, data in (("data", self.data), ("eval_data", self.eval_data)):
             if data is not None and data.path is None and data.task is None:
                 raise BrokenRule(f"{name}.path", None, "be given where there is no task", "give a path or a task")
-        if self.data.taught_turns != "together" and self.trainer.type not in ("sft", "distill") and not self.warm_start:
-            must = f"stay together for trainer {self.trainer.type}, which teaches no turns of a conversation"
-            raise BrokenRule("data.taught_turns", self.data.taught_turns, must, "remove it")
+        if self.trainer.type not in ("sft", "distill") and not self.warm_start:
+            because = f"for trainer {self.trainer.type}, which teaches no turns of a conversation"
+            self.refuse_unread("data.taught_turns", because)
         self._check_disjoint("data", self.data)
         if self.warm_start is not None and self.warm_start.data is not None:
             self._check_disjoint("warm_start.data", self.warm_start.data)
@@ -149,7 +205,7 @@ class RunConfig(Frozen):
             raise BrokenRule("model.lora", None, must, "use lora: {rank: 16}, or name a judge")
 
     def _check_without_rewards(self) -> None:
-        """What needs a reward where a trainer does not."""
+        """Refuse settings that need a reward where there is none."""
         if self.rewards:
             return
         weight = self.trainer.task_weight if isinstance(self.trainer, OnPolicyDistillConfig) else 0.0
@@ -161,15 +217,15 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "none" and self.rewards:
             must = f"be empty for trainer {self.trainer.type}, which reads none"
             raise BrokenRule("rewards", [reward.name for reward in self.rewards], must, "remove them")
-        told = {"preferences": "how often the chosen one leads", "labels": "how often labels are agreed with"}
-        if self.trainer.measures in told and self.evaluation != EvaluationSettings():
-            must = f"be left out for learning from preferences: what is measured is {told[self.trainer.measures]}"
-            raise BrokenRule("evaluation", "given", must, "remove it; size of eval_data says on how many rows")
+        metrics = {"preferences": "how often the chosen one leads", "labels": "how often labels are agreed with"}
+        if self.trainer.measures in metrics and self.evaluation != EvaluationSettings():
+            must = f"be left out for learning from preferences: the metric is {metrics[self.trainer.measures]}"
+            raise BrokenRule("evaluation", "given", must, "remove it; the size of eval_data sets the number of rows")
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
 
     def _check_scorer(self) -> None:
         if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:
-            must = "be null where nothing says what is right"
+            must = "be null where nothing decides which answers are correct"
             raise BrokenRule("eval_data", "given", must, "name a reward or evaluation.scorer, or remove it")

@@ -1,28 +1,27 @@
-"""Supervised examples: token ids, and which of them are taught."""
+"""Supervised examples: token ids, and a mask of those that are trained on."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from numbers import Real
-from typing import Any, overload
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow, check_characters, check_text, is_taught
-from alignlab.data.prompts import chat_of, count_or_raise, report, split_row
+from alignlab.config.data import DataSettings, RenderSettings
+from alignlab.data.bad_row import BadRow, check_characters
+from alignlab.data.chat.thoughts import THOUGHT_FIELDS
+from alignlab.data.dataset import Dataset, dataset_from_rows
+from alignlab.data.messages import check_text, is_taught
+from alignlab.data.prompts import chat_of, split_row
 from alignlab.data.rendering import PromptRenderer
-from alignlab.data.rows import readable_rows, scalar
-from alignlab.data.sequences import Sequences
+from alignlab.data.rows import scalar
 from alignlab.data.sources import load_rows
-from alignlab.data.thoughts import THOUGHT_FIELDS
 from alignlab.errors import ConfigError
-from alignlab.types import Message, Text
+from alignlab.types import Message, Text, TokenSequences
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Example:
 
     Attributes:
         token_ids: the whole sequence, at least one token.
-        completion_mask: True on the tokens that are taught. The first token has nothing before it to be predicted
-            from, so it is never taught.
+        completion_mask: True on the tokens that are trained on ("taught"). The first token never is, because no token
+            before it predicts it.
     """
 
     token_ids: tuple[int, ...]
@@ -43,45 +42,24 @@ class Example:
         assert not self.completion_mask[0], "the first token of a sequence has no predecessor"
 
     @property
-    def sequences(self) -> Sequences:
-        """The one."""
+    def sequences(self) -> TokenSequences:
+        """The example's token ids as its only sequence."""
         return (self.token_ids,)
 
     @property
     def labels(self) -> tuple[float, ...]:
-        """1 for each token that is taught, 0 for the others."""
+        """1 for each token that is trained on, 0 for the others."""
         return tuple(map(float, self.completion_mask))
 
 
 @dataclass(frozen=True)
-class ExampleDataset(Sequence[Example]):
-    """Examples in the order of their rows.
+class _Piece:
+    """A part of a rendered example, whose tokens are all trained on or not.
 
     Attributes:
-        examples: those that can be used.
-        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, media,
-            not_rendered, too_long, unstable_template.
+        text: the rendered text.
+        taught: True if it is trained on.
     """
-
-    examples: tuple[Example, ...]
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> ExampleDataset: ...
-    def __getitem__(self, index: int | slice) -> Example | ExampleDataset:
-        if isinstance(index, slice):
-            return ExampleDataset(self.examples[index], self.skipped)
-        return self.examples[index]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of a rendered example."""
 
     text: str
     taught: bool
@@ -93,10 +71,11 @@ def load_examples(
     *,
     answer_column: str = "answer",
     answer_template: str = "{answer}",
-) -> ExampleDataset:
-    """The examples of the source that `settings` names; see `examples_from_rows`."""
+) -> Dataset[Example]:
+    """Return the examples of a source; see `examples_from_rows`."""
     return examples_from_rows(
-        load_rows(settings), settings, tokenizer, answer_column=answer_column, answer_template=answer_template
+        load_rows(settings), settings.rendering, tokenizer, answer_column=answer_column,
+        answer_template=answer_template,
     )
 
 
@@ -107,46 +86,39 @@ def examples_from_rows(
     *,
     answer_column: str = "answer",
     answer_template: str = "{answer}",
-) -> ExampleDataset:
+) -> Dataset[Example]:
     """Render and tokenise rows of one of three forms.
 
-    - `messages`, and no prompt; or a prompt that is a chat with its answer, and no other: every message of the
-      assistant's is taught, nothing else; see `RenderSettings.taught_turns`.
-    - a prompt and `completion` (TRL's form; a string, or chat messages): the completion is taught.
-    - a prompt and `answer_column`: `answer_template` with the answer in place of `{answer}` is taught.
+    - `messages` without a prompt; or a prompt that is a chat with its answer, without another answer: the assistant's
+      messages are trained on; see `RenderSettings.taught_turns`.
+    - a prompt and `completion` (TRL's form; a string, or chat messages): the completion is trained on.
+    - a prompt and `answer_column`: `answer_template`, with the answer in place of `{answer}`, is trained on.
 
-    The chat template is given the columns `tools` and `chat_template_kwargs`. The prompt is rendered as for rollouts,
-    so that what is taught follows the very tokens that rollouts start from.
-    The end-of-sequence token closes each example, once, and is taught.
+    The chat template reads the columns `tools` and `chat_template_kwargs`. The prompt is rendered as for rollouts, so
+    that the completion follows exactly the tokens that rollouts start from.
+    The end-of-sequence token closes each example, once, and is trained on.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
-        DataError: a row cannot be used (with its number), or no row can. Among the reasons: a chat template that
-            renders a conversation's beginning in another way once the assistant's message follows.
+        DataError: a row cannot be used (with its number), or no row can. One reason is a chat template that renders
+            the beginning of a conversation differently once the assistant's message follows.
     """
     if "{answer}" not in answer_template:
         raise ConfigError(f"answer_template must contain {{answer}}, and is {answer_template!r}; add it")
     if tokenizer.eos_token_id is None:
         raise ConfigError("supervised examples end with the tokenizer's eos token, and it has none; set eos_token")
-    render = PromptRenderer(settings, tokenizer)
-    examples: list[Example] = []
-    skipped: Counter[str] = Counter()
-    for index, given in enumerate(readable_rows(rows, settings)):
-        try:
-            row, own = render.read(given, index)
-            found = _examples_of(row, own, answer_column, answer_template)
-            examples += [_example(pieces, own) for pieces in found]
-        except BadRow as error:
-            count_or_raise(skipped, error, index, settings)
-    report(len(examples), skipped, settings)
-    return ExampleDataset(tuple(examples), skipped)
+
+    def make_examples(row: Mapping[str, Any], render: PromptRenderer) -> list[Example]:
+        return [_example(pieces, render) for pieces in _examples_of(row, render, answer_column, answer_template)]
+
+    return dataset_from_rows(rows, settings, tokenizer, make_examples)
 
 
 def completion_example(prompt: Text, completion: Text, render: PromptRenderer) -> Example:
-    """A prompt and one completion of it, closed by the end-of-sequence token; the assistant's turns are taught.
+    """Return the example of a prompt and a completion, closed by the end-of-sequence token.
 
     Raises:
-        BadRow: they cannot be rendered whole, or cut apart.
+        BadRow: the two cannot be rendered without a loss, or not be cut apart.
     """
     return _example(_cut_after(prompt, completion, render, "compared")[0], render)
 
@@ -154,7 +126,7 @@ def completion_example(prompt: Text, completion: Text, render: PromptRenderer) -
 def _examples_of(
     row: Mapping[str, Any], render: PromptRenderer, answer_column: str, answer_template: str
 ) -> list[list[_Piece]]:
-    """The pieces of each example of a row."""
+    """Return the pieces of each example of a row."""
     turns, name = render.settings.taught_turns, render.settings.prompt_column
     messages = _conversation(row, name, answer_column)
     if messages is not None:
@@ -165,10 +137,10 @@ def _examples_of(
 
 
 def _conversation(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> list[Message] | None:
-    """Return the messages of a row that holds a whole conversation; None where it holds a prompt and a completion.
+    """Return the messages of a row that holds a whole conversation; None for a row of a prompt and a completion.
 
-    That is the column `messages` of a row without a prompt; and the column of prompts where it ends with the
-    assistant's message, and there is no other completion.
+    A conversation is the column `messages` of a row without a prompt; or a prompt that ends with the assistant's
+    message, in a row without another completion.
     """
     has_prompt = row.get(prompt_column) is not None
     column = prompt_column if has_prompt else "messages"
@@ -185,7 +157,7 @@ def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: st
     if render.chat:
         before = render.messages(prompt)
         system, after = _without_prompt(prompt, completion)
-        if system:  # a conversation's own message goes before that of the settings
+        if system:  # the system message of a conversation replaces that of the settings
             before = [*system, *(before[1:] if before[0]["role"] == "system" else before)]
         if before[-1]["role"] == after[0]["role"] == "assistant":
             return [_continued_pieces(before, after, render)]
@@ -196,43 +168,45 @@ def _cut_after(prompt: Text, completion: Text, render: PromptRenderer, turns: st
 
 
 def _without_prompt(prompt: Text, completion: Text) -> tuple[list[Message], list[Message]]:
-    """Return the system message that a completion brings with it, if it does, and what follows the prompt in it.
+    """Return the system message at the start of a completion, if any, and the messages after the prompt.
 
-    A completion may be a whole conversation, as TRL's datasets have it: what it begins with must be the prompt, but for
-    white space and for a system message, which a column of text has no place for.
+    A completion may be a whole conversation, as in TRL's datasets. Then it must begin with the prompt, apart from white
+    space, and from a system message, which a prompt that is a text cannot have.
 
     Raises:
-        BadRow: it begins with other messages, or nothing follows.
+        BadRow: the completion begins with other messages, or nothing follows the prompt.
     """
     if isinstance(completion, str):
         return [], [{"role": "assistant", "content": completion}]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    prompt_messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     first = completion[0]["role"]
-    num_system = int(first == "system" != asked[0]["role"])
-    system, rest = list(completion[:num_system]), list(completion[num_system:])
-    if len(rest) >= len(asked) and all(map(_same_message, asked, rest)):
-        if len(rest) == len(asked):
+    num_system = int(first == "system" != prompt_messages[0]["role"])
+    system, messages = list(completion[:num_system]), list(completion[num_system:])
+    if len(messages) >= len(prompt_messages) and all(map(_same_message, prompt_messages, messages)):
+        if len(messages) == len(prompt_messages):
             raise BadRow("empty", "has nothing in a completion after the prompt")
-        return system, rest[len(asked) :]
-    if first == "system" or first == asked[-1]["role"] == "user":
+        return system, messages[len(prompt_messages) :]
+    if first == "system" or first == prompt_messages[-1]["role"] == "user":
         raise BadRow(
             "other_prompt",
             f"has a completion that begins with the {first}'s message, and not with the prompt; give what follows "
             "the prompt, or the whole conversation",
         )
-    return [], rest
+    return [], messages
 
 
-def _same_message(one: Message, other: Message) -> bool:
-    """Tell whether two messages say the same, but for white space."""
-    first, second = ({**message, "content": str(message["content"]).split()} for message in (one, other))
-    return first == second
+def _same_message(first: Message, second: Message) -> bool:
+    """Return True if two messages are equal apart from white space."""
+    words, other_words = ({**message, "content": str(message["content"]).split()} for message in (first, second))
+    return words == other_words
 
 
 def _continued_pieces(before: Sequence[Message], after: Sequence[Message], render: PromptRenderer) -> list[_Piece]:
-    """The rendered chat, where the completion goes on with the prompt's last message, the assistant's."""
+    """Return the pieces of a chat whose completion continues the prompt's last message, the assistant's."""
     if len(after) > 1 or set(after[0]) > {"role", "content"}:
-        raise BadRow("wrong_type", "has a prompt that ends with the assistant's message, which one text has to go on")
+        raise BadRow(
+            "wrong_type", "has a prompt that ends with the assistant's message, which a single text must continue"
+        )
     _check_not_blank(after[0])
     start = render.render_chat(render.lossless(before))
     joined = [*before[:-1], {**before[-1], "content": before[-1]["content"] + after[0]["content"]}]
@@ -240,7 +214,7 @@ def _continued_pieces(before: Sequence[Message], after: Sequence[Message], rende
     if not through.startswith(start):
         raise BadRow(
             "unstable_template",
-            "is rendered by the chat template so that the assistant's begun message changes once it goes on; give a "
+            "is rendered by the chat template so that the assistant's begun message changes once more follows; give a "
             "prompt that ends with the user's, or another template",
         )
     turn = through[len(start) :].rstrip()
@@ -249,13 +223,13 @@ def _continued_pieces(before: Sequence[Message], after: Sequence[Message], rende
 
 
 def _check_not_blank(message: Message) -> None:
-    """A message that only calls tools has no content, and is something to teach."""
+    """Raise if a message to train on is empty; one that only calls tools is not."""
     if not message["content"].strip() and set(message) <= {"role", "content"}:
         raise BadRow("empty", "has an empty message of the assistant's where one is taught")
 
 
 def _say_thought(columns: Mapping[str, Any], render: PromptRenderer) -> None:
-    """Log once that a column of thoughts beside that of the completion is not taught."""
+    """Log once that a column of thoughts beside the completion is not trained on."""
     name = next((name for name in THOUGHT_FIELDS if columns.get(name) is not None), None)
     if name is not None:
         render.notices.say(
@@ -286,16 +260,16 @@ def _completion(columns: Mapping[str, Any], answer_column: str, answer_template:
 def _chat_pieces(
     messages: Sequence[Message], render: PromptRenderer, first_taught: int, turns: str
 ) -> list[list[_Piece]]:
-    """The pieces of each example of a chat, whose turns of the assistant's from `first_taught` on are taught.
+    """Return the pieces of each example of a chat; the assistant's turns from message `first_taught` on are taught.
 
-    A turn is what the template adds for the message to the beginning that a rollout would start from, without the
-    white space after it.
+    A turn is the text that the template adds for a message to the text that a rollout would start from, without white
+    space at its end.
 
     Args:
-        turns: see `RenderSettings.taught_turns`; or "compared", as together, of a completion beside others.
+        turns: see `RenderSettings.taught_turns`; or "compared", like "together", for completions to compare.
     """
-    places = range(first_taught, len(messages))
-    taught = [i for i in places if messages[i]["role"] == "assistant" and is_taught(messages[i])]
+    candidates = range(first_taught, len(messages))
+    taught = [i for i in candidates if messages[i]["role"] == "assistant" and is_taught(messages[i])]
     if not taught:
         raise BadRow("empty", "has no message of the assistant's that is taught, so there is nothing to teach")
     if taught[0] == 0:
@@ -309,7 +283,7 @@ def _chat_pieces(
 
 
 def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRenderer, turns: str) -> list[_Piece]:
-    """The rendered chat, cut where each taught turn begins and ends."""
+    """Return the pieces of a rendered chat, cut at the beginning and the end of each taught turn."""
     form = render.lossless(messages, taught=taught)
     pieces: list[_Piece] = []
     done = ""
@@ -326,7 +300,7 @@ def _turns(messages: Sequence[Message], taught: Sequence[int], render: PromptRen
 
 
 def _closed_once(turn: str, render: PromptRenderer) -> str:
-    """Return a turn with one end token, where the row's text has it too, or the template writes it twice."""
+    """Return a turn with a single end token, which both the row's text and the template may have written."""
     eos = render.tokenizer.eos_token
     while turn.endswith(eos * 2):
         turn = turn.removesuffix(eos)
@@ -334,7 +308,7 @@ def _closed_once(turn: str, render: PromptRenderer) -> str:
 
 
 def _unstable(index: int, render: PromptRenderer, turns: str) -> str:
-    """The complaint about a template that writes a conversation's beginning in another way once more follows."""
+    """Return the message for a template that renders a conversation's beginning differently once more follows."""
     setting = render.settings.setting
     if turns == "together":
         fix = (
@@ -376,10 +350,10 @@ def _example(pieces: Sequence[_Piece], render: PromptRenderer) -> Example:
 
 
 def _continuation(ids: Sequence[int], whole: str, piece: str, render: PromptRenderer) -> list[int]:
-    """Tokens of `piece` after `ids`, which are those of the rest of `whole` and stay as they are.
+    """Return the tokens of `piece`, the end of the text `whole`, after the tokens `ids` of its beginning.
 
-    They are the tokens that the whole text has there. Where a token of the whole text would reach over the boundary,
-    which a rollout's prompt does not allow, the piece is tokenised alone.
+    They are the last tokens of the whole text, unless one of its tokens crosses the boundary, which is impossible after
+    a rollout's prompt; then the piece is tokenised alone.
     """
     together = list(render.encode([whole])[0])
     if together[: len(ids)] == list(ids) and len(together) > len(ids):

@@ -1,6 +1,6 @@
 """Rows of local files: JSON lines, JSON, CSV and Parquet; the first three also packed with gzip.
 
-What is wrong with one row is told by a `DamagedRow` in its place, so that the others can be read.
+A `DamagedRow` stands in for a row that cannot be read, so that the others can be.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from alignlab.data.rows import DamagedRow
 from alignlab.errors import DataError
 
 Rows = Iterable[Any]
-"""Mappings, and a `DamagedRow` for each row that a file does not hold whole."""
+"""Mappings, and a `DamagedRow` for each row that cannot be read."""
 _UTF8_MARK = b"\xef\xbb\xbf"
-_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and of UTF-32 in one order
+_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, and little-endian UTF-32
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 class _TwiceNamed(ValueError):
-    """A key that an object of JSON has twice, so that one of its values would be lost."""
+    """A JSON object has a key twice, so that one of its values would be lost."""
 
 
 def file_rows(path: str) -> Rows:
-    """Return the rows of a file, read by the ending of its name.
+    """Return the rows of a file, whose kind is the ending of its name.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or its name says no kind that is known.
+        DataError: there is no such file, it cannot be read, or its ending is unknown.
     """
     kind = file_kind(path)
     if not Path(path).is_file():
@@ -51,7 +51,7 @@ def file_rows(path: str) -> Rows:
 
 
 def file_kind(path: str) -> str:
-    """Return the ending of a file's name, in small letters, without that of gzip."""
+    """Return the ending of a file's name in lower case, ignoring `.gz`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -60,10 +60,10 @@ def file_kind(path: str) -> str:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """Open a file that is text in UTF-8, unpacked as far as `unpacked_limit`, after its byte-order mark.
+    """Open a file of UTF-8 text after its byte-order mark, unpacked up to `unpacked_limit` bytes.
 
     Raises:
-        DataError: it cannot be read, is damaged, unpacks to more, or is no UTF-8.
+        DataError: the file cannot be read, is damaged, unpacks to more bytes, or is no UTF-8.
     """
     is_packed = path.lower().endswith(".gz")
     try:
@@ -83,9 +83,9 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _jsonl_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
-    """Line by line, because Arrow's reader refuses a whole file for one line and cannot say which."""
+    """Yield rows line by line: Arrow's reader would refuse the whole file for one damaged line, without its number."""
     with _opened(path) as file:
-        lines = (line for part in limited_lines(file) for line in part.rstrip(b"\r\n").split(b"\r"))
+        lines = (line for block in limited_lines(file) for line in block.rstrip(b"\r\n").split(b"\r"))
         for number, line in enumerate(lines, start=1):
             if len(line) > MAX_ROW_BYTES:
                 yield DamagedRow(f"is no row: line {number} must have at most {MAX_ROW_BYTES} bytes, and has more")
@@ -105,10 +105,10 @@ def _json_object(line: bytes, number: int) -> Mapping[str, Any] | DamagedRow:
 
 
 def read_json(text: str) -> Any:
-    """Read JSON in which no object has a key twice.
+    """Return the value of a JSON text in which no object has a key twice.
 
     Raises:
-        ValueError, RecursionError: it is none; a key is there twice; a number or its nesting has no end.
+        ValueError, RecursionError: the text is no JSON, has a key twice or a huge number, or is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
 
@@ -125,7 +125,7 @@ def _most_common(names: Iterable[str]) -> str:
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with a text that is no JSON, completing "must be JSON, and"."""
+    """Return the reason why a text is no JSON, to complete "must be JSON, and"."""
     if isinstance(error, _TwiceNamed):
         return f"has the key {str(error)!r} twice"
     return f"is not JSON: {'it is nested too deeply' if isinstance(error, RecursionError) else error}"
@@ -148,7 +148,7 @@ def _json_rows(path: str) -> list[Any]:
 
 
 def _csv_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:
-    """Every value is text, so that an answer "007" stays what it is; an empty field is a missing value."""
+    """Yield rows whose values are all text, so that an answer "007" is unchanged; an empty field is a missing value."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with _opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8", newline=""), strict=True)
@@ -182,10 +182,10 @@ def _csv_body(reader: Any, header: list[str]) -> Iterator[Mapping[str, Any] | Da
 
 
 def _check_header(path: str, header: list[str]) -> None:
-    """Refuse names that are there twice, and those of a file that is separated otherwise.
+    """Refuse a header with a duplicate name, or with another separator than commas.
 
     Raises:
-        DataError: they are.
+        DataError: with the name or the separator.
     """
     if len(set(header)) < len(header):
         name = _most_common(header)

@@ -1,4 +1,4 @@
-"""How deeply a row's values may be nested: all that reads them goes down by calling itself."""
+"""Limit of the nesting of a row's values, because all code that reads them is recursive."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ MAX_DEPTH = 100
 
 
 def is_too_deep(value: Any) -> bool:
-    """Return whether lists and mappings in a value are nested deeper than `MAX_DEPTH`, or hold themselves."""
+    """Return True if lists and mappings in a value are nested deeper than `MAX_DEPTH`, or contain themselves."""
     level = [value]
     for _ in range(MAX_DEPTH):
         containers = [held for held in level if isinstance(held, Mapping | list | tuple)]
         if not containers:
             return False
-        # Each container once: what is repeated at a level need not be looked through again.
+        # Each container once: a shared one may occur exponentially often.
         unique = {id(held): held for held in containers}.values()
-        level = [part for held in unique for part in (held.values() if isinstance(held, Mapping) else held)]
+        level = [item for held in unique for item in (held.values() if isinstance(held, Mapping) else held)]
     return any(isinstance(held, Mapping | list | tuple) for held in level)
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text in a row holds.
+    """Return the value of a JSON text in a row.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: the text is no JSON, or nested too deeply.
     """
     try:
         value = json.loads(text)

@@ -1,4 +1,4 @@
-"""What is logged once of the rows of a dataset, with the number of the first row that it is true of."""
+"""Warnings about rows of a dataset: each kind is logged once, with the number of the first such row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Notices:
     """Logs each kind of notice once, for all rows of a dataset.
 
     Args:
-        source: the name of the dataset.
+        source: name of the dataset.
     """
 
     def __init__(self, source: str) -> None:
@@ -22,13 +22,13 @@ class Notices:
         self._row: int | None = None
 
     def of_row(self, index: int) -> Self:
-        """Return the notices of one row."""
-        own = copy.copy(self)
-        own._row = index
-        return own
+        """Return notices that name a row, and share with these which kinds are logged."""
+        notices = copy.copy(self)
+        notices._row = index
+        return notices
 
     def was_said(self, kind: str) -> bool:
-        """Whether a notice of this kind is logged already."""
+        """Return True if a notice of this kind is logged already."""
         return kind in self._said
 
     def say(self, kind: str, message: str, *values: object) -> None:

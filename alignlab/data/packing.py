@@ -1,4 +1,4 @@
-"""Rollouts and examples cut into flat packs under a token budget.
+"""Packing: rollouts and examples become flat packs of tokens under a token budget.
 
 Shapes: N tokens of one pack, L MoE layers, K experts a token. There is no padding.
 """
@@ -18,7 +18,7 @@ from alignlab.types import Completion, Experience, Rollout, Segments
 
 @dataclass(frozen=True)
 class _Branch:
-    """One completion and the sequence of the optimizer step that it ends."""
+    """A completion and the index of its sequence in the optimizer step."""
 
     sequence_id: int
     completion: Completion
@@ -30,7 +30,7 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What is never divided among packs: a prompt with the completions that are computed together with it."""
+    """A prompt with completions that are in the same pack."""
 
     group_id: int
     prompt: tuple[int, ...]
@@ -42,24 +42,24 @@ class _Unit:
 
 
 def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: bool = True) -> list[Experience]:
-    """Packs of at most `budget` tokens, few and of about equal size.
+    """Return packs of at most `budget` tokens, few and of about equal size; the mask holds the policy's tokens alone.
 
-    Sequence ids run over all completions of all rollouts in order, those of no tokens included, which are in no pack.
-    The group id of a completion is the index of its rollout. A group that is over the budget is divided, and its
-    prompt repeated; a single completion that is over it with its prompt gets a pack of its own.
+    Sequence ids count all completions of all rollouts in order; completions without tokens are in no pack. The group
+    id of a completion is the index of its rollout. A group over the budget is divided, and its prompt repeated; a
+    single completion that is over the budget with its prompt gets a pack for itself.
 
     Args:
-        rollouts: what the engine returned.
-        budget: tokens of a pack, >= 1.
-        share_prefix: one prompt segment, on which the completions of its group hang; otherwise each completion is a
-            root of its own, prompt and completion in one segment.
+        rollouts: one or more completions of each prompt.
+        budget: largest number of tokens in a pack, >= 1.
+        share_prefix: put each prompt into one segment that is the prefix of its completions' segments; otherwise each
+            completion is a root, prompt and completion in one segment.
 
     Returns:
-        Packs with `rollout_logprobs`, and with `routing` where the completions carry it: the prompt's rows are those
-        that the first of its completions in the pack recorded.
+        Packs with `rollout_logprobs`, and with `routing` if the completions have it: the rows of a shared prompt are
+        those that its first completion in the pack recorded.
 
     Raises:
-        DataError: a prompt without tokens, which leaves nothing to predict a completion's first token from.
+        DataError: a prompt has no tokens, so that nothing predicts a completion's first token.
     """
     assert budget >= 1
     units: list[_Unit] = []
@@ -79,9 +79,9 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
 
 
 def pack_groups(rollouts: Sequence[Rollout], *, budget: int) -> list[Experience]:
-    """As `pack_rollouts`, but no group is divided: one that is over the budget gets a pack of its own.
+    """Return packs as `pack_rollouts` does, but with whole groups: a group over the budget gets a pack for itself.
 
-    For losses of several completions of one prompt together.
+    For losses that compare completions of one prompt.
     """
     units: list[_Unit] = []
     next_id = 0
@@ -95,39 +95,39 @@ def pack_groups(rollouts: Sequence[Rollout], *, budget: int) -> list[Experience]
 
 
 def pack_examples(examples: Sequence[Example], *, budget: int) -> list[Experience]:
-    """Packs of at most `budget` tokens; each example is a root whose sequence id is its index.
+    """Return packs of at most `budget` tokens; each example is a root whose sequence id is its index.
 
-    An example that is over the budget gets a pack of its own.
+    An example over the budget gets a pack for itself.
     """
     assert budget >= 1
     packs = []
     for members in balanced_bins([len(example.token_ids) for example in examples], budget):
-        chosen = [examples[i] for i in members]
+        packed = [examples[i] for i in members]
         segments = Segments(
-            lengths=tuple(len(example.token_ids) for example in chosen),
+            lengths=tuple(len(example.token_ids) for example in packed),
             prefixes=(-1,) * len(members),
             sequence_ids=tuple(members),
             group_ids=tuple(members),
         )
-        tokens = torch.tensor([token for example in chosen for token in example.token_ids], dtype=torch.long)
-        mask = torch.tensor([kept for example in chosen for kept in example.completion_mask], dtype=torch.bool)
+        tokens = torch.tensor([token for example in packed for token in example.token_ids], dtype=torch.long)
+        mask = torch.tensor([bit for example in packed for bit in example.completion_mask], dtype=torch.bool)
         packs.append(Experience(tokens=tokens, segments=segments, completion_mask=mask))
     return packs
 
 
 def balanced_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `sizes` in bins of at most `capacity`; an item over the capacity is alone in its bin.
+    """Return the indices of `sizes` in bins of at most `capacity`; an item over the capacity gets a bin for itself.
 
-    First-fit-decreasing says how many bins it takes. The same number is then filled by giving each item, from the
-    largest on, to the emptiest bin; that evens them out, and is kept where it holds the capacity too.
+    First-fit-decreasing finds the number of bins. As many bins are then filled evenly, by putting each item, largest
+    first, into the emptiest bin; that result is returned if no bin exceeds the capacity.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    alone = [[i] for i in order if sizes[i] >= capacity]
-    rest = [i for i in order if sizes[i] < capacity]
-    fitted = _first_fit(rest, sizes, capacity)
-    levelled = _emptiest_first(rest, sizes, len(fitted))
-    fits = all(sum(sizes[i] for i in members) <= capacity for members in levelled)
-    return sorted(sorted(members) for members in alone + (levelled if fits else fitted))
+    single = [[i] for i in order if sizes[i] >= capacity]
+    small = [i for i in order if sizes[i] < capacity]
+    fitted = _first_fit(small, sizes, capacity)
+    even = _emptiest_first(small, sizes, len(fitted))
+    is_even_allowed = all(sum(sizes[i] for i in members) <= capacity for members in even)
+    return sorted(sorted(members) for members in single + (even if is_even_allowed else fitted))
 
 
 def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -157,7 +157,7 @@ def _emptiest_first(order: Sequence[int], sizes: Sequence[int], num_bins: int) -
 def _units_of_group(
     group_id: int, prompt: tuple[int, ...], branches: Sequence[_Branch], budget: int, share_prefix: bool
 ) -> list[_Unit]:
-    """The group as one unit where it fits the budget, else as several that repeat the prompt."""
+    """Return the group as one unit if it fits the budget, else as several units that repeat the prompt."""
     if not share_prefix:
         return [_Unit(group_id, prompt, (branch,)) for branch in branches]
     bins = balanced_bins([branch.num_tokens for branch in branches], max(budget - len(prompt), 1))
@@ -166,7 +166,14 @@ def _units_of_group(
 
 @dataclass(frozen=True)
 class _Run:
-    """A stretch of a pack: a prompt's tokens (`branch` None) or a completion's, and the completion it belongs to."""
+    """A contiguous part of a pack: the tokens of a prompt or of a completion.
+
+    Attributes:
+        token_ids: its tokens.
+        owner: completion whose routing covers the tokens.
+        first_row: row of the first token in that routing.
+        branch: the completion; None for a prompt.
+    """
 
     token_ids: tuple[int, ...]
     owner: Completion
@@ -175,17 +182,21 @@ class _Run:
 
     @property
     def rollout_logprobs(self) -> tuple[float, ...]:
-        return self.branch.completion.logprobs if self.branch else (0.0,) * len(self.token_ids)
+        if self.branch is None:
+            return (0.0,) * len(self.token_ids)
+        completion = self.branch.completion
+        by_policy = zip(completion.logprobs, completion.policy_tokens, strict=True)
+        return tuple(logprob if is_policy else 0.0 for logprob, is_policy in by_policy)
 
     @property
     def completion_mask(self) -> tuple[bool, ...]:
         if self.branch is None:
             return (False,) * len(self.token_ids)
-        return self.branch.completion.own or (True,) * len(self.token_ids)
+        return self.branch.completion.policy_tokens
 
     @property
     def routing(self) -> Tensor | None:
-        """The owner's record of these tokens, [tokens of the run, L, K]."""
+        """Experts that the owner recorded for these tokens, [tokens, L, K]; None without a record."""
         if self.owner.routing is None:
             return None
         return self.owner.routing[self.first_row : self.first_row + len(self.token_ids)]
@@ -219,28 +230,26 @@ def _segments(units: Sequence[_Unit], share_prefix: bool) -> Segments:
 
 def _rollout_pack(units: Sequence[_Unit], share_prefix: bool) -> Experience:
     runs = _runs(units, share_prefix)
-    for run in runs:
-        assert len(run.rollout_logprobs) == len(run.token_ids), "a completion has one log-prob a token"
     return Experience(
         tokens=torch.tensor([token for run in runs for token in run.token_ids], dtype=torch.long),
         segments=_segments(units, share_prefix),
-        completion_mask=torch.tensor([is_own for run in runs for is_own in run.completion_mask]),
+        completion_mask=torch.tensor([is_policy for run in runs for is_policy in run.completion_mask]),
         rollout_logprobs=torch.tensor([x for run in runs for x in run.rollout_logprobs], dtype=torch.float32),
         routing=_routing(runs),
     )
 
 
 def _routing(runs: Sequence[_Run]) -> Tensor | None:
-    """[N, L, K] int16, -1 where a completion has no record; None where none has."""
+    """Return [N, L, K] int16, -1 for a completion without a record; None if no completion has one."""
     recorded = next((run.owner.routing for run in runs if run.owner.routing is not None), None)
     if recorded is None:
         return None
     layers, experts = recorded.shape[1:]
-    parts = []
+    blocks = []
     for run in runs:
         rows = run.routing
         if rows is None:
             rows = torch.full((len(run.token_ids), layers, experts), -1, dtype=torch.int16)
         assert rows.shape == (len(run.token_ids), layers, experts), "routing has one row a token"
-        parts.append(rows.to(device="cpu", dtype=torch.int16))
-    return torch.cat(parts)
+        blocks.append(rows.to(device="cpu", dtype=torch.int16))
+    return torch.cat(blocks)

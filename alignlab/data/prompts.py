@@ -2,103 +2,71 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow, check_text
+from alignlab.config.data import DataSettings, RenderSettings
+from alignlab.data.bad_row import BadRow
+from alignlab.data.dataset import BadRows, Dataset
+from alignlab.data.messages import check_text
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.rows import readable_rows
 from alignlab.data.sources import load_rows
-from alignlab.errors import DataError
 from alignlab.types import Message, Prompt, Text
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class PromptDataset(Sequence[Prompt]):
-    """Prompts in the order of their rows.
-
-    Attributes:
-        prompts: those that can be used.
-        skipped: rows left out, counted by reason: missing_column, wrong_type, empty, media,
-            not_rendered, too_long.
-        columns: names of the columns that rewards receive.
-    """
-
-    prompts: tuple[Prompt, ...]
-    skipped: Counter[str] = field(default_factory=Counter)
-    columns: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> PromptDataset: ...
-    def __getitem__(self, index: int | slice) -> Prompt | PromptDataset:
-        if isinstance(index, slice):
-            return PromptDataset(self.prompts[index], self.skipped, self.columns)
-        return self.prompts[index]
-
-
-def load_prompts(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
-    """The prompts that `settings` describes.
+def load_prompts(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset[Prompt]:
+    """Return the prompts of a source.
 
     Raises:
         ConfigError: the settings contradict each other or the tokenizer.
         DataError: the source cannot be read, a row cannot be used (with its number), or no row can.
     """
-    return prompts_from_rows(load_rows(settings), settings, tokenizer)
+    return prompts_from_rows(load_rows(settings), settings.rendering, tokenizer)
 
 
 def prompts_from_rows(
     rows: Iterable[Mapping[str, Any]], settings: RenderSettings, tokenizer: PreTrainedTokenizerBase
-) -> PromptDataset:
+) -> Dataset[Prompt]:
     """Render and tokenise rows: dicts, or a `datasets.Dataset`.
 
-    A row has the column `settings.prompt_column`, a string or a list of chat messages; or the column `messages`, whose
-    last message, if it is the assistant's, is the answer and no part of the prompt: it becomes the column `answer`
-    unless the row has one; with more than a text, such as a thought, it becomes the column `completion` too. All other
-    columns are kept for the rewards, with `tools` and `chat_template_kwargs`, which the chat template is given.
+    A row has the column `settings.prompt_column`, a string or a list of chat messages; or the column `messages`. If
+    the last of these messages is the assistant's, it is the answer and no part of the prompt: it becomes the column
+    `answer`, unless the row has that column, and also the column `completion` if it holds more than a text, such as a
+    thought. Rewards receive all other columns, and `tools` and `chat_template_kwargs`, which the chat template reads.
 
     Raises:
         ConfigError, DataError: as `load_prompts`.
     """
-    whole = PromptRenderer(settings, tokenizer)
-    usable: list[tuple[int, Text, str, dict[str, Any]]] = []
-    skipped: Counter[str] = Counter()
-    for index, given in enumerate(readable_rows(rows, settings)):
-        try:
-            row, render = whole.read(given, index)
-            text, columns = split_row(row, settings.prompt_column)
-            _say_begun(text, render)
-            usable.append((index, text, render(text), columns))
-        except BadRow as error:
-            count_or_raise(skipped, error, index, settings)
-    encoded = whole.encode([rendered for _, _, rendered, _ in usable])
-    prompts = []
-    for (index, text, _, columns), token_ids in zip(usable, encoded, strict=True):
-        try:
-            whole.check_length(token_ids)
-            prompts.append(Prompt(token_ids=token_ids, text=text, index=index, columns=columns))
-        except BadRow as error:
-            count_or_raise(skipped, error, index, settings)
-    report(len(prompts), skipped, settings)
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return PromptDataset(tuple(prompts), skipped, tuple(names))
+    renderer = PromptRenderer(settings, tokenizer)
+    bad_rows = BadRows(settings)
+    rendered: list[tuple[int, Text, dict[str, Any]]] = []
+    texts: list[str] = []
+    for index, raw_row in enumerate(readable_rows(rows, settings)):
+        with bad_rows.at(index):
+            row, renderer_of_row = renderer.read(raw_row, index)
+            prompt, columns = split_row(row, settings.prompt_column)
+            _say_begun(prompt, renderer_of_row)
+            texts.append(renderer_of_row(prompt))
+            rendered.append((index, prompt, columns))
+    prompts: list[Prompt] = []
+    # All prompts are encoded in one call: a tokenizer is much faster at that.
+    for (index, prompt, columns), token_ids in zip(rendered, renderer.encode(texts), strict=True):
+        with bad_rows.at(index):
+            renderer.check_length(token_ids)
+            prompts.append(Prompt(token_ids=token_ids, text=prompt, index=index, columns=columns))
+    return bad_rows.dataset_of(prompts)
+
+
+def column_names(prompts: Iterable[Prompt]) -> tuple[str, ...]:
+    """Return the names of the columns that rewards receive."""
+    return tuple(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
 
 
 def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[str, Any]]:
-    """(prompt, other columns) of a row; see `prompts_from_rows`.
+    """Return (prompt, other columns) of a row; see `prompts_from_rows`.
 
     Raises:
         BadRow: the prompt is missing, of another type, or empty.
@@ -107,10 +75,10 @@ def split_row(row: Mapping[str, Any], prompt_column: str) -> tuple[Text, dict[st
     if columns.get(prompt_column) is not None:
         return check_text(columns.pop(prompt_column), prompt_column), columns
     if columns.get("messages") is None:
-        nothing = [name for name in (prompt_column, "messages") if name in columns]
+        empty_columns = [name for name in (prompt_column, "messages") if name in columns]
         raise BadRow(
             "missing_column",
-            f"has nothing in the column {nothing[0]!r}" if nothing else
+            f"has nothing in the column {empty_columns[0]!r}" if empty_columns else
             f"has no column {prompt_column!r} and no column 'messages', but {sorted(columns)}; set prompt_column",
         )
     columns.pop(prompt_column, None)
@@ -130,7 +98,7 @@ def chat_of(value: Any, column: str = "messages") -> list[Message]:
     """Return the messages of a column that holds chats.
 
     Raises:
-        BadRow: they cannot be read.
+        BadRow: the column holds no chat messages.
     """
     messages = check_text(value, column)
     if isinstance(messages, str):
@@ -139,35 +107,10 @@ def chat_of(value: Any, column: str = "messages") -> list[Message]:
 
 
 def _say_begun(prompt: Text, render: PromptRenderer) -> None:
-    """Log once that a prompt ends with the assistant's message, which may be an answer that was not to be shown."""
+    """Log once that a prompt ends with the assistant's message, which may be a misplaced answer."""
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         render.notices.say(
             "begun",
-            "the prompt ends with the assistant's message, which completions go on with; where that is the answer, "
+            "the prompt ends with the assistant's message, which completions continue; if that is the answer, "
             "call the column messages",
         )
-
-
-def count_or_raise(skipped: Counter[str], error: BadRow, index: int, settings: RenderSettings) -> None:
-    """Do with a bad row what `settings.on_bad_row` says."""
-    if settings.on_bad_row == "error":
-        raise DataError(
-            f"{settings.source}: row {index} (the first is 0) {error}; "
-            f"correct the row, or set {settings.setting('on_bad_row', 'skip')} to leave such rows out"
-        ) from error
-    skipped[error.reason] += 1
-
-
-def report(num_usable: int, skipped: Counter[str], settings: RenderSettings) -> None:
-    """Say how many rows were left out; refuse a dataset of which nothing remains."""
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    if not num_usable:
-        fix = f"check the rows and {settings.setting('prompt_column')}"
-        if skipped["too_long"]:
-            fix += f", and raise {settings.setting('max_prompt_tokens')}, which is {settings.max_prompt_tokens}"
-        raise DataError(
-            f"{settings.source}: a dataset must hold at least one usable row, and this has none "
-            f"(skipped: {counts or 'no rows at all'}); {fix}"
-        )
-    if skipped:
-        logger.warning("%s: skipped %d rows (%s)", settings.source, skipped.total(), counts)

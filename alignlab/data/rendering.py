@@ -1,4 +1,4 @@
-"""Text and messages as the string and the tokens that a model is fed, with the proof that nothing was left out."""
+"""Rendering of texts and messages to strings and tokens for a model, with a check that nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.render import RenderSettings
-from alignlab.data.chat_forms import forms_of_tools
-from alignlab.data.chat_template import RESERVED_NAMES, ChatTemplate
-from alignlab.data.chat_text import with_chats
-from alignlab.data.content_check import fragments_of, fragments_of_tools, missing
-from alignlab.data.lossless import LossCheck
-from alignlab.data.messages import BadRow, check_media, check_text, template_values_of, tools_of
+from alignlab.config.data import RenderSettings
+from alignlab.data.bad_row import BadRow
+from alignlab.data.chat.content_check import fragments_of, fragments_of_tools, missing
+from alignlab.data.chat.forms import forms_of_tools
+from alignlab.data.chat.from_text import with_chats
+from alignlab.data.chat.lossless import LossCheck
+from alignlab.data.chat.special_text import SpecialText, unmarked, with_marks
+from alignlab.data.chat.template import RESERVED_NAMES, ChatTemplate
+from alignlab.data.chat.tool_calls import template_values_of, tools_of
+from alignlab.data.messages import check_media, check_text
 from alignlab.data.notices import Notices
 from alignlab.data.rows import check_text_sizes, plain_row
-from alignlab.data.special_text import SpecialText, unmarked, with_marks
 from alignlab.errors import ConfigError
 from alignlab.types import Message, Text
 
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "A question?"},)
 _SYSTEM_FIX = "give it as a message of the role system, or for all rows as the setting system_prompt"
-_MASK_FIX = "what is taught are the assistant's messages, but for those whose field weight is 0"
+_MASK_FIX = "the assistant's messages are taught, except those whose field weight is 0"
 _CONTEXT_FIX = "where the model needs it for its answer, write it into the prompt"
 _UNREAD_COLUMNS = {
     "system": _SYSTEM_FIX, "system_prompt": _SYSTEM_FIX, "functions": "call it tools",
     **dict.fromkeys(("input", "context", "history", "choices", "options"), _CONTEXT_FIX),
     "completion_mask": _MASK_FIX, "assistant_masks": _MASK_FIX,
 }  # fmt: skip
-"""Columns that other programs' data have for the chat, and what to do instead."""
+"""Columns of other programs' data that are not rendered, and what to do instead."""
 
 
 class PromptRenderer:
-    """Text or messages to the string and the token ids that a model is fed, by one group of settings.
+    """Renders texts and messages to strings and token ids, by one group of settings.
 
-    A chat goes through the tokenizer's template, which writes the special tokens itself, so none is added to it. A
-    plain prompt gets those that the tokenizer adds: one at the beginning at most, and none at the end.
+    The chat template writes the special tokens of a chat itself, so none is added. A plain prompt gets the special
+    tokens that the tokenizer adds: at most one at the beginning, and none at the end.
 
-    All that a row holds is in what is rendered, or the row is refused; what the settings hold likewise, or a
-    `ConfigError` says so. What a template leaves out by design, such as thoughts of earlier turns, is logged once.
+    A row is refused if the rendered text leaves a part of it out; so are settings, by a `ConfigError`. Parts that a
+    template leaves out by design, such as thoughts of earlier turns, are logged once.
 
     Args:
         settings: how rows are rendered.
-        tokenizer: the model's, with its chat template.
-        needs_thoughts: refuse a taught turn without its thought; otherwise that is logged once.
-        notices: what is logged once; default: notices of its own.
+        tokenizer: the model's tokenizer, with its chat template.
+        needs_thoughts: refuse a taught turn without its thought; otherwise a missing thought is logged once.
+        notices: warnings that are logged once; default: new ones.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class PromptRenderer:
         self._special = SpecialText(tokenizer)
         self._template = ChatTemplate(tokenizer, settings, self.notices) if self.chat else None
         self._values: dict[str, Any] = dict(settings.chat_template_kwargs)
-        self._tools: Sequence[Mapping[str, Any]] = self._known_form(settings.tools)
+        self._tools: Sequence[Mapping[str, Any]] = self._rendered_form(settings.tools)
         if self._template is not None:
             self._template.check_values(self._values, settings.setting("chat_template_kwargs"))
 
@@ -74,17 +76,8 @@ class PromptRenderer:
                 f"{settings.setting('chat')} is true, and the tokenizer has no chat template; set "
                 f"{settings.setting('chat', False)}"
             )
-        if settings.system_prompt is not None and not self.chat:
-            raise ConfigError(
-                f"{settings.setting('system_prompt')} needs a chat template, and prompts are plain here; "
-                f"put the text into {settings.setting('prompt_template')} instead"
-            )
-        for name in ("tools", "chat_template_kwargs"):
-            if getattr(settings, name) and not self.chat:
-                raise ConfigError(
-                    f"{settings.setting(name)} needs a chat template, and prompts are plain here; remove it, or use a "
-                    "tokenizer with a chat template"
-                )
+        if not self.chat:
+            self._check_plain_settings()
         reserved = RESERVED_NAMES.intersection(settings.chat_template_kwargs)
         if reserved:
             raise ConfigError(
@@ -97,31 +90,45 @@ class PromptRenderer:
             except BadRow as error:
                 raise ConfigError(f"{settings.setting('tools')} {error}; correct it") from error
 
-    def read(self, given: Any, index: int) -> tuple[dict[str, Any], PromptRenderer]:
-        """Return a row as a plain dict, with lists of messages for chats that are text, and the renderer of the row.
+    def _check_plain_settings(self) -> None:
+        settings = self.settings
+        if settings.system_prompt is not None:
+            raise ConfigError(
+                f"{settings.setting('system_prompt')} needs a chat template, and prompts are plain here; "
+                f"put the text into {settings.setting('prompt_template')} instead"
+            )
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(settings, name):
+                raise ConfigError(
+                    f"{settings.setting(name)} needs a chat template, and prompts are plain here; remove it, or use a "
+                    "tokenizer with a chat template"
+                )
+
+    def read(self, raw_row: Any, index: int) -> tuple[dict[str, Any], PromptRenderer]:
+        """Return a row as a plain dict, in which chats written as text are lists of messages, and the row's renderer.
 
         Raises:
-            BadRow: it is damaged, far too long, or as `of_row`.
+            BadRow: the row is damaged or far too long; or see `of_row`.
         """
-        row = plain_row(given)
+        row = plain_row(raw_row)
         check_text_sizes(row, self.settings.prompt_column, self.settings.max_prompt_tokens)
-        own = self.of_row(row, index)
+        renderer = self.of_row(row, index)
         if self.settings.chat is not False:
-            row = with_chats(row, self.settings.prompt_column, own.notices)
-        return row, own
+            row = with_chats(row, self.settings.prompt_column, renderer.notices)
+        return row, renderer
 
     def of_row(self, columns: Mapping[str, Any], index: int) -> PromptRenderer:
-        """Return the renderer of one row, with the tools and the template's variables that its columns hold.
+        """Return the renderer of one row, with the tools and the template's variables in its columns.
 
         Raises:
-            BadRow: they cannot be read; or the row has an image, a film or a sound.
+            BadRow: these columns cannot be read, or the row has an image, a video or a sound.
         """
         if not isinstance(columns, Mapping):
             return self
         check_media(columns)
-        own = copy.copy(self)
-        own.notices = self.notices.of_row(index)
-        own._say_unread(columns)
+        renderer = copy.copy(self)
+        renderer.notices = self.notices.of_row(index)
+        renderer._say_unread(columns)
         tools, values = (columns.get(name) for name in ("tools", "chat_template_kwargs"))
         if self._template is None:
             if tools or values:
@@ -129,21 +136,21 @@ class PromptRenderer:
                     "plain", "the column %r is for a chat template, and prompts are plain here: it is not rendered",
                     "tools" if tools else "chat_template_kwargs",
                 )
-            return own
-        own._template = self._template.with_notices(own.notices)
+            return renderer
+        renderer._template = self._template.with_notices(renderer.notices)
         if values is not None:
-            given = template_values_of(values)
-            reserved = RESERVED_NAMES.intersection(given)
+            row_values = template_values_of(values)
+            reserved = RESERVED_NAMES.intersection(row_values)
             if reserved:
                 raise BadRow("wrong_type", f"has {min(reserved)!r} in 'chat_template_kwargs', which is given otherwise")
-            own._values = self._values | given
-            own._template.check_values(given, "the column 'chat_template_kwargs'")
+            renderer._values = self._values | row_values
+            renderer._template.check_values(row_values, "the column 'chat_template_kwargs'")
         if tools is not None:
-            own._tools = own._known_form(tools_of(tools))
-        return own
+            renderer._tools = renderer._rendered_form(tools_of(tools))
+        return renderer
 
-    def _known_form(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Return tools in the form in which the chat template writes their names; as they are where it never does."""
+    def _rendered_form(self, tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return tools in the form whose names the chat template writes; unchanged if there is no such form."""
         if self._template is None or not tools:
             return tools
         for form in forms_of_tools(tools):
@@ -156,7 +163,7 @@ class PromptRenderer:
         return tools
 
     def _say_unread(self, columns: Mapping[str, Any]) -> None:
-        """Log once that a column which others' data have for the chat is not read."""
+        """Log once that a column of other programs' data is not rendered."""
         prompt_column = self.settings.prompt_column
         for name, fix in _UNREAD_COLUMNS.items():
             if columns.get(name) is not None and name != prompt_column:
@@ -171,14 +178,14 @@ class PromptRenderer:
 
     @property
     def template_columns(self) -> dict[str, Any]:
-        """What the chat template is given beside messages, as columns of a row that is read without these settings."""
-        given = {"tools": [dict(tool) for tool in self._tools], "chat_template_kwargs": self._values}
-        return {name: value for name, value in given.items() if value}
+        """Tools and variables of the chat template, as columns of a row that is rendered without these settings."""
+        columns = {"tools": [dict(tool) for tool in self._tools], "chat_template_kwargs": self._values}
+        return {name: value for name, value in columns.items() if value}
 
     def __call__(self, text: Text) -> str:
-        """Return the string that the model reads before it writes its completion.
+        """Return the rendered prompt of a completion.
 
-        A last message of the assistant's is left open, so that the completion continues it.
+        If the last message is the assistant's, the completion continues it.
         """
         if not self.chat:
             return self._plain(text)
@@ -186,7 +193,7 @@ class PromptRenderer:
         return self.render_chat(messages)
 
     def messages(self, text: Text) -> list[Message]:
-        """Return the prompt as chat messages, with `system_prompt` first unless it has a system message of its own."""
+        """Return the prompt as chat messages, with `system_prompt` first unless the prompt has a system message."""
         if not self.chat:
             raise ConfigError(self._not_chat())
         if isinstance(text, str):
@@ -223,12 +230,12 @@ class PromptRenderer:
         return unmarked(self._render(messages, tools, generation=generation, continue_last=True))
 
     def render_chat(self, messages: Sequence[Message], *, generation: bool = True, continue_last: bool = True) -> str:
-        """Return the template's text of the messages; with `generation`, up to where the assistant goes on.
+        """Return the template's text of the messages; with `generation`, up to the beginning of the answer.
 
         Args:
-            messages: the chat, at least one message, in a form that `lossless` gave.
-            generation: add what begins the assistant's turn.
-            continue_last: where the last message is the assistant's, go on with it instead of beginning another turn.
+            messages: the chat, at least one message, in the form that `lossless` returns.
+            generation: add the beginning of the assistant's turn.
+            continue_last: if the last message is the assistant's, continue it instead of beginning another turn.
         """
         return self._render(messages, self._tools, generation=generation, continue_last=continue_last)
 
@@ -237,12 +244,12 @@ class PromptRenderer:
     ) -> str:
         assert self._template is not None
         open_ended = generation and continue_last and messages[-1]["role"] == "assistant"
-        given_tools: Any = list(tools)
-        given: Any = [dict(message) for message in messages]
+        plain_tools: Any = list(tools)
+        plain_messages: Any = [dict(message) for message in messages]
         if self.settings.escape_special_tokens:
-            given, given_tools = self._special.marked(given), self._special.marked(given_tools)
+            plain_messages, plain_tools = self._special.marked(plain_messages), self._special.marked(plain_tools)
         text = self._template.render(
-            given, tools=given_tools, values=self._values, generation=generation and not open_ended,
+            plain_messages, tools=plain_tools, values=self._values, generation=generation and not open_ended,
             open_ended=open_ended,
         )
         return with_marks(text) if self.settings.escape_special_tokens else text
@@ -259,7 +266,7 @@ class PromptRenderer:
             )
 
     def plain_completion(self, text: str) -> str:
-        """Return a completion of a plain prompt, to be encoded."""
+        """Return the text of a completion of a plain prompt, to be encoded."""
         return self._checked_plain(text, text.removesuffix(str(self.tokenizer.eos_token)))
 
     def _plain(self, text: Text) -> str:
@@ -267,11 +274,15 @@ class PromptRenderer:
             raise ConfigError(self._not_chat())
         return self._around(self._checked_plain(text, text.removeprefix(str(self.tokenizer.bos_token))))
 
-    def _checked_plain(self, text: str, looked_at: str) -> str:
-        """Return a plain text, with marks where special tokens in it are to be text."""
+    def _checked_plain(self, text: str, checked_part: str) -> str:
+        """Return a plain text, with marks in special tokens that are to be encoded as text.
+
+        Args:
+            checked_part: the text without a special token at its beginning or end, which is meant as such.
+        """
         if self.settings.escape_special_tokens:
             return str(self._special.marked(text))
-        self._say_special([{"role": "user", "content": looked_at}])
+        self._say_special([{"role": "user", "content": checked_part}])
         return text
 
     def _around(self, text: str) -> str:
@@ -279,7 +290,7 @@ class PromptRenderer:
         return text if template is None else template.replace("{prompt}", text)
 
     def _say_special(self, messages: Sequence[Message]) -> None:
-        """Log once that a row's texts spell special tokens, and become them."""
+        """Log once that spellings of special tokens in a row are encoded as these tokens."""
         if self.settings.escape_special_tokens or self.notices.was_said("special"):
             return
         for fragment in fragments_of(messages):
@@ -309,7 +320,7 @@ class PromptRenderer:
         return [self._plain_ids(text, row) for text, row in zip(texts, ids, strict=True)]
 
     def encode_alone(self, text: str) -> list[int]:
-        """Return the token ids of a piece of a rendered text, without any that the tokenizer adds."""
+        """Return the token ids of a piece of a rendered text, without special tokens that the tokenizer adds."""
         return self._special.encode([text], add_special_tokens=False)[0]
 
     def _plain_ids(self, text: str, ids: list[int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Rows as they come, made plain: what is missing, what is damaged, labels and numbers."""
+"""Normalisation of rows: missing values, damaged rows, labels and numbers."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-from alignlab.config.render import RenderSettings
-from alignlab.data.messages import BadRow
+from alignlab.config.data import RenderSettings
+from alignlab.data.bad_row import BadRow
 from alignlab.data.nesting import MAX_DEPTH, is_too_deep
 from alignlab.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 TEXT_COLUMNS = ("messages", "completion", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""Columns of text beside the prompt's, and those that chat templates are given."""
+"""Columns of text beside the prompt, and columns that chat templates read."""
 MAX_TEXT_CHARS = 2**22
-"""Of what a row has in one column of text: a million tokens."""
+"""Largest number of characters in one column of text of a row: about a million tokens."""
 MAX_CHARS_PER_TOKEN = 256
-"""More than any tokenizer writes for one, but for spaces."""
-_NOT_THERE = ("NAType", "NaTType")  # of pandas
-_WHOLE = 2.0**53  # below this, a float64 holds every whole number
+"""More characters than any token stands for, apart from spaces."""
+_MISSING_OF_PANDAS = ("NAType", "NaTType")
+_EXACT_BELOW = 2.0**53  # a float64 holds every whole number below this
 
 
 @dataclass(frozen=True)
 class DamagedRow:
-    """Stands for a row that its file does not hold whole.
+    """Stands in for a row that could not be read from its file.
 
     Attributes:
-        message: what is wrong with it, completing "row 3 ...", with the line of the file.
+        message: description of the damage with the line of the file, to complete "row 3 ...".
     """
 
     message: str
 
 
 def plain_row(row: Any) -> dict[str, Any]:
-    """Return a row as a dict, with None for each value that is missing: NaN, and pandas' NA and NaT.
+    """Return a row as a dict, with None for missing values: NaN, and pandas' NA and NaT.
 
-    Lists that pandas has read as arrays of objects become lists again; so do all arrays in columns of text.
+    Arrays of objects, into which pandas turns lists, become lists again; so do all arrays in columns of text.
 
     Raises:
-        BadRow: it is damaged, no mapping of names to values, or nested too deeply.
+        BadRow: the row is damaged, no mapping of names to values, or nested too deeply.
     """
     if isinstance(row, DamagedRow):
         raise BadRow("damaged", row.message)
@@ -62,7 +62,7 @@ def plain_row(row: Any) -> dict[str, Any]:
 
 
 def check_text_sizes(row: Mapping[str, Any], prompt_column: str, max_prompt_tokens: int | None = None) -> None:
-    """Refuse a row whose texts are far too long for any model, before anything is made of them.
+    """Refuse a row whose texts are far too long for any model, before they are processed.
 
     Raises:
         BadRow: a column of text has more than `MAX_TEXT_CHARS` characters, or the prompt has more than
@@ -79,7 +79,7 @@ def check_text_sizes(row: Mapping[str, Any], prompt_column: str, max_prompt_toke
 
 
 def _num_chars(value: Any) -> int:
-    """Characters of the texts in a value that is not nested too deeply."""
+    """Return the number of characters of all texts in a value, which is not nested too deeply."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -96,7 +96,7 @@ def _plain_value(value: Any, name: str) -> Any:
 
 
 def without_arrays(value: Any) -> Any:
-    """Return a structure with lists for its arrays."""
+    """Return a structure with lists in place of arrays."""
     if isinstance(value, Mapping):
         return {key: without_arrays(held) for key, held in value.items()}
     if _is_array(value):
@@ -109,8 +109,8 @@ def _is_array(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a value stands for none: None, NaN, and pandas' NA and NaT."""
-    if value is None or type(value).__name__ in _NOT_THERE:
+    """Return True for values that mean "missing": None, NaN, and pandas' NA and NaT."""
+    if value is None or type(value).__name__ in _MISSING_OF_PANDAS:
         return True
     if isinstance(value, Decimal):
         return value.is_nan()
@@ -120,32 +120,31 @@ def is_missing(value: Any) -> bool:
 
 
 def as_label(value: Any, column: str) -> bool:
-    """Return a label: true or false, 1 or 0 (1.0 and 0.0 too), also as text, which all values of a CSV file are.
+    """Return a label: true or false, 1 or 0 (also 1.0 and 0.0), also as text, because all values of CSV files are text.
 
     Raises:
-        BadRow: it is another value, such as the -1 of labels that are +1 and -1.
+        BadRow: any other value, such as the -1 of labels that are +1 and -1.
     """
-    label = scalar(value)
-    if isinstance(label, str):
-        known = _LABELS.get(label.strip().lower())
-    elif isinstance(label, bool):
-        known = label
-    else:
-        known = bool(label) if isinstance(label, Real | Decimal) and label in (0, 1) else None
-    if known is None:
+    raw = scalar(value)
+    label: bool | None = None
+    if isinstance(raw, str):
+        label = _LABELS.get(raw.strip().lower())
+    elif isinstance(raw, bool) or (isinstance(raw, Real | Decimal) and raw in (0, 1)):
+        label = bool(raw)
+    if label is None:
         raise BadRow(
             "wrong_type",
             f"has {shown(value)} in the column {column!r}, which holds true or false, 1 or 0, as values or as text; "
             "write 1 for a good completion and 0 for a bad one",
         )
-    return known
+    return label
 
 
 def as_number(value: Any, column: str) -> float:
-    """Return a number, also one that is text, which all values of a CSV file are: 0.5, -3, 1e-3.
+    """Return a number, also from text such as 0.5, -3 or 1e-3, because all values of CSV files are text.
 
     Raises:
-        BadRow: it is no number, or text of another form, such as "1,5", "50%" or "1_000".
+        BadRow: the value is no number, or text of another form, such as "1,5", "50%" or "1_000".
     """
     number = scalar(value)
     if isinstance(number, str) and _NUMBER.fullmatch(number.strip()):
@@ -162,7 +161,7 @@ def as_number(value: Any, column: str) -> float:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages quote it; of an integer too long to be written, its type."""
+    """Return a value as messages quote it; the type of an integer that Python refuses to write."""
     try:
         return f"{value!r:.80}"
     except ValueError:
@@ -170,17 +169,17 @@ def shown(value: Any) -> str:
 
 
 def scalar(value: Any) -> Any:
-    """Return a single number of numpy or torch as Python's; anything else as it is."""
+    """Return a single number of numpy or torch as a Python number; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
-    """Return the first `settings.size` rows, with whole numbers where a table has stored them as floats.
+    """Return the first `settings.size` rows, with integers in columns that a table has turned into floats.
 
-    pandas stores a column of whole numbers with gaps as floats, 72 as 72.0, also in Parquet and JSON.
+    pandas stores a column of integers with missing values as floats, 72 as 72.0, also in Parquet and JSON.
 
     Raises:
-        DataError: they are no rows, or a row of a table cannot be decoded.
+        DataError: `rows` is a mapping, or a row of a table cannot be decoded.
     """
     if isinstance(rows, Mapping):
         raise DataError(
@@ -189,34 +188,38 @@ def readable_rows(rows: Iterable[Any], settings: RenderSettings) -> list[Any]:
         )
     if is_arrow(rows):
         rows = _arrow_rows(rows, settings)
-    taken = list(itertools.islice(rows, settings.size))
-    mappings = [row for row in taken if isinstance(row, Mapping)]
-    names = dict.fromkeys(name for row in mappings for name in row)
-    gapped = [name for name in names if is_gapped(row.get(name) for row in mappings)]
-    if not gapped:
-        return taken
-    return [_with_whole(row, gapped) if isinstance(row, Mapping) else row for row in taken]
+    selected = list(itertools.islice(rows, settings.size))
+    names = _integer_columns([row for row in selected if isinstance(row, Mapping)])
+    if not names:
+        return selected
+    return [_with_integers(row, names) if isinstance(row, Mapping) else row for row in selected]
+
+
+def _integer_columns(rows: list[Mapping[str, Any]]) -> list[str]:
+    """Return the names of columns whose integers became floats because values are missing."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if is_gapped(row.get(name) for row in rows)]
 
 
 def is_gapped(values: Iterable[Any]) -> bool:
-    """Tell whether values are whole numbers that a gap has made floats: some missing, all others whole floats."""
-    gap = number = False
+    """Return True if some values are missing and all others are floats without a fraction."""
+    is_any_missing = is_any_number = False
     for value in values:
         if is_missing(value):
-            gap = True
-        elif isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE:
-            number = True
+            is_any_missing = True
+        elif isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_BELOW:
+            is_any_number = True
         else:
             return False
-    return gap and number
+    return is_any_missing and is_any_number
 
 
-def _with_whole(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _with_integers(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return dict(row) | {name: int(row[name]) for name in names if not is_missing(row.get(name))}
 
 
 def is_arrow(rows: Any) -> bool:
-    """Tell whether rows are a `datasets.Dataset`, which need not be imported for that."""
+    """Return True for a `datasets.Dataset`, without importing `datasets`."""
     return any(f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset" for kind in type(rows).__mro__)
 
 
@@ -224,7 +227,7 @@ def _arrow_rows(rows: Any, settings: RenderSettings) -> Iterator[Any]:
     for index in range(len(rows)):
         try:
             row = rows[index]
-        except Exception as error:  # decoders of images and sounds raise what they like
+        except Exception as error:  # decoders of images and sounds raise any kind of error
             raise DataError(
                 f"{settings.source}: row {index} (the first is 0) cannot be decoded: {error}; remove the columns that "
                 "hold no text"

@@ -1,4 +1,4 @@
-"""Rows of a dataset, from wherever they are: a local file, the Hub, a task's generator."""
+"""Rows of a source: a local file or folder, a dataset of the Hub, or a task's generator."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from alignlab.config.data import DataSettings
 from alignlab.data.files import READERS, Rows, file_kind, file_rows
 from alignlab.data.tasks import task_rows
 from alignlab.errors import ConfigError, DataError
-from alignlab.models.download_limits import within_download_limit
+from alignlab.models.hub.download_limits import within_download_limit
 
 
 def load_rows(settings: DataSettings) -> Rows:
-    """Return the rows of the source that `settings` names, before anything is done with them.
+    """Return the unprocessed rows of a source.
 
     Raises:
-        ConfigError: there is no source, or it has no such split.
-        DataError: it cannot be read. One row that cannot is a `DamagedRow`.
+        ConfigError: no source is named, or it has no such split.
+        DataError: the source cannot be read. A single damaged row is a `DamagedRow` instead.
     """
     if (settings.path is None) == (settings.task is None):
         raise ConfigError(
@@ -38,16 +38,14 @@ def load_rows(settings: DataSettings) -> Rows:
 
 
 def _hub_rows(settings: DataSettings) -> Rows:
-    """Return a dataset of the Hub, or of a local folder that `datasets` understands or has saved."""
-    from datasets import load_dataset
-
+    """Return the rows of a dataset of the Hub, or of a local folder that `datasets` can load."""
     path = str(settings.path)
     saved = [name for name in ("dataset_info.json", "dataset_dict.json") if (Path(path) / name).is_file()]
     if saved:
         return _saved_rows(path, settings)
     try:
-        return within_download_limit(path, lambda: load_dataset(path, settings.config_name, split=settings.split))
-    except ConfigError:
+        return within_download_limit(path, lambda: _prepared_rows(path, settings.config_name, settings.split))
+    except (ConfigError, DataError):
         raise
     except Exception as error:
         raise DataError(
@@ -55,6 +53,25 @@ def _hub_rows(settings: DataSettings) -> Rows:
             f"(config_name {settings.config_name!r}, split {settings.split!r}) cannot be loaded: {error}; "
             "correct the name, or unset HF_HUB_OFFLINE if it has to be downloaded"
         ) from error
+
+
+def _prepared_rows(path: str, config_name: str | None, split: str) -> Rows:
+    """Return the rows that `datasets.load_dataset` would return; each file is checked before it is read."""
+    from datasets import DownloadConfig, load_dataset_builder
+
+    from alignlab.data.packed_files import BoundedDownloads
+
+    builder = load_dataset_builder(path, config_name)
+    config = DownloadConfig(
+        cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token,
+        storage_options=builder.storage_options,
+    )
+    manager = BoundedDownloads(
+        builder.dataset_name, data_dir=builder.config.data_dir, download_config=config, base_path=builder.base_path
+    )
+    builder.download_and_prepare(dl_manager=manager)
+    rows: Rows = builder.as_dataset(split=split)
+    return rows
 
 
 def _saved_rows(path: str, settings: DataSettings) -> Rows:

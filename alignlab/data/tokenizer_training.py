@@ -14,14 +14,14 @@ EOS_TOKEN = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose ids 0 and 1 are `<|pad|>` and `<|endoftext|>`, followed by all 256 bytes and the merges.
+    """Return a byte-level BPE tokenizer: `<|pad|>` (id 0), `<|endoftext|>` (1), all 256 bytes, and the merges.
 
-    Any text can be encoded, seen in training or not, and decodes to itself. Digits are tokens of their own, so that
-    arithmetic is learnt on digits and not on the numbers that happened to be frequent. There is no chat template.
+    Any text can be encoded, and decodes to itself. Each digit is a token, so that a model learns arithmetic on digits
+    and not on numbers that happen to be frequent. There is no chat template.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: at most this many tokens; fewer where the texts have fewer pairs to merge. At least 258.
+        texts: texts from which merges are learnt.
+        vocab_size: largest number of tokens, >= 258; there are fewer if the texts have fewer pairs to merge.
 
     Raises:
         ConfigError: `vocab_size` leaves no room for all bytes, or there is no text.

@@ -1,8 +1,8 @@
-"""Token ids against the rows of embedding tables.
+"""Checks that token ids have rows in embedding tables.
 
-Models pad their tables, so that more rows than tokens are usual. The other way round, a tokenizer with added tokens
-gives ids that a model has no row for which was not resized; that is harmless where no text holds these tokens (Gemma
-3's text models are published so), and refused where one does.
+Models pad their tables, so more rows than tokens are usual. The other way round, a tokenizer with added tokens gives
+ids for which a model has no row unless it was resized. That is harmless if no text holds these tokens (Gemma 3's text
+models are published so), and refused if one does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many rows an embedding table needs for all that the tokenizer can give: its largest id and one."""
+    """Return the number of rows that an embedding table needs: the tokenizer's largest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -30,14 +30,14 @@ def check_ids(
 
     Args:
         items: the token ids of each item's sequences.
-        rows: of embedding tables, by whose they are, such as "the model".
-        tokenizer: names the token in the message.
-        what: an item is called, such as "example".
+        rows: number of rows of each embedding table, by its model's name in messages, such as "the model".
+        tokenizer: for the token's text in the message.
+        what: name of an item in the message, such as "example".
 
     Raises:
         ConfigError: with the number of the item, the id and the table.
     """
-    whose, limit = min(rows.items(), key=lambda each: each[1])
+    whose, limit = min(rows.items(), key=lambda named: named[1])
     for number, sequences in enumerate(items):
         largest = max((max(ids) for ids in sequences if len(ids)), default=0)
         if largest >= limit:
@@ -51,11 +51,11 @@ def check_ids(
 
 
 def check_end_token(tokenizer: PreTrainedTokenizerBase, rows: int, model_ends: Iterable[int]) -> None:
-    """Raise if the token that ends texts has no embedding; say where the model itself ends its texts with another.
+    """Raise if the end token has no embedding; warn if the model's configs name another end token.
 
     Args:
-        rows: of the model's embedding table.
-        model_ends: ids that end a text by the model's config and its generation defaults.
+        rows: number of rows of the model's embedding table.
+        model_ends: end tokens by the model's config and its generation defaults.
 
     Raises:
         ConfigError: the end token has no row.

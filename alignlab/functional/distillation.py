@@ -24,7 +24,7 @@ from alignlab.functional.precision import at_least_float32
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states; see `head_logits`."""
+    """Output head: weight [V, D], bias [V] and soft-cap; see `head_logits`."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -32,17 +32,17 @@ class Head(NamedTuple):
 
 
 class TopTokens(NamedTuple):
-    """The likeliest tokens of a teacher's distributions, and how likely all others are together.
+    """The likeliest tokens of a teacher's distributions, and the probability of all other ids together.
 
     Attributes:
         ids: [M, K], the likeliest first.
         logprobs: [M, K] of these, nats.
-        rest: [M] log of the probability of all other ids; -inf where there is no other (K = V).
+        other_logprob: [M], log of the probability of all other ids together; -inf where there is no other (K = V).
     """
 
     ids: Tensor
     logprobs: Tensor
-    rest: Tensor
+    other_logprob: Tensor
 
 
 def divergence(
@@ -78,7 +78,7 @@ def divergence(
 def coarse_divergence(
     top: TopTokens, student: Float[Tensor, "M V"], *, beta: float
 ) -> Float[Tensor, "M"]:
-    """`divergence` of what is left of both distributions when all but the teacher's K likeliest ids are one event.
+    """`divergence` of both distributions when all ids but the teacher's K likeliest count as one event.
 
         P' = (p_1, .., p_K, 1 - sum p),  Q' = (q_1, .., q_K, 1 - sum q)  of the same ids
 
@@ -93,19 +93,19 @@ def coarse_divergence(
     Reference: the inequality: Cover & Thomas (2006), Elements of Information Theory, ch. 2.
     """
     ids = top.ids.long()
-    kept, log_p = student.gather(1, ids), at_least_float32(top.logprobs).to(student.dtype)
+    log_q, log_p = student.gather(1, ids), at_least_float32(top.logprobs).to(student.dtype)
     if ids.shape[1] == student.shape[1]:
-        return divergence(log_p, kept, beta=beta)
-    # A sum of what is left: 1 less the sum of what is kept would cancel where that is nearly all.
-    rest = student.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
-    log_p = torch.cat([log_p, top.rest[:, None].to(log_p)], dim=1)
-    return divergence(log_p, torch.cat([kept, rest], dim=1), beta=beta)
+        return divergence(log_p, log_q, beta=beta)
+    # The other ids are summed: 1 less the sum of the K would cancel where that is nearly 1.
+    other_q = student.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    log_p = torch.cat([log_p, top.other_logprob[:, None].to(log_p)], dim=1)
+    return divergence(log_p, torch.cat([log_q, other_q], dim=1), beta=beta)
 
 
 def log_distribution(
     hidden: Float[Tensor, "M D"], head: Head, *, width: int, temperature: float
 ) -> Float[Tensor, "M {width}"]:
-    """Log-probs of the first `width` ids, which are all there are: probability beyond them is left out of the softmax.
+    """Log-probs over the first `width` ids; ids beyond them are left out of the softmax.
 
         log_softmax(head_logits(hidden)[:width] / temperature)
 
@@ -145,10 +145,10 @@ def chunked_divergence(
         chunk_tokens: tokens whose logits exist at one time.
     """
 
-    def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, theirs: Tensor) -> Tensor:
+    def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_of_teacher: Tensor) -> Tensor:
         head = Head(weight, bias, student_head.softcap)
         with torch.no_grad():
-            teacher = log_distribution(theirs, teacher_head, width=width, temperature=temperature)
+            teacher = log_distribution(hidden_of_teacher, teacher_head, width=width, temperature=temperature)
         return divergence(teacher, log_distribution(hidden, head, width=width, temperature=temperature), beta=beta)
 
     return _in_chunks(compare, student_hidden, student_head, [teacher_hidden], chunk_tokens)
@@ -164,17 +164,17 @@ def chunked_coarse_divergence(
     temperature: float = 1.0,
     chunk_tokens: int = 512,
 ) -> Float[Tensor, "M"]:
-    """`coarse_divergence` of what is kept of a teacher and of the distributions that a student's hidden states give.
+    """`coarse_divergence` between a teacher's top tokens and the distributions that a student's hidden states give.
 
     Args:
         top: of the teacher, at the same width and temperature.
         beta, width, temperature, chunk_tokens: see `chunked_divergence`.
     """
 
-    def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, *kept: Tensor) -> Tensor:
+    def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, *top_tensors: Tensor) -> Tensor:
         head = Head(weight, bias, student_head.softcap)
         student = log_distribution(hidden, head, width=width, temperature=temperature)
-        return coarse_divergence(TopTokens(*kept), student, beta=beta)
+        return coarse_divergence(TopTokens(*top_tensors), student, beta=beta)
 
     return _in_chunks(compare, student_hidden, student_head, list(top), chunk_tokens)
 
@@ -183,7 +183,7 @@ def chunked_coarse_divergence(
 def chunked_top_tokens(
     hidden: Float[Tensor, "M D"], head: Head, *, k: int, width: int, temperature: float = 1.0, chunk_tokens: int = 512
 ) -> TopTokens:
-    """The K likeliest of each distribution, and what is left; no gradient.
+    """Return the K likeliest tokens of each distribution, and the probability of all others; no gradient.
 
     Args:
         k: K, 1 up to `width`.
@@ -194,12 +194,12 @@ def chunked_top_tokens(
         raise ValueError(f"k is {k}, and must be from 1 to the {width} ids that are compared")
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     logprobs = hidden.new_empty(len(hidden), k, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    rest = torch.empty_like(logprobs[:, 0])
+    other_logprob = torch.empty_like(logprobs[:, 0])
     for chunk in _slices(len(hidden), chunk_tokens):
         log_p = log_distribution(hidden[chunk], head, width=width, temperature=temperature)
         logprobs[chunk], ids[chunk] = log_p.topk(k, dim=-1)
-        rest[chunk] = log_p.scatter(1, ids[chunk], -math.inf).logsumexp(-1)
-    return TopTokens(ids, logprobs, rest)
+        other_logprob[chunk] = log_p.scatter(1, ids[chunk], -math.inf).logsumexp(-1)
+    return TopTokens(ids, logprobs, other_logprob)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -208,20 +208,20 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _in_chunks(
-    compare: Callable[..., Tensor], hidden: Tensor, head: Head, others: Sequence[Tensor], chunk_tokens: int
+    compare: Callable[..., Tensor], hidden: Tensor, head: Head, teacher: Sequence[Tensor], chunk_tokens: int
 ) -> Tensor:
-    """`compare(hidden, weight, bias, *others)` of each chunk, computed again in the backward pass.
+    """Call `compare(hidden, weight, bias, *teacher)` on each chunk; it is computed again in the backward pass.
 
-    Without a token one empty chunk is compared: ranks that train the head wait for its gradient, 0 here.
+    Without a token one empty chunk is compared: other ranks wait for this rank's gradient of the head, which is 0.
     """
-    parts = [
+    divergences = [
         checkpoint(
-            compare, hidden[chunk], head.weight, head.bias, *(other[chunk] for other in others),
+            compare, hidden[chunk], head.weight, head.bias, *(tensor[chunk] for tensor in teacher),
             use_reentrant=False, preserve_rng_state=False,
         )
         for chunk in (*_slices(len(hidden), chunk_tokens),) or (slice(0, 0),)
     ]
-    return torch.cat(parts)
+    return torch.cat(divergences)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

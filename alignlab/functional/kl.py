@@ -102,7 +102,7 @@ def kl_loss(
 
 
 def adapt_kl_coef(coef: float, kl: float, *, target: float, horizon: int, num_samples: int) -> float:
-    """The coefficient for the next step, moved towards holding the KL at `target`.
+    """Return the coefficient for the next step, moved so that the KL holds at `target`.
 
         coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
 

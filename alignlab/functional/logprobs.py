@@ -114,14 +114,17 @@ class _Rows:
     """d z / d (product with the head)."""
 
     def gradients(self, targets: Int[Tensor, "R"], count: int) -> list[Float[Tensor, "R V"]]:
-        """Of the log-probs, then of the entropy, by the product with the head: the first `count`. Spends `probs`."""
-        found = []
+        """Return derivatives by the product with the head: of the log-probs, and of the entropy if `count` is 2.
+
+        Overwrites `probs`.
+        """
+        derivatives = []
         if count == 2:
-            found.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
+            derivatives.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
         if count >= 1:
             ones = self.probs.new_ones(len(targets), 1)
-            found.insert(0, self.probs.neg_().scatter_add_(1, targets[:, None], ones).mul_(self.slope))
-        return found
+            derivatives.insert(0, self.probs.neg_().scatter_add_(1, targets[:, None], ones).mul_(self.slope))
+        return derivatives
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -131,7 +134,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy; saves their derivatives by each hidden state."""
+        """Return log-probs and entropy; save their derivatives by each hidden state."""
         logprobs, entropy, by_hidden = _measure(hidden, weight, bias, targets, options)
         ctx.save_for_backward(*by_hidden)
         if options.num_gradients == 1:
@@ -141,7 +144,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        """Each saved derivative times the gradient that comes in."""
+        """Multiply each saved derivative by the incoming gradient."""
         by_hidden = ctx.saved_tensors
         total = sum(d * g[:, None] for d, g in zip(by_hidden, incoming, strict=False))
         return total.to(by_hidden[0].dtype), None, None, None, None
@@ -154,7 +157,7 @@ class _TrainedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy; saves the inputs."""
+        """Return log-probs and entropy; save the inputs."""
         logprobs, entropy, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
         ctx.options = options
         ctx.save_for_backward(hidden, weight, bias, targets)
@@ -165,7 +168,7 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        """The logits once more, chunk by chunk, and from them all gradients."""
+        """Compute the logits once more, chunk by chunk, and from them all gradients."""
         hidden, weight, bias, targets = ctx.saved_tensors
         dtype = _statistics_dtype(hidden)
         by_hidden = torch.empty_like(hidden)
@@ -174,11 +177,11 @@ class _TrainedHead(torch.autograd.Function):
         head = weight.to(hidden.dtype)
 
         def weighted(block: _Rows, tokens: slice) -> list[Tensor]:
-            first, *rest = block.gradients(targets[tokens], ctx.options.num_gradients)
+            first, *by_entropy = block.gradients(targets[tokens], ctx.options.num_gradients)
             first.mul_(incoming[0][tokens, None])
-            return [first.addcmul_(more, incoming[1][tokens, None]) for more in rest] or [first]
+            return [first.addcmul_(more, incoming[1][tokens, None]) for more in by_entropy] or [first]
 
-        for chunk, (by_products,) in _chunks(hidden, head, bias, targets, ctx.options, weighted, num_kept=1):
+        for chunk, (by_products,) in _chunks(hidden, head, bias, targets, ctx.options, weighted, num_outputs=1):
             by_hidden[chunk] = by_products @ head
             if by_weight is not None:
                 by_weight += by_products.T @ hidden[chunk]
@@ -188,14 +191,14 @@ class _TrainedHead(torch.autograd.Function):
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """A gradient in its tensor's dtype, where both exist."""
+    """Return a gradient in the dtype of its tensor; None if either is None."""
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
 def _measure(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Log-probs, entropy, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
+    """Return log-probs, entropy, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
     logprobs = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
     entropy = torch.empty_like(logprobs)
     by_hidden = [torch.empty_like(hidden) for _ in range(options.num_gradients)]
@@ -205,7 +208,7 @@ def _measure(
         logprobs[tokens], entropy[tokens] = block.logprobs, block.entropy
         return block.gradients(targets[tokens], options.num_gradients)
 
-    for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_kept=len(by_hidden)):
+    for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_outputs=len(by_hidden)):
         for out, gradient in zip(by_hidden, by_products, strict=True):
             out[chunk] = gradient @ head
     return logprobs, entropy, by_hidden
@@ -219,23 +222,25 @@ def _chunks(
     options: _Options,
     visit: Callable[[_Rows, slice], list[Tensor]],
     *,
-    num_kept: int,
+    num_outputs: int,
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Each chunk with `num_kept` tensors [C, V] in the dtype of `hidden`, put together from what `visit` returns of
-    each block. The first takes the place of the chunk's logits, so that those are held once."""
+    """Yield each chunk with `num_outputs` tensors [C, V] in the dtype of `hidden`, joined from `visit`'s of each block.
+
+    The first overwrites the chunk's logits, so that only one tensor of that size is held.
+    """
     for chunk in _slices(len(targets), options.chunk_tokens):
         products = hidden[chunk] @ head.T
-        kept = [products if i == 0 else torch.empty_like(products) for i in range(num_kept)]
+        outputs = [products if i == 0 else torch.empty_like(products) for i in range(num_outputs)]
         for rows in _blocks(products):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             block = _distributions(products[rows], targets[tokens], bias, options)
-            for whole, part in zip(kept, visit(block, tokens), strict=True):
-                whole[rows] = part
-        yield chunk, kept
+            for output, block_output in zip(outputs, visit(block, tokens), strict=True):
+                output[rows] = block_output
+        yield chunk, outputs
 
 
 def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: _Options) -> _Rows:
-    """Softmax of a block's logits. May overwrite `products`, which the caller is done with."""
+    """Return the softmax of a block's logits. May overwrite `products`, which the caller needs no longer."""
     logits = _finished(products, bias, options.softcap)
     slope: Tensor | float = 1.0 / options.temperature
     if options.softcap is not None:

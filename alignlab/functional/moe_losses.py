@@ -39,7 +39,7 @@ def router_z_loss(logits: Float[Tensor, "N E"]) -> Float[Tensor, "N"]:
 def router_bias_update(
     bias: Float[Tensor, "*L E"], counts: Num[Tensor, "*L E"], *, rate: float
 ) -> Float[Tensor, "*L E"]:
-    """The next balancing bias: up by `rate` for an expert with less than the mean load, down for one with more.
+    """Return the next balancing bias: up by `rate` for experts below the mean load, down for those above it.
 
     The bias is added to the scores that choose experts, never to the gates.
 
@@ -52,26 +52,3 @@ def router_bias_update(
     """
     counts = counts.float()
     return bias + rate * torch.sign(counts.mean(dim=-1, keepdim=True) - counts)
-
-
-def load_metrics(counts: Num[Tensor, "L E"]) -> dict[str, float]:
-    """How evenly the experts are used; all zero before anything was counted.
-
-    Args:
-        counts: choices of each expert in each layer.
-
-    Returns:
-        `max_load`: the busiest expert's load over the mean load, of the worst layer; 1 is even.
-        `min_load`: the idlest expert's, of the worst layer; 0 is an expert never chosen.
-        `unused_frac`: fraction of experts that no token chose.
-    """
-    counts = counts.float()
-    mean = counts.mean(dim=-1, keepdim=True)
-    if not bool((mean > 0).all()):
-        return {"max_load": 0.0, "min_load": 0.0, "unused_frac": 0.0}
-    relative = counts / mean
-    return {
-        "max_load": float(relative.max()),
-        "min_load": float(relative.min()),
-        "unused_frac": float((counts == 0).float().mean()),
-    }

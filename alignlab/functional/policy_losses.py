@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignlab.functional.precision import at_least_float32, clamped_exp
-from alignlab.functional.reduction import sequence_sum
+from alignlab.functional.reduction import on_tokens, sequence_mean
 
 Losses = tuple[Float[Tensor, "N"], Float[Tensor, "N"]]
 
@@ -87,11 +87,8 @@ def gspo_clip(
     Reference: Zheng et al. (2025), arXiv:2507.18071, Eqs. 5 to 7.
     """
     log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs).detach()
-    in_mask = mask.to(log_ratio.dtype)
-    totals = sequence_sum(torch.where(mask, log_ratio, 0.0), sequence_ids, num_sequences=num_sequences)
-    counts = sequence_sum(in_mask, sequence_ids, num_sequences=num_sequences)
-    sequence_ratio = clamped_exp(totals / counts.clamp(min=1))
-    ratio = torch.where(sequence_ids >= 0, sequence_ratio[sequence_ids.clamp(min=0).long()], 1.0)
+    mean_log_ratio = sequence_mean(log_ratio, mask, sequence_ids, num_sequences=num_sequences)
+    ratio = on_tokens(clamped_exp(mean_log_ratio), sequence_ids, elsewhere=1.0)
     return _clipped(ratio, at_least_float32(advantages), clip_low=clip_low, clip_high=clip_high), ratio
 
 
@@ -127,7 +124,7 @@ def cispo(
 
 
 def reinforce(logprobs: Float[Tensor, "N"], advantages: Float[Tensor, "N"]) -> Losses:
-    """The plain policy gradient, for tokens sampled from the policy in training: one update a batch of rollouts.
+    """Plain policy gradient, for tokens sampled from the policy in training: one update a batch of rollouts.
 
         loss = -A * logprobs
 
@@ -149,7 +146,7 @@ def reinforce(logprobs: Float[Tensor, "N"], advantages: Float[Tensor, "N"]) -> L
 def clip_acts(
     ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"], *, clip_low: float, clip_high: float
 ) -> Bool[Tensor, "N"]:
-    """Where the bounds of `ppo_clip` and `gspo_clip` act: on A < 0 below the lower, on A > 0 above the upper."""
+    """Return where `ppo_clip` and `gspo_clip` clip: below the lower bound if A < 0, above the upper one if A > 0."""
     return ((advantages < 0) & (ratio < 1.0 - clip_low)) | ((advantages > 0) & (ratio > 1.0 + clip_high))
 
 

@@ -49,8 +49,8 @@ def dpo_robust(margins: Float[Tensor, "P"], *, beta: float, label_smoothing: flo
     Reference: Chowdhury et al. (2024), arXiv:2403.00409, Eq. 12.
     """
     scaled = beta * at_least_float32(margins)
-    kept, flipped = -logsigmoid(scaled), -logsigmoid(-scaled)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    as_labelled, flipped = -logsigmoid(scaled), -logsigmoid(-scaled)
+    return ((1 - label_smoothing) * as_labelled - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def ipo(margins: Float[Tensor, "P"], *, beta: float) -> Float[Tensor, "P"]:
@@ -69,7 +69,7 @@ def ipo(margins: Float[Tensor, "P"], *, beta: float) -> Float[Tensor, "P"]:
 
 
 def hinge(margins: Float[Tensor, "P"], *, beta: float) -> Float[Tensor, "P"]:
-    """A margin above 1 / beta costs nothing.
+    """Hinge loss of the margin; a margin above 1 / beta costs nothing.
 
         loss = max(0, 1 - beta m)
 
@@ -96,7 +96,7 @@ def simpo(
 
 
 def orpo_odds(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """The odds-ratio part of ORPO, to be weighted and added to the likelihood loss of the chosen completion.
+    """Odds-ratio part of ORPO, to be weighted and added to the likelihood loss of the chosen completion.
 
         odds(p) = p / (1 - p),  p = exp(mean log p a token)
         loss    = -log sigmoid(log odds(chosen) - log odds(rejected))
@@ -110,7 +110,7 @@ def orpo_odds(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float
 
 
 def kto_reference_point(log_ratio_sum: Float[Tensor, ""], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """How far the policy has moved from the reference: what a completion's log-ratio is weighed against in KTO.
+    """Reference point of KTO: an estimate of the KL of policy and reference, against which log-ratios are compared.
 
         z = max(0, log_ratio_sum / count), without a gradient
 

@@ -27,9 +27,37 @@ def sequence_sum(
         num_sequences: B, also counting sequences without a token here.
     """
     x = at_least_float32(x)
-    kept = sequence_ids >= 0
     sums = x.new_zeros(num_sequences)
-    return sums.index_add(0, sequence_ids.clamp(min=0).long(), torch.where(kept, x, 0.0))
+    return sums.index_add(0, sequence_ids.clamp(min=0).long(), torch.where(sequence_ids >= 0, x, 0.0))
+
+
+def sequence_mean(
+    x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], sequence_ids: Int[Tensor, "N"], *, num_sequences: int
+) -> Float[Tensor, "{num_sequences}"]:
+    """Mean of `x` over the masked tokens of each sequence; 0 for a sequence without one.
+
+    Args:
+        x: one value a token; may be anything, also nan, off the mask.
+        mask: tokens that count.
+        sequence_ids, num_sequences: see `sequence_sum`.
+    """
+    x = at_least_float32(x)
+    sums = sequence_sum(torch.where(mask, x, 0.0), sequence_ids, num_sequences=num_sequences)
+    counts = sequence_sum(mask.to(x.dtype), sequence_ids, num_sequences=num_sequences)
+    return sums / counts.clamp(min=1)
+
+
+def on_tokens(
+    values: Float[Tensor, "B"], sequence_ids: Int[Tensor, "N"], *, elsewhere: float
+) -> Float[Tensor, "N"]:
+    """Value of each token's sequence, on the token.
+
+    Args:
+        values: one a sequence.
+        sequence_ids: which sequence each token belongs to.
+        elsewhere: value of tokens with -1, such as those of shared prompts.
+    """
+    return torch.where(sequence_ids >= 0, values[sequence_ids.clamp(min=0).long()], elsewhere)
 
 
 def token_mean_weights(mask: Bool[Tensor, "N"], *, num_tokens: int) -> Float[Tensor, "N"]:
@@ -63,9 +91,8 @@ def sequence_mean_weights(
     Reference: Shao et al. (2024), GRPO, arXiv:2402.03300, Eq. 3.
     """
     _require_positive(num_sequences=num_sequences)
-    tokens = sequence_tokens[sequence_ids.clamp(min=0).long()]
-    kept = mask & (sequence_ids >= 0)
-    return torch.where(kept, 1.0 / (tokens.clamp(min=1).float() * num_sequences), 0.0)
+    weights = 1.0 / (sequence_tokens.clamp(min=1).float() * num_sequences)
+    return torch.where(mask, on_tokens(weights, sequence_ids, elsewhere=0.0), 0.0)
 
 
 def constant_weights(mask: Bool[Tensor, "N"], *, num_sequences: int, max_tokens: int) -> Float[Tensor, "N"]:
@@ -82,6 +109,19 @@ def constant_weights(mask: Bool[Tensor, "N"], *, num_sequences: int, max_tokens:
     """
     _require_positive(num_sequences=num_sequences, max_tokens=max_tokens)
     return mask.float() / (num_sequences * max_tokens)
+
+
+def moments(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, "3"]:
+    """Return (count, sum, sum of squares) of the masked values in float64, to be added over packs and ranks."""
+    masked = x[mask].double()
+    return torch.stack([masked.new_tensor(float(len(masked))), masked.sum(), masked.square().sum()])
+
+
+def mean_and_variance(totals: Float[Tensor, "3"]) -> tuple[float, float]:
+    """Return mean and unbiased variance from added `moments`; 0 where there are too few values."""
+    count, total, squares = totals.tolist()
+    mean = total / max(count, 1.0)
+    return mean, max(squares - count * mean * mean, 0.0) / max(count - 1.0, 1.0)
 
 
 def _require_positive(**counts: int) -> None:

@@ -22,7 +22,7 @@ def reverse_kl_advantages(
     discount: float,
     normalize_length: bool,
 ) -> Float[Tensor, "N"]:
-    """How much likelier a token is to the teacher, and what it leads to.
+    """Advantage of each token: its log-prob under the teacher less that under the student, and the discounted future.
 
         r[i] = teacher[i] - old[i]
         F[i] = sum over j > i of discount^(j - i) * r[j]
@@ -73,7 +73,7 @@ def spread_over_spans(
     *,
     num_spans: int,
 ) -> Float[Tensor, "N"]:
-    """A teacher's log-probs on the student's tokens, from those on its own tokens of the same text.
+    """Spread a teacher's log-probs over the student's tokens of the same text.
 
         result[i] = old[i] + (T[s] - S[s]) / n[s]              s the span of i
 

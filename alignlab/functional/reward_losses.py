@@ -40,7 +40,7 @@ def bradley_terry(
 
 
 def reward_centring(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    """What pulls rewards to a mean of 0, which the Bradley-Terry likelihood, of differences alone, leaves free.
+    """Penalty that pulls rewards to a mean of 0, which the Bradley-Terry likelihood of differences leaves free.
 
         loss = (r_chosen + r_rejected)^2
 

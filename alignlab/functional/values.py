@@ -1,4 +1,4 @@
-"""What a critic gives and what it is trained on: token rewards, generalised advantages, the clipped value loss.
+"""A critic's side of PPO: token rewards, generalised advantages, the clipped value loss.
 
 Shapes: N tokens of one pack, B sequences. `values[t]` is of the state in which token t was chosen, so that every [N]
 tensor is indexed by the token that it describes. Only masked tokens are steps of the decision process: what a policy
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignlab.functional.precision import at_least_float32
+from alignlab.functional.reduction import mean_and_variance
 
 
 def token_rewards(
@@ -36,9 +37,9 @@ def token_rewards(
     index = torch.arange(len(mask), device=mask.device)
     last = torch.full((len(rewards),), -1, device=mask.device)
     last = last.scatter_reduce(0, sequence_ids[mask].long(), index[mask], "amax")
-    known = last >= 0
+    has_token = last >= 0
     priced = torch.where(mask, -kl_coef * at_least_float32(kl), 0.0)
-    return priced.index_add(0, last[known], at_least_float32(rewards)[known])
+    return priced.index_add(0, last[has_token], at_least_float32(rewards)[has_token])
 
 
 def gae(
@@ -116,19 +117,6 @@ def value_loss(
     return 0.5 * torch.maximum(plain, bounded), bounded > plain
 
 
-def moments(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, "3"]:
-    """(count, sum, sum of squares) of the masked values in float64, to be added over packs and ranks."""
-    kept = x[mask].double()
-    return torch.stack([kept.new_tensor(float(len(kept))), kept.sum(), kept.square().sum()])
-
-
-def mean_and_variance(totals: Float[Tensor, "3"]) -> tuple[float, float]:
-    """Mean and unbiased variance from added `moments`; 0 where there are too few values."""
-    count, total, squares = totals.tolist()
-    mean = total / max(count, 1.0)
-    return mean, max(squares - count * mean * mean, 0.0) / max(count - 1.0, 1.0)
-
-
 def whitened(
     x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], *, mean: float, variance: float, eps: float = 1e-8
 ) -> Float[Tensor, "N"]:
@@ -140,7 +128,7 @@ def whitened(
 
 
 def explained_variance(returns: Float[Tensor, "3"], errors: Float[Tensor, "3"]) -> float:
-    """How much of the returns' variance the critic explains: 1 all, 0 none, below 0 it is worse than their mean.
+    """Fraction of the returns' variance that the critic explains; below 0 it predicts worse than their mean.
 
         1 - Var(R - V) / Var(R)
 

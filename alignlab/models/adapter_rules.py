@@ -1,4 +1,4 @@
-"""Which adapters can be trained exactly, and the refusal by name of those that cannot.
+"""Rules that an adapter must follow to be trained exactly; the others are refused with the reason.
 
 An adapter is taken if four things hold: the base with the adapter off is the model that it was put on, the merged
 weights compute what the live model computes, the saved folder gives the trained model back, and the packed forward
@@ -8,7 +8,8 @@ pass reaches every part of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -18,9 +19,14 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from alignlab.errors import ConfigError
+from alignlab.models.config import PolicyConfig
+from alignlab.models.expert_adapters import expert_targets
 
+ALL_LINEAR = "all-linear"
 _KEEPS_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 _REPEATABLE = ("pissa", "olora")
 _UNSUPPORTED = {
@@ -34,6 +40,8 @@ _UNSUPPORTED = {
     "monteclora_config": "its weights are random in each forward pass",
     "use_bdlora": "its layers are of other shapes",
 }
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+_FORMER_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _LAYERS = (LoraLinear, LoraEmbedding, Conv1d, Conv2d, ParamWrapper)
 _DORA = (DoraLinearVariant, DoraEmbeddingVariant, DoraConv1dVariant, DoraConv2dVariant)
 
@@ -72,6 +80,56 @@ def _check_start(start: Any) -> None:
             f"the adapter's init_lora_weights is {start!r}, which changes the base in a way that loading the saved "
             "adapter cannot repeat exactly; use True, 'gaussian', 'orthogonal' or 'eva' or, without a reference, "
             "'pissa' or 'olora'"
+        )
+
+
+def check_targets(model: PreTrainedModel, modules: Any, parameters: Iterable[str]) -> None:
+    """Raise if a target of an adapter is not in the model; PEFT passes over it as long as another target is.
+
+    Args:
+        modules: PEFT's `target_modules`; None for none.
+        parameters: PEFT's `target_parameters`.
+
+    Raises:
+        ConfigError: with the names that the model has.
+    """
+    stacked = expert_targets(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+    unknown = _unknown_modules(modules, names)
+    if stacked and not isinstance(model.config, PolicyConfig):
+        # Experts of Hub families were modules of these names once; PEFT maps the names to the stacked parameters.
+        unknown = [target for target in unknown if target.rpartition(".")[2] not in _FORMER_EXPERTS]
+    if unknown:
+        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        experts = (
+            f"; the experts of this mixture are stacked parameters ({', '.join(stacked)}): set lora.experts to true "
+            "(PEFT: target_parameters) to adapt them"
+        )
+        raise ConfigError(
+            f"target_modules names {', '.join(unknown)}, and no layer of {type(model).__name__} that takes an adapter "
+            f"is called so; use all-linear, or some of {available}{experts if stacked else ''}"
+        )
+    _check_parameters(model, parameters, stacked)
+
+
+def _unknown_modules(targets: Any, names: Sequence[str]) -> list[str]:
+    """Return the target modules that match no name."""
+    if targets is None or targets == ALL_LINEAR:
+        return []
+    if isinstance(targets, str):  # to PEFT a string is a pattern of the whole name, and a list holds ends of names
+        patterns = {targets: targets}
+    else:
+        patterns = {end: rf"(.*\.)?{re.escape(end)}" for end in sorted(targets)}
+    return [target for target, pattern in patterns.items() if not any(re.fullmatch(pattern, name) for name in names)]
+
+
+def _check_parameters(model: PreTrainedModel, targets: Iterable[str], stacked: Sequence[str]) -> None:
+    names = [f".{name}" for name, _ in model.named_parameters()]
+    unknown = sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+    if unknown:
+        raise ConfigError(
+            f"target_parameters names {', '.join(unknown)}, and no parameter of {type(model).__name__} is called so; "
+            + (f"its experts are {', '.join(stacked)}" if stacked else "leave it out: the model has no stacked experts")
         )
 
 
@@ -122,20 +180,20 @@ def check_trainable(model: PeftModel) -> None:
 
 
 def active_configs(model: nn.Module) -> list[Any]:
-    """The configs of the adapters in use; none without adapters."""
+    """Return the configs of the active adapters; none without adapters."""
     if not isinstance(model, PeftModel):
         return []
     return [model.peft_config[name] for name in active_names(model) if name in model.peft_config]
 
 
 def active_names(model: PeftModel) -> list[str]:
-    """The names of the adapters in use."""
+    """Return the names of the active adapters."""
     names = model.active_adapters
     return [names] if isinstance(names, str) else list(names)
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that PEFT wraps around others, by name."""
+    """Yield (name, layer) of the layers that PEFT wraps around others."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 

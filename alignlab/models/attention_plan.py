@@ -1,4 +1,4 @@
-"""How packed attention is cut into dense blocks of queries and keys. Pure bookkeeping on `Segments`.
+"""The cut of packed attention into dense blocks of queries and keys. Pure bookkeeping on `Segments`.
 
 A segment's queries see two runs of keys: its own, causally, and all of its prompt's. The first kind of block is batched
 over segments of similar length. The second takes the queries of *all* completions of a prompt as one long query, so
@@ -42,11 +42,11 @@ class Block:
 
 
 Problem = tuple[Tensor, Tensor]
-"""Tokens that ask, tokens that are asked."""
+"""(queries, keys): the tokens that attend, and the tokens attended to."""
 
 
 def attention_blocks(segments: Segments, window: int | None) -> list[Block]:
-    """The blocks that together hold every visible (query, key) pair once; remembered on `segments`.
+    """Return the blocks that together hold every visible (query, key) pair once; cached on `segments`.
 
     Args:
         segments: the packed sequences.
@@ -64,7 +64,7 @@ def attention_blocks(segments: Segments, window: int | None) -> list[Block]:
 
 
 def _own_keys(segments: Segments) -> Iterator[Problem]:
-    """Each segment against itself; a long one in several runs of queries."""
+    """Yield each segment against itself; a long one in several runs of queries."""
     for start, length in zip(segments.starts, segments.lengths, strict=True):
         tokens = torch.arange(start, start + length)
         rows = length if length * length <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // length))
@@ -73,19 +73,19 @@ def _own_keys(segments: Segments) -> Iterator[Problem]:
 
 
 def _prompt_keys(segments: Segments) -> Iterator[Problem]:
-    """The queries of all segments that hang on one prompt, against that prompt."""
+    """Yield the queries of all completions of a prompt against the prompt."""
     children: dict[int, list[Tensor]] = {}
     for start, length, prefix in zip(segments.starts, segments.lengths, segments.prefixes, strict=True):
         if prefix >= 0:
             children.setdefault(prefix, []).append(torch.arange(start, start + length))
-    for prefix, parts in children.items():
+    for prefix, completions in children.items():
         keys = torch.arange(segments.lengths[prefix]) + segments.starts[prefix]
-        for queries in torch.cat(parts).split(max(1, MAX_SCORES // len(keys))):
+        for queries in torch.cat(completions).split(max(1, MAX_SCORES // len(keys))):
             yield queries, keys
 
 
 def _batches(problems: list[Problem]) -> Iterator[list[Problem]]:
-    """Problems of similar size together, within the limits on scores and padding."""
+    """Yield batches of problems of similar size, within the limits on scores and padding."""
     batch: list[Problem] = []
     used = rows = columns = 0
     for queries, keys in sorted(problems, key=lambda problem: (len(problem[1]), len(problem[0]))):
@@ -101,7 +101,11 @@ def _batches(problems: list[Problem]) -> Iterator[list[Problem]]:
 
 
 def _block(batch: list[Problem], positions: Tensor, window: int | None, first: bool, device: Any) -> Block:
-    """Pad a batch of problems; `positions` holds one of -1 for the padding."""
+    """Return a padded batch of problems.
+
+    Args:
+        positions: [N + 1], position of each token, and -1 for the padding.
+    """
     padding = len(positions) - 1
     queries = torch.nn.utils.rnn.pad_sequence([q for q, _ in batch], batch_first=True, padding_value=padding)
     keys = torch.nn.utils.rnn.pad_sequence([k for _, k in batch], batch_first=True, padding_value=padding)

@@ -18,7 +18,7 @@ class PolicyConfig(PreTrainedConfig):
     """Shape of a `PolicyForCausalLM`.
 
     Attributes:
-        num_key_value_heads: None is multi-head attention, 1 is multi-query, between is grouped-query.
+        num_key_value_heads: None is multi-head attention, 1 multi-query; numbers between are grouped-query.
         head_dim: None is hidden_size / num_attention_heads.
         rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options.
         attention_bias: biases of the query, key and value projections.
@@ -29,13 +29,13 @@ class PolicyConfig(PreTrainedConfig):
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
-        n_shared_experts: experts of `moe_intermediate_size` that every token passes.
+        n_shared_experts: experts of `moe_intermediate_size` that compute every token.
         scoring_func: "softmax" or "sigmoid" of the router's logits.
         norm_topk_prob: gates of a token's experts sum to 1.
         routed_scaling_factor: multiplies the gates.
         router_aux_loss_coef, router_z_loss_coef: weights of each token's and layer's Switch balance loss and z-loss.
         router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664); 0 has no bias.
-        hub_config: config.json of the Hub checkpoint that this was made from, to write it back as it came.
+        hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """
 
     model_type = "alignlab_policy"

@@ -1,7 +1,7 @@
-"""The critic: how much reward is to come, of the state in which each token was chosen.
+"""The critic: the expected reward from the state in which each token was chosen.
 
-On a policy that is an adapter, the critic is another adapter on the same frozen base, or reads the base as it is: PPO
-then holds one copy of the weights for policy, reference and critic.
+If the policy is an adapter, the critic can be another adapter on the same frozen base, or a head on the base itself:
+PPO then holds one copy of the weights for policy, reference and critic.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from torch.nn.functional import linear
 from alignlab.config.trainers import CriticSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, add_role, in_role
-from alignlab.models.attention import causal_lm, hidden_states
-from alignlab.models.moe import RoutingRecord, routers
+from alignlab.models.decoder import causal_lm
+from alignlab.models.policy import PackedModel, at_masked
 from alignlab.types import Segments
 
 ROLE = "critic"
 
 
 class CriticOutput(NamedTuple):
-    """Attributes:
-    values: [N] float32, of the state in which each masked token was chosen; 0 elsewhere.
-    router_loss: none: routers are the policy's.
+    """Values of N tokens.
+
+    Attributes:
+        values: [N] float32, of the state in which each masked token was chosen; 0 elsewhere.
+        router_loss: None, because only the policy trains routers.
     """
 
     values: Tensor
     router_loss: None = None
 
 
-class Critic(nn.Module):
+class Critic(PackedModel):
     """A value head, float32, on the hidden states of a decoder.
 
     It starts at 0, so that the first advantages are the rewards themselves.
@@ -47,8 +49,7 @@ class Critic(nn.Module):
     """
 
     def __init__(self, model: nn.Module, form: str) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.form = form
         config = causal_lm(model).config.get_text_config()
         device = next(model.parameters()).device
@@ -56,7 +57,7 @@ class Critic(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def in_use(self) -> AbstractContextManager[None]:
-        """Within this context the model is the critic's, for forward and backward passes alike."""
+        """Return a context in which the model is the critic's; see `PackedModel.in_use`."""
         if self.form == "model":
             return nullcontext()
         assert isinstance(self.model, PeftModel)
@@ -65,32 +66,31 @@ class Critic(nn.Module):
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
     ) -> CriticOutput:
-        """Values of the states in which the masked tokens [N] were chosen; to be called in `in_use`.
+        """Return values of the states in which the masked tokens [N] were chosen; to be called in `in_use`.
 
         Args:
-            routing: [N, L, K] experts to replay, see `Policy`.
+            tokens, segments, mask, routing: see `Policy.forward`.
         """
-        asked = mask.nonzero()[:, 0]
-        # Routers count what the policy chooses in training, and nothing of this.
-        record = RoutingRecord(replay=routing, counted=torch.zeros_like(mask)) if routers(self.model) else None
-        options = {} if record is None else {"routing": record}
-        hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
-        values = linear(hidden[segments.predecessors[asked]].float(), self.weight, self.bias)[:, 0]
-        return CriticOutput(values.new_zeros(len(tokens)).index_put((asked,), values))
+        nothing = torch.zeros_like(mask)  # routers count what the policy chooses in training
+        hidden, _ = self.predicting_states(tokens, segments, mask, routing=routing, counted=nothing)
+        return CriticOutput(at_masked(linear(hidden.float(), self.weight, self.bias)[:, 0], mask))
 
 
 def make_critic(model: nn.Module, settings: CriticSettings) -> Critic:
-    """The critic of a policy's model, which gets another role or is copied.
+    """Make a critic: another adapter on the policy's base, the base itself, or a copy of the model.
+
+    Args:
+        model: the policy's.
 
     Raises:
-        ConfigError: it is to share the policy's base, and the policy has none that is frozen.
+        ConfigError: the critic is to share the policy's frozen base, and the policy trains all its weights.
     """
     if settings.form == "model":
-        own = copy.deepcopy(model)
-        head = causal_lm(own).get_output_embeddings()
-        if not causal_lm(own).config.get_text_config().tie_word_embeddings:
-            head.requires_grad_(False)  # no logits are made
-        return Critic(own, "model")
+        twin = copy.deepcopy(model)
+        head = causal_lm(twin).get_output_embeddings()
+        if not causal_lm(twin).config.get_text_config().tie_word_embeddings:
+            head.requires_grad_(False)  # a critic makes no logits
+        return Critic(twin, "model")
     if not isinstance(model, PeftModel):
         raise ConfigError(
             f"trainer.critic.form is {settings.form}, which shares the frozen base of an adapter, and the policy "
@@ -98,14 +98,14 @@ def make_critic(model: nn.Module, settings: CriticSettings) -> Critic:
         )
     if settings.form == "lora":
         if ROLE in model.peft_config:
-            model.delete_adapter(ROLE)  # an earlier trainer's
+            model.delete_adapter(ROLE)  # of an earlier trainer
         add_role(model, ROLE, rank=settings.rank, alpha=settings.alpha)
     return Critic(model, settings.form)
 
 
 @contextmanager
 def _frozen(model: PeftModel) -> Iterator[None]:
-    """The base as it is, no weight of it in training."""
+    """Make the model its frozen base, with no weight in training, within this context."""
     with adapters_disabled(model):
         for parameter in model.parameters():
             parameter.requires_grad = False

@@ -1,7 +1,7 @@
-"""Dropout of a model's own layers, which training here does without.
+"""Dropout in a model's own layers is switched off for training.
 
-Rollouts are sampled without dropout, so log-probs with it would be those of another policy; packed attention has none;
-and a frozen base under an adapter is regularised by the adapter's own dropout (`lora.dropout`).
+Rollouts are sampled without dropout, so log-probs with dropout would be those of another policy. Packed attention has
+none. An adapter's own dropout (`lora.dropout`) stays, and regularises the adapter.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from alignlab.models.attention import causal_lm
+from alignlab.models.decoder import causal_lm
 
-# attention_dropout, attn_pdrop, resid_pdrop, layerdrop, drop_path_rate; not those of heads that a policy has not
+# attention_dropout, attn_pdrop, resid_pdrop, layerdrop, drop_path_rate; not those of heads that a policy lacks
 _NAME = re.compile(r"^(?!classifier|summary).*drop")
 _ADAPTERS = re.compile(r"(^|\.)lora_dropout(\.|$)")
 
@@ -25,25 +25,27 @@ def switch_off_dropout(model: nn.Module) -> dict[str, float]:
     Modules hold dropout as a layer or as a number, and some read it from the config in each forward pass.
 
     Returns:
-        The values that were above 0, by the names that the modules and the config have for them.
+        The rates that were above 0, by their names in the modules and the config.
     """
     lm = causal_lm(model)
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for name, module in lm.named_modules():
         if _ADAPTERS.search(name):
             continue
         if isinstance(module, _DropoutNd):
-            _switch_off(module, ["p"], name.rpartition(".")[2], found)
-        _switch_off(module, [key for key in vars(module) if _NAME.search(key)], None, found)
-    for config in {id(part): part for part in (lm.config, lm.config.get_text_config())}.values():
+            _switch_off(module, ["p"], name.rpartition(".")[2], rates)
+        _switch_off(module, [key for key in vars(module) if _NAME.search(key)], None, rates)
+    text_config = lm.config.get_text_config()
+    for config in (lm.config,) if text_config is lm.config else (lm.config, text_config):
         names = [key for key in vars(config) if _NAME.search(key)]
-        _switch_off(config, names, None, found)
-    return found
+        _switch_off(config, names, None, rates)
+    return rates
 
 
-def _switch_off(holder: Any, names: list[str], called: str | None, found: dict[str, float]) -> None:
+def _switch_off(holder: Any, names: list[str], label: str | None, rates: dict[str, float]) -> None:
+    """Set attributes to 0, and note their rates under `label` or their own names."""
     for name in names:
-        value = vars(holder)[name]
-        if isinstance(value, float) and 0 < value <= 1:
-            found[called or name] = max(value, found.get(called or name, 0.0))
+        rate = vars(holder)[name]
+        if isinstance(rate, float) and 0 < rate <= 1:
+            rates[label or name] = max(rate, rates.get(label or name, 0.0))
             setattr(holder, name, 0.0)

@@ -1,7 +1,7 @@
-"""Adapters on the experts of a mixture, whose weights are stacked parameters [E, out, in] and no linear layers.
+"""Adapters on the experts of a mixture, whose weights are stacked parameters [E, out, in] instead of linear layers.
 
 PEFT adapts such parameters by name (`target_parameters`): expert e computes with W_e + scale * B_e A_e. PEFT builds
-that sum for all experts in each forward pass; `GroupedExperts` keeps the low-rank products apart instead.
+that sum for all experts in each forward pass; `GroupedExperts` multiplies by the low-rank matrices instead.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class GroupedExperts(ParamWrapper):
     """PEFT's wrapper of one stacked parameter of our `Experts`; wrappers of several parameters are nested."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Experts.forward`."""
+        """Compute the experts; see `Experts.forward`."""
         low_rank = None if kwargs else self._low_rank(x)
         if low_rank is None:
             return super().forward(x, *args, **kwargs)
         return cast(Tensor, self.get_base_layer()(x, *args, low_rank=low_rank))
 
     def _low_rank(self, x: Tensor) -> dict[str, LowRank] | None:
-        """The terms of all nested wrappers; None where PEFT's own way has to be taken."""
+        """Return the terms of all nested wrappers; None for a form that only PEFT's own forward computes."""
         if type(self.get_base_layer()) is not Experts or torch.is_autocast_enabled(x.device.type):
             return None
         terms: dict[str, LowRank] = {}
@@ -43,11 +43,11 @@ class GroupedExperts(ParamWrapper):
         return terms
 
 
-GroupedExperts.__name__ = ParamWrapper.__name__  # the name by which PEFT knows such wrappers
+GroupedExperts.__name__ = ParamWrapper.__name__  # PEFT looks wrappers up by this name
 
 
 def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters [E, ..., ...] of a mixture that hold all experts of a layer, by name."""
+    """Return the parameters [E, ..., ...] of a mixture that hold all experts of a layer, by name."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -63,6 +63,6 @@ def expert_targets(model: nn.Module) -> list[str]:
 
 
 def share_of_experts(model: nn.Module) -> float:
-    """The fraction of the model's weights that are in stacked experts."""
+    """Return the fraction of the model's weights that are in stacked experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     return sum(parameter.numel() for parameter in stacked_experts(model).values()) / max(total, 1)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, found in weights and scores before anything is learnt from them or kept as good."""
+"""A check of weights and scores for infinities and nan, before they are trained on or saved."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from alignlab.errors import NumericsError
 
-TRAIN_SLOWER = "lower learning_rate or max_grad_norm, and go on from the last checkpoint by --resume"
+TRAIN_SLOWER = "lower optim.learning_rate or optim.max_grad_norm, and go on from the last checkpoint by --resume"
 TAKE_ANOTHER = "take another checkpoint, or load it in float32"
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, *, fix: str = TRAIN_SLOWER) -> None:
-    """Raise if a number of some tensors is not finite. Costs one sum of each and one wait for the device.
+def check_finite(tensors: Iterable[tuple[str, Tensor]], description: str, *, fix: str = TRAIN_SLOWER) -> None:
+    """Raise if a number in any tensor is not finite. Costs one sum of each tensor and one wait for the device.
 
     Args:
-        tensors: with their names; those that hold no floating-point numbers are passed over.
-        what: they are, for the message, such as "the weights after step 3".
-        fix: what to do, for the message.
+        tensors: (name, tensor) pairs; tensors without floating-point numbers are skipped.
+        description: of the tensors, for the message, such as "the weights after step 3".
+        fix: the advice in the message.
 
     Raises:
         NumericsError: naming the first such tensor.
@@ -35,6 +35,6 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str, *, fix: str =
         name, tensor = bad[0]
         count = int((~tensor.isfinite()).sum())
         raise NumericsError(
-            f"{what} must be finite, and {count} of {tensor.numel()} numbers of {name} are not"
+            f"{description} must be finite, and {count} of {tensor.numel()} numbers of {name} are not"
             f"{f', and of {len(bad) - 1} more' if len(bad) > 1 else ''}; {fix}"
         )

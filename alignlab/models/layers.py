@@ -12,14 +12,14 @@ _TORCH_IS_FASTER = 2**18  # elements: on a CPU torch's own norm wins on the few 
 
 
 class _CPUNorm(torch.autograd.Function):
-    """RMSNorm whose backward takes half the passes of autograd's on a CPU, which has no fused one.
+    """RMSNorm for a CPU, where torch has no fused backward: half as many passes over the data as autograd's.
 
     With h = x / rms(x) and u = gradient * weight: dx = (u - h mean(u h)) / rms(x), dweight = sum(gradient * h).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., D], weight [D] -> [..., D]."""
+        """Map x [..., D], weight [D] -> [..., D]."""
         normed = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         inverse_rms = torch.linalg.vecdot(normed, normed).unsqueeze_(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -28,7 +28,7 @@ class _CPUNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """Gradients of x and, where it is trained, of the weight."""
+        """Return gradients of x and, if it is trained, of the weight."""
         x, weight, inverse_rms = ctx.saved_tensors
         normed = x * inverse_rms
         scaled = grad.to(normed.dtype, copy=True)

@@ -1,4 +1,4 @@
-"""Plain modules and weights that compute what a model computes with its adapters: for engines and checkpoints.
+"""Merging of adapters: plain modules and weights that compute the same, for engines and checkpoints.
 
 A merged weight is summed in float32 and rounded once to the base's dtype.
 """
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_layer, tuner_layers
-from alignlab.models.attention import causal_lm
+from alignlab.models.decoder import causal_lm, lm_path
+from alignlab.models.weight_view import WeightsInside, WeightView, view_of, whole_module, whole_tensors
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -35,20 +36,20 @@ def check_mergeable(model: nn.Module) -> None:
 
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost layers that PEFT put around the language model's modules, by the names of those modules."""
-    found: dict[str, nn.Module] = {}
+    """Return the outermost layers that PEFT put around the language model's modules, by the names of those modules."""
+    outermost: dict[str, nn.Module] = {}
     outer = None
     for name, module in causal_lm(model).named_modules():  # a module comes before those inside it
         if outer is not None and name.startswith(f"{outer}."):
             continue
         if _is_wrapper(module):
-            found[name], outer = module, name
-    return found
+            outermost[name], outer = module, name
+    return outermost
 
 
 @torch.no_grad()
 def merged_module(wrapper: nn.Module) -> nn.Module:
-    """A module without adapters that computes what a wrapped one does now; it shares whatever was not merged."""
+    """Return a module without adapters that computes the same as a wrapped one; unadapted tensors are shared."""
     if isinstance(wrapper, ModulesToSaveWrapper):
         active = wrapper.active_adapters
         off = wrapper.disable_adapters or not active
@@ -60,7 +61,7 @@ def merged_module(wrapper: nn.Module) -> nn.Module:
     if isinstance(wrapper, TrainableTokensWrapper):
         return _with_parameters(base, {"weight": layer.get_merged_weights(layer.active_adapters)})
     merged: dict[str, Tensor] = {}
-    while isinstance(layer, LoraLayer):  # the adapters of several parameters of one module are nested
+    while isinstance(layer, LoraLayer):  # adapters of several parameters of one module are nested
         for adapter in layer.active_adapters:
             _merge(layer, adapter, base, merged)
         layer = layer.base_layer if isinstance(layer, ParamWrapper) else None
@@ -68,25 +69,32 @@ def merged_module(wrapper: nn.Module) -> nn.Module:
 
 
 def base_module(wrapper: nn.Module) -> nn.Module:
-    """The module that the adapters were put on."""
+    """Return the module that the adapters were put on."""
     if isinstance(wrapper, AuxiliaryTrainingWrapper):
         return cast(nn.Module, wrapper.original_module)
     return cast(nn.Module, cast(Any, wrapper).get_base_layer())
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The language model's state with all adapters merged, under the names that it has without them.
+def merged_state(model: nn.Module, weights: WeightView | None = None) -> dict[str, Tensor]:
+    """Return the language model's state with all adapters merged, under the names that it has without them.
+
+    Args:
+        weights: view of `model`; default: `view_of` it.
 
     Raises:
         ConfigError: see `check_mergeable`.
     """
     check_mergeable(model)
-    return _plain_state(model, merged_module)
+    return _plain_state(model, merged_module, weights)
 
 
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The language model's state without its adapters."""
-    return _plain_state(model, base_module)
+def base_state(model: nn.Module, weights: WeightView | None = None) -> dict[str, Tensor]:
+    """Return the language model's state without its adapters.
+
+    Args:
+        weights: view of `model`; default: `view_of` it.
+    """
+    return _plain_state(model, base_module, weights)
 
 
 def unties(model: nn.Module) -> bool:
@@ -105,15 +113,15 @@ def _is_wrapper(module: object) -> bool:
 
 
 def untie_config(config: Any) -> None:
-    """Write into a config that embeddings and head are two tensors."""
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = False
-    if getattr(config, "hub_config", None):  # of one of ours: the config that it is written back as
+    """Set a config to untied embeddings and head."""
+    for tied in (config, config.get_text_config()):
+        tied.tie_word_embeddings = False
+    if getattr(config, "hub_config", None):  # one of ours: the config that is written to the checkpoint
         config.hub_config = {**config.hub_config, "tie_word_embeddings": False}
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """The model with its adapters merged in, which are gone afterwards; tied embeddings are untied where they differ.
+    """Merge a model's adapters into it, and return it without them; tied embeddings are untied if they differ.
 
     Raises:
         ConfigError: the adapter is of a form that cannot be merged.
@@ -131,12 +139,16 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         raise ConfigError(f"the adapter cannot be merged into its base: {error}; use the adapter as it is") from error
 
 
-def _plain_state(model: nn.Module, plain: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
-    state = dict(causal_lm(model).state_dict())
-    for name, wrapper in wrappers(model).items():
-        for key in [key for key in state if key.startswith(f"{name}.")]:
-            del state[key]
-        state |= {f"{name}.{key}": tensor for key, tensor in plain(wrapper).state_dict().items()}
+def _plain_state(
+    model: nn.Module, plain: Callable[[nn.Module], nn.Module], weights: WeightView | None
+) -> dict[str, Tensor]:
+    inner = WeightsInside(weights or view_of(model), lm_path(model))
+    wrapped = wrappers(model)
+    inside = tuple(f"{name}." for name in wrapped)
+    state = dict(whole_tensors(inner, (name for name in inner.names() if not name.startswith(inside))))
+    for name, wrapper in wrapped.items():
+        whole = whole_module(wrapper, WeightsInside(inner, name))
+        state |= {f"{name}.{key}": tensor for key, tensor in plain(whole).state_dict().items()}
     return state
 
 
@@ -145,23 +157,25 @@ def _merge(layer: LoraLayer, adapter: str, base: nn.Module, merged: dict[str, Te
     if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
         return
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-    weight = merged.get(name)
-    weight = base.get_parameter(name).float() if weight is None else weight
-    if adapter in layer.lora_variant:
-        merged[name] = layer.lora_variant[adapter].merge_safe(layer, adapter, base.get_parameter(name).data)
-    elif isinstance(layer, LoraLinear) and not layer.fan_in_fan_out:
-        up, down = (matrices[adapter].get_parameter("weight").float() for matrices in (layer.lora_B, layer.lora_A))
-        merged[name] = weight.addmm(up, down, alpha=layer.scaling[adapter])
-    else:
-        merged[name] = weight + cast(Any, layer).get_delta_weight(adapter).float()
+    merged[name] = _merged_weight(layer, adapter, base.get_parameter(name), merged.get(name))
     if layer.lora_bias.get(adapter):
-        bias = merged.get("bias")
-        bias = base.get_parameter("bias").float() if bias is None else bias
+        bias = merged.get("bias", base.get_parameter("bias").float())
         merged["bias"] = bias + layer.scaling[adapter] * layer.lora_B[adapter].get_parameter("bias").float()
 
 
+def _merged_weight(layer: LoraLayer, adapter: str, weight: Tensor, sum_so_far: Tensor | None) -> Tensor:
+    """Return the weight, or the sum so far, with one adapter added."""
+    if adapter in layer.lora_variant:
+        return layer.lora_variant[adapter].merge_safe(layer, adapter, weight.data)
+    total = weight.float() if sum_so_far is None else sum_so_far
+    if isinstance(layer, LoraLinear) and not layer.fan_in_fan_out:
+        up, down = (matrices[adapter].get_parameter("weight").float() for matrices in (layer.lora_B, layer.lora_A))
+        return total.addmm(up, down, alpha=layer.scaling[adapter])
+    return total + cast(Any, layer).get_delta_weight(adapter).float()
+
+
 def _with_parameters(base: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A shallow copy of a module with some of its parameters replaced, frozen and rounded to their dtypes."""
+    """Return a shallow copy of a module with some of its parameters replaced, frozen and rounded to their dtypes."""
     module = copy.copy(base)
     module._parameters = dict(base._parameters)
     for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     *, scaling: float, sliding_window: int | None = None, softcap: float | None = None,
 ) -> Tensor:
-    """Each token attends to its segment up to itself, and to all of the prompt that its segment hangs on.
+    """Return attention of each token to its segment up to itself, and to all of its segment's prompt.
 
     Args:
         query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
@@ -47,7 +47,7 @@ def packed_attention(
 
 
 def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast must not round what is meant to be float32."""
+    """Switch autocast off within a function, whose float32 it must not round."""
 
     @wraps(function)
     def wrapped(ctx: Any, first: Tensor, *args: Any) -> Any:
@@ -72,7 +72,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float, softcap: float | None
     ) -> Tensor:
-        """As `packed_attention`, but [1,K*G,N,D] and [1,K,N,D] -> [1,N,K*G,D] by the blocks of a plan."""
+        """Compute attention by the blocks of a plan: [1,K*G,N,D] and [1,K,N,D] -> [1,N,K*G,D]."""
         exact = torch.promote_types(query.dtype, torch.float32)
         num_kv = key.shape[1]
         q, k, v = _rows(query, num_kv, exact).mul_(scaling), _rows(key, num_kv, exact), _rows(value, num_kv)
@@ -83,8 +83,8 @@ class _BlockAttention(torch.autograd.Function):
             peak = scores.amax(-1).clamp_min_(torch.finfo(exact).min)  # finite where nothing is visible
             weights = scores.sub_(peak[..., None]).exp_()
             mass = weights.sum(-1)
-            part = torch.bmm(_flat(weights.to(v.dtype)), _take(v, block.keys))
-            _merge((out, top, total), block, (part, peak, mass))
+            output = torch.bmm(_flat(weights.to(v.dtype)), _take(v, block.keys))
+            _merge((out, top, total), block, (output, peak, mass))
         logsumexp = top.add_(total.log())
         logsumexp[:, -1] = torch.inf  # no weight, and so no gradient, for padded queries
         out.div_(total[..., None])
@@ -96,7 +96,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of query, key and value, in their layout and dtype, from that of the output."""
+        """Return gradients of query, key and value, in their layout and dtype, from that of the output."""
         query, key, value, out, logsumexp = ctx.saved_tensors
         exact, num_kv = logsumexp.dtype, key.shape[1]
         scaled_q, exact_k = _rows(query, num_kv, exact).mul_(ctx.scaling), _rows(key, num_kv, exact)
@@ -153,9 +153,9 @@ def _flat(scores: Tensor) -> Tensor:
     return scores.flatten(2, 3).flatten(0, 1)
 
 
-def _add(total: Tensor, index: Tensor, part: Tensor) -> None:
+def _add(total: Tensor, index: Tensor, values: Tensor) -> None:
     """Add [K*b, M*G, D] to rows [K, N+1, G, D] of tokens [b, M]."""
-    total.index_add_(1, index.flatten(), part.view(total.shape[0], -1, *total.shape[2:]).to(total.dtype))
+    total.index_add_(1, index.flatten(), values.view(total.shape[0], -1, *total.shape[2:]).to(total.dtype))
 
 
 def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> Tensor:
@@ -167,22 +167,22 @@ def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> Tensor
 
 
 def _hide(scores: Tensor, block: Block) -> Tensor:
-    """-inf, in place, where a query does not see a key."""
+    """Set scores to -inf, in place, where a query does not see a key."""
     return scores if block.bias is None else scores.add_(block.bias[:, :, None])
 
 
 def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Online softmax: take a block's unnormalised (output, peak, mass) into those of its queries."""
+    """Merge a block's unnormalised (output, peak, mass) into those of its queries, as an online softmax does."""
     index = block.queries.flatten()
     num_kv = len(state[0])
-    part, peak, mass = (x.view(num_kv, len(index), *y.shape[2:]) for x, y in zip(new, state, strict=True))
+    output, peak, mass = (x.view(num_kv, len(index), *y.shape[2:]) for x, y in zip(new, state, strict=True))
     if not block.first:
-        old_part, old_peak, old_mass = (x.index_select(1, index) for x in state)
+        old_output, old_peak, old_mass = (x.index_select(1, index) for x in state)
         new_peak = torch.maximum(peak, old_peak)
         factor, old_factor = (peak - new_peak).exp_(), (old_peak - new_peak).exp_()
-        part = (old_part * old_factor[..., None]).add_(part * factor[..., None]).to(old_part.dtype)
+        output = (old_output * old_factor[..., None]).add_(output * factor[..., None]).to(old_output.dtype)
         peak, mass = new_peak, mass * factor + old_mass * old_factor
-    for old, value in zip(state, (part, peak, mass), strict=True):
+    for old, value in zip(state, (output, peak, mass), strict=True):
         old.index_copy_(1, index, value)
 
 
@@ -190,7 +190,7 @@ def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     *, scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor],
 ) -> Tensor:
-    """The same by torch's FlexAttention, whose mask of blocks is made once for `segments` and a window."""
+    """Return what `packed_attention` returns, by FlexAttention; its block mask is cached on `segments` by window."""
     masks: dict[int | None, BlockMask] = segments.__dict__.setdefault("_flex_masks", {})
     if sliding_window not in masks:
         count = segments.num_tokens
@@ -209,20 +209,20 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def visibility(segments: Segments, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod`: whether token q sees token k."""
-    own, positions = segments.segment_of_token, segments.position_ids
-    prefix = torch.tensor(segments.prefixes, device=own.device)[own]
+    """Return FlexAttention's `mask_mod`: True where token q sees token k."""
+    segment, positions = segments.segment_of_token, segments.position_ids
+    prefix = torch.tensor(segments.prefixes, device=segment.device)[segment]
 
     def rule(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = ((own[q] == own[k]) & (q >= k)) | (prefix[q] == own[k])
-        return seen if window is None else seen & (positions[q] - positions[k] < window)
+        visible = ((segment[q] == segment[k]) & (q >= k)) | (prefix[q] == segment[k])
+        return visible if window is None else visible & (positions[q] - positions[k] < window)
 
     return rule
 
 
 @cache
 def soft_capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `score_mod`: cap * tanh(score / cap)."""
+    """Return FlexAttention's `score_mod`: cap * tanh(score / cap)."""
 
     def rule(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -1,4 +1,7 @@
-"""The policy: a causal language model that answers with log-probs of given tokens, and never with logits."""
+"""Language models over packed tokens, and the policy: log-probs of given tokens, never logits.
+
+Shapes: N tokens of a pack, M masked tokens, D hidden size, L sparse layers, K experts a token.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from torch import Tensor, nn
 
 from alignlab.errors import ConfigError, DataError
 from alignlab.functional.logprobs import chunked_logprobs
-from alignlab.models.attention import causal_lm, hidden_states, output_head
-from alignlab.models.moe import RoutingRecord
+from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
 
 
 class PolicyOutput(NamedTuple):
-    """What is known of each of N tokens; 0 where the mask is False.
+    """Log-probs and more of N tokens; 0 where the mask is False.
 
     Attributes:
         logprobs: [N] float32, log-prob of the token given what precedes it, nats.
@@ -34,13 +37,77 @@ class PolicyOutput(NamedTuple):
     routing_disagreement: Tensor | None = None
 
 
-class Policy(nn.Module):
-    """A causal language model over packed tokens.
+class PackedModel(nn.Module):
+    """A language model over packed tokens, and a head on its hidden states: policy, critic, reward model.
 
-    All parameters are used inside `forward`, so that accelerate may wrap this module (DDP and its like).
+    A subclass has a `forward` of its own. All parameters are used inside it, so that accelerate may wrap the subclass
+    (DDP and its like).
 
     Args:
         model: ours, one of `transformers`', or a PeftModel around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Return a context in which a shared model takes this role: its adapter is active, its weights train.
+
+        A model that has one role alone is always in it. Forward and backward passes are run in the context.
+        """
+        return nullcontext()
+
+    def states(
+        self, tokens: Tensor, segments: Segments, *, counted: Tensor, routing: Tensor | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """Return the final hidden states [N, D], and the record of expert choices; None without experts of ours.
+
+        Args:
+            tokens: [N] ids.
+            segments: how they divide into sequences.
+            counted: [N] bool, tokens whose expert choices count in training.
+            routing: [N, L, K] experts to replay, -1 where there is no record; for an in-house MoE.
+
+        Raises:
+            ConfigError: the model cannot be computed with this layout, or has no experts to replay.
+        """
+        lm = causal_lm(self.model)
+        if not getattr(lm.config, "sparse_layers", None):
+            if routing is not None:
+                raise ConfigError(
+                    f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "
+                    "in-house MoE model only"
+                )
+            return hidden_states(self.model, tokens, segments.position_ids, segments), None
+        record = RoutingRecord(replay=routing, counted=counted)
+        return hidden_states(self.model, tokens, segments.position_ids, segments, routing=record), record
+
+    def predicting_states(
+        self, tokens: Tensor, segments: Segments, mask: Tensor,
+        *, routing: Tensor | None = None, counted: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """Return the hidden states [M, D] from which the masked tokens are predicted; see `states`.
+
+        Args:
+            mask: [N] bool, tokens that are asked about; none may be the first of a sequence.
+            counted: default: the mask.
+
+        Raises:
+            DataError: a masked token has no predecessor.
+        """
+        predecessors = segments.predecessors[mask.nonzero()[:, 0]]
+        if bool((predecessors < 0).any()):
+            raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
+        hidden, record = self.states(tokens, segments, counted=mask if counted is None else counted, routing=routing)
+        return hidden[predecessors], record
+
+
+class Policy(PackedModel):
+    """A causal language model that answers with log-probs of given tokens.
+
+    Args:
+        model: see `PackedModel`.
         chunk_tokens: tokens whose logits exist at one time.
         num_ids: ids that share the probability, from 0 on; default: all for which there is a logit.
 
@@ -49,76 +116,58 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = 512, num_ids: int | None = None) -> None:
-        super().__init__()
+        super().__init__(model)
         output_head(model)
-        self.model = model
         self.chunk_tokens = chunk_tokens
         self.num_ids = num_ids
-
-    def in_use(self) -> AbstractContextManager[None]:
-        """Within this context the model is the policy, as it is outside of a critic's."""
-        return nullcontext()
 
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor,
         *, temperature: float = 1.0, entropy_grad: bool = False, routing: Tensor | None = None,
     ) -> PolicyOutput:
-        """Log-prob and entropy of the masked tokens; the head sees their predecessors alone.
+        """Return log-prob and entropy of the masked tokens; the head is applied to their predecessors alone.
 
         Args:
-            tokens: [N] ids.
-            segments: how they divide into sequences.
+            tokens, segments, routing: see `PackedModel.states`.
             mask: [N] bool, tokens that are asked about; none may be the first of a sequence.
             temperature: > 0, of the distribution asked about.
             entropy_grad: whether the entropy carries a gradient.
-            routing: [N, L, K] experts to replay, -1 where there is no record; for an in-house MoE.
 
         Raises:
-            DataError: a masked token has no predecessor.
-            ConfigError: the model cannot be computed with this layout, or has no experts to replay.
+            DataError, ConfigError: see `PackedModel.predicting_states`.
         """
         hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
-        asked = mask.nonzero()[:, 0]
         weight, bias, softcap = output_head(self.model)
         logprobs, entropy = chunked_logprobs(
-            hidden, weight[: self.num_ids], tokens[asked],
+            hidden, weight[: self.num_ids], tokens[mask],
             bias=None if bias is None else bias[: self.num_ids], temperature=temperature, softcap=softcap,
             chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
         )
-        return self._output(logprobs, entropy, mask, record)
+        return policy_output(logprobs, entropy, mask, record)
 
-    def predicting_states(
-        self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
-    ) -> tuple[Tensor, RoutingRecord | None]:
-        """The hidden states [M, D] that predict the masked tokens, and how their experts were chosen; see `forward`."""
-        predecessors = segments.predecessors[mask.nonzero()[:, 0]]
-        if bool((predecessors < 0).any()):
-            raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
-        record = self._routing_record(routing, mask)
-        options = {} if record is None else {"routing": record}
-        return hidden_states(self.model, tokens, segments.position_ids, segments, **options)[predecessors], record
 
-    def _output(self, logprobs: Tensor, entropy: Tensor, mask: Tensor, record: RoutingRecord | None) -> PolicyOutput:
-        """What is known of the masked tokens [M] at their places."""
-        asked = mask.nonzero()[:, 0]
-        zeros = logprobs.new_zeros(len(mask))
-        router_loss = None if record is None else record.total_loss()
-        return PolicyOutput(
-            zeros.index_put((asked,), logprobs),
-            zeros.index_put((asked,), entropy),
-            None if router_loss is None else router_loss * mask,
-            None if record is None else record.stacked_choices(),
-            None if record is None else record.disagreement(),
-        )
+def at_masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Return values [M] of the masked tokens at their places in [N], and 0 elsewhere."""
+    return values.new_zeros(len(mask)).index_put((mask.nonzero()[:, 0],), values)
 
-    def _routing_record(self, routing: Tensor | None, mask: Tensor) -> RoutingRecord | None:
-        """A fresh record for a model with experts of ours; expert loads are counted on the masked tokens."""
-        lm = causal_lm(self.model)
-        if getattr(lm.config, "sparse_layers", None):
-            return RoutingRecord(replay=routing, counted=mask)
-        if routing is not None:
-            raise ConfigError(
-                f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "
-                "in-house MoE model only"
-            )
-        return None
+
+def masked_router_loss(record: RoutingRecord | None, mask: Tensor) -> Tensor | None:
+    """Return the router losses [N] of the masked tokens, 0 elsewhere; None where the config weighs none."""
+    loss = None if record is None else record.total_loss()
+    return None if loss is None else loss * mask
+
+
+def policy_output(logprobs: Tensor, entropy: Tensor, mask: Tensor, record: RoutingRecord | None) -> PolicyOutput:
+    """Return a policy's output from log-probs and entropy [M] of the masked tokens.
+
+    Args:
+        mask: [N] bool.
+        record: of the forward pass.
+    """
+    return PolicyOutput(
+        at_masked(logprobs, mask),
+        at_masked(entropy, mask),
+        masked_router_loss(record, mask),
+        None if record is None else record.stacked_choices(),
+        None if record is None else record.disagreement(),
+    )

@@ -17,22 +17,25 @@ from torch.nn.functional import linear
 
 from alignlab.errors import ConfigError, NumericsError
 from alignlab.models.adapters import has_adapters, in_role
-from alignlab.models.attention import causal_lm, hidden_states
-from alignlab.models.moe import RoutingRecord, routers
+from alignlab.models.decoder import causal_lm
+from alignlab.models.evaluation_mode import evaluation_mode
+from alignlab.models.policy import PackedModel, masked_router_loss
 from alignlab.types import Experience, Segments
 
 
 class RewardOutput(NamedTuple):
-    """Attributes:
-    rewards: [N] float32, on the last token of each sequence; 0 elsewhere.
-    router_loss: [N] float32, see `PolicyOutput`; None without it.
+    """Rewards of sequences that lie in N tokens.
+
+    Attributes:
+        rewards: [N] float32, on the last token of each sequence; 0 elsewhere.
+        router_loss: [N] float32, see `PolicyOutput`; None without it.
     """
 
     rewards: Tensor
     router_loss: Tensor | None = None
 
 
-class RewardModel(nn.Module):
+class RewardModel(PackedModel):
     """A linear head without a bias, float32, on the hidden state of each sequence's last token.
 
     The head's name and shape, `score.weight` [1, D], are those of `transformers`' sequence-classification models. It
@@ -48,8 +51,7 @@ class RewardModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, role: str | None = None) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.role = role
         lm = causal_lm(model)
         size = lm.config.get_text_config().hidden_size
@@ -66,60 +68,51 @@ class RewardModel(nn.Module):
             head.requires_grad_(False)
 
     def in_use(self) -> AbstractContextManager[None]:
-        """Within this context a shared model is the reward model's."""
+        """Return a context in which a shared model is the reward model's; see `PackedModel.in_use`."""
         if self.role is None:
             return nullcontext()
         assert isinstance(self.model, PeftModel)
         return in_role(self.model, self.role)
 
     def forward(self, tokens: Tensor, segments: Segments, mask: Tensor) -> RewardOutput:
-        """Rewards of whole sequences; to be called in `in_use`.
+        """Return rewards of whole sequences; to be called in `in_use`.
 
         Args:
             tokens: [N] ids.
             segments: how they divide into sequences.
-            mask: [N] bool, tokens on which an MoE's routers are counted and balanced.
+            mask: [N] bool, tokens whose expert choices count and are balanced.
         """
-        record = RoutingRecord(counted=mask) if routers(self.model) else None
-        options = {} if record is None else {"routing": record}
-        hidden = hidden_states(self.model, tokens, segments.position_ids, segments, **options)
+        hidden, record = self.states(tokens, segments, counted=mask)
         ends = last_tokens(segments)
         rewards = linear(hidden[ends].float(), self.score.weight.float())[:, 0]
-        router_loss = None if record is None else record.total_loss()
         return RewardOutput(
-            rewards.new_zeros(len(tokens)).index_put((ends,), rewards),
-            None if router_loss is None else router_loss * mask,
+            rewards.new_zeros(len(tokens)).index_put((ends,), rewards), masked_router_loss(record, mask)
         )
 
     @torch.no_grad()
     def rewards(self, packs: Sequence[Experience], num_sequences: int) -> Tensor:
-        """[num_sequences] float32, by sequence id, without dropout or a gradient; nan for one that is in no pack.
+        """Return rewards [num_sequences] float32, by sequence id, without dropout or gradient; nan where in no pack.
 
         Raises:
             NumericsError: a reward is not finite.
         """
         device = self.score.weight.device
-        found = torch.full((num_sequences,), torch.nan, device=device)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.in_use():
-                for pack in (each.to(device) for each in packs):
-                    ends = last_tokens(pack.segments)
-                    rewards = self(pack.tokens, pack.segments, pack.completion_mask).rewards[ends]
-                    if not rewards.isfinite().all():
-                        raise NumericsError(
-                            f"the rewards of a reward model must be finite, and {int((~rewards.isfinite()).sum())} of "
-                            f"{len(rewards)} are not; load it in float32, or take another one"
-                        )
-                    found[pack.segments.sequence_of_token[ends]] = rewards
-        finally:
-            self.model.train(was_training)
-        return found
+        result = torch.full((num_sequences,), torch.nan, device=device)
+        with evaluation_mode(self.model.modules()), self.in_use():
+            for pack in (pack.to(device) for pack in packs):
+                ends = last_tokens(pack.segments)
+                rewards = self(pack.tokens, pack.segments, pack.completion_mask).rewards[ends]
+                if not rewards.isfinite().all():
+                    raise NumericsError(
+                        f"the rewards of a reward model must be finite, and {int((~rewards.isfinite()).sum())} of "
+                        f"{len(rewards)} are not; load it in float32, or take another one"
+                    )
+                result[pack.segments.sequence_of_token[ends]] = rewards
+        return result
 
 
 def last_tokens(segments: Segments) -> Tensor:
-    """Index of the last token of each sequence, in the order of the segments that end one."""
+    """Return the index of each sequence's last token, in the order of the segments."""
     rows = zip(segments.starts, segments.lengths, segments.sequence_ids, strict=True)
     ends = [start + length - 1 for start, length, sequence in rows if sequence >= 0]
     return torch.tensor(ends, dtype=torch.long, device=segments.device)

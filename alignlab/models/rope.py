@@ -14,7 +14,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rope_frequencies(config: PolicyConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2], float32, and the factor on cosine and sine (1 but for YaRN)."""
+    """Return inverse frequencies [head_dim / 2], float32, and the factor on cosine and sine (1 except for YaRN)."""
     assert config.rope_parameters is not None and config.head_dim is not None
     if config.rope_parameters["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
@@ -34,7 +34,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Moves with the model, but stays float32: a frequency rounded to bf16 is another frequency."""
+        """Move with the model, but stay float32: rounding to bfloat16 would change the frequencies."""
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:
             self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
@@ -42,13 +42,13 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
-        """(cosine, sine) [B, N, 1, D]; the sine's first half is negated, so that `rotate` needs no negation."""
+        """Return (cosine, sine) [B, N, 1, D]; the sine's first half is negated, so that `rotate` needs no negation."""
         angles = (position_ids[..., None].float() * self.inv_freq).unsqueeze(-2)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Heads [B, N, H, D] turned by their positions: with halves (a, b), (a cos - b sin, b cos + a sin)."""
+    """Return heads [B, N, H, D] rotated by their positions: with halves (a, b), (a cos - b sin, b cos + a sin)."""
     cos, signed_sin = rotation
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), signed_sin)

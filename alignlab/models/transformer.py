@@ -1,15 +1,14 @@
 """The in-house policy: a decoder whose attention and feed-forward the config chooses one layer at a time.
 
-Attention is looked up in `transformers`' ALL_ATTENTION_FUNCTIONS, with the layout of the tokens passed down by keyword:
-the same module trains on packed sequences, decodes from a paged cache and generates as any model of `transformers`.
-Names of weights are those of the Hub family that a config is isomorphic to.
+The layout of the tokens is passed down to the attention function by keyword (see `layout`): the same module trains on
+packed sequences, decodes from a paged cache and generates like any model of `transformers`. Names of weights are those
+of the Hub family that a config stands for.
 
-Shapes: B batch (1 where there is a layout), N tokens, H heads, K kv heads, D head size.
+Shapes: B batch (1 where there is a layout), N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,93 +18,21 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-import alignlab.models.attention  # noqa: F401  registers the attention function
 from alignlab.errors import ConfigError
+from alignlab.models.attention import Attention
 from alignlab.models.config import PolicyConfig
 from alignlab.models.layers import FeedForward, RMSNorm
-from alignlab.models.moe import Experts, Router, RoutingRecord, SparseFeedForward
-from alignlab.models.rope import RotaryEmbedding, Rotation, rope_frequencies, rotate
-
-
-def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, scaling: float, dropout: float = 0.0, softcap: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention spelled out: what "eager" means for this model. Returns ([B,N,H,D], weights [B,H,N,keys])."""
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
-
-
-class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention with rotated positions."""
-
-    def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.num_key_value_heads and config.head_dim and config.layer_types
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.softcap = config.attn_logit_softcapping
-        self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bool(config.attention_out_bias))
-        self.use_qk_norm = config.use_qk_norm
-        if config.use_qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: Rotation, attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention of hidden states [B,N,hidden size], and its weights where the attention function gives them."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        if self.use_qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, position_embeddings).transpose(1, 2)
-        key = rotate(key, position_embeddings).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.softcap,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+from alignlab.models.moe import Experts, SparseFeedForward
+from alignlab.models.rope import RotaryEmbedding, rope_frequencies
+from alignlab.models.routers import TopKRouter
+from alignlab.models.routing import RoutingRecord
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm: attention and feed-forward, each added to the stream."""
+    """Pre-norm layer: attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()
@@ -128,7 +55,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class PolicyPreTrainedModel(PreTrainedModel):
-    """What `transformers`, accelerate and vLLM ask of a model class."""
+    """Class attributes and initialisation that `transformers`, accelerate and vLLM expect of a model."""
 
     config: PolicyConfig
     config_class = PolicyConfig
@@ -152,11 +79,8 @@ class PolicyPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
-        elif isinstance(module, Router):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.constant_(module.expert_load, 1 / self.config.num_experts)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, TopKRouter):
+            module.initialize()
         else:
             super()._init_weights(module)
 
@@ -164,7 +88,7 @@ class PolicyPreTrainedModel(PreTrainedModel):
 class PolicyModel(PolicyPreTrainedModel):
     """The decoder: embeddings, layers, final norm.
 
-    The embedding has no padding index, so that a model whose padding token is its end token still learns that row.
+    The embedding has no padding index: a model whose padding token is its end token must still train that row.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -183,12 +107,12 @@ class PolicyModel(PolicyPreTrainedModel):
         *, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
         routing: RoutingRecord | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Final hidden states.
+        """Return the final hidden states.
 
         Args:
             input_ids, position_ids: [B,N]; B is 1 where there is a layout, whose own positions must be given.
             attention_mask: [B,N] padding, or a mask ready to use; not read where there is a layout.
-            routing: expert choices to replay, and where this pass's choices and router losses are put.
+            routing: expert choices to replay; the pass writes its choices and router losses into it.
             kwargs: go to the attention function; `layout` says how packed or paged tokens belong together.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -197,8 +121,8 @@ class PolicyModel(PolicyPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)[None]
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
         masks = self._masks(attention_mask, hidden_states, past_key_values, position_ids, kwargs.get("layout"))
         routing = self._begin_routing(routing)
         rotation = self.rotary_emb(position_ids, hidden_states.dtype)
@@ -210,7 +134,7 @@ class PolicyModel(PolicyPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _begin_routing(self, routing: RoutingRecord | None) -> RoutingRecord | None:
-        """The pass's record. Training always has one: activation checkpointing must find the choices it made."""
+        """Return the record of a forward pass; in training always one, from which activation checkpointing repeats."""
         counting = self.training and torch.is_grad_enabled() and bool(self.config.sparse_layers)
         if routing is None and not counting:
             return None
@@ -221,7 +145,7 @@ class PolicyModel(PolicyPreTrainedModel):
     def _masks(
         self, mask: Any, hidden_states: Tensor, cache: Cache | None, position_ids: Tensor, layout: Any
     ) -> dict[str, Any]:
-        """The mask of each type of layer. A layout needs none; `generate` may have made them."""
+        """Return the mask of each type of layer; None with a layout. `generate` may have made them already."""
         if layout is not None or isinstance(mask, dict):
             return mask if isinstance(mask, dict) else dict.fromkeys(set(self.config.layer_types or ()), None)
         if self.config.attn_logit_softcapping is not None and self.config._attn_implementation == "sdpa":
@@ -257,13 +181,13 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
         *, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B,N,V] (of the last `logits_to_keep` tokens), and the cross-entropy where `labels` are given."""
+        """Return logits [B,N,V] (of the last `logits_to_keep` tokens), and the cross-entropy if `labels` are given."""
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions, :])
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)

@@ -1,0 +1,13 @@
+"""Rollouts: completions sampled from the policy.
+
+    engine          the protocol of all engines, and the engine that the settings name
+    requests        checks of prompts and parameters, random keys, end tokens
+    policy_version  versions of the weights, and weights that changed without one
+    verification    digests and canaries: an engine runs on the trainer's weights
+    detokenizer     text of completions
+    background      an event loop in a thread
+    task_groups     concurrent tasks that fail together
+
+    embedded        our engine, on the weights of the model in training
+    vllm            vLLM, in this process or on servers
+"""

@@ -1,4 +1,4 @@
-"""Text of a completion while its tokens arrive, without half characters."""
+"""The text of a completion: whole, or while its tokens arrive, without half characters."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.errors import DataError
-from alignlab.models.template_limits import render_template
+from alignlab.models.hub.template_limits import render_template
 
 _UNFINISHED = "�"  # what a tokenizer decodes part of a character to
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], ends: Collection[int] = ()) -> str:
-    """Return the text of a completion, with the spaces it was written with.
+    """Return the text of a completion, with its spaces unchanged.
 
     Special tokens that end, begin or fill up texts and turns are left out; tags that are special tokens, such as
     <think>, are part of the text.
 
     Args:
-        ends: tokens that end the model's completions, to be left out where they are special.
+        tokenizer: the model's tokenizer.
+        token_ids: the tokens of the completion.
+        ends: tokens that end the model's completions; they are left out if they are special.
     """
     special = special_ids(tokenizer)
     if special.tags.isdisjoint(token_ids):
         return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    unsaid = special.structure.union(special.tags.intersection(ends))
-    said = [token for token in token_ids if token not in unsaid]
-    return str(tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    hidden = special.structure.union(special.tags.intersection(ends))
+    visible = [token for token in token_ids if token not in hidden]
+    return str(tokenizer.decode(visible, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class SpecialIds:
     """A tokenizer's special tokens.
 
     Attributes:
-        structure: those that are no part of a text: they begin, end or fill up a text or a turn of a chat.
-        tags: the others, which a model writes as a part of its text.
+        structure: tokens that begin, end or fill up a text or a turn of a chat, and are not part of the text.
+        tags: all others, which a model writes as part of its text.
     """
 
     structure: frozenset[int]
@@ -45,19 +47,19 @@ class SpecialIds:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Return a tokenizer's special tokens by what they are for.
+    """Return a tokenizer's special tokens by purpose.
 
-    A tag in a pair, <x> and </x>, is one wherever the template writes it; any other token that the chat template writes
-    around a user's message belongs to turns.
+    Paired tokens, <x> and </x>, are tags. Of the others, those that the chat template writes around a user's message
+    are structure.
     """
     state = (len(tokenizer), str(tokenizer.chat_template), tokenizer.all_special_tokens)
-    known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _KNOWN[tokenizer] = state, _special_ids(tokenizer)
-    return known[1]
+    cached = _CACHE.get(tokenizer)
+    if cached is None or cached[0] != state:
+        cached = _CACHE[tokenizer] = state, _special_ids(tokenizer)
+    return cached[1]
 
 
-_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, SpecialIds]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, SpecialIds]] = WeakKeyDictionary()
 _NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
@@ -72,31 +74,31 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 
 
 def _counterpart(tag: str) -> str:
-    """The tag that closes one, or opens it."""
+    """Return the closing tag of an opening one, and the other way round."""
     return tag.replace("</", "<", 1) if tag.startswith("</") else tag.replace("<", "</", 1)
 
 
 def _ids_of_turns(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What the chat template writes around a user's message."""
+    """Return the ids of the tokens that the chat template writes around a user's message."""
     if not tokenizer.chat_template:
         return set()
     try:
         text = render_template(tokenizer, [{"role": "user", "content": "."}], add_generation_prompt=True)
     except DataError:  # the template does not end
         raise
-    except Exception:  # a template that takes no such chat says nothing about its turns
+    except Exception:  # from a template that refuses this chat, nothing is learnt about its turns
         return set()
     return set(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class Detokenizer:
-    """Decodes tokens as they come, each with a few before it, at a cost that does not grow with the text.
+    """Decodes tokens as they arrive, each with a few tokens before it: the cost does not grow with the text.
 
     Args:
-        ends: see `decode`.
+        tokenizer, ends: see `decode`.
 
     Attributes:
-        text: what is certain so far. A character that the newest tokens leave unfinished is not in it yet.
+        text: the text that no later token changes; a character whose last tokens are missing is not in it yet.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> None:
@@ -108,7 +110,7 @@ class Detokenizer:
 
     @property
     def whole(self) -> str:
-        """The text with what the newest tokens leave unfinished, as it stands."""
+        """The text, with a replacement for a character whose last tokens are missing."""
         return self.text + self._decoded(self._token_ids)[len(self._certain) :]
 
     @property
@@ -119,7 +121,7 @@ class Detokenizer:
         return decode(self._tokenizer, token_ids, self._ends)
 
     def push(self, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self._token_ids.append(token)
         certain = self._certain
         text = self._decoded(self._token_ids)

@@ -1,4 +1,4 @@
-"""Several things done at once, of which one may fail."""
+"""Concurrent tasks that fail together, with the first error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[TaskGroup]:
-    """Tasks that end together: the first error ends the others, and is raised as it is."""
+    """Run tasks together; the first error cancels the other tasks, and is raised outside of any group."""
     try:
         async with anyio.create_task_group() as group:
             yield group
@@ -26,14 +26,17 @@ async def task_group() -> AsyncIterator[TaskGroup]:
         raise first from first.__cause__
 
 
-async def each(function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-    """What `function` gives for each item, in order, all at once; the first error ends the others, and is raised."""
+async def run_all(function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
+    """Return the results of `function` for all items, in order, computed concurrently.
+
+    The first error cancels the other calls, and is raised.
+    """
     results: dict[int, R] = {}
 
-    async def keep(index: int, item: T) -> None:
+    async def call(index: int, item: T) -> None:
         results[index] = await function(item)
 
     async with task_group() as group:
         for index, item in enumerate(items):
-            group.start_soon(keep, index, item)
+            group.start_soon(call, index, item)
     return [results[index] for index in range(len(items))]

@@ -8,75 +8,42 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers import GKDConfig
+from alignlab.data.bad_row import BadRow
+from alignlab.data.dataset import BadRows
 from alignlab.data.examples import completion_example
-from alignlab.data.messages import BadRow, check_text
-from alignlab.data.preferences import Mask
-from alignlab.data.prompts import count_or_raise, report
+from alignlab.data.messages import check_text
+from alignlab.data.preferences import writers_of
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
-from alignlab.models.attention import num_embeddings, num_positions
-from alignlab.models.checkpoints import load_tokenizer
-from alignlab.models.policy import Policy
+from alignlab.loop.algorithm import Algorithm, Credit, SampleGroups, minibatch_slices, policy_learner
+from alignlab.loop.credit import spread
+from alignlab.loop.online import OnlineTrainer
+from alignlab.loop.online_inputs import OnlineInputs
+from alignlab.loop.source import RolloutSource
+from alignlab.loop.student import Comparison, Student, StudentForward, StudentOutput, shared_width
+from alignlab.loop.teacher import load_teacher, prompts_with_room, readable_part
+from alignlab.models.decoder import num_embeddings, num_positions
+from alignlab.models.fingerprints import model_fingerprint
+from alignlab.models.hub.checkpoints import load_tokenizer
 from alignlab.rollout.detokenizer import decode
-from alignlab.trainers.assemble import Model, Reward
-from alignlab.trainers.distilling import (
-    Comparison,
-    StudentLearner,
-    StudentOutput,
-    StudentPolicy,
-    shared_width,
-)
-from alignlab.trainers.given_data import Dataset
-from alignlab.trainers.grpo import spread
-from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.preflight import with_room
-from alignlab.trainers.reduction import Weigh, token_mean
-from alignlab.trainers.teacher import load_teacher, readable_part
-from alignlab.training.checkpoint import fingerprint_of_model
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
 COMPLETIONS = ("completion", "answer")
 
 
-class DivergenceObjective:
-    """How far the student is from its teacher; an `Objective`. There is no state."""
+class GKD(Algorithm):
+    """On-policy distillation by divergences.
 
-    uses_reference = False
-    entropy_grad = False
-    routing: Literal["rollout", "trainer", "none"] = "rollout"
-
-    def __init__(self, temperature: float) -> None:
-        self._scale = temperature**2
-
-    def needs(self, step: int) -> frozenset[str]:
-        """Nothing: the teacher is asked with each pack."""
-        return frozenset()
-
-    def __call__(self, output: StudentOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """T^2 divergence of each token [N]; see Hinton et al. (2015), arXiv:1503.02531, Sec. 2."""
-        return self._scale * output.divergence, {"divergence": output.divergence, "entropy": output.entropy}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
-class GKDTrainer(OnlineTrainer):
-    """On-policy distillation by divergences; arguments are `OnlineTrainer`'s, and reward functions may be left out.
+    Attributes:
+        teacher: frozen, of `config.teacher`.
 
     Raises:
         ConfigError: the teacher has other tokens than the student, or fewer logits.
@@ -84,122 +51,133 @@ class GKDTrainer(OnlineTrainer):
     """
 
     config: GKDConfig
-    learner: StudentLearner
 
-    def __init__(
-        self,
-        model: Model,
-        reward_funcs: Reward | Sequence[Reward],
-        config: GKDConfig,
-        train_dataset: Dataset,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, reward_funcs, config, train_dataset, **options)
-        self._teacher_fingerprint = fingerprint_of_model(self.teacher.model)
-        fit = with_room(
-            self.prompts, self.teacher.model, config, self.render_settings, whose="the teacher",
-            tokenizer=self.tokenizer,
+    def __init__(self, config: GKDConfig, inputs: OnlineInputs) -> None:
+        chunk_tokens = config.memory.logprob_chunk_tokens
+        self.teacher = load_teacher(config.teacher, inputs.accelerator.device, chunk_tokens=chunk_tokens)
+        self._fingerprint = model_fingerprint(self.teacher.model)
+        width = shared_width(self.teacher.model, load_tokenizer(config.teacher.name), inputs.model, inputs.tokenizer)
+        student = Student(inputs.model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens)
+        forward = StudentForward(config.sampling.temperature, self.teacher)
+        prompts = prompts_with_room(inputs, self.teacher, config, tokenizer=inputs.tokenizer)
+        self._dataset_completions: dict[int, Completion] = {}
+        if config.student_frac < 1:
+            self._dataset_completions = dataset_completions(prompts, inputs, self.teacher.model)
+            prompts = [prompt for prompt in prompts if prompt.index in self._dataset_completions]
+        super().__init__(config, inputs, policy_learner(config, inputs, student, forward=forward), prompts=prompts)
+
+    def sampling(self, source: RolloutSource) -> SampleGroups:
+        """Return how groups are sampled: a fraction of the prompts by the student, the others by the dataset."""
+        return MixedSampling(source, self.config.student_frac, self._dataset_completions)
+
+    def trainable_mask(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Return which completions [P, G] are trained on: no reward is needed."""
+        return self.not_truncated(rollouts)
+
+    def credit(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Credit:
+        """Return an advantage of 0 for each completion: the loss has none."""
+        trainable = self.trainable_mask(rollouts).to(self.learner.device)
+        advantages = torch.zeros(trainable.shape, device=trainable.device)
+        parts = minibatch_slices(len(rollouts), self.config.num_minibatches)
+        num_ids = num_embeddings(self.teacher.model)
+        return Credit(
+            advantages,
+            [
+                [
+                    readable_part(spread(pack, advantages[part].flatten(), trainable[part].flatten()), num_ids,
+                                  with_first_unknown=True)
+                    for pack in packs
+                ]
+                for part, packs in zip(parts, minibatches, strict=True)
+            ],
         )
-        self._given = self._given_completions(fit) if config.student_frac < 1 else {}
-        self.keep_prompts([prompt for prompt in fit if prompt.index in self._given] if self._given else fit)
 
-    def _given_completions(self, prompts: Sequence[Prompt]) -> dict[int, tuple[tuple[int, ...], Mask]]:
-        """Return the dataset's completions by the index of their prompt.
+    def loss(self, output: StudentOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return T^2 divergence of each token [N]; see Hinton et al. (2015), arXiv:1503.02531, Sec. 2."""
+        scale = self.config.temperature**2
+        return scale * output.divergence, {"divergence": output.divergence, "entropy": output.entropy}
 
-        Raises:
-            DataError: one cannot be used, and is not to be left out; or none can.
-        """
-        numbers = {prompt.index for prompt in prompts}
-        if len(numbers) < len(prompts):
-            raise DataError(
-                f"{len(prompts)} prompts have {len(numbers)} different indices, and the dataset's completions are "
-                "found by them; number the prompts (Prompt.index)"
-            )
-        render = PromptRenderer(self.render_settings, self.tokenizer)
-        limit = min(num_positions(each.model) for each in (self.learner.policy, self.teacher))
-        given: dict[int, tuple[tuple[int, ...], Mask]] = {}
-        skipped: Counter[str] = Counter()
-        for prompt in prompts:
-            try:
-                given[prompt.index] = given_completion(prompt, render, limit)
-            except BadRow as error:
-                count_or_raise(skipped, error, prompt.index, self.render_settings)
-        report(len(given), skipped, self.render_settings)
-        models = {"the student": self.learner.model, "the teacher": self.teacher.model}
-        rows = {whose: num_embeddings(model) for whose, model in models.items()}
-        check_ids(((ids,) for ids, _ in given.values()), rows, self.tokenizer, what="completion")
-        return given
-
-    def make_policy(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> StudentPolicy:
-        """The student, and beside it the teacher."""
-        device, chunk_tokens = next(model.parameters()).device, config.logprob_chunk_tokens
-        self.teacher = load_teacher(config.teacher, device, chunk_tokens=chunk_tokens)
-        width = shared_width(self.teacher.model, load_tokenizer(config.teacher.name), model, tokenizer)
-        return StudentPolicy(model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens)
-
-    def make_learner(self, policy: Any, config: GKDConfig, accelerator: Accelerator, **options: Any) -> StudentLearner:
-        """The student's, which asks the teacher."""
-        options.pop("entropy_grad")
-        return StudentLearner(policy, config, accelerator, teacher=self.teacher, **options)
-
-    def make_objective(self, config: GKDConfig, policy: Policy) -> DivergenceObjective:  # type: ignore[override]
-        """The divergence."""
-        return DivergenceObjective(config.temperature)
-
-    @property
-    def weigh(self) -> Weigh:
-        """Every completion token of the step weighs the same."""
-        return token_mean
-
-    def generate(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        """A completion of each prompt by the student, scored; or the dataset's, which no reward is asked about."""
-        draw = random.Random(seed)
-        sampled = [draw.random() < self.config.student_frac for _ in prompts]
-        own = [prompt for prompt, by_student in zip(prompts, sampled, strict=True) if by_student]
-        rollouts = iter(super().generate(own, seed) if own else [])
-        return [
-            next(rollouts) if by_student else self._rollout_of_dataset(prompt)
-            for prompt, by_student in zip(prompts, sampled, strict=True)
-        ]
-
-    def _rollout_of_dataset(self, prompt: Prompt) -> Rollout:
-        ids, own = self._given[prompt.index]
-        text, version = decode(self.tokenizer, ids), self.engine.policy_version
-        completion = Completion(ids, text, (0.0,) * len(ids), None, "stop", (version,) * len(ids), own=own)
-        return Rollout(prompt, (completion,), (math.nan,), {name: (None,) for name in self.rewards.names})
-
-    def teaches(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Which completions [P, G] are trained on: no reward is needed."""
-        return self.whole(rollouts)
-
-    def credit(
-        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
-    ) -> tuple[Tensor, list[list[Experience]]]:
-        """No completion has an advantage: 0."""
-        teaches = self.teaches(rollouts).to(self.learner.device)
-        advantages = torch.zeros(teaches.shape, device=teaches.device)
-        return advantages, [
-            [self._judged(spread(pack, advantages[part].flatten(), teaches[part].flatten())) for pack in packs]
-            for part, packs in zip(self.minibatches(len(rollouts)), minibatches, strict=True)
-        ]
-
-    def _judged(self, pack: Experience) -> Experience:
-        """The part of a pack that the teacher can read."""
-        return readable_part(pack, num_embeddings(self.teacher.model), with_first_unknown=True)
-
-    def frozen(self) -> dict[str, str]:
-        """The teacher."""
-        return super().frozen() | {"teacher": self._teacher_fingerprint}
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of the teacher."""
+        return super().frozen_fingerprints() | {"teacher": self._fingerprint}
 
 
-def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tuple[tuple[int, ...], Mask]:
-    """The tokens with which the dataset completes a prompt, the end token among them, and which are the assistant's.
+class GKDTrainer(OnlineTrainer):
+    """Trainer of GKD; arguments are `OnlineTrainer`'s, and reward functions may be left out."""
+
+    config: GKDConfig
+    algorithm_class = GKD
+
+
+class MixedSampling:
+    """Completes a fraction of the prompts by the student, and the others by the dataset; a `SampleGroups`.
 
     Args:
-        limit: of the tokens of both together.
+        source: samples and scores the student's completions.
+        student_frac: fraction of the prompts that the student completes, in [0, 1].
+        completions: the dataset's, by the index of their prompt; no reward scores them.
+    """
+
+    def __init__(self, source: RolloutSource, student_frac: float, completions: Mapping[int, Completion]) -> None:
+        self._source, self._student_frac, self._completions = source, student_frac, completions
+
+    def __call__(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        """Return one group for each prompt, in order."""
+        draw = random.Random(seed)
+        by_student = [draw.random() < self._student_frac for _ in prompts]
+        sampled = [prompt for prompt, is_sampled in zip(prompts, by_student, strict=True) if is_sampled]
+        rollouts = iter(self._source.sample(sampled, seed) if sampled else [])
+        return [
+            next(rollouts) if is_sampled else self._of_dataset(prompt)
+            for prompt, is_sampled in zip(prompts, by_student, strict=True)
+        ]
+
+    def _of_dataset(self, prompt: Prompt) -> Rollout:
+        completion = self._completions[prompt.index]
+        versions = (self._source.engine.policy_version,) * len(completion.token_ids)
+        parts = {name: (None,) for name in self._source.rewards.names}
+        return Rollout(prompt, (replace(completion, policy_versions=versions),), (math.nan,), parts)
+
+
+def dataset_completions(
+    prompts: Sequence[Prompt], inputs: OnlineInputs, teacher: torch.nn.Module
+) -> dict[int, Completion]:
+    """Return the dataset's completions by the index of their prompt.
+
+    Args:
+        teacher: must have room for them, as the student must.
 
     Raises:
-        BadRow: it does not, or they cannot be rendered, or are too many.
+        DataError: a completion cannot be used and is not to be left out; or none can be used.
+    """
+    numbers = {prompt.index for prompt in prompts}
+    if len(numbers) < len(prompts):
+        raise DataError(
+            f"{len(prompts)} prompts have {len(numbers)} different indices, and the dataset's completions are "
+            "found by them; number the prompts (Prompt.index)"
+        )
+    settings = inputs.render_settings
+    render = PromptRenderer(settings, inputs.tokenizer)
+    limit = min(num_positions(model) for model in (inputs.model, teacher))
+    completions: dict[int, Completion] = {}
+    bad_rows = BadRows(settings)
+    for prompt in prompts:
+        with bad_rows.at(prompt.index):
+            completions[prompt.index] = dataset_completion(prompt, render, limit)
+    bad_rows.report(len(completions))
+    rows = {"the student": num_embeddings(inputs.model), "the teacher": num_embeddings(teacher)}
+    check_ids(((c.token_ids,) for c in completions.values()), rows, inputs.tokenizer, what="completion")
+    return completions
+
+
+def dataset_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> Completion:
+    """Return the dataset's completion of a prompt, with its end token; the assistant's tokens are those of the policy.
+
+    Args:
+        limit: of the tokens of prompt and completion together.
+
+    Raises:
+        BadRow: there is none, or it cannot be rendered, or is too long.
     """
     text = next((prompt.columns[name] for name in COMPLETIONS if prompt.columns.get(name) is not None), None)
     if text is None:
@@ -218,5 +196,7 @@ def given_completion(prompt: Prompt, render: PromptRenderer, limit: float) -> tu
             f"has {len(example.token_ids)} tokens with its completion, and the student and its teacher have {limit:g} "
             "positions; shorten it",
         )
-    own = example.completion_mask[len(prompt.token_ids) :]
-    return example.token_ids[len(prompt.token_ids) :], None if all(own) else own
+    ids = example.token_ids[len(prompt.token_ids) :]
+    is_taught = example.completion_mask[len(prompt.token_ids) :]
+    writers = writers_of(None if all(is_taught) else is_taught)
+    return Completion.of(ids, decode(render.tokenizer, ids), writers=writers)

@@ -1,110 +1,102 @@
 """KTO: completions that are good or bad, each by itself, weighed against how far the policy has moved.
 
 Ethayarajh et al. (2024), arXiv:2402.01306. The KL to the reference, which is the reference point, is estimated before
-each update from completions of other prompts, over the whole step. The other prompt's completion of an example is the
-same throughout a run, so that its log-probs under the reference are computed once.
+each update from completions of other prompts, over the whole step. The mismatched completion of an example is the same
+throughout a run, so that its log-probs under the reference are computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignlab.config.trainers import KTOConfig
 from alignlab.data.unpaired import UnpairedPreference
+from alignlab.evaluation.results import LabelResult
 from alignlab.functional.preference_losses import kto, kto_reference_point
 from alignlab.functional.reduction import sequence_sum
+from alignlab.loop.given_data import GivenData, resolve_unpaired
+from alignlab.loop.loss_weights import LossWeights, whole_sequence_mean
+from alignlab.loop.offline import OfflineTrainer
+from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
+from alignlab.loop.reference import ExampleReference
 from alignlab.models.policy import PolicyOutput
-from alignlab.trainers.given_data import GivenData, resolve_unpaired
-from alignlab.trainers.offline import OfflineTrainer
 from alignlab.trainers.pairs import ROUNDING
-from alignlab.trainers.reduction import Weigh, sequence_mean
-from alignlab.trainers.reference import Reference
-from alignlab.training.evaluation import LabelResult
-from alignlab.training.run_folder import RunFolder
 from alignlab.types import Experience
 
 _KINDS = ("desirable", "undesirable")
+_MATCHED, _MISMATCHED = slice(0, 1), slice(1, 2)
+"""Of an example's group: its completion, and that of another prompt."""
 
 
-class KTOTrainer(OfflineTrainer):
-    """Kahneman-Tversky optimisation; arguments are `OfflineTrainer`'s.
-
-    Datasets: a path, settings, rows with `completion` and `label` or with `chosen` and `rejected` (see
-    `unpaired_from_rows`), or unpaired preferences.
+class KTO(OfflineAlgorithm[UnpairedPreference]):
+    """Kahneman-Tversky optimisation.
 
     Attributes:
-        reference_point: of the step whose packs were made last.
+        reference_point: of the training step whose packs were made last, nats.
     """
 
     config: KTOConfig
-    size_field = "num_sequences"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.reference = Reference(self.learner, budget=self.config.tokens_per_microbatch)
+    def __init__(self, config: KTOConfig, inputs: OfflineInputs) -> None:
+        super().__init__(config, inputs)
+        self.reference = ExampleReference(self.learner, budget=config.memory.tokens_per_microbatch)
         self.reference_point = torch.zeros((), device=self.learner.device)
 
-    @property
-    def weigh(self) -> Weigh:
-        """Every completion of the step weighs the same; its loss stands on each of its tokens."""
-        return sequence_mean
-
-    def examples(self, data: GivenData) -> Sequence[UnpairedPreference]:
-        """Unpaired preferences of a dataset."""
+    def read(self, data: GivenData) -> Sequence[UnpairedPreference]:
+        """Return the unpaired preferences of a dataset."""
         return resolve_unpaired(data, self.tokenizer)
 
-    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
-        """Score all completions by the reference, or read what an earlier run has scored."""
+    def prepare(self, train: Sequence[UnpairedPreference], held_out: Sequence[UnpairedPreference]) -> None:
+        """Compute the reference's log-probs of all completions, or read what an earlier run has computed."""
         if self.config.precompute_reference:
-            self.reference.precompute({"train": self.train_examples, "eval": self.eval_examples})
+            self.reference.precompute({"train": train, "eval": held_out})
 
-    def packs(self, rows: Sequence[int]) -> list[Experience]:
-        """Each completion with its label as the advantage of its tokens, 1 or -1; sets the step's reference point.
+    def packs(self, name: str, examples: Sequence[UnpairedPreference], rows: Sequence[int]) -> list[Experience]:
+        """Return packs of completions with their labels, and set the step's reference point."""
+        log_ratios = self._mismatched_log_ratios(name, examples, rows)
+        totals = torch.stack([log_ratios.sum(), log_ratios.new_tensor(float(len(rows)))])
+        self.reference_point = kto_reference_point(*self.ranks.sum(totals))
+        return self._labelled_packs(name, examples, rows)
 
-        Every rank calls it together.
-        """
-        packs, mismatched = self._packs("train", self.train_examples, rows)
-        total = self._log_ratios(mismatched, len(rows)).sum()
-        moved, count = self.learner.reduce_sum(torch.stack([total, total.new_tensor(float(len(rows)))]))
-        self.reference_point = kto_reference_point(moved, count)
-        return packs
-
-    def _packs(
+    def _labelled_packs(
         self, name: str, examples: Sequence[UnpairedPreference], rows: Sequence[int]
-    ) -> tuple[list[Experience], list[Experience]]:
-        """Packs of the completions, with their labels; and of the mismatched ones."""
-        groups = self.reference.groups(name, examples, rows)
-        own, mismatched = (
-            self.reference.packs(name, [replace(group, completions=group.completions[part]) for group in groups])
-            for part in (slice(0, 1), slice(1, 2))
-        )
-        signs = torch.tensor([1.0 if examples[i].desirable else -1.0 for i in rows])
-        return [_signed(pack, signs) for pack in own], mismatched
+    ) -> list[Experience]:
+        desirable = torch.tensor([examples[i].desirable for i in rows])
+        packs = self.reference.packs(name, examples, rows, _MATCHED)
+        return [replace(pack, desirable=desirable) for pack in packs]
+
+    def _mismatched_log_ratios(
+        self, name: str, examples: Sequence[UnpairedPreference], rows: Sequence[int]
+    ) -> Tensor:
+        return self._log_ratios(self.reference.packs(name, examples, rows, _MISMATCHED), len(rows))
 
     def _log_ratios(self, packs: Sequence[Experience], count: int) -> Tensor:
-        """[count] log-ratio of each sequence, without a gradient."""
-        found = torch.zeros(count, device=self.learner.device)
+        """Return the log-ratio [count] of each sequence, without a gradient."""
+        total = torch.zeros(count, device=self.learner.device)
         for pack in packs:
             moved = pack.to(self.learner.device)
-            found += log_ratios(self.learner.score([moved])[0], moved, count)
-        return found
+            total += log_ratios(self.learner.logprobs([moved])[0], moved, count)
+        return total
 
-    def loss(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each completion, on each token of it [N]; metrics likewise."""
-        assert experience.advantages is not None
-        sequences = experience.segments.sequence_of_token.clamp(min=0)
-        ratios = log_ratios(output.logprobs, experience, 1 + max(experience.segments.sequence_ids))[sequences]
-        desirable = experience.advantages > 0
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The same weight for every completion of the step."""
+        return whole_sequence_mean
+
+    def loss(self, output: PolicyOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss [S] of each completion, and metrics [S]."""
+        assert pack.desirable is not None
+        index = torch.tensor(pack.segments.sequences, device=pack.tokens.device)
+        ratios = log_ratios(output.logprobs, pack, len(pack.desirable))[index]
+        desirable = pack.desirable[index]
         rewards, point = self.config.beta * ratios, self.reference_point
         metrics = {"reference_point": point.expand_as(ratios)}
-        for name, kind in zip(_KINDS, (desirable, ~desirable), strict=True):
-            metrics |= {f"{name}_frac": kind.float(), f"{name}_reward": torch.where(kind, rewards, 0.0)}
+        for name, is_kind in zip(_KINDS, (desirable, ~desirable), strict=True):
+            metrics |= {f"{name}_frac": is_kind.float(), f"{name}_reward": torch.where(is_kind, rewards, 0.0)}
         return self._loss(ratios, desirable, point), metrics
 
     def _loss(self, ratios: Tensor, desirable: Tensor, point: Tensor) -> Tensor:
@@ -114,33 +106,30 @@ class KTOTrainer(OfflineTrainer):
             undesirable_weight=config.undesirable_weight,
         )
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step; the rewards of either kind are means over those of the kind, where the step has any."""
-        metrics = super().train_step(step)
+    def step_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return the metrics with the rewards of either kind as means over that kind, where the step has any."""
+        metrics = dict(metrics)
+        if "desirable_frac" not in metrics:
+            return metrics
         for name in _KINDS:
             total, share = metrics.pop(f"{name}_reward"), metrics[f"{name}_frac"]
             if share > 0:
                 metrics[f"{name}_reward"] = total / share
         if all(f"{name}_reward" in metrics for name in _KINDS):
             metrics["margin"] = metrics["desirable_reward"] - metrics["undesirable_reward"]
-        del metrics["undesirable_frac"]  # the rest
+        del metrics["undesirable_frac"]  # 1 - desirable_frac
         return metrics
 
-    def frozen(self) -> dict[str, str]:
-        """The reference, where it is a copy."""
-        return super().frozen() | self.reference.frozen
+    def evaluate(self, held_out: Sequence[UnpairedPreference]) -> LabelResult:
+        """Return how often held-out labels are agreed with.
 
-    def evaluate(self) -> LabelResult | None:
-        """How often held-out labels are agreed with: good completions have more reward than the reference point, bad
-        ones less. Each rank looks at all of them."""
-        count = len(self.eval_examples)
-        if not count:
-            return None
-        packs, mismatched = self._packs("eval", self.eval_examples, range(count))
-        total = self._log_ratios(mismatched, count).sum()
-        point = kto_reference_point(total, total.new_tensor(float(count)))
-        ratios = self._log_ratios(packs, count)
-        desirable = torch.tensor([each.desirable for each in self.eval_examples], device=ratios.device)
+        A good completion should have more reward than the reference point of the held-out data, a bad one less.
+        """
+        rows = range(len(held_out))
+        total = self._mismatched_log_ratios("eval", held_out, rows).sum()
+        point = kto_reference_point(total, total.new_tensor(float(len(held_out))))
+        ratios = self._log_ratios(self._labelled_packs("eval", held_out, rows), len(held_out))
+        desirable = torch.tensor([example.desirable for example in held_out], device=ratios.device)
         lead = torch.where(desirable, ratios - point, point - ratios)
         agrees = torch.where(lead.abs() <= ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
         rewards = self.config.beta * ratios
@@ -148,17 +137,28 @@ class KTOTrainer(OfflineTrainer):
             accuracy=float(agrees.mean()),
             margin=float(rewards[desirable].mean() - rewards[~desirable].mean()),
             loss=float(self._loss(ratios, desirable, point).mean()),
-            num_completions=count,
+            num_completions=len(held_out),
         )
+
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of the reference, where it is a copy."""
+        return self.reference.fingerprints
+
+
+class KTOTrainer(OfflineTrainer):
+    """Trainer of KTO; arguments are `OfflineTrainer`'s.
+
+    Datasets: a path, settings, rows with `completion` and `label` or with `chosen` and `rejected` (see
+    `unpaired_from_rows`), or unpaired preferences.
+    """
+
+    config: KTOConfig
+    algorithm_class = KTO
+    size_field = "num_sequences"
 
 
 def log_ratios(logprobs: Tensor, pack: Experience, count: int) -> Tensor:
-    """[count] log p of each sequence's trained tokens less the reference's; 0 of those that are not in the pack."""
+    """Return log p of each sequence's trained tokens less the reference's [count]; 0 of sequences not in the pack."""
     assert pack.ref_logprobs is not None
-    moved = torch.where(pack.completion_mask, logprobs - pack.ref_logprobs, 0.0)
-    return sequence_sum(moved, pack.segments.sequence_of_token, num_sequences=count)
-
-
-def _signed(pack: Experience, signs: Tensor) -> Experience:
-    sequences = pack.segments.sequence_of_token.clamp(min=0)
-    return replace(pack, advantages=torch.where(pack.completion_mask, signs.to(sequences.device)[sequences], 0.0))
+    ratios = torch.where(pack.completion_mask, logprobs - pack.ref_logprobs, 0.0)
+    return sequence_sum(ratios, pack.segments.sequence_of_token, num_sequences=count)

@@ -1,116 +1,112 @@
 """Online DPO: pairs of the policy's own completions, told apart by their rewards, and the losses of DPO on them.
 
 Guo et al. (2024), arXiv:2402.04792, where the reward is an AI judge's preference; here it is any reward function's. A
-prompt's best and worst completions are its pair. The loss does not ask which weights sampled a pair, so rollouts may be
-learnt from several times, or come from older weights.
+prompt's best and worst completions are its pair. The loss does not depend on the weights that sampled a pair, so
+rollouts may be learnt from several times, or come from older weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from alignlab.config.trainers import OnlineDPOConfig
-from alignlab.data.packing import pack_groups, pack_rollouts
+from alignlab.data.packing import pack_groups
+from alignlab.loop.algorithm import Algorithm, Credit, policy_learner
+from alignlab.loop.forward import PolicyForward
+from alignlab.loop.loss_weights import LossWeights, pair_mean
+from alignlab.loop.online import OnlineTrainer
+from alignlab.loop.online_inputs import OnlineInputs
+from alignlab.loop.reference import Reference
 from alignlab.models.policy import Policy, PolicyOutput
-from alignlab.trainers.objective import Objective
-from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.pairs import pair_token_loss
-from alignlab.trainers.reduction import Weigh, pair_mean
-from alignlab.types import Experience, Rollout
+from alignlab.trainers.pairs import loss_of_pairs
+from alignlab.types import Experience, Prompt, Rollout, Segments
 
 
-class PairObjective:
-    """The loss of pairs; an `Objective`. A mixture's experts are those that its routers choose now.
-
-    Args:
-        config: the trainer's section.
-    """
-
-    def __init__(self, config: OnlineDPOConfig) -> None:
-        self.config = config
-        self.uses_reference = config.needs_reference
-        self.entropy_grad = False
-        self.routing: Literal["rollout", "trainer", "none"] = "none"
-
-    def needs(self, step: int) -> frozenset[str]:
-        """The reference's log-probs, unless the loss is of none."""
-        return frozenset({"ref"} if self.uses_reference else ())
-
-    def __call__(self, output: PolicyOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each pair, on one token of it [N]; metrics likewise."""
-        return pair_token_loss(output, experience, self.config)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
-
-
-class OnlineDPOTrainer(OnlineTrainer):
-    """Direct preference optimisation on its own rollouts; arguments are `OnlineTrainer`'s."""
+class OnlineDPO(Algorithm):
+    """Direct preference optimisation on the policy's own rollouts. A mixture's routers choose its experts anew."""
 
     config: OnlineDPOConfig
+    routing = "none"
 
-    def make_objective(self, config: OnlineDPOConfig, policy: Policy) -> Objective:
-        """The loss of pairs."""
-        return PairObjective(config)
+    def __init__(self, config: OnlineDPOConfig, inputs: OnlineInputs) -> None:
+        policy = Policy(inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens)
+        learner = policy_learner(config, inputs, policy, forward=PolicyForward(config.sampling.temperature))
+        super().__init__(config, inputs, learner, reference=Reference(learner) if config.needs_reference else None)
+
+    def needs(self, step: int) -> frozenset[str]:
+        """Return "ref", unless the loss has no reference."""
+        return frozenset({"ref"} if self.config.needs_reference else ())
 
     @property
-    def weigh(self) -> Weigh:
-        """Every pair of the step weighs the same."""
+    def loss_weights(self) -> LossWeights:
+        """The same weight for every pair of the step."""
         return pair_mean
 
-    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Which groups [P] have a better and a worse completion."""
+    def signal_groups(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Return which groups [P] have a better and a worse completion."""
         return torch.tensor([self.pair(rollout) is not None for rollout in rollouts])
 
     def pair(self, rollout: Rollout) -> tuple[int, int] | None:
-        """Places of the best and the worst completion; None where fewer than two can be told apart."""
-        [teaches] = self.teaches([rollout]).tolist()
-        able = [i for i, known in enumerate(teaches) if known and rollout.completions[i].token_ids]
-        if not able:
+        """Return the places of the best and the worst completion; None where fewer than two can be told apart."""
+        [is_trained] = self.trained_completions([rollout]).tolist()
+        candidates = [i for i, usable in enumerate(is_trained) if usable]
+        if not candidates:
             return None
-        best, worst = (choose(able, key=rollout.rewards.__getitem__) for choose in (max, min))
+        best, worst = (choose(candidates, key=rollout.rewards.__getitem__) for choose in (max, min))
         return None if rollout.rewards[best] == rollout.rewards[worst] else (best, worst)
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[Experience]:
-        """The pairs alone, each in one pack; without any, a pack of which nothing is trained, as every rank needs one.
-        """
-        budget = self.config.tokens_per_microbatch
-        found = [(rollout, self.pair(rollout)) for rollout in rollouts]
-        pairs = [replace(r, completions=tuple(r.completions[i] for i in pair)) for r, pair in found if pair is not None]
-        if pairs:
-            return pack_groups(pairs, budget=budget)
-        idle = pack_rollouts(rollouts[:1], budget=budget)
-        return [replace(pack, completion_mask=torch.zeros_like(pack.completion_mask)) for pack in idle]
+        """Return the pairs alone, each in one pack; without any, a pack of which nothing is trained."""
+        pairs = [(rollout, self.pair(rollout)) for rollout in rollouts]
+        groups = [
+            replace(rollout, completions=tuple(rollout.completions[i] for i in places))
+            for rollout, places in pairs
+            if places is not None
+        ]
+        if groups:
+            return pack_groups(groups, budget=self.config.memory.tokens_per_microbatch)
+        return [_idle_pack(rollouts[0].prompt)]  # every rank needs a pack, so that all run the same collectives
 
-    def credit(
-        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
-    ) -> tuple[Tensor, list[list[Experience]]]:
-        """1 for a chosen completion, -1 for a rejected one, 0 for the others; the packs are of pairs already."""
+    def credit(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Credit:
+        """Return 1 for a chosen completion, -1 for a rejected one, 0 for others; the packs are of pairs already."""
         advantages = torch.zeros(len(rollouts), self.config.group_size)
         pairs = [self.pair(rollout) for rollout in rollouts]
         for row, pair in zip(advantages, pairs, strict=True):
             if pair is not None:
                 row[pair[0]], row[pair[1]] = 1.0, -1.0
-        self._count(rollouts, pairs)
-        return advantages, [list(packs) for packs in minibatches]
+        return Credit(advantages, [list(packs) for packs in minibatches], self._counts(rollouts, pairs))
 
-    def _count(self, rollouts: Sequence[Rollout], pairs: Sequence[tuple[int, int] | None]) -> None:
-        """How many groups have a pair, are of equal rewards, or have fewer than two completions with a reward."""
-        few = sum(int(known.sum()) < 2 for known in self.teaches(rollouts))
-        with_pair = sum(pair is not None for pair in pairs)
-        counts = {"num_pairs": with_pair, "groups_tied": len(pairs) - with_pair - few, "groups_unrewarded": few}
-        totals = self.learner.reduce_sum(torch.tensor([float(count) for count in counts.values()]))
-        self.credit_metrics = dict(zip(counts, totals.tolist(), strict=True))
+    def _counts(self, rollouts: Sequence[Rollout], pairs: Sequence[tuple[int, int] | None]) -> dict[str, float]:
+        """Count the groups with a pair, of equal rewards, and with fewer than two completions with a reward."""
+        num_unrewarded = sum(int(trainable.sum()) < 2 for trainable in self.trainable_mask(rollouts))
+        num_pairs = sum(pair is not None for pair in pairs)
+        num_tied = len(pairs) - num_pairs - num_unrewarded
+        counts = {"num_pairs": num_pairs, "groups_tied": num_tied, "groups_unrewarded": num_unrewarded}
+        totals = self.ranks.sum(torch.tensor([float(count) for count in counts.values()]))
+        return dict(zip(counts, totals.tolist(), strict=True))
 
-    def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
-        """One optimizer step on the pairs of a mini-batch, whose metrics are means over pairs."""
-        return self.learner.update(packs, self.loss, self.weigh, measure=pair_mean)
+    def loss(self, output: PolicyOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss [P] of each pair, and metrics [P]."""
+        return loss_of_pairs(output, pack, self.config)
+
+    def update(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
+        """Take one optimizer step on the pairs of a mini-batch; metrics are means over pairs."""
+        return self.learner.update(packs, self.loss, self.loss_weights, metric_weights=pair_mean)
+
+
+class OnlineDPOTrainer(OnlineTrainer):
+    """Trainer of online DPO; arguments are `OnlineTrainer`'s."""
+
+    config: OnlineDPOConfig
+    algorithm_class = OnlineDPO
+
+
+def _idle_pack(prompt: Prompt) -> Experience:
+    """Return a prompt as a pack in which no sequence ends and no token is trained."""
+    tokens = torch.tensor(prompt.token_ids)
+    segments = Segments((len(tokens),), (-1,), (-1,), (0,))
+    return Experience(tokens, segments, torch.zeros(len(tokens), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Pairs of completions in a pack: what is known of them, and their loss by `PairLossConfig.loss`.
+"""Pairs of completions in a pack, and their loss by `PairLossConfig.loss`.
 
 DPO (arXiv:2305.18290), cDPO, robust DPO (arXiv:2403.00409), IPO (arXiv:2310.12036), hinge (arXiv:2305.10425), SimPO
 (arXiv:2405.14734), ORPO (arXiv:2403.07691).
@@ -25,13 +25,12 @@ ROUNDING = 1e-3  # nats; a completion's log-prob differs by as much from pack to
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of the P pairs of a pack.
+    """The P pairs of a pack.
 
     Attributes:
-        chosen, rejected: [P] summed log-probs under the policy.
+        chosen, rejected: [P] summed log-probs under the policy, nats.
         chosen_ratio, rejected_ratio: [P] the same less the reference's; without a reference, the same.
         chosen_tokens, rejected_tokens: [P] lengths.
-        places: [P] index of the token on which a pair's numbers stand.
         probabilities: [P] that the chosen one is the better one; None for 1.
     """
 
@@ -41,7 +40,6 @@ class Pairs:
     rejected_ratio: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    places: Tensor
     probabilities: Tensor | None = None
 
     @property
@@ -56,37 +54,34 @@ class Pairs:
 
 
 def with_labels(packs: Sequence[Experience], pairs: Sequence[Preference]) -> list[Experience]:
-    """The packs with what the dataset says of each token's pair: margin, and probability of its label."""
-    known = torch.tensor([[pair.margin, pair.probability] for pair in pairs])
-    found = []
-    for pack in packs:
-        labels = known[torch.tensor(pack.segments.group_ids)].to(pack.tokens.device)[pack.segments.segment_of_token]
-        found.append(replace(pack, margins=labels[:, 0], probabilities=labels[:, 1]))
-    return found
+    """Return the packs with the margin of each pair of the step, and the probability of its label."""
+    margins = torch.tensor([pair.margin for pair in pairs])
+    probabilities = torch.tensor([pair.probability for pair in pairs])
+    return [replace(pack, pair_margins=margins, pair_probabilities=probabilities) for pack in packs]
+
+
+def pair_index(pack: Experience) -> Tensor:
+    """Return the ids [P] of the pairs in a pack."""
+    return torch.tensor(pack.segments.pairs, dtype=torch.long, device=pack.tokens.device)
 
 
 def pairs_of(logprobs: Tensor, pack: Experience) -> Pairs:
-    """The pairs of a pack, from the log-probs [N] of its tokens: sequences 2 i and 2 i + 1 are pair i."""
-    ids, mask = pack.segments.sequence_of_token, pack.completion_mask
-    num_sequences = 2 * (1 + max(pack.segments.sequence_ids) // 2)
+    """Return the pairs of a pack, from the log-probs [N] of its tokens."""
+    ids, mask, index = pack.segments.sequence_of_token, pack.completion_mask, pair_index(pack)
+    num_sequences = 2 * (1 + max(pack.segments.pairs, default=0))
     ref = torch.zeros_like(logprobs) if pack.ref_logprobs is None else pack.ref_logprobs
-    sums, ratios, counts = (
-        sequence_sum(torch.where(mask, values, 0.0), ids, num_sequences=num_sequences).view(-1, 2)
+    sums, ratios, lengths = (
+        sequence_sum(torch.where(mask, values, 0.0), ids, num_sequences=num_sequences).view(-1, 2)[index]
         for values in (logprobs, logprobs - ref, torch.ones_like(logprobs))
     )
-    here = counts[:, 0] > 0
-    first = torch.full((num_sequences,), len(ids), device=ids.device)
-    index = torch.arange(len(ids), device=ids.device)
-    first = first.scatter_reduce(0, ids[mask].long(), index[mask], "amin").view(-1, 2)
-    places = first[here, 0]
-    known = None if pack.probabilities is None else pack.probabilities[places]
+    probabilities = None if pack.pair_probabilities is None else pack.pair_probabilities[index]
     return Pairs(
-        sums[here, 0], sums[here, 1], ratios[here, 0], ratios[here, 1], counts[here, 0], counts[here, 1], places, known
+        sums[:, 0], sums[:, 1], ratios[:, 0], ratios[:, 1], lengths[:, 0], lengths[:, 1], probabilities
     )
 
 
 def pair_loss(pairs: Pairs, config: PairLossConfig) -> Tensor:
-    """[P], by `config.loss`."""
+    """Return the loss [P] of each pair by `config.loss`."""
     beta = config.beta
     chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
     match config.loss:
@@ -108,7 +103,7 @@ def pair_loss(pairs: Pairs, config: PairLossConfig) -> Tensor:
 
 
 def pair_metrics(pairs: Pairs, config: PairLossConfig) -> dict[str, Tensor]:
-    """[P] of each metric: whether the chosen completion leads, by how much, and how likely both are."""
+    """Return metrics [P]: whether the chosen completion leads, by how much, and how likely both are."""
     of_means = config.loss in _OF_MEANS
     leads = pairs.mean_margins if of_means else pairs.margins
     # A reference is scored in other packs than the policy; without one, equal log-probs alone are a tie.
@@ -123,14 +118,9 @@ def pair_metrics(pairs: Pairs, config: PairLossConfig) -> dict[str, Tensor]:
     }
 
 
-def pair_token_loss(
-    output: PolicyOutput, experience: Experience, config: PairLossConfig
+def loss_of_pairs(
+    output: PolicyOutput, pack: Experience, config: PairLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each pair, on one token of it [N]; metrics likewise."""
-    pairs = pairs_of(output.logprobs, experience)
-
-    def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(experience.num_tokens).index_put((pairs.places,), values)
-
-    spread = {name: placed(values) for name, values in pair_metrics(pairs, config).items()}
-    return placed(pair_loss(pairs, config)), spread
+    """Return the loss [P] of each pair of a pack, and metrics [P]."""
+    pairs = pairs_of(output.logprobs, pack)
+    return pair_loss(pairs, config), pair_metrics(pairs, config)

@@ -1,119 +1,90 @@
 """PPO: a critic credits each token, by generalised advantages, with the KL to the reference as part of the reward.
 
 Schulman et al. (2017), arXiv:1707.06347; on language models Ziegler et al. (2019), arXiv:1909.08593, and Ouyang et al.
-(2022), arXiv:2203.02155. What it does not do: bootstrap the value of a completion that the length limit cut off, whose
-reward is taken as final.
+(2022), arXiv:2203.02155. The value of a completion that the length limit cut off is not bootstrapped: its reward is
+taken as final.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignlab.config.trainers import PPOConfig
 from alignlab.functional.kl import kl_k1
-from alignlab.functional.values import (
-    explained_variance,
-    gae,
-    mean_and_variance,
-    moments,
-    token_rewards,
-    value_loss,
-)
+from alignlab.functional.reduction import mean_and_variance, moments
+from alignlab.functional.values import explained_variance, gae, token_rewards, value_loss
+from alignlab.loop.algorithm import Credit, minibatch_slices, policy_learner, rewards_of
+from alignlab.loop.credit import sequence_means, trained_part, whiten
+from alignlab.loop.forward import critic_forward
+from alignlab.loop.learner import Learner
+from alignlab.loop.online import OnlineTrainer
+from alignlab.loop.online_inputs import OnlineInputs
+from alignlab.loop.rollout_metrics import extremes
 from alignlab.models.critic import CriticOutput, make_critic
-from alignlab.models.policy import Policy
-from alignlab.trainers.learner import CriticLearner, Learner
-from alignlab.trainers.objective import PolicyObjective
-from alignlab.trainers.online import OnlineTrainer
-from alignlab.trainers.reduction import Weigh, sequence_means, token_mean
-from alignlab.trainers.rollout_metrics import extremes
-from alignlab.trainers.whitening import whiten
+from alignlab.trainers.policy_gradient import PolicyGradientAlgorithm
 from alignlab.types import Experience, Rollout
 
 
-class PPOTrainer(OnlineTrainer):
-    """Proximal policy optimisation with a critic; arguments are `OnlineTrainer`'s.
+class PPO(PolicyGradientAlgorithm):
+    """Proximal policy optimisation with a critic.
 
     Attributes:
         critic_learner: the critic and its optimizer.
     """
 
     config: PPOConfig
-    objective: PolicyObjective
 
-    def make_objective(self, config: PPOConfig, policy: Policy) -> PolicyObjective:
-        """The policy gradient."""
-        return PolicyObjective(config, policy)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config = self.config
-        self.critic_learner = CriticLearner(
-            make_critic(self.learner.model, config.critic),
-            config.model_copy(update={"learning_rate": config.critic.learning_rate or 10 * config.learning_rate}),
-            self.accelerator,
-            total_updates=config.num_steps * config.num_epochs * config.num_minibatches,
-            updates_per_step=config.num_epochs * config.num_minibatches,
+    def __init__(self, config: PPOConfig, inputs: OnlineInputs) -> None:
+        # The critic warms up alone in the first steps.
+        super().__init__(config, inputs, policy_steps=config.num_steps - config.critic.warmup_steps)
+        self.critic_learner = policy_learner(
+            config.model_copy(update={"optim": config.critic_optim}),
+            inputs,
+            make_critic(inputs.model, config.critic),
+            forward=critic_forward,
+            counts_experts=False,  # a mixture's routers are the policy's
         )
-        # Several ranks agree on a critic's weights by writing to all of the model's, the policy's among them.
-        self.engine.update_weights(self.engine.policy_version + 1)
-
-    @staticmethod
-    def num_policy_steps(config: PPOConfig) -> int:
-        """All but the first, in which the critic warms up."""
-        return config.num_steps - config.critic.warmup_steps
 
     @property
     def learners(self) -> dict[str, Learner]:
         """Policy and critic."""
         return super().learners | {"critic-": self.critic_learner}
 
-    def informative(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Which groups [P] have a completion to train on, of a step whose rewards are not all equal: a critic of equal
-        rewards can but learn that number, and the policy nothing. A step of a single completion counts."""
-        rewards = torch.tensor([rollout.rewards for rollout in rollouts])
-        low, high = extremes(rewards, self.gather)
+    def signal_groups(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Return which groups [P] have a completion to train on, in a step whose rewards are not all equal.
+
+        From equal rewards a critic can learn that number alone, and the policy nothing. A step of one completion
+        counts.
+        """
+        low, high = extremes(rewards_of(rollouts), self.ranks.gather)
         differ = low < high or self.config.num_prompts * self.config.group_size == 1
-        return self.trainable(rollouts).any(dim=1) & differ
+        return self.trained_completions(rollouts).any(dim=1) & differ
 
-    @property
-    def weigh(self) -> Weigh:
-        """Every token of the step weighs the same."""
-        return token_mean
-
-    def credit(
-        self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]
-    ) -> tuple[Tensor, list[list[Experience]]]:
-        """Advantages and returns of each token; a completion's is the mean of its tokens'."""
-        rewards = torch.tensor([rollout.rewards for rollout in rollouts], device=self.learner.device)
-        teaches = self.teaches(rollouts).to(self.learner.device)
-        parts = self.minibatches(len(rollouts))
+    def credit(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Experience]]) -> Credit:
+        """Return advantages and returns of each token; a completion's advantage is the mean of its tokens'."""
+        rewards = rewards_of(rollouts).to(self.learner.device)
+        trainable = self.trainable_mask(rollouts).to(self.learner.device)
+        parts = minibatch_slices(len(rollouts), self.config.num_minibatches)
         credited = [
-            self._credit_packs(packs, rewards[part].flatten(), teaches[part].flatten())
+            self._credit_packs(packs, rewards[part].flatten(), trainable[part].flatten())
             for part, packs in zip(parts, minibatches, strict=True)
         ]
-        everything = [pack for packs in credited for pack in packs]
-        self._measure(everything, rewards.numel())
+        metrics = self._measure([pack for packs in credited for pack in packs], rewards.numel())
         if self.config.whiten_advantages:
-            credited = whiten(credited, self.learner.reduce_sum)
-        each = [
-            sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)
-        ]
-        return torch.cat(each).view_as(rewards), credited
+            credited = whiten(credited, self.ranks.sum)
+        means = [sequence_means(packs, rewards[part].numel()) for part, packs in zip(parts, credited, strict=True)]
+        return Credit(torch.cat(means).view_as(rewards), credited, metrics)
 
-    def _credit_packs(self, packs: Sequence[Experience], rewards: Tensor, teaches: Tensor) -> list[Experience]:
-        """The packs of one mini-batch with values, advantages and returns; what does not teach [B] is masked out."""
+    def _credit_packs(self, packs: Sequence[Experience], rewards: Tensor, trainable: Tensor) -> list[Experience]:
+        """Return the packs of one mini-batch with values, advantages and returns of trainable sequences [B]."""
         config, credited = self.config, []
-        masked = [
-            replace(pack, completion_mask=pack.completion_mask & teaches[pack.segments.sequence_of_token.clamp(min=0)])
-            for pack in packs
-        ]
-        for pack, values in zip(masked, self.critic_learner.values(masked), strict=True):
-            mask, ids = pack.completion_mask, pack.segments.sequence_of_token
+        masked = [trained_part(pack, trainable) for pack in packs]
+        for pack, output in zip(masked, self.critic_learner.outputs(masked), strict=True):
+            mask, ids, values = pack.completion_mask, pack.segments.sequence_of_token, output.values
             kl, coef = torch.zeros_like(values), 0.0
             if self.objective.prices_kl and config.kl.placement == "reward":
                 kl, coef = _kl(pack), self.objective.kl_coef
@@ -126,42 +97,48 @@ class PPOTrainer(OnlineTrainer):
             credited.append(replace(pack, values=values, advantages=advantages, returns=returns))
         return credited
 
-    def _measure(self, packs: Sequence[Experience], num_samples: int) -> None:
-        """How good the critic was before this step; and the step's KL, which moves an adaptive coefficient."""
+    def _measure(self, packs: Sequence[Experience], num_samples: int) -> dict[str, float]:
+        """Return how good the critic was before this step, and the step's KL, which moves an adaptive coefficient."""
         errors = [_returns(pack) - _values(pack) for pack in packs]
         of_returns = self._totals([_returns(pack) for pack in packs], packs)
-        self.credit_metrics = {
+        metrics = {
             "explained_variance": explained_variance(of_returns, self._totals(errors, packs)),
             "returns": mean_and_variance(of_returns)[0],
             "values": mean_and_variance(self._totals([_values(pack) for pack in packs], packs))[0],
         }
         if self.objective.prices_kl:
             totals = self._totals([_kl(pack) for pack in packs], packs)
-            kl = mean_and_variance(totals)[0]
-            self.credit_metrics["kl_in_reward"] = kl
+            metrics["kl_in_reward"] = mean_and_variance(totals)[0]
             if totals[0] > 0:  # no token is no KL of 0
-                self.objective.adapt(kl, num_samples * self.accelerator.num_processes)
-
-    def _totals(self, values: Sequence[Tensor], packs: Sequence[Experience]) -> Tensor:
-        """Moments over the trained tokens of all packs and ranks."""
-        own = sum(moments(value, pack.completion_mask) for value, pack in zip(values, packs, strict=True))
-        assert isinstance(own, Tensor)
-        return self.learner.reduce_sum(own)
-
-    def learn(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
-        """The critic's update and, once it is warm, the policy's."""
-        found = self.critic_learner.update(packs, self.value_loss, self.weigh)
-        metrics = {f"critic/{name}": value for name, value in found.items()}
-        if step > self.config.critic.warmup_steps:
-            metrics |= self.learner.update(packs, self.loss, self.weigh)
+                self.objective.adapt(metrics["kl_in_reward"], num_samples * self.ranks.count)
         return metrics
 
-    def value_loss(self, output: CriticOutput, experience: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss [N] of each token's value."""
+    def _totals(self, values: Sequence[Tensor], packs: Sequence[Experience]) -> Tensor:
+        """Return the moments over the trained tokens of all packs and ranks."""
+        on_this_rank = [moments(value, pack.completion_mask) for value, pack in zip(values, packs, strict=True)]
+        return self.ranks.sum(torch.stack(on_this_rank).sum(dim=0))
+
+    def update(self, step: int, packs: Sequence[Experience]) -> dict[str, float]:
+        """Update the critic and, once it is warm, the policy."""
+        critic_metrics = self.critic_learner.update(packs, self.value_loss, self.loss_weights)
+        metrics = {f"critic/{name}": value for name, value in critic_metrics.items()}
+        if step > self.config.critic.warmup_steps:
+            metrics |= super().update(step, packs)
+        return metrics
+
+    def value_loss(self, output: CriticOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss [N] of each token's value."""
         loss, clipped = value_loss(
-            output.values, _values(experience), _returns(experience), clip=self.config.critic.value_clip
+            output.values, _values(pack), _returns(pack), clip=self.config.critic.value_clip
         )
         return loss, {"clip_frac": clipped.float()}
+
+
+class PPOTrainer(OnlineTrainer):
+    """Trainer of PPO; arguments are `OnlineTrainer`'s."""
+
+    config: PPOConfig
+    algorithm_class = PPO
 
 
 def _values(pack: Experience) -> Tensor:
@@ -177,4 +154,3 @@ def _returns(pack: Experience) -> Tensor:
 def _kl(pack: Experience) -> Tensor:
     assert pack.old_logprobs is not None and pack.ref_logprobs is not None
     return kl_k1(pack.old_logprobs, pack.ref_logprobs)
-

@@ -13,141 +13,101 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignlab.config.trainers.reward import RewardConfig
+from alignlab.config.offline import RewardConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
+from alignlab.evaluation.results import PreferenceResult
 from alignlab.functional.reward_losses import bradley_terry, brier_score, calibration_error, reward_centring
+from alignlab.loop.forward import reward_forward
+from alignlab.loop.given_data import GivenData, resolve_preferences
+from alignlab.loop.loss_weights import LossWeights, pair_mean
+from alignlab.loop.offline import OfflineTrainer
+from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, policy_learner
+from alignlab.models.fingerprints import model_digest
 from alignlab.models.finite import check_finite
-from alignlab.models.reward_checkpoints import classifier_of, padded_tokenizer, save_reward_model
+from alignlab.models.hub.reward_checkpoints import classifier_of, padded_tokenizer, save_reward_model
 from alignlab.models.reward_model import RewardModel, RewardOutput, last_tokens
-from alignlab.trainers.given_data import GivenData, resolve_preferences
-from alignlab.trainers.learner import Learner
-from alignlab.trainers.offline import OfflineTrainer
-from alignlab.trainers.pairs import with_labels
-from alignlab.trainers.reduction import Weigh, pair_mean
-from alignlab.training.evaluation import PreferenceResult
-from alignlab.training.reference_cache import digest_of_model
+from alignlab.trainers.pairs import pair_index, with_labels
 from alignlab.types import Experience
 
 
-class RewardLearner(Learner):
-    """Owns a reward model and its optimizer; arguments are `Learner`'s."""
-
-    policy: RewardModel  # type: ignore[assignment]  # what is trained
-
-    def _forward(self, policy: torch.nn.Module, pack: Experience) -> Any:
-        return policy(pack.tokens, pack.segments, pack.completion_mask)
-
-
 class RewardPairs(NamedTuple):
-    """What is known of the P pairs of a pack.
+    """The P pairs of a pack.
 
     Attributes:
         chosen, rejected: [P] rewards.
         margins: [P] by which the chosen one is to lead.
         probabilities: [P] that it is the better one.
-        places: [P] index of the token on which a pair's numbers stand.
     """
 
     chosen: Tensor
     rejected: Tensor
     margins: Tensor
     probabilities: Tensor
-    places: Tensor
 
 
-class RewardTrainer(OfflineTrainer):
-    """Trains a reward model: all weights, or an adapter and a head; arguments are `OfflineTrainer`'s.
+class RewardModelling(OfflineAlgorithm[Preference]):
+    """Trains a new head on the model: with all weights, or with an adapter.
 
-    Datasets: as `DPOTrainer`'s, with the margin of each pair in `config.margin_column`, and the
-    probability of its label in `config.probability_column`, where these are given.
+    Attributes:
+        reward_model: in training.
     """
 
     config: RewardConfig
-    size_field = "num_pairs"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.tokenizer = padded_tokenizer(self.tokenizer)
-        classifier_of(self.learner.model, self.tokenizer.pad_token_id)  # refused before the first step, not at the end
-        self.base_digest = digest_of_model(self.learner.model) if self.learner.has_adapters else None
+    def __init__(self, config: RewardConfig, inputs: OfflineInputs) -> None:
+        self.reward_model = RewardModel(inputs.model)
+        super().__init__(
+            config, inputs, policy_learner(config, inputs, self.reward_model, forward=reward_forward)
+        )
 
-    def make_learner(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig,
-        accelerator: Accelerator, **schedule: Any,
-    ) -> Learner:
-        """A new head on the model."""
-        reward: Any = RewardModel(model)
-        return RewardLearner(reward, config, accelerator, **schedule)
-
-    @property
-    def reward_model(self) -> RewardModel:
-        """What is trained."""
-        reward: RewardModel = self.learner.policy  # type: ignore[assignment]
-        return reward
-
-    @property
-    def weigh(self) -> Weigh:
-        """Every pair of the step weighs the same."""
-        return pair_mean
-
-    def examples(self, data: GivenData) -> Sequence[Preference]:
-        """Preferences of a dataset."""
+    def read(self, data: GivenData) -> Sequence[Preference]:
+        """Return the preferences of a dataset."""
         config = self.config
         return resolve_preferences(
             data, self.tokenizer, margin_column=config.margin_column, probability_column=config.probability_column
         )
 
-    def packs(self, rows: Sequence[int]) -> list[Experience]:
-        """Both completions of a pair in one pack, behind one prompt."""
-        return self._packs([self.train_examples[i] for i in rows])
-
-    def _packs(self, pairs: Sequence[Preference]) -> list[Experience]:
-        packs = pack_groups([pair.as_group() for pair in pairs], budget=self.config.tokens_per_microbatch)
+    def packs(self, name: str, examples: Sequence[Preference], rows: Sequence[int]) -> list[Experience]:
+        """Return both completions of each pair in one pack, behind one prompt."""
+        pairs = [examples[i] for i in rows]
+        packs = pack_groups([pair.as_group() for pair in pairs], budget=self.config.memory.tokens_per_microbatch)
         return with_labels([replace(pack, rollout_logprobs=None) for pack in packs], pairs)
 
-    def loss(  # type: ignore[override]  # of what is trained
-        self, output: RewardOutput, experience: Experience
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of each pair, on one token of it [N]; metrics likewise."""
-        pairs = pairs_of(output.rewards, experience)
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The same weight for every pair of the step."""
+        return pair_mean
 
-        def placed(values: Tensor) -> Tensor:
-            return values.new_zeros(experience.num_tokens).index_put((pairs.places,), values)
-
-        return placed(self.pair_loss(pairs)), {name: placed(values) for name, values in measured(pairs).items()}
+    def loss(self, output: RewardOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss [P] of each pair, and metrics [P]."""
+        pairs = reward_pairs(output.rewards, pack)
+        return self.pair_loss(pairs), pair_metrics(pairs)
 
     def pair_loss(self, pairs: RewardPairs) -> Tensor:
-        """[P] Bradley-Terry's, with the margin, and the centring."""
+        """Return Bradley-Terry's loss [P], with the margin, and the centring."""
         centring = self.config.centring_coef * reward_centring(pairs.chosen, pairs.rejected)
         likelihood = bradley_terry(
             pairs.chosen, pairs.rejected, margins=pairs.margins, probabilities=pairs.probabilities
         )
         return likelihood + centring
 
-    def evaluate(self) -> PreferenceResult | None:
-        """How often, how far and how surely held-out chosen completions lead; each rank looks at all of them.
+    def evaluate(self, held_out: Sequence[Preference]) -> PreferenceResult:
+        """Return how often, how far and how surely held-out chosen completions lead.
 
         Raises:
             NumericsError: a reward is not finite.
         """
-        if not self.eval_examples:
-            return None
-        packs = [pack.to(self.learner.device) for pack in self._packs(self.eval_examples)]
-        found = [
-            pairs_of(output.rewards, pack)  # type: ignore[attr-defined]  # of a reward model
-            for output, pack in zip(self.learner.outputs(packs), packs, strict=True)
-        ]
-        pairs = RewardPairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        packs = [pack.to(self.learner.device) for pack in self.packs("eval", held_out, range(len(held_out)))]
+        outputs = self.learner.outputs(packs)
+        of_packs = [reward_pairs(output.rewards, pack) for output, pack in zip(outputs, packs, strict=True)]
+        pairs = RewardPairs(*(torch.cat(parts) for parts in zip(*of_packs, strict=True)))
         leads = pairs.chosen - pairs.rejected
         check_finite([("pairs", leads)], "the rewards of held-out completions")
         return PreferenceResult(
-            accuracy=float(measured(pairs)["preference_accuracy"].mean()),
+            accuracy=float(pair_metrics(pairs)["preference_accuracy"].mean()),
             margin=float(leads.mean()),
             loss=float(self.pair_loss(pairs).mean()),
             num_pairs=len(leads),
@@ -155,28 +115,51 @@ class RewardTrainer(OfflineTrainer):
             brier=float(brier_score(leads)),
         )
 
+
+class RewardTrainer(OfflineTrainer):
+    """Trainer of a reward model: all weights, or an adapter and a head; arguments are `OfflineTrainer`'s.
+
+    Datasets: as `DPOTrainer`'s, with the margin of each pair in `config.margin_column`, and the probability of its
+    label in `config.probability_column`, where these are given.
+    """
+
+    config: RewardConfig
+    algorithm: RewardModelling
+    algorithm_class = RewardModelling
+    size_field = "num_pairs"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokenizer = padded_tokenizer(self.tokenizer)
+        classifier_of(self.learner.model, self.tokenizer.pad_token_id)  # refused before the first step, not at the end
+        self.base_digest = model_digest(self.learner.model) if self.learner.has_adapters else None
+
+    @property
+    def reward_model(self) -> RewardModel:
+        """The reward model in training."""
+        return self.algorithm.reward_model
+
     def write_model(self, path: Path, *, weights: bool = True) -> None:
-        """A sequence-classification model of `transformers`, or PEFT's adapter for one, and the tokenizer."""
+        """Write a sequence-classification model of `transformers`, or PEFT's adapter for one, and the tokenizer."""
         save_reward_model(
             self.reward_model, path, self.tokenizer, base_digest=self.base_digest, weights=weights
         )
 
-    def use_of(self, path: Path) -> str:
-        """As a reward of another run."""
+    def usage_hint(self, path: Path) -> str:
+        """Return the setting by which another run uses the model as a reward."""
         return f"rewards: [{{name: reward_model, options: {{model: {path}}}}}]"
 
 
-def pairs_of(rewards: Tensor, pack: Experience) -> RewardPairs:
-    """The pairs of a pack, from the rewards [N] on the last tokens: sequences 2 i and 2 i + 1 are pair i."""
-    assert pack.margins is not None and pack.probabilities is not None
-    ends = last_tokens(pack.segments).view(-1, 2)
-    chosen, rejected = rewards[ends[:, 0]], rewards[ends[:, 1]]
-    first = ends[:, 0]
-    return RewardPairs(chosen, rejected, pack.margins[first], pack.probabilities[first], first)
+def reward_pairs(rewards: Tensor, pack: Experience) -> RewardPairs:
+    """Return the pairs of a pack, from the rewards [N] on the last tokens of its sequences."""
+    assert pack.pair_margins is not None and pack.pair_probabilities is not None
+    chosen, rejected = rewards[last_tokens(pack.segments).view(-1, 2)].unbind(1)
+    index = pair_index(pack)
+    return RewardPairs(chosen, rejected, pack.pair_margins[index], pack.pair_probabilities[index])
 
 
-def measured(pairs: RewardPairs) -> dict[str, Tensor]:
-    """[P] of each metric: whether the chosen completion leads, by how much, and the pair's mean reward."""
+def pair_metrics(pairs: RewardPairs) -> dict[str, Tensor]:
+    """Return metrics [P]: whether the chosen completion leads, by how much, and the pair's mean reward."""
     leads = pairs.chosen - pairs.rejected
     return {
         "preference_accuracy": (leads > 0).float() + 0.5 * (leads == 0),  # a tie is a guess

@@ -1,24 +1,30 @@
-"""Find, read and compare answers. The rewards that compare with an expected answer share these parts.
+"""Find, read and compare answers, for the rewards that have an expected answer.
 
-    columns.py      what a data set's column holds   -> the expected answer's text, or None
-    extraction.py   a completion                     -> texts that may be its final answer, best first
-    remarks.py      a completion                     -> the same without checks, parentheses and second thoughts
-    blocks.py       the list below "Answer:"         -> one answer
-    boxes.py        a completion                     -> what stands in its last box or boxes
-    markup.py       an answer as it was written      -> one plain notation, without Markdown and layout
-    brackets.py     plain notation                   -> what stands outside of brackets and in them
-    tokens.py       plain notation                   -> numbers, letters, names and signs
+    columns.py      entry of a dataset's column      -> the expected answer's text, or None
+    thinking.py     completion of a thinking model   -> the text behind its reasoning
+    extraction.py   completion                       -> places that may state the final answer, best first
+    sentences.py    sentence                         -> texts in it that may be the answer, best first
+    remarks.py      completion                       -> the same without checks, parentheses and second thoughts
+    blocks.py       list below "Answer:"             -> one answer
+    boxes.py        completion                       -> content of its last box or boxes
+    markup.py       answer as it was written         -> plain notation, without Markdown and layout
+    brackets.py     plain notation                   -> the parts outside of brackets and inside
+    tokens.py       plain notation                   -> numbers, letters, commands and signs
     expressions.py  tokens                           -> a tree of operations
-    forms.py        what an answer may be: quantity, list, interval, relation, matrix, ratio or words
-    reading.py      an answer's text                 -> one of these forms
-    units.py        what follows a number            -> dimensions and a factor
-    evaluation.py   a tree                           -> its value, exact where possible, never a huge computation
-    equality.py     two trees or quantities          -> equal or not
+    forms.py        the forms of an answer: quantity, list, interval, relation, matrix, ratio or words
+    reading.py      answer's text                    -> one of these forms
+    quantities.py   number with a unit or currency   -> a quantity
+    units.py        text behind a number             -> dimensions and a factor
+    evaluation.py   tree                             -> its value, exact where possible, never a huge computation
+    exact.py        power or root of a fraction      -> its exact value, if it has a small one
+    equality.py     two trees                        -> equal or not
     residues.py     two trees of huge numbers        -> equal or not
     comparison.py   two answers that were read       -> equal or not
+    intervals.py    interval, inequality or union    -> intervals, for comparison
     text.py         two answers as text              -> equal or not; choices, yes and no
-    symbolic.py     what none of these can read      -> math-verify, for short texts only
-    verdict.py      an expected answer, a completion -> right or wrong
+    symbolic.py     short texts in other notation    -> equal or not, by math-verify
+    verdict.py      expected answer and completion   -> right or wrong
+    options.py      options of a reward              -> an error, if one is wrong
 
 Every part works in time that is bounded by its input's length: lengths, depths and magnitudes are limited before
 anything is computed, and no time limit is needed.

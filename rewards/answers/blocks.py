@@ -1,4 +1,4 @@
-"""Lists below the words that announce an answer."""
+"""Lists below the words that announce an answer: "Answer:", and a line for each of its parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _VALUE = re.compile(r"(?:[A-Za-z](?:_\w+)?\s*=\s*)?[-+\u2212]?(?:[\d.,/^ ]+|\\?[
 
 
 def list_below(text: str) -> tuple[list[str], int]:
-    """Return the items of the list that a text begins with, of two or more, and where it ends; nothing else."""
+    """Return the items of the list that a text begins with, and where it ends; no items for fewer than two."""
     items: list[str] = []
     position = end = 0
     for number, line in enumerate(text.splitlines(keepends=True)):

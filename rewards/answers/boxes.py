@@ -1,103 +1,109 @@
-r"""Answers in `\boxed{}`: the last box of a text, or the last boxes where they are one answer in several parts."""
+r"""The answer in `\boxed{}`: the last box of a text, or the last boxes that are one answer in several parts."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)(?![A-Za-z])\s{0,3}")
 _NAMES = ("\\boxed", "\\fbox", "\\framebox", "\\bbox")
 _MAX_BOXES = 20
 _LAYOUT = r"(?:[\s$.]|\\[()\[\]])*"
+# Between two boxes of one answer: `\boxed{2} and $\boxed{3}$`, `\boxed{2}, y = \boxed{3}`.
 _JOINER = re.compile(
     rf"{_LAYOUT}(?:,?\s*\b(and|or)\b|(,)){_LAYOUT}(?:(?:maybe|perhaps|possibly|even)\s)?"
     rf"{_LAYOUT}(?:[A-Za-z]\s?=)?{_LAYOUT}"
 )
 _NEXT_LINE = re.compile(_LAYOUT)
+# A value with its name, `x = 2`: boxes of different names are one answer.
 _NAMED = re.compile(r"\s*([A-Za-z](?:_\w+)?)\s*=[^=]*")
 
 _WHOLE = r"[$€£]?([-\u2212]?\d{1,3}(?:,\d{3})+|[-\u2212]?\d+)"
 _OR = rf"{_LAYOUT}\bor\b{_LAYOUT}(?:(?:maybe|perhaps|possibly|even)\s)?{_LAYOUT}"
 _WHOLE_NUMBER = re.compile(rf"\s*{_WHOLE}\s*")
+# `41 or \boxed{42}`, and `\boxed{42} or 41`.
 _OR_BEFORE = re.compile(rf"(?<![\w.,]){_WHOLE}{_OR}\Z")
 _OR_AFTER = re.compile(rf"{_LAYOUT},?{_OR}{_WHOLE}{_LAYOUT}(?:\Z|\n|(?<=[.!?$\)\s])\s)")
 _MAX_BESIDE = 80
 
-Box = tuple[int, int, str]
+
+class Box(NamedTuple):
+    """A box: its place in the text and its content."""
+
+    start: int
+    end: int
+    content: str
 
 
 def boxed(text: str) -> str | None:
-    """Return what stands in the last box that is not empty; the innermost of boxes in each other.
+    """Return the content of the last box that is not empty, or of the innermost box in it; None without a box.
 
-    Boxes joined by "and", "or" or a comma are one answer, and so are boxes below each other that give values of
+    Boxes joined by "and", "or" or a comma are one answer. So are boxes below each other that give the values of
     different names.
     """
-    last = _last_box(text, len(text))
-    if last is None:
+    box = _last_box(text, len(text))
+    if box is None:
         return None
-    parts, joiners = [last], [""]
-    while len(parts) < _MAX_BOXES:
-        before = _last_box(text, parts[0][0])
-        joiner = _joiner(text, before, parts[0]) if before is not None else None
+    contents, answer = {box.content}, box.content
+    for _ in range(_MAX_BOXES - 1):
+        before = _last_box(text, box.start)
+        joiner = _joiner(text, before, box) if before is not None else None
         if before is None or joiner is None:
             break
-        parts, joiners = [before, *parts], ["", joiner, *joiners[1:]]
-    contents = [content for _, _, content in parts]
-    if len(set(contents)) == 1:
-        return contents[0]
-    return "".join(joiner + content for joiner, content in zip(joiners, contents, strict=True))
+        contents.add(before.content)
+        answer = before.content + joiner + answer
+        box = before
+    return answer if len(contents) > 1 else box.content  # one answer boxed twice
 
 
 def hedged_box(text: str) -> str | None:
     """Return both numbers where another whole number is offered beside the last box: `41 or \\boxed{42}`; else None."""
-    last = _last_box(text, len(text))
-    whole = _WHOLE_NUMBER.fullmatch(last[2]) if last is not None else None
-    if last is None or whole is None:
+    box = _last_box(text, len(text))
+    boxed_number = _WHOLE_NUMBER.fullmatch(box.content) if box is not None else None
+    if box is None or boxed_number is None:
         return None
-    before = _OR_BEFORE.search(text, max(0, last[0] - _MAX_BESIDE), last[0])
-    after = _OR_AFTER.match(text[last[1] : last[1] + _MAX_BESIDE])
-    other = before or after
-    if other is None or other[1] == whole[1]:
+    before = _OR_BEFORE.search(text, max(0, box.start - _MAX_BESIDE), box.start)
+    offer = before or _OR_AFTER.match(text[box.end : box.end + _MAX_BESIDE])
+    if offer is None or offer[1] == boxed_number[1]:
         return None
-    return f"{other[1]} or {whole[1]}" if before else f"{whole[1]} or {other[1]}"
+    return f"{offer[1]} or {boxed_number[1]}" if before else f"{boxed_number[1]} or {offer[1]}"
 
 
 def end_of_boxes(text: str) -> int:
-    """Return where the last box that is not empty ends; 0 where there is none."""
-    last = _last_box(text, len(text))
-    return 0 if last is None else last[1]
+    """Return the end of the last box that is not empty; 0 where there is none."""
+    box = _last_box(text, len(text))
+    return 0 if box is None else box.end
 
 
 def _joiner(text: str, first: Box, second: Box) -> str | None:
-    """Return what joins two boxes to one answer: " or ", or a comma; None where they are two answers."""
-    if first[1] > second[0]:  # one in the other
+    """Return " or " or a comma where two boxes are one answer; None where they are two."""
+    if first.end > second.start:  # one in the other
         return None
-    between = text[first[1] : second[0]]
+    between = text[first.end : second.start]
     match = _JOINER.fullmatch(between)
     if match is not None:
         return " or " if match[1] == "or" else ", "
-    names = _NAMED.fullmatch(first[2]), _NAMED.fullmatch(second[2])
-    if _NEXT_LINE.fullmatch(between) and names[0] is not None and names[1] is not None and names[0][1] != names[1][1]:
-        return ", "
-    return None
+    names = [name[1] for box in (first, second) if (name := _NAMED.fullmatch(box.content))]
+    return ", " if len(set(names)) == 2 and _NEXT_LINE.fullmatch(between) else None
 
 
 def _last_box(text: str, end: int) -> Box | None:
-    """Return start, end and content of the last box before a place that is not empty."""
+    """Return the last box before a position that is not empty."""
     for _ in range(_MAX_BOXES):
         start = max(text.rfind(name, 0, end) for name in _NAMES)
         if start < 0:
             return None
         match = _BOX.match(text, start)
-        stop, inside = _box_content(text, match.end()) if match is not None else (start, "")
-        if inside.strip():
-            inner = boxed(inside) if "\\" in inside and _BOX.search(inside) else None
-            return start, stop, bound_kept(inner or inside)
+        box_end, content = _box_content(text, match.end()) if match is not None else (start, "")
+        if content.strip():
+            inner = boxed(content) if "\\" in content and _BOX.search(content) else None
+            return Box(start, box_end, with_bound(inner or content))
         end = start
     return None
 
 
-def bound_kept(content: str) -> str:
-    """Write a leading ">" as LaTeX: elsewhere it is the mark of a quotation."""
+def with_bound(content: str) -> str:
+    """Return a text with a leading ">" as LaTeX, since Markdown reads it as a quotation: `> 5` is a bound."""
     return re.sub(r"^\s*>(?!=)", r"\\gt ", content)
 
 

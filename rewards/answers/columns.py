@@ -1,4 +1,4 @@
-"""Expected answers as data sets hold them: numbers of any type, gaps, lists, worked solutions."""
+"""Expected answers in the columns of datasets: numbers of any type, gaps, lists, worked solutions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numbers import Integral, Real
 from typing import Any
 
 _LOG = logging.getLogger(__name__)
-_SAID: set[tuple[str, str]] = set()
+_LOGGED_GAPS: set[tuple[str, str]] = set()
 
-# The last line of a solution in GSM8K's form.
+# The last line of a worked solution in GSM8K.
 _AFTER_HASHES = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n]*\S)\s*\Z")
-_MAX_NUMBER = 1000
-_MAX_DIGITS = 4000  # of an expected number; Python itself writes no more than 4300
+_MAX_NUMBER_TEXT = 1000
+_MAX_DIGITS = 4000  # of an expected number; Python itself writes out at most 4300
 _DIGITS = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _PLAIN_NUMBER = re.compile(
     r"([+-]?)\\?[$€£]?([+-]?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -32,10 +32,10 @@ class ExpectedAnswer:
 
     Attributes:
         text: the answer alone.
-        whole: the whole text of the column, which differs where it is a worked solution.
-        numeric: the column held a number, so that it is compared by value.
-        binary: the column held a binary fraction, which is only as exact as its 53 bits.
-        several: the column held a list of several answers.
+        whole: the whole text of the column; more than the answer in a worked solution.
+        numeric: the column holds a number, which is compared by value.
+        binary: the column holds a float, which is only as exact as its 53 bits.
+        several: the column holds a list of several answers.
     """
 
     text: str
@@ -53,21 +53,21 @@ def expected_answer(value: Any, *, reward: str) -> ExpectedAnswer | None:
     is read at its key `ground_truth`.
 
     Args:
-        value: what the column holds for the sample.
+        value: the sample's entry in the column.
         reward: name of the reward, for messages.
 
     Raises:
-        ValueError: for a value that cannot be an answer.
+        ValueError: if a value cannot be an answer.
     """
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         value = value.tolist()
     if isinstance(value, Mapping):
         return expected_answer(_ground_truth(value, reward), reward=reward)
     if isinstance(value, (list, tuple, set, frozenset)):
-        return _several(list(value), reward)
+        return _joined(list(value), reward)
     gap = _gap(value)
     if gap is not None:
-        _say_once(reward, gap)
+        _log_once(reward, gap)
         return None
     if isinstance(value, str):
         solution = _AFTER_HASHES.search(value)
@@ -83,7 +83,7 @@ def expected_answer(value: Any, *, reward: str) -> ExpectedAnswer | None:
 
 
 def _gap(value: Any) -> str | None:
-    """Name the kind of missing answer that a value is; None where it is an answer."""
+    """Return the kind of gap that a value is; None where it is an answer."""
     if value is None:
         return "None"
     if type(value).__name__ in ("NAType", "NaTType"):
@@ -96,11 +96,11 @@ def _gap(value: Any) -> str | None:
     return "NaN" if isinstance(value, float) and math.isnan(value) else None
 
 
-def _say_once(reward: str, gap: str) -> None:
-    if (reward, gap) in _SAID:
+def _log_once(reward: str, gap: str) -> None:
+    if (reward, gap) in _LOGGED_GAPS:
         return
-    _SAID.add((reward, gap))
-    # None is how a data set of several tasks says that a reward does not apply; the others are gaps in the data.
+    _LOGGED_GAPS.add((reward, gap))
+    # In a dataset of several tasks, None says that the reward does not apply; other gaps are faults of the data.
     level = logging.INFO if gap == "None" else logging.WARNING
     _LOG.log(level, "%s: a row's expected answer is %s; such samples get no value from this reward", reward, gap)
 
@@ -114,26 +114,26 @@ def _ground_truth(value: Mapping[Any, Any], reward: str) -> Any:
     return value["ground_truth"]
 
 
-def _several(values: list[Any], reward: str) -> ExpectedAnswer | None:
+def _joined(values: list[Any], reward: str) -> ExpectedAnswer | None:
     if not values:
-        _say_once(reward, "an empty list")
+        _log_once(reward, "an empty list")
         return None
-    parts = [expected_answer(value, reward=reward) for value in values]
-    if len(parts) == 1:
-        return parts[0]
-    if any(part is None for part in parts):
+    answers = [expected_answer(value, reward=reward) for value in values]
+    if len(answers) == 1:
+        return answers[0]
+    if any(answer is None for answer in answers):
         raise ValueError(f"{reward} needs a whole expected answer, and a row holds {values!r:.100}, a list with a gap")
-    text = ", ".join(part.text for part in parts if part is not None)
+    text = ", ".join(answer.text for answer in answers if answer is not None)
     return ExpectedAnswer(text, text, several=True)
 
 
 def _require_writable(value: Any, reward: str) -> None:
-    """Raise ValueError for a number that has too many digits to be written out."""
+    """Raise if a number has too many digits to be written out."""
     digits = 0
     if isinstance(value, Decimal) and value.is_finite():
         digits = len(value.as_tuple().digits) + abs(int(value.as_tuple().exponent))
     elif isinstance(value, (Integral, Fraction)):
-        bits = max(abs(part).bit_length() for part in (int(value.numerator), int(value.denominator)))
+        bits = max(abs(term).bit_length() for term in (int(value.numerator), int(value.denominator)))
         digits = bits * 30103 // 100000 + 1
     if digits > _MAX_DIGITS:
         raise ValueError(
@@ -143,7 +143,7 @@ def _require_writable(value: Any, reward: str) -> None:
 
 
 def _number_text(value: Any) -> str | None:
-    """Write a number without an exponent or a useless point; None for what is no number."""
+    """Return a number without an exponent, 72.0 as "72"; None for any other value."""
     if isinstance(value, (bool, Integral)):
         return str(value if isinstance(value, bool) else int(value))
     if isinstance(value, Fraction):
@@ -158,12 +158,12 @@ def _number_text(value: Any) -> str | None:
 
 def in_digits(text: str) -> Fraction | None:
     """Return the value of a text that is digits, perhaps with a sign and a point; None for anything else."""
-    return Fraction(text) if len(text) <= _MAX_NUMBER and _DIGITS.fullmatch(text) else None
+    return Fraction(text) if len(text) <= _MAX_NUMBER_TEXT and _DIGITS.fullmatch(text) else None
 
 
 def plain_number(text: str) -> Fraction | None:
     """Return the value of a text that is one number, such as `-1,234.50`, `$18` or `72.`; None for anything else."""
     match = _PLAIN_NUMBER.fullmatch(text.strip().replace("\u2212", "-"))
-    if match is None or len(text) > _MAX_NUMBER:
+    if match is None or len(text) > _MAX_NUMBER_TEXT:
         return None
     return Fraction((match[1] or match[2]) + match[3].replace(",", "").removesuffix("."))

@@ -5,373 +5,294 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TypeGuard
+from typing import NamedTuple, TypeVar
 
-from alignlab_rewards.answers.equality import constant, equal, proportional, symbols_of
-from alignlab_rewards.answers.expressions import Node
-from alignlab_rewards.answers.forms import Answer, Items, Matrix, Quantity, Ratio, Relation, Words
+from alignlab_rewards.answers.equality import equal, proportional, symbols_of
+from alignlab_rewards.answers.expressions import Node, negative, number
+from alignlab_rewards.answers.forms import Answer, Items, Matrix, Quantity, Ratio, Relation, Words, is_definition
+from alignlab_rewards.answers.intervals import FLIPPED, ORDERS, Interval, intervals_of
 
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
-_ORDERS = frozenset(("<", ">", "<=", ">="))
-_HUNDRED = Node("number", value=Fraction(100))
-_INFINITY = Node("infinity")
-_MINUS_INFINITY = Node("-", (_INFINITY,))
-
-Interval = tuple[str, Node, Node, str]
+_T = TypeVar("_T")
 
 
-def same_answer(expected: Answer, given: Answer, *, relative_tolerance: float = 0.0) -> bool:
+def same_answer(expected: Answer, answer: Answer, *, relative_tolerance: float = 0.0) -> bool:
     """Return True if an answer says what is expected.
 
     A name in front is no part of an answer: `x = 5` is 5, in both directions. Numbers are equal as numbers, sets in any
     order, tuples in theirs, intervals with their brackets, equations up to a factor.
     """
-    return _Comparison(relative_tolerance).same(expected, given)
+    return _Comparison(relative_tolerance).same(expected, answer)
 
 
 class _Comparison:
     def __init__(self, relative_tolerance: float) -> None:
         self.relative_tolerance = relative_tolerance
 
-    def same(self, expected: Answer, given: Answer) -> bool:
-        if isinstance(expected, Words) or isinstance(given, Words):
-            return isinstance(expected, Words) and isinstance(given, Words) and _folded(expected) == _folded(given)
-        ranges = _intervals(expected), _intervals(given)
-        if ranges[0] is not None and ranges[1] is not None and self._same_intervals(ranges[0], ranges[1]):
-            return _same_variable(expected, given)
-        if isinstance(expected, Relation) and isinstance(given, Relation):
-            return self._same_relations(expected, given)
-        if isinstance(expected, Relation):
-            return is_definition(expected) and self.same(stated_value(expected), given)
-        if isinstance(given, Relation):
-            if not set(given.signs) <= {"=", "~"} or self._contradicts(given):
-                return False
-            return self.same(expected, stated_value(given))
-        comparisons: tuple[tuple[type, Callable[..., bool]], ...] = (
-            (Matrix, self._same_matrix),
-            (Items, self._same_items),
-            (Ratio, self._same_ratio),
-        )
-        for kind, compare in comparisons:
-            if isinstance(expected, kind) or isinstance(given, kind):
-                return compare(expected, given)
-        assert isinstance(expected, Quantity) and isinstance(given, Quantity)
-        return self._same_quantity(expected, given)
+    def same(self, expected: Answer, answer: Answer) -> bool:
+        """Compare two answers of any form."""
+        if isinstance(expected, Words) or isinstance(answer, Words):
+            return _same_words(expected, answer)
+        if self._same_intervals(expected, answer):
+            return _same_variables(expected, answer)
+        for form, compare in _BY_FORM:
+            if isinstance(expected, form) or isinstance(answer, form):
+                return compare(self, expected, answer)
+        raise AssertionError(f"no form of an answer: {expected!r:.80}, {answer!r:.80}")
 
-    def equal(self, left: Node, right: Node) -> bool:
-        return equal(left, right, relative_tolerance=self.relative_tolerance)
+    def equal(self, first: Node, second: Node) -> bool:
+        return equal(first, second, relative_tolerance=self.relative_tolerance)
+
+    def _same_intervals(self, expected: Answer, answer: Answer) -> bool:
+        unions = intervals_of(expected), intervals_of(answer)
+        return unions[0] is not None and unions[1] is not None and _pair_up(unions[0], unions[1], self._same_interval)
+
+    def _same_interval(self, expected: Interval, interval: Interval) -> bool:
+        same_brackets = (expected.opening, expected.closing) == (interval.opening, interval.closing)
+        return same_brackets and self.equal(expected.low, interval.low) and self.equal(expected.high, interval.high)
+
+    def _same_relation(self, expected: Answer, answer: Answer) -> bool:
+        """Compare two relations, or a relation that states a value with that value: `x = 5` with 5."""
+        if not isinstance(answer, Relation):
+            return is_definition(expected) and self.same(expected.stated_value, answer)
+        if not isinstance(expected, Relation):
+            return answer.is_equation and not self._contradicts(answer) and self.same(expected, answer.stated_value)
+        if _define_the_same(expected, answer):
+            return self.same(expected.stated_value, answer.stated_value)
+        expected_difference, difference = _difference(expected), _difference(answer)
+        if expected_difference is None or difference is None or expected_difference.sign != difference.sign:
+            return False
+        return proportional(expected_difference.node, difference.node, positive=difference.sign in ORDERS)
 
     def _contradicts(self, chain: Relation) -> bool:
-        """Return True for `43 = 42`: numbers said to be equal that are not, and none of which is another rounded."""
-        for left, right, sign in zip(chain.sides, chain.sides[1:], chain.signs, strict=False):
-            values = _literal(left), _literal(right)
-            if sign == "~" or values[0] is None or values[1] is None:
+        """Return True for a chain that equates different numbers: `43 = 42`, but not a rounded one: `2/3 = 0.67`."""
+        for side, next_side, sign in zip(chain.sides, chain.sides[1:], chain.signs, strict=False):
+            exact, rounded = _literal(side), _literal(next_side)
+            if sign == "~" or exact is None or rounded is None:
                 continue
-            slack = Fraction(1, 2) if values[1].denominator == 1 else abs(values[1]) / 100
-            if abs(values[0] - values[1]) > slack and not self.same(left, right):
+            slack = Fraction(1, 2) if rounded.denominator == 1 else abs(rounded) / 100
+            if abs(exact - rounded) > slack and not self.same(side, next_side):
                 return True
         return False
 
-    def _same_quantity(self, expected: Quantity, given: Quantity) -> bool:
-        """Compare numbers, in a common unit where both have one. Percent may be written as a number or a fraction."""
-        if expected.unit.known and given.unit.known:
-            if expected.unit.dimensions != given.unit.dimensions:
-                return False
-            return self.equal(_times(expected.node, expected.unit.factor), _times(given.node, given.unit.factor))
-        if (expected.percent and given.unit.known) or (given.percent and expected.unit.known):
+    def _same_quantity(self, expected: Answer, answer: Answer) -> bool:
+        """Compare numbers, in a common unit where both have one."""
+        assert isinstance(expected, Quantity) and isinstance(answer, Quantity)
+        if expected.unit.known and answer.unit.known:
+            return self._same_measure(expected, answer)
+        if any(a.percent and b.unit.known for a, b in ((expected, answer), (answer, expected))):
             return False
-        if self.equal(expected.node, given.node):
+        if self.equal(expected.node, answer.node):  # `28%` may be written as 28 ...
             return True
-        if expected.percent == given.percent:
-            return False
-        return self.equal(_share(expected), _share(given))
+        # ... or as 0.28.
+        return expected.percent != answer.percent and self.equal(_as_fraction(expected), _as_fraction(answer))
 
-    def _same_ratio(self, expected: Answer, given: Answer) -> bool:
-        if isinstance(expected, Ratio) and isinstance(given, Ratio):
-            if len(expected.parts) != len(given.parts):
-                return False
-            if all(map(self._same_quantity, expected.parts, given.parts)):
-                return True
-            if expected.clock and given.clock:
-                return False
-            return self._proportional_parts(expected, given)
-        ratio, other = (expected, given) if isinstance(expected, Ratio) else (given, expected)
-        if not isinstance(ratio, Ratio) or not isinstance(other, Quantity) or len(ratio.parts) != 2 or other.percent:
-            return False
-        return self.equal(Node("/", (ratio.parts[0].node, ratio.parts[1].node)), other.node)
+    def _same_measure(self, expected: Quantity, answer: Quantity) -> bool:
+        same_dimensions = expected.unit.dimensions == answer.unit.dimensions
+        return same_dimensions and self.equal(_in_base_units(expected), _in_base_units(answer))
 
-    def _proportional_parts(self, expected: Ratio, given: Ratio) -> bool:
-        first, other = expected.parts[0].node, given.parts[0].node
-        if self.equal(first, _ZERO) or self.equal(other, _ZERO):
+    def _same_ratio(self, expected: Answer, answer: Answer) -> bool:
+        """Compare two ratios, or a ratio with a fraction: `3:4` with 3/4."""
+        if isinstance(expected, Ratio) and isinstance(answer, Ratio):
+            return self._same_parts(expected, answer)
+        ratio, quantity = (expected, answer) if isinstance(expected, Ratio) else (answer, expected)
+        if not isinstance(ratio, Ratio) or not isinstance(quantity, Quantity):
+            return False
+        if len(ratio.parts) != 2 or quantity.percent:
+            return False
+        return self.equal(Node("/", (ratio.parts[0].node, ratio.parts[1].node)), quantity.node)
+
+    def _same_parts(self, expected: Ratio, answer: Ratio) -> bool:
+        if len(expected.parts) != len(answer.parts):
+            return False
+        if all(map(self._same_quantity, expected.parts, answer.parts)):
+            return True
+        # 1:20 and 2:40 are equal ratios, but different times.
+        return not (expected.clock and answer.clock) and self._proportional_parts(expected, answer)
+
+    def _proportional_parts(self, expected: Ratio, answer: Ratio) -> bool:
+        expected_nodes, nodes = ([part.node for part in ratio.parts] for ratio in (expected, answer))
+        if self.equal(expected_nodes[0], number(0)) or self.equal(nodes[0], number(0)):
             return False
         return all(
-            self.equal(Node("*", (first, b.node)), Node("*", (other, a.node)))
-            for a, b in zip(expected.parts[1:], given.parts[1:], strict=True)
+            self.equal(Node("*", (expected_nodes[0], b)), Node("*", (nodes[0], a)))
+            for a, b in zip(expected_nodes[1:], nodes[1:], strict=True)
         )
 
-    def _same_matrix(self, expected: Answer, given: Answer) -> bool:
-        left, right = _rows(expected), _rows(given)
-        if left is None or right is None or [*map(len, left)] != [*map(len, right)]:
+    def _same_matrix(self, expected: Answer, answer: Answer) -> bool:
+        rows = _rows(expected), _rows(answer)
+        if rows[0] is None or rows[1] is None:
             return False
-        return all(
-            self.same(a, b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True)
-        )
+        return len(rows[0]) == len(rows[1]) and all(map(self._in_order, rows[0], rows[1]))
 
-    def _same_items(self, expected: Answer, given: Answer) -> bool:
-        named = _assignments(expected), _assignments(given)
-        if named[0] is not None or named[1] is not None:
-            return self._same_assignments(named, expected, given)
-        left, right = _listed(expected), _listed(given)
-        if right.joiner == "or" and not right.opening and not isinstance(expected, Items):
-            values = [stated_value(item) if _is_equation(item) else item for item in right.items]
-            agree = all(self.same(values[0], value) for value in values) and len(set(values)) > 1
-            return agree and any(self.same(expected, value) for value in values)
-        if "cup" in (left.joiner, right.joiner) and left.joiner != right.joiner:
+    def _same_items(self, expected: Answer, answer: Answer) -> bool:
+        values = _assignments(expected), _assignments(answer)
+        if values[0] is not None and values[1] is not None:
+            return self._same_assignments(values[0], values[1])
+        if values[0] is not None or values[1] is not None:
+            return self._same_without_names(_values_in_order(expected), _values_in_order(answer))
+        items = _without_names(answer)
+        if items.joiner == "or" and not items.opening and not isinstance(expected, Items):
+            return self._same_alternatives(expected, items.items)
+        return self._same_collection(_without_names(expected), items)
+
+    def _same_assignments(self, expected: dict[Answer, Answer], values: dict[Answer, Answer]) -> bool:
+        """Compare `x = 2, y = 3` with `y = 3, x = 2`, by names."""
+        return expected.keys() == values.keys() and all(self.same(expected[name], values[name]) for name in expected)
+
+    def _same_without_names(self, expected: Items, answer: Items) -> bool:
+        """Compare `x = 2, y = 3` with the point (2, 3) or the list `2, 3`."""
+        have_order = all(items.opening != "{" and items.joiner != "cup" for items in (expected, answer))
+        return have_order and self._in_order(expected.items, answer.items)
+
+    def _same_alternatives(self, expected: Answer, alternatives: Sequence[Answer]) -> bool:
+        """Compare one answer with different ways to write it: `1/2 or 0.5`, but not with an offer of two answers."""
+        values = [
+            answer.stated_value if isinstance(answer, Relation) and answer.is_equation else answer
+            for answer in alternatives
+        ]
+        if len(set(values)) == 1 or not all(self.same(values[0], value) for value in values):
             return False
-        if "{" in (left.opening, right.opening):
-            if {left.opening, right.opening} - {"{", ""}:
-                return False
-            return self._subset(left.items, right.items) and self._subset(right.items, left.items)
-        if left.opening and right.opening:
-            return (left.opening, left.closing) == (right.opening, right.closing) and self._in_order(
-                left.items, right.items
-            )
-        if left.opening or right.opening:
-            half_open = (left.opening + left.closing, right.opening + right.closing)
-            return not {"(]", "[)"} & set(half_open) and self._in_order(left.items, right.items)
-        return self._in_any_order(left.items, right.items)
+        return any(self.same(expected, value) for value in values)
 
-    def _same_assignments(
-        self, named: tuple[dict[Answer, Answer] | None, dict[Answer, Answer] | None], expected: Answer, given: Answer
-    ) -> bool:
-        """Compare `x = 2, y = 3` by names, or with a point or a list that has no names, in order."""
-        left, right = named
-        if left is not None and right is not None:
-            return left.keys() == right.keys() and all(self.same(left[name], right[name]) for name in left)
-        values = list((left or right or {}).values())
-        other = _listed(given if left is not None else expected)
-        if other.opening == "{" or other.joiner == "cup":
+    def _same_collection(self, expected: Items, answer: Items) -> bool:
+        """Compare sets and lists in any order, tuples and intervals in theirs with equal brackets."""
+        if (expected.joiner == "cup") != (answer.joiner == "cup"):
             return False
-        return self._in_order(values, other.items) if left is not None else self._in_order(other.items, values)
+        openings = {expected.opening, answer.opening}
+        if "{" in openings:
+            return openings <= {"{", ""} and self._same_set(expected.items, answer.items)
+        if openings == {""}:
+            return _pair_up(expected.items, answer.items, self.same)
+        brackets = {expected.opening + expected.closing, answer.opening + answer.closing}
+        # A list without brackets may be a point or an interval, but not a half-open one.
+        fit = not brackets & {"(]", "[)"} if "" in openings else len(brackets) == 1
+        return fit and self._in_order(expected.items, answer.items)
 
-    def _in_order(self, left: Sequence[Answer], right: Sequence[Answer]) -> bool:
-        return len(left) == len(right) and all(map(self.same, left, right))
+    def _in_order(self, expected: Sequence[Answer], answers: Sequence[Answer]) -> bool:
+        return len(expected) == len(answers) and all(map(self.same, expected, answers))
 
-    def _in_any_order(self, left: Sequence[Answer], right: Sequence[Answer]) -> bool:
-        rest = list(right)
-        if len(left) != len(rest):
+    def _same_set(self, expected: Sequence[Answer], answers: Sequence[Answer]) -> bool:
+        """Compare without regard to order and repetition."""
+        none_missing = all(any(self.same(member, answer) for answer in answers) for member in expected)
+        return none_missing and all(any(self.same(answer, member) for member in expected) for answer in answers)
+
+
+# In this order: a list may be a matrix, a point or a set, and a quantity may be compared with any form.
+_BY_FORM: tuple[tuple[type, Callable[[_Comparison, Answer, Answer], bool]], ...] = (
+    (Relation, _Comparison._same_relation),
+    (Matrix, _Comparison._same_matrix),
+    (Items, _Comparison._same_items),
+    (Ratio, _Comparison._same_ratio),
+    (Quantity, _Comparison._same_quantity),
+)
+
+
+def _pair_up(items: Sequence[_T], partners: Sequence[_T], same: Callable[[_T, _T], bool]) -> bool:
+    """Return True if every item has a partner of its own, and none remains."""
+    if len(items) != len(partners):
+        return False
+    unpaired = list(partners)
+    for item in items:
+        index = next((i for i, partner in enumerate(unpaired) if same(item, partner)), None)
+        if index is None:
             return False
-        for item in left:
-            match = next((i for i, other in enumerate(rest) if self.same(item, other)), None)
-            if match is None:
-                return False
-            del rest[match]
-        return True
-
-    def _subset(self, left: Sequence[Answer], right: Sequence[Answer]) -> bool:
-        return all(any(self.same(item, other) for other in right) for item in left)
-
-    def _same_relations(self, expected: Relation, given: Relation) -> bool:
-        if is_definition(expected) and is_definition(given):
-            names = expected.sides[0], given.sides[0]
-            if names[0] == names[1] or isinstance(names[0], Words) or isinstance(names[1], Words):
-                return self.same(stated_value(expected), stated_value(given))
-        left, right = _difference(expected), _difference(given)
-        if left is None or right is None:
-            return False
-        if left[1] != right[1]:
-            return False
-        return proportional(left[0], right[0], positive=left[1] in _ORDERS)
-
-    def _same_intervals(self, left: Sequence[Interval], right: Sequence[Interval]) -> bool:
-        rest = list(right)
-        if len(left) != len(rest):
-            return False
-        for a in left:
-            match = next((i for i, b in enumerate(rest) if self._same_interval(a, b)), None)
-            if match is None:
-                return False
-            del rest[match]
-        return True
-
-    def _same_interval(self, a: Interval, b: Interval) -> bool:
-        return (a[0], a[3]) == (b[0], b[3]) and self.equal(a[1], b[1]) and self.equal(a[2], b[2])
+        del unpaired[index]
+    return True
 
 
-_ZERO = Node("number", value=Fraction(0))
+def _same_words(expected: Answer, answer: Answer) -> bool:
+    are_words = isinstance(expected, Words) and isinstance(answer, Words)
+    return are_words and expected.text.casefold() == answer.text.casefold()
+
+
+def _define_the_same(expected: Relation, answer: Relation) -> bool:
+    """Return True for two definitions of one name, and of names in words: `Total = 12` and `Sum = 12`."""
+    names = expected.sides[0], answer.sides[0]
+    same_name = names[0] == names[1] or isinstance(names[0], Words) or isinstance(names[1], Words)
+    return same_name and expected.is_definition and answer.is_definition
 
 
 def _literal(side: Answer) -> Fraction | None:
     """Return the number that a side of a chain is, without a unit of measure; None for anything else."""
     if not isinstance(side, Quantity) or side.unit.known:
         return None
-    node = side.node.args[0] if side.node.op == "-" else side.node
-    if not isinstance(node.value, Fraction):
+    is_negative = side.node.op == "-"
+    value = (side.node.args[0] if is_negative else side.node).value
+    if not isinstance(value, Fraction):
         return None
-    return -node.value if node is not side.node else node.value
+    return -value if is_negative else value
 
 
-def is_definition(relation: Relation) -> bool:
-    """Return True for `x = 5`, `f(x) = 2x` and `Total = 12`: a name, then its value."""
-    if not set(relation.signs) <= {"=", "~"}:
-        return False
-    first = relation.sides[0]
-    if isinstance(first, Words):
-        return True
-    if isinstance(first, Items) and first.opening == "(":  # (x, y) = (1, 2)
-        return all(isinstance(item, Quantity) and item.node.op == "symbol" for item in first.items)
-    return isinstance(first, Quantity) and first.node.op in ("symbol", "unknown")
+def _in_base_units(quantity: Quantity) -> Node:
+    return Node("*", (quantity.node, number(quantity.unit.factor)))
 
 
-def _is_equation(answer: Answer) -> TypeGuard[Relation]:
-    return isinstance(answer, Relation) and set(answer.signs) <= {"=", "~"}
-
-
-def stated_value(relation: Relation) -> Answer:
-    """Return what a chain of equalities ends with; where a part is approximate, what stands before that part."""
-    if "~" in relation.signs:
-        exact = relation.signs.index("~")
-        if exact or not is_definition(relation):
-            return relation.sides[exact]
-    return relation.sides[-1]
-
-
-def _folded(text: Words) -> str:
-    return text.text.casefold()
-
-
-def _times(node: Node, factor: Fraction) -> Node:
-    return Node("*", (node, Node("number", value=factor)))
-
-
-def _share(quantity: Quantity) -> Node:
-    return Node("/", (quantity.node, _HUNDRED)) if quantity.percent else quantity.node
+def _as_fraction(quantity: Quantity) -> Node:
+    """Return 28/100 for `28%`."""
+    return Node("/", (quantity.node, number(100))) if quantity.percent else quantity.node
 
 
 def _rows(answer: Answer) -> list[tuple[Answer, ...]] | None:
-    """Rows of a matrix, of a list of lists, or of a tuple as a column."""
+    """Return the rows of a matrix, of a list of lists, or of a tuple as a column."""
     if isinstance(answer, Matrix):
         return list(answer.rows)
     if not isinstance(answer, Items) or answer.opening not in ("(", "["):
         return None
-    if all(isinstance(item, Items) and item.opening in ("(", "[") for item in answer.items):
-        return [item.items for item in answer.items if isinstance(item, Items)]
-    return [(item,) for item in answer.items]
-
-
-def _listed(answer: Answer) -> Items:
-    """Items with names taken off: `x = 2 or x = 3` and `x = 2, 3` are 2 and 3."""
-    if not isinstance(answer, Items):
-        return Items((answer,))
-    if answer.opening == "" and answer.joiner != "cup":
-        names = [item.sides[0] if isinstance(item, Relation) and is_definition(item) else None for item in answer.items]
-        if names and names[0] is not None and all(name in (None, names[0]) for name in names):
-            return replace(answer, items=tuple(_value(item) for item in answer.items))
-    return answer
-
-
-def _value(item: Answer) -> Answer:
-    return stated_value(item) if isinstance(item, Relation) and is_definition(item) else item
+    rows = [item.items for item in answer.items if isinstance(item, Items) and item.opening in ("(", "[")]
+    return rows if len(rows) == len(answer.items) else [(item,) for item in answer.items]
 
 
 def _assignments(answer: Answer) -> dict[Answer, Answer] | None:
-    """The values of several names, `x = 2, y = 3`; None for anything else."""
+    """Return the values of several names, `x = 2, y = 3`; None for anything else."""
     if not isinstance(answer, Items) or answer.opening or len(answer.items) < 2:
         return None
-    values: dict[Answer, Answer] = {}
-    for item in answer.items:
-        if not isinstance(item, Relation) or not is_definition(item) or item.sides[0] in values:
-            return None
-        values[item.sides[0]] = stated_value(item)
-    return values
+    values = {item.sides[0]: item.stated_value for item in answer.items if is_definition(item)}
+    return values if len(values) == len(answer.items) else None
 
 
-def _intervals(answer: Answer) -> list[Interval] | None:
-    """Return the intervals that an answer is the union of; None where it is no such thing."""
-    if isinstance(answer, Relation):
-        return _relation_intervals(answer)
+def _values_in_order(answer: Answer) -> Items:
+    values = _assignments(answer)
+    return _without_names(answer) if values is None else Items(tuple(values.values()), "(", ")")
+
+
+def _without_names(answer: Answer) -> Items:
+    """Return an answer's items without the name that they share: 2 and 3 for `x = 2 or x = 3` and for `x = 2, 3`."""
     if not isinstance(answer, Items):
-        return None
-    if answer.opening == "" and answer.items and (answer.joiner in ("cup", "or", ",")):
-        parts = [_intervals(item) for item in answer.items]
-        if all(part is not None for part in parts) and (
-            answer.joiner == "cup" or all(isinstance(item, Relation) for item in answer.items)
-        ):
-            return [interval for part in parts if part is not None for interval in part]
-        return None
-    if answer.opening in ("(", "[") and answer.closing in (")", "]") and len(answer.items) == 2:
-        low, high = answer.items
-        if isinstance(low, Quantity) and isinstance(high, Quantity):
-            return [(answer.opening, low.node, high.node, answer.closing)]
-    return None
+        return Items((answer,))
+    names = [item.sides[0] if is_definition(item) else None for item in answer.items]
+    may_share = answer.opening == "" and answer.joiner != "cup" and names[:1] != [None]
+    if not may_share or not set(names[1:]) <= {None, *names[:1]}:
+        return answer
+    return replace(answer, items=tuple(item.stated_value if is_definition(item) else item for item in answer.items))
 
 
-def _relation_intervals(relation: Relation) -> list[Interval] | None:
-    """`0 < x <= 1` as (0, 1], `x > 3` as (3, infinity), `x != 2` as two intervals."""
-    nodes = [side.node if isinstance(side, Quantity) else None for side in relation.sides]
-    if any(node is None for node in nodes) or not set(relation.signs) <= _ORDERS | {"!="}:
-        return None
-    sides = [node for node in nodes if node is not None]
-    signs = list(relation.signs)
-    if signs[0] in (">", ">="):
-        sides, signs = sides[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
-    brackets = {"<": ("(", ")"), "<=": ("[", "]")}
-    if len(sides) == 3 and sides[1].op == "symbol" and all(sign in brackets for sign in signs):
-        if constant(sides[0]) is None or constant(sides[2]) is None:
-            return None
-        return [(brackets[signs[0]][0], sides[0], sides[2], brackets[signs[1]][1])]
-    if len(sides) != 2:
-        return None
-    left, right = sides
-    if left.op == "abs" and signs[0] in brackets and not symbols_of(right):
-        return _around_zero(left.args[0], right, brackets[signs[0]])
-    if signs[0] == "!=":
-        name, value = (left, right) if left.op == "symbol" else (right, left)
-        if name.op != "symbol" or symbols_of(value):
-            return None
-        return [("(", _MINUS_INFINITY, value, ")"), ("(", value, _INFINITY, ")")]
-    if left.op == "symbol" and not symbols_of(right):
-        return [("(", _MINUS_INFINITY, right, brackets[signs[0]][1])]
-    if right.op == "symbol" and not symbols_of(left):
-        return [(brackets[signs[0]][0], left, _INFINITY, ")")]
-    return None
-
-
-def _around_zero(inside: Node, size: Node, brackets: tuple[str, str]) -> list[Interval] | None:
-    """`|x| < 3` as (-3, 3), `|x - 1| < 3` as (-2, 4)."""
-    terms = inside.args if inside.op == "+" else (inside,)
-    variables = [term for term in terms if term.op == "symbol"]
-    constants = [term for term in terms if not symbols_of(term)]
-    if len(variables) != 1 or len(constants) + 1 != len(terms):
-        return None
-    ends = [Node("+", (end, *(Node("-", (term,)) for term in constants))) for end in (Node("-", (size,)), size)]
-    return [(brackets[0], ends[0], ends[1], brackets[1])]
-
-
-def _same_variable(expected: Answer, given: Answer) -> bool:
-    """True unless both are relations of different variables."""
-    names = [_variables(answer) for answer in (expected, given)]
+def _same_variables(expected: Answer, answer: Answer) -> bool:
+    """Return True unless two answers have different variables: `x < 3` and `y < 3`, but not `x < 3` and (-oo, 3)."""
+    names = _variables(expected), _variables(answer)
     return not names[0] or not names[1] or names[0] == names[1]
 
 
 def _variables(answer: Answer) -> frozenset[str]:
     if isinstance(answer, Quantity):
         return symbols_of(answer.node)
-    if isinstance(answer, Relation):
-        return frozenset().union(*map(_variables, answer.sides))
-    if isinstance(answer, Items):
-        return frozenset().union(*map(_variables, answer.items))
-    return frozenset()
+    answers = answer.sides if isinstance(answer, Relation) else answer.items if isinstance(answer, Items) else ()
+    return frozenset().union(*map(_variables, answers))
 
 
-def _difference(relation: Relation) -> tuple[Node, str] | None:
-    """Left side minus right side, turned so that the sign is "=", "!=", "<" or "<="."""
-    if len(relation.sides) != 2 or relation.signs[0] not in _FLIPPED:
+class _Difference(NamedTuple):
+    """The left side of a relation minus its right side, and the sign between that and 0."""
+
+    node: Node
+    sign: str
+
+
+def _difference(relation: Relation) -> _Difference | None:
+    """Return the difference of two sides with the sign "=", "!=", "<" or "<="; None for other relations."""
+    if len(relation.sides) != 2 or relation.signs[0] not in FLIPPED:
         return None
-    left, right = relation.sides
-    if not isinstance(left, Quantity) or not isinstance(right, Quantity):
+    (first, second), sign = relation.sides, relation.signs[0]
+    if not isinstance(first, Quantity) or not isinstance(second, Quantity):
         return None
-    sign = relation.signs[0]
     if sign in (">", ">="):
-        left, right, sign = right, left, _FLIPPED[sign]
-    return Node("+", (left.node, Node("-", (right.node,)))), sign
+        first, second, sign = second, first, FLIPPED[sign]
+    return _Difference(Node("+", (first.node, negative(second.node))), sign)

@@ -11,7 +11,8 @@ Nothing is computed here. Texts of more than `MAX_TOKENS` signs or `MAX_DEPTH` l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -45,7 +46,22 @@ class Node:
     value: Fraction | str | None = None
 
 
-_DEGREE = Node("/", (Node("symbol", value="pi"), Node("number", value=Fraction(180))))
+def number(value: int | Fraction) -> Node:
+    """Return the leaf of a number."""
+    return Node("number", value=Fraction(value))
+
+
+def negative(node: Node) -> Node:
+    """Return the negation of a tree."""
+    return Node("-", (node,))
+
+
+INFINITY = Node("infinity")
+MINUS_INFINITY = negative(INFINITY)
+_DEGREE = Node("/", (Node("symbol", value="pi"), number(180)))
+_CLOSING = {"(": ")", "{": "}", "[": "]"}
+_FRACTIONS = {"frac": "/", "binom": "binomial"}
+_ROUNDINGS = {"lfloor": "floor", "lceil": "ceil"}
 
 
 def read_expression(text: str, *, letters: bool = True) -> Node:
@@ -66,13 +82,13 @@ def read_expression(text: str, *, letters: bool = True) -> Node:
 
 
 class _Reader:
-    """Recursive descent over tokens."""
+    """Recursive descent over tokens, with a method for each rule of the grammar."""
 
     def __init__(self, tokens: Sequence[Token]) -> None:
         self.tokens = list(tokens)
         self.position = 0
         self.depth = 0
-        self.bars = 0
+        self.bars = 0  # signs "|" that are open
 
     def peek(self) -> Token | None:
         return self.tokens[self.position] if self.position < len(self.tokens) else None
@@ -88,38 +104,48 @@ class _Reader:
         token = self.peek()
         return token is not None and token.text in texts
 
+    def take_if(self, *texts: str) -> str | None:
+        """Take the next token if it is one of these, and return its text."""
+        return self.take().text if self.at(*texts) else None
+
     def expect(self, text: str) -> None:
         if self.take().text != text:
             raise NotMathematics(f"{text!r} is missing")
 
-    def sum(self) -> Node:
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        """Count a level of nesting, so that no text exhausts Python's stack."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise NotMathematics("too deep")
-        terms = [self.term()]
-        while self.at("+", "-"):
-            negative = self.take().text == "-"
-            term = self.term()
-            terms.append(Node("-", (term,)) if negative else term)
+        yield
         self.depth -= 1
+
+    def sum(self) -> Node:
+        """Read terms with signs between them."""
+        with self.deeper():
+            terms = [self.term()]
+            while sign := self.take_if("+", "-"):
+                term = self.term()
+                terms.append(negative(term) if sign == "-" else term)
         return terms[0] if len(terms) == 1 else Node("+", tuple(terms))
 
     def term(self) -> Node:
+        """Read factors with signs, or nothing, between them."""
         node = self.factor()
         while True:
-            if self.at("*", "times", "cdot"):
-                self.take()
-                node = Node("*", (node, self.factor()))
-            elif self.at("/"):
-                self.take()
-                node = Node("/", (node, self.factor()))
+            if sign := self.take_if("*", "times", "cdot", "/"):
+                node = Node("/" if sign == "/" else "*", (node, self.factor()))
             elif self._juxtaposed():
                 node = Node("*", (node, self.power()))
             else:
                 return node
 
     def _juxtaposed(self) -> bool:
-        """True before something that multiplies what stands to its left: never a number, which would be ambiguous."""
+        """Return True before something that multiplies what stands to its left: `2x`, `(a)(b)`, `3! 4`.
+
+        A number does so behind "!" only: elsewhere two numbers side by side are a mistake or a mixed number.
+        """
         token = self.peek()
         if token is None:
             return False
@@ -130,39 +156,31 @@ class _Reader:
         return (token.kind in ("letter", "command") and token.text not in NO_FACTORS) or token.text in ("(", "{")
 
     def factor(self) -> Node:
-        if self.at("-", "+"):
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise NotMathematics("too many signs")
-            negative = self.take().text == "-"
+        """Read a power with any signs in front."""
+        if not self.at("-", "+"):
+            return self.power()
+        with self.deeper():
+            sign = self.take().text
             node = self.factor()
-            self.depth -= 1
-            return Node("-", (node,)) if negative else node
-        return self.power()
+        return negative(node) if sign == "-" else node
 
     def power(self) -> Node:
+        """Read a base with its exponent, if it has one."""
         node = self.postfix()
-        if self.at("^", "**"):
-            self.take()
-            node = Node("^", (node, self._exponent()))
-        return node
-
-    def _exponent(self) -> Node:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise NotMathematics("too deep")
-        node = self.factor()
-        self.depth -= 1
+        if self.take_if("^", "**"):
+            with self.deeper():
+                node = Node("^", (node, self.factor()))
         return node
 
     def postfix(self) -> Node:
+        r"""Read an atom with its factorials and degrees, as in `\sin 30^\circ`."""
         node = self.atom()
-        while self.at("!", "circ"):
-            # Degrees inside an expression, as in \sin 30^\circ.
-            node = Node("!", (node,)) if self.take().text == "!" else Node("*", (node, _DEGREE))
+        while sign := self.take_if("!", "circ"):
+            node = Node("!", (node,)) if sign == "!" else Node("*", (node, _DEGREE))
         return node
 
     def atom(self) -> Node:
+        """Read a number, a letter, a command or a group."""
         token = self.take()
         if token.kind == "number":
             return self._number(token.text)
@@ -170,10 +188,8 @@ class _Reader:
             return self._symbol(token.text)
         if token.kind == "command":
             return self._command(token.text)
-        closing = {"(": ")", "{": "}", "[": "]"}.get(token.text)
-        if closing is not None:
-            node = self._inside(closing)
-            return node
+        if token.text in _CLOSING:
+            return self._group(_CLOSING[token.text])
         if token.text == "|":
             self.bars += 1
             node = self.sum()
@@ -182,7 +198,7 @@ class _Reader:
             return Node("abs", (node,))
         raise NotMathematics(f"at {token.text!r}")
 
-    def _inside(self, closing: str) -> Node:
+    def _group(self, closing: str) -> Node:
         bars, self.bars = self.bars, 0
         node = self.sum()
         self.bars = bars
@@ -193,17 +209,14 @@ class _Reader:
         if len(text) > MAX_DIGITS:
             raise NotMathematics("too many digits")
         value = _decimal(text)
-        if self.at("overline", "bar"):
-            self.take()
+        if self.take_if("overline", "bar"):
             value = self._repeating(text, value)
         elif text.isdigit():
             value = self._mixed(value)
-        if self.at("_"):
-            self.take()
-            return Node("based", (Node("number", value=value), self._argument()))
-        return Node("number", value=value)
+        return Node("based", (number(value), self._argument())) if self.take_if("_") else number(value)
 
     def _repeating(self, text: str, value: Fraction) -> Fraction:
+        r"""Read the period of a decimal: `0.1\overline{6}`."""
         self.expect("{")
         digits = self.take().text
         self.expect("}")
@@ -228,111 +241,91 @@ class _Reader:
         return whole
 
     def _symbol(self, name: str) -> Node:
-        if self.at("_"):
-            self.take()
+        if self.take_if("_"):
             name += "_" + _written(self._argument())
-        while self.at("'"):
-            self.take()
+        while self.take_if("'"):
             name += "'"
-        if name in ("f", "g", "h") and self.at("("):
-            self.take()
-            return Node("unknown", (self._inside(")"),), name)
+        if name in ("f", "g", "h") and self.take_if("("):
+            return Node("unknown", (self._group(")"),), name)
         return Node("symbol", value=name)
 
     def _argument(self) -> Node:
-        r"""One argument of a LaTeX command: a group, or a single sign, `\frac12` being one half."""
+        r"""Read one argument of a LaTeX command: a group, or a single sign, so that `\frac12` is one half."""
         token = self.take()
         if token.text == "{":
-            return self._inside("}")
+            return self._group("}")
         if token.kind == "number" and token.text.isdigit():
             if len(token.text) > 1:
                 self.position -= 1
                 self.tokens[self.position] = Token("number", token.text[1:])
-            return Node("number", value=Fraction(int(token.text[0])))
+            return number(int(token.text[0]))
         self.position -= 1
         return self.atom()
 
     def _command(self, name: str) -> Node:
-        if name in ("frac", "binom"):
-            if name == "binom" and self.at("("):
-                return self._function(name)
-            return Node("/" if name == "frac" else "binomial", (self._argument(), self._argument()))
+        if name == "binom" and self.at("("):
+            return self._function(name)
+        if name in _FRACTIONS:
+            return Node(_FRACTIONS[name], (self._argument(), self._argument()))
         if name == "sqrt":
             return self._root()
-        if name in ("lfloor", "lceil"):
-            node = self._inside_command("r" + name[1:])
-            return Node("floor" if name == "lfloor" else "ceil", (node,))
+        if name in _ROUNDINGS:
+            node = Node(_ROUNDINGS[name], (self.sum(),))
+            self.expect("r" + name[1:])
+            return node
         if name in INFINITIES:
-            return Node("infinity")
+            return INFINITY
         if name == "pi" or name in GREEK:
             return self._symbol(name)
         if name in FUNCTIONS:
             return self._function(name)
         raise NotMathematics(f"the command {name[:40]!r}")
 
-    def _inside_command(self, closing: str) -> Node:
-        node = self.sum()
-        self.expect(closing)
-        return node
-
     def _root(self) -> Node:
-        index = Node("number", value=Fraction(2))
-        if self.at("["):
-            self.take()
-            index = self._inside("]")
-        # sqrt(2)/2 in plain text, \sqrt{2} and \sqrt2 in LaTeX
-        radicand = self.atom() if self.at("(") or not self._digit_follows() else self._argument()
+        index = self._group("]") if self.take_if("[") else number(2)
+        token = self.peek()
+        # \sqrt2 takes one digit; sqrt(2)/2 in plain text and \sqrt{2} a group.
+        radicand = self._argument() if token is not None and token.kind == "number" else self.atom()
         return Node("root", (radicand, index))
 
-    def _digit_follows(self) -> bool:
-        token = self.peek()
-        return token is not None and token.kind == "number"
-
     def _function(self, name: str) -> Node:
-        """A function with its argument: `sin(x)`, `sin 2x`, `sin^2 x`, `log_2 8`, `max(3, 5)`."""
-        base = exponent = None
-        if self.at("_"):
-            self.take()
-            base = self._argument()
-        if self.at("^", "**"):
-            self.take()
+        """Read a function with its argument: `sin(x)`, `sin 2x`, `sin^2 x`, `log_2 8`, `max(3, 5)`."""
+        base = (self._argument(),) if self.take_if("_") else ()
+        exponent = None
+        if self.take_if("^", "**"):
             exponent = self._argument() if self.at("{") else self.factor()
-        if self.at("(", "{"):
-            arguments = self._arguments(")" if self.take().text == "(" else "}")
-        elif name in LONG_ARGUMENTS and name != "exp":
-            raise NotMathematics(f"{name} without parentheses")
-        else:
-            arguments = (self._open_argument(),)
-        if base is not None:
-            arguments = (*arguments, base)
-        if exponent == Node("-", (Node("number", value=Fraction(1)),)):
-            return Node(f"a{name}", arguments)
+        arguments = (*self._arguments_of(name), *base)
+        if exponent == negative(number(1)):
+            return Node(f"a{name}", arguments)  # sin^{-1} is the arc sine
         node = Node(name, arguments)
         return node if exponent is None else Node("^", (node, exponent))
 
-    def _arguments(self, closing: str) -> tuple[Node, ...]:
+    def _arguments_of(self, name: str) -> tuple[Node, ...]:
+        opening = self.take_if("(", "{")
+        if opening is None:
+            if name in LONG_ARGUMENTS and name != "exp":
+                raise NotMathematics(f"{name} without parentheses")
+            return (self._open_argument(),)
         arguments = [self.sum()]
-        while self.at(","):
-            self.take()
+        while self.take_if(","):
             arguments.append(self.sum())
-        self.expect(closing)
+        self.expect(_CLOSING[opening])
         return tuple(arguments)
 
     def _open_argument(self) -> Node:
-        """What a function without parentheses is applied to: signs, numbers and letters up to the next operator."""
-        if self.at("-"):
-            self.take()
-            return Node("-", (self._open_argument(),))
+        """Read the argument of a function without parentheses: signs, numbers and letters up to the next operator."""
+        if self.take_if("-"):
+            return negative(self._open_argument())
         node = self.power()
-        while self._juxtaposed() and (self.peek() or Token("", "")).text not in FUNCTIONS:
+        while self._juxtaposed() and self.tokens[self.position].text not in FUNCTIONS:
             node = Node("*", (node, self.power()))
         return node
 
 
 def _is_proper(top: list[str], bottom: list[str]) -> bool:
-    return all(len(part) == 1 and part[0].isdigit() and len(part[0]) < 10 for part in (top, bottom)) and (
-        0 < int(top[0]) < int(bottom[0])
-    )
+    """Return True for the digits of a fraction below 1."""
+    are_digits = all(len(part) == 1 and part[0].isdigit() and len(part[0]) < 10 for part in (top, bottom))
+    return are_digits and 0 < int(top[0]) < int(bottom[0])
 
 
 def _decimal(text: str) -> Fraction:

@@ -1,10 +1,11 @@
-"""Forms of an answer: what `reading` makes of a text and `comparison` compares."""
+"""Forms of an answer: `reading` makes them of a text, `comparison` compares them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
-from alignlab_rewards.answers.expressions import Node
+from alignlab_rewards.answers.expressions import INFINITY, MINUS_INFINITY, Node
 from alignlab_rewards.answers.units import Unit
 
 NO_UNIT = Unit()
@@ -43,15 +44,40 @@ class Items:
 
 @dataclass(frozen=True)
 class Relation:
-    """A chain of sides and the signs between them, one less: `0 < x < 1`."""
+    """A chain of sides with a sign between each two: `0 < x < 1`, `x = 2/3 ~ 0.67`."""
 
     sides: tuple[Answer, ...]
     signs: tuple[str, ...]
 
+    @property
+    def is_equation(self) -> bool:
+        """True where every sign is "=" or "~"."""
+        return set(self.signs) <= {"=", "~"}
+
+    @property
+    def is_definition(self) -> bool:
+        """True for a name and its value: `x = 5`, `f(x) = 2x`, `Total = 12`, `(x, y) = (1, 2)`."""
+        name = self.sides[0]
+        if isinstance(name, Items) and name.opening == "(":
+            is_name = all(isinstance(item, Quantity) and item.node.op == "symbol" for item in name.items)
+        else:
+            is_name = isinstance(name, Words) or (isinstance(name, Quantity) and name.node.op in ("symbol", "unknown"))
+        return self.is_equation and is_name
+
+    @property
+    def stated_value(self) -> Answer:
+        """The last side of a chain of equalities; with an approximation, the exact side in front of it."""
+        if "~" in self.signs:
+            exact = self.signs.index("~")
+            # In `x ~ 0.67` the side in front is the name, and the approximation is all there is.
+            if exact or not self.is_definition:
+                return self.sides[exact]
+        return self.sides[-1]
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """Parts of a ratio, `3:4`; `clock` where it may be a time of day, `12:30`."""
+    """Parts of a ratio, `3:4`; `clock` is true where it may be a time of day, `12:30`."""
 
     parts: tuple[Quantity, ...]
     clock: bool = False
@@ -66,9 +92,28 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Words:
-    """Text that is no mathematics, as `markup.words` writes it."""
+    """Text that is not mathematics, as `markup.words` writes it."""
 
     text: str
 
 
 Answer = Quantity | Items | Relation | Ratio | Matrix | Words
+
+REALS = Items((Quantity(MINUS_INFINITY), Quantity(INFINITY)), "(", ")")
+
+
+def is_definition(answer: Answer) -> TypeGuard[Relation]:
+    """Return True for a relation that gives a name its value."""
+    return isinstance(answer, Relation) and answer.is_definition
+
+
+def is_mathematics(answer: Answer) -> bool:
+    """Return True if no part of an answer is words; the name in front of a relation may be: `Total = 12`."""
+    answers: tuple[Answer, ...] = ()
+    if isinstance(answer, Items):
+        answers = answer.items
+    elif isinstance(answer, Relation):
+        answers = answer.sides[1:]
+    elif isinstance(answer, Matrix):
+        answers = tuple(cell for row in answer.rows for cell in row)
+    return not isinstance(answer, Words) and all(map(is_mathematics, answers))

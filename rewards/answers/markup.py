@@ -11,74 +11,23 @@ _RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
 _LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢ]+")
 _VULGAR = re.compile(r"([0-9]?)([¼-¾⅐-⅞])")
 _ROOT = re.compile(r"([√∛])\s*(\(|[0-9.]+|[A-Za-zπ])?")
+# Each sign in plain notation, and the characters that are written for it.
 _SIGNS = {
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "‐": "-",
-    "‑": "-",
-    "﹣": "-",
-    "×": r"\times ",
-    "✕": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": "*",
-    "÷": "/",
-    "⁄": "/",
-    "∕": "/",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "∞": r"\infty ",
-    "∅": r"\emptyset ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∧": r"\land ",
-    "∨": r"\lor ",
-    "∈": r"\in ",
-    "°": r"\circ ",
-    "º": r"\circ ",
-    "′": "'",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}",
-    "ℚ": r"\mathbb{Q}",
-    "ℂ": r"\mathbb{C}",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "…": "...",
-    "∖": r"\setminus ",
-    "∫": r"\int ",
-    "∑": r"\sum ",
-    "∏": r"\prod ",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "→": r"\to ",
-    "⇒": r"\Rightarrow ",
-    "∴": " ",
-    "ℓ": "l",
-    "Ω": r"\Omega ",
-    "µ": r"\mu ",
-}
+    "-": "−–—‐‑﹣", r"\times ": "×✕", r"\cdot ": "·⋅∙", "*": "∗", "/": "÷⁄∕", r"\pm ": "±", r"\mp ": "∓",
+    r"\le ": "≤⩽", r"\ge ": "≥⩾", r"\ne ": "≠", r"\approx ": "≈", r"\infty ": "∞", r"\emptyset ": "∅",
+    r"\cup ": "∪", r"\cap ": "∩", r"\setminus ": "∖", r"\land ": "∧", r"\lor ": "∨", r"\in ": "∈",
+    r"\circ ": "°º", "'": "′’‘", '"': "“”", "l": "ℓ", r"\Omega ": "Ω", r"\mu ": "µ", r"\Delta ": "Δ",
+    r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ", r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ",
+    r"\langle ": "⟨", r"\rangle ": "⟩", r"\lfloor ": "⌊", r"\rfloor ": "⌋", r"\lceil ": "⌈", r"\rceil ": "⌉",
+    "...": "…", r"\int ": "∫", r"\sum ": "∑", r"\prod ": "∏", r"\to ": "→", r"\Rightarrow ": "⇒", " ": "∴",
+}  # fmt: skip
 _GREEK = {
     letter: f"\\{unicodedata.name(letter).split()[-1].lower().replace('lamda', 'lambda')} "
     for letter in "αβγδεζηθικλμνξπρστυφχψω"
 }
-# Stands for LaTeX's double backslash, which ends a line or a row.
+# In place of LaTeX's double backslash, which ends a line or a row.
 ROW_BREAK = "␞"
-_CHARACTERS = str.maketrans({**_SIGNS, **_GREEK, "Δ": r"\Delta "})
+_CHARACTERS = str.maketrans({character: sign for sign, written in _SIGNS.items() for character in written} | _GREEK)
 
 _BOLD = re.compile(r"(?<![\w)\]}*])(\*\*\*|\*\*|\*)(?=[^\s*])([^*\n]{1,300}?)(?<=[^\s*])\1(?![\w(*])")
 _UNDERLINED = re.compile(r"(?<!\w)(__|_)(?=[^\s_{])([^_\n]{1,300}?)(?<=[^\s_])\1(?!\w)")
@@ -96,55 +45,16 @@ _SPACE = re.compile(
     r"\\(?:quad|qquad|hspace\{[^{}]{0,20}\}|phantom\{[^{}]{0,40}\}|hfill|newline)(?![A-Za-z])|\\[ ;:>]|(?<!\\)~|\u00a0"
 )
 _THIN = re.compile(r"(?<=\d)(?:\\[,!:;]|\\ |[\u2009\u202f\u00a0~]|\{,\}(?:\\!)?|,\\!)(?=\d{3}(?!\d))")
-_NAMES = {
-    "dfrac": "frac",
-    "tfrac": "frac",
-    "cfrac": "frac",
-    "dbinom": "binom",
-    "tbinom": "binom",
-    "leq": "le",
-    "leqslant": "le",
-    "geq": "ge",
-    "geqslant": "ge",
-    "neq": "ne",
-    "lt": "<",
-    "gt": ">",
-    "varnothing": "emptyset",
-    "lbrace": "{",
-    "rbrace": "}",
-    "wedge": "land",
-    "vee": "lor",
-    "ast": "*",
-    "div": "/",
-    "colon": ":",
-    "lvert": "|",
-    "rvert": "|",
-    "vert": "|",
-    "mid": "|",
-    "degree": "circ",
-    "degrees": "circ",
-    "textdegree": "circ",
-    "dots": "...",
-    "ldots": "...",
-    "cdots": "...",
-    "bigcup": "cup",
-    "imath": "i",
-    "tan": "tan",
-    "tg": "tan",
-    "ctg": "cot",
-    "arctg": "arctan",
-    "implies": "Rightarrow",
-    "lbrack": "[",
-    "rbrack": "]",
-    "minus": "-",
-    "textminus": "-",
-    "prime": "'",
-    "euro": "€",
-    "pounds": "£",
-    "yen": "¥",
-    "textdollar": "$",
-    "infin": "infty",
-}
+# Each name or sign in plain notation, and LaTeX's other commands for it.
+_COMMANDS = {
+    "frac": "dfrac tfrac cfrac", "binom": "dbinom tbinom", "le": "leq leqslant", "ge": "geq geqslant", "ne": "neq",
+    "<": "lt", ">": "gt", "emptyset": "varnothing", "{": "lbrace", "}": "rbrace", "[": "lbrack", "]": "rbrack",
+    "land": "wedge", "lor": "vee", "*": "ast", "/": "div", ":": "colon", "|": "lvert rvert vert mid",
+    "circ": "degree degrees textdegree", "...": "dots ldots cdots", "cup": "bigcup", "i": "imath", "tan": "tg",
+    "cot": "ctg", "arctan": "arctg", "Rightarrow": "implies", "-": "minus textminus", "'": "prime",
+    "€": "euro", "£": "pounds", "¥": "yen", "$": "textdollar", "infty": "infin",
+}  # fmt: skip
+_NAMES = {command: name for name, commands in _COMMANDS.items() for command in commands.split()}
 _NAME = re.compile(r"\\([A-Za-z]+)")
 _SPACED_THOUSANDS = re.compile(r"(?<![\w.,^])(\d{1,3})((?: \d{3})+)(?![\d]|\s*/)")
 _TIMES_LETTER = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)|(?<=\d)\s+[xX]\s+(?=[\d(])")
@@ -153,11 +63,13 @@ _THOUSANDS_LETTER = re.compile(r"(?<=\d)\s*\\text\{\s*k\s*\}")
 _RAISED_PRIMES = re.compile(r"\^\s*\{?\s*('(?:\s*')*)\s*\}?")
 # A formula between dollars; the dollars of "$5 and $6" are prices.
 _INLINE = re.compile(r"(?<!\\)\$(?!\s)([^$\n]{1,1000}?)(?<![\s\\])\$(?!\d)")
+# Behind a word, marks end a sentence; behind a number or letter they are factorials and derivatives.
+_AFTER_WORD = re.compile(r"[^\W\d_]{2}[ .,;:!?\"'`*]*$")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
 
 
 def without_markdown(text: str) -> str:
-    """Return a text without marks of bold, italics, code, headings, quotes and lists, and without HTML's.
+    """Return a text without the marks of bold, italics, code, headings, quotes and lists, in Markdown or HTML.
 
     Asterisks between numbers and letters, as in `x**2` and `2*3`, are left: they are powers and products.
     """
@@ -195,14 +107,7 @@ def plain_notation(text: str) -> str:
         text = _TEXT.sub(r" \1 ", text)
     text = _SPACE.sub(" ", _SWITCH.sub(" ", text)).replace("\\,", " ").replace("\\!", "")
     text = _NAME.sub(_renamed, text)
-    text = (
-        text.replace("{,}", ",")
-        .replace("\\%", "%")
-        .replace("\\$", "$")
-        .replace("\\&", "&")
-        .replace("\\#", "#")
-        .replace("\\_", "_")
-    )
+    text = re.sub(r"\\([%$&#_])", r"\1", text.replace("{,}", ","))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r" \\circ ", text)
     text = _RAISED_PRIMES.sub(lambda match: match[1].replace(" ", ""), text)
     text = re.sub(r"(?<=[A-Za-z])\s+(?='(?![A-Za-z]))", "", text)
@@ -237,13 +142,9 @@ def _renamed(match: re.Match[str]) -> str:
     return f"\\{name}" if len(name) > 1 and name.isalpha() else f" {name} "
 
 
-# Behind a word, marks end a sentence; behind a number or letter they are factorials and derivatives.
-_AFTER_WORD = re.compile(r"[^\W\d_]{2}[ .,;:!?\"'`*]*$")
-
-
 def words(text: str) -> str:
     """Return an answer as text to compare: plain notation in single spaces, without the punctuation around it."""
-    text = plain_notation(text).strip(" .,;:\"`*")
+    text = plain_notation(text).strip(' .,;:"`*')
     if _AFTER_WORD.search(text):
         text = text.strip(" .,;:!?\"'`*")
     return re.sub(r"\s*([,;:=<>(){}\[\]/+*^-])\s*", r"\1", re.sub(r"\s+", " ", text)).strip()

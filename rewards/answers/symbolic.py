@@ -1,7 +1,7 @@
-"""Comparison by math-verify of what `reading` does not know: set differences, intersections, vectors, angles.
+"""Comparison by math-verify of notation that `reading` does not know: set differences, intersections, vectors, angles.
 
-math-verify's own time limits are signals, which fail in a thread, and its simplification has no bound. So it is asked
-only about short texts of a vocabulary in which there is next to nothing to compute.
+math-verify's own time limits are signals, which fail in a thread, and its simplification has no bound. So it compares
+only short texts of a vocabulary in which there is next to nothing to compute.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math_verify import parse, verify
 
 MAX_LENGTH = 80
 _MAX_BRACKETS = 10
-# Beyond `reading`: at least one of the two texts has one of these.
+# Commands that `reading` does not know: at least one of the two texts must have one of them.
 _BEYOND = frozenset(
     ("setminus", "cap", "notin", "subset", "subseteq", "vec", "hat", "overline", "overrightarrow", "angle", "triangle")
 )
@@ -23,34 +23,38 @@ _ALLOWED = _BEYOND | {
     "mathbb", "mathcal", "cup", "frac", "sqrt", "pi", "infty", "in", "times", "cdot", "le", "ge", "ne", "emptyset",
     "langle", "rangle", "alpha", "beta", "gamma", "theta", "left", "right", "circ",
 }  # fmt: skip
-# Long numbers, high powers, powers of powers, factorials, words, and the names of several points, whose order counts.
+# Long numbers, high powers, powers of powers, factorials and words may take long to compute. Names of several points,
+# `AB`, are products for math-verify, and their order counts.
 _COMPUTED = re.compile(rf"\d{{5}}|\^[^\^]*\^|\^\s*\{{?\s*-?\d{{2}}|!|(?<!\\)\b[A-Za-z]{{4,}}|[A-Z]\s?[A-Z]|{ROW_BREAK}")
-# It keeps caches of what it parsed, and its parser's tables grow as it reads: one thread at a time.
+# math-verify caches parsed texts, and the tables of its parser grow as it reads: one thread at a time.
 _LOCK = threading.Lock()
 
 for _name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).addFilter(lambda record: "Timeout is disabled" not in record.getMessage())
 
 
-def same_by_math_verify(expected: str, given: str) -> bool:
-    """Return True if math-verify finds two answers equal; False for what it is not asked about."""
-    if len(expected) > 2 * MAX_LENGTH or len(given) > 2 * MAX_LENGTH:
+def same_by_math_verify(expected: str, answer: str) -> bool:
+    """Return True if math-verify finds two answers equal; False for texts that it does not compare here."""
+    if len(expected) > 2 * MAX_LENGTH or len(answer) > 2 * MAX_LENGTH:
         return False
-    texts = [plain_notation(text) for text in (expected, given)]
+    texts = [plain_notation(text) for text in (expected, answer)]
     commands = [set(re.findall(r"\\([A-Za-z]+)", text)) for text in texts]
-    if not (commands[0] | commands[1]) & _BEYOND or not all(map(_may_ask, texts, commands)):
+    if not (commands[0] | commands[1]) & _BEYOND or not all(map(_is_bounded, texts, commands)):
         return False
     with _LOCK:
         try:
-            read = [parse(f"${text}$", parsing_timeout=None) for text in texts]
-            if not all(items and not isinstance(items[0], str) for items in read):
-                return False
-            return bool(verify(read[0], read[1], timeout_seconds=None))
+            return _verified(*texts)
         except Exception as error:  # sympy raises anything at all on what a model writes
-            logging.getLogger(__name__).debug("counted as different: %r, %r: %r", expected, given, error)
+            logging.getLogger(__name__).debug("counted as different: %r, %r: %r", expected, answer, error)
             return False
 
 
-def _may_ask(text: str, commands: set[str]) -> bool:
+def _verified(expected: str, answer: str) -> bool:
+    parsed = [parse(f"${text}$", parsing_timeout=None) for text in (expected, answer)]
+    are_mathematics = all(items and not isinstance(items[0], str) for items in parsed)
+    return are_mathematics and bool(verify(*parsed, timeout_seconds=None))
+
+
+def _is_bounded(text: str, commands: set[str]) -> bool:
     brackets = sum(text.count(bracket) for bracket in "{([")
     return len(text) <= MAX_LENGTH and brackets <= _MAX_BRACKETS and commands <= _ALLOWED and not _COMPUTED.search(text)

@@ -9,19 +9,21 @@ MAX_TOKENS = 400
 
 
 class NotMathematics(ValueError):
-    """A text is no expression that this reader knows, or too long a one."""
+    """Raised for a text that is no expression, or too long a one."""
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# Commands that multiply nothing in front of them.
 NO_FACTORS = frozenset(("times", "cdot", "circ", "rfloor", "rceil", "overline", "bar"))
 FUNCTIONS = _names(
     "sin cos tan cot sec csc arcsin arccos arctan arccot asin acos atan acot sinh cosh tanh coth asinh acosh "
     "atanh arcsinh arccosh arctanh exp log ln lg sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial "
     "binomial binom Re Im arg sgn sign"
 )
+# Functions that need brackets around their argument.
 LONG_ARGUMENTS = _names(
     "sqrt cbrt abs max min gcd lcm floor ceil ceiling factorial binomial binom Re Im arg sgn sign exp"
 )
@@ -45,43 +47,62 @@ _TOKEN = re.compile(
     r")"
 )
 
-
-_DIFFERENTIAL = re.compile(r"d[A-Za-z]")
+# `dy/dx` and `\frac{dy}{dx}`: there, `dy` is one name.
 _DERIVATIVE = re.compile(r"(?<![A-Za-z])d[A-Za-z]\s*\}?\s*[/{]\s*\{?\s*d[A-Za-z](?![A-Za-z])")
+_DIFFERENTIAL = re.compile(r"d[A-Za-z]")
+_PI = frozenset(("pi", "Pi", "PI"))
+_COMMANDS = FUNCTIONS | GREEK | INFINITIES
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
+    """The smallest part of an expression.
+
+    Attributes:
+        kind: "number", "letter" (a variable), "command" (a name of LaTeX or a function) or "sign".
+        text: the part as it is written, without a backslash in front of a command.
+    """
+
     kind: str
     text: str
-    spaced: bool = False
 
 
 def tokens_of(text: str, letters: bool) -> list[Token]:
+    """Split an expression into tokens.
+
+    Args:
+        text: an expression in plain notation.
+        letters: read unknown words of two or three letters as a product of them: `xy`.
+
+    Raises:
+        NotMathematics: for another word or sign, and for more than `MAX_TOKENS` tokens.
+    """
     tokens: list[Token] = []
     position = 0
     text = text.rstrip()
-    derivative = _DERIVATIVE.search(text) is not None
+    has_derivative = _DERIVATIVE.search(text) is not None
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None or match.lastgroup is None or len(tokens) > MAX_TOKENS:
             raise NotMathematics(f"at {text[position : position + 20]!r}")
-        kind, spaced = match.lastgroup, text[position].isspace()
-        position = match.end()
-        if kind == "word" and derivative and _DIFFERENTIAL.fullmatch(match["word"]):
-            tokens.append(Token("letter", match["word"], spaced))
-        elif kind == "word":
-            tokens.extend(_word_tokens(match["word"], letters, spaced))
+        kind, position = match.lastgroup, match.end()
+        if kind != "word":
+            tokens.append(Token(kind, match[kind]))
+        elif has_derivative and _DIFFERENTIAL.fullmatch(match[kind]):
+            tokens.append(Token("letter", match[kind]))
         else:
-            tokens.append(Token(kind, match[kind], spaced))
+            tokens.extend(_word_tokens(match[kind], letters))
     return tokens
 
 
-def _word_tokens(word: str, letters: bool, spaced: bool) -> list[Token]:
+def _word_tokens(word: str, letters: bool) -> list[Token]:
+    """Read a word without a backslash: a variable, a name that LaTeX knows, or a product of letters."""
     if len(word) == 1:
-        return [Token("letter", word, spaced)]
-    if word in FUNCTIONS or word in GREEK or word in INFINITIES or word in ("pi", "Pi", "PI"):
-        return [Token("command", "pi" if word in ("Pi", "PI") else word, spaced)]
+        return [Token("letter", word)]
+    if word in _PI:
+        return [Token("command", "pi")]
+    if word in _COMMANDS:
+        return [Token("command", word)]
     if not letters or len(word) > 3 or word.casefold() in _WORDS:
         raise NotMathematics(f"the word {word[:40]!r}")
-    return [Token("letter", letter, spaced and i == 0) for i, letter in enumerate(word)]
+    return [Token("letter", letter) for letter in word]

@@ -40,8 +40,8 @@ def tokens_per_s() -> float:
     import torch
 
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.models.checkpoints import load_model, load_tokenizer
-    from alignlab.rollout.engines import make_engine
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+    from alignlab.rollout.engine import make_engine
     from alignlab.types import Prompt, SamplingParams
 
     tokenizer = load_tokenizer(MODEL)

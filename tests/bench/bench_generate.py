@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignlab.config.rollout import RolloutSettings, VLLMSettings
-from alignlab.models.checkpoints import load_model, load_tokenizer
-from alignlab.models.packaged import resolve_checkpoint
-from alignlab.rollout.engines import make_engine
-from alignlab.types import Prompt, RolloutEngine, SamplingParams
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+from alignlab.models.hub.packaged import resolve_checkpoint
+from alignlab.rollout.engine import RolloutEngine, make_engine
+from alignlab.types import Prompt, SamplingParams
 from tests.bench.servers import served
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -73,7 +73,7 @@ def peer(prompt_tokens: int) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from alignlab.models.packaged import resolve_checkpoint
+    from alignlab.models.hub.packaged import resolve_checkpoint
 
     path = resolve_checkpoint("smollm2-135m-instruct")
     times: list[float] = []

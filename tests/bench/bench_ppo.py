@@ -28,7 +28,7 @@ def measure(form: str, steps: int, reward_model: str | None) -> dict[str, Any]:
     import torch
 
     from alignlab import LoraSettings, PPOConfig, PPOTrainer
-    from alignlab.models.checkpoints import load_model, load_tokenizer
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 
     name = "smollm2-135m-instruct"
     model = load_model(name, dtype=torch.bfloat16)
@@ -57,7 +57,7 @@ def make_reward(form: str, folder: str | None) -> Any:
     """The reward model, on the policy's base or, among copies, by itself; or a function."""
     if folder is None:
         return lengths
-    from alignlab.training.model_reward import ModelReward
+    from alignlab.scoring.reward_model import ModelReward
 
     reward = ModelReward(folder)
     if form != "copies":

@@ -21,7 +21,7 @@ import torch
 from alignlab.config.rollout import RolloutSettings, VLLMSettings
 from alignlab.data.packing import pack_rollouts
 from alignlab.models.policy import Policy
-from alignlab.rollout.engines import make_engine
+from alignlab.rollout.engine import make_engine
 from alignlab.types import Experience, SamplingParams
 from tests.rollout.conftest import make_prompts
 from tests.rollout.conftest import tokenizer as make_tokenizer

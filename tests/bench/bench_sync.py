@@ -1,9 +1,9 @@
-"""What a weight update of vLLM costs: all weights merged against the adapter alone, and what its proof adds.
+"""Cost of a weight update of vLLM: all weights merged against the adapter alone, and the share of its verification.
 
     python -m tests.bench.bench_sync [--model smollm2-135m-instruct] [--rounds 10]
 
-LoRA on all linear layers, bfloat16; vLLM in process, and in a server of this machine. Each way runs in a process of its
-own. Prints a table, and JSON last.
+LoRA on all linear layers, bfloat16; vLLM in process, and in a server of this machine. Each way runs in a
+process of its own. Prints a table, and JSON last.
 """
 
 from __future__ import annotations
@@ -22,61 +22,58 @@ WAYS = ("merged", "adapter", "server-merged", "server-adapter")
 
 
 def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
-    """Median seconds of an update without its proof, and of the proof's parts."""
+    """Return what `timings` returns, for SmolLM2 with LoRA."""
     import torch
 
     from alignlab.config.model import LoraSettings
     from alignlab.config.rollout import VLLMSettings
     from alignlab.models.adapters import add_lora
-    from alignlab.models.checkpoints import load_model, load_tokenizer
-    from alignlab.rollout.engines import make_engine
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+    from alignlab.rollout.engine import make_engine
 
     model = add_lora(load_model(model_name, dtype=torch.bfloat16), LoraSettings(rank=16))
     tokenizer, sync = load_tokenizer(model_name), way.removeprefix("server-")
-    # Every other update has no proof.
-    proving = {"cache_gib": 1, "block_size": 32, "canary_every_updates": 2}
+    # Every other update is not verified.
+    verification = {"cache_gib": 1, "block_size": 32, "canary_every_updates": 2}
     if way != sync:
-        with served(model, tokenizer, lora_rank=16 if sync == "adapter" else 0, sync=sync, **proving) as engine:
+        with served(model, tokenizer, lora_rank=16 if sync == "adapter" else 0, sync=sync, **verification) as engine:
             return timings(engine, rounds)
-    return timings(make_engine(model, tokenizer, VLLMSettings(sync=sync, digests_every_updates=2, **proving)), rounds)
+    settings = VLLMSettings(sync=sync, digests_every_updates=2, **verification)
+    return timings(make_engine(model, tokenizer, settings), rounds)
 
 
 def timings(engine: Any, rounds: int) -> dict[str, Any]:
-    """Median seconds of an update without its proof, and of the proof's parts: digests on both sides, the canary."""
+    """Return median seconds of an update without its verification, and of digests on both sides and the canary."""
     from alignlab.config.rollout import VLLMSettings
-    from alignlab.rollout.weight_proof import digests
+    from alignlab.rollout.vllm.policy_weights import PolicyWeights
 
-    taken: dict[str, list[float]] = {"update": [], "digests": [], "canary": []}
+    seconds: dict[str, list[float]] = {"update": [], "digests": [], "canary": []}
 
     def timed(name: str, function: Any) -> Any:
         def run(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
             result = function(*args, **options)
-            taken[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
             return result
 
         return run
 
-    replace = engine._replace_weights
-
-    def replace_and_digest(version: int) -> Any:
-        sent = replace(version)
-        timed("digests", digests)(sent)
-        return sent
-
-    engine._canary = timed("canary", engine._canary)
+    engine._backend.put_weights = timed("update", engine._backend.put_weights)
+    engine._canary_gap = timed("canary", engine._canary_gap)
+    PolicyWeights.digests = timed("digests", PolicyWeights.digests)  # type: ignore[method-assign]
+    is_server = hasattr(engine._backend, "_pool")
     for version in range(1, 2 * rounds + 1):
-        engine._replace_weights = timed("update", replace)
-        if version % 2:
-            engine._replace_weights = replace_and_digest
         engine.update_weights(version)
-    update, one_side, canary_s = (statistics.median(taken[name]) for name in ("update", "digests", "canary"))
-    # What is loaded is digested at every update; by a server's trainer too.
-    bare = update - one_side * (2 if hasattr(engine, "_pool") else 1)
-    proof = 2 * one_side + canary_s / VLLMSettings().canary_every_updates
+    one_side, canary_s = (statistics.median(seconds[name]) for name in ("digests", "canary"))
+    # vLLM digests what it loads at every update. In process, the trainer's digests belong to every other update.
+    without_trainers = seconds["update"] if is_server else seconds["update"][::2]
+    bare = statistics.median(without_trainers) - one_side * (2 if is_server else 1)
+    verification = 2 * one_side + canary_s / VLLMSettings().canary_every_updates
+    transfer = engine.last_sync.transfer
     return {
         "update_s": round(bare, 4), "digests_s": round(2 * one_side, 4), "canary_s": round(canary_s, 4),
-        "proof_frac": round(proof / bare, 3), "bytes": engine.proof.num_bytes, "tensors": engine.proof.num_tensors,
+        "verification_frac": round(verification / bare, 3), "bytes": transfer.num_bytes,
+        "tensors": transfer.num_tensors,
     }  # fmt: skip
 
 

@@ -20,21 +20,18 @@ def served(
         lora_rank: of the adapters that it is to be given alone; 0 is given all weights.
     """
     from alignlab.config.rollout import VLLMServerSettings
-    from alignlab.models.attention import causal_lm
-    from alignlab.models.export import write_base
-    from alignlab.rollout.engines import make_engine
-    from alignlab.rollout.vllm.options import adapter_options, engine_options, merged_options
-    from alignlab.rollout.vllm.server.process import end_all, make_server, wait_until_up
+    from alignlab.models.hub.export import write_base
+    from alignlab.rollout.engine import make_engine
+    from alignlab.rollout.vllm.launch import end_all, make_server
+    from alignlab.rollout.vllm.options import engine_options
+    from tests.rollout.vllm.conftest import wait_until_up
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     given = {"memory_frac": 0.4, "context_tokens": context_tokens} | settings
     asked = VLLMServerSettings(servers=(address,), **given)
-    options = engine_options(
-        asked, dtype=causal_lm(model).dtype, context_tokens=context_tokens, on_cpu=True, sparse=False
-    )
-    options |= adapter_options(lora_rank, num_versions=1) if lora_rank else merged_options()
+    options = engine_options(asked, model, adapter_rank=lora_rank, on_cpu=True)
     with tempfile.TemporaryDirectory() as folder:
         write_base(model, Path(folder))
         tokenizer.save_pretrained(folder)

@@ -1,10 +1,24 @@
 """Every broken rule is a ConfigError with the rule, the value and the fix; in YAML and in Python alike."""
 
-import pytest
+from collections.abc import Iterator
 
+import pytest
+import yaml
+
+from alignlab.config.base import Frozen
+from alignlab.config.error_messages import models_in
+from alignlab.config.loader import load_config
 from alignlab.config.model import LoraSettings
+from alignlab.config.moved_settings import MOVED
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import DistillConfig, GKDConfig, GRPOConfig, OnPolicyDistillConfig, SFTConfig
+from alignlab.config.trainers import (
+    DistillConfig,
+    GKDConfig,
+    GRPOConfig,
+    OnPolicyDistillConfig,
+    OptimSettings,
+    SFTConfig,
+)
 from alignlab.errors import ConfigError
 
 RUN = {"model": {"name": "m"}, "data": {"task": "chain_sum"}, "rewards": [{"name": "r"}], "trainer": {"type": "grpo"}}
@@ -43,7 +57,7 @@ def test_nested_setting_is_named_as_the_user_wrote_it():
 
 def test_unknown_key_names_the_nearest_known_one():
     assert trainer_message(learnin_rate=1) == (
-        "trainer.learnin_rate is not a setting; did you mean trainer.learning_rate?"
+        "trainer.learnin_rate is not a setting; did you mean trainer.optim.learning_rate?"
     )
     assert run_message(rewards=[{"name": "r", "wieght": 1}]).endswith("did you mean rewards.0.weight?")
 
@@ -52,8 +66,33 @@ def test_unknown_key_that_resembles_nothing_lists_what_there_is():
     assert run_message(zzz=1).endswith("RunConfig has: " + ", ".join(RunConfig.model_fields))
 
 
+def paths_of(owner: type[Frozen]) -> Iterator[str]:
+    for name, field in owner.model_fields.items():
+        yield name
+        yield from (f"{name}.{path}" for inner in models_in(field.annotation) for path in paths_of(inner))
+
+
+@pytest.mark.parametrize(("old", "new"), [pair for table in MOVED.values() for pair in table.items()])
+def test_old_key_is_answered_with_the_new_one(old, new, tmp_path):
+    assert new in set(paths_of(GRPOConfig)), "the new key is no setting"
+    assert message(GRPOConfig, **{old: 1}) == f"{old} is now {new}"
+    assert message(SFTConfig().model_copy, update={old: 1}) == f"{old} is now {new}"
+    assert trainer_message(**{old: 1}) == f"trainer.{old} is now trainer.{new}"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RUN))
+    assert message(load_config, file, [f"trainer.{old}=1"]) == f"{file}: trainer.{old} is now trainer.{new}"
+
+
+def test_sections_are_given_as_dicts_or_as_objects():
+    assert GRPOConfig(optim={"learning_rate": 2e-3}) == GRPOConfig(optim=OptimSettings(learning_rate=2e-3))
+
+
+def test_optim_is_no_name_of_an_optimizer():
+    assert trainer_message(optim="adamw_torch").startswith("trainer.optim is 'adamw_torch', and must be a mapping")
+
+
 def test_key_in_the_wrong_section_says_where_it_belongs():
-    assert run_message(learning_rate=1) == "learning_rate is not a setting; write it as trainer.learning_rate"
+    assert run_message(learning_rate=1) == "learning_rate is not a setting; write it as trainer.optim.learning_rate"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +132,8 @@ def test_the_same_trl_name_means_another_setting_in_another_trainer():
 
 
 def test_every_name_offered_in_place_of_trl_s_exists():
-    from alignlab.config.messages import _walk
-    from alignlab.config.peer_names import PEER_NAMES
+    from alignlab.config.error_messages import _walk
+    from alignlab.config.trl_names import PEER_NAMES
 
     for owner in (GRPOConfig, OnPolicyDistillConfig, GKDConfig, DistillConfig, SFTConfig, LoraSettings):
         for ours in PEER_NAMES[owner.__name__].values():

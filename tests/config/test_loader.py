@@ -17,7 +17,7 @@ rewards:
   - name: r
 trainer:
   type: grpo
-  learning_rate: 1e-6
+  optim: {learning_rate: 1e-6}
 """
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -50,7 +50,7 @@ def test_overrides_reach_nested_settings_lists_and_sections_that_the_file_leaves
     config = load_config(run_file, overrides)
     assert config.trainer.num_steps == 7 and config.trainer.kl.coef == 1e-3
     assert config.rewards[0].weight == 2 and config.model.lora.rank == 4
-    assert config.trainer.learning_rate == 1e-6
+    assert config.trainer.optim.learning_rate == 1e-6
 
 
 def test_the_last_override_wins(run_file):
@@ -64,7 +64,7 @@ def test_the_last_override_wins(run_file):
         ("=3", "must be key=value"),
         ("rewards.1.weight=2", "it has rewards.0 to rewards.0"),
         ("rewards.first.weight=2", "rewards has no entry first"),
-        ("trainer.learning_rate.x=2", "trainer.learning_rate is 1e-06, and has no entries"),
+        ("trainer.optim.learning_rate.x=2", "trainer.optim.learning_rate is 1e-06, and has no entries"),
         ("trainer.num_step=2", "did you mean trainer.num_steps?"),
         ("trainer.num_steps=[", "override trainer.num_steps"),
     ],

@@ -10,13 +10,11 @@ import pytest
 from pydantic import Field
 
 from alignlab import config
-from alignlab.config import resume_table as module
-from alignlab.config.base import Frozen
-from alignlab.config.flat_settings import flat_settings, refused_settings, rule_of
+from alignlab.config import resume as module
+from alignlab.config.base import Frozen, MayChange, OnResume, Recorded, Refused
 from alignlab.config.judge import EndpointJudge
 from alignlab.config.loader import load_config
-from alignlab.config.on_resume import MayChange, OnResume, Recorded, Refused
-from alignlab.config.resume_table import resume_table, sections
+from alignlab.config.resume import flat_settings, refused_settings, resume_table, rule_of, sections
 from alignlab.config.run import RunConfig
 from alignlab.config.trainers import GRPOConfig
 
@@ -86,7 +84,7 @@ def test_a_table_says_where_each_field_of_a_class_belongs(monkeypatch: pytest.Mo
 def test_settings_of_a_file_are_named_as_in_the_file() -> None:
     settings = flat_settings(load_config(ROOT / "configs" / "grpo_smollm2_cpu.yaml"))
     assert isinstance(load_config(ROOT / "configs" / "grpo_smollm2_cpu.yaml"), RunConfig)
-    assert settings["trainer.learning_rate"].rule is OnResume.RECORDED
+    assert settings["trainer.optim.learning_rate"].rule is OnResume.RECORDED
     assert settings["trainer.kl.coef"].rule is settings["rewards.0.weight"].rule is OnResume.REFUSED
     assert settings["trainer.rollout.max_running"].rule is OnResume.MAY_CHANGE
     assert settings["model.name"].value == "smollm2-135m-instruct"

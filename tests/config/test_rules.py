@@ -2,11 +2,11 @@
 
 import pytest
 
-from alignlab.config.recipes import RECIPES
+from alignlab.config.distill import TeacherSettings
+from alignlab.config.policy_gradient import RECIPES
 from alignlab.config.run import RunConfig
 from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, SFTConfig
 from alignlab.errors import ConfigError
-from alignlab.trainers.run import measured_data
 from tests.config.test_errors import RUN, message, run_message
 
 
@@ -137,9 +137,9 @@ def test_greedy_rollouts_are_refused():
 
 
 def test_warmup_ends_within_the_run():
-    assert grpo_message(num_steps=10, num_epochs=2, warmup_steps=10).startswith("warmup_steps is 10")
-    assert "less than num_steps (5)" in message(SFTConfig, num_steps=5, warmup_steps=5)
-    assert GRPOConfig(num_steps=10, num_epochs=2, warmup_steps=9).warmup_steps == 9
+    assert grpo_message(num_steps=10, num_epochs=2, optim={"warmup_steps": 10}).startswith("optim.warmup_steps is 10")
+    assert "less than num_steps (5)" in message(SFTConfig, num_steps=5, optim={"warmup_steps": 5})
+    assert GRPOConfig(num_steps=10, num_epochs=2, optim={"warmup_steps": 9}).optim.warmup_steps == 9
 
 
 def test_adaptive_kl_cannot_turn_negative():
@@ -319,15 +319,25 @@ def test_on_policy_distillation_reads_what_it_is_given():
 def test_on_policy_distillation_may_do_without_rewards_but_says_what_it_measures():
     trainer = {"type": "on_policy_distill", "teacher": {"name": "t"}}
     run = RunConfig.model_validate(RUN | {"rewards": [], "trainer": trainer})
-    assert not run.has_scorer and measured_data(run) is None
+    assert not run.has_scorer and run.measured_data is None
     scored = RunConfig.model_validate(RUN | {"trainer": trainer})
-    assert scored.has_scorer and measured_data(scored).split == "eval"
+    assert scored.has_scorer and scored.measured_data.split == "eval"
     alone = RunConfig.model_validate(RUN | {"rewards": [], "trainer": trainer, "evaluation": {"scorer": "r"}})
-    assert measured_data(alone) is not None
+    assert alone.measured_data is not None
     held_out = {"task": "chain_sum", "split": "eval"}
-    assert "eval_data is 'given', and must be null where nothing says" in run_message(
+    assert "eval_data is 'given', and must be null where nothing decides" in run_message(
         rewards=[], trainer=trainer, eval_data=held_out
     )
     assert "trainer.task_weight is 0.5, and must be 0 where there are no rewards" in run_message(
         rewards=[], trainer=trainer | {"task_weight": 0.5}
     )
+
+
+def test_a_path_that_begins_with_the_home_folder_is_that_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/me")
+    changes = {"model": {"name": "~/model", "tokenizer": "~/tokens"}, "data": {"path": "~/rows.jsonl"}}
+    run = RunConfig.model_validate(RUN | changes)
+    assert (run.model.name, run.model.tokenizer) == ("/home/of/me/model", "/home/of/me/tokens")
+    assert run.data.path == "/home/of/me/rows.jsonl"
+    assert TeacherSettings(name="~/teacher").name == "/home/of/me/teacher"
+    assert TeacherSettings(name="owner/~teacher").name == "owner/~teacher"

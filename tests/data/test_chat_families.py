@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.data.examples import examples_from_rows
 from alignlab.data.preferences import preferences_from_rows
 from alignlab.data.prompts import prompts_from_rows
@@ -103,7 +103,7 @@ def row_of(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_all_of_a_row_is_taught_or_its_loss_is_refused(family: str, kind: str) -> None:
+def test_every_part_of_a_row_is_rendered_or_the_row_refused(family: str, kind: str) -> None:
     tokenizer, (prompt, completion, has_tools) = family_tokenizer(family), KINDS[kind]
     row = row_of(kind)
     named = REFUSED[family].get(kind)
@@ -128,7 +128,7 @@ def test_all_of_a_row_is_taught_or_its_loss_is_refused(family: str, kind: str) -
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_readers_of_pairs_and_labels_make_the_tokens_of_the_supervised_example(family: str, kind: str) -> None:
+def test_preferences_have_the_tokens_of_the_supervised_example(family: str, kind: str) -> None:
     tokenizer, row = family_tokenizer(family), row_of(kind)
     if kind in REFUSED[family]:
         pytest.skip("refused, see above")
@@ -153,7 +153,7 @@ def test_readers_of_pairs_and_labels_make_the_tokens_of_the_supervised_example(f
     ("family", "settings", "examples"),
     [("qwen3", "together", 0), ("qwen3", "separately", 2), ("qwen3", "last", 1), ("chatml", "together", 1)],
 )
-def test_turns_are_taught_together_or_each_after_the_history_as_it_is_then(
+def test_turns_are_taught_together_or_separately(
     family: str, settings: Any, examples: int
 ) -> None:
     tokenizer = family_tokenizer(family)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
+from alignlab.data.bad_row import BadRow
 from alignlab.data.common_prompt import common_prompt
-from alignlab.data.messages import BadRow
 from alignlab.data.preferences import preferences_from_rows
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -49,7 +49,9 @@ def test_a_prompt_ends_outside_words_numbers_and_characters(chosen: str, rejecte
         ("A: same", "A: same", "empty"), ("A: b", "A: \n", "empty"),
     ],
 )  # fmt: skip
-def test_texts_without_a_prompt_or_an_answer_of_their_own_are_refused(chosen: str, rejected: str, reason: str) -> None:
+def test_texts_without_a_common_beginning_or_a_different_end_are_refused(
+    chosen: str, rejected: str, reason: str
+) -> None:
     with pytest.raises(BadRow) as error:
         common_prompt(chosen, rejected)
     assert error.value.reason == reason
@@ -60,7 +62,7 @@ WORDS = st.text(st.sampled_from("ab1.,-' \n\u0301\u4e00\u3042\u0e01\u0e34"), max
 
 @given(start=WORDS, one=WORDS, other=WORDS)
 @settings(max_examples=300, deadline=None)
-def test_nothing_of_the_texts_is_lost_and_no_word_is_cut(start: str, one: str, other: str) -> None:
+def test_the_pieces_join_to_the_texts_and_no_word_is_cut(start: str, one: str, other: str) -> None:
     try:
         prompt, chosen, rejected = common_prompt(start + one, start + other)
     except BadRow:

@@ -65,14 +65,14 @@ def test_every_turn_of_the_assistant_is_taught(chat_tokenizer: PreTrainedTokeniz
     assert example.token_ids == tuple(chat_tokenizer(whole)["input_ids"])
 
 
-def test_of_prompt_and_completion_only_the_completion_is_taught(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_completion_is_trained_on(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": [USER, ANSWER, USER], "completion": [{"role": "assistant", "content": "b"}]}
     (example,) = examples_from_rows([row], DataSettings(), chat_tokenizer)
     assert taught(example, chat_tokenizer) == "b<|im_end|>"
 
 
 @pytest.mark.parametrize("prompt", ["hi", [USER]])
-def test_a_completion_that_holds_the_whole_conversation_is_what_follows_the_prompt(
+def test_a_whole_conversation_as_completion_is_cut_after_the_prompt(
     prompt: Any, chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     settings = DataSettings(system_prompt="Be brief.")
@@ -83,7 +83,7 @@ def test_a_completion_that_holds_the_whole_conversation_is_what_follows_the_prom
     assert whole == rest
 
 
-def test_a_begun_message_is_gone_on_with_where_a_rollout_would(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_begun_assistant_message_is_continued_as_in_a_rollout(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = [USER, {"role": "assistant", "content": "1 +"}]
     [rollout] = prompts_from_rows([{"prompt": prompt}], DataSettings(), chat_tokenizer)
     for completion in (" 2", [{"role": "assistant", "content": " 2"}]):
@@ -91,7 +91,7 @@ def test_a_begun_message_is_gone_on_with_where_a_rollout_would(chat_tokenizer: P
         assert example.token_ids[: len(rollout.token_ids)] == rollout.token_ids
         assert taught(example, chat_tokenizer) == " 2<|im_end|>"
     for several in ([ANSWER, ANSWER], [ANSWER | {"tool_calls": [{"name": "x"}]}]):
-        with pytest.raises(DataError, match="ends with the assistant's message, which one text has to go on"):
+        with pytest.raises(DataError, match="ends with the assistant's message, which a single text must continue"):
             examples_from_rows([{"prompt": prompt, "completion": several}], DataSettings(), chat_tokenizer)
 
 
@@ -169,7 +169,7 @@ def test_bad_rows(chat_tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], 
 
 
 @pytest.mark.parametrize("answer", [72, np.int64(72), torch.tensor(72), Decimal(72), "72"])
-def test_an_answer_that_is_a_number_is_taught_as_its_digits(
+def test_a_numeric_answer_is_rendered_as_its_digits(
     chat_tokenizer: PreTrainedTokenizerFast, answer: Any
 ) -> None:
     example = examples_from_rows([{"prompt": "hi", "answer": answer}], DataSettings(), chat_tokenizer)[0]
@@ -177,7 +177,7 @@ def test_an_answer_that_is_a_number_is_taught_as_its_digits(
     assert chat_tokenizer.decode(taught) == "72<|im_end|>"
 
 
-def test_an_end_token_in_the_text_or_twice_in_the_template_is_taught_once(
+def test_a_duplicate_end_token_is_trained_on_once(
     chat_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     twice = copy.deepcopy(chat_tokenizer)
@@ -191,7 +191,7 @@ def test_an_end_token_in_the_text_or_twice_in_the_template_is_taught_once(
 
 
 @pytest.mark.parametrize("column", ["reasoning", "reasoning_content", "thinking"])
-def test_a_column_of_thoughts_that_is_not_taught_is_said_once(
+def test_a_column_of_thoughts_that_is_not_trained_on_is_logged_once(
     chat_tokenizer: PreTrainedTokenizerFast, column: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "hi", "completion": "yo", column: "a thought"}] * 3
@@ -205,12 +205,12 @@ def test_a_chat_completion_needs_a_chat_prompt(plain_tokenizer: PreTrainedTokeni
         examples_from_rows([{"prompt": "hi", "completion": [ANSWER]}], DataSettings(), plain_tokenizer)
 
 
-def test_the_answer_template_needs_its_place(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_answer_template_needs_its_placeholder(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match=r"must contain \{answer\}"):
         examples_from_rows([], DataSettings(), plain_tokenizer, answer_template="x")
 
 
-def test_a_task_teaches_its_answers(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_task_trains_on_its_answers(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     settings = DataSettings(task="chain_sum", size=3)
     dataset = load_examples(settings, plain_tokenizer, answer_template=" {answer}")
     answers = [row["answer"] for row in load_rows(settings)]

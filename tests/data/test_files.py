@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
-from alignlab.data import file_limits, files
-from alignlab.data.messages import BadRow
+from alignlab.config.data import DataSettings, RenderSettings
+from alignlab.data import file_limits, files, packed_files
+from alignlab.data.bad_row import BadRow
 from alignlab.data.prompts import load_prompts, prompts_from_rows
 from alignlab.data.rendering import PromptRenderer
 from alignlab.errors import ConfigError, DataError
@@ -66,7 +71,7 @@ def test_a_file_that_does_not_fit_into_memory_is_refused(
             texts(tmp_path / name, plain_tokenizer)
 
 
-def test_a_table_that_has_one_long_text_very_often_is_refused(
+def test_a_table_with_a_long_repeated_text_is_refused(
     tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = psutil.virtual_memory().available
@@ -84,7 +89,7 @@ def test_a_table_that_has_one_long_text_very_often_is_refused(
         ("a.csv", b"prompt\na\n%s\nc\n" % (b"b" * 9999)),
     ],
 )
-def test_a_row_that_is_too_long_is_no_row_and_can_be_skipped(
+def test_a_too_long_row_is_an_error_or_skipped(
     name: str, content: bytes, tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_limits, "MAX_ROW_BYTES", 100)
@@ -96,7 +101,7 @@ def test_a_row_that_is_too_long_is_no_row_and_can_be_skipped(
 
 
 @pytest.mark.parametrize("value", ["a" * 600, [{"role": "user", "content": "a" * 600}]])
-def test_a_prompt_far_beyond_the_limit_of_tokens_is_refused_before_it_is_tokenised(
+def test_a_prompt_far_over_the_limit_is_refused_before_tokenisation(
     value: Any, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = RenderSettings(max_prompt_tokens=2, on_bad_row="skip")
@@ -108,14 +113,14 @@ def test_a_prompt_far_beyond_the_limit_of_tokens_is_refused_before_it_is_tokenis
 
 
 @pytest.mark.parametrize("column", ["completion", "messages", "chosen"])
-def test_a_text_that_no_model_has_room_for_is_refused(column: str, plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_longer_than_any_context_is_refused(column: str, plain_tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "a", column: [{"role": "user", "content": "a" * 2**22}]}
     with pytest.raises(BadRow, match=f"has 41943.. characters in '{column}', and a column of text has at most 4194304"):
         PromptRenderer(RenderSettings(), plain_tokenizer).read(row, 0)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
-def test_a_damaged_row_is_named_and_can_be_skipped(
+def test_a_damaged_row_is_an_error_with_its_number_or_skipped(
     name: str, content: bytes, message: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -192,6 +197,74 @@ def test_a_folder_of_parquet_files_is_read(
     (tmp_path / "rows").mkdir()
     pd.DataFrame({"prompt": ["a", "b"]}).to_parquet(tmp_path / "rows" / "part.parquet")
     assert texts(tmp_path / "rows", plain_tokenizer) == ["a", "b"]
+
+
+def packed(kind: str, content: bytes, path: Path) -> None:
+    """Write a file of one member, packed in one of the ways that `datasets` unpacks."""
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("rows.jsonl", content)
+    elif kind in ("zst", "lz4"):
+        with pyarrow.output_stream(str(path), compression={"zst": "zstd"}.get(kind, kind)) as stream:
+            stream.write(content)
+    else:
+        path.write_bytes({"gz": gzip, "bz2": bz2, "xz": lzma}[kind].compress(content))
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip", "zst", "lz4"])
+def test_a_packed_file_in_a_folder_is_bounded_before_datasets_reads_it(
+    kind: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(file_limits, "ALWAYS_ALLOWED_BYTES", 2**16)
+    monkeypatch.setattr(packed_files, "ALWAYS_ALLOWED_BYTES", 2**16)
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / ("rows.zip" if kind == "zip" else f"rows.jsonl.{kind}")
+    packed(kind, b'{"prompt": "a"}\n' * 3, path)
+    packed_files.check_file(str(path))
+    if kind in ("gz", "bz2", "zip"):  # which need no library that may be missing
+        assert texts(tmp_path / "rows", plain_tokenizer) == ["a"] * 3
+    packed(kind, b'{"prompt": "a"}\n' * 2**19, path)
+    with pytest.raises(DataError, match=r"must unpack to at most \d+ bytes, 100 times its size"):
+        texts(tmp_path / "rows", plain_tokenizer)
+
+
+def test_a_packed_line_and_a_row_group_in_a_folder_fit_into_memory(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folders = [tmp_path / name for name in ("line", "table")]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "' + b"a" * 2**22 + b'"}\n'))
+    pd.DataFrame({"prompt": ["a" * 2**12] * 2**10}).to_parquet(folders[1] / "rows.parquet")
+    free = type("Memory", (), {"available": 2**21})
+    monkeypatch.setattr(file_limits.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(DataError, match="must have lines of at most 1048576 bytes"):
+        texts(folders[0], plain_tokenizer)
+    with pytest.raises(DataError, match=r"each row group of .* must unpack to at most 1048576 bytes"):
+        texts(folders[1], plain_tokenizer)
+
+
+def test_a_file_of_a_folder_whose_packing_tells_no_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.7z"
+    path.write_bytes(b"7z\xbc\xaf\x27\x1c" + b"0" * 99)
+    with pytest.raises(DataError, match=r"must be packed as gzip, .* and is 7z; unpack it"):
+        packed_files.check_file(str(path))
+
+
+def test_a_tar_is_bounded_by_what_its_members_unpack_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_files, "ALWAYS_ALLOWED_BYTES", 2**16)
+    path = tmp_path / "rows.tar.gz"
+    for size in (2**10, 2**23):
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo("rows.jsonl")
+            member.size = size
+            archive.addfile(member, io.BytesIO(b"a\n" * (size // 2)))
+        if size == 2**10:
+            packed_files.check_file(str(path))
+    with pytest.raises(DataError, match="100 times its size"):
+        packed_files.check_file(str(path))
 
 
 def test_a_folder_of_several_saved_splits_is_read_by_its_split(

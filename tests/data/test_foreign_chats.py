@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.data.examples import examples_from_rows
 from alignlab.data.preferences import preferences_from_rows
 from alignlab.data.prompts import prompts_from_rows
@@ -52,26 +52,26 @@ def taught_text(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], setting
     ("field", "value"),
     [("name", "Bob"), ("tool_call_id", "c1"), ("id", "m7"), ("annotations", [{"url": "x"}]), ("prefix", True)],
 )
-def test_a_field_that_the_template_does_not_write_is_said_once(field, value, caplog):
+def test_a_field_that_the_template_ignores_is_logged_once(field, value, caplog):
     row = {"prompt": [{**USER, field: value}], "completion": [ANSWER]}
     examples_from_rows([row, row], SETTINGS, with_template(CHATML))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1 and f"the field {field!r}" in said[0] and "message 0 (user)" in said[0]
 
 
-def test_a_field_that_holds_nothing_or_is_written_is_not_said(caplog):
+def test_an_empty_or_rendered_field_is_not_logged(caplog):
     nothing = {**USER, "name": None, "id": "", "annotations": [], "refusal": None, "weight": 1}
     prompts_from_rows([{"prompt": [nothing]}], SETTINGS, with_template(CHATML))
     assert "<user Bob>" in prompt_text(with_template(NAMES), {"prompt": [{**USER, "name": "Bob"}]})
     assert caplog.records == []
 
 
-def test_a_name_that_also_stands_in_a_content_is_still_said_to_be_unread(caplog):
+def test_an_ignored_name_that_also_occurs_in_a_content_is_logged(caplog):
     prompts_from_rows([{"prompt": [{**USER, "content": "I am Bob", "name": "Bob"}]}], SETTINGS, with_template(CHATML))
     assert "the field 'name' ('Bob')" in caplog.text
 
 
-def test_a_name_that_is_written_for_one_role_alone_is_said_of_the_other(caplog):
+def test_a_name_rendered_for_one_role_alone_is_logged_for_the_other(caplog):
     template = NAMES.replace("if m.name", "if m.name and m.role == 'user'")
     asked, said = {**USER, "name": "Bob"}, {**ANSWER, "name": "Eve"}
     prompts_from_rows([{"prompt": [asked, said, asked]}], SETTINGS, with_template(template))
@@ -94,7 +94,7 @@ def row_of_text(write: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("write", [json.dumps, str, lambda chat: "\n " + json.dumps(chat, indent=1)])
-def test_a_chat_that_is_text_is_read_by_every_reader_and_said(write, caplog):
+def test_a_chat_written_as_text_is_parsed_by_every_reader_and_logged(write, caplog):
     tokenizer = family_tokenizer("chatml")
     given, text = row_of_text(lambda chat: chat), row_of_text(write)
     other = {"prompt": "why", "completion": "so", "label": False}
@@ -108,7 +108,7 @@ def test_a_chat_that_is_text_is_read_by_every_reader_and_said(write, caplog):
     assert "has a list of chat messages as text" in caplog.text
 
 
-def test_a_conversation_that_is_text_is_read_from_messages_and_from_a_named_column():
+def test_a_conversation_written_as_text_is_parsed_in_messages_and_in_the_prompt_column():
     tokenizer, chat = family_tokenizer("chatml"), json.dumps([USER, ANSWER])
     whole = taught_text(tokenizer, {"messages": [USER, ANSWER]})
     assert taught_text(tokenizer, {"messages": chat}) == whole
@@ -116,7 +116,7 @@ def test_a_conversation_that_is_text_is_read_from_messages_and_from_a_named_colu
     assert taught_text(tokenizer, {"conversations": chat}, settings) == whole
 
 
-def test_text_that_begins_as_a_chat_and_cannot_be_read_is_refused():
+def test_text_that_looks_like_a_chat_and_cannot_be_parsed_is_refused():
     broken = "[{'role': 'user', 'content': 'hi'}\n {'role': 'assistant', 'content': 'yo'}]"  # pandas, of an array
     with pytest.raises(DataError, match=r"row 0 .*begins as a list of chat messages.*write it as JSON"):
         prompts_from_rows([{"prompt": broken}], SETTINGS, family_tokenizer("chatml"))
@@ -126,11 +126,11 @@ def test_text_that_begins_as_a_chat_and_cannot_be_read_is_refused():
     "text",
     ["[1, 2, 3]", '[{"role": "admin", "content": "x"}]', '{"role": "user"}', '["role", "user"]', "[{role: user}]"],
 )
-def test_other_text_stays_text(text):
+def test_other_texts_are_not_parsed_as_chats(text):
     assert text in prompt_text(with_template(CHATML), {"prompt": text})
 
 
-def test_a_chat_in_text_stays_text_where_prompts_are_plain_by_setting():
+def test_a_chat_written_as_text_stays_text_with_chat_false():
     text = json.dumps([USER])
     assert prompt_text(with_template(CHATML), {"prompt": text}, chat=False) == text
     with pytest.raises(ConfigError, match="is a list of chat messages, and prompts are plain"):
@@ -143,13 +143,13 @@ def test_a_chat_in_text_stays_text_where_prompts_are_plain_by_setting():
 @pytest.mark.parametrize(
     ("role", "right"), [("User", "user"), ("ASSISTANT", "assistant"), ("human", "user"), ("gpt", "assistant")]
 )
-def test_a_role_under_another_name_is_refused_with_the_right_one(role, right):
+def test_a_misnamed_role_is_refused_with_the_right_name(role, right):
     row = {"messages": [{"role": role, "content": "hi"}, ANSWER]}
     with pytest.raises(DataError, match=f"row 0 .*has a message of the role '{role}'.* know as '{right}'; write that"):
         examples_from_rows([row], SETTINGS, family_tokenizer("chatml"))
 
 
-def test_a_role_that_only_the_template_knows_is_left_as_it_is():
+def test_an_unusual_role_is_passed_to_the_template():
     assert "<ipython>hi" in prompt_text(with_template(CHATML), {"prompt": [{"role": "ipython", "content": "hi"}]})
 
 
@@ -165,12 +165,12 @@ def test_sharegpt_conversations_are_read():
     assert '"arguments": {"word": "sky"}' in taught_text(tokenizer, {"conversations": called}, settings)
 
 
-def test_a_prompt_column_with_an_answer_and_a_completion_is_a_prompt_that_is_gone_on_with():
+def test_a_prompt_that_ends_with_the_assistant_is_continued_by_its_completion():
     row = {"prompt": [USER, ANSWER], "completion": " ho"}
     assert taught_text(family_tokenizer("chatml"), row).startswith(" ho")
 
 
-def test_a_prompt_that_ends_with_an_answer_is_said_once(caplog):
+def test_a_prompt_that_ends_with_an_answer_is_logged_once(caplog):
     prompts_from_rows([{"prompt": [USER, ANSWER]}] * 2, SETTINGS, family_tokenizer("chatml"))
     assert [record.getMessage().count("ends with the assistant's message") for record in caplog.records] == [1]
 
@@ -228,7 +228,7 @@ def test_a_tool_is_written_with_or_without_its_wrapper(place, tool, by_setting):
 
 
 @pytest.mark.parametrize("name", ["parameters", "input", "args"])
-def test_arguments_under_another_name_are_the_call_s_arguments(name):
+def test_arguments_under_another_name_are_renamed(name):
     call = {"name": "look_up", name: {"word": "sky"}}
     row = {"prompt": "q", "completion": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
     assert '[look_up{"word": "sky"}]' in taught_text(with_template(OF_WRAPPED), row)
@@ -262,7 +262,7 @@ def test_a_thought_that_is_left_out_is_refused_with_advice_that_helps(family, an
     assert ("between <think> and </think>" in str(caught.value)) is advises
 
 
-def test_thoughts_of_a_conversation_go_to_the_channels_of_a_family_though_it_leaves_out_earlier_ones():
+def test_thoughts_are_moved_to_the_channels_of_a_template_that_drops_earlier_ones():
     first, second = ({"role": "assistant", "content": f"<think>{word}</think>yo"} for word in ("one", "two"))
     row = {"messages": [USER, first, USER, second]}
     settings = SETTINGS.model_copy(update={"taught_turns": "last"})

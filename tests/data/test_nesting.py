@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.data.nesting import MAX_DEPTH, is_too_deep, parse_json
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import DataError
-from alignlab.trainers.given_data import given_prompts, resolve_prompts
+from alignlab.loop.given_data import given_prompts, resolve_prompts
 
 TEXT = "[" * 100_000
 CHAT = [{"role": "user", "content": "x"}]
@@ -41,7 +41,7 @@ def test_a_row_that_is_nested_too_deeply_is_a_bad_row(row: dict[str, Any]) -> No
         resolve_prompts(given_prompts([row], RenderSettings(on_bad_row="skip")), tokenizer)
 
 
-def test_depth() -> None:
+def test_the_depth_limit_is_exact() -> None:
     assert not is_too_deep(nested(MAX_DEPTH)) and is_too_deep(nested(MAX_DEPTH + 1))
     own: list[Any] = []
     own.append(own)

@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import DataSettings, RenderSettings
 from alignlab.data.examples import examples_from_rows
 from alignlab.data.preferences import preferences_from_rows
 from alignlab.data.prompts import load_prompts, prompts_from_rows
@@ -82,7 +81,7 @@ SETTINGS = st.sampled_from(
 @example(rows=[{"prompt": "a", "completion": b"b", "label": pd.NA}], how=RenderSettings(), chats=False)
 @example(rows=[{"prompt": "a", "tools": np.array([1.5, 2.0])}], how=RenderSettings(), chats=False)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_odd_rows_are_read_or_refused_by_name(
+def test_unusual_rows_are_read_or_refused_with_a_named_error(
     reader: str, rows: Any, how: RenderSettings, chats: bool, plain_tokenizer: PreTrainedTokenizerFast,
     chat_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -102,7 +101,7 @@ PIECES = st.sampled_from(
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.tsv", "a"])
 @given(content=st.lists(PIECES, max_size=8).map(lambda parts: "".join(parts).encode()) | st.binary(max_size=20))
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-def test_odd_files_are_read_or_refused_by_name(
+def test_unusual_files_are_read_or_refused_with_a_named_error(
     name: str, content: bytes, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -115,7 +114,7 @@ def test_odd_files_are_read_or_refused_by_name(
 
 @given(value=NESTED)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_what_json_holds_is_read_or_refused(
+def test_unusual_json_is_read_or_refused(
     value: Any, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,17 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab.data.examples import Example
-from alignlab.data.packing import balanced_bins, pack_examples, pack_rollouts
+from alignlab.data.packing import balanced_bins, pack_examples, pack_groups, pack_rollouts
 from alignlab.errors import DataError
-from alignlab.types import Completion, Experience, Prompt, Rollout
+from alignlab.types import Completion, Experience, Prompt, Rollout, Writer
 from tests.reference.packing import unpack
 
 LAYERS, EXPERTS = 2, 1
 
 
 def completion(ids: Sequence[int], routing: torch.Tensor | None = None) -> Completion:
-    logprobs = tuple(-0.25 * token for token in ids)
-    return Completion(tuple(ids), "", logprobs, logprobs, "stop", (0,) * len(ids), routing)
+    return replace(Completion.of(ids, logprobs=[-0.25 * token for token in ids]), routing=routing)
 
 
 def rollout(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Rollout:
@@ -62,6 +62,53 @@ def test_logprobs_lie_under_their_tokens(drawn: list[Group], budget: int, share_
     for pack in pack_rollouts([rollout(*group) for group in drawn], budget=budget, share_prefix=share_prefix):
         assert pack.rollout_logprobs is not None
         torch.testing.assert_close(pack.rollout_logprobs, -0.25 * pack.tokens * pack.completion_mask, rtol=0, atol=0)
+
+
+written = st.lists(st.tuples(tokens, st.sampled_from(("policy", "tool", "user"))), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(written, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
+def test_only_tokens_of_the_policy_are_in_the_mask_and_have_logprobs(
+    drawn: list[list[list[tuple[int, Writer]]]], budget: int, share_prefix: bool
+) -> None:
+    """Mixed completions: each token is written by the policy, a tool or the user."""
+    rollouts = [Rollout(Prompt((7, 7), "p"), tuple(mixed_completion(pairs) for pairs in group)) for group in drawn]
+    packs = pack_rollouts(rollouts, budget=budget, share_prefix=share_prefix)
+    prompt = [(7, False), (7, False)]
+    completions = [pairs for group in drawn for pairs in group]
+    assert unpack(packs) == {
+        i: prompt + [(token, writer == "policy") for token, writer in pairs] for i, pairs in enumerate(completions)
+    }
+    for pack in packs:
+        torch.testing.assert_close(pack.rollout_logprobs, -0.25 * pack.tokens * pack.completion_mask, rtol=0, atol=0)
+
+
+def mixed_completion(pairs: Sequence[tuple[int, Writer]]) -> Completion:
+    """A completion of (token, writer) pairs; its engine reports a log-prob of every token."""
+    ids, writers = zip(*pairs, strict=True)
+    return Completion.of(ids, logprobs=[-0.25 * token for token in ids], writers=writers)
+
+
+def test_a_mixed_completion_by_hand() -> None:
+    tool_call = mixed_completion([(4, "policy"), (5, "tool"), (6, "tool"), (8, "user"), (9, "policy")])
+    [pack] = pack_rollouts([Rollout(Prompt((1, 2), "p"), (tool_call, completion([3])))], budget=100)
+    assert pack.tokens.tolist() == [1, 2, 4, 5, 6, 8, 9, 3]
+    assert pack.completion_mask.tolist() == [False, False, True, False, False, False, True, True]
+    assert pack.rollout_logprobs is not None
+    assert pack.rollout_logprobs.tolist() == [0, 0, -1.0, 0, 0, 0, -2.25, -0.75]
+    assert pack.segments.lengths == (2, 5, 1)
+
+
+def test_a_group_that_stays_whole_has_the_tokens_of_the_policy_in_the_mask() -> None:
+    group = (mixed_completion([(4, "policy"), (5, "tool")]), mixed_completion([(6, "user"), (7, "policy")]))
+    [pack] = pack_groups([Rollout(Prompt((1,), "p"), group)], budget=2)
+    assert pack.completion_mask.tolist() == [False, True, False, False, True]
+
+
+def test_a_completion_without_writers_is_the_policy_s() -> None:
+    assert completion([4, 5]).policy_tokens == (True, True)
+    assert mixed_completion([(4, "tool"), (5, "policy")]).policy_tokens == (False, True)
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,16 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
-from alignlab.data.prompts import PromptDataset, load_prompts, prompts_from_rows
+from alignlab.config.data import DataSettings, RenderSettings
+from alignlab.data.prompts import column_names, load_prompts, prompts_from_rows
 from alignlab.errors import ConfigError, DataError
+from alignlab.types import Prompt
 
 ROWS = [{"prompt": "What is 1 + 2", "answer": "3"}, {"prompt": "What is 2 + 2", "answer": "4"}]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
-def rendered(dataset: PromptDataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def rendered(dataset: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [tokenizer.decode(prompt.token_ids) for prompt in dataset]
 
 
@@ -27,7 +28,7 @@ def test_plain_rows(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     assert [prompt.text for prompt in dataset] == [row["prompt"] for row in ROWS]
     assert [dict(prompt.columns) for prompt in dataset] == [{"answer": "3"}, {"answer": "4"}]
     assert [prompt.index for prompt in dataset] == [0, 1]
-    assert dataset.columns == ("answer",) and not dataset.skipped
+    assert column_names(dataset) == ("answer",) and not dataset.skipped
 
 
 def test_plain_prompts_become_a_users_message(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -120,7 +121,7 @@ def test_a_prompt_at_the_limit_is_kept(plain_tokenizer: PreTrainedTokenizerFast)
     assert [prompt.text for prompt in dataset] == ["1234"]
 
 
-def test_a_dataset_that_is_too_long_throughout_names_the_limit(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_dataset_of_too_long_rows_alone_names_the_limit(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     settings = RenderSettings(max_prompt_tokens=4, on_bad_row="skip")
     with pytest.raises(DataError, match=r"too_long 2\).*raise RenderSettings\.max_prompt_tokens, which is 4"):
         prompts_from_rows([{"prompt": "12345"}] * 2, settings, plain_tokenizer)
@@ -217,7 +218,7 @@ def test_a_task(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     )
     assert len(train) == len(held_out) == 5
     assert not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
-    assert train.columns == ("answer", "task", "task_options", "metadata")
+    assert column_names(train) == ("answer", "task", "task_options", "metadata")
 
 
 def test_no_source_is_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -225,7 +226,9 @@ def test_no_source_is_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
         load_prompts(DataSettings(), plain_tokenizer)
 
 
-def test_a_csv_row_with_a_field_too_many_is_named(plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_csv_row_with_a_surplus_field_is_an_error_with_its_line(
+    plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("prompt,answer\none,1\nWhat is 2,3 rounded?,2\n")
     with pytest.raises(DataError, match=r"row 1 .* has more fields than the header names; put fields that hold commas"):
@@ -233,7 +236,7 @@ def test_a_csv_row_with_a_field_too_many_is_named(plain_tokenizer: PreTrainedTok
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
-def test_a_byte_order_mark_is_no_part_of_the_data(
+def test_a_byte_order_mark_is_skipped(
     suffix: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     texts = {"csv": "prompt\none\n", "jsonl": '{"prompt": "one"}\n', "json": '[{"prompt": "one"}]'}
@@ -251,7 +254,7 @@ def test_a_message_without_content_is_a_bad_row(chat_tokenizer: PreTrainedTokeni
     assert prompts_from_rows(rows, settings, chat_tokenizer).skipped == {"wrong_type": 1}
 
 
-def test_rows_of_another_kind_are_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_without_the_needed_columns_are_refused(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     wrong: Any = ["one", "two"]
     with pytest.raises(DataError, match=r"row 0 .* is str, and must be a dict"):
         prompts_from_rows(wrong, RenderSettings(), plain_tokenizer)
@@ -260,6 +263,6 @@ def test_rows_of_another_kind_are_named(plain_tokenizer: PreTrainedTokenizerFast
         prompts_from_rows(splits, RenderSettings(), plain_tokenizer)
 
 
-def test_a_split_of_a_file_s_own_is_refused() -> None:
+def test_a_split_of_a_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"eval_frac is 0\.5, and must stay 0\.2 without task"):
         DataSettings(path="rows.jsonl", eval_frac=0.5)

@@ -13,12 +13,11 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
-from alignlab.data.alignment import TextAligner
+from alignlab.config.data import DataSettings, RenderSettings
 from alignlab.data.examples import examples_from_rows
 from alignlab.data.preferences import preferences_from_rows
 from alignlab.data.prompts import prompts_from_rows
+from alignlab.data.token_alignment import TextAligner
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError, DataError
 from alignlab.types import Prompt
@@ -54,7 +53,7 @@ def test_a_system_prompt_that_the_template_does_not_take_is_an_error_of_the_sett
     tokenizer: PreTrainedTokenizerFast, template: str, named: str, on_bad_row: Any
 ) -> None:
     tokenizer.chat_template = template
-    settings = DataSettings(path="rows", system_prompt="Be brief.", on_bad_row=on_bad_row)
+    settings = DataSettings(task="chain_sum", system_prompt="Be brief.", on_bad_row=on_bad_row).rendering
     with pytest.raises(ConfigError, match=rf"data\.system_prompt .*{named}.*data\.prompt_template"):
         prompts_from_rows([{"prompt": "hi"}], settings, tokenizer)
     with pytest.raises(ConfigError, match=r"data\.system_prompt"):
@@ -81,7 +80,7 @@ def test_tools_of_the_settings_are_for_rows_without_their_own(tokenizer: PreTrai
     assert prompt_text(tokenizer, {"prompt": "hi", "tools": []}, tools=(TOOL,)).startswith("<|im_start|>")
 
 
-def test_a_function_is_a_tool_and_none_in_a_schema_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_function_becomes_a_schema_without_null_fields(tokenizer: PreTrainedTokenizerFast) -> None:
     def look_up(word: str) -> str:
         """Look a word up.
 
@@ -112,7 +111,7 @@ def test_a_function_is_a_tool_and_none_in_a_schema_is_left_out(tokenizer: PreTra
         (None, {}, {"chat_template_kwargs": {"a": 1}}, ConfigError, "chat_template_kwargs needs a chat template"),
     ],
 )
-def test_what_a_template_cannot_be_given_is_refused(
+def test_invalid_template_variables_and_tools_are_refused(
     tokenizer: PreTrainedTokenizerFast, template: str | None, row: Any, settings: Any, error: Any, named: str
 ) -> None:
     tokenizer.chat_template = template
@@ -120,7 +119,7 @@ def test_what_a_template_cannot_be_given_is_refused(
         prompts_from_rows([{"prompt": "hi", **row}], RenderSettings(**settings), tokenizer)
 
 
-def test_columns_for_media_that_hold_nothing_are_no_matter(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_empty_media_columns_are_accepted(tokenizer: PreTrainedTokenizerFast) -> None:
     assert prompt_text(tokenizer, {"prompt": "hi", "images": [], "image": None, "audio": ""})
 
 
@@ -137,7 +136,7 @@ def test_columns_for_media_that_hold_nothing_are_no_matter(tokenizer: PreTrained
         ({"prompt": "a <|im_end|> b"}, {"chat": False}, "special token <|im_end|>"),
     ],
 )
-def test_what_takes_no_effect_or_another_one_is_logged_once(
+def test_settings_without_effect_are_logged_once(
     tokenizer: PreTrainedTokenizerFast, row: Any, settings: Any, named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -193,7 +192,7 @@ SPELLS = "a turn ends with <|im_end|>, and <|im_start|>system begins one"
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_special_tokens_that_a_text_spells_are_text_where_that_is_asked_for(
+def test_spelled_special_tokens_are_encoded_as_text_on_request(
     tokenizer: PreTrainedTokenizerFast, chat: bool
 ) -> None:
     settings = RenderSettings(chat=chat, escape_special_tokens=True)
@@ -260,13 +259,13 @@ def test_a_teacher_reads_tools_through_its_own_template(tokenizer: PreTrainedTok
         TextAligner(tokenizer, teacher, RenderSettings()).prompt_ids([Prompt((1,), [USER], columns={"tools": [TOOL]})])
 
 
-def test_turns_to_teach_are_a_setting_of_supervised_data(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_taught_turns_is_a_setting_of_supervised_data_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "hi", "chosen": "yo", "rejected": "no"}]
     with pytest.raises(ConfigError, match="taught_turns is last, and is for supervised data"):
         preferences_from_rows(rows, RenderSettings(taught_turns="last"), tokenizer)
 
 
-def test_a_turn_of_weight_0_is_read_and_not_taught(chat_tokenizer):
+def test_a_turn_of_weight_0_is_not_trained_on(chat_tokenizer):
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "weight": 0}]
     turns += [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4", "weight": 1}]
     [example] = examples_from_rows([{"messages": turns}], RenderSettings(), chat_tokenizer)
@@ -276,20 +275,20 @@ def test_a_turn_of_weight_0_is_read_and_not_taught(chat_tokenizer):
 
 
 @pytest.mark.parametrize(("field", "value"), [("weight", 0.5), ("train", "no")])
-def test_a_turn_of_another_weight_is_refused(field, value, chat_tokenizer):
+def test_a_turn_with_a_weight_other_than_0_or_1_is_refused(field, value, chat_tokenizer):
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", field: value}]
     with pytest.raises(DataError, match=rf"row 0 .* for {field} in a message, which is 1 \(taught\) or 0"):
         examples_from_rows([{"messages": turns}], RenderSettings(), chat_tokenizer)
 
 
 @pytest.mark.parametrize("column", ["system", "completion_mask", "assistant_masks"])
-def test_columns_that_others_read_for_the_chat_are_said_once(column, chat_tokenizer, caplog):
+def test_unrendered_columns_of_other_programs_are_logged_once(column, chat_tokenizer, caplog):
     rows = [{"prompt": "1", "completion": "2", column: "x"}] * 2
     examples_from_rows(rows, RenderSettings(), chat_tokenizer)
     assert [record.getMessage().count(f"the column {column!r} is not rendered") for record in caplog.records] == [1]
 
 
-def test_messages_beside_a_prompt_are_said_once(chat_tokenizer, caplog):
+def test_messages_beside_a_prompt_are_logged_once(chat_tokenizer, caplog):
     row = {"prompt": "1", "completion": "2", "messages": [{"role": "user", "content": "3"}]}
     examples_from_rows([row, row], RenderSettings(), chat_tokenizer)
     assert [record.getMessage().count("'messages' is not rendered beside 'prompt'") for record in caplog.records] == [1]

@@ -14,10 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.config.data import DataSettings
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import DataSettings, RenderSettings
+from alignlab.data.bad_row import BadRow
 from alignlab.data.examples import examples_from_rows, load_examples
-from alignlab.data.messages import BadRow
 from alignlab.data.preferences import load_preferences, preferences_from_rows
 from alignlab.data.prompts import load_prompts, prompts_from_rows
 from alignlab.data.rows import as_label, as_number, is_missing, plain_row, readable_rows
@@ -38,7 +37,7 @@ def test_missing_values_are_none(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 0.0, "", "nan", False, [], np.array([math.nan]), np.int64(0), Decimal(0)])
-def test_values_that_are_there_stay(value: Any) -> None:
+def test_present_values_are_unchanged(value: Any) -> None:
     assert not is_missing(value)
     assert plain_row({"answer": value})["answer"] is value
 
@@ -94,14 +93,14 @@ def test_labels_of_plus_and_minus_one_are_refused(plain_tokenizer: PreTrainedTok
         unpaired_from_rows(rows, RenderSettings(), plain_tokenizer)
 
 
-def test_a_label_that_is_missing_is_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_missing_label_is_an_error_with_the_column(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "q", "completion": "a", "label": math.nan}]
     with pytest.raises(DataError, match=r"row 0 .* has nothing in the column 'label'"):
         unpaired_from_rows(rows, RenderSettings(), plain_tokenizer)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "json", "jsonl"])
-def test_a_column_of_whole_numbers_with_a_gap_stays_whole(
+def test_a_column_of_integers_with_missing_values_keeps_integers(
     suffix: str, plain_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path, table = tmp_path / f"rows.{suffix}", pd.DataFrame(GAPPED)
@@ -123,12 +122,12 @@ def test_rows_of_a_table_in_memory_are_read_as_its_file(plain_tokenizer: PreTrai
 
 
 @pytest.mark.parametrize("answers", [[72.0, 5.0], [72.5, None, 5.0], [72.0, None, "5"], [2.0**60, None], [None, None]])
-def test_other_columns_stay_as_they_are(answers: list[Any]) -> None:
+def test_other_columns_are_unchanged(answers: list[Any]) -> None:
     rows = [{"answer": answer} for answer in answers]
     assert [type(row["answer"]) for row in readable_rows(rows, RenderSettings())] == [type(a) for a in answers]
 
 
-def test_chats_that_pandas_has_read_as_arrays_are_chats(
+def test_chats_in_pandas_arrays_are_read(
     chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -141,7 +140,7 @@ def test_chats_that_pandas_has_read_as_arrays_are_chats(
     )
 
 
-def test_fields_that_arrow_fills_in_are_no_part_of_a_chat(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_null_fields_from_arrow_are_left_out_of_a_chat(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     chats = [
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "name": "Bo"}],
         [{"role": "user", "content": "what"}, {"role": "assistant", "content": "3"}],

@@ -45,7 +45,7 @@ def test_order_is_the_same_in_every_process() -> None:
     assert IndexSampler(8, 8, seed=0).next() == [0, 2, 1, 4, 6, 7, 3, 5]
 
 
-def test_takes_across_the_end_of_an_epoch() -> None:
+def test_batches_continue_across_the_end_of_an_epoch() -> None:
     sampler = IndexSampler(3, 2, seed=0)
     assert len(sampler.take(7)) == 7
     assert sampler.state_dict() == {"num_items": 3, "seed": 0, "digest": "", "epoch": 2, "position": 1}

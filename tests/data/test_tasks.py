@@ -32,17 +32,17 @@ def test_splits_together_are_all_questions_each_once() -> None:
 
 @settings(deadline=None)
 @given(st.text(), st.floats(0.01, 0.99))
-def test_split_is_a_function_of_the_text_alone(question: str, eval_frac: float) -> None:
+def test_the_split_depends_on_the_text_alone(question: str, eval_frac: float) -> None:
     fraction = int(hashlib.sha256(question.encode()).hexdigest()[:16], 16) / 16**16
     assert split_of(question, eval_frac=eval_frac) == ("eval" if fraction < eval_frac else "train")
 
 
-def test_size_takes_the_first_questions_and_the_seed_moves_them() -> None:
+def test_size_selects_the_first_questions_and_the_seed_changes_them() -> None:
     assert questions(size=7) == questions(size=20)[:7]
     assert questions(size=7, seed=1) != questions(size=7)
 
 
-def test_rows_say_what_a_scorer_needs() -> None:
+def test_rows_hold_the_columns_that_a_scorer_needs() -> None:
     (row,) = task_rows("chain_sum", options=SINGLE_DIGITS, size=1)
     assert set(row) == {"prompt", "answer", "task", "task_options", "metadata"}
     assert str(eval(row["metadata"]["expression"])) == row["answer"]
@@ -76,7 +76,7 @@ def test_unknown_split_and_empty_split_are_refused() -> None:
         questions(split="eval", eval_frac=1e-9)
 
 
-def test_a_missing_reasoning_gym_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reasoning_gym_is_an_error_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match="pip install"):
         task_rows("chain_sum")

@@ -15,7 +15,7 @@ def test_any_text_decodes_to_itself(plain_tokenizer: PreTrainedTokenizerFast, te
     assert plain_tokenizer.decode(plain_tokenizer(text)["input_ids"]) == text
 
 
-def test_special_tokens_come_first_and_nothing_is_added(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_have_the_first_ids_and_no_token_is_added(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     assert plain_tokenizer.convert_ids_to_tokens([0, 1]) == [PAD_TOKEN, EOS_TOKEN]
     assert (plain_tokenizer.pad_token_id, plain_tokenizer.eos_token_id) == (0, 1)
     assert plain_tokenizer.chat_template is None

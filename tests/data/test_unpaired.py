@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.unpaired import UnpairedPreference, mismatch, unpaired_from_rows
 from alignlab.errors import DataError
@@ -56,18 +56,18 @@ def test_chat_messages_and_strings_say_the_same(tokenizer: Any) -> None:
     assert tuple(read(messages, chats)) == tuple(read([GOOD, BAD], chats))
 
 
-def test_the_partner_is_the_next_with_another_prompt_and_another_completion() -> None:
+def test_the_mismatched_completion_is_the_next_of_another_prompt() -> None:
     found = mismatch([each(1, 7, True), each(1, 8, True), each(2, 7, True), each(3, 9, True), each(4, 5, False)])
     assert [x.mismatched for x in found] == [(9,), (7,), (9,), (5,), (7,)]
 
 
-def test_a_partner_makes_no_sequence_longer_than_those_that_are_learnt_from() -> None:
+def test_a_mismatched_completion_makes_no_sequence_longer_than_the_longest() -> None:
     long = UnpairedPreference((1,) * 5, (2, 3), True)
     short = UnpairedPreference((4,), (5,) * 6, False)
     assert [x.mismatched for x in mismatch([long, short])] == [(5, 5), (2, 3)]
 
 
-def test_partners_are_those_of_a_slow_search() -> None:
+def test_mismatched_completions_equal_those_of_a_slow_search() -> None:
     generator = random.Random(0)
     for _ in range(50):
         data = [
@@ -83,7 +83,7 @@ def test_partners_are_those_of_a_slow_search() -> None:
         assert [x.mismatched for x in mismatch(data)] == [expected[id(x)] for x in data]
 
 
-def test_a_long_run_of_equal_completions_is_passed_quickly() -> None:
+def test_equal_completions_are_skipped_in_linear_time() -> None:
     data = [each(i, 7, True) for i in range(20_000)] + [each(-1, 8, False)]
     assert {x.mismatched for x in mismatch(data)[:-1]} == {(8,)}
 
@@ -110,11 +110,11 @@ def test_bad_rows_are_refused_with_their_number_or_counted(row: Any, message: st
 
 
 @pytest.mark.parametrize(("label", "kind"), [(True, "true"), (False, "false")])
-def test_labels_of_one_kind_are_refused(label: bool, kind: str, tokenizer: Any) -> None:
+def test_labels_that_are_all_equal_are_refused(label: bool, kind: str, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=f"labels must be of both kinds, and all 2 are {kind}"):
         read([GOOD | {"label": label}, BAD | {"label": label}], tokenizer)
 
 
-def test_one_prompt_alone_has_no_partner(tokenizer: Any) -> None:
+def test_a_single_prompt_has_no_mismatched_completion(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"there is none with another prompt and another completion; add rows"):
         read([GOOD, BAD | {"prompt": "ab"}], tokenizer)

@@ -19,11 +19,11 @@ def tokenizer() -> Any:
     return made
 
 
-def test_the_number_of_ids_is_the_largest_and_one(tokenizer: Any) -> None:
+def test_the_number_of_ids_is_the_largest_id_plus_one(tokenizer: Any) -> None:
     assert num_token_ids(tokenizer) == max(tokenizer.get_vocab().values()) + 1 == len(tokenizer)
 
 
-def test_ids_with_a_row_are_taken_at_the_limit(tokenizer: Any) -> None:
+def test_ids_up_to_the_last_row_are_accepted(tokenizer: Any) -> None:
     last = num_token_ids(tokenizer) - 1
     check_ids([[(0, last), ()], [()]], {"the model": last + 1}, tokenizer, what="example")
 
@@ -42,7 +42,7 @@ def test_an_end_token_without_a_row_is_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("model_ends", "said"), [([7], True), ([], False), (None, False)])
-def test_an_end_token_that_the_model_does_not_name_is_said(
+def test_an_end_token_unknown_to_the_model_is_logged(
     model_ends: list[int] | None, said: bool, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends = [tokenizer.eos_token_id] if model_ends is None else model_ends
@@ -51,7 +51,7 @@ def test_an_end_token_that_the_model_does_not_name_is_said(
     assert ("the model's configs name 7" in caplog.text) == said
 
 
-def test_tokens_without_a_row_that_no_text_holds_are_said(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_tokens_without_a_row_are_logged(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="alignlab"):
         check_end_token(tokenizer, num_token_ids(tokenizer) - 1, [])
     assert "one of the last 1 tokens is refused" in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignlab.manifest import MODEL_MANIFEST
+from alignlab.files.manifest import MODEL_MANIFEST
 from tests.faults.attack import Outcome, parts, verdict_of_failure
 from tests.faults.input_cases import COMPRESSED, FILES, MARK, TABLES, TEMPLATES
 from tests.faults.lab import Ending, Lab

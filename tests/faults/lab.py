@@ -20,7 +20,7 @@ from tests.faults.results import differences
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
 _PRELOADED = (
-    "torch", "transformers", "peft", "accelerate", "alignlab.cli", "alignlab.trainers.run", "matplotlib.figure",
+    "torch", "transformers", "peft", "accelerate", "alignlab.cli", "alignlab.run_from_config", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "tests.faults.tasks",
 )  # fmt: skip
 _TASKS = "tests.faults.tasks"

@@ -13,8 +13,8 @@ def ask_judge(port: int, *, writes: bool) -> dict[str, Any]:
     """Ask a judge one question, with the patience of a second."""
     from alignlab.config.judge import EndpointJudge
     from alignlab.errors import AlignlabError
-    from alignlab.rlaif.chat_model import Failure
-    from alignlab.rlaif.endpoint import EndpointChatModel
+    from alignlab.scoring.judges.chat_model import Failure
+    from alignlab.scoring.judges.endpoint import EndpointChatModel
 
     settings = EndpointJudge(
         url=f"http://127.0.0.1:{port}/v1", model="m", request_timeout_s=1.0, max_attempts=2, retry_wait_s=0.1
@@ -39,8 +39,8 @@ def ask_pool(port: int) -> dict[str, Any]:
     from alignlab.config.rollout import VLLMServerSettings
     from alignlab.errors import AlignlabError
     from alignlab.rollout.vllm.completions import Request
-    from alignlab.rollout.vllm.server.handout import SentWeights
-    from alignlab.rollout.vllm.server.pool import ServerPool
+    from alignlab.rollout.vllm.pool import ServerPool
+    from alignlab.rollout.vllm.weight_delivery import SentWeights
 
     os.environ["ALIGNLAB_SERVER_TOKEN"] = "a-token-of-some-length-0123456789"
     address = f"http://127.0.0.1:{port}"
@@ -48,7 +48,7 @@ def ask_pool(port: int) -> dict[str, Any]:
     weights = Path("weights.safetensors")
     weights.write_bytes(b"weights")
     try:
-        pool = _pool(ServerPool, settings)
+        pool = ServerPool(settings, lambda address, about: None, [], run="run", rank=0)
         try:
             pool.open()
             pool.put(SentWeights("run-1-1", weights, {}, False))
@@ -61,10 +61,6 @@ def ask_pool(port: int) -> dict[str, Any]:
     believable = ids and len(answer.token_ids) <= 4 and all(map(_is_logprob, answer.logprobs))
     believable = believable and len(answer.logprobs) == len(answer.token_ids) and answer.policy_versions == (1,)
     return {"answer": repr(answer)[:300], "believable": believable}
-
-
-def _pool(kind: Any, settings: Any) -> Any:
-    return kind(settings, {}, [], run="run", rank=0, check=lambda about: None)
 
 
 def _is_logprob(value: Any) -> bool:

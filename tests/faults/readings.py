@@ -48,13 +48,13 @@ def _readers(run: Path) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _metrics(path: Path) -> str:
-    from alignlab.training.metrics import read_metrics
+    from alignlab.runs.metrics_file import read_metrics
 
     return untimed(list(read_metrics(path)))
 
 
 def _rollouts(path: Path) -> str:
-    from alignlab.training import rollout_store
+    from alignlab.runs import rollout_store
 
     said = io.StringIO()
     handler = logging.StreamHandler(said)
@@ -68,8 +68,8 @@ def _rollouts(path: Path) -> str:
 
 def _checkpoint(path: Path) -> str:
     """Of a folder of checkpoints that holds this one alone."""
-    from alignlab.training.checkpoint import load_latest
-    from alignlab.training.run_records import run_id_of
+    from alignlab.runs.checkpoint import load_latest
+    from alignlab.runs.records import run_id_of
 
     with tempfile.TemporaryDirectory() as temporary:
         alone = Path(temporary) / "checkpoints"
@@ -87,8 +87,8 @@ def _model(path: Path) -> str:
     """Its weights, what its tokenizer makes of a text, and how it generates."""
     import torch
 
-    from alignlab.models.checkpoints import load_model, load_tokenizer
-    from alignlab.models.reward_checkpoints import is_reward_model, load_reward_model
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+    from alignlab.models.hub.reward_checkpoints import is_reward_model, load_reward_model
 
     tokenizer: Any = load_tokenizer(str(path))
     backend = tokenizer.backend_tokenizer.to_str()
@@ -106,6 +106,6 @@ def _model(path: Path) -> str:
 
 def digest_of_tensors(tensors: Any) -> str:
     """One digest of names and bytes."""
-    from alignlab.rollout.weight_proof import digests
+    from alignlab.models.fingerprints import tensor_digests
 
-    return json.dumps(sorted(digests(dict(tensors)).items()))
+    return json.dumps(sorted(tensor_digests(dict(tensors)).items()))

@@ -66,7 +66,7 @@ def _values(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".safetensors":
         yield from _tensors(path)
     elif path.name == "metrics.jsonl":
-        from alignlab.training.metrics import read_metrics
+        from alignlab.runs.metrics_file import read_metrics
 
         yield from ((f":{i}", untimed(line)) for i, line in enumerate(read_metrics(path)))
     elif path.suffix == ".jsonl":
@@ -96,7 +96,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rollouts(folder: Path, name: str) -> dict[str, str]:
-    from alignlab.training.rollout_store import read_rollouts
+    from alignlab.runs.rollout_store import read_rollouts
 
     rows = read_rollouts(folder).to_pylist()
     return {f"{name}:{i}": untimed(row) for i, row in enumerate(rows)}

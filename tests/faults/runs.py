@@ -33,7 +33,7 @@ def even(*, completion_ids, **_):
 def is_even(*, completion_ids, **_):
     return [float(bool(ids) and ids[0] % 2 == 0) for ids in completion_ids]
 '''
-_STEPS = {"num_steps": 3, "learning_rate": 1e-2, "save_every_steps": 1, "trackers": []}
+_STEPS = {"num_steps": 3, "optim": {"learning_rate": 1e-2}, "checkpoints": {"every_steps": 1}, "trackers": []}
 _SAMPLED = {"num_prompts": 2, "sampling": {"max_new_tokens": 4}}
 _POLICY = {"name": "inputs/policy"}
 _ADAPTER = {"name": "inputs/policy", "lora": {"rank": 2}, "dtype": "float32"}
@@ -111,8 +111,8 @@ def make_inputs(folder: Path) -> None:
     import torch
 
     from alignlab.data.tokenizer_training import train_tokenizer
-    from alignlab.models.checkpoints import new_model, save_model
-    from alignlab.models.saving import published
+    from alignlab.models.hub.checkpoints import new_model, save_model
+    from alignlab.models.hub.saving import published
 
     folder.mkdir()
     tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)

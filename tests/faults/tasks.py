@@ -30,7 +30,7 @@ def train(
         The exit status.
     """
     from alignlab.cli import main
-    from alignlab.training.run_folder import holds_run
+    from alignlab.runs.folder import holds_run
 
     folder = Path("run")
     if resume is None:
@@ -63,8 +63,8 @@ def _collect_ahead() -> None:
     engine keeps the weights that it began with, and all else is as it is on servers: the thread, the order, the age.
     """
     from alignlab.config.rollout import RolloutSettings
-    from alignlab.rollout.engine import EmbeddedEngine
-    from alignlab.trainers import online
+    from alignlab.loop import online
+    from alignlab.rollout.embedded.engine import EmbeddedEngine
 
     class Steady(EmbeddedEngine):
         def update_weights(self, policy_version: int) -> None:

@@ -37,14 +37,14 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "leaves": lambda: os._exit(0), "exits": lambda: sys.exit(3),
 }  # fmt: skip
 PHASES: dict[str, tuple[str, str, int]] = {
-    "building": ("alignlab.trainers.learner:Learner", "__init__", 1),
-    "checking": ("alignlab.trainers.loop:TrainingLoop", "train", 1),
-    "collecting": ("alignlab.trainers.online:OnlineTrainer", "generate", 2),
-    "scoring": ("alignlab.trainers.online:OnlineTrainer", "make_experience", 2),
-    "updating": ("alignlab.trainers.learner:Learner", "update", 2),
-    "saving": ("alignlab.trainers.loop:TrainingLoop", "save", 2),
-    "evaluating": ("alignlab.trainers.online:OnlineTrainer", "evaluate", 1),
-    "ending": ("alignlab.trainers.loop:TrainingLoop", "_save_model", 1),
+    "building": ("alignlab.loop.learner:Learner", "__init__", 1),
+    "checking": ("alignlab.loop.training_loop:TrainingLoop", "train", 1),
+    "collecting": ("alignlab.loop.source:RolloutSource", "sample", 2),
+    "scoring": ("alignlab.loop.algorithm:Algorithm", "with_logprobs", 2),
+    "updating": ("alignlab.loop.learner:Learner", "update", 2),
+    "saving": ("alignlab.loop.training_loop:TrainingLoop", "save", 2),
+    "evaluating": ("alignlab.loop.online:OnlineTrainer", "evaluate", 1),
+    "ending": ("alignlab.loop.training_loop:TrainingLoop", "_save_model", 1),
 }
 """What is called then, and at which call the trouble comes."""
 

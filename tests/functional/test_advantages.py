@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.functional import advantages
-from alignlab.functional.values import mean_and_variance, moments, whitened
+from alignlab.functional.reduction import mean_and_variance, moments
+from alignlab.functional.values import whitened
 from tests.reference import functional as twin
 
 NAN = float("nan")
@@ -106,8 +107,8 @@ def test_mixed_groups_are_those_with_signal():
     assert ((advantages.group_normalized(rewards) != 0).any(dim=1) == advantages.mixed_groups(rewards)).all()
 
 
-def test_a_token_pays_for_the_kl_from_itself_to_the_end_by_hand():
-    """Two sequences after a shared prompt; the second of the first's tokens is a tool's, and neither pays nor earns."""
+def test_returns_subtract_the_kl_from_each_token_to_the_end_by_hand():
+    """Two sequences after a shared prompt; a tool's token, the second of the first one, has neither KL nor return."""
     result = advantages.rewards_to_go(
         torch.tensor([1.0, -2.0]), torch.tensor([9.0, 0.5, 9.0, 0.25, 0.1, -0.3, 9.0]),
         mask=torch.tensor([False, True, False, True, True, True, False]),

@@ -118,7 +118,7 @@ def test_any_cut_gives_the_same_gradient(surrogate, reduce, cut, estimator, seed
 
 
 def test_averaging_pack_by_pack_would_depend_on_the_cut():
-    """What the weights are for: the mean over each pack's own tokens, averaged over packs, is another number."""
+    """Averaging the packs' means gives another number, which is why losses have weights of the whole step."""
     loss, mask = torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.ones(4, dtype=torch.bool)
     weighted = [(loss[p] * reduction.token_mean_weights(mask[p], num_tokens=4)).sum() for p in (slice(3), slice(3, 4))]
     assert sum(weighted).item() == loss.mean().item() == 2.0

@@ -1,4 +1,4 @@
-"""Divergences by hand, by loops, by gradcheck, and as TRL has them; chunks; the top K and the rest."""
+"""Divergences by hand, by loops, by gradcheck and against TRL's; chunks; the top K."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_by_hand():
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize(("bias", "softcap", "temperature"), [(False, None, 1.0), (True, 1.5, 0.7), (True, None, 2.0)])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_are_the_slow_twin(beta, bias, softcap, temperature, chunk):
+def test_chunked_divergence_equals_the_slow_twin(beta, bias, softcap, temperature, chunk):
     hidden, head, theirs, their_head = make(bias=bias, softcap=softcap)
     found = distillation.chunked_divergence(
         hidden, head, theirs, their_head, beta=beta, width=11, temperature=temperature, chunk_tokens=chunk
@@ -121,10 +121,11 @@ def test_top_tokens_bound_the_divergence_from_below(beta, seed, k):
     assert (found <= whole + 1e-12).all()
     if k == 11:
         torch.testing.assert_close(found, whole)
-        assert top.rest.eq(-math.inf).all()
+        assert top.other_logprob.eq(-math.inf).all()
     else:
         assert (found < whole).any() or k == 10
-        torch.testing.assert_close(top.logprobs.exp().sum(-1) + top.rest.exp(), torch.ones(7, dtype=torch.float64))
+        total = top.logprobs.exp().sum(-1) + top.other_logprob.exp()
+        torch.testing.assert_close(total, torch.ones(7, dtype=torch.float64))
 
 
 def test_coarse_by_hand():
@@ -166,7 +167,7 @@ def test_no_tokens_have_no_divergence():
 
 
 def test_without_tokens_a_trained_head_has_a_gradient_of_0():
-    """Ranks wait for the gradients of all that is trained."""
+    """Other ranks wait for this rank's gradient of every trained parameter."""
     hidden, head, theirs, their_head = make(0)
     head = distillation.Head(head.weight.detach().requires_grad_(), head.bias, head.softcap)
     distillation.chunked_divergence(hidden, head, theirs, their_head, beta=0.5, width=11).sum().backward()
@@ -196,7 +197,7 @@ def test_k_out_of_range():
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_as_in_trl(beta, temperature):
+def test_divergence_equals_that_of_trl(beta, temperature):
     gkd = pytest.importorskip("trl.experimental.gkd")
     torch.manual_seed(0)
     ours, theirs = (torch.randn(6, 9).requires_grad_() for _ in range(2))

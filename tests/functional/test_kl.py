@@ -92,7 +92,7 @@ def test_on_policy_the_loss_has_the_estimators_value_and_ratio_times_k1_for_grad
 
 
 def test_a_bare_k1_loss_would_have_no_gradient_on_average():
-    """What `kl_loss` is for."""
+    """The mean gradient of a bare k1 loss is zero, which is why `kl_loss` multiplies by the ratio."""
     parameters = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
     logprobs = torch.log_softmax(parameters, -1)
     (logprobs.detach().exp() * kl.kl_k1(logprobs, log_softmax([0.0, 0.0, 0.0]))).sum().backward()

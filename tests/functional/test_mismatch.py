@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.functional import mismatch
+from alignlab.functional.mismatch import mismatch_weights
 from tests.reference import functional as twin
 
 OLD = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0, -1.0])
@@ -16,42 +16,48 @@ MASK = torch.tensor([False, True, True, False, True, True])
 WHERE = {"mask": MASK, "sequence_ids": IDS, "num_sequences": 2}
 
 
+def weights_of(correction, old, mu, **options):
+    """Weights where, unless `options` say otherwise, all tokens are sampled and of one sequence."""
+    where = {"mask": torch.ones(len(old), dtype=torch.bool), "sequence_ids": torch.zeros(len(old), dtype=torch.long)}
+    return mismatch_weights(correction, old, mu, **{**where, "num_sequences": 1, **options})
+
+
 def test_token_tis_caps_from_above_alone():
-    weights = mismatch.token_tis(OLD, MU, cap=2.0)
+    weights = weights_of("token_tis", OLD, MU, high=2.0)
     assert weights.tolist() == pytest.approx([min(ratio, 2.0) for ratio in RATIOS])
     assert weights[1] == 2.0 and weights[3] < 0.2
 
 
 def test_icepop_drops_what_is_outside_and_weighs_the_rest():
-    weights = mismatch.icepop(OLD, MU, low=0.5, high=2.5)
+    weights = weights_of("icepop", OLD, MU, low=0.5, high=2.5)
     assert weights.tolist() == pytest.approx([r if 0.5 <= r <= 2.5 else 0.0 for r in RATIOS])
     assert (weights == 0).tolist() == [False, True, False, True, False, False]
 
 
 def test_token_mask_keeps_a_weight_of_1_within_the_bounds():
-    weights = mismatch.token_mask(OLD, MU, low=0.5, high=2.5)
+    weights = weights_of("token_mask", OLD, MU, low=0.5, high=2.5)
     assert weights.tolist() == [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
 
 
 def test_sequence_mis_weighs_what_sequence_mask_keeps():
     bounds = {"low": 0.4, "high": 2.1}
-    weights = mismatch.sequence_mis(OLD, MU, **WHERE, **bounds)
+    weights = weights_of("sequence_mis", OLD, MU, **WHERE, **bounds)
     assert weights.tolist() == pytest.approx([1.0] + [math.exp(0.7)] * 3 + [1.0] * 2)
     bounds["high"] = 2.0
-    assert mismatch.sequence_mis(OLD, MU, **WHERE, **bounds).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
-    low = mismatch.sequence_mis(MU, OLD, **WHERE, low=0.0, high=2.0)
+    assert weights_of("sequence_mis", OLD, MU, **WHERE, **bounds).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    low = weights_of("sequence_mis", MU, OLD, **WHERE, low=0.0, high=2.0)
     assert low[1:4].tolist() == pytest.approx([math.exp(-0.7)] * 3)
 
 
 def test_sequence_tis_caps_the_sequence_s_ratio_from_above_alone():
-    assert mismatch.sequence_tis(OLD, MU, **WHERE, cap=2.0).tolist() == [1.0, 2.0, 2.0, 2.0, 1.0, 1.0]
-    assert mismatch.sequence_tis(MU, OLD, **WHERE, cap=2.0)[1:4].tolist() == pytest.approx([math.exp(-0.7)] * 3)
+    assert weights_of("sequence_tis", OLD, MU, **WHERE, high=2.0).tolist() == [1.0, 2.0, 2.0, 2.0, 1.0, 1.0]
+    assert weights_of("sequence_tis", MU, OLD, **WHERE, high=2.0)[1:4].tolist() == pytest.approx([math.exp(-0.7)] * 3)
 
 
 def test_geometric_mis_weighs_by_the_mean():
-    weights = mismatch.geometric_mis(OLD, MU, **WHERE, low=0.4, high=1.5)
+    weights = weights_of("geometric_mis", OLD, MU, **WHERE, low=0.4, high=1.5)
     assert weights.tolist() == pytest.approx([1.0] + [math.exp(0.35)] * 3 + [1.0] * 2)
-    assert mismatch.geometric_mis(OLD, MU, **WHERE, low=0.4, high=1.4)[1:4].tolist() == [0.0] * 3
+    assert weights_of("geometric_mis", OLD, MU, **WHERE, low=0.4, high=1.4)[1:4].tolist() == [0.0] * 3
 
 
 @given(
@@ -66,14 +72,14 @@ def test_every_correction_equals_its_slow_twin(sequences, low, high):
     mu = torch.zeros_like(gaps)
     bounds = {"low": low, "high": high}
     weights = {
-        "token_tis": mismatch.token_tis(gaps, mu, cap=high),
-        "token_mis": mismatch.icepop(gaps, mu, **bounds),
-        "token_mask": mismatch.token_mask(gaps, mu, **bounds),
-        "sequence_tis": mismatch.sequence_tis(gaps, mu, **where, cap=high),
-        "sequence_mis": mismatch.sequence_mis(gaps, mu, **where, **bounds),
-        "sequence_mask": mismatch.sequence_mask(gaps, mu, **where, **bounds),
-        "geometric_mis": mismatch.geometric_mis(gaps, mu, **where, **bounds),
-        "geometric_mask": mismatch.geometric_mask(gaps, mu, **where, **bounds),
+        "token_tis": weights_of("token_tis", gaps, mu, high=high),
+        "token_mis": weights_of("icepop", gaps, mu, **bounds),
+        "token_mask": weights_of("token_mask", gaps, mu, **bounds),
+        "sequence_tis": weights_of("sequence_tis", gaps, mu, **where, high=high),
+        "sequence_mis": weights_of("sequence_mis", gaps, mu, **where, **bounds),
+        "sequence_mask": weights_of("sequence_mask", gaps, mu, **where, **bounds),
+        "geometric_mis": weights_of("geometric_mis", gaps, mu, **where, **bounds),
+        "geometric_mask": weights_of("geometric_mask", gaps, mu, **where, **bounds),
     }
     for name, found in weights.items():
         expected = [
@@ -87,8 +93,8 @@ def test_masked_importance_sampling_is_unbiased_where_nothing_is_outside():
     old, mu, f = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 3.0])
     where = {"mask": torch.ones(2, dtype=torch.bool), "sequence_ids": torch.arange(2), "num_sequences": 2}
     bounds = {"low": 0.1, "high": 9.0}
-    weighted = (mu.exp() * mismatch.sequence_mis(old, mu, **where, **bounds) * f).sum()
-    masked = (mu.exp() * mismatch.sequence_mask(old, mu, **where, **bounds) * f).sum()
+    weighted = (mu.exp() * weights_of("sequence_mis", old, mu, **where, **bounds) * f).sum()
+    masked = (mu.exp() * weights_of("sequence_mask", old, mu, **where, **bounds) * f).sum()
     assert weighted.item() == pytest.approx((old.exp() * f).sum().item())
     assert masked.item() == pytest.approx(2.0)
 
@@ -96,16 +102,16 @@ def test_masked_importance_sampling_is_unbiased_where_nothing_is_outside():
 def test_sequence_mask_sums_masked_tokens():
     # The sums are 1.0 - 0.3 = 0.7 (the third of the sequence's tokens is not trained), and 0.
     inside, outside = ({"low": 0.4, "high": math.exp(0.7) + d} for d in (1e-3, -1e-3))
-    assert mismatch.sequence_mask(OLD, MU, **WHERE, **inside).tolist() == [1.0] * 6
-    assert mismatch.sequence_mask(OLD, MU, **WHERE, **outside).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert weights_of("sequence_mask", OLD, MU, **WHERE, **inside).tolist() == [1.0] * 6
+    assert weights_of("sequence_mask", OLD, MU, **WHERE, **outside).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
     low = {"low": math.exp(-0.7) + 1e-3, "high": 9.0}
-    assert mismatch.sequence_mask(MU, OLD, **WHERE, **low).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert weights_of("sequence_mask", MU, OLD, **WHERE, **low).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_geometric_mask_divides_by_the_length():
     inside, outside = ({"low": 0.4, "high": math.exp(0.35) + d} for d in (1e-3, -1e-3))
-    assert mismatch.geometric_mask(OLD, MU, **WHERE, **inside).tolist() == [1.0] * 6
-    assert mismatch.geometric_mask(OLD, MU, **WHERE, **outside).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert weights_of("geometric_mask", OLD, MU, **WHERE, **inside).tolist() == [1.0] * 6
+    assert weights_of("geometric_mask", OLD, MU, **WHERE, **outside).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_long_sequences_go_first_by_the_sum_and_not_by_the_mean():
@@ -113,31 +119,34 @@ def test_long_sequences_go_first_by_the_sum_and_not_by_the_mean():
     for length, kept in ((10, 1.0), (40, 0.0)):
         where = {"mask": torch.ones(length, dtype=torch.bool), "sequence_ids": torch.zeros(length, dtype=torch.long)}
         bounds = {"num_sequences": 1, "low": 0.5, "high": 2.0}
-        assert mismatch.sequence_mask(gap[:length], 0 * gap[:length], **where, **bounds).unique().tolist() == [kept]
-        assert mismatch.geometric_mask(gap[:length], 0 * gap[:length], **where, **bounds).unique().tolist() == [1.0]
+        by_sum, by_mean = (
+            weights_of(name, gap[:length], 0 * gap[:length], **where, **bounds)
+            for name in ("sequence_mask", "geometric_mask")
+        )
+        assert by_sum.unique().tolist() == [kept] and by_mean.unique().tolist() == [1.0]
 
 
 def test_agreement_weighs_1_and_no_weight_carries_a_gradient():
     old = OLD.clone().requires_grad_()
     bounds = {"low": 0.5, "high": 5.0}
     found = [
-        mismatch.token_tis(old, OLD, cap=2.0),
-        mismatch.icepop(old, OLD, **bounds),
-        mismatch.token_mask(old, OLD, **bounds),
-        mismatch.sequence_tis(old, OLD, **WHERE, cap=2.0),
-        mismatch.sequence_mis(old, OLD, **WHERE, **bounds),
-        mismatch.sequence_mask(old, OLD, **WHERE, **bounds),
-        mismatch.geometric_mis(old, OLD, **WHERE, **bounds),
-        mismatch.geometric_mask(old, OLD, **WHERE, **bounds),
+        weights_of("token_tis", old, OLD, high=2.0),
+        weights_of("icepop", old, OLD, **bounds),
+        weights_of("token_mask", old, OLD, **bounds),
+        weights_of("sequence_tis", old, OLD, **WHERE, high=2.0),
+        weights_of("sequence_mis", old, OLD, **WHERE, **bounds),
+        weights_of("sequence_mask", old, OLD, **WHERE, **bounds),
+        weights_of("geometric_mis", old, OLD, **WHERE, **bounds),
+        weights_of("geometric_mask", old, OLD, **WHERE, **bounds),
     ]
     for weights in found:
         assert weights.tolist() == [1.0] * 6
         assert not weights.requires_grad
 
 
-def test_a_hopeless_gap_stays_finite():
+def test_a_huge_gap_stays_finite():
     far = torch.tensor([0.0, -900.0])
-    assert mismatch.token_tis(far, far.flip(0), cap=2.0).tolist() == [2.0, 0.0]
-    assert mismatch.icepop(far, far.flip(0), low=0.5, high=5.0).tolist() == [0.0, 0.0]
+    assert weights_of("token_tis", far, far.flip(0), high=2.0).tolist() == [2.0, 0.0]
+    assert weights_of("icepop", far, far.flip(0), low=0.5, high=5.0).tolist() == [0.0, 0.0]
     one = {"mask": torch.tensor([True]), "sequence_ids": torch.tensor([0]), "num_sequences": 1}
-    assert mismatch.sequence_mis(far[:1], far[1:], **one, low=0.5, high=2.0).tolist() == [0.0]
+    assert weights_of("sequence_mis", far[:1], far[1:], **one, low=0.5, high=2.0).tolist() == [0.0]

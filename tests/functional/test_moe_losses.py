@@ -2,10 +2,9 @@
 
 import math
 
-import pytest
 import torch
 
-from alignlab.functional.moe_losses import load_metrics, router_bias_update, router_z_loss, switch_balance_loss
+from alignlab.functional.moe_losses import router_bias_update, router_z_loss, switch_balance_loss
 
 
 def test_balance_loss_of_two_tokens() -> None:
@@ -43,9 +42,3 @@ def test_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
     counts = torch.tensor([[9, 1, 5], [2, 2, 2]])
     expected = torch.tensor([[-0.1, 0.6, 0.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(router_bias_update(bias, counts, rate=0.1), expected)
-
-
-def test_load_metrics() -> None:
-    metrics = load_metrics(torch.tensor([[6, 2, 0, 0], [3, 2, 2, 1]]))
-    assert metrics == {"max_load": 3.0, "min_load": 0.0, "unused_frac": pytest.approx(0.25)}
-    assert load_metrics(torch.zeros(2, 4)) == {"max_load": 0.0, "min_load": 0.0, "unused_frac": 0.0}

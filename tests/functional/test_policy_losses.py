@@ -157,7 +157,7 @@ def test_gspo_of_one_token_sequences_is_ppo():
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_hopeless_ratio_stays_finite(advantage):
+def test_a_huge_ratio_stays_finite(advantage):
     logprobs = torch.tensor([0.0]).requires_grad_()
     for surrogate in (policy_losses.ppo_clip, gspo):
         loss, ratio = surrogate(logprobs, torch.tensor([-500.0]), torch.tensor([advantage]), **CLIP)

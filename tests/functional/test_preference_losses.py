@@ -28,7 +28,7 @@ def test_dpo_by_hand():
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels():
-    """Of labels flipped with probability s, the mean loss is the loss of the true labels."""
+    """The mean loss over labels that are flipped with probability s is the loss of the true labels."""
     s = 0.2
     kept = losses.dpo_robust(MARGINS, beta=0.5, label_smoothing=s)
     flipped = losses.dpo_robust(-MARGINS, beta=0.5, label_smoothing=s)

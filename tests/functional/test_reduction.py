@@ -22,6 +22,17 @@ def test_sequence_sum_is_float32_for_half_precision():
     assert sums.item() == 1000.0
 
 
+def test_sequence_mean_is_over_masked_tokens_and_ignores_nan_elsewhere():
+    x = torch.tensor([1.0, float("nan"), 4.0, 8.0, 16.0])
+    mask, ids = torch.tensor([True, False, True, True, True]), torch.tensor([2, 2, 0, 2, -1])
+    assert reduction.sequence_mean(x, mask, ids, num_sequences=3).tolist() == [4.0, 0.0, 4.5]
+
+
+def test_values_of_sequences_are_spread_over_their_tokens():
+    spread = reduction.on_tokens(torch.tensor([0.5, 2.0]), torch.tensor([1, -1, 0, 1]), elsewhere=-1.0)
+    assert spread.tolist() == [2.0, -1.0, 0.5, 2.0]
+
+
 def test_token_mean_counts_every_token_the_same():
     mask = torch.tensor([True, False, True])
     assert reduction.token_mean_weights(mask, num_tokens=4).tolist() == [0.25, 0.0, 0.25]
@@ -43,7 +54,7 @@ def test_sequence_without_masked_tokens_has_no_weight():
     assert weights.tolist() == [0.5, 0.0]
 
 
-def test_constant_weights_do_not_know_lengths():
+def test_constant_weights_do_not_depend_on_lengths():
     mask = torch.tensor([True, True, False])
     assert reduction.constant_weights(mask, num_sequences=4, max_tokens=8).tolist() == [1 / 32, 1 / 32, 0.0]
 

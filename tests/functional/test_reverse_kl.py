@@ -22,7 +22,7 @@ def advantages(discount: float, *, normalize_length: bool = False, **changes: to
     return reverse_kl_advantages(**given, num_sequences=2, discount=discount, normalize_length=normalize_length)
 
 
-def test_without_the_future_a_token_answers_for_itself() -> None:
+def test_discount_0_gives_the_log_ratio_of_each_token() -> None:
     assert advantages(0.0).tolist() == [0, 0, 2, -1, -2, 1, 0, -2, 0]
 
 

@@ -83,7 +83,7 @@ def test_calibration_by_hand() -> None:
 
 
 @given(st.lists(st.floats(-6, 6), min_size=1, max_size=30), st.integers(1, 12))
-def test_calibration_is_the_slow_one(leads: list[float], num_bins: int) -> None:
+def test_calibration_equals_the_slow_twin(leads: list[float], num_bins: int) -> None:
     bins: dict[int, list[tuple[float, float]]] = {}
     for lead in leads:
         p = float(rewards(lead).sigmoid())

@@ -7,15 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab.functional.values import (
-    explained_variance,
-    gae,
-    mean_and_variance,
-    moments,
-    token_rewards,
-    value_loss,
-    whitened,
-)
+from alignlab.functional.reduction import mean_and_variance, moments
+from alignlab.functional.values import explained_variance, gae, token_rewards, value_loss, whitened
 from tests.reference import functional as slow
 
 # A shared prompt of 2, then a completion of 3, then one of 4 whose second token is a tool's.
@@ -50,7 +43,7 @@ def test_gae_by_hand():
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), seed=st.integers(0, 99),
     gamma=st.sampled_from([1.0, 0.9]), lam=st.sampled_from([0.0, 0.7, 1.0]),
 )
-def test_gae_is_the_slow_one(lengths, seed, gamma, lam):
+def test_gae_equals_the_slow_twin(lengths, seed, gamma, lam):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     ids = torch.tensor([-1] + [b for b in order for _ in range(2 * lengths[b])])
@@ -75,7 +68,7 @@ def test_lambda_one_is_returns_less_values_and_lambda_zero_one_step():
     torch.testing.assert_close(gae(rewards, values, **where, gamma=1.0, lam=0.0)[2:5], one)
 
 
-def test_gae_of_nothing():
+def test_gae_without_tokens_is_zero():
     none = torch.zeros(9, dtype=torch.bool)
     found = gae(torch.ones(9), torch.ones(9), mask=none, sequence_ids=IDS, num_sequences=2, gamma=1.0, lam=1.0)
     assert found.tolist() == [0.0] * 9

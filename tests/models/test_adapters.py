@@ -24,7 +24,7 @@ TOKENS = torch.tensor([[3, 9, 4, 7, 22, 5]])
 
 @pytest.fixture
 def base() -> LlamaForCausalLM:
-    """With biases, so that they are seen to be kept."""
+    """A model with biases, whose values an adapter must leave as they are."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True)).eval()
     for name, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def base() -> LlamaForCausalLM:
 
 
 def randomise(model: PeftModel) -> PeftModel:
-    """lora_B starts at zero, where an adapter does nothing."""
+    """Give the adapter random weights: it starts with lora_B at zero, where it does nothing."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -82,7 +82,7 @@ def test_bfloat16_base_has_float32_adapters_and_gradients(base):
     assert (flat - flat_twin).norm() < 0.02 * flat_twin.norm()
 
 
-def test_dropout_goes_peft_s_way(base):
+def test_dropout_is_computed_by_peft(base):
     model, twin = ours(base, dropout=0.5).train(), stock(base, lora_dropout=0.5).train()
     outputs = []
     for each in (model, twin):
@@ -136,14 +136,14 @@ def test_target_modules_choose_the_layers(base):
     assert names == {"q_proj", "v_proj"}
 
 
-def test_variants_of_lora_go_peft_s_way(base):
+def test_variants_of_lora_are_computed_by_peft(base):
     config = {"r": 2, "target_modules": ["q_proj", "up_proj"], "use_dora": True}
     model, twin = randomise(add_lora(copy.deepcopy(base), LoraConfig(**config))), copy.deepcopy(base)
     twin = randomise(get_peft_model(twin, LoraConfig(**config)))
     assert torch.equal(model(TOKENS).logits, twin(TOKENS).logits)
 
 
-def test_autocast_goes_peft_s_way(base):
+def test_autocast_is_computed_by_peft(base):
     policy = add_lora(base, LoraSettings(rank=4))
     with torch.autocast("cpu", torch.bfloat16):
         logits = policy(torch.tensor([[1, 2, 3]])).logits

@@ -1,4 +1,4 @@
-"""The attention function in models of `transformers`: packed, paged, padded, and what it refuses."""
+"""The attention function in models of `transformers`: packed, paged and padded tokens, and refusals."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention import attention, hidden_states, output_head, require_paging
+from alignlab.models.decoder import hidden_states, output_head, require_paging
+from alignlab.models.layout import attention
 from alignlab.types import Segments
 from tests.models.conftest import SIZES, VOCAB, make_segments, sequences_of
 
@@ -111,7 +112,7 @@ def test_generate_on_a_padded_batch_is_unchanged(make):
     assert torch.equal(ours, twin_of(model).generate(ids, **options))
 
 
-def test_a_paged_layout_is_asked_layer_by_layer(llama, tokens):
+def test_a_paged_layout_attends_layer_by_layer(llama, tokens):
     seen = []
 
     class Recorder:
@@ -177,7 +178,7 @@ def test_output_head_gives_bias_and_soft_cap(llama):
     assert output_head(llama)[1] is biased.bias
 
 
-def test_a_head_that_is_more_than_a_product_is_refused(llama):
+def test_an_adapted_or_scaled_head_is_refused(llama):
     with pytest.raises(ConfigError, match=r"logits_scaling is 4.0"):
         output_head(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)))
     untied = LlamaForCausalLM(llama.config.__class__(**SIZES))

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: what `transformers` and `peft` wrote we load, and what we write they load."""
+"""Checkpoints in both directions: ours load in `transformers` and `peft`, and theirs load here."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from transformers import (
 from alignlab.config.model import LoraSettings
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
-from alignlab.models.families import FAMILIES
+from alignlab.models.hub.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
+from alignlab.models.hub.families import FAMILIES
 from alignlab.models.policy import Policy
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.types import Segments
@@ -64,7 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_hub_checkpoint_is_written_back_as_it_came(name: str, tmp_path: Path) -> None:
+def test_a_hub_checkpoint_is_written_back_unchanged(name: str, tmp_path: Path) -> None:
     theirs = hub_folder(name, tmp_path / "hub")
     ours = load_model(str(tmp_path / "hub"), dtype=torch.float32)
     assert type(ours) is PolicyForCausalLM and not ours.training
@@ -112,7 +112,7 @@ def test_a_new_model_is_written_as_its_family(changes: dict[str, Any], model_typ
         torch.testing.assert_close(logits(other), logits(model))
 
 
-def test_weights_come_in_the_dtype_asked_for_and_rotary_and_router_stay_float32(tmp_path: Path) -> None:
+def test_weights_load_in_the_requested_dtype_and_rotary_and_router_stay_float32(tmp_path: Path) -> None:
     save_model(new_model({**TINY, **MOE, "router_bias_update_rate": 0.1}, vocab_size=30), tmp_path)
     model = load_model(str(tmp_path), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -172,7 +172,7 @@ def test_a_known_family_with_an_unknown_option_is_transformers_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu")).save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="alignlab.models.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="alignlab.models.hub.checkpoints"):
         model = load_model(str(tmp_path), dtype=torch.float32)
     assert type(model).__name__ == "LlamaForCausalLM" and "gelu" in caplog.text
 
@@ -201,7 +201,7 @@ def test_pickled_weights_and_missing_checkpoints_are_refused(tmp_path: Path) -> 
     ],
 )
 def test_a_damaged_checkpoint_is_refused(name: str, change: Any, message: str, tmp_path: Path) -> None:
-    """`transformers` fills what is missing with random numbers, and leaves out what does not fit."""
+    """`transformers` would fill missing tensors with random numbers, and skip those that do not fit."""
     hub_folder(name, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
@@ -226,7 +226,7 @@ def test_a_checkpoint_is_checked_without_reading_its_weights(tmp_path: Path) -> 
         check_checkpoint(str(tmp_path / "nowhere"))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    for name in (model, adapter):  # an adapter is looked at with its base
+    for name in (model, adapter):  # an adapter is checked together with its base
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
             check_checkpoint(str(name))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
@@ -261,7 +261,7 @@ def test_wrong_architectures_are_named(architecture: dict[str, Any], message: st
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
-    """BERT's class of that name is a decoder only where its config says so."""
+    """BERT's causal class is a decoder only if its config says so."""
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     for is_decoder in (False, True):
         torch.manual_seed(0)

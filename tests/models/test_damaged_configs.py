@@ -12,9 +12,9 @@ import torch
 
 from alignlab.config.model import LoraSettings
 from alignlab.errors import AlignlabError
-from alignlab.models.adapter_files import with_saved_adapter
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import empty_model, load_model, new_model, save_model
+from alignlab.models.hub.adapter_files import with_saved_adapter
+from alignlab.models.hub.checkpoints import empty_model, load_model, new_model, save_model
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VALUES: tuple[Any, ...] = (None, "x", [], {}, -1, 10**30, float("nan"), True)

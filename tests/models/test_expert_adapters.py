@@ -12,14 +12,14 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, add_lora, add_role, in_role
-from alignlab.models.checkpoints import load_model, save_model
 from alignlab.models.config import PolicyConfig
 from alignlab.models.expert_adapters import GroupedExperts
+from alignlab.models.hub.checkpoints import load_model, save_model
 from alignlab.models.merging import merged_state
 from alignlab.models.moe import Experts
 from alignlab.models.policy import Policy
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.rollout.vllm.options import check_adapter, travels_alone
+from alignlab.rollout.vllm.options import checked_adapter_rank, sync_adapter_only
 from tests.models.conftest import SIZES
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -140,7 +140,7 @@ def test_saved_adapter_loads_here_and_in_plain_peft(tmp_path):
     torch.testing.assert_close(logits(plain.eval()), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_all_linear_on_a_mixture_says_what_it_leaves_out(caplog):
+def test_all_linear_on_a_mixture_warns_that_experts_are_left_out(caplog):
     with caplog.at_level(logging.WARNING, logger="alignlab"):
         add_lora(make_model(), LoraSettings())
         assert "experts of this mixture, 66 % of its weights" in caplog.text and "lora.experts" in caplog.text
@@ -163,7 +163,7 @@ def test_experts_of_a_dense_model_are_refused():
 
 
 @pytest.mark.parametrize("settings", [{"experts": True, "dropout": 0.1}, {"target_modules": ()}])
-def test_settings_that_cannot_be_together_are_refused(settings):
+def test_incompatible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=r"dropout is 0.1|target_modules is"):
         LoraSettings(**settings)
 
@@ -181,9 +181,9 @@ def test_experts_of_another_class_are_adapted_by_peft():
     torch.testing.assert_close(logits(twin), live, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_of_experts_travels_merged():
+def test_an_adapter_on_experts_is_synced_merged():
     settings = VLLMSettings(engine="vllm")
-    assert not travels_alone(settings, add_lora(make_model(), LORA), on_cpu=False)
-    assert travels_alone(settings, add_lora(make_model(), LoraSettings()), on_cpu=False)
+    assert not sync_adapter_only(settings, add_lora(make_model(), LORA), on_cpu=False)
+    assert sync_adapter_only(settings, add_lora(make_model(), LoraSettings()), on_cpu=False)
     with pytest.raises(ConfigError, match=r"more than plain LoRA .* in model.layers.0.mlp.experts; use rollout.sync"):
-        check_adapter(add_lora(make_model(), LORA))
+        checked_adapter_rank(add_lora(make_model(), LORA))

@@ -1,4 +1,4 @@
-"""Files of a model's folder that no machine could follow."""
+"""Folders of models with impossible sizes or unreadable files."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError
-from alignlab.models.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
+from alignlab.models.hub.checkpoints import check_checkpoint, load_model, load_tokenizer, new_model, save_model
 
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 8}
 
@@ -34,7 +34,7 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def refused(folder: Path, named: str) -> None:
+def check_refused(folder: Path, named: str) -> None:
     for use in (check_checkpoint, load_tokenizer, lambda name: load_model(name, dtype=torch.float32)):
         with pytest.raises(CheckpointError, match=named):
             use(str(folder))
@@ -53,7 +53,7 @@ def refused(folder: Path, named: str) -> None:
 )
 def test_a_config_of_more_than_a_model_can_have_is_refused(folder: Path, changes: Any, named: str) -> None:
     change(folder / "config.json", **changes)
-    refused(folder, named)
+    check_refused(folder, named)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
@@ -69,7 +69,7 @@ def test_a_config_of_more_than_a_model_can_have_is_refused(folder: Path, changes
 )
 def test_json_that_cannot_be_read_is_named(folder: Path, name: str, text: str, named: str) -> None:
     (folder / name).write_bytes(text.encode(errors="surrogateescape"))
-    refused(folder, rf"{name} {named}")
+    check_refused(folder, rf"{name} {named}")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_json_that_cannot_be_read_is_named(folder: Path, name: str, text: str, n
 )
 def test_an_index_names_files_of_its_own_folder_alone(folder: Path, weights: Any, named: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    refused(folder, named)
+    check_refused(folder, named)
 
 
 def test_a_folder_as_it_was_saved_is_read(folder: Path) -> None:
@@ -105,12 +105,12 @@ def test_a_new_model_beyond_the_memory_is_refused(changes: Any, named: str) -> N
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
 def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(folder: Path, name: str) -> None:
-    """A pipe would be waited for without an end, and a folder was as if nothing were there."""
+    """Reading a pipe would block for ever, and a folder was treated as a missing file."""
     file = folder / name
     for make in (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("nowhere")):
         file.unlink()
         make()
-        refused(folder, rf"{name} must be a file, and is a folder, a pipe or a link that leads to none")
+        check_refused(folder, rf"{name} must be a file, and is a folder, a pipe or a link that leads to none")
         if file.is_dir():
             file.rmdir()
             file.touch()

@@ -12,10 +12,10 @@ import torch
 from transformers import GenerationConfig
 
 from alignlab.errors import CheckpointError, ConfigError
-from alignlab.models.attention import end_ids
-from alignlab.models.checkpoints import empty_model, load_model, new_model, save_model
-from alignlab.models.generation_defaults import writable_generation_config
-from alignlab.models.student import student_from
+from alignlab.models.decoder import end_ids
+from alignlab.models.hub.checkpoints import empty_model, load_model, new_model, save_model
+from alignlab.models.hub.generation_defaults import writable_generation_config
+from alignlab.models.layer_pruning import student_from
 
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -67,7 +67,7 @@ def test_fields_without_an_effect_are_left_out(
     assert all(defaults.get(name) is None for name in removed) and defaults.get("do_sample") is not True
 
 
-def test_a_change_of_the_defaults_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repair_of_the_defaults_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load_model(str(checkpoint(tmp_path / "a", temperature=0.9)), dtype=torch.float32)
     with caplog.at_level(logging.WARNING, logger="alignlab"):
         save_model(model, tmp_path / "b", weights=False)
@@ -81,7 +81,7 @@ def test_defaults_that_can_be_written_stay_as_they_are() -> None:
     assert writable_generation_config(config, "a model") is config
 
 
-def test_defaults_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+def test_contradictory_defaults_are_refused(tmp_path: Path) -> None:
     config = GenerationConfig()
     config.temperature = "hot"  # type: ignore[assignment]
     with pytest.raises(CheckpointError, match="temperature 'hot', which must be a number"):

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from alignlab.config.model import LoraSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import adapters_disabled, add_lora
-from alignlab.models.checkpoints import load_model, save_model
 from alignlab.models.config import PolicyConfig
-from alignlab.models.export import base_tensors, merged_tensors, write_base
+from alignlab.models.hub.checkpoints import load_model, save_model
+from alignlab.models.hub.export import base_tensors, merged_tensors, write_base
 from alignlab.models.merging import merge_adapter, merged_module, merged_state, unties, wrappers
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.rollout.weights import EngineWeights
+from alignlab.rollout.embedded.weights import EngineWeights
 from tests.models.conftest import SIZES
 
 TOKENS = torch.tensor([[3, 9, 4, 7, 22, 5]])
@@ -104,7 +104,7 @@ def our_load(folder) -> nn.Module:
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_merging_unties_what_an_adapter_made_differ(target, tmp_path):
+def test_merging_unties_embeddings_that_an_adapter_changed(target, tmp_path):
     base = load_model(folder_of(tmp_path, tied=True), dtype=torch.float32)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         model = shake(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])))
@@ -147,7 +147,7 @@ def test_merged_weights_are_rounded_once(form):
         assert (merged != wanted.bfloat16()).double().mean() < 0.02, "up to ties broken by float32 rounding"
 
 
-def test_merging_shares_what_has_no_adapter():
+def test_merging_shares_tensors_without_an_adapter():
     model = adapted(make_base(tied=False), "rslora")
     state, live = merged_state(model), dict(model.get_base_model().state_dict())
     shared = {name for name in state if name in live and state[name].data_ptr() == live[name].data_ptr()}

@@ -1,4 +1,4 @@
-"""Routers, grouped experts and the routing record against the obvious loop."""
+"""Routers, grouped experts and the routing record against a plain loop."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.moe import (
-    RoutingRecord,
     SparseFeedForward,
     expert_counts,
-    load_router_state,
     move_biases,
-    router_state,
     take_loads,
 )
+from alignlab.models.routers import Router, RouterScores
+from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from tests.reference.moe import mixture, route
 
@@ -155,7 +154,7 @@ def test_disagreement_is_the_fraction_of_layers_with_another_set_of_experts() ->
     first = RoutingRecord()
     policy(tokens, routing=first)
     choices = first.stacked_choices()
-    replay = choices.flip(-1).contiguous()  # another order is no other set
+    replay = choices.flip(-1).contiguous()  # another order is the same set
     replay[1, 1] = (choices[1, 1] + 1) % 6  # the second sparse layer of the second token
     replay[2] = -1
     record = RoutingRecord(replay=replay)
@@ -203,7 +202,7 @@ def test_activation_checkpointing_repeats_choices_and_counts_once() -> None:
             policy.gradient_checkpointing_enable()
         record = RoutingRecord()
         output = policy(tokens, routing=record)
-        # If the recomputation chose anew, this bias would send it elsewhere.
+        # If the recomputation chose experts again, this bias would change its choices.
         for index in (0, 2):
             policy.model.layers[index].mlp.gate.e_score_correction_bias.copy_(torch.arange(6.0) * 10)
         loss = record.total_loss()
@@ -260,19 +259,15 @@ def test_balance_gradient_does_not_depend_on_the_split() -> None:
     assert grads[0][0].abs().max() > 1e-6 and torch.equal(grads[0][1], grads[1][1])
 
 
-def test_router_state_survives_bfloat16_and_a_round_trip() -> None:
+def test_loads_and_biases_stay_float32_in_any_dtype() -> None:
     policy = model(router_bias_update_rate=0.001)
     counts = torch.tensor([[3, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 3]])
     take_loads(policy, counts)
     move_biases(policy, counts)
-    state = router_state(policy)
-    other = model(router_bias_update_rate=0.001).bfloat16()
-    load_router_state(other, state)
-    assert len(state) == 4
-    for name, value in router_state(other).items():
-        assert value.dtype == torch.float32 and torch.equal(value, state[name])
-    kept = router_state(other.bfloat16().float())
-    assert all(torch.equal(kept[name], value) for name, value in state.items())
+    before = {name: buffer.clone() for name, buffer in policy.named_buffers() if ".gate." in name}
+    assert len(before) == 4 and before["model.layers.0.mlp.gate.expert_load"][0] == 0.5
+    after = dict(policy.bfloat16().float().named_buffers())
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_record_serves_one_pass() -> None:
@@ -286,3 +281,61 @@ def test_dense_models_have_no_counts() -> None:
     dense = model(num_experts=0, mlp_layer_types=None)
     assert expert_counts(dense).shape == (0, 0)
     take_loads(dense, expert_counts(dense))
+
+
+class EvenRouter(torch.nn.Module):
+    """Gives the tokens to the experts in turn, with equal gates; it has no losses, load or bias."""
+
+    def __init__(self, num_experts: int, num_choices: int) -> None:
+        super().__init__()
+        self.num_experts, self.num_choices = num_experts, num_choices
+        self.total = torch.zeros(num_experts, dtype=torch.int64)
+
+    def forward(self, hidden: Tensor) -> RouterScores:
+        scores = hidden.new_zeros(len(hidden), self.num_experts)
+        return RouterScores(scores, scores)
+
+    def choose(self, scores: RouterScores) -> Tensor:
+        first = torch.arange(len(scores.logits))[:, None]
+        return (first + torch.arange(self.num_choices)) % self.num_experts
+
+    def gates(self, scores: RouterScores, choices: Tensor) -> Tensor:
+        return torch.full(choices.shape, 1 / self.num_choices)
+
+    def losses(self, scores: RouterScores) -> None:
+        return None
+
+    def count(self, choices: Tensor) -> None:
+        self.total += torch.bincount(choices.flatten(), minlength=self.num_experts)
+
+    def counts(self) -> Tensor:
+        return self.total
+
+    def forget_counts(self) -> None:
+        self.total = torch.zeros_like(self.total)
+
+    def take_load(self, counts: Tensor) -> None:
+        pass
+
+    def move_bias(self, counts: Tensor) -> None:
+        pass
+
+
+def test_another_router_is_recorded_replayed_and_counted() -> None:
+    policy = model(router_aux_loss_coef=0.1).train()
+    for index in (0, 2):
+        policy.model.layers[index].mlp.gate = EvenRouter(6, 2)
+    assert isinstance(policy.model.layers[0].mlp.gate, Router)
+    tokens, record = torch.randint(0, 32, (1, 7)), RoutingRecord(counted=torch.arange(7) < 6)
+    output = policy(tokens, routing=record)
+    assert record.stacked_choices()[:, 0].tolist() == [[n % 6, (n + 1) % 6] for n in range(7)]
+    assert record.total_loss() is None
+    assert expert_counts(policy).tolist() == [[2] * 6] * 2
+    replay = record.stacked_choices().flip(0).contiguous()
+    again = RoutingRecord(replay=replay)
+    assert not torch.equal(policy(tokens, routing=again).logits, output.logits)
+    assert torch.equal(again.stacked_choices(), replay)
+    counts = expert_counts(policy)
+    move_biases(policy, counts)
+    take_loads(policy, counts)
+    assert expert_counts(policy).sum() == 0

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.errors import ConfigError
-from alignlab.manifest import MODEL_MANIFEST
-from alignlab.models import packaged
-from alignlab.models.packaged import PACKAGED, PackagedModel, resolve_checkpoint
+from alignlab.files.manifest import MODEL_MANIFEST
+from alignlab.models.hub import packaged
+from alignlab.models.hub.packaged import PACKAGED, PackagedModel, resolve_checkpoint
 
 NAME = "smollm2-135m-instruct"
 

@@ -107,7 +107,7 @@ def test_blocks_hold_every_visible_pair_once(groups, window):
     assert int(pairs[:count, count].sum()) == 0, "padded keys are hidden"
 
 
-def test_a_prompt_s_keys_are_read_once_for_all_its_completions():
+def test_keys_of_a_prompt_are_read_once_for_all_its_completions():
     blocks = attention_blocks(make_segments([(50, [8] * 16)]), None)
     assert [(b.queries.shape[1], b.keys.shape[1]) for b in blocks if not b.first] == [(128, 50)]
 

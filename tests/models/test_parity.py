@@ -19,9 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from alignlab.models.checkpoints import load_model, load_tokenizer
-from alignlab.models.families import read_hub_config
-from alignlab.models.packaged import resolve_checkpoint
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+from alignlab.models.hub.families import read_hub_config
+from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.transformer import PolicyForCausalLM
 
 SIZES: dict[str, Any] = {

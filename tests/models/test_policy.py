@@ -7,8 +7,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.config import PolicyConfig
-from alignlab.models.moe import RoutingRecord
 from alignlab.models.policy import Policy
+from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.types import Segments
 from tests.models.conftest import SIZES, VOCAB, sequences_of
@@ -73,7 +73,7 @@ def test_an_empty_mask_gives_zeros_and_zero_gradients(llama, pack, tokens):
     assert all(p.grad is not None and not p.grad.any() for p in llama.parameters())
 
 
-def test_accelerate_can_wrap_it(llama, pack, tokens):
+def test_accelerate_can_wrap_a_policy(llama, pack, tokens):
     policy, mask = Policy(llama), completion_mask(pack)
     prepared = Accelerator(cpu=True).prepare(policy)
     assert torch.equal(prepared(tokens, pack, mask).logprobs, policy(tokens, pack, mask).logprobs)

@@ -1,4 +1,4 @@
-"""A saved model takes its name when it is whole, and the one before it stays until then."""
+"""A saved model replaces the one before it only once it is complete."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.manifest import find_damage, read_manifest
-from alignlab.models import saving
-from alignlab.models.saving import published
+from alignlab.files.manifest import find_damage, read_manifest
+from alignlab.models.hub import saving
+from alignlab.models.hub.saving import published
 
 
 def save(folder: Path, text: str) -> None:
@@ -37,7 +37,7 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that cannot be replaced: a mount point, or one in a folder that is somebody else's."""
+    """An empty folder may be one that cannot be replaced, such as a mount point."""
     (tmp_path / "plain").mkdir()
     save(tmp_path / "plain", "one")
     assert find_damage(tmp_path / "plain") is None

@@ -1,4 +1,4 @@
-"""Reward models: `transformers` and PEFT compute from the saved folder what was trained; roles are as copies."""
+"""Reward models: `transformers` and PEFT compute the same from the saved folder; a role equals a copy."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from alignlab.data.packing import pack_rollouts
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import load_model, new_model, save_model
-from alignlab.models.moe import expert_counts
-from alignlab.models.reward_checkpoints import (
+from alignlab.models.hub.checkpoints import load_model, new_model, save_model
+from alignlab.models.hub.reward_checkpoints import (
     classifier_of,
     load_reward_model,
     load_reward_role,
     padded_tokenizer,
     save_reward_model,
 )
+from alignlab.models.moe import expert_counts
 from alignlab.models.reward_model import RewardModel, last_tokens
 from alignlab.types import Completion, Experience, Prompt, Rollout
 from tests.models.conftest import make_segments
@@ -73,7 +73,7 @@ def new(shape: dict[str, Any], tokenizer: Any, seed: int = 0) -> Any:
 
 
 def excited(model: Any, seed: int = 3) -> Any:
-    """An adapter that does something."""
+    """An adapter with random weights, which changes the model's output."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -84,7 +84,7 @@ def excited(model: Any, seed: int = 3) -> Any:
 
 def as_packs(sequences: list[list[int]], *, budget: int = 10) -> list[Experience]:
     def group(first: int, *rest: int) -> Rollout:
-        return Rollout(Prompt((first,), ""), (Completion(rest, "", (0.0,) * len(rest), None, "stop", ()),))
+        return Rollout(Prompt((first,), ""), (Completion.of(rest),))
 
     return pack_rollouts([group(*ids) for ids in sequences], budget=budget)
 
@@ -248,7 +248,7 @@ def test_a_damaged_adapter_is_refused(change: Any, message: str, tokenizer: Any,
         load_reward_model(damaged(change, tmp_path / "a"), base=new(DENSE, tokenizer))
 
 
-def test_what_is_no_reward_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_folders_of_other_models_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     base = new(DENSE, tokenizer)
     save_model(base, tmp_path / "lm")
     with pytest.raises(CheckpointError, match="must be a local folder of a reward model"):

@@ -1,4 +1,4 @@
-"""Saving without weights: it writes all else, and finds what saving would fail at."""
+"""Saving without weights writes everything else, and finds what saving would fail at."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from alignlab.config.model import LoraSettings
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import empty_model, new_model, save_model
-from alignlab.models.reward_checkpoints import padded_tokenizer, save_reward_model, try_reward_model
+from alignlab.models.hub.checkpoints import empty_model, new_model, save_model
+from alignlab.models.hub.reward_checkpoints import padded_tokenizer, save_reward_model, try_reward_model
 from alignlab.models.reward_model import RewardModel
 
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -24,7 +24,7 @@ MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermed
 
 
 def other_family() -> MistralForCausalLM:
-    """A model that is saved by `transformers`' own class."""
+    """A model of a family that `transformers`' own class saves."""
     return MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2, vocab_size=30))
 
 
@@ -83,7 +83,7 @@ def generation_field_in_the_config(model: Any) -> None:
         (generation_field_in_the_config, "generation parameters"),
     ],
 )
-def test_what_saving_would_fail_at_is_named_without_weights(
+def test_a_model_that_cannot_be_saved_is_named_without_weights(
     spoil: Callable[[Any], None], message: str, tmp_path: Path
 ) -> None:
     model: Any = other_family()

@@ -1,4 +1,4 @@
-"""Chat templates that need not end."""
+"""Chat templates that would run for ever or fill memory."""
 
 import threading
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import DataError
-from alignlab.models import template_limits
-from alignlab.models.template_limits import render_template, within_limits
+from alignlab.models.hub import template_limits
+from alignlab.models.hub.template_limits import render_template, within_limits
 from alignlab.rollout.detokenizer import special_ids
 
 CHAT = [{"role": "user", "content": "q"}]
@@ -116,6 +116,50 @@ def test_a_step_that_makes_too_much_is_refused_before_it_is_done(template: str, 
         render_template(with_template(LONG + template), CHAT)
 
 
+DOUBLED = (
+    "{% set ns = namespace(a=[1], b=[1], t=(1,)) %}{% for i in range(26) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+)
+"""Of a few lists, which printed would be of 2**26 items: to compare two of them takes as many steps."""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ns.a == ns.b }}", "{{ ns.a != ns.b }}", "{{ ns.a < ns.b }}", "{{ [] < ns.a <= ns.b }}",
+        "{{ ns.a in [ns.b] }}", "{{ ns.a not in (ns.b,) }}", "{{ ns.a in ([ns.b] | select) }}",
+        "{{ [ns.b].index(ns.a) }}", "{{ (ns.b,).count(ns.a) }}", "{{ ns.a is eq(ns.b) }}", "{{ ns.a is in([ns.b]) }}",
+        "{{ [ns.a] | select('equalto', ns.b) | list | length }}", "{{ {'x': ns.a} == {'x': ns.b} }}",
+        "{{ [ns.a, ns.b] | sort | length }}", "{{ [ns.a, ns.b] | min | length }}", "{{ [ns.t] | unique | first }}",
+        "{{ [{'x': ns.a}, {'x': ns.b}] | groupby('x') | length }}",
+        "{{ {'a': ns.a, 'b': ns.b} | dictsort(by='value') | length }}",
+        "{{ {ns.t: 1} | length }}", "{{ {}[ns.t] }}", "{{ {}.get(ns.t) }}", "{{ ns.t in {} }}",
+        "{{ dict([(ns.t, 1)]) | length }}", "{{ dict([(ns.t, 1)] | select) | length }}",
+        "{% for each in [ns.a, ns.b] %}{{ loop.changed(each) }}{% endfor %}",
+    ],
+)  # fmt: skip
+def test_a_step_that_compares_too_much_is_refused_before_it_is_done(template: str, with_template: Any) -> None:
+    with pytest.raises(DataError, match=r"must make at most \d+ .*; use a tokenizer with another chat template"):
+        render_template(with_template(DOUBLED + template), CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ (a ~ 'b').rfind('b' ~ a) }}", "{{ a.rpartition('b' ~ a) | length }}", "{{ a.strip('b' * 99999) | length }}",
+        "{{ a.startswith((a ~ 'b',) * 99) }}", "{{ ([a] * 16) | sort | length }}",
+    ],
+)
+def test_a_search_in_a_text_that_compares_too_much_is_refused(template: str, with_template: Any) -> None:
+    with pytest.raises(DataError, match=r"must make at most \d+ "):
+        render_template(with_template("{% set a = 'a' * 999999 %}{% set a = a ~ a %}" + template), CHAT)
+
+
+def test_a_chain_of_comparisons_computes_each_operand_once_and_no_more_than_it_needs(with_template: Any) -> None:
+    template = "{% set c = cycler(1, 2) %}{{ 0 < c.next() < 9 }}{{ c.current }}{{ 2 < 1 < raise_exception('no') }}"
+    assert render_template(with_template(template), CHAT) == "True2False"
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -130,20 +174,32 @@ def test_a_step_that_makes_too_much_is_refused_before_it_is_done(template: str, 
          " x bA[('role', 'user'), ('content', 'q')]"),
         ("{% macro f(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ f(1) }}{% endset %}{{ y }}{{ 12 | string }}", "<1>12"),
         ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}", "q"),
+        ("{{ 1 < 2 < 3 }}{{ 1 < 3 < 2 }}{{ 2 > 1 == 1 }}{{ 'a' in 'ab' }}{{ 3 not in [1, 2] }}{{ 2 in [1] | select }}",
+         "TrueFalseTrueTrueTrueFalse"),
+        ("{{ [3, 1] | sort(reverse=true) }}{{ ['b', 'A'] | sort }}{{ [{'x': 2}, {'x': 1}] | sort(attribute='x') }}",
+         "[3, 1]['A', 'b'][{'x': 1}, {'x': 2}]"),
+        ("{{ {'b': 1, 'a': 2} | dictsort }}{{ [1, 1, 2] | unique | list }}{{ [4, 2] | min }}{{ 'ab' | max }}",
+         "[('a', 2), ('b', 1)][1, 2]2b"),
+        ("{{ {'k': 1, 2: 3}.get('k') }}{{ {(1, 2): 3}[(1, 2)] }}{{ dict(a=1) }}{{ [1, 2].index(2) }}{{ x in [1] }}",
+         "13{'a': 1}1False"),
+        ("{% for i in [1, 1, 2] %}{{ loop.changed(i) }}{% endfor %}{{ [1, 2, 3] | select('gt', 1) | list }}",
+         "TrueFalseTrue[2, 3]"),
+        ("{{ 'a/b/c'.rsplit('/', 1) }}{{ ' a '.strip() }}{{ 'xax'.strip('x') }}{{ 'abc'.startswith(('b', 'a')) }}",
+         "['a/b', 'c']aaTrue"),
         ("{{ strftime_now('%Y') | length }}{{ none }}{{ '' if no is defined else 'x' }}", "4Nonex"),
     ],
 )  # fmt: skip
-def test_operators_filters_and_methods_do_what_they_did(template: str, text: str, with_template: Any) -> None:
+def test_limited_filters_and_methods_give_the_usual_results(template: str, text: str, with_template: Any) -> None:
     assert render_template(with_template(template), CHAT) == text
 
 
-def test_what_templates_do_is_let_through(with_template: Any) -> None:
+def test_usual_templates_are_rendered(with_template: Any) -> None:
     content = "{% if 1000000 > 0x10 %}{{ messages[0].content }}{% endif %}"
     template = "{# 10000000 ** #}10000000 **{{ 1_000 }}{{ '**' }}" + content
     assert render_template(with_template(template), CHAT) == "10000000 **1000**q"
 
 
-def test_what_a_template_raises_comes_through(with_template: Any) -> None:
+def test_errors_of_a_template_are_raised_unchanged(with_template: Any) -> None:
     with pytest.raises(RecursionError):
         render_template(with_template("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"), CHAT)
     with pytest.raises(Exception, match="refused"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention import hidden_states
 from alignlab.models.config import PolicyConfig
+from alignlab.models.decoder import hidden_states
 from alignlab.models.layers import RMSNorm
 from alignlab.models.rope import RotaryEmbedding, rope_frequencies, rotate
 from alignlab.models.transformer import PolicyForCausalLM
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_it_answers_as_any_model_of_transformers_does() -> None:
+def test_the_model_has_the_interface_of_transformers() -> None:
     policy, tokens = model("eager"), torch.randint(0, 50, (2, 7))
     output = policy(tokens, output_hidden_states=True, output_attentions=True)
     assert len(output.hidden_states) == 4 and len(output.attentions) == 3

@@ -11,14 +11,14 @@ def test_only_the_answer_itself_counts() -> None:
     assert exact_match(completions=completions, answer=["4"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_case_and_numbers_and_chat() -> None:
+def test_chat_messages_case_and_whole_numbers() -> None:
     chat = [{"role": "assistant", "content": "YES"}]
     assert exact_match(completions=[chat, chat], answer=["yes", None]) == [0.0, None]
     assert exact_match(completions=[chat], answer=["yes"], ignore_case=True) == [1.0]
     assert exact_match(completions=["7"], answer=[7]) == [1.0]
 
 
-def test_numbers_of_a_column_are_compared_by_value_and_text_as_text() -> None:
+def test_numbers_are_compared_by_value_and_text_as_text() -> None:
     golds = [72.0, np.float64(72.0), Decimal("72.50"), np.int64(7), 72.0, "72.0"]
     texts = ["72", "72.0", "72.5", "7", "72.5", "72"]
     assert exact_match(completions=texts, answer=golds) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
@@ -29,7 +29,7 @@ def test_a_missing_answer_gives_no_value() -> None:
     assert exact_match(completions=["72"] * 4, answer=golds) == [None] * 4
 
 
-def test_a_worked_solution_is_its_last_line_or_itself() -> None:
+def test_a_worked_solution_is_matched_by_its_last_line_or_the_whole() -> None:
     solution = "6 * 7 = <<6*7=42>>42.\n#### 42"
     assert exact_match(completions=["42", solution, "6", "#### 42"], answer=[solution] * 4) == [1.0, 1.0, 0.0, 0.0]
 

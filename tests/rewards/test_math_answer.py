@@ -11,7 +11,7 @@ import pytest
 from alignlab_rewards.answers import columns
 from alignlab_rewards.math_answer import math_answer
 
-# As data sets write them: each is its own right answer, alone, in a box and in a sentence.
+# Answers as datasets write them. Each is right where it is repeated: alone, in a box, in a sentence.
 _ANSWERS = (
     r"B|(C)|No|no|Yes|AB|pi/4|2*pi|2 1/2|€5|£5|x**2+1|10 m/s|5 km/h|sin(x)|sqrt(2)|log(2)|1e-3|3/4|-5|−5|x"
     r"+1|x = 5|(1, 2)|{1, 2}|[1, 2)|1, 2|2 and 3|12:30|50%|$5|5 cm|5 cm^2|1,234|1234567|0.5|.5|a/b|n!|5!|2"
@@ -27,7 +27,7 @@ ANSWERS = _ANSWERS.split("|")
 @pytest.mark.parametrize(
     "form", ["{}", r"\boxed{{{}}}", "The answer is {}.", "**Answer:** {}", "<think>?</think>\n\n{}"]
 )
-def test_an_answer_said_word_for_word_is_right(form: str) -> None:
+def test_an_answer_repeated_word_for_word_is_right(form: str) -> None:
     texts = [form.format(answer) for answer in ANSWERS]
     values = math_answer(completions=texts, answer=list(ANSWERS))
     assert [text for text, value in zip(texts, values, strict=True) if value != 1.0] == []
@@ -35,24 +35,12 @@ def test_an_answer_said_word_for_word_is_right(form: str) -> None:
 
 def test_no_answer_equals_another_one() -> None:
     different = [
-        "B",
-        "No",
-        "pi/4",
-        "x**2+1",
-        "10 m/s",
-        "sqrt(2)",
-        "3/4",
-        "x = 5",
-        "(1, 2)",
-        "[1, 2)",
-        "50%",
-        "DNE",
-        "H2O",
+        "B", "No", "pi/4", "x**2+1", "10 m/s", "sqrt(2)", "3/4", "x = 5", "(1, 2)", "[1, 2)", "50%", "DNE", "H2O",
         "x < 3",
-    ]
-    for given in different:
-        values = math_answer(completions=[rf"\boxed{{{given}}}"] * len(different), answer=different)
-        assert values == [float(gold == given) for gold in different], given
+    ]  # fmt: skip
+    for answer in different:
+        values = math_answer(completions=[rf"\boxed{{{answer}}}"] * len(different), answer=different)
+        assert values == [float(gold == answer) for gold in different], answer
 
 
 @pytest.mark.parametrize(
@@ -93,8 +81,8 @@ def test_a_missing_answer_gives_no_value(gold: Any) -> None:
     assert math_answer(completions=["72"], answer=[gold]) == [None]
 
 
-def test_missing_answers_are_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_SAID", set())
+def test_missing_answers_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_LOGGED_GAPS", set())
     caplog.set_level(logging.INFO)
     for _ in range(3):
         math_answer(completions=["1", "1", "1"], answer=[math.nan, None, "1"])
@@ -105,19 +93,19 @@ def test_missing_answers_are_said_once(caplog: pytest.LogCaptureFixture, monkeyp
 
 
 @pytest.mark.parametrize("gold", [{"value": "72"}, object(), b"72", ["72", None]])
-def test_what_cannot_be_an_answer_is_refused_by_name(gold: Any) -> None:
+def test_a_value_that_cannot_be_an_answer_is_refused(gold: Any) -> None:
     with pytest.raises(ValueError, match="math_answer needs"):
         math_answer(completions=["72"], answer=[gold])
 
 
-def test_trls_column_and_chat_messages() -> None:
+def test_the_column_solution_and_chat_messages_are_read() -> None:
     assert math_answer(completions=["1", "2"], solution=[r"Thus \boxed{1}", "1"]) == [1.0, 0.0]
     assert math_answer(completions=[[{"role": "assistant", "content": "1"}]], answer=["1"]) == [1.0]
     with pytest.raises(ValueError, match="'answer' or 'solution'"):
         math_answer(completions=["1"])
 
 
-def test_what_counts_of_a_thinking_models_completion_is_an_option() -> None:
+def test_the_option_thinking_selects_the_part_that_counts() -> None:
     texts = ["It is 5.</think>It is 12.", "It is 12.", "<think>It is 12.", r"\boxed{12}</think>"]
     assert math_answer(completions=texts, answer=["12"] * 4) == [1.0, 1.0, 0.0, 0.0]
     assert math_answer(completions=texts, answer=["12"] * 4, thinking="required") == [1.0, 0.0, 0.0, 0.0]
@@ -135,7 +123,7 @@ def test_numbers_are_exact_unless_a_tolerance_is_given() -> None:
         math_answer(completions=texts, answer=["1/3"] * 5, relative_tolerance=1.5)
 
 
-def test_works_in_threads_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_math_answer_works_in_threads_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     values: list[list[float | None]] = []
     golds = [r"\sqrt{8}", r"\mathbb{R} \setminus \{1, 2\}", r"\vec{a} + \vec{b}", "sin(2x)"]
     texts = [r"\boxed{2\sqrt2}", r"\boxed{x \ne 1}", r"\boxed{\vec{b} + \vec{a}}", r"\boxed{2\sin x\cos x}"]
@@ -194,6 +182,7 @@ HOSTILE = {
         r"\boxed{(x+y+z)^{5000000}}",
         r"\boxed{\sqrt[999999]{2}}",
         r"\boxed{" + "x!+" * 140 + "1}",
+        r"\boxed{lcm(" + ", ".join(str(4 * i) for i in range(1, 21)) + ")}",
     ],
     "undefined": [
         r"\boxed{\frac{1}{0}}",
@@ -209,7 +198,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("gold", ["4", "Monday", r"\{x, 2\}"])
 @pytest.mark.timeout(60)
-def test_what_cannot_be_computed_is_wrong_and_ends(kind: str, gold: str) -> None:
+def test_an_answer_that_cannot_be_computed_is_wrong_in_bounded_time(kind: str, gold: str) -> None:
     assert math_answer(completions=HOSTILE[kind], answer=[gold] * len(HOSTILE[kind])) == [0.0] * len(HOSTILE[kind])
 
 
@@ -237,7 +226,7 @@ def test_random_pieces_of_latex_never_raise_and_always_end() -> None:
         assert set(values) <= {0.0, 1.0}
 
 
-def test_rows_without_an_answer_are_judged_by_their_solution():
+def test_rows_without_an_answer_are_judged_by_their_solution() -> None:
     answer, solution = ["1", None, float("nan"), None], [None, "2", "4", None]
     values = math_answer(completions=["1", "2", "3", "4"], answer=answer, solution=solution)
     assert values == [1.0, 1.0, 0.0, None]
@@ -253,5 +242,5 @@ def test_an_expected_number_of_too_many_digits_is_refused_by_name(gold: Any) -> 
         math_answer(completions=["5"], answer=[gold])
 
 
-def test_the_text_none_is_no_answer() -> None:
+def test_the_text_none_is_a_missing_answer() -> None:
     assert math_answer(completions=["5", "None"], answer=["None", "None"]) == [None, None]

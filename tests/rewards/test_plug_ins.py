@@ -18,7 +18,7 @@ def test_every_file_is_an_installed_plug_in_of_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_plug_in_knows_the_shared_types_and_nothing_else(path: Path) -> None:
+def test_a_plug_in_imports_nothing_of_alignlab_but_its_types(path: Path) -> None:
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

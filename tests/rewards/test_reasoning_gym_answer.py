@@ -31,11 +31,11 @@ EASY = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
         ("", None),
     ],
 )
-def test_last_number(text: str, number: str | None) -> None:
+def test_the_last_number_is_extracted(text: str, number: str | None) -> None:
     assert extract_answer(text) == number
 
 
-def test_tagged_and_whole() -> None:
+def test_a_tagged_and_a_whole_answer_are_extracted() -> None:
     assert extract_answer("<answer>1</answer> no <answer> 2\n</answer>", "tagged") == "2"
     assert extract_answer("2", "tagged") is None
     assert extract_answer(" a 2 \n", "whole") == "a 2"
@@ -53,7 +53,7 @@ def test_the_tasks_own_answers_are_right_and_others_wrong() -> None:
     assert reasoning_gym_answer(prompts=prompts, completions=wrong, **columns) == [0.0] * 20
 
 
-def test_partial_credit_counts_as_nothing() -> None:
+def test_partial_credit_counts_as_zero() -> None:
     (row,) = task_rows("letter_counting", size=1)
     entry = {"question": row["prompt"], "answer": row["answer"], "metadata": row["metadata"]}
     text = f"the answer is {row['answer']}"

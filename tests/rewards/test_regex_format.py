@@ -8,5 +8,5 @@ def test_the_whole_completion_must_match() -> None:
     assert regex_format(completions=completions, pattern=pattern) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_chat() -> None:
+def test_regex_format_reads_chat_messages() -> None:
     assert regex_format(completions=[[{"role": "assistant", "content": "42"}]], pattern=r"\d+") == [1.0]

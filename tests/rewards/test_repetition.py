@@ -2,7 +2,7 @@ import pytest
 from alignlab_rewards.repetition import repetition
 
 
-def test_minus_the_fraction_of_repeated_ngrams() -> None:
+def test_repetition_is_minus_the_fraction_of_repeated_ngrams() -> None:
     completions = ["a b c d", "a b A b a", "a a a a a", "a", ""]
     assert repetition(completions=completions, ngram_size=2) == [0.0, -0.5, -0.75, 0.0, 0.0]
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings
-from alignlab.models.checkpoints import new_model
-from alignlab.rollout.engine import EmbeddedEngine
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Completion, Prompt
 
 VOCAB = 260

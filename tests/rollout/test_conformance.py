@@ -1,4 +1,4 @@
-"""What every rollout engine does alike, asked of each."""
+"""The behaviour that all rollout engines share, tested on each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
 from alignlab.rollout.detokenizer import decode
-from alignlab.rollout.engines import make_engine
-from alignlab.types import RolloutEngine, SamplingParams
+from alignlab.rollout.engine import RolloutEngine, make_engine
+from alignlab.types import SamplingParams
 from tests.reference import sampling as slow
 from tests.rollout.conftest import END, flat, full_logprobs, make_prompts
 from tests.rollout.vllm.conftest import DENSE, INSTALLED, make_client, make_model, make_vllm, serve
@@ -70,12 +70,12 @@ def test_logprobs_are_of_the_distribution_sampled_from(kind: str, engine: Any, m
     for rollout in engine.generate(make_prompts(4, 9), sampling):
         start = len(rollout.prompt.token_ids)
         for completion in rollout.completions:
-            known = (*rollout.prompt.token_ids, *completion.token_ids)
-            rows = full_logprobs(model, known)[start - 1 : -1]
+            token_ids = (*rollout.prompt.token_ids, *completion.token_ids)
+            rows = full_logprobs(model, token_ids)[start - 1 : -1]
             for i, (row, token, logprob) in enumerate(
                 zip(rows, completion.token_ids, completion.logprobs, strict=True)
             ):
-                seen = set(known[: start + i]) if sampling.repetition_penalty != 1 else ()
+                seen = set(token_ids[: start + i]) if sampling.repetition_penalty != 1 else ()
                 expected = slow.distribution(row.tolist(), sampling, seen=seen)[token]
                 # The penalty is of logits, and log-probs differ from them by a constant that it does not commute with.
                 if sampling.repetition_penalty == 1:
@@ -98,6 +98,15 @@ def test_order_and_lengths(engine: Any) -> None:
         assert len(completion.token_ids) == len(completion.logprobs) == len(completion.policy_versions) == 9
         assert completion.finish_reason == "length"
     assert engine.generate([], SamplingParams()) == []
+
+
+def test_rest_and_abandon_between_calls_change_nothing(engine: Any) -> None:
+    prompts, sampling = make_prompts(6, 20), SamplingParams(n=2, seed=4, max_new_tokens=8, ignore_eos=True)
+    before = [c.token_ids for c in flat(engine.generate(prompts, sampling))]
+    engine.rest()
+    engine.abandon()
+    engine.rest()
+    assert [c.token_ids for c in flat(engine.generate(prompts, sampling))] == before
 
 
 def test_seeds(engine: Any) -> None:
@@ -168,7 +177,7 @@ def test_text_is_cut_before_a_stop_string_and_tokens_are_kept(
         ((4,), {"n": 0}, "sampling.n is 0, and must be at least 1"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(
+def test_prompts_and_parameters_out_of_range_are_refused(
     lengths: tuple[int, ...], sampling: dict[str, Any], message: str, engine: Any
 ) -> None:
     with pytest.raises(RolloutError, match=message):

@@ -1,4 +1,4 @@
-"""A tiny policy, a tokenizer of its own and a task that it can learn within seconds."""
+"""A tiny policy with its tokenizer, and a task that the policy can learn within seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.models.checkpoints import new_model
+from alignlab.models.hub.checkpoints import new_model
+from tests.settings import merged
 
 DENSE = {
     "hidden_size": 32,
@@ -55,13 +56,13 @@ def make_config(tmp_path: Path) -> Callable[..., GRPOConfig]:
         base: dict[str, Any] = {
             "output_dir": tmp_path / "run",
             "num_steps": 4,
-            "learning_rate": 1e-2,
+            "optim": {"learning_rate": 1e-2},
             "num_prompts": 2,
             "group_size": 4,
             "sampling": SamplingSettings(max_new_tokens=6),
             "trackers": (),
         }
-        return GRPOConfig(**base | changes)
+        return GRPOConfig(**merged(base, changes))
 
     return make
 
@@ -72,7 +73,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def even_ids(*, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The fraction of tokens with an even id: about a half for a random policy, 1 for one that has learnt it."""
+    """Return the fraction of tokens with an even id: about a half for a random policy, 1 for a trained one."""
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
@@ -80,6 +81,6 @@ def leave_base(trainer: Any) -> None:
     """Give the adapters weights, with which a model is no longer its base."""
     torch.manual_seed(5)
     with torch.no_grad():
-        for name, weight in trainer.learner.policy.named_parameters():
+        for name, weight in trainer.learner.module.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.5)

@@ -14,36 +14,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.config.render import RenderSettings
+from alignlab.config.data import RenderSettings
 from alignlab.config.run import EvaluationSettings, RunConfig
 from alignlab.config.trainers import DistillConfig, GKDConfig
 from alignlab.data.examples import Example
 from alignlab.data.rendering import PromptRenderer
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError, DataError, NumericsError
+from alignlab.files.paths import teacher_cache_folder
 from alignlab.functional.distillation import divergence
-from alignlab.models.checkpoints import new_model, save_model
-from alignlab.models.packaged import cache_folder
+from alignlab.models.hub.checkpoints import new_model, save_model
+from alignlab.run_from_config import run
+from alignlab.runs import teacher_cache
+from alignlab.runs.teacher_cache import CachedTeacher
 from alignlab.trainers.distill import DistillTrainer
-from alignlab.trainers.gkd import GKDTrainer, given_completion
-from alignlab.trainers.run import run
-from alignlab.training import teacher_cache
-from alignlab.training.teacher_cache import KeptTeacher
+from alignlab.trainers.gkd import GKDTrainer, dataset_completion
 from alignlab.types import Prompt
+from tests.settings import merged
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
+from tests.trainers.steps import minibatches_of, packs_of
+from tests.trainers.tiny import examples
 
 Make = Callable[..., Any]
 WIDTH = 262
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        prompt, taught = (int(torch.randint(1, 6, (), generator=generator)) for _ in range(2))
-        ids = torch.randint(0, 250, (prompt + taught,), generator=generator).tolist()
-        found.append(Example(tuple(ids), (False,) * prompt + (True,) * taught))
-    return found
 
 
 @pytest.fixture
@@ -76,10 +69,11 @@ def make_distill(make_model: Make, tokenizer: Any, tmp_path: Path) -> Callable[.
         options: Any = None, **changes: Any,
     ) -> DistillTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_sequences": 4, "learning_rate": 1e-2, "trackers": (),
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_sequences": 4,
+            "optim": {"learning_rate": 1e-2}, "trackers": (),
         }
         return DistillTrainer(
-            make_model(architecture), DistillConfig(**base | changes, teacher={"name": teacher}),
+            make_model(architecture), DistillConfig(**merged(base, changes), teacher={"name": teacher}),
             data or examples(8), tokenizer=tokenizer, callbacks=callbacks, **options or {},
         )
 
@@ -93,11 +87,12 @@ def make_gkd(make_model: Make, tokenizer: Any, tmp_path: Path, rows: Any) -> Cal
         options: Any = None, callbacks: Any = (), **changes: Any,
     ) -> GKDTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "learning_rate": 1e-2, "trackers": (),
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4,
+            "optim": {"learning_rate": 1e-2}, "trackers": (),
             "sampling": {"max_new_tokens": 6},
         }
         return GKDTrainer(
-            make_model(architecture), rewards, GKDConfig(**base | changes, teacher={"name": teacher}),
+            make_model(architecture), rewards, GKDConfig(**merged(base, changes), teacher={"name": teacher}),
             data or rows, tokenizer=tokenizer, callbacks=callbacks, **options or {},
         )
 
@@ -105,9 +100,9 @@ def make_gkd(make_model: Make, tokenizer: Any, tmp_path: Path, rows: Any) -> Cal
 
 
 def plain_logits(model: Any, ids: tuple[int, ...], mask: tuple[bool, ...]) -> Tensor:
-    """Of the taught tokens, by a plain forward pass."""
-    found = model(torch.tensor([ids])).logits[0].float()[:-1]
-    return found[torch.tensor(mask[1:]), :WIDTH]
+    """Return the logits of the trained tokens, by a plain forward pass."""
+    logits = model(torch.tensor([ids])).logits[0].float()[:-1]
+    return logits[torch.tensor(mask[1:]), :WIDTH]
 
 
 def plain_loss(student: Any, teacher: Any, data: list[Example], *, beta: float, temperature: float, hard: float) -> Any:
@@ -133,7 +128,7 @@ def gradient(trainer: Any, packs: Any) -> tuple[float, dict[str, Tensor]]:
         return {}
 
     trainer.learner._step = keep
-    return trainer.learner.update(packs, trainer.loss, trainer.weigh)["loss"], kept
+    return trainer.learner.update(packs, trainer.algorithm.loss, trainer.algorithm.loss_weights)["loss"], kept
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -148,18 +143,18 @@ def test_offline_is_a_plain_loss_however_it_is_cut(
     budget: int, beta: float, temperature: float, hard: float, save_teacher: Make, make_distill: Make
 ) -> None:
     trainer = make_distill(
-        save_teacher(more=3), beta=beta, temperature=temperature, hard_label_weight=hard, tokens_per_microbatch=budget,
-        logprob_chunk_tokens=3,
+        save_teacher(more=3), beta=beta, temperature=temperature, hard_label_weight=hard,
+        memory={"tokens_per_microbatch": budget, "logprob_chunk_tokens": 3},
     )
-    value, found = gradient(trainer, trainer.packs(range(8)))
+    value, found = gradient(trainer, packs_of(trainer, range(8)))
     model = trainer.learner.model
     expected = plain_loss(
-        model, trainer.learner.teacher.model, examples(8), beta=beta, temperature=temperature, hard=hard
+        model, trainer.algorithm.teacher.model, examples(8), beta=beta, temperature=temperature, hard=hard
     )
     expected.backward()
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     same(found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert all(p.grad is None for p in trainer.learner.teacher.parameters())
+    assert all(p.grad is None for p in trainer.algorithm.teacher.parameters())
 
 
 def test_all_tokens_kept_are_the_whole_distribution_and_fewer_a_bound(save_teacher: Make, make_distill: Make) -> None:
@@ -168,20 +163,20 @@ def test_all_tokens_kept_are_the_whole_distribution_and_fewer_a_bound(save_teach
     for k in (None, 5, WIDTH):
         trainer = make_distill(teacher, top_k=k, beta=0.5)
         trainer.open(None, None, None)
-        found[k] = gradient(trainer, trainer.packs([3, 0, 6]))
+        found[k] = gradient(trainer, packs_of(trainer, [3, 0, 6]))
     assert found[WIDTH][0] == pytest.approx(found[None][0], rel=1e-5)
     same(found[WIDTH][1], found[None][1])
     assert 0 < found[5][0] < found[None][0]
 
 
-def test_a_teacher_is_asked_once(
+def test_teacher_runs_once_per_example(
     save_teacher: Make, make_distill: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     teacher = save_teacher()
     monkeypatch.setattr(teacher_cache, "ASKED_TOGETHER", 3)
     trainer = make_distill(teacher, top_k=5)
     asked: list[int] = []
-    ask = trainer._ask
+    ask = trainer.algorithm._top_tokens
 
     def killed(some: Any) -> Any:
         asked.append(len(some))
@@ -189,25 +184,25 @@ def test_a_teacher_is_asked_once(
             raise KeyboardInterrupt
         return ask(some)
 
-    trainer._ask = killed
+    trainer.algorithm._top_tokens = killed
     with pytest.raises(KeyboardInterrupt):
         trainer.open(None, None, None)
     trainer.open(None, None, None)
     assert asked == [3, 3, 3, 2]  # what was on the disk is not asked for again
     told = capsys.readouterr().err
     assert "read 8 of 8" in told and "GiB, in " in told
-    assert trainer.learner.teacher is None, "it was held until it had told all"
+    assert trainer.algorithm.teacher is None, "it was held until it had told all"
     later = make_distill(teacher, top_k=5)
-    ask, later._ask = later._ask, killed
-    beside = later.learner.teacher
+    ask, later.algorithm._top_tokens = later.algorithm._top_tokens, killed
+    beside = later.algorithm.forward.teacher
     later.open(None, None, None)
     assert len(asked) == 4
-    later.learner.teacher = beside
+    later.algorithm.forward.teacher = beside
     for row, example in enumerate(examples(8)):
-        top, kept = ask([example]), later._kept.of(row)
+        top, kept = ask([example]), later.algorithm._cached.get(row)
         assert torch.equal(top.ids, kept.ids.long())
         torch.testing.assert_close(top.logprobs, kept.logprobs)
-        torch.testing.assert_close(top.rest, kept.rest)
+        torch.testing.assert_close(top.other_logprob, kept.other_logprob)
 
 
 @pytest.mark.parametrize("file", ["ids.npy", "logprobs.npy", "rest.npy", "done.json"])
@@ -219,9 +214,9 @@ def test_what_is_damaged_of_a_stopped_asking_is_asked_again(
     monkeypatch.setattr(teacher_cache, "ASKED_TOGETHER", 2)
     asked: list[int] = []
 
-    def kept(stop_at: int) -> KeptTeacher:
+    def kept(stop_at: int) -> CachedTeacher:
         trainer = make_distill(teacher, top_k=5)
-        ask = trainer._ask
+        ask = trainer.algorithm._top_tokens
 
         def counted(some: Any) -> Any:
             if len(asked) == stop_at:
@@ -229,13 +224,13 @@ def test_what_is_damaged_of_a_stopped_asking_is_asked_again(
             asked.append(len(some))
             return ask(some)
 
-        trainer._ask = counted
+        trainer.algorithm._top_tokens = counted
         trainer.open(None, None, None)
-        return trainer._kept
+        return trainer.algorithm._cached
 
     with pytest.raises(KeyboardInterrupt):
         kept(stop_at=3)  # 3 of 4 parts
-    [folder] = (cache_folder() / "teacher").glob(".*.tmp")
+    [folder] = teacher_cache_folder().glob(".*.tmp")
     path = folder / file
     content = bytearray(path.read_bytes())
     if file == "done.json":
@@ -254,13 +249,13 @@ def test_what_is_damaged_of_a_stopped_asking_is_asked_again(
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_damaged_answers_are_not_learnt_from(
+def test_damaged_answers_are_not_trained_on(
     damage: str, save_teacher: Make, make_distill: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = save_teacher()
     trainer = make_distill(teacher, top_k=5)
     trainer.open(None, None, None)
-    [folder] = {Path(array.filename).parent for array in trainer._kept._arrays}
+    [folder] = {Path(array.filename).parent for array in trainer.algorithm._cached._arrays}
     file = folder / "logprobs.npy"
     content = file.read_bytes()
     if damage == "missing":
@@ -270,13 +265,13 @@ def test_damaged_answers_are_not_learnt_from(
     again = make_distill(teacher, top_k=5)
     again.open(None, None, None)
     assert f"{folder} are damaged, and are asked for again" in caplog.text
-    assert (folder / "logprobs.npy").read_bytes() == content and again._kept is not None
+    assert (folder / "logprobs.npy").read_bytes() == content and again.algorithm._cached is not None
 
 
 def test_what_is_kept_is_told_apart(save_teacher: Make, make_distill: Make) -> None:
     def path(teacher: str, data: Any, k: int, temperature: float = 1.0) -> Path:
         trainer = make_distill(teacher)
-        model = trainer.learner.teacher.model
+        model = trainer.algorithm.teacher.model
         cache = teacher_cache.TeacherCache(model, k=k, temperature=temperature, width=WIDTH)
         return cache.path(data)
 
@@ -299,7 +294,7 @@ def test_the_student_learns_its_teacher(changes: Any, save_teacher: Make, make_d
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("make_distill", {"top_k": 5}), ("make_gkd", {"student_frac": 0.5})])
-def test_resumed_is_uninterrupted_and_another_teacher_is_refused(
+def test_resumed_run_equals_uninterrupted_run_and_other_teacher_is_refused(
     kind: str, changes: dict[str, Any], save_teacher: Make, request: pytest.FixtureRequest
 ) -> None:
     make, teacher = request.getfixturevalue(kind), save_teacher()
@@ -328,7 +323,7 @@ def test_accuracy_is_measured(save_teacher: Make, make_distill: Make, rows: Any)
     }
     result = make_distill(save_teacher(), options=options).train()
     assert result.before is not None and result.after is not None
-    with pytest.raises(ConfigError, match="nothing says what is right"):
+    with pytest.raises(ConfigError, match="no scorer decides which answers are right"):
         make_distill(save_teacher(), options={"eval_dataset": rows})
 
 
@@ -350,7 +345,7 @@ def test_a_teacher_reads_whole_examples(save_teacher: Make, make_distill: Make) 
     make_distill(short, data=[Example((1, 2, 3, 4, 5), (False, True, True, True, True))])
 
 
-def test_a_teacher_has_room_for_what_the_student_writes(save_teacher: Make, make_gkd: Make) -> None:
+def test_completions_must_fit_the_positions_of_the_teacher(save_teacher: Make, make_gkd: Make) -> None:
     short = save_teacher(DENSE | {"max_position_embeddings": 7})
     with pytest.raises(ConfigError, match=r"max_new_tokens is 6, .* must fit the teacher's 7 positions"):
         make_gkd(short)
@@ -360,7 +355,7 @@ def test_a_teacher_has_room_for_what_the_student_writes(save_teacher: Make, make
 SKIP = {"render_settings": RenderSettings(on_bad_row="skip")}
 
 
-def test_rows_that_a_teacher_has_no_room_for_are_skipped_and_counted(
+def test_rows_that_do_not_fit_the_teacher_are_skipped_and_counted(
     save_teacher: Make, make_gkd: Make, rows: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = save_teacher(DENSE | {"max_position_embeddings": 12})
@@ -368,7 +363,7 @@ def test_rows_that_a_teacher_has_no_room_for_are_skipped_and_counted(
     with pytest.raises(DataError, match=r"row 4 .*and the student and its teacher have 12 positions"):
         make_gkd(short, data=[*data[:4], data[5]], student_frac=0.5)
     trainer = make_gkd(short, data=data, student_frac=0.5, options=SKIP, num_steps=1)
-    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in trainer.source.prompts] == [0, 1, 2, 3]
     assert "skipped 1 of 6 prompts" in caplog.text and "the teacher's 12 positions" in caplog.text
     assert "skipped 1 rows (no_room 1)" in caplog.text
     assert trainer.train().num_steps == 1
@@ -379,19 +374,19 @@ def test_rows_that_a_teacher_has_no_room_for_are_skipped_and_counted(
 def test_where_the_teacher_says_no_number_is_named(save_teacher: Make, make_distill: Make) -> None:
     trainer = make_distill(save_teacher())
     with torch.no_grad():
-        trainer.learner.teacher.model.get_output_embeddings().weight[3] = torch.nan
+        trainer.algorithm.teacher.model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(NumericsError, match=r"outputs not finite in \['sequence 0 of pack 0'"):
-        trainer.learner.update(trainer.packs([0]), trainer.loss, trainer.weigh)
+        trainer.learner.update(packs_of(trainer, [0]), trainer.algorithm.loss, trainer.algorithm.loss_weights)
 
 
-def test_more_is_to_be_kept_than_there_is(save_teacher: Make, make_distill: Make) -> None:
+def test_top_k_above_the_vocabulary_size_is_refused(save_teacher: Make, make_distill: Make) -> None:
     with pytest.raises(ConfigError, match="top_k is 263"):
         make_distill(save_teacher(), top_k=263)
 
 
 def sampled_examples(trainer: GKDTrainer, step: int = 1) -> tuple[list[Example], list[Any]]:
-    batch = trainer.collect(step)
-    [packs] = trainer.make_experience(step, batch.rollouts)
+    batch = trainer.source.collect(step)
+    [packs] = minibatches_of(trainer, step, batch.rollouts)
     return [
         Example(
             (*r.prompt.token_ids, *c.token_ids), (False,) * len(r.prompt.token_ids) + (True,) * len(c.token_ids)
@@ -407,12 +402,12 @@ def test_on_policy_is_a_plain_loss_however_it_is_cut(
 ) -> None:
     trainer = make_gkd(
         save_teacher(SPARSE), beta=beta, temperature=1.5, student_frac=student_frac, group_size=group,
-        tokens_per_microbatch=budget,
+        memory={"tokens_per_microbatch": budget},
     )
     data, packs = sampled_examples(trainer)
     value, found = gradient(trainer, packs)
     model = trainer.learner.model
-    expected = plain_loss(model, trainer.teacher.model, data, beta=beta, temperature=1.5, hard=0.0)
+    expected = plain_loss(model, trainer.algorithm.teacher.model, data, beta=beta, temperature=1.5, hard=0.0)
     expected.backward()
     assert value == pytest.approx(float(expected.detach()), rel=1e-5)
     same(found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -422,7 +417,7 @@ def test_the_dataset_s_completions_are_those_of_fine_tuning(
     save_teacher: Make, make_gkd: Make, rows: Any, tokenizer: Any
 ) -> None:
     trainer = make_gkd(save_teacher(), student_frac=0.0)
-    for rollout in trainer.collect(1).rollouts:
+    for rollout in trainer.source.collect(1).rollouts:
         [completion] = rollout.completions
         assert completion.text == rollout.prompt.columns["answer"]
         assert completion.token_ids[-1] == tokenizer.eos_token_id
@@ -463,7 +458,7 @@ def test_settings() -> None:
 
 @pytest.mark.parametrize("trainer", ["distill", "gkd"])
 def test_a_whole_run(trainer: str, save_teacher: Make, tmp_path: Path, tokenizer: Any) -> None:
-    """From settings alone, with and without what says what is right."""
+    """From settings alone, with and without a scorer."""
     settings: dict[str, Any] = {
         "model": {"architecture": DENSE, "tokenizer": save_teacher()},
         "data": {"task": "chain_sum", "size": 8},
@@ -479,7 +474,7 @@ def test_a_whole_run(trainer: str, save_teacher: Make, tmp_path: Path, tokenizer
     assert set(run(RunConfig.model_validate(settings)).to_json()["after"]) == {"greedy", "sampled"}
     settings["trainer"] |= {"output_dir": tmp_path / "silent"}
     assert run(RunConfig.model_validate(settings | {"rewards": []})).to_json()["after"] is None
-    with pytest.raises(ConfigError, match="nothing says what is right"):
+    with pytest.raises(ConfigError, match="nothing decides which answers are correct"):
         RunConfig.model_validate(settings | {"rewards": [], "eval_data": {"task": "chain_sum", "split": "eval"}})
 
 
@@ -491,7 +486,8 @@ def test_a_tools_answer_in_the_dataset_s_completion_is_not_learnt() -> None:
     )
     turns = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("tool", "b"), ("assistant", "c"))]
     prompt = Prompt(tuple(chat("[user]q.[assistant]")["input_ids"]), "q", columns={"completion": turns})
-    ids, own = given_completion(prompt, PromptRenderer(RenderSettings(), chat), math.inf)
-    assert own is not None
-    taught = chat.decode([token for token, is_own in zip(ids, own, strict=True) if is_own])
+    completion = dataset_completion(prompt, PromptRenderer(RenderSettings(), chat), math.inf)
+    ids = completion.token_ids
+    assert completion.writers is not None
+    taught = chat.decode([token for token, own in zip(ids, completion.policy_tokens, strict=True) if own])
     assert taught == f"a.c.{chat.eos_token}" and "b" in chat.decode(ids)

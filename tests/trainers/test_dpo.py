@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,20 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.config.data import RenderSettings
 from alignlab.config.model import LoraSettings
-from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import DPOConfig
 from alignlab.data.common_prompt import common_prompt
 from alignlab.data.preferences import Preference, preferences_from_rows
 from alignlab.errors import CheckpointError, ConfigError, DataError
 from alignlab.functional import preference_losses as losses
+from alignlab.loop.reference import ExampleReference
 from alignlab.models.adapters import add_lora
+from alignlab.models.fingerprints import model_digest
 from alignlab.models.moe import routers
 from alignlab.trainers.dpo import DPOTrainer
 from alignlab.trainers.pairs import Pairs, pair_metrics, pairs_of
-from alignlab.trainers.reference import Reference
-from alignlab.training.reference_cache import digest_of_model
+from tests.settings import merged
 from tests.trainers.conftest import SPARSE, leave_base
+from tests.trainers.steps import packs_of, update_on
+from tests.trainers.tiny import pairs
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=4)
@@ -35,16 +36,6 @@ FAMILY: dict[str, dict[str, Any]] = {
     "sigmoid": {}, "cdpo": {"loss": "sigmoid", "label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "ipo": {},
     "ipo_mean": {}, "hinge": {}, "simpo": {"beta": 2.0}, "orpo": {"beta": 0.3},
 }
-
-
-def pairs(count: int, seed: int = 0) -> list[Preference]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        length = int(torch.randint(low, high, (), generator=generator))
-        return tuple(torch.randint(0, 250, (length,), generator=generator).tolist())
-
-    return [Preference(ids(2, 6), ids(1, 5), ids(1, 7)) for _ in range(count)]
 
 
 @pytest.fixture
@@ -58,10 +49,11 @@ def make_trainer(
         seed: int = 0, **changes: Any,
     ) -> DPOTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_pairs": 4, "learning_rate": 1e-2, "trackers": (),
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_pairs": 4,
+            "optim": {"learning_rate": 1e-2}, "trackers": (),
         }
         return DPOTrainer(
-            make_model(seed=seed), DPOConfig(**base | changes), data or pairs(8), eval_dataset=held_out,
+            make_model(seed=seed), DPOConfig(**merged(base, changes)), data or pairs(8), eval_dataset=held_out,
             tokenizer=tokenizer, peft_config=lora, callbacks=callbacks,
         )
 
@@ -69,7 +61,7 @@ def make_trainer(
 
 
 def logprob(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
-    """Of each token of a completion, by a plain forward pass."""
+    """Return the log-prob of each token of a completion, by a plain forward pass."""
     ids = torch.tensor([[*prompt, *completion]])
     rows = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
     return rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -78,10 +70,10 @@ def logprob(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) ->
 @pytest.mark.parametrize("name", FAMILY)
 def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_trainer: Make) -> None:
     settings = {"loss": name} | FAMILY[name]
-    trainer = make_trainer(**settings, tokens_per_microbatch=30, precompute_reference=False)
+    trainer = make_trainer(**settings, memory={"tokens_per_microbatch": 30}, precompute_reference=False)
     leave_base(trainer)
     data, model, beta = trainer.train_examples[:4], trainer.learner.model, trainer.config.beta
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     total = torch.zeros(())
     for pair in data:
         with torch.no_grad(), model.disable_adapter():
@@ -104,13 +96,13 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_tra
     total.backward()
     expected = {n: p.grad.clone() for n, p in trainer.learner.trained.items()}
     found: dict[str, Tensor] = {}
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     step, trainer.learner._step = trainer.learner._step, lambda *_: (
         found.update({n: p.grad.clone() for n, p in trainer.learner.trained.items()}), {}
     )[1]
-    packs = trainer.packs(range(4))
+    packs = packs_of(trainer, range(4))
     assert len(packs) > 1
-    metrics = trainer.learner.update(packs, trainer.loss, trainer.weigh, measure=trainer.measure)
+    metrics = update_on(trainer, packs)
     trainer.learner._step = step
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-4)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -121,24 +113,24 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(name: str, make_tra
 def test_soft_labels_smooth_each_pair_by_itself(make_trainer: Make) -> None:
     """The loss of a pair whose label is right with probability p is p of the loss, 1 - p of that of the other label."""
     known = [replace(pair, probability=p) for pair, p in zip(pairs(4), (1.0, 0.5, 0.75, 0.9), strict=True)]
-    trainer = make_trainer(data=known, probability_column="sure", tokens_per_microbatch=30, precompute_reference=False)
+    trainer = make_trainer(
+        data=known, probability_column="sure", memory={"tokens_per_microbatch": 30}, precompute_reference=False
+    )
     leave_base(trainer)
-    packs = trainer.packs(range(4))
+    packs = packs_of(trainer, range(4))
     assert len(packs) > 1
     total, expected = 0.0, 0.0
     with torch.no_grad():
         for pack in packs:
             output = trainer.learner.outputs([pack])[0]
-            total += float(trainer.loss(output, pack)[0].sum())
-            for margin, place in zip(
-                (found := pairs_of(output.logprobs, pack)).margins, found.places.tolist(), strict=True
-            ):
-                p = known[pack.segments.group_ids[int(pack.segments.segment_of_token[place])]].probability
+            total += float(trainer.algorithm.loss(output, pack)[0].sum())
+            for margin, number in zip(pairs_of(output.logprobs, pack).margins, pack.segments.pairs, strict=True):
+                p = known[number].probability
                 right = torch.sigmoid(0.1 * margin)
                 expected -= float(p * torch.log(right) + (1 - p) * torch.log(1 - right))
     assert total == pytest.approx(expected, rel=1e-5)
     own = make_trainer(data=known, folder="own")
-    assert own.has_soft_labels and own.packs([0])[0].probabilities is not None, "no column is needed"
+    assert packs_of(own, [1])[0].pair_probabilities is not None, "no column is needed"
     for changes in ({"loss": "hinge"}, {"label_smoothing": 0.1}):
         with pytest.raises(ConfigError, match=r"probability below 1, such as 0\.5, which loss sigmoid alone takes"):
             make_trainer(data=known, **changes)
@@ -159,7 +151,7 @@ def test_the_loss_starts_at_log_two(lora: Any, make_trainer: Make) -> None:
     assert seen[0]["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def test_equal_policies_guess(make_trainer: Make) -> None:
+def test_equal_policies_have_accuracy_half(make_trainer: Make) -> None:
     trainer = make_trainer(held_out=pairs(5, seed=1), num_steps=1, precompute_reference=False)
     result = trainer.train()
     assert result.before.accuracy == 0.5 and result.verdict.to_json() == {"learnt": True}
@@ -176,13 +168,15 @@ def test_what_differs_by_rounding_is_a_guess(loss: str, make_trainer: Make) -> N
     assert free["preference_accuracy"].tolist() == [0.5, 1.0, 0.0, 1.0]
 
 
-def test_a_pair_is_never_divided(make_trainer: Make) -> None:
-    trainer = make_trainer(tokens_per_microbatch=1)
-    packs = trainer.packs(range(4))
+def test_both_completions_of_a_pair_are_in_one_pack(make_trainer: Make) -> None:
+    trainer = make_trainer(memory={"tokens_per_microbatch": 1})
+    packs = packs_of(trainer, range(4))
     assert len(packs) == 4
     for pack in packs:
         assert sum(sequence >= 0 for sequence in pack.segments.sequence_ids) == 2
-    long, short = (make_trainer(tokens_per_microbatch=n, folder=str(n)).packs(range(4)) for n in (4096, 20))
+    long, short = (
+        packs_of(make_trainer(memory={"tokens_per_microbatch": n}, folder=str(n)), range(4)) for n in (4096, 20)
+    )
     assert len(long) == 1 < len(short)
 
     def lengths(packs: Any) -> list[float]:
@@ -202,7 +196,7 @@ def test_the_reference_is_scored_once_and_kept_on_disk(
     files = list((tmp_path / "cache" / "reference").glob("*.safetensors"))
     assert len(files) == 2
     calls: list[int] = []
-    monkeypatch.setattr(Reference, "_score", lambda *_: calls.append(1) or [])
+    monkeypatch.setattr(ExampleReference, "_compute", lambda *_: calls.append(1) or [])
     second = make_trainer(held_out=held_out, num_steps=2, folder="second").train()
     assert second.metrics["loss"] == first.metrics["loss"] and second.after == first.after
     assert calls == []
@@ -212,12 +206,12 @@ def test_the_reference_is_scored_once_and_kept_on_disk(
     assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 3
 
 
-def test_any_change_of_the_reference_is_another_reference(make_model: Make) -> None:
-    """To the last byte of its weights, its buffers and its config."""
+def test_fingerprint_of_the_reference_depends_on_each_of_its_parts(make_model: Make) -> None:
+    """The fingerprint covers all bytes of weights and buffers, and the config."""
     def changed(change: Callable[[Any], None]) -> str:
         model = make_model(SPARSE | {"router_bias_update_rate": 0.1})
         change(model)
-        return digest_of_model(model)
+        return model_digest(model)
 
     def last_row(model: Any) -> None:
         with torch.no_grad():
@@ -232,7 +226,7 @@ def test_any_change_of_the_reference_is_another_reference(make_model: Make) -> N
     keys = [changed(change) for change in (lambda model: None, last_row, bias, theta)]
     assert len(set(keys)) == 4 and changed(lambda model: None) == keys[0]
     adapters = (LORA, LoraSettings(rank=3), LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]))
-    digests = [digest_of_model(make_model()), *(digest_of_model(add_lora(make_model(), lora)) for lora in adapters)]
+    digests = [model_digest(make_model()), *(model_digest(add_lora(make_model(), lora)) for lora in adapters)]
     assert len(set(digests)) == 1, "an adapter, wherever it is, leaves its base the same"
 
     def load(model: Any) -> None:
@@ -241,13 +235,13 @@ def test_any_change_of_the_reference_is_another_reference(make_model: Make) -> N
     assert changed(load) == keys[0], "what a router counts is in no log-prob"
 
 
-def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
+def test_resumption_with_another_reference_is_refused(make_trainer: Make) -> None:
     make_trainer(lora=None, num_steps=1).train()
     with pytest.raises(CheckpointError, match="the reference has other weights than when the run began"):
         make_trainer(lora=None, num_steps=2, seed=1).train(resume=True)
 
 
-def test_other_rows_are_not_gone_on_with(make_trainer: Make) -> None:
+def test_resumption_with_other_rows_is_refused(make_trainer: Make) -> None:
     make_trainer(num_steps=1).train()
     with pytest.raises(CheckpointError, match="the training data has changed"):
         make_trainer(num_steps=2, data=[*pairs(7), *pairs(1, seed=5)]).train(resume=True)
@@ -275,14 +269,14 @@ def test_precomputed_and_live_references_train_alike(lora: Any, make_trainer: Ma
     for precompute in (True, False):
         trainer = make_trainer(folder=str(precompute), precompute_reference=precompute, lora=lora)
         trainer.train()
-        assert (trainer.reference.policy is None) == (precompute or lora is not None), "a copy is let go once asked"
+        assert (trainer.algorithm.reference._reference is None) == precompute, "a copy is let go once asked"
         ends.append(torch.cat([p.detach().flatten() for p in trainer.learner.trained.values()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
 
 
-def test_a_reference_that_was_half_asked_is_asked_again(make_trainer: Make) -> None:
+def test_incomplete_reference_log_probs_are_computed_again(make_trainer: Make) -> None:
     trainer = make_trainer(lora=None, held_out=pairs(3, seed=1))
-    ask, asked = trainer.reference._score, []
+    ask, asked = trainer.algorithm.reference._compute, []
 
     def stopped(examples: Any) -> Any:
         asked.append(len(examples))
@@ -290,34 +284,19 @@ def test_a_reference_that_was_half_asked_is_asked_again(make_trainer: Make) -> N
             raise KeyboardInterrupt
         return ask(examples)
 
-    trainer.reference._score = stopped
+    trainer.algorithm.reference._compute = stopped
     with pytest.raises(KeyboardInterrupt):
         trainer.open(None, None, None)
-    assert trainer.reference.policy is not None
+    assert trainer.algorithm.reference._reference is not None
     trainer.open(None, None, None)
-    assert asked == [8, 3, 3] and trainer.reference.policy is None
+    assert asked == [8, 3, 3] and trainer.algorithm.reference._reference is None
     assert trainer.evaluate().margin == pytest.approx(0, abs=1e-5)
     trainer.open(None, None, None)
     assert asked == [8, 3, 3], "the copy is gone, and all is known"
 
 
-def test_resumed_is_uninterrupted(make_trainer: Make) -> None:
-    def cut(trainer: DPOTrainer, step: int, metrics: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    whole = make_trainer(held_out=pairs(3, seed=1))
-    result = whole.train()
-    assert make_trainer(folder="cut", held_out=pairs(3, seed=1), callbacks=[cut]).train().interrupted
-    second = make_trainer(folder="cut", held_out=pairs(3, seed=1))
-    again = second.train(resume=True)
-    assert again.before == result.before and again.after == result.after
-    for name, value in whole.learner.trained.items():
-        assert torch.equal(value, second.learner.trained[name]), name
-
-
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo", "orpo"])
-def test_it_learns_which_completions_are_preferred(loss: str, make_trainer: Make) -> None:
+def test_training_learns_which_completions_are_preferred(loss: str, make_trainer: Make) -> None:
     """Chosen ones begin with one token, rejected ones with another: held-out pairs are told apart afterwards."""
 
     def marked(pair: Preference) -> Preference:
@@ -325,7 +304,7 @@ def test_it_learns_which_completions_are_preferred(loss: str, make_trainer: Make
 
     train, held_out = ([marked(pair) for pair in pairs(48, seed=seed)] for seed in (2, 3))
     trainer = make_trainer(
-        data=train, held_out=held_out, num_steps=60, num_pairs=16, learning_rate=2e-2, loss=loss,
+        data=train, held_out=held_out, num_steps=60, num_pairs=16, optim={"learning_rate": 2e-2}, loss=loss,
         beta=2.0 if loss == "simpo" else 0.1,
     )
     result = trainer.train()
@@ -362,7 +341,7 @@ def test_prompts_are_explicit_or_what_both_begin_with(make_trainer: Make) -> Non
         ("\u95ee\uff1a\u7b54\u56db", "\u95ee\uff1a\u7b54\u4e94", "\u95ee\uff1a\u7b54"),
     ],
 )
-def test_a_prompt_that_both_begin_with_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
+def test_common_prompt_of_a_pair_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
     found = common_prompt(chosen, rejected)
     assert found == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
 
@@ -419,9 +398,9 @@ def test_what_a_tool_says_in_a_completion_is_read_and_not_counted(precompute: bo
     pair = Preference((5, 6), (7, 8, 9, 10), (11, 12), chosen_mask=mask)
     trainer = make_trainer(data=[pair, *pairs(3)], num_pairs=4, lora=None, precompute_reference=precompute)
     if precompute:
-        trainer.reference.precompute({"train": trainer.train_examples})
-    [pack] = trainer.packs([0])
-    known = pairs_of(trainer.learner.score([pack])[0], pack)
+        trainer.algorithm.reference.precompute({"train": trainer.train_examples})
+    [pack] = packs_of(trainer, [0])
+    known = pairs_of(trainer.learner.logprobs([pack])[0], pack)
     counted = logprob(trainer.learner.model, pair.prompt, pair.chosen)[torch.tensor(mask)]
     assert known.chosen_tokens.tolist() == [2] and known.rejected_tokens.tolist() == [2]
     assert known.chosen.item() == pytest.approx(counted.sum().item(), abs=1e-4)
@@ -429,7 +408,7 @@ def test_what_a_tool_says_in_a_completion_is_read_and_not_counted(precompute: bo
 
 
 def test_the_reference_of_masked_and_whole_completions_is_not_mixed_up(make_trainer: Make) -> None:
-    from alignlab.training.reference_cache import ReferenceCache
+    from alignlab.runs.reference_cache import ReferenceCache
 
     cache = ReferenceCache(make_trainer().learner.model)
     whole = Preference((5, 6), (7, 8, 9), (11, 12))

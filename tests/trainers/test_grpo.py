@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.config.data import RenderSettings
 from alignlab.config.model import LoraSettings
-from alignlab.config.render import RenderSettings
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import CheckpointError, ConfigError, RewardError
-from alignlab.trainers.assemble import check_shares
+from alignlab.loop.inputs import check_shares
+from alignlab.runs.rollout_store import read_rollouts
 from alignlab.trainers.grpo import GRPOTrainer
-from alignlab.training.rollout_store import read_rollouts
 from tests.trainers.conftest import SPARSE, even_ids
+from tests.trainers.steps import minibatches_of
 
 Make = Callable[..., Any]
 
@@ -33,7 +34,7 @@ def trained(trainer: GRPOTrainer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)], ids=["full", "lora"])
 def test_learns_a_trivial_task(lora: Any, make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     rewards: list[float] = []
-    config = make_config(num_steps=30, group_size=16, learning_rate=3e-2 if lora else 1e-2)
+    config = make_config(num_steps=30, group_size=16, optim={"learning_rate": 3e-2 if lora else 1e-2})
     model = make_model()
     with torch.no_grad():  # a random head's logits are so small that an adapter under it could not move them
         model.get_output_embeddings().weight.mul_(20)
@@ -63,10 +64,10 @@ def test_first_update_is_on_policy(make_model: Make, make_config: Make, tokenize
     assert metrics["grad_norm"] > 1e-3
 
 
-def test_rollout_gap_is_not_the_policy_s_own_movement(
+def test_rollout_gap_excludes_the_change_of_the_policy(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
-    config = make_config(num_steps=1, num_epochs=4, learning_rate=3e-2)
+    config = make_config(num_steps=1, num_epochs=4, optim={"learning_rate": 3e-2})
     metrics = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train().metrics
     assert metrics["approx_kl"] > 1e-3
     assert metrics["rollout_gap"] < 1e-5
@@ -74,7 +75,7 @@ def test_rollout_gap_is_not_the_policy_s_own_movement(
 
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "num_epochs": 2, "kl": {"coef": 0.1, "target": 0.01}}])
 @pytest.mark.parametrize("architecture", [None, SPARSE], ids=["lora", "moe"])
-def test_resumed_equals_uninterrupted(
+def test_resumed_run_equals_uninterrupted_run(
     options: dict[str, Any],
     architecture: Any,
     make_model: Make,
@@ -86,7 +87,9 @@ def test_resumed_equals_uninterrupted(
     lora = None if architecture else LoraSettings(rank=4)
 
     def trainer(folder: str, **changes: Any) -> GRPOTrainer:
-        config = make_config(output_dir=tmp_path / folder, num_steps=4, lr_schedule="linear", **options, **changes)
+        config = make_config(
+            output_dir=tmp_path / folder, num_steps=4, optim={"schedule": "linear"}, **options, **changes
+        )
         model = make_model(architecture) if architecture else make_model()
         return GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, peft_config=lora)
 
@@ -100,11 +103,11 @@ def test_resumed_equals_uninterrupted(
         if step == 3:
             raise Stop
 
-    first = trainer("cut", save_every_steps=2)
+    first = trainer("cut", checkpoints={"every_steps": 2})
     first.callbacks = (crash,)
     with pytest.raises(Stop):
         first.train()
-    second = trainer("cut", save_every_steps=2)
+    second = trainer("cut", checkpoints={"every_steps": 2})
     assert second.train(resume=True).num_steps == 4
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(second)[name]), name
@@ -179,7 +182,7 @@ def test_the_same_trainer_goes_on_after_an_interruption(
     assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(trainer).items())
 
 
-def test_dynamic_sampling_refills_with_groups_that_teach(
+def test_dynamic_sampling_refills_with_groups_with_signal(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
     """Rows 0-3 always score the same: their groups are dropped for others."""
@@ -191,11 +194,11 @@ def test_dynamic_sampling_refills_with_groups_that_teach(
     config = make_config(num_steps=2, dynamic_sampling=True, max_refills=4)
     trainer = GRPOTrainer(make_model(), flat_for_some, config, data, tokenizer=tokenizer)
     for step in (1, 2):
-        batch = trainer.collect(step)
-        kept, left_out = batch.rollouts, batch.left_out
+        batch = trainer.source.collect(step)
+        kept, dropped = batch.rollouts, batch.dropped
         assert len(kept) == config.num_prompts
         assert all(len(set(rollout.rewards)) > 1 for rollout in kept)
-        assert (len(kept) + len(left_out)) % config.num_prompts == 0
+        assert (len(kept) + len(dropped)) % config.num_prompts == 0
 
 
 def test_what_dynamic_sampling_leaves_out_is_measured_and_stored(
@@ -223,7 +226,7 @@ def test_mini_batches_are_equal_on_every_rank() -> None:
         check_shares("num_prompts", 8, 4, 4)
 
 
-def test_completions_that_do_not_teach_are_masked(
+def test_completions_without_signal_are_masked(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
     def some(*, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
@@ -231,34 +234,34 @@ def test_completions_that_do_not_teach_are_masked(
 
     config = make_config(mask_truncated=True, num_minibatches=2)
     trainer = GRPOTrainer(make_model(), some, config, rows, tokenizer=tokenizer)
-    rollouts = trainer.collect(1).rollouts
-    packs = [pack for packs in trainer.make_experience(1, rollouts) for pack in packs]
+    rollouts = trainer.source.collect(1).rollouts
+    packs = [pack for packs in minibatches_of(trainer, 1, rollouts) for pack in packs]
     trained_tokens = sum(
         len(c.token_ids) for r in rollouts for i, c in enumerate(r.completions) if i % 4 and c.finish_reason != "length"
     )
     assert sum(int(pack.completion_mask.sum()) for pack in packs) == trained_tokens
     assert all(pack.advantages is not None and not pack.advantages[~pack.completion_mask].any() for pack in packs)
-    trainer.learner.update(packs, trainer.loss, trainer.weigh)
+    trainer.learner.update(packs, trainer.algorithm.loss, trainer.algorithm.loss_weights)
 
 
 def test_overlong_completions_lose_reward(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     config = make_config(overlong_buffer_tokens=4, overlong_penalty=2.0, advantage="group_centered")
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
-    rollouts = trainer.collect(1).rollouts
+    rollouts = trainer.source.collect(1).rollouts
     lengths = torch.tensor([[len(c.token_ids) for c in r.completions] for r in rollouts], dtype=torch.float32)
     rewards = torch.tensor([r.rewards for r in rollouts]) - (lengths - 2).clamp(min=0) / 4 * 2
-    torch.testing.assert_close(trainer.advantages(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(trainer.algorithm.advantages(rollouts, []), rewards - rewards.mean(dim=1, keepdim=True))
 
 
 def test_adaptive_kl_coefficient_moves(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     """Down while the policy is the reference, up once it has clearly left it."""
     coefs: list[float] = []
     kl = {"coef": 1e-3, "target": 1e-3, "horizon": 64}
-    config = make_config(num_steps=12, group_size=16, num_prompts=4, learning_rate=3e-2, kl=kl)
+    config = make_config(num_steps=12, group_size=16, num_prompts=4, optim={"learning_rate": 3e-2}, kl=kl)
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
-    keep = [lambda trainer, *_: coefs.append(trainer.objective.kl_coef)]
+    keep = [lambda trainer, *_: coefs.append(trainer.algorithm.objective.kl_coef)]
     GRPOTrainer(model, even_ids, config, rows, tokenizer=tokenizer, callbacks=keep).train()
     assert coefs[0] == pytest.approx(0.8e-3)
     assert coefs[-1] > 1.2 * coefs[-3]
@@ -317,7 +320,7 @@ def test_adapter_loads_in_plain_peft(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from alignlab.models.checkpoints import load_model, save_model
+    from alignlab.models.hub.checkpoints import load_model, save_model
 
     base = tmp_path / "base"
     save_model(make_model(), base)
@@ -333,8 +336,8 @@ def test_adapter_loads_in_plain_peft(
     assert not torch.allclose(theirs, AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits, atol=1e-4)
 
 
-def test_a_failing_reward_loses_no_step(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
-    """What was done before it is saved, and resuming goes on as if it had not happened."""
+def test_failing_reward_loses_no_step(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """The steps before the failure are saved, and the resumed run equals one without failure."""
     failing = {"on": True}
 
     def sometimes(**given: Any) -> list[float]:
@@ -356,7 +359,7 @@ def test_a_failing_reward_loses_no_step(make_model: Make, make_config: Make, tok
     assert all(torch.equal(value, trained(whole)[name]) for name, value in trained(resumed).items())
 
 
-def test_prompts_without_room_are_skipped_where_that_is_asked_for(
+def test_prompts_that_do_not_fit_are_skipped_on_request(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [*rows[:4], {"prompt": "abd123ba" * 20, "answer": "1"}]
@@ -365,7 +368,7 @@ def test_prompts_without_room_are_skipped_where_that_is_asked_for(
     with pytest.raises(ConfigError, match=r"must fit rollout\.cache_tokens \(32\); lower RenderSettings\.max_prompt"):
         make(data)
     trainer = make(data, eval_dataset=data[3:], render_settings=skip)
-    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
+    assert [prompt.index for prompt in trainer.source.prompts] == [0, 1, 2, 3]
     assert [prompt.index for prompt in trainer.held_out.prompts] == [0]
     assert "skipped 1 of 5 prompts" in caplog.text and "skipped 1 of 2 evaluation prompts" in caplog.text
     assert trainer.train().num_steps == 1
@@ -373,7 +376,7 @@ def test_prompts_without_room_are_skipped_where_that_is_asked_for(
         make(data[4:] * 2, render_settings=skip)
 
 
-def test_a_refused_start_leaves_the_folder_free(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+def test_refused_start_leaves_the_folder_unused(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     config = make_config(trackers=("nonsense",))
     with pytest.raises(ConfigError, match="nonsense"):
         GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer).train()

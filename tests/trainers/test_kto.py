@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,17 +15,15 @@ from alignlab.config.run import RunConfig
 from alignlab.config.trainers import KTOConfig
 from alignlab.data.unpaired import UnpairedPreference
 from alignlab.errors import CheckpointError, ConfigError, DataError
+from alignlab.loop.reference import ExampleReference
 from alignlab.trainers.kto import KTOTrainer
-from alignlab.trainers.reference import Reference
+from tests.settings import merged
 from tests.trainers.conftest import leave_base
-from tests.trainers.test_dpo import LORA, logprob, pairs
+from tests.trainers.steps import packs_of, update_on
+from tests.trainers.test_dpo import LORA, logprob
+from tests.trainers.tiny import labelled
 
 Make = Callable[..., Any]
-
-
-def labelled(count: int, seed: int = 0) -> list[UnpairedPreference]:
-    """Random completions; of three, two are good."""
-    return [UnpairedPreference(pair.prompt, pair.chosen, i % 3 > 0) for i, pair in enumerate(pairs(count, seed))]
 
 
 @pytest.fixture
@@ -41,10 +37,11 @@ def make_trainer(
         seed: int = 0, **changes: Any,
     ) -> KTOTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_sequences": 6, "learning_rate": 1e-2, "trackers": (),
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_sequences": 6,
+            "optim": {"learning_rate": 1e-2}, "trackers": (),
         }
         return KTOTrainer(
-            make_model(seed=seed), KTOConfig(**base | changes), data or labelled(12), eval_dataset=held_out,
+            make_model(seed=seed), KTOConfig(**merged(base, changes)), data or labelled(12), eval_dataset=held_out,
             tokenizer=tokenizer, peft_config=lora, callbacks=callbacks,
         )
 
@@ -54,11 +51,11 @@ def make_trainer(
 def gradients(trainer: KTOTrainer, rows: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradient of an update that is not made."""
     found: dict[str, Tensor] = {}
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     step, trainer.learner._step = trainer.learner._step, lambda *_: (
         found.update({n: p.grad.clone() for n, p in trainer.learner.trained.items()}), {}
     )[1]
-    metrics = trainer.learner.update(trainer.packs(rows), trainer.loss, trainer.weigh, measure=trainer.measure)
+    metrics = update_on(trainer, packs_of(trainer, rows))
     trainer.learner._step = step
     return metrics, found
 
@@ -72,13 +69,14 @@ def log_ratio(model: Any, prompt: Any, completion: Any) -> Tensor:
 @pytest.mark.parametrize("budget", [10, 30, 4096])
 def test_loss_and_gradient_are_those_of_plain_forward_passes(budget: int, make_trainer: Make) -> None:
     trainer = make_trainer(
-        tokens_per_microbatch=budget, precompute_reference=False, beta=0.3, desirable_weight=0.7, undesirable_weight=1.3
+        memory={"tokens_per_microbatch": budget}, precompute_reference=False, beta=0.3, desirable_weight=0.7,
+        undesirable_weight=1.3
     )
     leave_base(trainer)
     data, model = trainer.train_examples[:6], trainer.learner.model
     with torch.no_grad():
         point = torch.stack([log_ratio(model, x.prompt, x.mismatched) for x in data]).mean().clamp(min=0)
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     total, rewards = torch.zeros(()), {True: [], False: []}
     for x in data:
         lead = 0.3 * (log_ratio(model, x.prompt, x.completion) - point)
@@ -101,14 +99,14 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(budget: int, make_t
 def test_the_reference_point_is_of_all_ranks(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(precompute_reference=False)
     leave_base(trainer)
-    trainer.packs(range(6))
-    whole, told = float(trainer.reference_point), []
-    monkeypatch.setattr(trainer.learner, "reduce_sum", lambda value: told.append(value) or value)
-    trainer.packs([4, 5])  # what the other rank tells
-    assert float(trainer.reference_point) != pytest.approx(whole, rel=1e-3)
-    monkeypatch.setattr(trainer.learner, "reduce_sum", lambda value: value + told[0])
-    trainer.packs([0, 1, 2, 3])
-    assert float(trainer.reference_point) == pytest.approx(whole, rel=1e-4) and whole > 0
+    packs_of(trainer, range(6))
+    whole, told = float(trainer.algorithm.reference_point), []
+    monkeypatch.setattr(trainer.algorithm.ranks, "sum", lambda value: told.append(value) or value)
+    packs_of(trainer, [4, 5])  # what the other rank tells
+    assert float(trainer.algorithm.reference_point) != pytest.approx(whole, rel=1e-3)
+    monkeypatch.setattr(trainer.algorithm.ranks, "sum", lambda value: value + told[0])
+    packs_of(trainer, [0, 1, 2, 3])
+    assert float(trainer.algorithm.reference_point) == pytest.approx(whole, rel=1e-4) and whole > 0
 
 
 def test_rewards_are_means_over_their_own_kind(make_trainer: Make) -> None:
@@ -126,7 +124,7 @@ def test_rewards_are_means_over_their_own_kind(make_trainer: Make) -> None:
     assert metrics["margin"] == pytest.approx(expected[True] - expected[False], rel=1e-3)
 
 
-def test_a_step_of_one_kind_tells_that_kind_alone(make_trainer: Make) -> None:
+def test_step_of_one_label_has_metrics_of_that_label_alone(make_trainer: Make) -> None:
     data = [UnpairedPreference(x.prompt, x.completion, i > 0) for i, x in enumerate(labelled(12))]
     trainer = make_trainer(data=data, num_sequences=1)
     trainer.sampler.next = lambda: [3]
@@ -135,14 +133,14 @@ def test_a_step_of_one_kind_tells_that_kind_alone(make_trainer: Make) -> None:
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "copy"])
-def test_it_starts_at_half_the_weight(lora: Any, make_trainer: Make) -> None:
+def test_initial_loss_is_half_the_weight(lora: Any, make_trainer: Make) -> None:
     seen: list[Any] = []
     make_trainer(lora=lora, num_steps=2, callbacks=[lambda t, s, m: seen.append(dict(m))]).train()
     assert seen[0]["loss"] == pytest.approx(0.5, rel=1e-5) and seen[1]["loss"] != seen[0]["loss"]
     assert seen[0]["reference_point"] == pytest.approx(0, abs=1e-5)
 
 
-def test_equal_policies_guess(make_trainer: Make) -> None:
+def test_equal_policies_have_accuracy_half_and_margin_0(make_trainer: Make) -> None:
     before = make_trainer(held_out=labelled(7, seed=1), num_steps=1, precompute_reference=False).train().before
     assert (before.accuracy, before.margin, before.num_completions) == (0.5, 0.0, 7)
 
@@ -150,7 +148,7 @@ def test_equal_policies_guess(make_trainer: Make) -> None:
 def test_held_out_numbers_do_not_depend_on_the_cut(make_trainer: Make) -> None:
     found = []
     for budget in (10, 4096):
-        trainer = make_trainer(held_out=labelled(7, seed=1), tokens_per_microbatch=budget)
+        trainer = make_trainer(held_out=labelled(7, seed=1), memory={"tokens_per_microbatch": budget})
         leave_base(trainer)
         found.append(trainer.evaluate())
     one, other = found
@@ -163,7 +161,7 @@ def test_held_out_numbers_do_not_depend_on_the_cut(make_trainer: Make) -> None:
     assert one.accuracy == pytest.approx(sum(agreed) / 7)
 
 
-def test_the_reference_is_scored_once_and_is_the_live_one(
+def test_cached_reference_is_computed_once_and_equals_the_live_reference(
     make_trainer: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_out = labelled(5, seed=1)
@@ -171,7 +169,7 @@ def test_the_reference_is_scored_once_and_is_the_live_one(
     first.train()
     assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(Reference, "_score", lambda *_: pytest.fail("scored again"))
+        patch.setattr(ExampleReference, "_compute", lambda *_: pytest.fail("computed again"))
         second = make_trainer(held_out=held_out, folder="second")
         second.train()
     live = make_trainer(folder="live", precompute_reference=False)
@@ -181,28 +179,13 @@ def test_the_reference_is_scored_once_and_is_the_live_one(
         torch.testing.assert_close(value, live.learner.trained[name], rtol=1e-3, atol=1e-4)
 
 
-def test_resumed_is_uninterrupted(make_trainer: Make) -> None:
-    def cut(trainer: KTOTrainer, step: int, metrics: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    whole = make_trainer(held_out=labelled(5, seed=1))
-    result = whole.train()
-    assert make_trainer(folder="cut", held_out=labelled(5, seed=1), callbacks=[cut]).train().interrupted
-    second = make_trainer(folder="cut", held_out=labelled(5, seed=1))
-    again = second.train(resume=True)
-    assert again.before == result.before and again.after == result.after
-    for name, value in whole.learner.trained.items():
-        assert torch.equal(value, second.learner.trained[name]), name
-
-
-def test_another_reference_is_not_resumed_from(make_trainer: Make) -> None:
+def test_resumption_with_another_reference_is_refused(make_trainer: Make) -> None:
     make_trainer(lora=None, num_steps=1).train()
     with pytest.raises(CheckpointError, match="the reference has other weights than when the run began"):
         make_trainer(lora=None, num_steps=2, seed=1).train(resume=True)
 
 
-def test_it_learns_which_completions_are_good(make_trainer: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_learns_which_completions_are_good(make_trainer: Make, capsys: pytest.CaptureFixture[str]) -> None:
     """Good ones begin with one token, bad ones with another: held-out labels are agreed with afterwards."""
 
     def marked(each: UnpairedPreference) -> UnpairedPreference:
@@ -210,7 +193,7 @@ def test_it_learns_which_completions_are_good(make_trainer: Make, capsys: pytest
 
     train, held_out = ([marked(each) for each in labelled(count, seed)] for count, seed in ((240, 2), (60, 3)))
     trainer = make_trainer(
-        data=train, held_out=held_out, lora=None, num_steps=30, num_sequences=32, learning_rate=3e-3,
+        data=train, held_out=held_out, lora=None, num_steps=30, num_sequences=32, optim={"learning_rate": 3e-3},
         undesirable_weight=2.0,
     )
     result = trainer.train()
@@ -232,19 +215,19 @@ def test_rows_and_pairs_are_read(make_trainer: Make) -> None:
             make_trainer(held_out=held_out)
 
 
-def test_a_run_of_it_reads_neither_rewards_nor_an_evaluation() -> None:
+def test_run_from_a_file_refuses_rewards_and_evaluation() -> None:
     base: dict[str, Any] = {"model": {"name": "x"}, "data": {"task": "products"}, "trainer": {"type": "kto"}}
     assert RunConfig(**base).trainer == KTOConfig()
     with pytest.raises(ConfigError, match="must be empty for trainer kto, which reads none"):
         RunConfig(**base, rewards=[{"name": "length"}])
-    with pytest.raises(ConfigError, match="what is measured is how often labels are agreed with"):
+    with pytest.raises(ConfigError, match="the metric is how often labels are agreed with"):
         RunConfig(**base, evaluation={"num_samples": 2})
 
 
-def test_an_adapter_rank_is_no_matter_to_the_reference(make_trainer: Make) -> None:
+def test_reference_does_not_depend_on_the_adapter_rank(make_trainer: Make) -> None:
     one, other = make_trainer(), make_trainer(lora=LoraSettings(rank=2), folder="other")
     for trainer in (one, other):
-        trainer.reference.precompute({"train": trainer.train_examples})
-    packs = [trainer.packs(range(4)) for trainer in (one, other)]
+        trainer.algorithm.reference.precompute({"train": trainer.train_examples})
+    packs = [packs_of(trainer, range(4)) for trainer in (one, other)]
     for a, b in zip(*packs, strict=True):
         assert torch.equal(a.ref_logprobs, b.ref_logprobs)

@@ -24,27 +24,28 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig, PPOConfig, RewardConfig
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError, RewardError
-from alignlab.manifest import MODEL_MANIFEST
-from alignlab.models.checkpoints import load_model, save_model
-from alignlab.models.reward_checkpoints import load_reward_model
+from alignlab.files.manifest import MODEL_MANIFEST
+from alignlab.models.hub.checkpoints import load_model, save_model
+from alignlab.models.hub.reward_checkpoints import check_reward_model, load_reward_model
+from alignlab.scoring import reward_model as model_reward
+from alignlab.scoring.loading import load_reward
+from alignlab.scoring.reward_model import ModelReward, bind_rewards
+from alignlab.scoring.runner import RewardRunner
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.trainers.reward import RewardTrainer
-from alignlab.training import model_reward
-from alignlab.training.model_reward import ModelReward, bind_rewards
-from alignlab.training.reward_functions import load_reward
-from alignlab.training.reward_runner import RewardRunner
 from alignlab.types import Completion, Prompt, Rollout
+from tests.settings import merged
 from tests.trainers.conftest import SPARSE, even_ids
-from tests.trainers.test_dpo import pairs
+from tests.trainers.tiny import pairs
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=2)
-PLUG_IN = "alignlab.training.model_reward.ModelReward"
+PLUG_IN = "alignlab.scoring.reward_model.ModelReward"
 ROLLOUTS = [
     Rollout(
         Prompt(prompt, "p"),
-        tuple(Completion(ids, "c", (0.0,) * len(ids), None, "stop", (0,) * len(ids)) for ids in completions),
+        tuple(Completion.of(ids, "c") for ids in completions),
     )
     for prompt, completions in (((5, 6, 7), ((8, 1), (9, 10, 11))), ((5, 6), ((12,), (), (8, 1))))
 ]
@@ -67,7 +68,7 @@ def make_reward(make_base: Make, tokenizer: Any, tmp_path: Path) -> Callable[...
     def make(name: str = "reward", base: str | None = None, lora: Any = LORA, seed: int = 0, **options: Any) -> str:
         model = load_model(base or make_base(**options), dtype=torch.float32)
         config = RewardConfig(
-            output_dir=tmp_path / name, num_steps=3, num_pairs=4, learning_rate=3e-2, trackers=(), seed=seed
+            output_dir=tmp_path / name, num_steps=3, num_pairs=4, optim={"learning_rate": 3e-2}, trackers=(), seed=seed
         )
         result = RewardTrainer(model, config, pairs(8, seed=seed), tokenizer=tokenizer, peft_config=lora).train()
         return str(result.model_path)
@@ -83,12 +84,13 @@ def make_trainer(tokenizer: Any, rows: Any, tmp_path: Path) -> Callable[..., Any
     ) -> Any:
         config = {PPOTrainer: PPOConfig, GRPOTrainer: GRPOConfig}[kind]
         settings: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 3, "num_prompts": 2, "group_size": 2, "learning_rate": 1e-2,
+            "output_dir": tmp_path / folder, "num_steps": 3, "num_prompts": 2, "group_size": 2,
+            "optim": {"learning_rate": 1e-2},
             "sampling": {"max_new_tokens": 6}, "trackers": (),
         }
         model = load_model(base or str(tmp_path / "base"), dtype=torch.float32)
         return kind(
-            model, rewards, config(**settings | changes), rows, tokenizer=tokenizer, peft_config=lora,
+            model, rewards, config(**merged(settings, changes)), rows, tokenizer=tokenizer, peft_config=lora,
             callbacks=callbacks, evaluation=evaluation, eval_dataset=held_out,
         )
 
@@ -101,16 +103,21 @@ def scores(reward: Any) -> list[float | None]:
 
 
 def plain(folder: str) -> list[float | None]:
-    """By a plain forward pass over each whole sequence."""
+    """Return rewards by a plain forward pass over each sequence."""
     reward = load_reward_model(folder)
-    found: list[float | None] = []
+    results: list[float | None] = []
     for rollout in ROLLOUTS:
         for completion in rollout.completions:
             ids = torch.tensor([[*rollout.prompt.token_ids, *completion.token_ids]])
             with torch.no_grad():
                 hidden = reward.model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
-                found.append(float(hidden @ reward.score.weight[0]) if completion.token_ids else None)
-    return found
+                results.append(float(hidden @ reward.score.weight[0]) if completion.token_ids else None)
+    return results
+
+
+def shares_policy(reward: ModelReward) -> bool:
+    """Return whether the reward model is an adapter on the policy's base, without a copy of the base."""
+    return reward._reward is not None and reward._reward.role is not None
 
 
 def close(values: list[float | None]) -> list[Any]:
@@ -118,44 +125,46 @@ def close(values: list[float | None]) -> list[Any]:
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "all"])
-def test_what_was_sampled_is_scored_as_it_is(lora: Any, make_reward: Make) -> None:
+def test_reward_of_a_completion_equals_a_plain_forward_pass(lora: Any, make_reward: Make) -> None:
     folder = make_reward(lora=lora)
-    for found in (scores(ModelReward(folder)), scores(ModelReward(folder, tokens_per_microbatch=1))):
-        assert found == close(plain(folder))
-    assert found[3] is None and len({round(value, 4) for value in found if value is not None}) == 4
+    for results in (scores(ModelReward(folder)), scores(ModelReward(folder, tokens_per_microbatch=1))):
+        assert results == close(plain(folder))
+    assert results[3] is None and len({round(value, 4) for value in results if value is not None}) == 4
     named = load_reward(RewardSettings(name=PLUG_IN, options={"model": folder}, weight=0.5))
     assert named.weight == 0.5 and isinstance(named.function, ModelReward) and not named.options
 
 
-def test_what_is_longer_than_its_positions_has_no_reward(make_reward: Make, tmp_path: Path) -> None:
+def test_completion_beyond_the_positions_of_the_reward_model_has_no_reward(make_reward: Make, tmp_path: Path) -> None:
     folder = make_reward()
     config = tmp_path / "base/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 5}))
-    found = ModelReward(folder)(prompt_ids=[(5, 6, 7)] * 3, completion_ids=[(8, 1), (9, 10, 11), (8, 1)])
-    assert found[1] is None and found[0] == found[2] == close(plain(folder))[0]
+    results = ModelReward(folder)(prompt_ids=[(5, 6, 7)] * 3, completion_ids=[(8, 1), (9, 10, 11), (8, 1)])
+    assert results[1] is None and results[0] == results[2] == close(plain(folder))[0]
 
 
-def test_it_lives_on_the_policy_s_base_where_that_is_its_own(make_reward: Make, make_trainer: Make) -> None:
+def test_reward_model_of_the_same_base_shares_it_with_the_policy(make_reward: Make, make_trainer: Make) -> None:
     folder = make_reward()
     reward = ModelReward(folder)
     trainer = make_trainer(reward)
-    assert reward.shares_policy and sorted(trainer.learner.model.peft_config) == ["critic", "default", "reward"]
+    assert shares_policy(reward) and sorted(trainer.learner.model.peft_config) == ["critic", "default", "reward"]
     assert scores(reward) == close(plain(folder))
 
 
-def test_it_is_loaded_beside_another_policy(make_reward: Make, make_base: Make, make_trainer: Make) -> None:
+def test_reward_model_of_another_base_is_loaded_beside_the_policy(
+    make_reward: Make, make_base: Make, make_trainer: Make
+) -> None:
     folder = make_reward()
     other = make_base("other", seed=4)
     expected = scores(ModelReward(folder))
     for settings in ({"base": other}, {"lora": None, "critic": {"form": "model"}}):
         reward = ModelReward(folder)
         trainer = make_trainer(reward, folder=str(len(settings)), **settings)
-        assert not reward.shares_policy and scores(reward) == expected
+        assert not shares_policy(reward) and scores(reward) == expected
         assert "reward" not in getattr(trainer.learner.model, "peft_config", {})
     ahead = ModelReward(folder)
     trainer = make_trainer(even_ids, folder="ahead")
     bind_rewards([load_reward(ahead)], trainer.learner.model, trainer.tokenizer, share=False)
-    assert not ahead.shares_policy and scores(ahead) == expected
+    assert not shares_policy(ahead) and scores(ahead) == expected
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -167,30 +176,30 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("shape", [{}, {"architecture": SPARSE}], ids=["dense", "experts"])
 @pytest.mark.parametrize("kind", [PPOTrainer, GRPOTrainer])
-def test_training_on_one_base_is_training_with_copies(
+def test_training_on_a_shared_base_equals_training_with_copies(
     kind: type, shape: Any, make_reward: Make, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Actor, critic, reference and reward model: the same rewards, values and weights, to the last bit."""
-    folder, found = make_reward(**shape), []
+    folder, results = make_reward(**shape), []
     for shares in (True, False):
         if not shares:
             monkeypatch.setattr(model_reward, "known_base", lambda _: None)
-        reward, seen = ModelReward(folder), []
+        reward, steps = ModelReward(folder), []
         trainer = make_trainer(
             reward, kind=kind, folder=str(shares), kl={"coef": 0.1},
-            callbacks=[lambda t, s, m, seen=seen: seen.append({n: v for n, v in m.items() if not n.endswith("_s")})],
+            callbacks=[lambda t, s, m, steps=steps: steps.append({n: v for n, v in m.items() if not n.endswith("_s")})],
         )
         start = weights(trainer)
         trainer.train()
-        assert reward.shares_policy is shares
-        found.append((seen, weights(trainer)))
-    (metrics, end), (others, other_end) = found
+        assert shares_policy(reward) is shares
+        results.append((steps, weights(trainer)))
+    (metrics, end), (others, other_end) = results
     assert metrics == others and metrics[0]["reward"] != 0
     assert all(torch.equal(end[name], other_end[name]) for name in start)
     assert any(not torch.equal(end[name], start[name]) for name in start)
 
 
-def test_a_run_with_it_resumes_bit_for_bit_and_saves_the_policy_alone(
+def test_run_with_a_reward_model_resumes_bit_for_bit_and_saves_only_the_policy(
     make_reward: Make, make_trainer: Make
 ) -> None:
     def cut(trainer: Any, step: int, metrics: Any) -> None:
@@ -212,7 +221,7 @@ def test_a_run_with_it_resumes_bit_for_bit_and_saves_the_policy_alone(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_another_reward_model_is_not_gone_on_with(
+def test_resumption_with_another_reward_model_is_refused(
     shared: bool, make_base: Make, make_reward: Make, make_trainer: Make
 ) -> None:
     base = make_base()
@@ -222,24 +231,42 @@ def test_another_reward_model_is_not_gone_on_with(
     def run(folder: str, num_steps: int, *, resume: bool) -> None:
         reward = ModelReward(folder)
         make_trainer(reward, kind=GRPOTrainer, folder="cut", num_steps=num_steps).train(resume=resume)
-        assert reward.shares_policy == shared
+        assert shares_policy(reward) == shared
 
     run(one, 1, resume=False)
     run(one, 2, resume=True)
-    told = Path(one) / "reward_model.json"
+    description = Path(one) / "reward_model.json"
     (Path(one) / MODEL_MANIFEST).unlink()  # a file of the folder is changed on purpose
     if shared:  # the same reward model, of which nothing says any more whose base it is on
-        kept = told.read_text()
-        told.write_text(kept.replace(json.loads(kept)["base_digest"], "another"))
+        kept = description.read_text()
+        description.write_text(kept.replace(json.loads(kept)["base_digest"], "another"))
         reward = ModelReward(one)
         make_trainer(reward, kind=GRPOTrainer, folder="cut", num_steps=3).train(resume=True)
-        assert not reward.shares_policy
-        told.write_text(kept)
+        assert not shares_policy(reward)
+        description.write_text(kept)
     with pytest.raises(CheckpointError, match="the reward model 1 has other weights than when the run began"):
         run(two, 4, resume=True)
 
 
-def test_two_of_them_are_two_roles(make_reward: Make, make_trainer: Make) -> None:
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_resumption_with_another_base_of_the_reward_model_is_refused(
+    change: str, make_base: Make, make_reward: Make, make_trainer: Make
+) -> None:
+    make_base()
+    base = Path(make_base("other", seed=3))
+    folder = make_reward(base=str(base))
+    make_trainer(ModelReward(folder), kind=GRPOTrainer, folder="cut", num_steps=1).train()
+    if change == "weights":
+        make_base("other", seed=4)
+    else:
+        config = base / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    trainer = make_trainer(ModelReward(folder), kind=GRPOTrainer, folder="cut", num_steps=2)
+    with pytest.raises(CheckpointError, match="the base of the reward model 1 has other weights than when"):
+        trainer.train(resume=True)
+
+
+def test_two_reward_models_are_two_roles_on_the_base(make_reward: Make, make_trainer: Make) -> None:
     one = make_reward()
     other = make_reward("second", base=str(Path(one).parents[1] / "base"), seed=7)
     expected = [scores(ModelReward(folder)) for folder in (one, other)]
@@ -247,11 +274,11 @@ def test_two_of_them_are_two_roles(make_reward: Make, make_trainer: Make) -> Non
     trainer = make_trainer(models)
     assert sorted(trainer.learner.model.peft_config) == ["critic", "default", "reward", "reward_1"]
     assert [scores(model) for model in models] == [close(each) for each in expected]
-    assert trainer.rewards.names == ("reward_model", "reward_model_2")
-    assert set(trainer.collect(1).rollouts[0].reward_parts) == {"reward_model", "reward_model_2"}
+    assert trainer.source.rewards.names == ("reward_model", "reward_model_2")
+    assert set(trainer.source.collect(1).rollouts[0].reward_parts) == {"reward_model", "reward_model_2"}
 
 
-def test_it_runs_in_the_caller_s_thread_and_leaves_the_policy_in_use(
+def test_reward_model_runs_inline_and_leaves_the_policy_adapter_active(
     make_reward: Make, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = ModelReward(make_reward())
@@ -279,7 +306,7 @@ def test_rewards_that_are_not_finite_are_failures(make_reward: Make) -> None:
         scores(reward)
 
 
-def test_another_tokenizer_is_refused(
+def test_other_tokenizer_is_refused(
     make_reward: Make, make_trainer: Make, tokenizer: Any, tmp_path: Path
 ) -> None:
     reward = ModelReward(make_reward())
@@ -299,7 +326,7 @@ def test_another_tokenizer_is_refused(
             reward.bind(model, other, share=True)
 
 
-def test_another_rendering_of_a_chat_is_refused(make_reward: Make, tokenizer: Any) -> None:
+def test_other_rendering_of_a_chat_is_refused(make_reward: Make, tokenizer: Any) -> None:
     folder = make_reward()
     chats = copy.deepcopy(tokenizer)
     chats.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -311,7 +338,7 @@ def test_another_rendering_of_a_chat_is_refused(make_reward: Make, tokenizer: An
         reward.check_tokenizer(other)
 
 
-def test_it_does_not_say_what_is_right(make_reward: Make, make_trainer: Make, rows: Any) -> None:
+def test_reward_model_is_refused_as_a_scorer(make_reward: Make, make_trainer: Make, rows: Any) -> None:
     folder = make_reward()
     trainer = make_trainer(ModelReward(folder), held_out=rows[:2])
     with pytest.raises(ConfigError, match=r"evaluation\.scorer must be a reward function whose value 1"):
@@ -332,12 +359,25 @@ def test_it_does_not_say_what_is_right(make_reward: Make, make_trainer: Make, ro
         ({"modle": "x"}, "has no option 'modle'; did you mean 'model'"),
     ],
 )
-def test_options(options: Any, message: str) -> None:
+def test_wrong_options_of_a_reward_model_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_reward(RewardSettings(name=PLUG_IN, options=options))
 
 
-def test_a_language_model_is_no_reward_model(make_base: Make, make_reward: Make) -> None:
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "all"])
+def test_check_refuses_reward_model_weights_that_do_not_fit_the_config(lora: Any, make_reward: Make) -> None:
+    folder = Path(make_reward(lora=lora))
+    check_reward_model(str(folder))
+    (folder / MODEL_MANIFEST).unlink()
+    name, change = ("config.json", {"intermediate_size": 16}) if lora is None else ("adapter_config.json", {"r": 3})
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    for refuses in (check_reward_model, load_reward_model):
+        with pytest.raises(CheckpointError):
+            refuses(str(folder))
+
+
+def test_language_model_is_refused_as_a_reward_model(make_base: Make, make_reward: Make) -> None:
     with pytest.raises(ConfigError, match="must be a local folder of a reward model"):
         ModelReward(make_base())
     with pytest.raises(ConfigError, match="tokens_per_microbatch of a reward must be a whole number, at least 1"):
@@ -345,7 +385,7 @@ def test_a_language_model_is_no_reward_model(make_base: Make, make_reward: Make)
 
 
 @pytest.mark.parametrize("shape", [{}, {"architecture": SPARSE}], ids=["dense", "experts"])
-def test_merged_it_is_the_same_reward_without_an_adapter(
+def test_merged_reward_model_gives_the_same_rewards(
     shape: Any, make_reward: Make, tmp_path: Path, capsys: Any
 ) -> None:
     folder, merged = make_reward(**shape), str(tmp_path / "merged")
@@ -361,7 +401,7 @@ def test_merged_it_is_the_same_reward_without_an_adapter(
     assert "is a reward model, and a language model is needed here" in capsys.readouterr().err
 
 
-def test_check_tries_it(make_reward: Make, make_base: Make, tmp_path: Path, capsys: Any) -> None:
+def test_alignlab_check_tries_a_reward_model(make_reward: Make, make_base: Make, tmp_path: Path, capsys: Any) -> None:
     folder = make_reward()
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"ab{i}", "answer": "a"}) for i in range(4)))
     config = tmp_path / "ppo.yaml"

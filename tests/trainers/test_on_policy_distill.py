@@ -11,23 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.config.data import RenderSettings
 from alignlab.config.model import LoraSettings
-from alignlab.config.render import RenderSettings
 from alignlab.config.rollout import SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnPolicyDistillConfig, SFTConfig
-from alignlab.data.packing import pack_rollouts
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.functional.advantages import group_normalized
-from alignlab.models.checkpoints import load_model, load_tokenizer, new_model, save_model
-from alignlab.models.student import student_from
+from alignlab.loop.algorithm import Credit
+from alignlab.loop.teacher import check_width
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer, new_model, save_model
+from alignlab.models.layer_pruning import student_from
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.on_policy_distill import OnPolicyDistillTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.trainers.teacher import check_width
 from alignlab.types import Completion, Rollout
+from tests.settings import merged
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
+from tests.trainers.steps import credit_of, minibatches_of
 
 Make = Callable[..., Any]
 
@@ -47,7 +49,7 @@ def taught(model: Any, tokenizer: Any, words: Sequence[str], folder: Path, num_s
     """The model after a little fine-tuning on words, so that it writes text and no loose bytes."""
     rows = [{"prompt": f"ab{i}", "completion": word} for i in range(8) for word in words]
     config = SFTConfig(
-        output_dir=folder, num_steps=num_steps, num_sequences=len(rows), learning_rate=1e-2, trackers=()
+        output_dir=folder, num_steps=num_steps, num_sequences=len(rows), optim={"learning_rate": 1e-2}, trackers=()
     )
     SFTTrainer(model, config, rows, tokenizer=tokenizer).train()
     return model.eval()
@@ -69,7 +71,7 @@ def teacher(tokenizer: Any, tmp_path_factory: Any) -> str:
 
 @pytest.fixture(scope="module")
 def other_teacher(tmp_path_factory: Any) -> str:
-    """With another tokenizer, of other merges."""
+    """Save a teacher whose tokenizer has other merges."""
     folder = tmp_path_factory.mktemp("other")
     other = train_tokenizer(["ba ab bab cab " * 3], vocab_size=266)
     small = fresh(other, DENSE | {"num_hidden_layers": 1}, seed=6)
@@ -95,18 +97,19 @@ def make_trainer(student_folder: str, tokenizer: Any, rows: Any, tmp_path: Path)
         model = model or load_model(student_folder, dtype=torch.float32)
         options = {name: changes.pop(name) for name in OPTIONS if name in changes}
         base: dict[str, Any] = {
-            "output_dir": tmp_path / "run", "num_steps": 2, "learning_rate": 1e-2, "num_prompts": 2, "group_size": 4,
+            "output_dir": tmp_path / "run", "num_steps": 2,
+            "optim": {"learning_rate": 1e-2}, "num_prompts": 2, "group_size": 4,
             "sampling": SamplingSettings(max_new_tokens=6), "trackers": (), "teacher": {"name": teacher},
         }
         data = changes.pop("data", rows)
-        config = OnPolicyDistillConfig(**base | changes)
+        config = OnPolicyDistillConfig(**merged(base, changes))
         return OnPolicyDistillTrainer(model, rewards, config, data, tokenizer=tokenizer, **options)
 
     return make
 
 
 def logprobs_of(folder: str, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
-    """Of a completion's tokens, by an ordinary forward pass over one sequence."""
+    """Return log-probs of a completion's tokens, by a plain forward pass over one sequence."""
     model = load_model(folder, dtype=torch.float32)
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
@@ -115,38 +118,38 @@ def logprobs_of(folder: str, prompt: tuple[int, ...], completion: tuple[int, ...
     return table[places, ids[0, len(prompt) :]]
 
 
-def per_completion(trainer: Any, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Advantages and old log-probs of each completion's tokens, and the kept advantage of each completion."""
+def per_completion(trainer: Any, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], list[Tensor], Credit]:
+    """Advantages and old log-probs of each completion's tokens, and the credit."""
     advantages: dict[int, Tensor] = {}
     old: dict[int, Tensor] = {}
-    packs = trainer._score(pack_rollouts(rollouts, budget=trainer.config.tokens_per_microbatch), frozenset({"old"}))
-    kept, [credited] = trainer.credit(rollouts, [packs])
+    credit = credit_of(trainer, 1, rollouts)
+    [credited] = credit.minibatches
     for pack in credited:
         lengths = pack.segments.lengths
         values = (pack.advantages.split(lengths), pack.old_logprobs.split(lengths))
         for sequence, own, before in zip(pack.segments.sequence_ids, *values, strict=True):
             if sequence >= 0:
                 advantages[sequence], old[sequence] = own, before
-    return [advantages[i] for i in sorted(advantages)], [old[i] for i in sorted(old)], kept
+    return [advantages[i] for i in sorted(advantages)], [old[i] for i in sorted(old)], credit
 
 
-def test_an_advantage_is_the_teacher_s_log_prob_less_the_student_s(make_trainer: Make, teacher: str) -> None:
+def test_advantage_is_the_log_prob_of_the_teacher_minus_that_of_the_student(make_trainer: Make, teacher: str) -> None:
     trainer = make_trainer(teacher)
-    rollouts = trainer.collect(1).rollouts
-    advantages, _, kept = per_completion(trainer, rollouts)
+    rollouts = trainer.source.collect(1).rollouts
+    advantages, _, credit = per_completion(trainer, rollouts)
     completions = [(r.prompt, c) for r in rollouts for c in r.completions]
     total, count = 0.0, 0
     for i, (prompt, completion) in enumerate(completions):
         expected = logprobs_of(teacher, prompt.token_ids, completion.token_ids) - torch.tensor(completion.logprobs)
         torch.testing.assert_close(advantages[i], expected, rtol=1e-4, atol=1e-4)
-        assert kept.flatten()[i].item() == pytest.approx(float(expected.mean()), abs=1e-4)
+        assert credit.advantages.flatten()[i].item() == pytest.approx(float(expected.mean()), abs=1e-4)
         total, count = total - float(expected.sum()), count + len(expected)
-    assert trainer.credit_metrics == {"reverse_kl": pytest.approx(total / count, abs=1e-4)}
+    assert credit.metrics == {"reverse_kl": pytest.approx(total / count, abs=1e-4)}
 
 
 def test_the_task_s_advantage_is_added(make_trainer: Make, teacher: str) -> None:
     plain, mixed = make_trainer(teacher), make_trainer(teacher, rewards=even_ids, task_weight=0.5)
-    rollouts = mixed.collect(1).rollouts
+    rollouts = mixed.source.collect(1).rollouts
     alone, _, _ = per_completion(plain, rollouts)
     both, _, _ = per_completion(mixed, rollouts)
     task = 0.5 * group_normalized(torch.tensor([rollout.rewards for rollout in rollouts])).flatten()
@@ -157,30 +160,31 @@ def test_the_task_s_advantage_is_added(make_trainer: Make, teacher: str) -> None
 
 def test_the_future_counts_by_the_discount(make_trainer: Make, teacher: str) -> None:
     now, later = make_trainer(teacher), make_trainer(teacher, discount=1.0)
-    rollouts = now.collect(1).rollouts
+    rollouts = now.source.collect(1).rollouts
     alone, _, _ = per_completion(now, rollouts)
     whole, _, _ = per_completion(later, rollouts)
     for own, sums in zip(alone, whole, strict=True):
         torch.testing.assert_close(sums, own.flip(0).cumsum(0).flip(0), rtol=1e-4, atol=1e-4)
 
 
-def test_a_student_that_is_its_teacher_stands_still(make_trainer: Make, student_folder: str) -> None:
+def test_student_equal_to_its_teacher_does_not_change(make_trainer: Make, student_folder: str) -> None:
     metrics = make_trainer(student_folder, num_steps=1).train().metrics
     assert abs(metrics["reverse_kl"]) < 1e-6 and metrics["grad_norm"] < 1e-5
 
 
 @pytest.mark.parametrize("alignment", ["tokens", "text"])
-def test_any_cut_gives_the_same_gradient(
+def test_gradient_does_not_depend_on_the_packs(
     alignment: str, make_trainer: Make, teacher: str, other_teacher: str
 ) -> None:
     name = teacher if alignment == "tokens" else other_teacher
 
     def gradient(budget: int, rollouts: Any = None) -> tuple[Any, dict[str, Tensor]]:
         trainer = make_trainer(
-            name, tokens_per_microbatch=budget, alignment=alignment, discount=0.5, max_grad_norm=1e9
+            name, memory={"tokens_per_microbatch": budget}, alignment=alignment, discount=0.5,
+            optim={"max_grad_norm": 1e9}
         )
-        rollouts = rollouts or trainer.collect(1).rollouts
-        [packs] = trainer.make_experience(1, rollouts)
+        rollouts = rollouts or trainer.source.collect(1).rollouts
+        [packs] = minibatches_of(trainer, 1, rollouts)
         found: dict[str, Tensor] = {}
 
         def keep(*_: Any) -> dict[str, float]:
@@ -188,7 +192,7 @@ def test_any_cut_gives_the_same_gradient(
             return {}
 
         trainer.learner._step = keep
-        trainer.learner.update(packs, trainer.loss, trainer.weigh)
+        trainer.learner.update(packs, trainer.algorithm.loss, trainer.algorithm.loss_weights)
         return rollouts, found
 
     rollouts, whole = gradient(4096)
@@ -210,7 +214,7 @@ def test_the_reverse_kl_falls(
     found: list[float] = []
     trainer = make_trainer(
         teacher if alignment == "tokens" else other_teacher, alignment=alignment, num_steps=40, num_prompts=4,
-        group_size=16, learning_rate=4e-3 if lora else 2e-3, peft_config=lora,
+        group_size=16, optim={"learning_rate": 4e-3 if lora else 2e-3}, peft_config=lora,
         callbacks=[lambda _, __, metrics: found.append(metrics["reverse_kl"])],
     )
     result = trainer.train()
@@ -221,7 +225,7 @@ def test_the_reverse_kl_falls(
     assert metrics.get("unaligned_frac", 0.0) < 0.2
 
 
-def test_a_student_learns_what_its_teacher_has_learnt_and_goes_on_with_rl(
+def test_student_learns_the_task_of_its_teacher_and_continues_with_rl(
     make_trainer: Make, make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
 ) -> None:
     """The teacher says even ids alone; a student of one of its layers never sees the reward and says them too."""
@@ -251,39 +255,39 @@ def test_a_student_learns_what_its_teacher_has_learnt_and_goes_on_with_rl(
 
 
 def test_equal_tokenizers_aligned_by_text_give_the_same_advantages(make_trainer: Make, teacher: str) -> None:
-    """Where the text of what was sampled is tokenised as it was sampled."""
+    """The case where the text of a sample is tokenised into the sampled ids again."""
     tokens, text = make_trainer(teacher), make_trainer(teacher, alignment="text")
-    rollouts = tokens.collect(1).rollouts
+    rollouts = tokens.source.collect(1).rollouts
     completions = [c for rollout in rollouts for c in rollout.completions]
-    known = [text.scores._aligner.completion(c) for c in completions]
+    known = [text.algorithm.scores._aligner.completion(c) for c in completions]
     alike = [each is not None and each.teacher_ids == c.token_ids for each, c in zip(known, completions, strict=True)]
     assert sum(alike) > len(alike) / 2
     expected, _, _ = per_completion(tokens, rollouts)
-    found, _, _ = per_completion(text, rollouts)
+    found, _, credit = per_completion(text, rollouts)
     for own, other, same in zip(expected, found, alike, strict=True):
         if same:
             torch.testing.assert_close(other, own)
-    assert text.credit_metrics["unaligned_frac"] == sum(each is None for each in known) / len(known)
+    assert credit.metrics["unaligned_frac"] == sum(each is None for each in known) / len(known)
 
 
 def test_what_is_no_text_is_left_out_and_counted(make_trainer: Make, other_teacher: str, tokenizer: Any) -> None:
     trainer = make_trainer(other_teacher, alignment="text")
-    [rollout, *_] = trainer.collect(1).rollouts
+    [rollout, *_] = trainer.source.collect(1).rollouts
     half = tokenizer("漢")["input_ids"][0]
     whole = rollout.completions[0]
     broken = replace(whole, token_ids=(half, *whole.token_ids[1:]))
     mixed = replace(rollout, completions=(whole, broken, whole, broken))
-    advantages, _, kept = per_completion(trainer, [mixed])
-    assert advantages[0].any() and not advantages[1].any() and not kept[0, 1]
-    assert trainer.credit_metrics["unaligned_frac"] == 0.5
-    [packs] = trainer.make_experience(1, [mixed])
+    advantages, _, credit = per_completion(trainer, [mixed])
+    assert advantages[0].any() and not advantages[1].any() and not credit.advantages[0, 1]
+    assert credit.metrics["unaligned_frac"] == 0.5
+    [packs] = minibatches_of(trainer, 1, [mixed])
     trained = {int(i) for pack in packs for i in pack.segments.sequence_of_token[pack.completion_mask]}
     assert trained == {0, 2}
 
 
 def test_what_the_teacher_has_no_room_for_is_left_out(make_trainer: Make, other_teacher: str, tokenizer: Any) -> None:
     trainer = make_trainer(other_teacher, alignment="text")
-    [rollout, *_] = trainer.collect(1).rollouts
+    [rollout, *_] = trainer.source.collect(1).rollouts
 
     def said(text: str) -> Any:
         ids = tuple(tokenizer(text)["input_ids"])
@@ -293,20 +297,20 @@ def test_what_the_teacher_has_no_room_for_is_left_out(make_trainer: Make, other_
             finish_reason="length", policy_versions=(0,) * len(ids),
         )
 
-    aligner = trainer.scores._aligner
-    trainer.scores._positions = len(aligner.prompt_ids([rollout.prompt])[0]) + 1
+    aligner = trainer.algorithm.scores._aligner
+    trainer.algorithm.scores._positions = len(aligner.prompt_ids([rollout.prompt])[0]) + 1
     mixed = replace(rollout, completions=(said("a"), said("QZXQZX"), said("a"), said("QZXQZX")))
-    per_completion(trainer, [mixed])
-    assert trainer.credit_metrics["unaligned_frac"] == 0.5
+    _, _, credit = per_completion(trainer, [mixed])
+    assert credit.metrics["unaligned_frac"] == 0.5
 
 
-def test_a_teacher_chooses_its_own_experts(
+def test_teacher_uses_its_own_routing(
     make_trainer: Make, tokenizer: Any, teacher: str, student_folder: str
 ) -> None:
     """A mixture's rollouts come with its choices, which are nothing to another model, of experts or of none."""
     for folder in (teacher, student_folder):
         trainer = make_trainer(folder, fresh(tokenizer, SPARSE, seed=1))
-        rollouts = trainer.collect(1).rollouts
+        rollouts = trainer.source.collect(1).rollouts
         assert rollouts[0].completions[0].routing is not None
         advantages, _, _ = per_completion(trainer, rollouts)
         completion = rollouts[0].completions[0]
@@ -318,15 +322,15 @@ def test_a_teacher_chooses_its_own_experts(
 def test_a_span_s_advantages_sum_to_the_teacher_s_less_the_student_s(
     make_trainer: Make, other_teacher: str, tokenizer: Any
 ) -> None:
-    """By ordinary forward passes of the teacher over its own tokens."""
+    """Compare with plain forward passes of the teacher over its own tokens."""
     trainer = make_trainer(other_teacher, alignment="text")
     theirs = load_tokenizer(other_teacher)
-    [rollout, *_] = trainer.collect(1).rollouts
+    [rollout, *_] = trainer.source.collect(1).rollouts
     ids = (*tokenizer("ab bab ba")["input_ids"], tokenizer.eos_token_id)
-    told = Completion(ids, "", (0.0,) * len(ids), None, "stop", (0,) * len(ids))
+    told = Completion.of(ids)
     rollout = replace(rollout, completions=(told,) * 4)
     advantages, old, _ = per_completion(trainer, [rollout])
-    aligned = trainer.scores._aligner.completion(told)
+    aligned = trainer.algorithm.scores._aligner.completion(told)
     assert aligned is not None and 2 < aligned.num_spans < len(ids)
     prompt = tuple(theirs(str(rollout.prompt.text))["input_ids"])
     scores = logprobs_of(other_teacher, prompt, aligned.teacher_ids)
@@ -337,9 +341,9 @@ def test_a_span_s_advantages_sum_to_the_teacher_s_less_the_student_s(
         torch.testing.assert_close(advantages[0][own], expected.expand(int(own.sum())), rtol=1e-4, atol=1e-4)
 
 
-def test_completions_that_are_cut_off_are_masked_on_request(make_trainer: Make, teacher: str) -> None:
+def test_truncated_completions_are_masked_on_request(make_trainer: Make, teacher: str) -> None:
     trainer = make_trainer(teacher, mask_truncated=True, sampling=SamplingSettings(max_new_tokens=3))
-    rollouts = trainer.collect(1).rollouts
+    rollouts = trainer.source.collect(1).rollouts
     assert {c.finish_reason for r in rollouts for c in r.completions} == {"length", "stop"}
     advantages, _, _ = per_completion(trainer, rollouts)
     for own, completion in zip(advantages, [c for r in rollouts for c in r.completions], strict=True):
@@ -347,7 +351,7 @@ def test_completions_that_are_cut_off_are_masked_on_request(make_trainer: Make, 
 
 
 @pytest.mark.parametrize("alignment", ["tokens", "text"])
-def test_resumed_equals_uninterrupted(
+def test_resumed_run_equals_uninterrupted_run(
     alignment: str, make_trainer: Make, teacher: str, other_teacher: str, tmp_path: Path
 ) -> None:
     name = teacher if alignment == "tokens" else other_teacher
@@ -365,8 +369,8 @@ def test_resumed_equals_uninterrupted(
     whole = trainer("whole")
     whole.train()
     with pytest.raises(Stop):
-        trainer("cut", save_every_steps=2, callbacks=[crash]).train()
-    second = trainer("cut", save_every_steps=2)
+        trainer("cut", checkpoints={"every_steps": 2}, callbacks=[crash]).train()
+    second = trainer("cut", checkpoints={"every_steps": 2})
     assert second.train(resume=True).num_steps == 4
     for weight, value in whole.learner.trained.items():
         assert torch.equal(value, second.learner.trained[weight])
@@ -407,19 +411,19 @@ def test_what_cannot_be_distilled_is_refused(
 
 
 @pytest.mark.parametrize(("fixture", "alignment"), [("teacher", "tokens"), ("other_teacher", "text")])
-def test_prompts_that_the_teacher_has_no_room_for_are_skipped(
+def test_prompts_that_do_not_fit_the_teacher_are_skipped(
     fixture: str, alignment: str, make_trainer: Make, rows: Any, request: pytest.FixtureRequest
 ) -> None:
     folder = narrow_in_time(request.getfixturevalue(fixture), 14)
     data = [*rows[:4], {"prompt": "abd123ba" * 6, "answer": "1"}]
     settings = RenderSettings(on_bad_row="skip")
     trainer = make_trainer(folder, data=data, alignment=alignment, render_settings=settings, num_steps=1)
-    assert [prompt.index for prompt in trainer.prompts] == [0, 1, 2, 3]
-    assert sorted(trainer.sampler.take(4)) == [0, 1, 2, 3], "none of them is drawn"
+    assert [prompt.index for prompt in trainer.source.prompts] == [0, 1, 2, 3]
+    assert sorted(trainer.source.sampler.take(4)) == [0, 1, 2, 3], "none of them is drawn"
     assert trainer.train().num_steps == 1
 
 
-def test_a_padded_vocabulary_is_no_hindrance(make_trainer: Make, tokenizer: Any, tmp_path: Path) -> None:
+def test_padded_vocabulary_is_accepted(make_trainer: Make, tokenizer: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     wide = new_model(shape, vocab_size=len(tokenizer) + 10, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,10 +14,12 @@ from torch import Tensor
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.config.trainers import OnlineDPOConfig
 from alignlab.errors import ConfigError
+from alignlab.runs.rollout_store import read_rollouts
 from alignlab.trainers.online_dpo import OnlineDPOTrainer
-from alignlab.training.rollout_store import read_rollouts
 from alignlab.types import Rollout
+from tests.settings import merged
 from tests.trainers.conftest import SPARSE, even_ids, leave_base
+from tests.trainers.steps import credit_of, minibatches_of
 from tests.trainers.test_dpo import LORA, logprob
 
 Make = Callable[..., Any]
@@ -32,12 +32,13 @@ def make_trainer(make_model: Make, tokenizer: Any, rows: Any, tmp_path: Any) -> 
         **changes: Any
     ) -> OnlineDPOTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "group_size": 4, "learning_rate": 1e-2,
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "group_size": 4,
+            "optim": {"learning_rate": 1e-2},
             "sampling": {"max_new_tokens": 6}, "trackers": (),
         }
         model = make_model() if architecture is None else make_model(architecture)
         return OnlineDPOTrainer(
-            model, reward, OnlineDPOConfig(**base | changes), rows, tokenizer=tokenizer, peft_config=lora,
+            model, reward, OnlineDPOConfig(**merged(base, changes)), rows, tokenizer=tokenizer, peft_config=lora,
             callbacks=callbacks,
         )
 
@@ -50,39 +51,39 @@ def rewarded(rollout: Rollout, *rewards: float) -> Rollout:
 
 def test_the_pair_is_the_best_and_the_worst(make_trainer: Make) -> None:
     trainer = make_trainer()
-    one, *_ = trainer.collect(1).rollouts
+    one, *_ = trainer.source.collect(1).rollouts
     nan = math.nan
-    assert trainer.pair(rewarded(one, 0.2, 0.9, -1.0, 0.5)) == (1, 2)
-    assert trainer.pair(rewarded(one, nan, 0.1, 0.3, nan)) == (2, 1), "a failed reward is no bad one"
-    assert trainer.pair(rewarded(one, 1.0, 1.0, 0.0, 0.0)) == (0, 2), "the first of equals"
+    assert trainer.algorithm.pair(rewarded(one, 0.2, 0.9, -1.0, 0.5)) == (1, 2)
+    assert trainer.algorithm.pair(rewarded(one, nan, 0.1, 0.3, nan)) == (2, 1), "a failed reward is no bad one"
+    assert trainer.algorithm.pair(rewarded(one, 1.0, 1.0, 0.0, 0.0)) == (0, 2), "the first of equals"
     for rewards in ((0.5,) * 4, (nan, nan, nan, 1.0), (nan,) * 4):
-        assert trainer.pair(rewarded(one, *rewards)) is None
+        assert trainer.algorithm.pair(rewarded(one, *rewards)) is None
 
 
-def test_cut_off_completions_are_left_out_where_that_is_asked_for(make_trainer: Make) -> None:
+def test_truncated_completions_are_left_out_on_request(make_trainer: Make) -> None:
     for masked, expected in ((False, (0, 3)), (True, (1, 2))):
         trainer = make_trainer(mask_truncated=masked)
-        one = rewarded(trainer.collect(1).rollouts[0], 1.0, 0.8, 0.2, 0.0)
+        one = rewarded(trainer.source.collect(1).rollouts[0], 1.0, 0.8, 0.2, 0.0)
         reasons = ("length", "stop", "stop", "length")
         completions = [replace(c, finish_reason=r) for c, r in zip(one.completions, reasons, strict=True)]
-        assert trainer.pair(replace(one, completions=tuple(completions))) == expected
+        assert trainer.algorithm.pair(replace(one, completions=tuple(completions))) == expected
 
 
 def test_ties_and_failures_are_skipped_and_counted(make_trainer: Make) -> None:
     trainer = make_trainer()
-    found = trainer.collect(1).rollouts
+    found = trainer.source.collect(1).rollouts
     nan = math.nan
     values = ((0.0, 1.0, 0.5, 0.5), (1.0,) * 4, (nan, nan, 1.0, nan), (nan, 1.0, 0.0, 2.0))
     rollouts = [rewarded(rollout, *each) for rollout, each in zip(found, values, strict=True)]
-    [packs] = trainer.make_experience(1, rollouts)
-    assert trainer.credit_metrics == {"num_pairs": 2, "groups_tied": 1, "groups_unrewarded": 1}
-    advantages, _ = trainer.credit(rollouts, [packs])
-    assert advantages.tolist() == [[-1, 1, 0, 0], [0] * 4, [0] * 4, [0, 0, -1, 1]]
+    credit = credit_of(trainer, 1, rollouts)
+    [packs] = credit.minibatches
+    assert credit.metrics == {"num_pairs": 2, "groups_tied": 1, "groups_unrewarded": 1}
+    assert credit.advantages.tolist() == [[-1, 1, 0, 0], [0] * 4, [0] * 4, [0, 0, -1, 1]]
     sequences = [s for pack in packs for s in pack.segments.sequence_ids if s >= 0]
     assert sorted(sequences) == [0, 1, 2, 3], "nothing but the pairs is computed"
 
 
-def test_a_step_without_a_pair_changes_nothing(make_trainer: Make) -> None:
+def test_step_without_a_pair_changes_no_weight(make_trainer: Make) -> None:
     trainer = make_trainer(reward=lambda *, completions, **_: [1.0] * len(completions))
     before = {name: p.detach().clone() for name, p in trainer.learner.trained.items()}
     metrics = trainer.train_step(1)
@@ -92,12 +93,12 @@ def test_a_step_without_a_pair_changes_nothing(make_trainer: Make) -> None:
         assert torch.equal(value, before[name])
 
 
-def test_minibatches_without_a_pair_are_no_losses_of_0(make_trainer: Make) -> None:
+def test_minibatches_without_a_pair_do_not_count_as_losses_of_0(make_trainer: Make) -> None:
     def half_tied(*, prompts: Any, completions: Any, **_: Any) -> list[float]:
         tied = prompts[: len(prompts) // 2]
         return [0.0 if prompt in tied else float(i) for i, prompt in enumerate(prompts)]
 
-    trainer = make_trainer(reward=half_tied, num_minibatches=4, learning_rate=1e-9)
+    trainer = make_trainer(reward=half_tied, num_minibatches=4, optim={"learning_rate": 1e-9})
     metrics = trainer.train_step(1)
     assert metrics["num_pairs"] == 2 and metrics["empty_updates"] == 2
     assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-4) and metrics["preference_accuracy"] == 0.5
@@ -105,11 +106,11 @@ def test_minibatches_without_a_pair_are_no_losses_of_0(make_trainer: Make) -> No
 
 def gradients(trainer: OnlineDPOTrainer, packs: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     step, trainer.learner._step = trainer.learner._step, lambda *_: (
         found.update({n: p.grad.clone() for n, p in trainer.learner.trained.items()}), {}
     )[1]
-    metrics = trainer.learn(1, packs)
+    metrics = trainer.algorithm.update(1, packs)
     trainer.learner._step = step
     return metrics, found
 
@@ -117,13 +118,15 @@ def gradients(trainer: OnlineDPOTrainer, packs: Any) -> tuple[dict[str, float], 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo"])
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_loss_and_gradient_are_those_of_plain_forward_passes(loss: str, budget: int, make_trainer: Make) -> None:
-    trainer = make_trainer(loss=loss, tokens_per_microbatch=budget, sampling={"max_new_tokens": 6, "temperature": 1.0})
+    trainer = make_trainer(
+        loss=loss, memory={"tokens_per_microbatch": budget}, sampling={"max_new_tokens": 6, "temperature": 1.0}
+    )
     leave_base(trainer)
-    trainer.engine.update_weights(1)
-    rollouts = trainer.collect(1).rollouts
+    trainer.source.engine.update_weights(1)
+    rollouts = trainer.source.collect(1).rollouts
     rollouts[1] = rewarded(rollouts[1], 1.0, 1.0, 1.0, 1.0)
     model, beta = trainer.learner.model, trainer.config.beta
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     total, count = torch.zeros(()), 0
     for rollout in rollouts:
         low, high = min(rollout.rewards), max(rollout.rewards)
@@ -142,7 +145,7 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(loss: str, budget: 
     assert 1 < count < 4
     (total / count).backward()
     expected = {n: p.grad.clone() for n, p in trainer.learner.trained.items()}
-    [packs] = trainer.make_experience(1, rollouts)
+    [packs] = minibatches_of(trainer, 1, rollouts)
     assert len(packs) == (count if budget == 1 else 1)
     metrics, found = gradients(trainer, packs)
     assert metrics["loss"] == pytest.approx(total.item() / count, rel=1e-4)
@@ -168,7 +171,7 @@ def test_the_loss_starts_at_log_two_and_rollouts_are_kept(lora: Any, make_traine
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
-def test_it_learns_what_is_rewarded(loss: str, make_trainer: Make) -> None:
+def test_policy_learns_rewarded_completions(loss: str, make_trainer: Make) -> None:
     seen: list[float] = []
     trainer = make_trainer(
         loss=loss, lora=None, num_steps=40, num_prompts=8, num_epochs=2, num_minibatches=2,
@@ -179,26 +182,12 @@ def test_it_learns_what_is_rewarded(loss: str, make_trainer: Make) -> None:
     assert first < 0.65 and last > 0.85
 
 
-def test_a_mixture_of_experts_is_trained_by_its_own_routers(make_trainer: Make) -> None:
+def test_mixture_of_experts_trains_with_its_own_routing(make_trainer: Make) -> None:
     trainer = make_trainer(architecture=SPARSE, lora=None)
-    [packs] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    [packs] = minibatches_of(trainer, 1, trainer.source.collect(1).rollouts)
     assert all(pack.routing is None for pack in packs)
-    metrics = trainer.learn(1, packs)
+    metrics = trainer.algorithm.update(1, packs)
     assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-3) and math.isfinite(metrics["grad_norm"])
-
-
-def test_resumed_is_uninterrupted(make_trainer: Make) -> None:
-    def cut(trainer: OnlineDPOTrainer, step: int, metrics: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    whole = make_trainer()
-    whole.train()
-    assert make_trainer(folder="cut", callbacks=[cut]).train().interrupted
-    second = make_trainer(folder="cut")
-    second.train(resume=True)
-    for name, value in whole.learner.trained.items():
-        assert torch.equal(value, second.learner.trained[name]), name
 
 
 def test_settings() -> None:

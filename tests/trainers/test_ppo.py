@@ -15,14 +15,16 @@ from torch import Tensor
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.run import RunConfig
-from alignlab.config.trainers import CriticSettings, KLSettings, PPOConfig
+from alignlab.config.trainers import CriticSettings, KLSettings, MemorySettings, PPOConfig
 from alignlab.errors import ConfigError, NumericsError
 from alignlab.models.adapters import add_lora
 from alignlab.models.critic import Critic, make_critic
 from alignlab.trainers.ppo import PPOTrainer
 from alignlab.types import Segments
 from tests.reference import functional as slow
+from tests.settings import merged
 from tests.trainers.conftest import DENSE, SPARSE, even_ids
+from tests.trainers.steps import credit_of, minibatches_of
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=2)
@@ -35,12 +37,13 @@ def make_trainer(make_model: Make, tokenizer: Any, rows: Any, tmp_path: Any) -> 
         reward: Any = even_ids, **changes: Any
     ) -> PPOTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "group_size": 2, "learning_rate": 1e-2,
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_prompts": 4, "group_size": 2,
+            "optim": {"learning_rate": 1e-2},
             "sampling": {"max_new_tokens": 6}, "trackers": (), "num_epochs": 1,
         }
         model = make_model(seed=seed) if architecture is None else make_model(architecture, seed)
         return PPOTrainer(
-            model, reward, PPOConfig(**base | changes), rows, tokenizer=tokenizer, peft_config=lora,
+            model, reward, PPOConfig(**merged(base, changes)), rows, tokenizer=tokenizer, peft_config=lora,
             callbacks=callbacks,
         )
 
@@ -51,28 +54,29 @@ def excite(trainer: PPOTrainer) -> None:
     """A critic that says something, and a policy that has left the reference."""
     torch.manual_seed(7)
     with torch.no_grad():
-        trainer.critic_learner.policy.weight.normal_()
-        for name, weight in trainer.learner.policy.named_parameters():
+        trainer.algorithm.critic_learner.module.weight.normal_()
+        for name, weight in trainer.learner.module.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.3)
-    trainer.engine.update_weights(trainer.engine.policy_version + 1)
+    trainer.source.engine.update_weights(trainer.source.engine.policy_version + 1)
 
 
 @pytest.mark.parametrize("whiten", [False, True])
 def test_credit_is_the_slow_one(whiten: bool, make_trainer: Make) -> None:
     trainer = make_trainer(
         num_minibatches=2, gamma=0.9, gae_lambda=0.8, whiten_advantages=whiten, kl={"coef": 0.3},
-        tokens_per_microbatch=24,
+        memory={"tokens_per_microbatch": 24},
     )
     excite(trainer)
-    rollouts = trainer.collect(1).rollouts
-    credited = trainer.make_experience(1, rollouts)
+    rollouts = trainer.source.collect(1).rollouts
+    credit = credit_of(trainer, 1, rollouts)
+    credited = credit.minibatches
     assert len(credited) == 2 and sum(len(packs) for packs in credited) > 2
     found: list[Tensor] = []
     for part, packs in enumerate(credited):
         rewards = [r for rollout in rollouts[2 * part : 2 * part + 2] for r in rollout.rewards]
         for pack in packs:
-            ids, values = pack.segments.sequence_of_token, trainer.critic_learner.values([pack])[0]
+            ids, values = pack.segments.sequence_of_token, trainer.algorithm.critic_learner.outputs([pack])[0].values
             for b in set(ids[pack.completion_mask].tolist()):
                 own = (ids == b) & pack.completion_mask
                 kl = (pack.old_logprobs - pack.ref_logprobs)[own].tolist()
@@ -86,25 +90,26 @@ def test_credit_is_the_slow_one(whiten: bool, make_trainer: Make) -> None:
     everything = torch.cat(found)
     if whiten:
         assert float(everything.mean()) == pytest.approx(0, abs=1e-5) and float(everything.std()) == pytest.approx(1)
-    assert trainer.credit_metrics["kl_in_reward"] > 0
+    assert credit.metrics["kl_in_reward"] > 0
 
 
-def test_explained_variance_is_of_the_critic_before_the_step(make_trainer: Make) -> None:
+def test_explained_variance_uses_the_critic_before_the_step(make_trainer: Make) -> None:
     trainer = make_trainer(kl={"coef": 0.0}, gae_lambda=1.0)
     excite(trainer)
-    [[pack]] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    credit = credit_of(trainer, 1, trainer.source.collect(1).rollouts)
+    [[pack]] = credit.minibatches
     mask = pack.completion_mask
     errors, returns = (pack.returns - pack.values)[mask], pack.returns[mask]
     expected = 1 - float(errors.var() / returns.var())
-    assert trainer.credit_metrics["explained_variance"] == pytest.approx(expected, rel=1e-4)
+    assert credit.metrics["explained_variance"] == pytest.approx(expected, rel=1e-4)
 
 
 def gradients(learner: Any, packs: Any, loss: Any, weigh: Any) -> dict[str, Tensor]:
-    """Of an update, before it is made; no weight moves."""
-    kept: dict[str, Tensor] = {}
+    """Return the gradients of an update without the optimizer step."""
+    gradients: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> dict[str, float]:
-        kept.update({n: p.grad.clone() for n, p in learner.policy.named_parameters() if p.grad is not None})
+        gradients.update({n: p.grad.clone() for n, p in learner.module.named_parameters() if p.grad is not None})
         learner.optimizer.zero_grad(set_to_none=True)
         return {}
 
@@ -113,18 +118,20 @@ def gradients(learner: Any, packs: Any, loss: Any, weigh: Any) -> dict[str, Tens
         learner.update(packs, loss, weigh)
     finally:
         learner._step = step
-    return kept
+    return gradients
 
 
-def test_any_cut_gives_the_critic_the_same_gradient(make_trainer: Make) -> None:
+def test_gradient_of_the_critic_does_not_depend_on_the_packs(make_trainer: Make) -> None:
     trainer = make_trainer()
     excite(trainer)
-    rollouts, found = trainer.collect(1).rollouts, []
+    rollouts, found = trainer.source.collect(1).rollouts, []
     for budget in (16, 4096):
-        trainer.config = trainer.config.model_copy(update={"tokens_per_microbatch": budget})
-        [packs] = trainer.make_experience(1, rollouts)
+        memory = MemorySettings(tokens_per_microbatch=budget)
+        trainer.algorithm.config = trainer.config.model_copy(update={"memory": memory})
+        [packs] = minibatches_of(trainer, 1, rollouts)
         moved = [replace(pack, returns=pack.returns + torch.arange(pack.num_tokens) * 0.0 + 0.3) for pack in packs]
-        found.append((len(packs), gradients(trainer.critic_learner, moved, trainer.value_loss, trainer.weigh)))
+        loss, weights = trainer.algorithm.value_loss, trainer.algorithm.loss_weights
+        found.append((len(packs), gradients(trainer.algorithm.critic_learner, moved, loss, weights)))
     (many, cut), (one, whole) = found
     assert many > one == 1 and cut.keys() == whole.keys()
     assert any("critic" in name for name in whole) and not any("default" in name for name in whole)
@@ -133,7 +140,7 @@ def test_any_cut_gives_the_critic_the_same_gradient(make_trainer: Make) -> None:
 
 
 @pytest.mark.parametrize("form", ["lora", "head", "model"])
-def test_a_critic_on_the_shared_base_is_as_good_as_one_on_a_copy(form: Any, make_model: Make) -> None:
+def test_critic_on_the_shared_base_equals_a_critic_on_a_copy(form: Any, make_model: Make) -> None:
     """Values and gradients, and it leaves the policy, its adapter and what is in training as they are."""
     settings = CriticSettings(form=form, **{"rank": 3} if form == "lora" else {})
     model = add_lora(make_model(), LORA)
@@ -180,15 +187,15 @@ def test_a_critic_on_the_shared_base_is_as_good_as_one_on_a_copy(form: Any, make
 def test_policy_and_critic_do_not_move_each_other(make_trainer: Make) -> None:
     trainer = make_trainer()
     excite(trainer)
-    [packs] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    [packs] = minibatches_of(trainer, 1, trainer.source.collect(1).rollouts)
 
     def snapshot() -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in trainer.critic_learner.policy.named_parameters()}
+        return {n: p.detach().clone() for n, p in trainer.algorithm.critic_learner.module.named_parameters()}
 
     start = snapshot()
-    trainer.critic_learner.update(packs, trainer.value_loss, trainer.weigh)
+    trainer.algorithm.critic_learner.update(packs, trainer.algorithm.value_loss, trainer.algorithm.loss_weights)
     middle = snapshot()
-    trainer.learner.update(packs, trainer.loss, trainer.weigh)
+    trainer.learner.update(packs, trainer.algorithm.loss, trainer.algorithm.loss_weights)
     end = snapshot()
 
     def moved(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
@@ -201,7 +208,7 @@ def test_policy_and_critic_do_not_move_each_other(make_trainer: Make) -> None:
     assert moved(middle, end) == {"default"}
 
 
-def test_a_critic_warms_up_alone(make_trainer: Make) -> None:
+def test_policy_stands_still_during_the_warm_up_of_the_critic(make_trainer: Make) -> None:
     seen: list[Tensor] = []
 
     def keep(trainer: PPOTrainer, step: int, metrics: Any) -> None:
@@ -212,15 +219,16 @@ def test_a_critic_warms_up_alone(make_trainer: Make) -> None:
     start = torch.cat([p.detach().flatten() for p in trainer.learner.trained.values()])
     trainer.train()
     assert torch.equal(seen[0], start) and torch.equal(seen[1], start) and not torch.equal(seen[2], start)
-    assert trainer.learner.num_updates == 4 and trainer.critic_learner.num_updates == 8
+    assert trainer.learner.num_updates == 4 and trainer.algorithm.critic_learner.num_updates == 8
     with pytest.raises(ConfigError, match=r"critic\.warmup_steps is 4, and must be less than num_steps \(4\)"):
         make_trainer(critic={"warmup_steps": 4})
 
 
-def test_an_adaptive_coefficient_follows_the_kl_of_the_reward(make_trainer: Make) -> None:
+def test_adaptive_coefficient_follows_the_kl_in_the_reward(make_trainer: Make) -> None:
     coefs: list[float] = []
     trainer = make_trainer(
-        kl={"coef": 0.5, "target": 1e-3, "horizon": 8}, callbacks=[lambda t, *_: coefs.append(t.objective.kl_coef)]
+        kl={"coef": 0.5, "target": 1e-3, "horizon": 8},
+        callbacks=[lambda t, *_: coefs.append(t.algorithm.objective.kl_coef)]
     )
     excite(trainer)
     trainer.train()
@@ -228,7 +236,7 @@ def test_an_adaptive_coefficient_follows_the_kl_of_the_reward(make_trainer: Make
 
 
 @pytest.mark.parametrize("form", ["lora", "head", "model"])
-def test_resumed_is_uninterrupted_bit_for_bit(form: str, make_trainer: Make) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(form: str, make_trainer: Make) -> None:
     def cut(trainer: PPOTrainer, step: int, metrics: Any) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -240,8 +248,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(form: str, make_trainer: Make) -> 
     second = make_trainer(folder="cut", **settings)
     assert second.train(resume=True).num_steps == 4
     for role, learner in whole.learners.items():
-        state = second.learners[role].policy.state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in learner.policy.state_dict().items())
+        state = second.learners[role].module.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in learner.module.state_dict().items())
 
 
 def test_the_critic_writes_to_nothing_but_its_own(make_model: Make) -> None:
@@ -261,7 +269,7 @@ def test_the_critic_writes_to_nothing_but_its_own(make_model: Make) -> None:
 def test_a_step_that_fails_half_way_is_not_saved_as_the_one_before(make_trainer: Make) -> None:
     """The critic has moved already: what is saved is the copy of it as it was after the step before."""
     trainer = make_trainer(critic={"warmup_steps": 2})
-    update, calls = trainer.engine.update_weights, []
+    update, calls = trainer.source.engine.update_weights, []
 
     def fails(version: int) -> None:
         calls.append(version)
@@ -269,7 +277,7 @@ def test_a_step_that_fails_half_way_is_not_saved_as_the_one_before(make_trainer:
             raise RuntimeError("sync")
         update(version)
 
-    trainer.engine.update_weights = fails  # type: ignore[method-assign]
+    trainer.source.engine.update_weights = fails  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="sync"):
         trainer.train()
     resumed, straight = make_trainer(critic={"warmup_steps": 2}), make_trainer(critic={"warmup_steps": 2}, folder="all")
@@ -280,21 +288,21 @@ def test_a_step_that_fails_half_way_is_not_saved_as_the_one_before(make_trainer:
         assert all(torch.equal(weight, again[each]) for each, weight in learner.trained.items())
 
 
-def test_a_critic_that_is_not_finite_is_named(make_trainer: Make) -> None:
+def test_critic_that_is_not_finite_is_refused_by_name(make_trainer: Make) -> None:
     trainer = make_trainer()
     with torch.no_grad():
-        trainer.critic_learner.policy.bias.fill_(float("nan"))
+        trainer.algorithm.critic_learner.module.bias.fill_(float("nan"))
     with pytest.raises(NumericsError, match=r"the weights that the run begins with must be finite, .* critic-.*bias"):
         trainer.train()
 
 
-def test_a_step_that_teaches_nothing_leaves_the_coefficient(make_trainer: Make) -> None:
+def test_step_without_signal_leaves_the_kl_coefficient_unchanged(make_trainer: Make) -> None:
     trainer = make_trainer(
         reward=lambda completions, **_: [None] * len(completions), kl={"coef": 0.5, "target": 0.1, "horizon": 8},
         reward_limits={"max_failures": 100},
     )
-    trainer.make_experience(1, trainer.collect(1).rollouts)
-    assert trainer.objective.kl_coef == 0.5
+    minibatches_of(trainer, 1, trainer.source.collect(1).rollouts)
+    assert trainer.algorithm.objective.kl_coef == 0.5
 
 
 def test_the_policys_learning_rate_warms_up_after_the_critic(make_trainer: Make) -> None:
@@ -304,10 +312,11 @@ def test_the_policys_learning_rate_warms_up_after_the_critic(make_trainer: Make)
         if "learning_rate" in metrics:
             rates.append(metrics["learning_rate"])
 
-    make_trainer(num_steps=8, critic={"warmup_steps": 3}, warmup_steps=2, num_minibatches=2, callbacks=[keep]).train()
+    warmups = {"critic": {"warmup_steps": 3}, "optim": {"warmup_steps": 2}}
+    make_trainer(num_steps=8, **warmups, num_minibatches=2, callbacks=[keep]).train()
     assert len(rates) == 5 and rates[0] < rates[1] < rates[2] == rates[-1] == 1e-2
     with pytest.raises(ConfigError, match=r"warmup_steps is 2, and must be less than the 2 steps in which the policy"):
-        make_trainer(num_steps=8, critic={"warmup_steps": 6}, warmup_steps=2)
+        make_trainer(num_steps=8, critic={"warmup_steps": 6}, optim={"warmup_steps": 2})
 
 
 def test_settings_of_a_critic() -> None:
@@ -340,7 +349,7 @@ def test_a_mixture_of_experts(make_trainer: Make) -> None:
     """The critic leaves the policy's routers alone, also what they count."""
     trainer = make_trainer(architecture=SPARSE | {"router_aux_loss_coef": 0.01})
     counted: list[Any] = []
-    update = trainer.critic_learner.update
+    update = trainer.algorithm.critic_learner.update
 
     def watched(*args: Any) -> Any:
         from alignlab.models.moe import expert_counts
@@ -349,16 +358,16 @@ def test_a_mixture_of_experts(make_trainer: Make) -> None:
         counted.append(int(expert_counts(trainer.learner.model).sum()))
         return result
 
-    trainer.critic_learner.update = watched  # type: ignore[method-assign]
+    trainer.algorithm.critic_learner.update = watched  # type: ignore[method-assign]
     trainer.train()
     assert counted == [0] * 4
 
 
 @pytest.mark.parametrize(("form", "lora"), [("lora", LoraSettings(rank=8)), ("model", None)])
-def test_it_learns_a_trivial_task(form: str, lora: Any, make_trainer: Make) -> None:
+def test_training_learns_a_trivial_task(form: str, lora: Any, make_trainer: Make) -> None:
     rewards: list[float] = []
     make_trainer(
-        num_steps=40, num_prompts=16, learning_rate=2e-2, critic={"form": form, "learning_rate": 1e-2},
+        num_steps=40, num_prompts=16, optim={"learning_rate": 2e-2}, critic={"form": form, "learning_rate": 1e-2},
         lora=lora, architecture=DENSE | {"initializer_range": 0.2}, kl={"coef": 0.01},
         callbacks=[lambda trainer, step, metrics: rewards.append(metrics["reward"])],
     ).train()

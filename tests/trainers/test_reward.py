@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.cli import main
+from alignlab.config.data import RenderSettings
 from alignlab.config.model import LoraSettings
-from alignlab.config.render import RenderSettings
 from alignlab.config.trainers import RewardConfig
 from alignlab.data.preferences import Preference, preferences_from_rows
 from alignlab.errors import ConfigError, DataError
-from alignlab.models.checkpoints import load_model, save_model
-from alignlab.models.reward_checkpoints import load_reward_model
-from alignlab.trainers.reward import RewardTrainer, pairs_of
-from alignlab.training.evaluation import evaluation_from_json
+from alignlab.evaluation.results import evaluation_from_json
+from alignlab.models.hub.checkpoints import load_model, save_model
+from alignlab.models.hub.reward_checkpoints import load_reward_model
+from alignlab.trainers.reward import RewardTrainer, reward_pairs
+from tests.settings import merged
 from tests.trainers.conftest import DENSE, SPARSE, leave_base
-from tests.trainers.test_dpo import pairs
+from tests.trainers.steps import packs_of, update_on
+from tests.trainers.tiny import pairs
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=4)
@@ -47,18 +47,19 @@ def make_trainer(make_model: Make, tokenizer: Any, tmp_path: Path) -> Callable[.
         architecture: Any = DENSE, model: Any = None, **changes: Any,
     ) -> RewardTrainer:
         base: dict[str, Any] = {
-            "output_dir": tmp_path / folder, "num_steps": 4, "num_pairs": 4, "learning_rate": 1e-2, "trackers": (),
+            "output_dir": tmp_path / folder, "num_steps": 4, "num_pairs": 4,
+            "optim": {"learning_rate": 1e-2}, "trackers": (),
         }
         return RewardTrainer(
-            make_model(architecture) if model is None else model, RewardConfig(**base | changes), data or pairs(8),
-            eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, callbacks=callbacks,
+            make_model(architecture) if model is None else model, RewardConfig(**merged(base, changes)),
+            data or pairs(8), eval_dataset=held_out, tokenizer=tokenizer, peft_config=lora, callbacks=callbacks,
         )
 
     return make
 
 
 def reward_of(trainer: RewardTrainer, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
-    """By a plain forward pass."""
+    """Return rewards by a plain forward pass."""
     ids = torch.tensor([[*prompt, *completion]])
     hidden = trainer.learner.model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
     return (hidden @ trainer.reward_model.score.weight[0]).float()
@@ -72,9 +73,9 @@ def gradients(trainer: RewardTrainer, rows: Any) -> tuple[float, dict[str, Tenso
         found.update({name: p.grad.clone() for name, p in trainer.learner.trained.items() if p.grad is not None})
         return {}
 
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     trainer.learner._step = keep  # type: ignore[method-assign]
-    metrics = trainer.learner.update(trainer.packs(rows), trainer.loss, trainer.weigh, measure=trainer.measure)
+    metrics = update_on(trainer, packs_of(trainer, rows))
     return metrics["loss"], found
 
 
@@ -93,12 +94,13 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
     architecture: Any, lora: Any, make_trainer: Make
 ) -> None:
     trainer = make_trainer(
-        architecture=architecture, lora=lora, data=with_labels(8), centring_coef=0.3, tokens_per_microbatch=30
+        architecture=architecture, lora=lora, data=with_labels(8), centring_coef=0.3,
+        memory={"tokens_per_microbatch": 30}
     )
     leave_base(trainer)
-    assert len(trainer.packs(range(4))) > 1
+    assert len(packs_of(trainer, range(4))) > 1
     value, found = gradients(trainer, range(4))
-    trainer.learner.policy.zero_grad()
+    trainer.learner.module.zero_grad()
     total = torch.zeros(())
     for pair in trainer.train_examples[:4]:
         chosen, rejected = (reward_of(trainer, pair.prompt, ids) for ids in (pair.chosen, pair.rejected))
@@ -113,9 +115,9 @@ def test_loss_and_gradient_are_those_of_plain_forward_passes(
 
 
 @pytest.mark.parametrize("budget", [1, 25, 4096])
-def test_any_cut_is_the_same_gradient(budget: int, make_trainer: Make) -> None:
+def test_gradient_does_not_depend_on_the_packs(budget: int, make_trainer: Make) -> None:
     whole, cut = (
-        make_trainer(data=with_labels(8), folder=name, tokens_per_microbatch=size)
+        make_trainer(data=with_labels(8), folder=name, memory={"tokens_per_microbatch": size})
         for name, size in (("whole", 100000), ("cut", budget))
     )
     for trainer in (whole, cut):
@@ -125,7 +127,7 @@ def test_any_cut_is_the_same_gradient(budget: int, make_trainer: Make) -> None:
     assert_same(found, expected)
 
 
-def test_a_balance_loss_reaches_the_routers(make_trainer: Make) -> None:
+def test_balance_loss_changes_the_routers(make_trainer: Make) -> None:
     seen: list[Any] = []
     make_trainer(
         architecture=SPARSE | {"router_aux_loss_coef": 0.1}, lora=None, callbacks=[lambda t, s, m: seen.append(m)]
@@ -148,7 +150,7 @@ def test_metrics_are_means_over_pairs(make_trainer: Make) -> None:
     assert seen[0]["reward_mean"] == pytest.approx(sum(c + r for c, r in known) / 8, rel=1e-4)
 
 
-def test_a_tie_is_a_guess(make_trainer: Make) -> None:
+def test_tie_counts_as_half_correct(make_trainer: Make) -> None:
     trainer = make_trainer(held_out=pairs(5, seed=1))
     with torch.no_grad():
         trainer.reward_model.score.weight.zero_()
@@ -159,7 +161,7 @@ def test_a_tie_is_a_guess(make_trainer: Make) -> None:
 
 
 def test_held_out_numbers_are_those_of_the_pairs(make_trainer: Make) -> None:
-    trainer = make_trainer(held_out=with_labels(5, seed=1), tokens_per_microbatch=30)
+    trainer = make_trainer(held_out=with_labels(5, seed=1), memory={"tokens_per_microbatch": 30})
     leave_base(trainer)
     leads = []
     for pair in trainer.eval_examples:
@@ -173,7 +175,7 @@ def test_held_out_numbers_are_those_of_the_pairs(make_trainer: Make) -> None:
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "all"])
-def test_it_learns_which_completions_are_preferred(lora: Any, make_trainer: Make) -> None:
+def test_training_learns_which_completions_are_preferred(lora: Any, make_trainer: Make) -> None:
     """Chosen ones begin with one token, rejected ones with another: held-out pairs are told apart afterwards."""
 
     def marked(pair: Preference) -> Preference:
@@ -182,7 +184,7 @@ def test_it_learns_which_completions_are_preferred(lora: Any, make_trainer: Make
     train, held_out = ([marked(pair) for pair in pairs(48, seed=seed)] for seed in (2, 3))
     rate = 1e-2 if lora else 3e-3
     trainer = make_trainer(
-        data=train, held_out=held_out, num_steps=40, num_pairs=16, lora=lora, learning_rate=rate
+        data=train, held_out=held_out, num_steps=40, num_pairs=16, lora=lora, optim={"learning_rate": rate}
     )
     result = trainer.train()
     assert result.after.accuracy > 0.9 and result.after.margin > result.before.margin
@@ -194,7 +196,7 @@ def test_centring_pulls_the_mean_reward_to_zero(make_trainer: Make) -> None:
     for coef in (0.0, 1.0):
         seen: list[float] = []
         trainer = make_trainer(
-            folder=str(coef), centring_coef=coef, num_steps=40, learning_rate=1e-3,
+            folder=str(coef), centring_coef=coef, num_steps=40, optim={"learning_rate": 1e-3},
             callbacks=[lambda t, s, m, seen=seen: seen.append(m["reward_mean"])],
         )
         with torch.no_grad():
@@ -205,21 +207,6 @@ def test_centring_pulls_the_mean_reward_to_zero(make_trainer: Make) -> None:
     assert means[1.0] < means[0.0] / 4
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(make_trainer: Make) -> None:
-    def cut(trainer: RewardTrainer, step: int, metrics: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    whole = make_trainer(held_out=pairs(3, seed=1))
-    result = whole.train()
-    assert make_trainer(folder="cut", held_out=pairs(3, seed=1), callbacks=[cut]).train().interrupted
-    second = make_trainer(folder="cut", held_out=pairs(3, seed=1))
-    again = second.train(resume=True)
-    assert again.before == result.before and again.after == result.after
-    for name, value in whole.learner.trained.items():
-        assert torch.equal(value, second.learner.trained[name]), name
-
-
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "all"])
 def test_what_is_saved_is_what_was_trained(lora: Any, make_trainer: Make, make_model: Make, tmp_path: Path) -> None:
     save_model(make_model(), tmp_path / "base")
@@ -227,9 +214,10 @@ def test_what_is_saved_is_what_was_trained(lora: Any, make_trainer: Make, make_m
     trainer = make_trainer(model=base, lora=lora, held_out=pairs(5, seed=1))
     result = trainer.train()
     reward = load_reward_model(str(result.model_path))
-    packs = trainer.packs(range(4))
+    packs = packs_of(trainer, range(4))
     found = reward.rewards(packs, 8).view(-1, 2)
-    own = [pairs_of(output.rewards, pack) for output, pack in zip(trainer.learner.outputs(packs), packs, strict=True)]
+    outputs = trainer.learner.outputs(packs)
+    own = [reward_pairs(output.rewards, pack) for output, pack in zip(outputs, packs, strict=True)]
     assert torch.equal(found[:, 0], torch.cat([pair.chosen for pair in own]))
     assert torch.equal(found[:, 1], torch.cat([pair.rejected for pair in own]))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -272,15 +260,15 @@ def test_rows_without_a_proper_margin(value: Any, message: str, make_trainer: Ma
 
 
 def test_settings() -> None:
-    with pytest.raises(ConfigError, match="logprob_chunk_tokens is 64, and must stay 512 for a reward model"):
-        RewardConfig(logprob_chunk_tokens=64)
+    with pytest.raises(ConfigError, match=r"memory\.logprob_chunk_tokens is 64, and must stay 512 for a reward model"):
+        RewardConfig(memory={"logprob_chunk_tokens": 64})
     with pytest.raises(ConfigError, match="centring_coef"):
         RewardConfig(centring_coef=-1)
     assert "margin from by" in RewardConfig(margin_column="by").method
 
 
-def test_a_tokenizer_without_another_token_to_pad_with_is_refused(make_model: Make, tokenizer: Any) -> None:
-    """Before the first step; a given tokenizer is left as it is."""
+def test_tokenizer_without_a_separate_padding_token_is_refused(make_model: Make, tokenizer: Any) -> None:
+    """Refused before the first step; the user's tokenizer stays unchanged."""
     ends = copy.deepcopy(tokenizer)
     ends.pad_token = ends.eos_token
     trainer = RewardTrainer(make_model(), RewardConfig(trackers=()), pairs(32), tokenizer=ends, peft_config=LORA)
@@ -291,7 +279,7 @@ def test_a_tokenizer_without_another_token_to_pad_with_is_refused(make_model: Ma
         RewardTrainer(make_model(), RewardConfig(trackers=()), pairs(32), tokenizer=alone, peft_config=LORA)
 
 
-def test_it_runs_from_a_file_and_is_checked_first(
+def test_run_from_a_file_is_checked_first(
     make_model: Make, tokenizer: Any, tmp_path: Path, capsys: Any
 ) -> None:
     save_model(make_model(), tmp_path / "base")

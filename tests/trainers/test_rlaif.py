@@ -14,25 +14,26 @@ import pytest
 import torch
 import yaml
 
-from alignlab.config.constitution import load_constitution
-from alignlab.config.judge import ModelJudge
+from alignlab.config.data import RenderSettings
+from alignlab.config.judge import ModelJudge, load_constitution
 from alignlab.config.model import LoraSettings
-from alignlab.config.render import RenderSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.errors import CheckpointError, ConfigError, DataError, JudgeError
-from alignlab.rlaif.answers import AnswerStore
-from alignlab.rlaif.chat_model import Failure
-from alignlab.rlaif.judge import PromptedJudge
-from alignlab.rlaif.labels import judge_pairs, preferences
-from alignlab.rlaif.revision import taught_rows
-from alignlab.trainers.rlaif import RLAIFTrainer
+from alignlab.loop.training_loop import Callback
+from alignlab.scoring.judges.answer_cache import AnswerStore
+from alignlab.scoring.judges.chat_model import Failure
+from alignlab.scoring.judges.judge import PromptedJudge
+from alignlab.synthesis.labels import judge_pairs, preferences
+from alignlab.synthesis.revision import supervised_rows
+from alignlab.trainers.rlaif.trainer import RLAIFTrainer
 from alignlab.types import Completion, Prompt, Rollout
-from tests.rlaif.conftest import CONSTITUTION, RuledModel, shown
+from tests.scoring.judges.conftest import CONSTITUTION, RuledModel, shown
+from tests.settings import merged
 
 Make = Callable[..., Any]
 LORA = LoraSettings(rank=8)
-STAGE: dict[str, Any] = {"num_steps": 3, "learning_rate": 1e-2, "trackers": ()}
+STAGE: dict[str, Any] = {"num_steps": 3, "optim": {"learning_rate": 1e-2}, "trackers": ()}
 SAMPLING = {"max_new_tokens": 6}
 POLICIES: dict[str, dict[str, Any]] = {
     "direct": {"type": "grpo", "num_prompts": 2, "group_size": 4, "sampling": SAMPLING} | STAGE,
@@ -124,7 +125,7 @@ def test_every_path_trains_a_policy(path: str, make_trainer: Make, rows: Any, tm
     assert {folder.name for folder in (tmp_path / "run").iterdir() if folder.is_dir()} == {"policy"} | stages[path]
 
 
-def test_labels_are_what_the_judge_prefers(make_trainer: Make, rows: Any, tmp_path: Path) -> None:
+def test_labels_are_the_preferences_of_the_judge(make_trainer: Make, rows: Any, tmp_path: Path) -> None:
     make_trainer("dpo").train()
     found = [json.loads(line) for line in (tmp_path / "run" / "labels" / "preferences.jsonl").read_text().splitlines()]
     assert found and all(letters(pair["chosen"]) > letters(pair["rejected"]) for pair in found)
@@ -134,14 +135,14 @@ def test_labels_are_what_the_judge_prefers(make_trainer: Make, rows: Any, tmp_pa
     assert report["agreement"] == 1 and report["first_rate"] == 0.5
 
 
-def test_a_policy_learns_what_its_judge_rates_highly(make_trainer: Make, rows: Any) -> None:
+def test_policy_learns_completions_that_the_judge_rates_highly(make_trainer: Make, rows: Any) -> None:
     policy = POLICIES["direct"] | {"num_steps": 30, "num_prompts": 4, "group_size": 8}
     result = make_trainer("direct", held_out=rows, policy=policy, lora=None).train()
     assert result.before.sampled < 0.5 and result.after.sampled > result.before.sampled + 0.3
 
 
 @pytest.mark.parametrize("path", ["dpo", "direct", "online_dpo"])
-def test_a_stopped_run_goes_on_where_it_was(path: str, make_trainer: Make, tmp_path: Path) -> None:
+def test_stopped_run_resumes_to_the_same_policy(path: str, make_trainer: Make, tmp_path: Path) -> None:
     """Stopped in its second question: among the labels, or in a step of the policy."""
     whole = make_trainer(path, output_dir=tmp_path / "whole").train()
     stopped = make_trainer(path, model=Interrupting(at=2)).train()
@@ -157,7 +158,7 @@ def test_a_stopped_run_goes_on_where_it_was(path: str, make_trainer: Make, tmp_p
     assert texts[0] == texts[1]
 
 
-def test_a_stage_that_is_done_is_not_done_again(make_trainer: Make, tmp_path: Path) -> None:
+def test_completed_stage_is_not_repeated(make_trainer: Make, tmp_path: Path) -> None:
     make_trainer("reward_model").train()
     before = (tmp_path / "run" / "reward" / "adapter" / "adapter_model.safetensors").read_bytes()
     again = make_trainer("reward_model")
@@ -165,7 +166,30 @@ def test_a_stage_that_is_done_is_not_done_again(make_trainer: Make, tmp_path: Pa
     assert (tmp_path / "run" / "reward" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_revisions_are_taught(make_trainer: Make, tmp_path: Path) -> None:
+def test_signal_in_the_last_step_of_a_stage_stops_the_run_after_the_stage(make_trainer: Make, tmp_path: Path) -> None:
+    """In the last stage a signal in the last step does not interrupt the run: no step follows."""
+    def stop_in(title: str) -> Callback:
+        def stop(loop: Any, step: int, metrics: Any) -> None:
+            if title in loop.title and step == loop.config.num_steps:
+                os.kill(os.getpid(), signal.SIGINT)
+        return stop
+
+    stopped = make_trainer("reward_model", callbacks=[stop_in("RewardTrainer")]).train()
+    assert stopped.interrupted and not (tmp_path / "run" / "policy").exists()
+    ends = (tmp_path / "run" / "ends.jsonl").read_text()
+    assert json.loads(ends)["outcome"] == "interrupted"
+    resumed = make_trainer("reward_model", callbacks=[stop_in("GRPOTrainer")]).train(resume=True)
+    assert not resumed.interrupted and resumed.num_steps == 3 and resumed.signal == "SIGINT"
+
+
+def test_labels_of_fewer_prompts_are_not_reused_for_more_prompts(make_trainer: Make, tmp_path: Path) -> None:
+    labels: dict[str, Any] = {"sampling": SAMPLING, "prompts_per_batch": 2}
+    make_trainer("dpo", labels=labels | {"num_prompts": 3}).train()
+    with pytest.raises(CheckpointError, match=r"labels is over, with rows of 3 prompts, and is to have \d+ now"):
+        make_trainer("dpo", labels=labels).train(resume=True)
+
+
+def test_revisions_are_trained_on(make_trainer: Make, tmp_path: Path) -> None:
     """Every answer is revised to "abab": the policy learns to say so."""
     texts = [text for _ in range(8) for text in ("criticism", "abab")]
 
@@ -203,7 +227,7 @@ def test_rows_of_two_judges_are_not_mixed(make_trainer: Make, make_model: Make, 
     assert not make_trainer("dpo", judge={"name": "given", "max_questions": 99}).train(resume=True).interrupted
 
 
-def test_what_was_measured_before_is_measured_again_where_it_is_damaged(
+def test_damaged_evaluation_before_the_run_is_repeated(
     make_trainer: Make, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = make_trainer("dpo", model=Interrupting(at=2), held_out=rows).train()
@@ -211,16 +235,16 @@ def test_what_was_measured_before_is_measured_again_where_it_is_damaged(
     content = file.read_text()
     file.write_text(content.replace('"num_problems": 8', '"num_problems": 9'))
     assert file.read_text() != content
-    policy = POLICIES["dpo"] | {"learning_rate": 3e-3}
+    policy = merged(POLICIES["dpo"], {"optim": {"learning_rate": 3e-3}})
     result = make_trainer("dpo", held_out=rows, policy=policy).train(resume=True)
     assert result.before == first.before and file.read_text() == content
     assert "before.json is damaged" in caplog.text and "it is measured again" in caplog.text
-    assert "config.policy.learning_rate was" in caplog.text
+    assert "config.policy.optim.learning_rate was" in caplog.text
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert len(report["changed_on_resume"]) == 1
 
 
-def test_answers_of_which_none_is_revised_are_named(make_trainer: Make) -> None:
+def test_revision_stage_without_a_revision_raises(make_trainer: Make) -> None:
     class Mute(RuledModel):
         def write(self, conversations: Any, **_: Any) -> Any:
             return [" "] * len(conversations)
@@ -229,13 +253,13 @@ def test_answers_of_which_none_is_revised_are_named(make_trainer: Make) -> None:
         make_trainer("revision", model=Mute(), revision={"sampling": SAMPLING, "trainer": STAGE}).train()
 
 
-def test_a_base_in_bfloat16_is_trained_by_adapters(make_trainer: Make, make_model: Make) -> None:
+def test_adapters_train_on_a_bfloat16_base(make_trainer: Make, make_model: Make) -> None:
     trainer = make_trainer("reward_model", base=make_model().bfloat16())
     assert trainer.train().num_steps == 3 and trainer.model.dtype == torch.bfloat16
 
 
-def test_a_judge_that_is_down_ends_the_run_and_keeps_it(make_trainer: Make) -> None:
-    from tests.rlaif.test_judge import DownModel
+def test_run_ended_by_a_judge_that_is_down_can_be_resumed(make_trainer: Make) -> None:
+    from tests.scoring.judges.test_judge import DownModel
 
     with pytest.raises(JudgeError, match="answered none of"):
         make_trainer("dpo", model=DownModel()).train()
@@ -256,7 +280,7 @@ class Failing(LetterModel):
 
 
 @pytest.mark.parametrize("path", ["direct", "online_dpo"])
-def test_a_judge_that_goes_down_in_training_ends_it_and_no_step_is_lost(
+def test_judge_that_goes_down_ends_the_training_without_a_lost_step(
     path: str, make_trainer: Make, tmp_path: Path
 ) -> None:
     whole = make_trainer(path, output_dir=tmp_path / "whole").train()
@@ -268,7 +292,7 @@ def test_a_judge_that_goes_down_in_training_ends_it_and_no_step_is_lost(
     assert weights[0] == weights[1]
 
 
-def test_a_policy_does_not_learn_on_when_the_budget_is_spent(make_trainer: Make) -> None:
+def test_online_training_stops_when_the_budget_is_spent(make_trainer: Make) -> None:
     judge = {"name": "given", "max_questions": 12}
     with pytest.raises(JudgeError, match=r"asked 12 questions, which is judge\.max_questions; raise it"):
         make_trainer("direct", judge=judge).train()
@@ -288,7 +312,7 @@ class FailingStore(AnswerStore):
 
 
 @pytest.mark.parametrize("path", ["dpo", "direct", "online_dpo"])
-def test_questions_are_counted_as_if_the_run_had_not_been_stopped(
+def test_question_count_of_a_resumed_run_equals_an_uninterrupted_one(
     path: str, make_trainer: Make, tmp_path: Path
 ) -> None:
     whole = make_trainer(path, output_dir=tmp_path / "whole")
@@ -313,8 +337,8 @@ def test_questions_are_counted_as_if_the_run_had_not_been_stopped(
 
 
 @pytest.mark.parametrize(("path", "kept"), [("direct", 8), ("dpo", 4)])
-def test_a_budget_is_of_all_starts(path: str, kept: int, make_trainer: Make, tmp_path: Path) -> None:
-    """Of 12 or 6 questions, those of the first step or of the first labels were kept."""
+def test_the_budget_counts_questions_of_all_starts(path: str, kept: int, make_trainer: Make, tmp_path: Path) -> None:
+    """Of 12 or 6 questions, the answers of the first step or of the first labels are reused."""
     judge = {"name": "given", "max_questions": kept * 3 // 2}
     stopped = make_trainer(path, judge=judge)
     stopped.judge.store = FailingStore(tmp_path / "run.sqlite")
@@ -331,7 +355,7 @@ def test_a_budget_is_of_all_starts(path: str, kept: int, make_trainer: Make, tmp
     assert len(model.asked) == kept // 2
 
 
-def test_labels_are_made_of_what_the_budget_allows(make_trainer: Make, tmp_path: Path) -> None:
+def test_labels_are_made_of_the_pairs_that_the_budget_allows(make_trainer: Make, tmp_path: Path) -> None:
     make_trainer("dpo", judge={"name": "given", "max_questions": 10}).train()
     report = json.loads((tmp_path / "run" / "labels" / "report.json").read_text())
     assert report["outcomes"]["unanswered"] == 3 and report["counts"]["over_budget"] > 0
@@ -341,7 +365,7 @@ def test_labels_are_made_of_what_the_budget_allows(make_trainer: Make, tmp_path:
     assert again.judge.counts["asked"] == 0
 
 
-def test_a_critic_that_is_down_ends_the_run_and_is_asked_again(make_trainer: Make) -> None:
+def test_judge_that_is_down_ends_the_run_and_is_asked_again_on_resume(make_trainer: Make) -> None:
     class Editor(RuledModel):
         def write(self, conversations: Any, **_: Any) -> Any:
             return [Failure("timeout", "late") if self.bias else "abab"] * len(conversations)
@@ -352,25 +376,25 @@ def test_a_critic_that_is_down_ends_the_run_and_is_asked_again(make_trainer: Mak
     assert make_trainer("revision", model=Editor(), revision=revision).train(resume=True).num_steps == 3
 
 
-def test_a_judge_that_is_given_is_the_one_that_is_asked(make_trainer: Make) -> None:
+def test_the_judge_argument_replaces_the_config_s_judge(make_trainer: Make) -> None:
     mine = LetterModel()
     make_trainer("direct", model=mine, judge={}).train()
     assert mine.asked
 
 
-def test_what_judges_are_asked_is_in_the_metrics(make_trainer: Make, tmp_path: Path) -> None:
+def test_questions_to_the_judge_are_in_the_metrics(make_trainer: Make, tmp_path: Path) -> None:
     make_trainer("direct").train()
     lines = [json.loads(x) for x in (tmp_path / "run" / "policy" / "metrics.jsonl").read_text().splitlines()]
     assert [line["judge/asked"] for line in lines] == [8, 16, 24]
 
 
-def test_the_runs_seed_is_every_stages(make_trainer: Make, tmp_path: Path) -> None:
+def test_the_run_s_seed_is_every_stage_s_seed(make_trainer: Make, tmp_path: Path) -> None:
     found = [make_trainer("direct", seed=seed, output_dir=tmp_path / str(seed)).train() for seed in (0, 1)]
     weights = [(result.model_path / "adapter_model.safetensors").read_bytes() for result in found]
     assert weights[0] != weights[1]
 
 
-def test_labels_of_which_none_can_be_used_are_named(make_trainer: Make) -> None:
+def test_label_stage_without_a_preference_raises(make_trainer: Make) -> None:
     class Undecided(RuledModel):
         def _choose(self, answers: list[str], choices: Any) -> Any:
             return 0.0, 0.0
@@ -399,12 +423,12 @@ def test_labels_of_which_none_can_be_used_are_named(make_trainer: Make) -> None:
         ),
     ],
 )
-def test_sections_that_do_not_fit_the_path(changes: Any, message: str) -> None:
+def test_sections_that_do_not_fit_the_path_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RLAIFConfig(constitution="c.yaml", judge={"name": "m"}, **changes)
 
 
-def test_a_judge_on_the_policys_base_needs_a_frozen_one(make_trainer: Make) -> None:
+def test_judge_on_the_base_of_the_policy_needs_a_frozen_base(make_trainer: Make) -> None:
     with pytest.raises(ConfigError, match=r"judge\.name is not given, so that the policy's own base judges"):
         make_trainer("direct", lora=None, judge={})
 
@@ -417,7 +441,7 @@ def test_held_out_data_needs_a_scorer(make_trainer: Make, rows: Any) -> None:
         )
 
 
-def test_a_constitution_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_constitution_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the constitution nowhere\.yaml must be a YAML file"):
         load_constitution("nowhere.yaml")
     (tmp_path / "c.yaml").write_text("name: x\nprinciples: []\n")
@@ -440,13 +464,13 @@ def test_labelled_pairs_have_the_prompts_that_were_sampled_from(make_trainer: Ma
     assert seen and all(pair.prompt in sampled for pair in seen[0])
 
 
-def test_rows_of_stages_keep_what_the_template_was_given() -> None:
+def test_rows_of_stages_keep_the_template_s_columns() -> None:
     columns = {"tools": json.dumps([{"function": {"name": "x"}}]), "chat_template_kwargs": {"a": 1}, "answer": "1"}
-    completions = [Completion((1,), text, (0.0,), None, "stop", (0,)) for text in ("a", "abc")]
+    completions = [Completion.of((1,), text) for text in ("a", "abc")]
     rollout = Rollout(Prompt((1,), "q", columns=columns), tuple(completions))
     judged = judge_pairs(PromptedJudge(LetterModel(), CONSTITUTION, ModelJudge(name="x")), [rollout])
     given = {"tools": [{"function": {"name": "x"}}], "chat_template_kwargs": {"a": 1}}
     [pair] = preferences(json.loads(json.dumps(judged)), min_confidence=0.5)
     assert {name: pair[name] for name in given} == given and pair["chosen"] == "abc"
-    [row] = taught_rows([{"prompt": "q", **given, "completion": "b", "outcome": "revised"}])
+    [row] = supervised_rows([{"prompt": "q", **given, "completion": "b", "outcome": "revised"}])
     assert row == {"prompt": "q", **given, "completion": "b"}

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from alignlab.cli import parse
 from alignlab.cli.generate import template_settings
+from alignlab.config.data import RenderSettings
 from alignlab.config.loader import load_config
-from alignlab.config.render import RenderSettings
 from alignlab.data.prompts import load_prompts
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.errors import ConfigError, DataError
-from alignlab.trainers.run import evaluation_data, generate_options, make_tokenizer, run
-from alignlab.training.rollout_store import read_rollouts
+from alignlab.errors import CheckpointError, ConfigError, DataError
+from alignlab.run_from_config import generate_options, run
+from alignlab.runs.rollout_store import read_rollouts
+from alignlab.starting_model import make_tokenizer
 
 CONFIG = """
 model:
@@ -28,13 +29,13 @@ model:
   tokenizer: {vocab_size: 300, num_texts: 50}
 data: {task: chain_sum, task_options: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}, size: 60}
 rewards: [{name: reasoning_gym_answer}]
-warm_start: {trainer: {num_steps: 3, num_sequences: 8, learning_rate: 1e-2, trackers: []}}
+warm_start: {trainer: {num_steps: 3, num_sequences: 8, optim: {learning_rate: 1e-2}, trackers: []}}
 trainer:
   type: grpo
   num_steps: 2
   num_prompts: 4
   group_size: 4
-  learning_rate: 1e-3
+  optim: {learning_rate: 1e-3}
   trackers: []
   sampling: {max_new_tokens: 4}
 evaluation: {num_problems: 6, num_samples: 2}
@@ -62,7 +63,7 @@ def test_whole_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     loads = [value for name, value in metrics[-2].items() if name.startswith("expert_load/")]
     assert len(loads) == 4
     assert sum(loads) == pytest.approx(1)
-    import alignlab.models.checkpoints  # noqa: F401  # registers the model type
+    import alignlab.models.hub.checkpoints  # noqa: F401  # registers the model type
 
     AutoModelForCausalLM.from_pretrained(folder / "model")
     with pytest.raises(ConfigError, match="nothing was overwritten"):
@@ -80,8 +81,8 @@ def test_tokenizer_from_rows_of_messages(config_file: Path, tmp_path: Path) -> N
         make_tokenizer(load_config(config_file, changes))
 
 
-def test_a_new_model_s_weights_are_those_of_the_seed(config_file: Path, tmp_path: Path) -> None:
-    """Else two runs of one config differ, and a resumed run's reference is not the policy that it began with."""
+def test_weights_of_a_new_model_depend_on_the_seed_alone(config_file: Path, tmp_path: Path) -> None:
+    """Otherwise two runs of one config differ, and a resumed run's reference is not its starting policy."""
     texts = []
     for draws in (1, 2):
         torch.rand(draws)
@@ -102,7 +103,7 @@ def test_warm_start_under_an_adapter(config_file: Path, tmp_path: Path) -> None:
 
 def test_resume_skips_a_finished_warm_start(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    changes = [f"trainer.output_dir={folder}", "trainer.save_every_steps=1"]
+    changes = [f"trainer.output_dir={folder}", "trainer.checkpoints.every_steps=1"]
     run(load_config(config_file, changes))
     warm = (folder / "warm_start" / "metrics.jsonl").read_text()
     again = run(load_config(config_file, [*changes, "trainer.num_steps=3"]), resume=True)
@@ -110,10 +111,35 @@ def test_resume_skips_a_finished_warm_start(config_file: Path, tmp_path: Path) -
     assert (folder / "warm_start" / "metrics.jsonl").read_text() == warm
 
 
+def test_a_finished_warm_start_is_not_trained_on_when_its_settings_change(config_file: Path, tmp_path: Path) -> None:
+    """An adapter's base would be lost, and every checkpoint of the run with it."""
+    folder = tmp_path / "run"
+    first = run(load_config(config_file, [f"trainer.output_dir={tmp_path / 'first'}", "trainer.num_steps=1"]))
+    changes = [f"model={{name: {first.result.model_path}, lora: {{rank: 2}}}}", f"trainer.output_dir={folder}"]
+    run(load_config(config_file, [*changes, "trainer.num_steps=1"]))
+    base = folder / "warm_start/model/model.safetensors"
+    before = base.read_bytes()
+    with pytest.raises(CheckpointError, match=r"warm_start\.trainer\.num_steps was 3 and is 5"):
+        run(load_config(config_file, [*changes, "warm_start.trainer.num_steps=5"]), resume=True)
+    assert base.read_bytes() == before
+    assert run(load_config(config_file, [*changes, "trainer.num_steps=2"]), resume=True).result.num_steps == 2
+
+
+def test_warm_start_cannot_be_added_or_removed_on_resume(config_file: Path, tmp_path: Path) -> None:
+    with_one, without = (tmp_path / name for name in ("with", "without"))
+    run(load_config(config_file, [f"trainer.output_dir={with_one}", "trainer.num_steps=1"]))
+    run(load_config(config_file, [f"trainer.output_dir={without}", "trainer.num_steps=1", "warm_start=null"]))
+    with pytest.raises(ConfigError, match="holds its warm start; add it"):
+        run(load_config(config_file, [f"trainer.output_dir={with_one}", "warm_start=null"]), resume=True)
+    with pytest.raises(ConfigError, match="was started without; remove it"):
+        run(load_config(config_file, [f"trainer.output_dir={without}"]), resume=True)
+    assert not (without / "warm_start").exists()
+
+
 def test_training_and_evaluation_problems_are_disjoint(config_file: Path) -> None:
     config = load_config(config_file, [])
     tokenizer = train_tokenizer(["1 + 2"], vocab_size=262)
-    held_out = evaluation_data(config)
+    held_out = config.evaluation_data
     assert held_out is not None
     for seed in (0, 1):
         training = load_prompts(config.data.model_copy(update={"seed": seed}), tokenizer)
@@ -122,7 +148,7 @@ def test_training_and_evaluation_problems_are_disjoint(config_file: Path) -> Non
         assert {p.text for p in training}.isdisjoint(p.text for p in evaluation)
 
 
-def test_generate_options_render_as_training_did(config_file: Path) -> None:
+def test_generate_options_of_a_run_render_prompts_as_in_training(config_file: Path) -> None:
     data: Any = load_config(config_file, ["data.system_prompt=Be brief.", "data.chat=false"]).data
     assert generate_options(data) == ("--plain", "--system-prompt", "Be brief.")
     data = load_config(config_file, ["data.prompt_template='Q: {prompt} A:'"]).data
@@ -148,7 +174,7 @@ evaluation: {{num_problems: 6, num_samples: 2}}
 
 
 @pytest.mark.parametrize("rewards", ["[{name: reasoning_gym_answer}]", "[]"], ids=["measured", "without rewards"])
-def test_a_student_begins_with_its_teacher_s_layers_and_samples(
+def test_student_starts_with_the_layers_and_sampling_of_its_teacher(
     rewards: str, config_file: Path, tmp_path: Path
 ) -> None:
     teacher = run(load_config(config_file, [f"trainer.output_dir={tmp_path / 'teacher'}"])).result.model_path
@@ -164,7 +190,7 @@ def test_a_student_begins_with_its_teacher_s_layers_and_samples(
     assert all("reverse_kl" in line for line in metrics if "tokens_per_s" in line)
 
 
-def test_generate_takes_the_flags_that_a_run_reports(config_file: Path) -> None:
+def test_generate_accepts_the_flags_that_a_run_reports(config_file: Path) -> None:
     overrides = [
         "data.tools=[{function: {name: look_up}}]", "data.chat_template_kwargs={enable_thinking: false}",
         "data.template_date=2026-11-03", "data.escape_special_tokens=true",
@@ -190,7 +216,7 @@ def test_turns_to_teach_are_refused_where_no_turn_is_taught(config_file: Path) -
         load_config(config_file, ["data.taught_turns=last", "warm_start=null"])
 
 
-def test_a_folder_that_is_not_free_is_refused_before_the_warm_start(config_file: Path, tmp_path: Path) -> None:
+def test_used_output_folder_is_refused_before_the_warm_start(config_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("precious")

@@ -17,10 +17,11 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import Example
 from alignlab.errors import ConfigError
-from alignlab.models.checkpoints import save_model
-from alignlab.trainers.run import run
+from alignlab.evaluation.results import LikelihoodResult, evaluation_from_json
+from alignlab.models.hub.checkpoints import save_model
+from alignlab.run_from_config import run
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.evaluation import LikelihoodResult, evaluation_from_json
+from tests.settings import merged
 from tests.trainers.conftest import leave_base
 
 Make = Callable[..., Any]
@@ -28,8 +29,8 @@ ROWS = [{"prompt": f"ab{i}", "completion": "ab" * (1 + i % 3)} for i in range(8)
 
 
 def make_trainer(make_model: Make, tokenizer: Any, folder: Path, lora: Any = None, **changes: Any) -> SFTTrainer:
-    base: dict[str, Any] = {"num_steps": 4, "num_sequences": 4, "learning_rate": 1e-2, "trackers": ()}
-    config = SFTConfig(output_dir=folder, **base | changes)
+    base: dict[str, Any] = {"num_steps": 4, "num_sequences": 4, "optim": {"learning_rate": 1e-2}, "trackers": ()}
+    config = SFTConfig(output_dir=folder, **merged(base, changes))
     return SFTTrainer(
         make_model(), config, ROWS, eval_dataset=ROWS[:5], tokenizer=tokenizer, peft_config=lora
     )
@@ -53,7 +54,7 @@ def plain_loss(model: Any, examples: list[Example]) -> tuple[float, int]:
 def test_the_held_out_loss_is_that_of_a_plain_forward_pass(
     budget: int, lora: Any, make_model: Make, tokenizer: Any, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(make_model, tokenizer, tmp_path / "run", lora, tokens_per_microbatch=budget)
+    trainer = make_trainer(make_model, tokenizer, tmp_path / "run", lora, memory={"tokens_per_microbatch": budget})
     if lora is not None:
         leave_base(trainer)
     result = trainer.evaluate()
@@ -79,7 +80,7 @@ def test_held_out_examples_are_measured_before_after_and_between(
     assert evaluation_from_json(report["before"]) == result.before
 
 
-def test_held_out_data_changes_nothing_that_is_trained(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+def test_held_out_data_does_not_change_the_trained_weights(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     ends = []
     for name, held_out in (("with", ROWS[:5]), ("without", None)):
         config = SFTConfig(output_dir=tmp_path / name, num_steps=2, num_sequences=4, trackers=())
@@ -89,13 +90,15 @@ def test_held_out_data_changes_nothing_that_is_trained(make_model: Make, tokeniz
     assert torch.equal(*ends)
 
 
-def test_a_copy_of_the_head_beside_an_adapter_trains_for_a_model_by_name_too(
+def test_copy_of_the_head_beside_an_adapter_trains_for_a_model_given_by_name(
     make_model: Make, tokenizer: Any, tmp_path: Path
 ) -> None:
     """The advice where an adapter is on the output head: `modules_to_save`."""
     save_model(make_model(), tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    config = SFTConfig(output_dir=tmp_path / "run", num_steps=1, num_sequences=4, learning_rate=1e-2, trackers=())
+    config = SFTConfig(
+        output_dir=tmp_path / "run", num_steps=1, num_sequences=4, optim={"learning_rate": 1e-2}, trackers=()
+    )
     on_head = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"train the whole head: modules_to_save=\['lm_head'\]"):
         SFTTrainer(str(tmp_path / "model"), config, ROWS, peft_config=on_head)
@@ -109,7 +112,7 @@ def test_a_copy_of_the_head_beside_an_adapter_trains_for_a_model_by_name_too(
         SFTTrainer(make_model().bfloat16(), config, ROWS, tokenizer=tokenizer, peft_config=LoraConfig(**advised))
 
 
-def test_a_perplexity_that_no_number_holds_is_infinite() -> None:
+def test_perplexity_beyond_float_range_is_infinite() -> None:
     assert LikelihoodResult(1e4, 1, 1).perplexity == math.inf
 
 
@@ -124,7 +127,7 @@ trainer: {type: sft, num_steps: 2, num_sequences: 4, eval_every_steps: 1, tracke
 """
 
 
-def test_a_config_s_eval_data_is_measured(tmp_path: Path) -> None:
+def test_eval_data_of_a_config_is_evaluated(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "run.yaml").write_text(CONFIG.replace("ROWS", str(rows)))
@@ -133,8 +136,8 @@ def test_a_config_s_eval_data_is_measured(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "report.json").read_text())["after"]["num_examples"] == 3
 
 
-def test_a_warm_start_measures_nothing() -> None:
+def test_warm_start_has_no_evaluation() -> None:
     from alignlab.config.run import WarmStart
 
-    with pytest.raises(ConfigError, match=r"trainer\.eval_every_steps is 1, and must be null"):
+    with pytest.raises(ConfigError, match=r"trainer\.eval_every_steps is 1, and must stay null in a warm start"):
         WarmStart(trainer=SFTConfig(eval_every_steps=1))

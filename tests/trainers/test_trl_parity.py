@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from alignlab.config.trainers import DPOConfig
 from alignlab.data.preferences import Preference
-from alignlab.models.checkpoints import load_model
+from alignlab.models.hub.checkpoints import load_model
 from alignlab.trainers.dpo import DPOTrainer
-from tests.trainers.test_dpo import pairs
+from tests.trainers.tiny import pairs
 from tests.trainers.trl_batches import (
     SETTINGS,
     Step,
@@ -53,7 +53,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of_text() -> Any:
-    """What a TRL trainer wants to be made with; nothing is learnt from it."""
+    """Return the arguments that a TRL trainer needs; it does not train on them."""
     from datasets import Dataset
 
     return Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
@@ -63,7 +63,7 @@ def of_ours(
     checkpoint: str, tokenizer: Any, folder: Path, data: Sequence[Preference], **settings: Any
 ) -> Step:
     config = DPOConfig(
-        output_dir=folder / "ours", num_pairs=len(data), trackers=(), tokens_per_microbatch=40,
+        output_dir=folder / "ours", num_pairs=len(data), trackers=(), memory={"tokens_per_microbatch": 40},
         precompute_reference=False, **settings,
     )
     trainer = DPOTrainer(load_model(checkpoint, dtype=torch.float32), config, data, tokenizer=tokenizer)
@@ -104,7 +104,7 @@ def without_reference(checkpoint: str, tokenizer: Any, folder: Path, name: str, 
 
 
 def batch_of(trainer: Any, data: Sequence[Preference]) -> Any:
-    """By TRL's collator."""
+    """Return the batch of TRL's collator."""
     rows = []
     for pair in data:
         row: dict[str, Any] = {}

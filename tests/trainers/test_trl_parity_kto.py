@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from alignlab.config.trainers import KTOConfig
 from alignlab.data.unpaired import mismatch
-from alignlab.models.checkpoints import load_model
+from alignlab.models.hub.checkpoints import load_model
 from alignlab.trainers.kto import KTOTrainer
-from tests.trainers.test_kto import labelled
+from tests.trainers.tiny import labelled
 from tests.trainers.trl_batches import SETTINGS, as_trl_warns, assert_same, move, save_llama, step_of_ours, step_of_trl
 
 trl = pytest.importorskip("trl")
@@ -30,7 +30,8 @@ DATA = mismatch(labelled(6))
 
 def make_ours(checkpoint: str, tokenizer: Any, folder: Path) -> KTOTrainer:
     config = KTOConfig(
-        output_dir=folder / "ours", num_sequences=6, trackers=(), tokens_per_microbatch=20, precompute_reference=False,
+        output_dir=folder / "ours", num_sequences=6, trackers=(), memory={"tokens_per_microbatch": 20},
+        precompute_reference=False,
         **WEIGHTS,
     )
     return KTOTrainer(load_model(checkpoint, dtype=torch.float32), config, DATA, tokenizer=tokenizer)
@@ -65,6 +66,6 @@ def test_kto(by: float, clamped: bool, tokenizer: Any, tmp_path: Path) -> None:
         move(theirs.model.train(), by)
         batch = theirs.data_collator(rows)
         other = step_of_trl(theirs.model, lambda: theirs._compute_loss(theirs.model, batch, False))
-    assert float(ours.reference_point) == pytest.approx(theirs._metrics["train"]["kl"][-1], rel=1e-5, abs=0)
-    assert (float(ours.reference_point) == 0) == clamped
+    assert float(ours.algorithm.reference_point) == pytest.approx(theirs._metrics["train"]["kl"][-1], rel=1e-5, abs=0)
+    assert (float(ours.algorithm.reference_point) == 0) == clamped
     assert_same(mine, other)

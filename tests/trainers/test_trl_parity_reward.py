@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from alignlab.config.trainers import RewardConfig
-from alignlab.models.checkpoints import load_model
+from alignlab.models.hub.checkpoints import load_model
 from alignlab.trainers.reward import RewardTrainer
-from tests.trainers.test_dpo import pairs
+from tests.trainers.tiny import pairs
 from tests.trainers.trl_batches import SETTINGS, as_trl_warns, assert_same, save_llama, step_of_ours, step_of_trl
 
 trl = pytest.importorskip("trl")
@@ -37,7 +37,8 @@ def make_trl(model: Any, tokenizer: Any, folder: Path, centring: float) -> Any:
 def test_reward(centring: float, margins: bool, tokenizer: Any, tmp_path: Path) -> None:
     data = [replace(pair, margin=0.25 * (i % 4) if margins else 0.0) for i, pair in enumerate(pairs(6))]
     config = RewardConfig(
-        output_dir=tmp_path / "ours", num_pairs=6, centring_coef=centring, trackers=(), tokens_per_microbatch=40
+        output_dir=tmp_path / "ours", num_pairs=6, centring_coef=centring, trackers=(),
+        memory={"tokens_per_microbatch": 40}
     )
     base = load_model(save_llama(tmp_path / "llama", tokenizer), dtype=torch.float32)
     ours = RewardTrainer(base, config, data, tokenizer=tokenizer)

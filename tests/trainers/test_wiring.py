@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +14,19 @@ import torch
 from torch import Tensor
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.trainers import SFTConfig
+from alignlab.config.trainers import MemorySettings, SFTConfig
 from alignlab.data.examples import Example
 from alignlab.data.sampler import IndexSampler
 from alignlab.errors import ConfigError
+from alignlab.loop.optim import learning_rate_factor
 from alignlab.models.adapters import adapters_disabled
 from alignlab.models.moe import routers
 from alignlab.models.policy import Policy
 from alignlab.trainers import sft
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
-from alignlab.training.optim import learning_rate_factor
 from tests.trainers.conftest import SPARSE, even_ids
+from tests.trainers.steps import minibatches_of
 
 Make = Callable[..., Any]
 DROPPING = SPARSE | {"attention_dropout": 0.2}
@@ -54,10 +54,10 @@ def series(name: str, found: list[float]) -> Callable[..., None]:
 def test_the_kl_is_priced_and_not_paid(
     kl: dict[str, Any], make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
-    """With nothing else to gain, a policy that was moved away goes back to its reference."""
+    """Without other rewards, a policy that was moved away returns to its reference."""
     found: list[float] = []
     config = make_config(
-        num_steps=40, num_prompts=4, group_size=8, learning_rate=3e-3, advantage="group_centered",
+        num_steps=40, num_prompts=4, group_size=8, optim={"learning_rate": 3e-3}, advantage="group_centered",
         kl={"coef": 1.0, **kl},
     )
     model = make_model()
@@ -67,7 +67,7 @@ def test_the_kl_is_priced_and_not_paid(
     with torch.no_grad():
         for weight in trainer.learner.trained.values():
             weight.add_(0.05 * torch.randn_like(weight))
-    trainer.engine.update_weights(1)
+    trainer.source.engine.update_weights(1)
     trainer.train()
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
@@ -80,13 +80,13 @@ def test_the_price_of_kl_sums_over_packs(make_model: Make, make_config: Make, to
     with torch.no_grad():
         for weight in trainer.learner.trained.values():
             weight.add_(0.05 * torch.randn_like(weight))
-    trainer.engine.update_weights(1)
-    rollouts = trainer.collect(1).rollouts
+    trainer.source.engine.update_weights(1)
+    rollouts = trainer.source.collect(1).rollouts
     found = []
     for budget in (4096, 16, 1):
-        trainer.config = config.model_copy(update={"tokens_per_microbatch": budget})
-        [packs] = trainer.make_experience(1, rollouts)
-        found.append((len(packs), trainer.advantages(rollouts, [packs])))
+        trainer.algorithm.config = config.model_copy(update={"memory": MemorySettings(tokens_per_microbatch=budget)})
+        [packs] = minibatches_of(trainer, 1, rollouts)
+        found.append((len(packs), trainer.algorithm.advantages(rollouts, [packs])))
     assert len({count for count, _ in found}) == 3
     for _, advantages in found[1:]:
         torch.testing.assert_close(advantages, found[0][1], atol=1e-5, rtol=0)
@@ -96,7 +96,7 @@ def test_the_price_of_kl_sums_over_packs(make_model: Make, make_config: Make, to
 
 def test_entropy_is_a_bonus(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     found: list[float] = []
-    config = make_config(num_steps=15, learning_rate=3e-3, entropy_coef=1.0)
+    config = make_config(num_steps=15, optim={"learning_rate": 3e-3}, entropy_coef=1.0)
     model = make_model()
     sharpen(model)
     GRPOTrainer(model, same, config, rows, tokenizer=tokenizer, callbacks=[series("entropy", found)]).train()
@@ -106,25 +106,25 @@ def test_entropy_is_a_bonus(make_model: Make, make_config: Make, tokenizer: Any,
 def test_the_reference_of_an_adapter_is_its_base(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
-    config = make_config(num_steps=3, learning_rate=0.1, kl={"coef": 0.1})
+    config = make_config(num_steps=3, optim={"learning_rate": 0.1}, kl={"coef": 0.1})
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
     trainer.train()
-    [[pack]] = trainer.make_experience(9, trainer.collect(9).rollouts)
+    [[pack]] = minibatches_of(trainer, 9, trainer.source.collect(9).rollouts)
     base = Policy(make_model())(pack.tokens, pack.segments, pack.completion_mask).logprobs
     assert pack.ref_logprobs is not None
     torch.testing.assert_close(pack.ref_logprobs, base.detach(), atol=1e-6, rtol=0)
-    own = trainer.learner.score([pack])[0]
+    own = trainer.learner.logprobs([pack])[0]
     assert (own - base).abs().max() > 1e-3
 
 
 def test_what_a_user_froze_stays_frozen(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     config = make_config(num_steps=2, kl={"coef": 0.1})
     trainer = GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, peft_config=LoraSettings(rank=4))
-    for name, parameter in trainer.learner.policy.named_parameters():
+    for name, parameter in trainer.learner.module.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
     before = set(trainer.learner.trained)
-    with adapters_disabled(trainer.learner.policy.model):
+    with adapters_disabled(trainer.learner.module.model):
         pass
     assert set(trainer.learner.trained) == before
 
@@ -143,10 +143,10 @@ def test_scores_are_without_dropout(make_model: Make, make_config: Make, tokeniz
     lora = LoraSettings(rank=4, dropout=0.5)
     trainer = GRPOTrainer(make_model(), even_ids, make_config(num_steps=2), rows, tokenizer=tokenizer, peft_config=lora)
     trainer.train()
-    [[pack]] = trainer.make_experience(9, trainer.collect(9).rollouts)
-    trainer.learner.policy.train()
-    assert torch.equal(trainer.learner.score([pack])[0], trainer.learner.score([pack])[0])
-    assert trainer.learner.policy.training
+    [[pack]] = minibatches_of(trainer, 9, trainer.source.collect(9).rollouts)
+    trainer.learner.module.train()
+    assert torch.equal(trainer.learner.logprobs([pack])[0], trainer.learner.logprobs([pack])[0])
+    assert trainer.learner.module.training
 
 
 def test_random_numbers_go_on_where_they_stood(
@@ -173,7 +173,7 @@ def test_random_numbers_go_on_where_they_stood(
 
 def test_the_learning_rate_follows_its_schedule(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     found: list[float] = []
-    config = make_config(num_steps=5, lr_schedule="cosine", warmup_steps=2)
+    config = make_config(num_steps=5, optim={"schedule": "cosine", "warmup_steps": 2})
     keep = [series("learning_rate", found)]
     GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer, callbacks=keep).train()
     expected = [1e-2 * learning_rate_factor(i, schedule="cosine", warmup=2, total=5) for i in range(5)]
@@ -184,7 +184,7 @@ def test_the_learning_rate_follows_its_schedule(make_model: Make, make_config: M
 def test_routers_are_balanced_as_they_train(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     trainer = GRPOTrainer(make_model(BIASED), even_ids, make_config(num_steps=3), rows, tokenizer=tokenizer)
     metrics = trainer.train().metrics
-    [router] = routers(trainer.learner.policy.model)
+    [router] = routers(trainer.learner.module.model)
     assert router.e_score_correction_bias is not None
     assert router.e_score_correction_bias.abs().max() > 0.04
     loads = [metrics[f"expert_load/{i}"] for i in range(4)]
@@ -207,7 +207,7 @@ def test_router_losses_reach_the_gradient(make_model: Make, make_config: Make, t
     assert moved(SPARSE) < 1e-6
 
 
-def test_an_adapter_leaves_the_routers_biases_alone(
+def test_adapter_training_leaves_router_biases_unchanged(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
     """They are the base's: the saved adapter and the reference would not be what was trained."""
@@ -216,7 +216,7 @@ def test_an_adapter_leaves_the_routers_biases_alone(
         make_model(BIASED), even_ids, make_config(num_steps=2), rows, tokenizer=tokenizer, peft_config=lora
     )
     trainer.train()
-    [router] = routers(trainer.learner.policy.model)
+    [router] = routers(trainer.learner.module.model)
     assert router.e_score_correction_bias is not None
     assert router.e_score_correction_bias.abs().max() == 0
     assert (router.expert_load - 0.25).abs().max() > 1e-3
@@ -224,32 +224,32 @@ def test_an_adapter_leaves_the_routers_biases_alone(
 
 def test_the_rollouts_experts_are_replayed(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
     trainer = GRPOTrainer(make_model(SPARSE), even_ids, make_config(), rows, tokenizer=tokenizer)
-    [[pack]] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    [[pack]] = minibatches_of(trainer, 1, trainer.source.collect(1).rollouts)
     assert pack.routing is not None
     other = replace(pack, routing=torch.where(pack.routing >= 0, (pack.routing + 1) % 4, pack.routing))
-    own, replayed = trainer.learner.score([replace(pack, routing=None), pack])
+    own, replayed = trainer.learner.logprobs([replace(pack, routing=None), pack])
     torch.testing.assert_close(own, replayed, atol=1e-6, rtol=0)
-    assert (trainer.learner.score([other])[0] - own).abs().max() > 1e-5
+    assert (trainer.learner.logprobs([other])[0] - own).abs().max() > 1e-5
 
 
 def test_the_trainers_own_experts_are_replayed_in_later_updates(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any
 ) -> None:
     """R2: chosen once, before the first update, whatever the engine chose."""
-    config = make_config(routing_replay="trainer", num_minibatches=2, learning_rate=0.5)
+    config = make_config(routing_replay="trainer", num_minibatches=2, optim={"learning_rate": 0.5})
     trainer = GRPOTrainer(make_model(SPARSE), even_ids, config, rows, tokenizer=tokenizer)
-    rollouts = trainer.collect(1).rollouts
+    rollouts = trainer.source.collect(1).rollouts
     wrong = [
         replace(rollout, completions=tuple(replace(c, routing=1 - c.routing % 2) for c in rollout.completions))
         for rollout in rollouts
     ]
-    minibatches = trainer.make_experience(1, wrong)
+    minibatches = minibatches_of(trainer, 1, wrong)
     packs = [pack for packs in minibatches for pack in packs]
     for pack, output in zip(packs, trainer.learner.outputs([replace(p, routing=None) for p in packs]), strict=True):
         assert pack.routing is not None and torch.equal(pack.routing, output.routing)
         torch.testing.assert_close(pack.old_logprobs, output.logprobs)
     for minibatch in minibatches:
-        trainer.learner.update(minibatch, trainer.loss, trainer.weigh)
+        trainer.learner.update(minibatch, trainer.algorithm.loss, trainer.algorithm.loss_weights)
     for pack, output in zip(packs, trainer.learner.outputs(packs), strict=True):
         assert torch.equal(pack.routing, output.routing)
         assert output.routing_disagreement is not None and output.routing_disagreement.mean() > 0.05
@@ -257,18 +257,22 @@ def test_the_trainers_own_experts_are_replayed_in_later_updates(
     assert any(not torch.equal(pack.routing, output.routing) for pack, output in zip(packs, free, strict=True))
 
 
-def test_nothing_is_replayed_where_that_is_said(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+def test_routing_is_not_replayed_when_replay_is_off(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
     config = make_config(routing_replay="none")
     trainer = GRPOTrainer(make_model(SPARSE), even_ids, config, rows, tokenizer=tokenizer)
-    [[pack]] = trainer.make_experience(1, trainer.collect(1).rollouts)
+    [[pack]] = minibatches_of(trainer, 1, trainer.source.collect(1).rollouts)
     assert pack.routing is None
     assert "routing_disagreement" not in trainer.train().metrics
     with pytest.raises(ConfigError, match="routing_replay is none, and PolicyForCausalLM has no experts"):
         GRPOTrainer(make_model(), even_ids, config, rows, tokenizer=tokenizer)
 
 
-def test_a_step_without_a_reward_moves_nothing(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
-    """Momentum and weight decay would."""
+def test_step_without_a_reward_changes_no_weight(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    """An optimizer step would change them by momentum and weight decay."""
     seen: list[dict[str, Tensor]] = []
     calls: list[int] = []
 
@@ -279,7 +283,7 @@ def test_a_step_without_a_reward_moves_nothing(make_model: Make, make_config: Ma
     def keep(trainer: GRPOTrainer, step: int, metrics: Any) -> None:
         seen.append({name: p.detach().clone() for name, p in trainer.learner.trained.items()})
 
-    config = make_config(num_steps=4, weight_decay=0.1)
+    config = make_config(num_steps=4, optim={"weight_decay": 0.1})
     trainer = GRPOTrainer(make_model(), at_first, config, rows, tokenizer=tokenizer, callbacks=[keep])
     assert trainer.train().metrics["empty_updates"] == 2
     assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
@@ -303,7 +307,9 @@ def test_resuming_a_finished_run_writes_no_line_twice(
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
 
 
-def test_a_signal_in_the_last_step_is_told(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+def test_signal_in_the_last_step_is_in_the_result(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
     def interrupt(_: Any, step: int, __: Any) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -331,8 +337,7 @@ def test_ranks_share_out_the_examples(
     for rank in (0, 1):
         config = SFTConfig(output_dir=tmp_path, num_sequences=6, trackers=())
         trainer = SFTTrainer(make_model(), config, examples, tokenizer=tokenizer)
-        ranks = SimpleNamespace(process_index=rank, num_processes=2)
-        monkeypatch.setattr(SFTTrainer, "accelerator", property(lambda _, ranks=ranks: ranks))
+        trainer.ranks.index, trainer.ranks.count = rank, 2
         with pytest.raises(Stop):
             trainer.train_step(1)
     assert len(taken[0]) == len(taken[1]) == 3
@@ -346,7 +351,8 @@ def test_experts_of_an_adapter_train_and_generate(
     lora = LoraSettings(rank=4, experts=True)
     gaps: list[float] = []
     trainer = GRPOTrainer(
-        make_model(DROPPING), even_ids, make_config(num_steps=2, learning_rate=1e-2), rows, tokenizer=tokenizer,
+        make_model(DROPPING), even_ids, make_config(num_steps=2, optim={"learning_rate": 1e-2}), rows,
+        tokenizer=tokenizer,
         peft_config=lora, callbacks=[series("rollout_gap", gaps)],
     )
     before = {name: p.detach().clone() for name, p in trainer.learner.trained.items() if ".experts." in name}

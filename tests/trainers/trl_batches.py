@@ -1,4 +1,4 @@
-"""One model and one batch for TRL's trainers and ours, and the loss and the gradient that each makes of them."""
+"""One model and one batch for TRL's trainers and ours, with loss and gradient of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignlab.trainers.offline import OfflineTrainer
+from alignlab.loop.offline import OfflineTrainer
+from tests.trainers.steps import packs_of, update_on
 
 Step = tuple[float, dict[str, Tensor]]  # loss, and gradient by name of weight
 SETTINGS: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False}
@@ -49,21 +50,21 @@ def as_trl_warns() -> Iterator[None]:
 
 
 def step_of_ours(trainer: OfflineTrainer, rows: Sequence[int]) -> Step:
-    """Of an update that is not made."""
-    kept: dict[str, Tensor] = {}
+    """Return loss and gradient of an update of ours, without the optimizer step."""
+    gradients: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> dict[str, float]:
         named = trainer.learner.trained.items()
-        kept.update({n.removeprefix("model."): p.grad.clone() for n, p in named if p.grad is not None})
+        gradients.update({n.removeprefix("model."): p.grad.clone() for n, p in named if p.grad is not None})
         return {}
 
     trainer.learner._step = keep  # type: ignore[method-assign]
-    metrics = trainer.learner.update(trainer.packs(rows), trainer.loss, trainer.weigh, measure=trainer.measure)
-    return metrics["loss"], kept
+    metrics = update_on(trainer, packs_of(trainer, rows))
+    return metrics["loss"], gradients
 
 
 def step_of_trl(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Of a loss that one of its trainers makes of a model."""
+    """Return loss and gradient of a TRL trainer's loss."""
     value = loss()
     value.backward()
     return float(value.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -1,7 +1,26 @@
-"""Rollouts by vLLM. Nothing here is imported unless `rollout.engine` asks for it.
+"""Rollouts by vLLM, in this process or on servers. Nothing here is imported unless a config asks for vLLM.
 
-    requirement  which versions were tested, and what to do where there is none
-    engine       the engine in this process
-    transfer     how new weights reach it, and what of them arrived
-    mending      what is put right in vLLM, each with its reason
+    verified_engine   the engine: sends weights, verifies them, generates
+    backend           the protocol between the engine and vLLM
+    in_process, sync  vLLM in this process, and how it takes over weights
+    servers           vLLM on servers
+    pool, client      all servers as one; one server
+    weight_delivery   gives a server the present weights
+    policy_weights    the policy's weights on their way to vLLM
+    completions       requests and answers
+    answers           checks of servers' answers
+    access            the token of requests to servers
+    abandonable_loop  asynchronous work that any thread can abandon
+    ranks             the first rank before the others
+    options           the options that vLLM is started with
+    installation      tested versions of vLLM
+    launch            server processes, started and kept running
+
+Shared with the code inside vLLM:
+
+    protocol          names, paths and versions that both sides agree on
+    serialization     weights and expert choices as bytes
+    private_folders   folders for weights in memory
+
+    inside            code that vLLM loads into its own processes
 """

@@ -1,4 +1,4 @@
-"""What vLLM is asked for one completion, and what its answer becomes; the same in this process and over HTTP."""
+"""Requests for one completion, and vLLM's answers; the same in this process and over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignlab.config.online_rules import MAX_VLLM_TEMPERATURE
+from alignlab.config.rollout import MAX_VLLM_TEMPERATURE
 from alignlab.errors import RolloutError
 from alignlab.rollout.detokenizer import decode, special_ids
 from alignlab.rollout.requests import completion_keys, end_token_ids
@@ -22,11 +22,11 @@ _SEED_BITS = 2**63 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """One completion asked for.
+    """A request for one completion.
 
     Attributes:
-        token_ids: of the prompt.
-        params: of vLLM's SamplingParams, by name, as JSON has them.
+        token_ids: tokens of the prompt.
+        params: arguments of vLLM's SamplingParams, by name, as JSON has them.
     """
 
     token_ids: tuple[int, ...]
@@ -35,15 +35,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion as vLLM gave it.
+    """One completion as vLLM returned it.
 
     Attributes:
-        token_ids: sampled, the end token included.
-        logprobs: of each under the distribution sampled from; at temperature 0, under the model's own.
-        finish_reason: vLLM's word for it.
-        stop_text: the stop string that ended it.
-        policy_versions: of the weights that sampled each token.
-        routing: see `Completion`.
+        token_ids: sampled tokens, the end token included.
+        logprobs: log-prob of each token under the distribution sampled from; at temperature 0, under the model's own.
+        finish_reason: one of vLLM's: stop, length, abort.
+        stop_text: stop string that ended the completion; None if none did.
+        policy_versions: version of the weights that sampled each token.
+        routing: experts of each token, see `Completion`.
     """
 
     token_ids: tuple[int, ...]
@@ -55,36 +55,38 @@ class Answer:
 
 
 def padded(record: Tensor, num_tokens: int) -> Tensor:
-    """A record [tokens, L, K] as int16, cut or lengthened by -1 to `num_tokens`."""
-    whole = torch.full((num_tokens, *record.shape[1:]), -1, dtype=torch.int16)
-    whole[: len(record)] = record[:num_tokens].to(torch.int16)
-    return whole
+    """Return a record [tokens, L, K] as int16, cut or padded with -1 to `num_tokens`."""
+    result = torch.full((num_tokens, *record.shape[1:]), -1, dtype=torch.int16)
+    result[: len(record)] = record[:num_tokens].to(torch.int16)
+    return result
 
 
 def make_requests(
     prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Request]:
-    """A request for each completion of each prompt: vLLM takes a seed with n = 1 alone, and shares the prompt anyway.
+    """Return one request for each completion of each prompt, in order.
+
+    vLLM takes a seed only with n = 1; requests with the same prompt share its cache anyway.
 
     Raises:
         RolloutError: a temperature is higher than vLLM takes.
     """
+    # Stop strings may contain tags that are special tokens, so these belong to the text.
+    text_params = {"skip_special_tokens": not special_ids(tokenizer).tags}
     requests = []
-    for prompt, one, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
-        ends = sorted(end_token_ids(lm, tokenizer, one))
-        # Where tags are special tokens, they are part of the text that stop strings are looked for in.
-        params = {"skip_special_tokens": not special_ids(tokenizer).tags}
-        requests += [Request(prompt.token_ids, _params(one, key, ends) | params) for key in keys]
+    for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
+        ends = sorted(end_token_ids(lm, tokenizer, params))
+        requests += [Request(prompt.token_ids, _vllm_params(params, key, ends) | text_params) for key in keys]
     return requests
 
 
 def make_completion(
     answer: Answer, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams, lm: PreTrainedModel
 ) -> Completion:
-    """The answer with its text, and with the log-probs that the sampling gives it."""
+    """Return the answer as a completion, with its text."""
     text = decode(tokenizer, answer.token_ids, end_token_ids(lm, tokenizer, SamplingParams()))
-    if answer.stop_text is not None and answer.stop_text in text:  # one with the token of a turn in it is left out
+    if answer.stop_text is not None and answer.stop_text in text:  # a stop string with an end token is not in the text
         text = text[: text.rfind(answer.stop_text)]
     greedy = sampling.temperature == 0
     return Completion(
@@ -99,12 +101,12 @@ def make_completion(
 
 
 def _is_plain(sampling: SamplingParams) -> bool:
-    """Whether the distribution sampled from is the model's own; at temperature 0 vLLM reports that one too."""
+    """Return True if vLLM's log-probs are the model's own; at temperature 0 it reports those too."""
     shaping = (sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
     return sampling.temperature in (0, 1) and shaping == (0, 1.0, 0.0, 1.0) and sampling.min_new_tokens == 0
 
 
-def _params(sampling: SamplingParams, key: int, ends: list[int]) -> dict[str, Any]:
+def _vllm_params(sampling: SamplingParams, key: int, ends: list[int]) -> dict[str, Any]:
     if sampling.temperature > MAX_VLLM_TEMPERATURE:
         raise RolloutError(
             f"sampling.temperature is {sampling.temperature}, and vLLM takes at most {MAX_VLLM_TEMPERATURE:g}; lower "

@@ -1,4 +1,4 @@
-"""What vLLM is started with, in this process and in a server: the same options under the same names."""
+"""The options that vLLM is started with, in this process and on a server alike."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
+from transformers import PreTrainedModel
 
-from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
+from alignlab.config.rollout import VLLMServerSettings, VLLMSettings, max_staleness
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import has_adapters
-from alignlab.models.export import Model
+from alignlab.models.decoder import causal_lm
+from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
-BACKEND = "alignlab"
-"""The name by which vLLM finds our weight transfer."""
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def engine_options(
-    settings: VLLMSettings | VLLMServerSettings, *, dtype: torch.dtype, context_tokens: int, on_cpu: bool, sparse: bool
+    settings: VLLMSettings | VLLMServerSettings, model: Model, *, adapter_rank: int, on_cpu: bool
 ) -> dict[str, Any]:
-    """Options of vLLM's engine, beside the model and what a weight update needs."""
+    """Return the options of vLLM's engine, beside the path of its model.
+
+    Args:
+        adapter_rank: of adapters that are synced alone; 0 if all weights are synced.
+        on_cpu: vLLM runs on a CPU.
+
+    Raises:
+        ConfigError: neither the settings nor the model limit the context.
+    """
+    lm = causal_lm(model)
+    context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
-        "dtype": _DTYPES[dtype],
+        "dtype": _DTYPES[lm.dtype],
         "max_model_len": context_tokens,
         "max_num_seqs": settings.max_running,
         "max_num_batched_tokens": max(settings.prefill_tokens, context_tokens),
@@ -35,65 +46,89 @@ def engine_options(
         "enable_prefix_caching": True,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": "alignlab.rollout.vllm.worker.Inspection",
+        "worker_extension_cls": "alignlab.rollout.vllm.inside.worker.WorkerExtension",
         "disable_log_stats": True,
         "seed": 0,
     }
     if on_cpu:
         # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
         options["enable_chunked_prefill"] = False
-    elif sparse:
+    elif getattr(lm.config, "sparse_layers", ()):
         options["enable_return_routed_experts"] = True
     if settings.block_size is not None:
         options["block_size"] = settings.block_size
     if settings.cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
-    return options
+    return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
 
 
-def travels_alone(settings: VLLMSettings | VLLMServerSettings, model: Model, *, on_cpu: bool) -> bool:
-    """Whether the adapter is sent alone: as the settings say; by default to a GPU, for on a CPU vLLM takes twice as
-    long to generate with one, and where vLLM can apply the adapter."""
-    if settings.sync != "auto":
-        return settings.sync == "adapter"
-    return has_adapters(model) and not on_cpu and why_not_alone(model) is None
-
-
-def merged_options() -> dict[str, Any]:
-    """What vLLM needs to have all its weights replaced."""
-    return {"weight_transfer_config": {"backend": BACKEND}}
-
-
-def adapter_options(rank: int, *, num_versions: int) -> dict[str, Any]:
-    """What vLLM needs to be given adapters of a rank, `num_versions` of which are in use at one time."""
-    room = next(room for room in _RANKS if room >= rank)
-    return {"enable_lora": True, "max_lora_rank": room, "max_loras": num_versions, "max_cpu_loras": num_versions + 1}
-
-
-def check_adapter(model: Model) -> int:
-    """The rank of an adapter that is to travel alone.
+def context_limit(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> int:
+    """Return the limit of prompt and completion together, tokens.
 
     Raises:
-        ConfigError: the policy has none, or one that vLLM cannot apply.
+        ConfigError: neither the settings nor the model's config have one.
+    """
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (positions, settings.context_tokens) if limit is not None]
+    if not limits:
+        raise ConfigError(
+            f"rollout.context_tokens is null, and must be given: the config of {type(lm).__name__} names no limit of "
+            "its own; use the longest prompt and completion together"
+        )
+    return min(limits)
+
+
+def sync_adapter_only(settings: VLLMSettings | VLLMServerSettings, model: Model, *, on_cpu: bool) -> bool:
+    """Return True if updates send the adapter alone, as `rollout.sync` says.
+
+    `auto` sends it alone to a GPU, if vLLM can apply it; on a CPU, vLLM generates half as fast with an adapter.
+    """
+    if settings.sync != "auto":
+        return settings.sync == "adapter"
+    return not on_cpu and can_sync_adapter_only(model)
+
+
+def can_sync_adapter_only(model: Model) -> bool:
+    """Return True if the policy has an adapter that vLLM can apply."""
+    return has_adapters(model) and _obstacle(model) is None
+
+
+def checked_adapter_rank(model: Model) -> int:
+    """Return the rank of an adapter that is to be synced alone.
+
+    Raises:
+        ConfigError: the policy has no adapter, or one that vLLM cannot apply.
     """
     if not isinstance(model, PeftModel) or not has_adapters(model):
         raise ConfigError("rollout.sync is adapter, and the policy has none; use merged, or give model.lora")
-    reason = why_not_alone(model)
-    if reason is not None:
-        raise ConfigError(f"rollout.sync is adapter, and the adapter {reason}; use rollout.sync: merged")
+    obstacle = _obstacle(model)
+    if obstacle is not None:
+        raise ConfigError(f"rollout.sync is adapter, and the adapter {obstacle}; use rollout.sync: merged")
     config: Any = model.peft_config[model.active_adapter]
     return int(config.r)
 
 
-def why_not_alone(model: Model) -> str | None:
-    """Why vLLM could not apply the policy's adapter by itself; None where it can."""
+def _sync_options(adapter_rank: int, *, num_adapters: int) -> dict[str, Any]:
+    if adapter_rank == 0:
+        return {"weight_transfer_config": {"backend": TRANSFER_BACKEND}}
+    max_rank = next(rank for rank in _MAX_RANKS if rank >= adapter_rank)
+    # One more in the host's memory: the next adapter is loaded before the oldest goes.
+    return {
+        "enable_lora": True, "max_lora_rank": max_rank, "max_loras": num_adapters, "max_cpu_loras": num_adapters + 1,
+    }  # fmt: skip
+
+
+def _obstacle(model: Model) -> str | None:
+    """Return why vLLM cannot apply the policy's adapter by itself; None if it can."""
     assert isinstance(model, PeftModel)
     config: Any = model.peft_config[model.active_adapter]
-    if config.r > _RANKS[-1] or config.rank_pattern:
-        return f"has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one of at most {_RANKS[-1]}"
+    if config.r > _MAX_RANKS[-1] or config.rank_pattern:
+        return (
+            f"has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one of at most {_MAX_RANKS[-1]}"
+        )
     layers: dict[str, Any] = dict(wrappers(model))
     for name, layer in layers.items():
-        plain = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)
-        if not plain or layer.lora_variant or any(layer.lora_bias.values()):
+        is_linear = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)
+        if not is_linear or layer.lora_variant or any(layer.lora_bias.values()):
             return f"is more than plain LoRA on linear layers, in {name}"
     return None

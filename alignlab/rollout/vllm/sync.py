@@ -1,106 +1,80 @@
-"""The two ways in which a policy's weights travel to vLLM: all of them, an adapter merged in; or the adapter alone."""
+"""The two ways in which vLLM in this process takes over weights: all of them, or an adapter alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
-from peft import PeftModel
-from torch import Tensor
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from alignlab.models.export import Model, adapter_tensors, merged_tensors
-from alignlab.rollout.vllm import transfer
-from alignlab.rollout.vllm.options import adapter_options, check_adapter, merged_options
-from alignlab.rollout.weight_proof import adapter_digests, check_arrived, digests
+from alignlab.rollout.vllm.inside import transfer
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
 
 
 class WeightSync(Protocol):
-    """Attributes:
-    options: what vLLM's constructor is told for it.
-    request: with which vLLM generates from the weights that were sent last; None is its own weights.
+    """One of the two ways.
+
+    Attributes:
+        lora_request: adapter that vLLM has to generate with; None for vLLM's own weights.
     """
 
-    options: dict[str, Any]
-    request: LoRARequest | None
+    lora_request: LoRARequest | None
 
-    def send(self, llm: LLM, policy_version: int) -> Mapping[str, Tensor]:
-        """Have vLLM use the policy's present weights; returns what travelled."""
+    def load(self, llm: LLM, weights: PolicyWeights, policy_version: int, attempt: int) -> None:
+        """Let vLLM generate from `weights` from now on; see `Backend.put_weights` for the numbers."""
         ...
 
-    def check(self, llm: LLM, sent: Mapping[str, Tensor]) -> None:
-        """Raises:
-        RolloutError: what vLLM holds is not what was sent.
-        """
+    def arrived(self, llm: LLM) -> Mapping[str, str]:
+        """Return the digest of each tensor that vLLM loaded last, by name."""
         ...
 
 
-class MergedSync:
-    """Every tensor of the checkpoint travels, through vLLM's interface for weight updates."""
+class FullSync:
+    """Replaces every tensor of the checkpoint, through vLLM's interface for weight updates."""
 
-    def __init__(self, model: Model) -> None:
-        self.request: LoRARequest | None = None
-        self.options: dict[str, Any] = merged_options()
-        self._model = model
+    lora_request: LoRARequest | None = None
+
+    def __init__(self) -> None:
         transfer.register()
 
-    def send(self, llm: LLM, policy_version: int) -> Mapping[str, Tensor]:
+    def load(self, llm: LLM, weights: PolicyWeights, policy_version: int, attempt: int) -> None:
         """Replace all weights."""
-        tensors, key = merged_tensors(self._model), str(id(self))
-        with transfer.offering(key, tensors):
+        key = f"policy-{policy_version}-{attempt}"
+        with transfer.offering(key, weights.tensors):
             llm.start_weight_update()
             llm.update_weights({"update_info": {"key": key}})
             llm.finish_weight_update(str(policy_version))
-        return tensors
 
-    def check(self, llm: LLM, sent: Mapping[str, Tensor]) -> None:
-        """Compare digests of what was sent and of what the model's loader took."""
-        [arrived] = llm.collective_rpc("alignlab_arrived")
-        check_arrived(digests(sent), arrived)
+    def arrived(self, llm: LLM) -> Mapping[str, str]:
+        """Return the digests of the tensors as vLLM's loader took them."""
+        [digests] = llm.collective_rpc("alignlab_arrived")
+        return dict(digests)
 
 
 class AdapterSync:
-    """The adapter's tensors travel, under a name that was never used: vLLM finds cached prefixes by it.
+    """Loads the adapter under a name that was never used: vLLM finds cached prefixes by the adapter's name."""
 
-    Raises:
-        ConfigError: the policy has no adapter, or one that vLLM cannot apply.
-    """
+    def __init__(self) -> None:
+        self.lora_request: LoRARequest | None = None
 
-    def __init__(self, model: Model) -> None:
-        rank = check_adapter(model)
-        assert isinstance(model, PeftModel)
-        self._model = model
-        self.options: dict[str, Any] = adapter_options(rank, num_versions=1)
-        self.request: LoRARequest | None = None
-        self._prepared = False
-
-    def send(self, llm: LLM, policy_version: int) -> Mapping[str, Tensor]:
+    def load(self, llm: LLM, weights: PolicyWeights, policy_version: int, attempt: int) -> None:
         """Load the adapter under a new name, and unload the one before it."""
-        if not self._prepared:
+        assert weights.adapter_config is not None
+        previous = self.lora_request
+        if previous is None:
             llm.collective_rpc("alignlab_take_adapters_from_memory")
-            self._prepared = True
-        number = self.next_number()
-        name = f"policy-{policy_version}-{number}"
-        tensors = adapter_tensors(self._model)
-        config = asdict(self._model.peft_config[self._model.active_adapter])
-        with transfer.offering(name, tensors, config):
-            request = LoRARequest(name, number, f"{transfer.MEMORY}{name}")
+        name = f"policy-{policy_version}-{attempt}"
+        with transfer.offering(name, weights.tensors, weights.adapter_config):
+            request = LoRARequest(name, attempt, f"{transfer.MEMORY}{name}")
             llm.llm_engine.add_lora(request)
-        before, self.request = self.request, request
-        if before is not None:
-            llm.llm_engine.remove_lora(before.lora_int_id)
+        self.lora_request = request
+        if previous is not None:
+            llm.llm_engine.remove_lora(previous.lora_int_id)
         llm.llm_engine.set_weight_version(str(policy_version))
-        return tensors
 
-    def next_number(self) -> int:
-        """vLLM's number of the next adapter, never used before."""
-        return 1 if self.request is None else self.request.lora_int_id + 1
-
-    def check(self, llm: LLM, sent: Mapping[str, Tensor]) -> None:
-        """Compare digests of both matrices of every layer with those in the memory that vLLM multiplies with."""
-        assert self.request is not None
-        [arrived] = llm.collective_rpc("alignlab_adapter_arrived", args=(self.request.lora_int_id,))
-        dtype = llm.llm_engine.vllm_config.lora_config.lora_dtype
-        check_arrived(adapter_digests(self._model, sent, dtype), arrived)
+    def arrived(self, llm: LLM) -> Mapping[str, str]:
+        """Return the digests of the matrices in the memory that vLLM multiplies with."""
+        assert self.lora_request is not None
+        [digests] = llm.collective_rpc("alignlab_adapter_arrived", args=(self.lora_request.lora_int_id,))
+        return dict(digests)

@@ -1,4 +1,4 @@
-"""What is told behind an answer: explanations under a first line that is nothing else, and clauses about the answer."""
+"""Explanations below a first line that is the answer alone, answers taken back, clauses that describe the answer."""
 
 ASIDES: dict[str, list[tuple[str, str, float]]] = {
     "an answer and its explanation": [
@@ -30,7 +30,7 @@ ASIDES: dict[str, list[tuple[str, str, float]]] = {
         ("-7", "The answer is **negative 7**.", 1.0),
         ("5", "12 minus 7 is 5.", 1.0),
     ],
-    "words that are told of the answer": [
+    "words that describe the answer": [
         ("Monday", "Therefore, it is a **Tuesday**, the day after Monday.", 0.0),
         ("Tuesday", "Therefore, it is a **Tuesday**, the day after Monday.", 1.0),
         ("Bob", "The winner is Alice, who beat Bob.", 0.0),

@@ -1,4 +1,4 @@
-"""More rows of the kinds in `soundness` and `endings`, written to find what the mechanisms did not know."""
+"""More rows of the kinds in `soundness` and `endings`, written to find gaps of the checker."""
 
 NEAR_MISSES: dict[str, list[tuple[str, str, float]]] = {
     "near misses: exact values, bounds and denials": [

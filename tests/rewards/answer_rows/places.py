@@ -1,4 +1,4 @@
-"""Where in a completion the answer stands: boxes, bold, prose, thinking, second thoughts, attempts to game."""
+"""Places of the answer in a completion: boxes, bold, prose, thinking, second thoughts, attempts to game the reward."""
 
 LONG = "Let us go on carefully. We have 3 apples and 4 pears, and each costs 2 dollars. " * 12
 

@@ -1,4 +1,4 @@
-"""Rows for numbers in words (which are words), offers beside a box, denials, purposes, remarks behind a bold answer."""
+"""Numbers in words (which are words), offers beside a box, denials, purposes, remarks behind a bold answer."""
 
 SECOND_READING: dict[str, list[tuple[str, str, float]]] = {
     "numbers in words": [
@@ -62,7 +62,7 @@ SECOND_READING: dict[str, list[tuple[str, str, float]]] = {
         ("Paris", "Without a doubt, the capital is Paris.", 1.0),
         ("Paris", "I doubt that it is Paris.", 0.0),
     ],
-    "what a number is needed for": [
+    "purposes of a number": [
         ("5", "Betty needs $5 more to buy the wallet of $100.", 1.0),
         ("5", "Betty needs $5 more to buy the wallet that costs $100.", 1.0),
         ("100", "Betty needs $5 more to buy the wallet of $100.", 0.0),

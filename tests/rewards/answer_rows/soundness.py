@@ -1,7 +1,7 @@
-"""Answers that are near the expected one, or hold it without giving it: factorials, bounds, hedges, huge numbers."""
+"""Wrong answers that are near the expected one or contain it: factorials, bounds, hedges, huge numbers."""
 
 SOUNDNESS: dict[str, list[tuple[str, str, float]]] = {
-    "marks that mean something": [
+    "marks with a meaning": [
         ("6", r"\boxed{6!}", 0.0),
         ("6!", r"\boxed{6}", 0.0),
         ("6!", r"\boxed{6!}", 1.0),

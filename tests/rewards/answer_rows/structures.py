@@ -1,4 +1,4 @@
-"""Answers that are no single number: choices, words, expressions, equations, sets, tuples, matrices, ratios."""
+"""Answers other than a single number: choices, words, expressions, equations, sets, tuples, matrices, ratios."""
 
 STRUCTURES: dict[str, list[tuple[str, str, float]]] = {
     "choices": [

@@ -1,10 +1,11 @@
-"""vLLM itself, in this process. Its engines are made once a file: each takes seconds to start."""
+"""Engines of the real vLLM, made once for each test file, since each takes seconds to start; and stand-in servers."""
 
 from __future__ import annotations
 
 import importlib.util
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
-from alignlab.models.checkpoints import new_model
-from alignlab.models.export import write_base
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.hub.export import write_base
 from tests.rollout.conftest import VOCAB
 from tests.rollout.vllm.stand_in import RUN, StandIn, weights
 
@@ -30,7 +31,7 @@ TIED = DENSE | {"tie_word_embeddings": True}
 QWEN3_MOE = DENSE | {
     "use_qk_norm": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 }
-# Shapes that no Hub family has.
+# Architectures that no Hub family has.
 OWN_DENSE = DENSE | {
     "use_qk_norm": True, "attention_bias": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0,
     "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6,
@@ -49,32 +50,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def make_model(architecture: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model whose vocabulary is that of the tests' tokenizer."""
+    """Return a random model whose vocabulary is that of the tests' tokenizer."""
     torch.manual_seed(seed)
     return new_model(architecture, vocab_size=VOCAB, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
-    """vLLM on a model; other keywords are the settings'.
+    """Make a rollout engine with vLLM in this process, on a model; other keywords are settings.
 
-    Engines stay to the end of the file: vLLM's groups of ranks are the process's, and go with the first engine.
+    Engines live to the end of the file: vLLM's groups of ranks belong to the process, and go with the first engine.
     """
-    made: list[Any] = []
+    engines: list[Any] = []
     defaults = {"cache_gib": 0.1, "block_size": 32, "canary_every_updates": 1, "canary_new_tokens": 8}
 
     def make(model: Any, **settings: Any) -> Any:
-        from alignlab.rollout.engines import make_engine
+        from alignlab.rollout.engine import make_engine
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own, when it is imported and started
-            made.append(
-                make_engine(model, tokenizer, VLLMSettings(**defaults | settings))
-            )
-            return made[-1]
+            engines.append(make_engine(model, tokenizer, VLLMSettings(**defaults | settings)))
+            return engines[-1]
 
     yield make
-    for engine in made:
+    for engine in engines:
         engine.close()
 
 
@@ -85,69 +84,71 @@ PATIENCE: dict[str, Any] = {"health_every_s": 0.1, "request_timeout_s": 60, "rec
 
 
 def free_address() -> str:
-    """An address of this machine at which nothing listens."""
+    """Return an address of this machine at which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def wait_until_up(server: Any) -> None:
+    """Wait until a started server process answers; an error if it ends instead."""
+    while not server.is_healthy():
+        assert server.process.poll() is None, "the server ended before it was up; see vLLM's messages above"
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
 def serve(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Any]]:
-    """Servers of a model, each in processes of its own, up; their settings, and the processes."""
-    from alignlab.rollout.vllm.server.process import ServerProcess, end_all
+    """Start servers of a model, each in its own processes; return their settings and the processes once they are up."""
+    from alignlab.rollout.vllm.launch import ServerProcess, end_all
 
     started: list[ServerProcess] = []
 
     def start(model: Any, *, count: int = 1, lora_rank: int = 0, **settings: Any) -> tuple[Any, list[ServerProcess]]:
-        from alignlab.models.attention import causal_lm
-        from alignlab.rollout.vllm.options import adapter_options, engine_options, merged_options
-        from alignlab.rollout.vllm.server.process import make_server, wait_until_up
+        from alignlab.rollout.vllm.launch import make_server
+        from alignlab.rollout.vllm.options import engine_options
 
         addresses = tuple(free_address() for _ in range(count))
-        asked = VLLMServerSettings(servers=addresses, **SMALL | PATIENCE | settings)
+        server_settings = VLLMServerSettings(servers=addresses, **SMALL | PATIENCE | settings)
         folder = Path(tmp_path_factory.mktemp("served"))
         write_base(model, folder)
         tokenizer.save_pretrained(folder)
-        lm = causal_lm(model)
-        sparse = bool(getattr(lm.config, "sparse_layers", ()))
-        options = engine_options(asked, dtype=lm.dtype, context_tokens=128, on_cpu=True, sparse=sparse)
-        versions = asked.max_staleness + 1
-        options |= adapter_options(lora_rank, num_versions=versions) if lora_rank else merged_options()
+        options = engine_options(server_settings, model, adapter_rank=lora_rank, on_cpu=True)
         servers = [make_server(address, folder, options) for address in addresses]
         for server in servers:
             server.start()
         started.extend(servers)
         for server in servers:
             wait_until_up(server)
-        return asked, servers
+        return server_settings, servers
 
     yield start
     for server in started:
-        server.stop(signal.SIGKILL)
+        server.send_signal(signal.SIGKILL)
     end_all(started)
 
 
 @pytest.fixture(scope="module")
 def make_client(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
-    """The rollout engine of some servers."""
-    made: list[Any] = []
+    """Make the rollout engine of started servers."""
+    engines: list[Any] = []
 
     def make(model: Any, settings: VLLMServerSettings) -> Any:
-        from alignlab.rollout.engines import make_engine
+        from alignlab.rollout.engine import make_engine
 
-        made.append(make_engine(model, tokenizer, settings))
-        return made[-1]
+        engines.append(make_engine(model, tokenizer, settings))
+        return engines[-1]
 
     yield make
-    for engine in made:
+    for engine in engines:
         engine.close()
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., StandIn]]:
-    """Starts stand-ins, which end with the test."""
+    """Start stand-ins, which end with the test."""
     started: list[StandIn] = []
 
     def make(port: int = 0) -> StandIn:
@@ -162,16 +163,20 @@ def start() -> Iterator[Callable[..., StandIn]]:
 
 @pytest.fixture
 def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Pools of stand-ins that have been given weights."""
+    """Make pools of stand-ins that have been given weights."""
     monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", "a-token-of-the-tests")
-    from alignlab.rollout.vllm.server.pool import ServerPool
+    from alignlab.rollout.vllm.pool import ServerPool
 
     pools: list[ServerPool] = []
 
     def make(*servers: StandIn, layers: list[int] | None = None, **settings: Any) -> ServerPool:
         addresses = tuple(server.address for server in servers)
-        asked = VLLMServerSettings(servers=addresses, **{"health_every_s": 0.01, "reconnect_s": 30} | settings)
-        pool = ServerPool(asked, {"vocab_size": 10}, layers or [], run=RUN, rank=0, check=lambda about: None)
+        server_settings = VLLMServerSettings(
+            servers=addresses, **{"health_every_s": 0.01, "reconnect_s": 30} | settings
+        )
+        pool = ServerPool(
+            server_settings, lambda address, about: None, layers or [], run=RUN, rank=0, vocab_size=10
+        )
         pools.append(pool)
         pool.open()
         pool.put(weights(tmp_path, 1))

@@ -6,7 +6,7 @@ from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from alignlab.rollout.vllm.server.access import server_token
+from alignlab.rollout.vllm.access import server_token
 
 GENERATE = "/inference/v1/generate"
 HOSTILE: dict[str, tuple[str, str, dict[str, str], Any, int]] = {
@@ -28,7 +28,7 @@ HOSTILE: dict[str, tuple[str, str, dict[str, str], Any, int]] = {
 
 
 def ask(address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, str]:
-    """The status and the text of a server's answer; the right token and length are sent where `headers` say nothing."""
+    """Return (status, text) of a server's answer; the right token and length are sent unless `headers` have them."""
     place = urlsplit(address)
     sent = {"Authorization": f"Bearer {server_token()}", "Content-Type": "application/json"} | headers
     if not {"Content-Length", "Transfer-Encoding"} & headers.keys():

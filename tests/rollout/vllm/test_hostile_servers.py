@@ -1,4 +1,4 @@
-"""Servers that answer what cannot be so, never stop answering, or repeat what they are not to."""
+"""Servers whose answers cannot be true or never end, or that repeat the token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
+from alignlab.rollout.vllm import client, launch, pool, protocol
+from alignlab.rollout.vllm.client import ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.completions import Request
-from alignlab.rollout.vllm.server import client, pool, process
-from alignlab.rollout.vllm.server.client import ServerFaulty, ServerLost, VLLMServer, http_client
-from alignlab.rollout.vllm.server.process import ServerProcess, make_server
-from alignlab.rollout.vllm.server.wire import decode_routing, encode_routing
-from tests.hostile_server import Answer, always, endless, hostile_server, response
+from alignlab.rollout.vllm.launch import ServerProcess, make_server
+from alignlab.rollout.vllm.serialization import decode_routing, encode_routing
+from tests.network.hostile_server import Answer, always, endless, hostile_server, response
 from tests.rollout.vllm.conftest import free_address
 from tests.rollout.vllm.stand_in import requests, weights
 
@@ -71,20 +71,20 @@ FAULTS: dict[str, Callable[[dict[str, Any], str], Any]] = {
 def test_a_faulty_answer_is_counted_and_the_request_goes_to_another_server(name: str, start: Any, connect: Any) -> None:
     bad, good = start(), start()
     servers = connect(bad, good)
-    bad.twist = FAULTS[name]
+    bad.change_answer = FAULTS[name]
     for _ in range(3):
         answers = servers.answers(requests(4))
         assert [(a.token_ids, a.logprobs) for a in answers] == [((7,), (-1.0,))] * 4
-    assert [server.address for server in servers.alive] == [good.address]  # and stays away, while the other lives
+    assert [server.address for server in servers.alive] == [good.address]
     assert 1 <= servers.counts["faulty"] <= 4 and servers.counts["lost"] == 1
 
 
 def test_a_faulty_server_gets_another_chance_with_the_next_weights(start: Any, connect: Any, tmp_path: Any) -> None:
     bad, good = start(), start()
     servers = connect(bad, good)
-    bad.twist = FAULTS["NaN"]
+    bad.change_answer = FAULTS["NaN"]
     servers.answers(requests(4))
-    bad.twist = lambda answer, name: answer
+    bad.change_answer = lambda answer, name: answer
     servers.put(weights(tmp_path, 2))
     assert len(servers.alive) == 2
 
@@ -95,7 +95,7 @@ def test_where_every_server_is_faulty_the_run_ends_with_the_reason(
     monkeypatch.setattr(pool, "MAX_ATTEMPTS", 2)
     bad = start()
     servers = connect(bad)
-    bad.twist = FAULTS["NaN"]
+    bad.change_answer = FAULTS["NaN"]
     with pytest.raises(RolloutError, match=f"lost 2 times, last by {bad.address}: it gives the log-probability nan"):
         servers.answers(requests(1))
     assert servers.counts["faulty"] == 2
@@ -109,21 +109,21 @@ def test_where_every_server_is_faulty_the_run_ends_with_the_reason(
         {"context_tokens": True},
     ],
 )  # fmt: skip
-def test_a_server_that_tells_nonsense_of_itself_is_none(about: Any, start: Any, connect: Any) -> None:
+def test_a_server_with_an_invalid_description_counts_as_missing(about: Any, start: Any, connect: Any) -> None:
     server = start()
-    server.twist_about = lambda right: about if isinstance(about, bytes | list) or not about else right | about
+    server.change_description = lambda valid: about if isinstance(about, bytes | list) or not about else valid | about
     with pytest.raises(ConfigError, match=f"no vLLM server answers at {server.address} "):
         connect(server, reconnect_s=0.0)
 
 
-def with_server(answer: Answer, ask: Callable[[VLLMServer], Awaitable[Any]], *, timeout_s: float = 60) -> Exception:
-    """The error of asking one server something."""
+def with_server(answer: Answer, call: Callable[[VLLMServer], Awaitable[Any]], *, timeout_s: float = 60) -> Exception:
+    """Return the error of a call of one server."""
 
     async def run(url: str) -> Any:
         async with http_client(TOKEN) as http:
             server = VLLMServer(url, http, timeout_s=timeout_s, token=TOKEN, vocab_size=10)
             server.version = "run-1-1"
-            return await ask(server)
+            return await call(server)
 
     with hostile_server(answer) as hostile, pytest.raises(ServerLost) as raised:
         anyio.run(run, hostile.url)
@@ -131,7 +131,7 @@ def with_server(answer: Answer, ask: Callable[[VLLMServer], Awaitable[Any]], *, 
 
 
 def complete(server: VLLMServer) -> Awaitable[Any]:
-    return server.complete(ANY, "run-0-1", adapter=False, exact=True, sparse_layers=[])
+    return server.complete(ANY, "run-0-1", from_adapter=False, exact=True, sparse_layers=[])
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_a_server_that_never_stops_answering_is_lost_at_the_deadline(
         assert not anyio.run(client.is_healthy, hostile.url)
 
 
-def test_an_answer_without_an_end_is_no_answer() -> None:
+def test_an_answer_without_an_end_is_faulty() -> None:
     error = with_server(endless(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536), complete)
     assert isinstance(error, ServerFaulty) and "it answers with more than" in str(error)
 
 
 def test_weights_are_sent_within_a_deadline_for_their_size(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "upload_deadline_s", lambda num_bytes: num_bytes / 1000)
+    monkeypatch.setattr(protocol, "upload_deadline_s", lambda num_bytes: num_bytes / 1000)
     path = tmp_path / "weights"
     path.write_bytes(b" " * 200)
     silent = endless(b"", b"", every_s=0.02)
@@ -166,7 +166,7 @@ def test_weights_are_sent_within_a_deadline_for_their_size(tmp_path: Any, monkey
     assert "waited for its answer to /alignlab/weights/run-1-1, which was not whole within 0.3 s" in str(error)
     wrong = always(response({"arrived": ["a", "b"]}))
     error = with_server(wrong, lambda server: server.put("run-1-1", path))
-    assert str(error) == "it does not tell what arrived of the weights"
+    assert str(error) == "it does not tell the digests of the weights that arrived"
 
 
 def test_a_missing_file_of_weights_is_a_named_error(tmp_path: Any) -> None:
@@ -202,7 +202,7 @@ def pickled() -> str:
         in_numpys_format("(1, 1, 1)", b"\xff\xff\xff\x7f", "<i4"),
     ],
 )  # fmt: skip
-def test_experts_that_cannot_be_read_are_an_error_and_no_allocation(text: Any) -> None:
+def test_unreadable_experts_raise_and_allocate_nothing(text: Any) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         decode_routing(text)
 
@@ -213,9 +213,9 @@ def test_experts_of_another_shape_are_a_faulty_answer(shape: str, start: Any, co
     record = encode_routing(torch.zeros(3, 1, 2, dtype=torch.int16))
     servers = connect(bad, good, layers=[0])
     for server in (bad, good):
-        server.twist = of_choice(routed_experts=record)
+        server.change_answer = of_choice(routed_experts=record)
     assert servers.answers(requests(1))[0].routing.shape == (3, 1, 2)
-    bad.twist = of_choice(routed_experts=in_numpys_format(shape))
+    bad.change_answer = of_choice(routed_experts=in_numpys_format(shape))
     assert servers.answers(requests(1))[0].routing.shape == (3, 1, 2)
     assert servers.counts["faulty"] == 1
 
@@ -224,19 +224,19 @@ def test_experts_of_another_shape_are_a_faulty_answer(shape: str, start: Any, co
     "address",
     ["http://user:secret@host:8000", "http://host:8000?token=secret", "http://host:8000#secret", "http://host:8000/secret"],
 )
-def test_a_secret_in_a_server_s_address_is_refused_and_not_shown(address: str) -> None:
+def test_a_secret_in_a_servers_address_is_refused_and_not_shown(address: str) -> None:
     with pytest.raises(ConfigError, match=r"^servers is ") as raised:
         VLLMServerSettings(servers=(address,))
     assert "secret" not in str(raised.value) or address.endswith("/secret")
 
 
-def test_a_server_s_repr_does_not_hold_the_token(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repr_of_a_server_process_does_not_show_the_token(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", TOKEN)
     server = make_server(free_address(), tmp_path, {})
     assert TOKEN in server.environment.values() and TOKEN not in repr(server)
 
 
-def test_a_server_that_others_can_reach_is_warned_of(
+def test_a_server_reachable_from_other_machines_causes_a_warning(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ALIGNLAB_SERVER_TOKEN", TOKEN)
@@ -250,12 +250,12 @@ def test_a_server_that_others_can_reach_is_warned_of(
 
 
 def test_a_server_that_never_comes_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "START_S", 0.1)
-    monkeypatch.setattr(process, "_TELL_EVERY_S", 0.0)
-    monkeypatch.setattr(process, "_PAUSE_S", 0.05)
-    said: list[str] = []
+    monkeypatch.setattr(launch, "START_S", 0.1)
+    monkeypatch.setattr(launch, "_REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(launch, "_PAUSE_S", 0.05)
+    messages: list[str] = []
     address = free_address()
     idle = ServerProcess(address, ["/bin/sleep", "600"], {})
     with pytest.raises(RolloutError, match=f"the server {address} did not answer for 0.1 s before it was up"):
-        process.keep_running([idle], said.append)
-    assert f"{address} is not up after" in said[0] and "it is given 0.1 s to load" in said[0]
+        launch.keep_running([idle], messages.append)
+    assert f"{address} is not up after" in messages[0] and "it is given 0.1 s to load" in messages[0]

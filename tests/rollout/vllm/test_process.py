@@ -1,6 +1,6 @@
-"""Server processes are started again when they end, given up when that is too often, and never left behind.
+"""Server processes are restarted when they end, given up when they end too often, and never left behind.
 
-What runs here in a server's place answers at /health, and has a child as vLLM has.
+The stand-in for a server answers at /health, and has a child process, as vLLM has.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from alignlab.errors import RolloutError
-from alignlab.rollout.vllm.server import process
-from alignlab.rollout.vllm.server.process import ServerProcess, keep_running
+from alignlab.rollout.vllm import launch
+from alignlab.rollout.vllm.launch import ServerProcess, keep_running
 from tests.rollout.vllm.conftest import free_address
 
 STAND_IN = """
@@ -36,16 +36,16 @@ http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 
 
 class Enough(Exception):
-    """The test has seen what it waited for."""
+    """The test can end."""
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(launch, "_PAUSE_S", 0.05)
 
 
 def stand_in(tmp_path: Path, script: str = STAND_IN) -> tuple[ServerProcess, Callable[[], list[list[int]]]]:
-    """A server, and [process, child] of each of its starts."""
+    """Return a server, and a function that returns [process id, child's id] of each of its starts."""
     address = free_address()
     notes = tmp_path / f"{address.rpartition(':')[2]}.txt"
     command = [sys.executable, "-c", script, address.rpartition(":")[2], str(notes)]
@@ -58,36 +58,36 @@ def stand_in(tmp_path: Path, script: str = STAND_IN) -> tuple[ServerProcess, Cal
 
 def gone(*pids: int) -> bool:
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    return all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
-def test_one_that_dies_is_started_again_without_what_it_left(tmp_path: Path) -> None:
+def test_a_server_that_dies_is_restarted_and_its_child_killed(tmp_path: Path) -> None:
     server, starts = stand_in(tmp_path)
-    told: list[str] = []
+    messages: list[str] = []
 
-    def tell(text: str) -> None:
-        told.append(text)
-        if told.count(f"{server.address} is up") == 2:
+    def report(text: str) -> None:
+        messages.append(text)
+        if messages.count(f"{server.address} is up") == 2:
             assert gone(*starts()[0])  # the first one's child too
             raise Enough
         if "is up" in text:
             os.kill(starts()[0][0], signal.SIGKILL)
 
     with pytest.raises(Enough):
-        keep_running([server], tell)
-    assert told[1] == f"{server.address} ended with status -9; starting it again"
+        keep_running([server], report)
+    assert messages[1] == f"{server.address} ended with status -9; starting it again"
     assert len(starts()) == 2 and gone(*starts()[1])
 
 
-def test_one_that_dies_too_often_is_given_up_and_the_others_go_on(
+def test_a_server_that_dies_too_often_is_given_up_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(launch, "MAX_RESTARTS", 1)
     (bad, of_bad), (good, of_good) = stand_in(tmp_path), stand_in(tmp_path)
-    told: list[str] = []
+    messages: list[str] = []
 
-    def tell(text: str) -> None:
-        told.append(text)
+    def report(text: str) -> None:
+        messages.append(text)
         if text == f"{bad.address} is up":
             os.kill(of_bad()[-1][0], signal.SIGKILL)
         if "given up" in text:
@@ -95,29 +95,29 @@ def test_one_that_dies_too_often_is_given_up_and_the_others_go_on(
             raise Enough
 
     with pytest.raises(Enough):
-        keep_running([good, bad], tell)
-    assert told[-1] == f"{bad.address} ended with status -9, 1 times after it was started again; it is given up"
+        keep_running([good, bad], report)
+    assert messages[-1] == f"{bad.address} ended with status -9, after 1 restarts; it is given up"
     assert len(of_bad()) == 2 and len(of_good()) == 1 and gone(*of_good()[0])
 
 
-def test_one_that_never_comes_up_is_an_error(tmp_path: Path) -> None:
+def test_a_server_that_ends_before_it_is_up_is_an_error(tmp_path: Path) -> None:
     server, _ = stand_in(tmp_path, "import sys; sys.exit(3)")
     with pytest.raises(RolloutError, match=f"the server {server.address} ended with status 3 before it was up"):
         keep_running([server], lambda text: None)
 
 
-def test_one_that_does_not_answer_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, starts = stand_in(tmp_path)
-    told: list[str] = []
+    messages: list[str] = []
 
-    def tell(text: str) -> None:
-        told.append(text)
+    def report(text: str) -> None:
+        messages.append(text)
         if "starting it again" in text:
             raise Enough
-        monkeypatch.setattr(process, "UNHEALTHY_S", 0.2)
-        monkeypatch.setattr(ServerProcess, "answers", lambda self: False)
+        monkeypatch.setattr(launch, "UNHEALTHY_S", 0.2)
+        monkeypatch.setattr(ServerProcess, "is_healthy", lambda self: False)
 
     with pytest.raises(Enough):
-        keep_running([server], tell)
-    assert told[-1] == f"{server.address} did not answer for 0.2 s; starting it again"
+        keep_running([server], report)
+    assert messages[-1] == f"{server.address} did not answer for 0.2 s; starting it again"
     assert gone(*starts()[0])

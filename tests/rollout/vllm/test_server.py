@@ -1,4 +1,4 @@
-"""vLLM in processes of its own: updates proved, servers that die, hang, come back or are another's survived."""
+"""vLLM on servers: updates are verified; servers that die, hang, return or belong to another run are survived."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.adapters import add_lora
 from alignlab.types import Completion, SamplingParams
 from tests.rollout.conftest import flat, full_logprobs, make_prompts
-from tests.rollout.vllm.conftest import DENSE, OWN_MOE, PATIENCE, free_address, make_model
+from tests.rollout.vllm.conftest import DENSE, OWN_MOE, PATIENCE, free_address, make_model, wait_until_up
 from tests.rollout.vllm.hostile_requests import HOSTILE, ask
-from tests.rollout.vllm.test_routing import own_choices
+from tests.rollout.vllm.test_routing import trainers_choices
 from tests.rollout.vllm.test_sync import shake
 
 pytestmark = pytest.mark.vllm
@@ -31,7 +31,7 @@ SAMPLING = SamplingParams(n=8, max_new_tokens=60, ignore_eos=True, seed=3)
 
 @pytest.fixture(scope="module")
 def pair(serve: Serve, make_client: Callable[..., Any]) -> tuple[Any, Any, Any, Any]:
-    """(engine, model, settings, processes) of two servers."""
+    """Return (engine, model, settings, processes) of two servers."""
     model = make_model(DENSE)
     settings, processes = serve(model, count=2)
     return make_client(model, settings), model, settings, processes
@@ -43,31 +43,31 @@ def tokens(engine: Any, sampling: SamplingParams = SAMPLING) -> list[tuple[int, 
 
 @contextmanager
 def at_request(engine: Any, number: int, action: Callable[[], None]) -> Any:
-    """Do something when a request is about to be sent."""
-    pool, sent = engine._pool, 0
-    call = pool._call
+    """Call `action` when the given request is about to be sent."""
+    pool, num_sent = engine._backend._pool, 0
+    ask_server = pool._ask
 
     async def counted(server: Any, request: Any) -> Any:
-        nonlocal sent
-        sent += 1
-        if sent == number:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent == number:
             action()
-        return await call(server, request)
+        return await ask_server(server, request)
 
-    pool._call = counted
+    pool._ask = counted
     try:
         yield
     finally:
-        pool._call = call
+        pool._ask = ask_server
 
 
-def test_both_servers_work_and_give_what_one_gives(pair: Any) -> None:
+def test_two_servers_give_the_completions_of_one(pair: Any) -> None:
     engine = pair[0]
     assert engine.metrics()["servers/alive"] == 2
     expected = tokens(engine)
-    for server in engine._pool.alive:
-        own = [a.token_ids for a in engine._pool.answers_of(server, requests_of(engine))]
-        assert own == expected
+    for server in engine._backend._pool.alive:
+        answers = engine._backend._pool.answers_of(server, requests_of(engine))
+        assert [answer.token_ids for answer in answers] == expected
 
 
 def requests_of(engine: Any) -> Any:
@@ -80,12 +80,12 @@ def requests_of(engine: Any) -> Any:
 def test_a_server_that_hangs_is_lost_and_comes_back(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _, _, processes = pair
     expected, before = tokens(engine), engine.metrics()
-    with at_request(engine, 5, lambda: processes[0].stop(signal.SIGSTOP)), monkeypatch.context() as patch:
-        patch.setattr("alignlab.rollout.vllm.server.client.CONNECT_S", 0.5)  # it does not say that it lives
+    with at_request(engine, 5, lambda: processes[0].send_signal(signal.SIGSTOP)), monkeypatch.context() as patch:
+        patch.setattr("alignlab.rollout.vllm.client.CONNECT_S", 0.5)  # the health checks fail
         try:
             assert tokens(engine) == expected
         finally:
-            processes[0].stop(signal.SIGCONT)
+            processes[0].send_signal(signal.SIGCONT)
     after = engine.metrics()
     assert after["servers/lost"] == before["servers/lost"] + 1 and after["servers/alive"] == 1
     assert after["servers/reissued"] > before["servers/reissued"]
@@ -93,55 +93,49 @@ def test_a_server_that_hangs_is_lost_and_comes_back(pair: Any, monkeypatch: pyte
     assert engine.metrics()["servers/alive"] == 2
 
 
-def test_a_server_that_dies_is_survived_and_taken_back_when_it_is_started_again(pair: Any) -> None:
-    from alignlab.rollout.vllm.server.process import wait_until_up
-
+def test_a_server_that_dies_is_survived_and_readmitted_after_a_restart(pair: Any) -> None:
     engine, model, _, processes = pair
     shake(model, 0.05)
     engine.update_weights(engine.policy_version + 1)
     expected, before = tokens(engine), engine.metrics()
-    with at_request(engine, 9, lambda: processes[1].stop(signal.SIGKILL)):
+    with at_request(engine, 9, lambda: processes[1].send_signal(signal.SIGKILL)):
         assert tokens(engine) == expected
     after = engine.metrics()
     assert after["servers/lost"] == before["servers/lost"] + 1 and after["servers/alive"] == 1
     processes[1].process.wait()
     processes[1].start()
     wait_until_up(processes[1])
-    again = threading.Event()
-    with at_request(engine, 1, again.set):
-        while engine.metrics()["servers/alive"] < 2:  # it is looked at while requests run, and given the weights again
-            assert tokens(engine) == expected
-    assert again.is_set()
-    [_, server] = engine._pool.alive
-    assert [a.token_ids for a in engine._pool.answers_of(server, requests_of(engine))] == expected
+    while engine.metrics()["servers/alive"] < 2:  # while requests run, it is checked, and sent the weights again
+        assert tokens(engine) == expected
+    [_, server] = engine._backend._pool.alive
+    assert [a.token_ids for a in engine._backend._pool.answers_of(server, requests_of(engine))] == expected
 
 
-def test_another_rank_follows_the_first_one_s_updates(pair: Any) -> None:
-    """It sends nothing, and asks for the weights that the first rank has sent, of the servers that have them."""
-    from alignlab.rollout.vllm.server.handout import SentWeights
-    from alignlab.rollout.vllm.server.pool import ServerPool
+def test_another_rank_generates_from_the_weights_that_the_first_rank_sent(pair: Any) -> None:
+    from alignlab.rollout.vllm.pool import ServerPool
+    from alignlab.rollout.vllm.weight_delivery import SentWeights
 
     engine, model, settings, _ = pair
-    first = engine._pool
-    other = ServerPool(settings, first._identity, [], run=first.run, rank=1, check=lambda about: None)
-    other.open()
+    first = engine._backend._pool
+    second_pool = ServerPool(settings, first._check, [], run=first.run, rank=1)
+    second_pool.open()
     try:
         for _ in range(3):
             shake(model, 0.05)
             engine.update_weights(engine.policy_version + 1)
-            other.expect(SentWeights(first._handout.sent.version, None, {}, False))
-            answers = other.answers(requests_of(engine))
+            second_pool.expect(SentWeights(first._delivery.sent.version, None, {}, False))
+            answers = second_pool.answers(requests_of(engine))
             assert [answer.token_ids for answer in answers] == tokens(engine)
             assert {v for answer in answers for v in answer.policy_versions} == {engine.policy_version}
-        assert other.counts == {} and len(other.alive) == 2
-        other.expect(SentWeights(f"{first.run}-99-99", None, {}, False))
-        assert other.alive == []  # nobody has those
+        assert second_pool.counts == {} and len(second_pool.alive) == 2
+        second_pool.expect(SentWeights(f"{first.run}-99-99", None, {}, False))
+        assert second_pool.alive == []  # no server has those weights
     finally:
-        other.close()
+        second_pool.close()
 
 
-def stopped(engine: Any, message: str) -> None:
-    """The update is refused, and nothing is generated until one succeeds."""
+def assert_stopped(engine: Any, message: str) -> None:
+    """Assert that the update raises, and that the engine then refuses to generate."""
     with pytest.raises(RolloutError, match=message):
         engine.update_weights(engine.policy_version + 1)
     with pytest.raises(RolloutError, match="in doubt since an update that failed"):
@@ -149,15 +143,15 @@ def stopped(engine: Any, message: str) -> None:
 
 
 def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
-    """Let tensors be changed between the trainer's digests and the servers."""
-    from alignlab.rollout.vllm.server import engine, wire
+    """Change tensors between the trainer's digests and the servers."""
+    from alignlab.rollout.vllm import serialization, servers
 
     def tampered(tensors: Any, adapter: Any) -> Any:
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         change(copies)
-        return wire.weights_file(copies, adapter)
+        return serialization.weights_file(copies, adapter)
 
-    monkeypatch.setattr(engine, "weights_file", tampered)
+    monkeypatch.setattr(servers, "weights_file", tampered)
 
 
 @pytest.mark.parametrize(
@@ -167,26 +161,26 @@ def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, An
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor model.layers.1.mlp.up_proj.weight did not arr"),
     ],
 )
-def test_what_happens_on_the_way_is_caught_by_name(
+def test_a_tensor_changed_on_the_way_is_named(
     change: Any, message: str, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model, settings, _ = pair
     shake(model, 0.01)
     with monkeypatch.context() as patch:
         sent_wrongly(patch, change)
-        stopped(engine, rf"server {settings.servers[0]}: .* {message}")
+        assert_stopped(engine, rf"server {settings.servers[0]}: .* {message}")
     engine.update_weights(engine.policy_version + 1)
-    assert engine.proof.gap.largest < 5e-5
+    assert engine.last_sync.gap.largest < 5e-5
 
 
-def test_an_update_that_breaks_off_changes_nothing_at_the_servers(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.rollout.vllm.server import client
+def test_an_upload_that_breaks_off_changes_nothing_on_the_servers(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.rollout.vllm import client
 
     engine = pair[0]
-    whole = client._chunks
+    read_chunks = client._chunks
 
     async def broken(path: Any) -> Any:
-        async for chunk in whole(path):
+        async for chunk in read_chunks(path):
             yield chunk[: len(chunk) // 2]
             raise OSError("no more")
 
@@ -199,25 +193,35 @@ def test_an_update_that_breaks_off_changes_nothing_at_the_servers(pair: Any, mon
     assert tokens(engine) == expected
 
 
-def test_servers_of_another_run_are_left_to_it(pair: Any, make_client: Any) -> None:
+def test_servers_in_use_are_left_to_their_run(pair: Any, make_client: Any) -> None:
     engine, model, settings, _ = pair
     at_once = settings.model_copy(update={"reconnect_s": 0.0})
     with pytest.raises(ConfigError, match=r"was used by another run \d+ s ago; end that run, or name other servers"):
         make_client(model, at_once)
     assert tokens(engine)
-    engine.release()
-    other = make_client(model, settings)  # takes the servers over, as a run after a finished one does
+    engine._backend._pool.release()
+    next_engine = make_client(model, settings)  # takes the servers over, as a run after a finished one does
     with pytest.raises(RolloutError, match=r"holds the weights of another run .* give each run its own servers"):
         engine.generate(make_prompts(3), SamplingParams())
     with pytest.raises(RolloutError, match="holds the weights of another run"):
         engine.update_weights(engine.policy_version + 1)
-    assert tokens(other)
+    assert tokens(next_engine)
+    next_engine.close()
+    next_engine.close()
+    with pytest.raises(RolloutError, match="was closed; update its weights"):
+        next_engine.generate(make_prompts(3), SamplingParams())
+    next_engine.update_weights(1)  # opens it again, as a run does that is resumed in the same process
+    assert tokens(next_engine)
+    next_engine.close()
+    again = make_client(model, at_once)  # at once: a closed engine leaves its servers to others
+    assert tokens(again)
+    again.close()
 
 
 def test_a_trainer_that_differs_is_refused(
     pair: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    from alignlab.rollout.engines import make_engine
+    from alignlab.rollout.engine import make_engine
 
     _, model, settings, _ = pair
     with pytest.raises(ConfigError, match=r"has num_hidden_layers 2, and must have the trainer's \(3\)"):
@@ -235,45 +239,45 @@ def test_a_trainer_that_differs_is_refused(
         make_client(model, settings)
 
 
-def test_a_place_without_a_server(make_client: Any) -> None:
+def test_an_address_without_a_server_is_refused(make_client: Any) -> None:
     nowhere = VLLMServerSettings(servers=(free_address(),), **PATIENCE | {"reconnect_s": 0.0})
     with pytest.raises(ConfigError, match=r"no vLLM server answers at http://127\..*bash launch/serve_vllm.sh CONFIG"):
         make_client(make_model(DENSE), nowhere)
 
-    class Other(BaseHTTPRequestHandler):
+    class OtherServer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
 
         def log_message(self, *args: Any) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Other) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{other.server_port}"
-        with pytest.raises(ConfigError, match="is no server of alignlab's; start one with"):
+    with HTTPServer(("127.0.0.1", 0), OtherServer) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{http_server.server_port}"
+        with pytest.raises(ConfigError, match="is not a server of alignlab's; start one with"):
             make_client(make_model(DENSE), nowhere.model_copy(update={"servers": (address,)}))
-        other.shutdown()
+        http_server.shutdown()
 
 
-def test_a_port_in_use_is_named(pair: Any, tmp_path: Any) -> None:
-    from alignlab.rollout.vllm.server.process import make_server
+def test_a_port_in_use_is_refused(pair: Any, tmp_path: Any) -> None:
+    from alignlab.rollout.vllm.launch import make_server
 
     [address, _] = pair[2].servers
     with pytest.raises(ConfigError, match=f"cannot listen at {address}: Address already in use; end what uses"):
         make_server(address, tmp_path, {})
 
 
-def test_when_no_server_is_left_it_says_so_in_time(
+def test_without_any_server_left_the_engine_raises_in_time(
     pair: Any, make_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last test of the pair: nothing brings them back."""
+    """The last test of the pair: it kills both servers."""
     _, model, settings, processes = pair
-    monkeypatch.setattr("alignlab.rollout.vllm.server.handout.LEASE_S", -1.0)
+    monkeypatch.setattr("alignlab.rollout.vllm.weight_delivery.LEASE_S", -1.0)
     engine = make_client(model, settings.model_copy(update={"reconnect_s": 0.2}))
 
     def end() -> None:
         for process in processes:
-            process.stop(signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
 
     with at_request(engine, 9, end), pytest.raises(RolloutError, match="all 2 vLLM servers are lost, and none came"):
         tokens(engine)
@@ -283,31 +287,31 @@ def test_when_no_server_is_left_it_says_so_in_time(
 
 @pytest.fixture(scope="module")
 def adapter(serve: Serve, make_client: Any) -> tuple[Any, Any]:
-    """(engine, model) of an adapter that is sent alone."""
+    """Return (engine, model) of an adapter that is synced alone."""
     model: Any = add_lora(make_model(DENSE), LoraSettings(rank=4, alpha=12))
     settings, _ = serve(model, lora_rank=4, sync="adapter", max_staleness=1)
     return make_client(model, settings), model
 
 
-def test_an_adapter_travels_alone(adapter: Any) -> None:
+def test_an_adapter_is_synced_alone(adapter: Any) -> None:
     engine, model = adapter
     for _ in range(3):
         shake(model)
         engine.update_weights(engine.policy_version + 1)
-        assert engine.proof.gap.largest < 5e-5
+        assert engine.last_sync.gap.largest < 5e-5
         [completion] = flat(engine.generate(make_prompts(40), SamplingParams(max_new_tokens=3)))
         assert set(completion.policy_versions) == {engine.policy_version}
-    assert engine.proof.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
+    assert engine.last_sync.transfer.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
 
 
 def test_requests_end_with_the_adapter_that_they_began_with(adapter: Any) -> None:
-    """It stays as long as they need it, however many come after it."""
+    """An adapter stays loaded while requests use it, however many come after it."""
     engine, model = adapter
     first = engine.policy_version
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    got: list[Completion] = []
+    completions: list[Completion] = []
     sampling = SamplingParams(n=4, max_new_tokens=100, ignore_eos=True, seed=1)
-    thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9), sampling))))
+    thread = threading.Thread(target=lambda: completions.extend(flat(engine.generate(make_prompts(9), sampling))))
     started = threading.Event()
     with at_request(engine, 4, started.set):
         thread.start()
@@ -317,27 +321,27 @@ def test_requests_end_with_the_adapter_that_they_began_with(adapter: Any) -> Non
             engine.update_weights(version)
         thread.join()
     model.load_state_dict(before)
-    assert len(got) == 4
-    for completion in got:
+    assert len(completions) == 4
+    for completion in completions:
         assert set(completion.policy_versions) == {first}
         rows = full_logprobs(model, make_prompts(9)[0].token_ids + completion.token_ids)[8:-1]
-        own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert (own - torch.tensor(completion.logprobs)).abs().max() < 5e-5
+        expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (expected - torch.tensor(completion.logprobs)).abs().max() < 5e-5
     engine.update_weights(first + 4)
 
 
-def test_an_adapter_s_update_that_failed_can_be_tried_again(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_update_of_an_adapter_can_be_repeated(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = adapter
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     with monkeypatch.context() as patch:
         sent_wrongly(patch, lambda tensors: tensors[name].zero_())
-        stopped(engine, "tensor model.layers.0.mlp.up_proj.lora_B arrived with another content")
+        assert_stopped(engine, "tensor model.layers.0.mlp.up_proj.lora_B arrived with another content")
     engine.update_weights(engine.policy_version + 1)
-    assert engine.proof.gap.largest < 5e-5
+    assert engine.last_sync.gap.largest < 5e-5
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_request_is_refused_with_a_sentence_and_the_server_goes_on(name: str, adapter: Any) -> None:
+def test_a_hostile_request_is_refused_with_a_message_and_the_server_goes_on(name: str, adapter: Any) -> None:
     engine, _ = adapter
     *request, expected = HOSTILE[name]
     status, text = ask(engine._settings.servers[0], *request)
@@ -347,30 +351,30 @@ def test_a_hostile_request_is_refused_with_a_sentence_and_the_server_goes_on(nam
 
 @pytest.fixture(scope="module")
 def moe(serve: Serve, make_client: Any) -> tuple[Any, Any]:
-    """(engine, model) that may run behind."""
+    """Return (engine, model) of an engine whose policy may be ahead of it."""
     model = make_model(OWN_MOE)
     settings, _ = serve(model, max_staleness=1, prefill_tokens=128, max_running=8)
     return make_client(model, settings), model
 
 
-def test_experts_and_routers_are_updated_and_their_choices_told(moe: Any) -> None:
+def test_experts_and_routers_are_updated_and_their_choices_returned(moe: Any) -> None:
     engine, model = moe
     for _ in range(2):
         shake(model)
         engine.update_weights(engine.policy_version + 1)
-        assert engine.proof.gap.largest < 5e-5
+        assert engine.last_sync.gap.largest < 5e-5
     for rollout in engine.generate(make_prompts(9, 33), SamplingParams(n=2, max_new_tokens=9, seed=0)):
         for completion in rollout.completions:
-            own, known = own_choices(model, rollout, completion), completion.routing >= 0
-            assert known[len(rollout.prompt.token_ids) : -1].all()
-            assert (completion.routing.sort(-1).values == own.sort(-1).values)[known].all()
+            expected, is_recorded = trainers_choices(model, rollout, completion), completion.routing >= 0
+            assert is_recorded[len(rollout.prompt.token_ids) : -1].all()
+            assert (completion.routing.sort(-1).values == expected.sort(-1).values)[is_recorded].all()
 
 
 def completions_around_an_update(engine: Any, model: Any, group_size: int) -> list[Completion]:
-    """Completions of two prompts, during which the weights are shaken and given to the server."""
-    got: list[Completion] = []
+    """Return completions of two prompts, sampled while the weights are changed and synced."""
+    completions: list[Completion] = []
     sampling = SamplingParams(n=group_size, max_new_tokens=100, ignore_eos=True, seed=1)
-    thread = threading.Thread(target=lambda: got.extend(flat(engine.generate(make_prompts(9, 20), sampling))))
+    thread = threading.Thread(target=lambda: completions.extend(flat(engine.generate(make_prompts(9, 20), sampling))))
     started = threading.Event()
     with at_request(engine, 8, started.set):
         thread.start()
@@ -378,29 +382,31 @@ def completions_around_an_update(engine: Any, model: Any, group_size: int) -> li
         shake(model, 0.02)
         engine.update_weights(engine.policy_version + 1)
         thread.join()
-    return got
+    return completions
 
 
-def test_what_runs_goes_on_under_the_new_weights(moe: Any) -> None:
-    """Each token is from the weights of the version that it bears, and its log-prob theirs, to the bit of float32.
+def test_requests_in_flight_go_on_under_the_new_weights(moe: Any) -> None:
+    """Each token's log-prob is that of the weights whose version the token is recorded with.
 
-    Eight run at a time, so that the update finds some that are half done; on a busy machine it takes more of them.
+    Eight requests run at a time, so that the update finds some half done; on a busy machine this takes more of them.
     """
     engine, model = moe
     for group_size in (24, 96, 384):
         first = engine.policy_version
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        got = completions_around_an_update(engine, model, group_size)
-        mixed = [c for c in got if len(set(c.policy_versions)) == 2]
+        completions = completions_around_an_update(engine, model, group_size)
+        mixed = [c for c in completions if len(set(c.policy_versions)) == 2]
         if mixed:
             break
-    assert mixed, "the update came too late to see anything"
+    assert mixed, "the update came after the last token"
     after = {name: value.clone() for name, value in model.state_dict().items()}
     for weights, version in ((before, first), (after, first + 1)):
         model.load_state_dict(weights)
-        for prompt, completion in zip([p for p in make_prompts(9, 20) for _ in range(group_size)], got, strict=True):
+        prompts = [prompt for prompt in make_prompts(9, 20) for _ in range(group_size)]
+        for prompt, completion in zip(prompts, completions, strict=True):
             rows = full_logprobs(model, prompt.token_ids + completion.token_ids)[len(prompt.token_ids) - 1 : -1]
-            own = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            here = torch.tensor([v == version for v in completion.policy_versions])
-            assert (own - torch.tensor(completion.logprobs))[here].abs().max().item() < 5e-5 if here.any() else True
+            expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            is_of_version = torch.tensor([v == version for v in completion.policy_versions])
+            gaps = (expected - torch.tensor(completion.logprobs))[is_of_version].abs()
+            assert (gaps < 5e-5).all()
     assert list(mixed[0].policy_versions) == sorted(mixed[0].policy_versions)

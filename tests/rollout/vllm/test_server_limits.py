@@ -1,16 +1,18 @@
-"""What a server does about clients without a token, without an end, and with more than it can take."""
+"""A server refuses clients without the token, and requests without an end or of excessive size."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +20,75 @@ import anyio
 import pytest
 
 from alignlab.errors import ConfigError, DiskError, RolloutError
-from alignlab.rollout.vllm.server import bodies, private_folders, uploads
-from alignlab.rollout.vllm.server.access import VARIABLE, TokenGuard
-from alignlab.rollout.vllm.server.asgi import Refusal, Scope
-from alignlab.rollout.vllm.server.bodies import MAX_NESTING, nested_too_deeply
-from alignlab.rollout.vllm.server.private_folders import PrivateFolder, require_private, temporary_folder
-from alignlab.rollout.vllm.server.uploads import check_version, max_upload_bytes, received, routing_question
-from alignlab.rollout.vllm.server.wire import adapter_config
+from alignlab.rollout.vllm import private_folders
+from alignlab.rollout.vllm.inside import asgi, uploads
+from alignlab.rollout.vllm.inside.asgi import MAX_NESTING, Refusal, Scope, nested_too_deeply
+from alignlab.rollout.vllm.inside.token_guard import TokenGuard
+from alignlab.rollout.vllm.inside.uploads import (
+    check_version,
+    max_upload_bytes,
+    parse_routing_question,
+    receive_upload,
+)
+from alignlab.rollout.vllm.private_folders import PrivateFolder, require_private, temporary_folder
+from alignlab.rollout.vllm.protocol import TOKEN_VARIABLE
+from alignlab.rollout.vllm.serialization import adapter_config
 
 uvicorn = pytest.importorskip("uvicorn")
 TOKEN = "a-token-of-the-tests"
 BEARS = f"Authorization: Bearer {TOKEN}\r\n"
+LARGE = 32 * 2**20
+"""More than the kernel takes for a client that does not read."""
 Ask = Callable[..., tuple[int, Any]]
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """An application that says how long the body was."""
+    """Answer with the length of the body; at /large, followed by many spaces."""
     length, more = 0, True
     while more:
         message = await receive()
         length, more = length + len(message.get("body", b"")), message.get("more_body", False)
-    body = json.dumps(length).encode()
+    body = json.dumps(length).encode() + b" " * (LARGE if scope["path"] == "/large" else 0)
     head = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
 
 @pytest.fixture(params=["httptools", "h11"])
-def port(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of a server with our guards, under each parser that uvicorn may have."""
-    from alignlab.rollout.vllm.server import connections
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a server with our guards, with each parser that uvicorn may use."""
+    from alignlab.rollout.vllm.inside import connections
 
     pytest.importorskip(request.param)
-    monkeypatch.setenv(VARIABLE, TOKEN)
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     monkeypatch.setattr(connections, "HEAD_S", 0.5)
-    monkeypatch.setattr(bodies, "BODY_S", 0.5)
+    monkeypatch.setattr(asgi, "BODY_S", 0.5)
     protocol = uvicorn.importer.import_from_string(uvicorn.config.HTTP_PROTOCOLS[request.param])
-    bounded = type("Bounded", (connections.BoundedHead, protocol), {})
-    config = uvicorn.Config(TokenGuard(echo), http=bounded, lifespan="off", log_level="critical")
+    bounded = type("Bounded", (connections.BoundedConnection, protocol), {})
+    options: Any = {"lifespan": "off", "log_level": "critical", "timeout_keep_alive": 60}
+    config = uvicorn.Config(TokenGuard(echo), http=bounded, **options)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
-    yield listener.getsockname()[1]
+    server.port = listener.getsockname()[1]
+    yield server
     server.should_exit = True
     thread.join()
     listener.close()
 
 
+@pytest.fixture
+def port(server: Any) -> int:
+    return int(server.port)
+
+
 def status_of(port: int, *pieces: bytes, repeat: bytes = b"") -> int:
-    """The status that a server answers to these bytes; 0 where it ends the connection without an answer.
+    """Return the status of a server's answer to these bytes; 0 if it ends the connection without an answer.
 
     Args:
-        repeat: sent again and again after the others.
+        repeat: bytes sent again and again after the others.
     """
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.settimeout(0.05 if repeat else 60)
@@ -82,12 +99,12 @@ def status_of(port: int, *pieces: bytes, repeat: bytes = b"") -> int:
         while len(answer) < len("HTTP/1.1 200"):
             with suppress(TimeoutError):
                 try:
-                    part = client.recv(65536)
+                    chunk = client.recv(65536)
                 except ConnectionError:
-                    part = b""
-                if not part:
+                    chunk = b""
+                if not chunk:
                     return 0
-                answer += part
+                answer += chunk
             if not answer:
                 with suppress(ConnectionError):
                     client.sendall(repeat)
@@ -98,33 +115,33 @@ def post(head: str = BEARS, body: bytes = b"{}", *, path: str = "/x") -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: a\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def test_only_who_bears_the_token_is_answered(port: int) -> None:
+def test_requests_without_the_token_are_refused(port: int) -> None:
     assert status_of(port, post()) == 200
-    refused = [
+    heads = [
         "", "Authorization: Bearer \r\n", "Authorization: Bearer\r\n", "Authorization:\r\n", "Authorization: \r\n",
         f"Authorization: {TOKEN}\r\n", f"Authorization: Basic {TOKEN}\r\n", f"Authorization: Bearer {TOKEN[:-1]}\r\n",
         BEARS + "Authorization: Bearer x\r\n", BEARS + BEARS, f"X: Bearer {TOKEN}\r\n",
     ]  # fmt: skip
-    assert [status_of(port, post(head)) for head in refused] == [401] * len(refused)
+    assert [status_of(port, post(head)) for head in heads] == [401] * len(heads)
 
 
-def test_health_is_told_to_everybody_and_takes_no_body(port: int) -> None:
+def test_the_health_check_needs_no_token_and_takes_no_body(port: int) -> None:
     assert status_of(port, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") == 200
     assert status_of(port, post("", path="/health")) == 413
 
 
 @pytest.mark.parametrize("token", [None, "", "   ", "short"])
 def test_a_server_without_a_token_does_not_start(token: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     if token is not None:
-        monkeypatch.setenv(VARIABLE, token)
-    with pytest.raises(ConfigError, match=f"the environment variable {VARIABLE} must hold a token"):
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(ConfigError, match=f"the environment variable {TOKEN_VARIABLE} must hold a token"):
         TokenGuard(echo)
 
 
 def test_a_body_is_bounded_before_it_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 100)
-    monkeypatch.setattr(bodies.bounded_body, "__kwdefaults__", {"max_bytes": 100})
+    monkeypatch.setattr(asgi, "MAX_BODY_BYTES", 100)
+    monkeypatch.setattr(asgi.bounded_body, "__kwdefaults__", {"max_bytes": 100})
     assert status_of(port, post(body=b" " * 100)) == 200
     huge = f"POST /x HTTP/1.1\r\nHost: a\r\n{BEARS}Content-Length: 1000000000000\r\n\r\n".encode()
     assert status_of(port, huge) == 413
@@ -132,24 +149,24 @@ def test_a_body_is_bounded_before_it_is_read(port: int, monkeypatch: pytest.Monk
     assert status_of(port, chunked, repeat=b"20\r\n" + b" " * 32 + b"\r\n") == 413
 
 
-def test_a_body_that_is_never_whole_is_given_up(port: int) -> None:
+def test_a_body_that_never_ends_times_out(port: int) -> None:
     slow = f"POST /x HTTP/1.1\r\nHost: a\r\n{BEARS}Content-Length: 1000000\r\n\r\n".encode()
     assert status_of(port, slow, repeat=b" ") == 408
 
 
-def test_a_head_that_is_never_whole_ends_the_connection(port: int) -> None:
+def test_a_slow_head_ends_the_connection(port: int) -> None:
     assert status_of(port) == 0  # not even a first byte
     assert status_of(port, b"GET / HTTP/1.1\r\n", repeat=b"X: y\r\n") in (0, 400)
 
 
-def test_a_head_without_an_end_ends_the_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.rollout.vllm.server import connections
+def test_a_large_head_ends_the_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.rollout.vllm.inside import connections
 
     monkeypatch.setattr(connections, "HEAD_S", 600.0)
     assert status_of(port, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000) in (0, 400)
 
 
-def test_a_connection_that_was_answered_can_be_used_again_but_not_for_ever(port: int) -> None:
+def test_a_connection_can_be_used_again_until_a_head_is_slow(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as client:
         for _ in range(3):
             client.sendall(post())
@@ -160,6 +177,74 @@ def test_a_connection_that_was_answered_can_be_used_again_but_not_for_ever(port:
         assert client.recv(65536) == b""
 
 
+def test_a_client_that_does_not_read_its_answer_in_time_is_let_go(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignlab.rollout.vllm.inside import connections
+
+    monkeypatch.setattr(connections, "WRITE_S", 0.3)
+    monkeypatch.setattr(connections, "SLOWEST_BYTES_PER_S", 2**40)
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    for client in clients:
+        client.sendall(post(path="/large"))
+    _, slowly = clients
+    num_read = len(slowly.recv(1024))
+    while server.server_state.connections:
+        select.select([], [], [], 0.01)
+        num_read += len(slowly.recv(16))
+    assert num_read < 10_000
+    for client in clients:
+        client.close()
+
+
+def test_a_client_that_reads_its_answers_has_its_time_for_each(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.rollout.vllm.inside import connections
+
+    monkeypatch.setattr(connections, "WRITE_S", 60.0)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        for _ in range(3):
+            client.sendall(post(path="/large"))
+            head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+            num_left = LARGE + 1 - len(body)
+            while num_left:
+                num_left -= len(client.recv(min(num_left, 2**20)))
+            assert head.startswith(b"HTTP/1.1 200")
+            [connection] = server.server_state.connections
+            assert 0 < connection._write_left_s <= 60.0 + 2 * LARGE / connections.SLOWEST_BYTES_PER_S
+
+
+def test_too_many_connections_give_way_to_new_ones_and_not_those_that_are_answered(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignlab.rollout.vllm.inside import connections
+
+    monkeypatch.setattr(connections, "HEAD_S", 600.0)
+    monkeypatch.setattr(asgi, "BODY_S", 600.0)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
+    head, body = post().split(b"\r\n\r\n")
+    with ExitStack() as stack:
+        begun = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        begun.sendall(head + b"\r\n\r\n")
+        while not any(connection.cycle for connection in list(server.server_state.connections)):
+            select.select([], [], [], 0.01)
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)]
+        for client in idle[:5]:
+            client.settimeout(60)
+            assert client.recv(1) == b"", "the oldest go first"
+        assert status_of(server.port, post()) == 200
+        begun.sendall(body)
+        assert begun.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_half_of_the_files_of_a_process_may_be_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.rollout.vllm.inside import connections
+
+    limits = {connections.resource.RLIM_INFINITY: 2**14, 65535: 2**14, 1024: 512, 1: 1}
+    for files, most in limits.items():
+        monkeypatch.setattr(connections.resource, "getrlimit", lambda _, files=files: (files, files))
+        assert connections.max_connections() == most
+
+
 @pytest.mark.parametrize(
     ("body", "too_deep"),
     [
@@ -168,7 +253,7 @@ def test_a_connection_that_was_answered_can_be_used_again_but_not_for_ever(port:
         (json.dumps([[1]] * 1000).encode(), False), (b"[[" * 100 + b"no JSON", False),
     ],
 )  # fmt: skip
-def test_json_is_nested_as_deeply_as_a_parser_takes(body: bytes, too_deep: bool) -> None:
+def test_nested_too_deeply(body: bytes, too_deep: bool) -> None:
     assert nested_too_deeply(body) == too_deep
 
 
@@ -177,31 +262,31 @@ def test_deep_json_is_refused(port: int) -> None:
 
 
 class Sent:
-    """A request whose body comes as `parts` say."""
+    """A request whose body comes in these chunks; an exception among them is raised."""
 
-    def __init__(self, *parts: bytes | BaseException, length: object = None) -> None:
-        size = sum(len(part) for part in parts if isinstance(part, bytes))
+    def __init__(self, *chunks: bytes | BaseException, length: object = None) -> None:
+        size = sum(len(chunk) for chunk in chunks if isinstance(chunk, bytes))
         headers = [] if length == "none" else [(b"content-length", str(size if length is None else length).encode())]
         self.scope: Scope = {"headers": headers}
-        self.parts = parts
+        self.chunks = chunks
 
     async def stream(self) -> AsyncIterator[bytes]:
-        for part in self.parts:
-            if isinstance(part, BaseException):
-                raise part
-            yield part
+        for chunk in self.chunks:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
             await anyio.sleep(0)
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place in which private folders are made."""
+    """Return the folder in which private folders are made."""
     monkeypatch.setattr(private_folders, "_IN_MEMORY", tmp_path)
     return tmp_path
 
 
 def test_weights_are_received_into_a_folder_of_their_own(place: Path) -> None:
-    folder = anyio.run(lambda: received(Sent(b"wei", b"ghts"), max_bytes=7))
+    folder = anyio.run(lambda: receive_upload(Sent(b"wei", b"ghts"), max_bytes=7))
     assert (Path(folder.name) / uploads.FILE_NAME).read_bytes() == b"weights"
     assert os.stat(folder.name).st_mode & 0o777 == 0o700
     folder.cleanup()
@@ -220,7 +305,7 @@ def test_weights_are_received_into_a_folder_of_their_own(place: Path) -> None:
 )  # fmt: skip
 def test_weights_that_cannot_be_received_are_refused_and_leave_nothing(sent: Sent, status: int, place: Path) -> None:
     with pytest.raises(Refusal) as raised:
-        anyio.run(lambda: received(sent, max_bytes=7))
+        anyio.run(lambda: receive_upload(sent, max_bytes=7))
     assert raised.value.status == status and list(place.iterdir()) == []
 
 
@@ -230,15 +315,15 @@ def test_weights_that_are_too_slow_are_refused(place: Path, monkeypatch: pytest.
             yield b"wei"
             await anyio.sleep_forever()
 
-    monkeypatch.setattr(uploads, "_GRACE_S", 0.1)
+    monkeypatch.setattr(uploads, "upload_deadline_s", lambda num_bytes: 0.1)
     with pytest.raises(Refusal, match=r"the weights \(7 bytes\) did not arrive whole within 0 s") as raised:
-        anyio.run(lambda: received(Stuck(length=7), max_bytes=7))
+        anyio.run(lambda: receive_upload(Stuck(length=7), max_bytes=7))
     assert raised.value.status == 408 and list(place.iterdir()) == []
 
 
 def test_a_connection_that_breaks_off_leaves_nothing(place: Path) -> None:
     with pytest.raises(KeyError):
-        anyio.run(lambda: received(Sent(b"wei", KeyError("disconnected"), length=7), max_bytes=7))
+        anyio.run(lambda: receive_upload(Sent(b"wei", KeyError("disconnected"), length=7), max_bytes=7))
     assert list(place.iterdir()) == []
 
 
@@ -248,9 +333,9 @@ def test_weights_are_bounded_by_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["", "..", "run", "run-1", "run-1-x", "run-1-1/..", "run-1-1\n", "r" * 99 + "-1-1"])
-def test_a_version_that_is_none_is_refused(version: str) -> None:
+def test_an_invalid_version_is_refused(version: str) -> None:
     check_version("0f-1-2")
-    with pytest.raises(Refusal, match="the version of weights must be RUN-VERSION-UPDATE"):
+    with pytest.raises(Refusal, match="the version of weights must be RUN-POLICY_VERSION-ATTEMPT"):
         check_version(version)
 
 
@@ -262,15 +347,15 @@ def test_a_version_that_is_none_is_refused(version: str) -> None:
         b'{"name": "a", "layers": [-1]}', b'{"name": "a", "layers": [1e9]}', b'{"name": "a", "layers": "0"}', b"\xff",
     ],
 )  # fmt: skip
-def test_a_question_about_experts_that_is_none_is_refused(body: bytes) -> None:
-    assert routing_question(b'{"name": "a", "layers": [0, 3]}') == ("a", [0, 3])
+def test_an_invalid_question_about_experts_is_refused(body: bytes) -> None:
+    assert parse_routing_question(b'{"name": "a", "layers": [0, 3]}') == ("a", [0, 3])
     with pytest.raises(Refusal) as raised:
-        routing_question(body)
+        parse_routing_question(body)
     assert raised.value.status == 400
 
 
 @pytest.mark.parametrize("config", ["[]", "7", "[" * 100_000, "{", " " * 2**21 + "{}"])
-def test_an_adapter_s_config_that_is_none_is_an_error(config: str, tmp_path: Path) -> None:
+def test_an_invalid_config_of_an_adapter_is_an_error(config: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -280,14 +365,13 @@ def test_an_adapter_s_config_that_is_none_is_an_error(config: str, tmp_path: Pat
         adapter_config(path)
 
 
-def test_folders_of_dead_processes_go_and_all_others_stay(place: Path) -> None:
-    """Whatever anybody makes there, and whichever number a process has in its namespace."""
-    script = "import pathlib, sys; from alignlab.rollout.vllm.server.private_folders import PrivateFolder; " \
+def test_only_folders_of_dead_processes_are_removed(place: Path) -> None:
+    script = "import pathlib, sys; from alignlab.rollout.vllm.private_folders import PrivateFolder; " \
         "folder = PrivateFolder(pathlib.Path(sys.argv[1])); print(folder.name, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", script, str(place)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        theirs = Path(other.stdout.readline().strip())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder_of_other = Path(process.stdout.readline().strip())
         stay = [place / f"alignlab-weights-{name}" for name in ("\u00b2-x", "99999999-x", "12345678")]
         for path in stay:
             path.mkdir(mode=0o700)
@@ -295,16 +379,16 @@ def test_folders_of_dead_processes_go_and_all_others_stay(place: Path) -> None:
         (place / "alignlab-weights-file").write_text("")
         (place / "alignlab-weights-link").symlink_to(stay[0])
         os.mkfifo(place / "alignlab-weights-fifo")
-        with temporary_folder(1) as own:
-            assert theirs.is_dir() and Path(own).is_dir()
-        other.kill()
-    assert theirs.is_dir() and not Path(own).exists()
+        with temporary_folder(1) as new_folder:
+            assert folder_of_other.is_dir() and Path(new_folder).is_dir()
+        process.kill()
+    assert folder_of_other.is_dir() and not Path(new_folder).exists()
     with temporary_folder(1):
-        assert not theirs.exists()
+        assert not folder_of_other.exists()
         assert all(path.is_dir() for path in stay) and len(list(place.iterdir())) == 7
 
 
-def test_a_folder_goes_with_its_last_reference_and_not_with_a_forked_child(place: Path) -> None:
+def test_a_folder_is_removed_with_its_last_reference_and_not_by_a_forked_child(place: Path) -> None:
     folder = PrivateFolder(place)
     child = os.fork()
     if child == 0:
@@ -316,7 +400,22 @@ def test_a_folder_goes_with_its_last_reference_and_not_with_a_forked_child(place
     assert list(place.iterdir()) == []
 
 
-def test_without_room_it_is_said(place: Path) -> None:
+def test_a_folder_removed_before_it_is_locked_is_made_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    make = tempfile.mkdtemp
+
+    def make_and_remove_first(**options: Any) -> str:
+        names.append(make(**options))
+        if len(names) == 1:
+            os.rmdir(names[0])
+        return names[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_remove_first)
+    with temporary_folder(1) as name:
+        assert [name] == names[1:] and Path(name).is_dir()
+
+
+def test_a_full_disk_is_an_error(place: Path) -> None:
     with pytest.raises(DiskError, match=r"weights of 931322574.62 GiB have no room in .*; free some space, or set TMP"):
         temporary_folder(10**18)
 

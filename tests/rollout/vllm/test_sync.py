@@ -1,4 +1,4 @@
-"""Weight updates of the real vLLM: exact, proved, and stopped where anything goes wrong on the way."""
+"""Weight updates of the real vLLM are exact and verified, and an update that goes wrong stops the engine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from transformers import PreTrainedTokenizerFast
 from alignlab.config.model import LoraSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.adapters import add_lora
-from alignlab.models.checkpoints import save_model
+from alignlab.models.hub.checkpoints import save_model
 from alignlab.types import SamplingParams
 from tests.rollout.conftest import flat, full_logprobs, make_prompts
 from tests.rollout.vllm.conftest import DENSE, OWN_DENSE, OWN_MOE, QWEN3_MOE, TIED, make_model
 
 pytestmark = pytest.mark.vllm
 Make = Callable[..., Any]
-KEPT: list[Any] = []  # to the end of the process: vLLM's groups of ranks would go with the first engine that goes
+LIVE: list[Any] = []  # to the end of the process: vLLM's groups of ranks would go with the first engine that goes
 SHAPES = {"dense": DENSE, "tied": TIED, "moe": QWEN3_MOE, "own-dense": OWN_DENSE, "own-moe": OWN_MOE}
 
 
 def shake(model: torch.nn.Module, std: float = 0.1) -> None:
-    """Move every weight that trains, and every router's bias."""
+    """Add noise to every trained weight and to every router's bias."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -38,20 +38,20 @@ def shake(model: torch.nn.Module, std: float = 0.1) -> None:
 
 @pytest.fixture(scope="module")
 def engines(make_vllm: Make) -> Callable[[str], tuple[Any, Any]]:
-    """(engine, model) of a shape, made once."""
+    """Return a function from the name of a shape to its (engine, model), made once."""
     experts = make_model(QWEN3_MOE)
-    # First, because vLLM makes the groups of ranks that experts need for the first model of a process, or never.
-    made: dict[str, tuple[Any, Any]] = {"moe": (make_vllm(experts), experts)}
+    # First: vLLM makes the groups of ranks that experts need for the first model of a process, or never.
+    by_shape: dict[str, tuple[Any, Any]] = {"moe": (make_vllm(experts), experts)}
 
     def of(shape: str) -> tuple[Any, Any]:
-        if shape not in made:
+        if shape not in by_shape:
             if shape == "adapter":
                 model: Any = add_lora(make_model(DENSE), LoraSettings(rank=4, alpha=12))
-                made[shape] = make_vllm(model, sync="adapter"), model
+                by_shape[shape] = make_vllm(model, sync="adapter"), model
             else:
                 model = make_model(SHAPES[shape])
-                made[shape] = make_vllm(model), model
-        return made[shape]
+                by_shape[shape] = make_vllm(model), model
+        return by_shape[shape]
 
     return of
 
@@ -62,19 +62,19 @@ def test_repeated_updates_stay_exact(shape: str, engines: Any) -> None:
     for _ in range(3):
         shake(model)
         engine.update_weights(engine.policy_version + 1)
-        assert engine.proof.gap.largest < 5e-5
-        assert engine.proof.gap.num_tokens == 32
-        assert engine.proof.num_tensors > 10
+        assert engine.last_sync.gap.largest < 5e-5
+        assert engine.last_sync.gap.num_tokens == 32
+        assert engine.last_sync.transfer.num_tensors > 10
 
 
 def test_a_checkpoint_of_a_shape_of_our_own_is_served_by_plain_vllm(
     engines: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Nothing of ours is named: vLLM finds the plug-in, and the plug-in the architecture."""
+    """No option names our code: vLLM finds the plug-in, and the plug-in registers the architecture."""
     from vllm import LLM
     from vllm import SamplingParams as Plain
 
-    engines("own-moe")  # vLLM's groups of ranks are there, for experts too
+    engines("own-moe")  # makes vLLM's groups of ranks, for experts too
     model = make_model(OWN_MOE, seed=5)
     shake(model)
     save_model(model, tmp_path)
@@ -91,33 +91,33 @@ def test_a_checkpoint_of_a_shape_of_our_own_is_served_by_plain_vllm(
     rows = full_logprobs(model, [*prompt, *ids])[len(prompt) - 1 : -1]
     for row, step, token in zip(rows, request.outputs[0].logprobs, ids, strict=True):
         assert step[token].logprob == pytest.approx(float(row[token]), abs=5e-5)
-    KEPT.append(llm)
+    LIVE.append(llm)
 
 
-def test_an_adapter_travels_alone_and_light(engines: Any) -> None:
+def test_an_adapter_synced_alone_is_small_and_gets_a_new_name(engines: Any) -> None:
     (alone, model), (merged, _) = engines("adapter"), engines("dense")
-    assert alone.proof.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
-    assert alone.proof.num_bytes * 3 < merged.proof.num_bytes
-    name = alone._sync.request.lora_name
+    assert alone.last_sync.transfer.num_tensors == 2 * len([n for n, _ in model.named_parameters() if "lora_A" in n])
+    assert alone.last_sync.transfer.num_bytes * 3 < merged.last_sync.transfer.num_bytes
+    name = alone._backend._sync.lora_request.lora_name
     alone.update_weights(alone.policy_version + 1)
-    assert alone._sync.request.lora_name != name
-    assert len(alone._llm.llm_engine.list_loras()) == 1
+    assert alone._backend._sync.lora_request.lora_name != name
+    assert len(alone._backend._llm.llm_engine.list_loras()) == 1
 
 
-def test_a_merged_adapter_is_the_live_one(make_vllm: Make) -> None:
+def test_a_merged_adapter_gives_the_live_adapters_logprobs(make_vllm: Make) -> None:
     model = add_lora(make_model(TIED), LoraSettings(rank=4))
     shake(model, 0.3)
-    assert make_vllm(model, sync="merged").proof.gap.largest < 5e-5
+    assert make_vllm(model, sync="merged").last_sync.gap.largest < 5e-5
 
 
-def test_bfloat16_stays_near(make_vllm: Make) -> None:
+def test_bfloat16_stays_close(make_vllm: Make) -> None:
     engine = make_vllm(make_model(DENSE, dtype=torch.bfloat16))
-    assert engine.proof.gap.mean < 0.05
+    assert engine.last_sync.gap.mean < 0.05
 
 
 def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
-    """Let tensors be changed between the trainer's digests and vLLM's loader."""
-    from alignlab.rollout.vllm import transfer
+    """Change tensors between the trainer's digests and vLLM's loader."""
+    from alignlab.rollout.vllm.inside import transfer
 
     offered = transfer.offered
 
@@ -128,11 +128,11 @@ def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, An
         return copy, config
 
     monkeypatch.setattr(transfer, "offered", tampered)
-    monkeypatch.setattr("alignlab.rollout.vllm.worker.offered", tampered)
+    monkeypatch.setattr("alignlab.rollout.vllm.inside.worker.offered", tampered)
 
 
 def assert_stopped(engine: Any, message: str) -> None:
-    """The update is refused, and nothing is generated until one succeeds."""
+    """Assert that the update raises, and that the engine then refuses to generate."""
     version = engine.policy_version
     with pytest.raises(RolloutError, match=message):
         engine.update_weights(version + 1)
@@ -147,8 +147,8 @@ def recovers(engine: Any) -> None:
 
 
 def swap_experts(tensors: dict[str, Any]) -> None:
-    one, other = (f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (0, 2))
-    tensors[one], tensors[other] = tensors[other], tensors[one]
+    first, second = (f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (0, 2))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
 
 
 def transpose(tensors: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ def stale(tensors: dict[str, Any]) -> None:
         ("moe", swap_experts, r"model.layers.1.mlp.experts.0.down_proj.weight arrived with another content \(2 of"),
     ],
 )
-def test_what_happens_on_the_way_is_caught_by_name(
+def test_a_tensor_changed_on_the_way_is_named(
     shape: str, change: Any, message: str, engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = engines(shape)
@@ -184,25 +184,25 @@ def test_what_happens_on_the_way_is_caught_by_name(
     recovers(engine)
 
 
-@pytest.mark.parametrize(("shape", "mending"), [("tied", "after_update"), ("moe", "before_update")])
-def test_vllms_own_silent_faults_are_caught_by_the_canary(
-    shape: str, mending: str, engines: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("shape", "patch_name"), [("tied", "after_update"), ("moe", "before_update")])
+def test_vllms_silent_faults_are_caught_by_the_canary(
+    shape: str, patch_name: str, engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tensor arrives whole, and without our mending vLLM goes on with a stale or a misread one."""
+    """Every tensor arrives whole, but without our patch vLLM uses a stale or a misread one."""
     engine, model = engines(shape)
     shake(model)
     with monkeypatch.context() as patch:
-        patch.setattr(f"alignlab.rollout.vllm.mending.{mending}", lambda model: None)
-        assert_stopped(engine, r"log-probs differ from the trainer's by up to .* nats .* every tensor arrived whole")
+        patch.setattr(f"alignlab.rollout.vllm.inside.patches.{patch_name}", lambda model: None)
+        assert_stopped(engine, r"log-probs differ from the trainer's by up to .* nats .* every tensor arrived intact")
     recovers(engine)
 
 
-def test_a_prefix_cache_that_is_kept_is_stale(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third fault of vLLM's: an update does not drop the keys of the old weights."""
+def test_a_prefix_cache_that_outlives_an_update_is_caught(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third fault of vLLM: an update does not drop the keys of the old weights."""
     engine, model = engines("dense")
     shake(model)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+        patch.setattr(engine._backend._llm, "reset_prefix_cache", lambda: True)
         patch.setattr(engine, "_settings", engine._settings.model_copy(update={"canary_prompt_tokens": 40}))
         recovers(engine)  # caches the canary's prompts, which are longer than a block of 32
         shake(model)
@@ -223,18 +223,19 @@ def test_a_stale_adapter_is_caught(engines: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_reused_adapter_name_is_caught(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM goes on with what it has under the name, and says nothing."""
+    """vLLM silently goes on with the adapter that it has under the name."""
     engine, model = engines("adapter")
     shake(model)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._sync, "next_number", lambda: engine._sync.request.lora_int_id)
-        patch.setattr(engine._llm.llm_engine, "remove_lora", lambda number: True)
+        patch.setattr(engine, "_num_attempts", engine._num_attempts - 1)
+        patch.setattr(engine._backend._llm.llm_engine, "remove_lora", lambda number: True)
         assert_stopped(engine, "arrived with another content")
+    engine._num_attempts += 1  # the name that was used twice
     recovers(engine)
 
 
 def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.rollout.vllm.transfer import MemoryTransferEngine
+    from alignlab.rollout.vllm.inside.transfer import MemoryTransferEngine
 
     engine, _ = engines("dense")
 
@@ -245,42 +246,32 @@ def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPa
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryTransferEngine, "_noted", dies)
+        patch.setattr(MemoryTransferEngine, "_with_digests", dies)
         with pytest.raises(OSError, match="connection lost"):
             engine.update_weights(engine.policy_version + 1)
         with pytest.raises(RolloutError, match="in doubt since an update that failed: connection lost"):
             engine.generate(make_prompts(3), SamplingParams())
     recovers(engine)
-    assert engine.proof.gap.largest < 5e-5
+    assert engine.last_sync.gap.largest < 5e-5
 
 
-def test_an_adapter_that_is_not_there(make_vllm: Make) -> None:
+def test_syncing_an_adapter_alone_without_one_is_refused(make_vllm: Make) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.sync is adapter, and the policy has none"):
         make_vllm(make_model(DENSE), sync="adapter")
 
 
-def test_a_canary_can_be_rarer(make_vllm: Make) -> None:
-    model = make_model(DENSE)
-    engine = make_vllm(model, canary_every_updates=4)
-    proved = [engine.proof.gap is not None]
-    for version in range(1, 6):
-        engine.update_weights(version)
-        proved.append(engine.proof.gap is not None)
-    assert proved == [True, True, False, False, True, False]
-
-
-def test_it_sleeps_between_rollouts_and_wakes_when_it_is_needed(
+def test_vllm_sleeps_after_rest_until_the_next_call(
     engines: Any, make_vllm: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: here vLLM has nothing to give back, and refuses the mode."""
+    """The sleep mode of a GPU, with vLLM's calls replaced: on a CPU vLLM refuses it."""
     engine, model = engines("dense")
     calls: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
-        patch.setattr(engine._llm, "wake_up", lambda: calls.append("wake"))
+        patch.setattr(engine._backend._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+        patch.setattr(engine._backend._llm, "wake_up", lambda: calls.append("wake"))
         engine.rest()
         assert calls == []
-        patch.setattr(engine, "_sleeps", True)
+        patch.setattr(engine._backend, "_sleeps", True)
         engine.rest()
         engine.rest()
         assert calls == ["sleep 1"]
@@ -292,3 +283,24 @@ def test_it_sleeps_between_rollouts_and_wakes_when_it_is_needed(
         assert calls == ["sleep 1", "wake"] * 2
     with pytest.raises(ConfigError, match=r"(?s)vLLM cannot run .*[Ss]leep mode"):
         make_vllm(model, sleep=True)
+
+
+def test_an_abandoned_call_raises_and_leaves_no_request_in_vllm(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engines("dense")
+    sampling = SamplingParams(n=3, max_new_tokens=20, ignore_eos=True, seed=1)
+    expected = flat(engine.generate(make_prompts(9), sampling))
+    core = engine._backend._llm.llm_engine
+    step = core.step
+
+    def abandon_after_a_step() -> Any:
+        outputs = step()
+        engine.abandon()
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "step", abandon_after_a_step)
+        with pytest.raises(RolloutError, match="generation was abandoned"):
+            engine.generate(make_prompts(9), sampling)
+    assert not core.has_unfinished_requests()
+    engine.abandon()  # without a call in flight, nothing happens
+    assert flat(engine.generate(make_prompts(9), sampling)) == expected

@@ -1,0 +1,100 @@
+"""Settings that every trainer has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
+from alignlab.config.error_messages import BrokenRule
+from alignlab.files.home_folder import with_home
+
+
+class OptimSettings(Frozen):
+    """AdamW, its learning rate over the run, and the bounds of an update."""
+
+    on_resume = OnResume.RECORDED
+    learning_rate: float = Field(1e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or decaying to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps (not updates) in which the learning rate rises to its full value."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or skip the update and count it."""
+
+
+class MemorySettings(Frozen):
+    """Sizes of the pieces in which a step is computed. They change memory and speed, never the gradient."""
+
+    on_resume = OnResume.MAY_CHANGE
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens in one forward and backward pass."""
+    logprob_chunk_tokens: int = Field(512, ge=1)
+    """Tokens whose logits exist at one time."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, instead of storing them."""
+
+
+class CheckpointSettings(Frozen):
+    """Intervals of checkpoints, and the number that stays on disk."""
+
+    on_resume = OnResume.MAY_CHANGE
+    every_steps: int | None = Field(None, ge=1)
+    """None saves at the end and on interruption only."""
+    keep: int = Field(2, ge=1)
+    """Number of the newest checkpoints that stay."""
+
+
+class TrainerConfig(Frozen):
+    """Settings that every trainer has."""
+
+    on_resume = OnResume.REFUSED
+    takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "none"
+    """needed: reward functions are learnt from. optional: the first one may score the evaluation."""
+    measures: ClassVar[Literal["accuracy", "preferences", "labels", "likelihood"]]
+    """Metric of held-out data: accuracy of answers, how often the chosen completion leads, agreement with labels, or
+    likelihood of completions."""
+
+    output_dir: MayChange[Path] = Path("runs/alignlab")
+    seed: int = Field(0, ge=0, lt=2**32)
+    num_steps: Recorded[int] = Field(100, ge=1)
+    """Batches of rollouts or of examples."""
+    eval_every_steps: MayChange[int | None] = Field(None, ge=1)
+    """Evaluate during training too; before and after is always done where there is evaluation data."""
+    optim: OptimSettings = OptimSettings()
+    memory: MemorySettings = MemorySettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    rank_timeout_s: MayChange[float] = Field(1800.0, gt=0)
+    """On several ranks: how long the others wait for a rank that is alive and makes no progress. A rank that fails, is
+    killed or is stopped is noticed within 30 s in any case."""
+    trackers: MayChange[tuple[str, ...]] = ("tensorboard",)
+    """Names of accelerate's trackers, beside metrics.jsonl, which is always written."""
+
+    @property
+    def method(self) -> str:
+        """Short description of the method, for reports."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> str:
+        """Short description of a step's size, for reports."""
+        raise NotImplementedError
+
+    @field_validator("output_dir")
+    @classmethod
+    def _expand_home(cls, path: Path) -> Path:
+        return with_home(path)
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        warmup = self.optim.warmup_steps
+        if warmup >= self.num_steps:
+            must = f"be less than num_steps ({self.num_steps})"
+            raise BrokenRule("optim.warmup_steps", warmup, must, f"use {self.num_steps // 10}")
+        return self

@@ -1,0 +1,1 @@
+"""Measuring models: accuracy on held-out data, comparisons, reports, curves."""

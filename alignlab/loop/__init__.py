@@ -1,0 +1,1 @@
+"""The learner, the training loops, and what both need."""

@@ -1,0 +1,197 @@
+"""Models, tokenizers and rewards as a user passes them to a trainer (names, paths, objects), loaded and checked."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.rewards import RewardSettings
+from alignlab.errors import ConfigError
+from alignlab.loop.rank_watchdog import watch_ranks
+from alignlab.models.adapter_rules import check_trainable
+from alignlab.models.adapters import add_lora
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+from alignlab.scoring.loading import LoadedReward, load_reward, load_weighted
+
+logger = logging.getLogger(__name__)
+Model = str | Path | PreTrainedModel | PeftModel
+Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
+Rewards = Reward | Sequence[Reward]
+_COLLECTIVE_EXTRA_S = 120.0
+
+
+def make_accelerator(rank_timeout_s: float) -> Accelerator:
+    """Return the ranks and the device of this process: a GPU where there is one, else the CPU. Several ranks are
+    watched from here on; see `rank_watchdog`.
+
+    Args:
+        rank_timeout_s: limit on the wait for a rank that is alive and makes no progress.
+    """
+    # The limit of collectives comes after the watchdog's: the watchdog can name the rank that is lost.
+    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _COLLECTIVE_EXTRA_S))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
+    watch_ranks(accelerator.process_index, accelerator.num_processes, rank_timeout_s)
+    return accelerator
+
+
+def make_rank_group() -> torch.distributed.ProcessGroup | None:
+    """Return a second process group of all ranks, for the collectives of another thread than training's; None for a
+    single rank."""
+    if not torch.distributed.is_initialized():
+        return None
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
+    return group
+
+
+def check_shares(name: str, count: int, ranks: int, num_minibatches: int = 1) -> None:
+    """Raise if a step cannot be shared out evenly: every rank takes the same share, cut into equal mini-batches.
+
+    Raises:
+        ConfigError: with the nearest counts that can.
+    """
+    shares = ranks * num_minibatches
+    if count % shares:
+        below, above = count // shares * shares, (count // shares + 1) * shares
+        factor = f" x num_minibatches ({num_minibatches}) = {shares}" if num_minibatches > 1 else ""
+        raise ConfigError(
+            f"{name} is {count}, and must be a multiple of the number of ranks ({ranks}){factor}; "
+            f"use {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def resolve_model(
+    model: Model,
+    tokenizer: str | PreTrainedTokenizerBase | None,
+    peft_config: LoraSettings | LoraConfig | None,
+    device: torch.device,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Return the model with its adapter, on `device`, and its tokenizer.
+
+    A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train: bfloat16 weights
+    would lose most of an optimizer's small updates.
+
+    Raises:
+        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter
+            is no LoRA or cannot be trained, merged and saved exactly.
+    """
+    check_lora(peft_config)
+    model, tokenizer = resolve_base(model, tokenizer, peft_config)
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
+        model = add_lora(model, peft_config)
+    if isinstance(model, PeftModel):
+        check_lora(model.peft_config[model.active_adapter])
+    if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
+        model.set_adapter(model.active_adapter)  # PEFT loads an adapter frozen; here it is trained further
+    if isinstance(model, PeftModel):
+        check_trainable(model)
+    _check_trained_dtype(model)
+    model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
+    return model, tokenizer
+
+
+def resolve_base(
+    model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None, peft_config: LoraSettings | LoraConfig | None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Return the model, loaded where it is given by name (in bfloat16 for a new adapter), and its tokenizer.
+
+    An adapter that trains copies of whole modules is put on a float32 model: the copies have the model's dtype.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    model = str(model) if isinstance(model, Path) else model
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise ConfigError(
+            f"model must be a name, a path or a model of transformers or PEFT, and is {type(model).__name__}; give one "
+            "of these"
+        )
+    tokenizer = _resolve_tokenizer(model, tokenizer)
+    if isinstance(model, str):
+        in_float32 = peft_config is None or _trains_copies(peft_config)
+        model = load_model(model, dtype=torch.float32 if in_float32 else torch.bfloat16)
+    return model, tokenizer
+
+
+def _trains_copies(peft_config: LoraSettings | LoraConfig) -> bool:
+    """Return whether an adapter trains copies of modules or rows of the embedding, which have the base's dtype."""
+    names = ("modules_to_save", "trainable_token_indices")
+    return any(getattr(peft_config, name, None) for name in names)
+
+
+def check_lora(peft_config: object) -> None:
+    """Raise if an adapter is not LoRA.
+
+    Raises:
+        ConfigError: `peft_config` is of another kind of adapter, or none.
+    """
+    if peft_config is None or type(peft_config) in (LoraSettings, LoraConfig):
+        return
+    kind = type(peft_config).__name__
+    raise ConfigError(
+        f"peft_config must be LoraSettings or PEFT's LoraConfig, and is {kind}; alignlab trains LoRA or all weights: "
+        "use LoraSettings(rank=16), or leave it out to train all weights"
+    )
+
+
+def _resolve_tokenizer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        tokenizer = model if isinstance(model, str) else model.config.name_or_path or None
+    if tokenizer is None:
+        raise ConfigError("tokenizer is not given, and the model has no name to find it by; pass tokenizer=")
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(str(tokenizer))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"tokenizer must be a name, a path or a tokenizer of transformers, and is {type(tokenizer).__name__}; give "
+            "one of these, of a processor its tokenizer"
+        )
+    return tokenizer
+
+
+def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
+    low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        adapted = isinstance(model, PeftModel)
+        instead = "take its module out of modules_to_save" if adapted else "train an adapter (lora)"
+        raise ConfigError(
+            f"{len(low)} weights would be trained in {model.dtype}, first {low[0]}, and an optimizer's small updates "
+            f"are lost in its rounding; load the model in float32, or {instead}"
+        )
+
+
+def resolve_rewards(rewards: Rewards) -> list[LoadedReward]:
+    """Load one reward function or several, each a name, settings, a callable or a pair (name or callable, weight).
+
+    Raises:
+        ConfigError: there is no reward function, or one cannot be found.
+    """
+    if isinstance(rewards, str | RewardSettings) or callable(rewards):
+        rewards = [rewards]
+    if not rewards:
+        raise ConfigError("reward_funcs is empty; reinforcement learning needs at least one reward function")
+    return [_resolve_reward(reward) for reward in rewards]
+
+
+def _resolve_reward(reward: Any) -> LoadedReward:
+    if isinstance(reward, tuple) and len(reward) == 2:
+        return load_weighted(*reward)
+    if isinstance(reward, numbers.Real):
+        raise ConfigError(
+            f"reward_funcs holds the number {reward}, which is no reward; a weight stands in a pair with its reward: "
+            "reward_funcs=[(my_reward, 0.5)]"
+        )
+    return load_reward(RewardSettings(name=reward) if isinstance(reward, str) else reward)

@@ -1,0 +1,335 @@
+"""The learner: log-probs without a gradient, updates, and the state of the weights in training.
+
+A loop chooses data and loss; the learner handles packs, the optimizer, its schedule and MoE routers. A `Strategy`
+decides where the weights live.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignlab.config.trainers import TrainerConfig
+from alignlab.cpu_threads import follow_free_cores
+from alignlab.errors import CheckpointError, NumericsError
+from alignlab.loop.forward import Forward, PolicyForward
+from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, token_mean
+from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
+from alignlab.loop.ranks import Ranks
+from alignlab.loop.strategy import make_strategy
+from alignlab.models.adapters import has_adapters, is_of_adapter
+from alignlab.models.decoder import causal_lm
+from alignlab.models.dropout import switch_off_dropout
+from alignlab.models.evaluation_mode import evaluation_mode
+from alignlab.models.fingerprints import weights_fingerprint
+from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
+from alignlab.models.weight_view import WeightView, parameter_names, view_of, whole_tensors
+from alignlab.runs.checkpoint import load_optimizer_tensors, optimizer_tensors
+from alignlab.types import Experience
+
+_log = logging.getLogger(__name__)
+_COUNTERS = ("empty_updates", "skipped_updates")
+
+Loss = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
+"""(output of the module in training, pack) -> losses [K] and metrics [K]; K tokens, sequences or pairs of the pack."""
+
+
+class Learner:
+    """Owns a module in training and its optimizer.
+
+    Args:
+        module: a `Policy`, a critic, a reward model or a student; its parameters that require a gradient are trained.
+        config: optimizer, schedule and micro-batch settings.
+        accelerator: device and ranks.
+        forward: puts a pack through the module.
+        total_updates: optimizer steps of the whole run, for the schedule.
+        updates_per_step: optimizer steps of one step of the run, for the schedule's warm-up.
+        counts_experts: whether this learner counts and balances the experts of the module's MoE routers.
+
+    Attributes:
+        num_skipped: updates left out because a gradient was not finite.
+        num_empty: updates left out because there was no token to train on.
+        num_changes: number of changes begun, of the weights or of router counts.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        config: TrainerConfig,
+        accelerator: Accelerator,
+        *,
+        forward: Forward | None = None,
+        total_updates: int,
+        updates_per_step: int = 1,
+        counts_experts: bool = True,
+    ) -> None:
+        self.config, self.accelerator, self.ranks = config, accelerator, Ranks(accelerator)
+        self.module = module
+        self.forward = forward or PolicyForward()
+        self.has_routers = counts_experts and bool(routers(module.model))
+        _without_dropout(module.model)
+        if config.memory.gradient_checkpointing:
+            options = {"use_reentrant": False}
+            causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        with module.in_use():
+            self.optimizer = make_optimizer(module, config)
+            self.strategy = make_strategy(module, self.optimizer, accelerator)
+        self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
+        self.num_skipped = 0
+        self.num_empty = 0
+        self.num_changes = 0
+        self._frozen_fingerprint: str | None = None
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.schedule.last_epoch)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The language model in training."""
+        model: PreTrainedModel | PeftModel = self.module.model
+        return model
+
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether adapters are trained rather than the model's own weights."""
+        return has_adapters(self.module.model)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters in training, by name."""
+        with self.module.in_use():
+            return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the trained weights and the optimizer's state, for a checkpoint; frozen weights are left out."""
+        trained = self.trained
+        weights = dict(whole_tensors(self.weights, [*trained, *self._saved_buffers()]))
+        return {"policy": weights, "optimizer": optimizer_tensors(self.optimizer, trained)}
+
+    @property
+    def weights(self) -> WeightView:
+        """The weights of the module, by the names of its parameters and saved buffers."""
+        return view_of(self.module)
+
+    def _saved_buffers(self) -> list[str]:
+        saved = set(self.weights.names())
+        return [name for name, _ in self.module.named_buffers() if name in saved]
+
+    def progress(self) -> dict[str, Any]:
+        """Return the position of the schedule and the counts of updates, as JSON."""
+        return {
+            "schedule": schedule_state(self.schedule), "num_skipped": self.num_skipped, "num_empty": self.num_empty,
+        }
+
+    def frozen_fingerprint(self) -> str:
+        """Return the fingerprint of the weights that no checkpoint holds, such as an adapter's base; computed once."""
+        if self._frozen_fingerprint is None:
+            trained = self.trained
+            names = (
+                name
+                for name in parameter_names(self.module)
+                if name not in trained and not is_of_adapter(self.module.model, name)
+            )
+            self._frozen_fingerprint = weights_fingerprint(whole_tensors(self.weights, names))
+        return self._frozen_fingerprint
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Load the outputs of `tensors`, `progress` and `frozen_fingerprint` (as `frozen`).
+
+        Raises:
+            CheckpointError: the checkpoint has other parameters than are trained now, or the frozen weights differ.
+        """
+        missing = sorted(set(self.trained) ^ (set(tensors["policy"]) - {n for n, _ in self.module.named_buffers()}))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint and the model train different parameters, first {missing[0]} ({len(missing)} in all); "
+                "resume with the model and LoRA settings that the run was started with"
+            )
+        if state["frozen"] != self.frozen_fingerprint():
+            raise CheckpointError(
+                "the weights that are not trained, such as an adapter's base, are not those that the run was started "
+                "with; resume with the same model.name and model.dtype"
+            )
+        try:
+            self.module.load_state_dict(dict(tensors["policy"]), strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit the model: {error}; resume with the model and LoRA settings that "
+                "the run was started with"
+            ) from error
+        load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
+        self._forget_unfinished_step()
+        load_schedule_state(self.schedule, state["schedule"])
+        self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
+
+    def _forget_unfinished_step(self) -> None:
+        """Drop gradients and router counts of a step that failed half way in this process."""
+        self.strategy.clear()
+        forget_counts(self.module.model)
+
+    def logprobs(
+        self, packs: Sequence[Experience], module: Any = None, *, frozen_as: str | None = None
+    ) -> list[Tensor]:
+        """Return the log-probs [N] of each pack's masked tokens, without a gradient.
+
+        Args:
+            module: a policy; default: the one in training.
+            frozen_as: name of a frozen model, whose log-probs must be finite; None for a module in training.
+
+        Raises:
+            NumericsError: a log-prob of a frozen model is not finite.
+        """
+        logprobs = [output.logprobs for output in self.outputs(packs, module)]
+        if frozen_as is not None:
+            named = ((f"pack {number}", values) for number, values in enumerate(logprobs))
+            check_finite(named, f"the log-probs of {frozen_as}", fix=TAKE_ANOTHER)
+        return logprobs
+
+    def outputs(self, packs: Sequence[Experience], module: Any = None) -> list[Any]:
+        """Return the module's outputs for each pack, without a gradient; see `logprobs`."""
+        module = self.module if module is None else module
+        with torch.no_grad(), evaluation_mode(module.modules()), module.in_use():
+            return [self.forward(module, pack) for pack in self._paced(packs)]
+
+    def update(
+        self, packs: Sequence[Experience], loss: Loss, weights: LossWeights, *, metric_weights: LossWeights = token_mean
+    ) -> dict[str, float]:
+        """Take one optimizer step on all of `packs`, and return its metrics; every rank calls this together.
+
+        The step's loss is `sum(loss * weights)` over all packs and ranks, with denominators of the whole step; metrics
+        are summed with `metric_weights`. A step without a trained token on any rank changes nothing, is counted, and
+        has no loss and no metrics of tokens.
+
+        Raises:
+            NumericsError: a gradient is not finite and the config says stop.
+        """
+        assert packs, "an update needs at least one pack on every rank"
+        with self.module.in_use():
+            return self._update(packs, loss, weights, metric_weights)
+
+    def _update(
+        self, packs: Sequence[Experience], loss: Loss, weights: LossWeights, metric_weights: LossWeights
+    ) -> dict[str, float]:
+        self.module.train()
+        packs = [pack.to(self.device) for pack in packs]
+        totals = count_step(packs, self.ranks.sum)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for i, pack in enumerate(self._paced(packs)):
+            with self.strategy.pack_context(is_last=i == len(packs) - 1):
+                output = self.forward(self.strategy.module, pack)
+                losses, metrics = loss(output, pack)
+                total = (losses * weights(pack, totals)).sum()
+                sums["loss"] += total.detach()
+                if output.router_loss is not None:
+                    router_loss = (output.router_loss * token_mean(pack, totals)).sum()
+                    sums["router_loss"] += router_loss.detach()
+                    total = total + router_loss
+                self.strategy.backward(total)
+            for name, values in metrics.items():
+                sums[name] += (values.detach() * metric_weights(pack, totals)).sum()
+        # Last exchange before the weights change: from here on no other rank can make this update fail.
+        measured = {} if totals.is_empty else self._summed(sums)
+        return self._step(packs, totals) | measured
+
+    def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the metrics over all ranks."""
+        names = sorted(sums)
+        values = self.ranks.sum(torch.stack([sums[name] for name in names])).tolist()
+        return dict(zip(names, values, strict=True))
+
+    def _paced(self, packs: Sequence[Experience]) -> Iterator[Experience]:
+        """Yield the packs, setting the number of threads to the free cores before each."""
+        for pack in packs:
+            if self.device.type == "cpu":
+                follow_free_cores()
+            yield pack
+
+    def _step(self, packs: Sequence[Experience], totals: StepTotals) -> dict[str, float]:
+        grad_norm = self.strategy.clip(self.trained.values(), self.config.optim.max_grad_norm)
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
+        if not totals.is_empty and not math.isfinite(grad_norm):
+            self._nonfinite(packs)
+        self.num_changes += 1  # counted before the change: after a failure in the middle the weights belong to no step
+        if totals.is_empty:
+            self.num_empty += 1  # no optimizer step: its momentum would move the weights
+        elif math.isfinite(grad_norm):
+            self.strategy.step()
+            self.schedule.step()
+        self.strategy.clear()
+        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if self.num_empty:
+            metrics["empty_updates"] = float(self.num_empty)
+        if self.config.optim.on_nonfinite == "skip":
+            metrics["skipped_updates"] = float(self.num_skipped)
+        return metrics if counts is None else metrics | self._finish_routers(counts)
+
+    def _nonfinite(self, packs: Sequence[Experience]) -> None:
+        self.num_skipped += 1
+        if self.config.optim.on_nonfinite == "skip":
+            return
+        bad = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        sequences = [
+            f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
+            for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))
+            for i in _not_finite(output).nonzero()[:1].flatten().tolist()
+        ]
+        raise NumericsError(
+            f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
+            f"outputs not finite in {sequences or 'no sequence'}; lower optim.learning_rate, or set "
+            "optim.on_nonfinite: skip"
+        )
+
+    def _finish_routers(self, counts: Tensor) -> dict[str, float]:
+        take_loads(self.module.model, counts)
+        if not self.has_adapters:  # a router's bias belongs to the base model, which an adapter does not change
+            move_biases(self.module.model, counts)
+        load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean_load = load.mean(dim=0)
+        return {
+            "expert_load_min": float(load.min()) * load.shape[-1],
+            "expert_load_max": float(load.max()) * load.shape[-1],
+            **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
+        }
+
+
+def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each metric's mean over the updates that have it; for counts since the run's start, the last value."""
+    means: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update[name] for update in updates if name in update]
+        means[name] = values[-1] if name.rpartition("/")[2] in _COUNTERS else sum(values) / len(values)
+    return means
+
+
+def _not_finite(output: Sequence[Tensor | None]) -> Tensor:
+    """Return a mask [N] of the tokens at which a number of the output is not finite."""
+    per_token = [values for values in output if values is not None and values.is_floating_point() and values.dim() == 1]
+    return torch.stack([~values.isfinite() for values in per_token]).any(dim=0)
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Switch the model's own dropout off, with a warning."""
+    values = switch_off_dropout(model)
+    if values:
+        _log.warning(
+            "dropout of the model is switched off (%s): rollouts and the reference have none, and log-probs with it "
+            "would belong to another policy; for dropout in an adapter use lora.dropout",
+            ", ".join(f"{name} {value:g}" for name, value in values.items()),
+        )

@@ -1,0 +1,160 @@
+"""The reference: the policy as it was when the run began, to which KL and preference margins are measured."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from alignlab.data.packing import pack_groups
+from alignlab.data.preferences import CompletionGroup
+from alignlab.loop.learner import Learner
+from alignlab.models.adapter_rules import check_base_is_reference
+from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.fingerprints import weights_fingerprint
+from alignlab.models.policy import Policy
+from alignlab.models.weight_view import whole_parameters
+from alignlab.runs.reference_cache import ReferenceCache
+from alignlab.types import Experience, Rollout
+
+logger = logging.getLogger(__name__)
+NAME = "the reference"
+_COMPUTED_TOGETHER = 512
+
+
+class Reference:
+    """Log-probs under the reference: a frozen copy of the policy or, for an adapter, the base with the adapter off.
+
+    Args:
+        learner: of the policy.
+
+    Attributes:
+        policy: the frozen copy; None for an adapter.
+        fingerprints: of the copy's weights, by name; empty for an adapter.
+
+    Raises:
+        ConfigError: the adapter was made by changing the base.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.policy = frozen_copy(learner.module)
+        copied = {} if self.policy is None else {"reference": weights_fingerprint(whole_parameters(self.policy))}
+        self.fingerprints: dict[str, str] = copied
+
+    def logprobs(self, packs: Sequence[Experience]) -> list[Tensor]:
+        """Return the log-probs [N] of each pack's masked tokens.
+
+        Raises:
+            NumericsError: one is not finite.
+        """
+        # The reference chooses its own experts: a replay would be of the policy's.
+        free = [replace(pack, routing=None) for pack in packs]
+        if self.policy is not None:
+            return self.learner.logprobs(free, self.policy, frozen_as=NAME)
+        with adapters_disabled(self.learner.module.model):
+            return self.learner.logprobs(free, frozen_as=NAME)
+
+
+def frozen_copy(policy: Policy) -> Policy | None:
+    """Return a frozen copy of a policy; None for an adapter, whose reference is its base.
+
+    Raises:
+        ConfigError: the adapter was made by changing the base.
+    """
+    if not has_adapters(policy.model):
+        return copy.deepcopy(policy).requires_grad_(False).eval()
+    check_base_is_reference(policy.model)
+    if any("lora_B" in name and bool(weight.any()) for name, weight in policy.named_parameters()):
+        logger.warning(
+            "the adapter is not a new one: the reference is the base without it, and not the policy that the "
+            "training starts from; to change that, merge the adapter (alignlab merge) and train from the result"
+        )
+    return None
+
+
+class ExampleReference:
+    """Log-probs of the reference on fixed examples: computed batch by batch, or once for all and kept on disk.
+
+    Args:
+        learner: of the policy.
+        budget: tokens of a pack.
+    """
+
+    def __init__(self, learner: Learner, *, budget: int) -> None:
+        self._learner, self._budget = learner, budget
+        self._reference: Reference | None = Reference(learner)
+        self.fingerprints = self._reference.fingerprints
+        self._computed: dict[str, list[tuple[float, ...]]] = {}
+
+    def precompute(self, data: Mapping[str, Sequence[CompletionGroup]]) -> None:
+        """Compute the log-probs of all examples by name, or read what an earlier run has computed.
+
+        A copy of the policy is dropped then.
+        """
+        if self._reference is None:
+            return
+        cache = ReferenceCache((self._reference.policy or self._learner.module).model)
+        computed = {name: cache.get_or_make(examples, self._compute) for name, examples in data.items() if examples}
+        self._computed, self._reference = computed, None  # all or nothing: it may have been interrupted
+
+    def packs(
+        self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int], part: slice = slice(None)
+    ) -> list[Experience]:
+        """Return the packs of some examples of a name with the reference's log-probs; no example is divided.
+
+        Args:
+            part: of each example's completions.
+        """
+        groups = [examples[row].as_group() for row in rows]
+        chosen = [replace(group, completions=group.completions[part]) for group in groups]
+        packs = pack_groups(chosen, budget=self._budget)
+        if self._reference is not None:
+            return self._with_logprobs(packs)
+        parts = [
+            values
+            for row, group in zip(rows, groups, strict=True)
+            for values in _of_completions(self._computed[name][row], group)[part]
+        ]
+        return [replace(pack, rollout_logprobs=None, ref_logprobs=_on_tokens(parts, pack)) for pack in packs]
+
+    def _compute(self, examples: Sequence[CompletionGroup]) -> list[tuple[float, ...]]:
+        """Return the log-probs of all completions, end to end, of each example."""
+        logprobs: list[tuple[float, ...]] = []
+        for start in range(0, len(examples), _COMPUTED_TOGETHER):
+            groups = [example.as_group() for example in examples[start : start + _COMPUTED_TOGETHER]]
+            of_groups: list[tuple[float, ...]] = [()] * len(groups)
+            for pack in self._with_logprobs(pack_groups(groups, budget=self._budget)):
+                assert pack.ref_logprobs is not None
+                segments, parts = pack.segments, pack.ref_logprobs.cpu().split(pack.segments.lengths)
+                for part, sequence, group in zip(parts, segments.sequence_ids, segments.group_ids, strict=True):
+                    if sequence >= 0:  # the completions of a group are in their order
+                        of_groups[group] += tuple(part.tolist())
+            logprobs += of_groups
+        return logprobs
+
+    def _with_logprobs(self, packs: Sequence[Experience]) -> list[Experience]:
+        assert self._reference is not None
+        packs = [replace(pack, rollout_logprobs=None).to(self._learner.device) for pack in packs]
+        logprobs = self._reference.logprobs(packs)
+        return [replace(pack, ref_logprobs=values) for pack, values in zip(packs, logprobs, strict=True)]
+
+
+def _of_completions(values: tuple[float, ...], group: Rollout) -> list[tuple[float, ...]]:
+    """Divide the log-probs of a group, end to end, among its completions."""
+    rest = iter(values)
+    return [tuple(itertools.islice(rest, len(completion.token_ids))) for completion in group.completions]
+
+
+def _on_tokens(values: Sequence[tuple[float, ...]], pack: Experience) -> Tensor:
+    """Return the values of each sequence of the step on the tokens [N] of a pack; 0 on prompts."""
+    parts = [
+        values[sequence] if sequence >= 0 else (0.0,) * length
+        for sequence, length in zip(pack.segments.sequence_ids, pack.segments.lengths, strict=True)
+    ]
+    return torch.tensor([value for part in parts for value in part])

@@ -1,0 +1,54 @@
+"""Going on from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignlab.errors import CheckpointError
+from alignlab.evaluation.results import evaluation_from_json
+from alignlab.runs.checkpoint import Checkpoint, load_latest
+from alignlab.runs.folder import RunFolder
+from alignlab.runs.random_state import restore_random_state
+
+if TYPE_CHECKING:
+    from alignlab.loop.training_loop import TrainingLoop
+
+
+def restore_newest(loop: TrainingLoop, folder: RunFolder) -> Checkpoint | None:
+    """Restore the newest checkpoint of a run, and return it; None where the run stopped before its first.
+
+    Every rank calls this together.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, another trainer's, or of a run with other settings or data.
+        RankError: on the other ranks.
+    """
+    with loop.agreed("reading the newest checkpoint"):
+        checkpoint = load_latest(
+            folder.checkpoints, rank=loop.ranks.index, world_size=loop.ranks.count, run_id=folder.run_id
+        )
+        folder.check_newest(None if checkpoint is None else checkpoint.step)
+        if checkpoint is not None:
+            _restore_learners(loop, checkpoint)
+    if checkpoint is not None:
+        loop.load_state(checkpoint.state["loop"])
+        restore_random_state(checkpoint.random)
+    return checkpoint
+
+
+def _restore_learners(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
+    """Restore all that one rank can restore without the others."""
+    state = checkpoint.state
+    if state["trainer"] != type(loop).__name__:
+        raise CheckpointError(
+            f"{checkpoint.path} was written by {state['trainer']}, not {type(loop).__name__}; "
+            "resume with the configuration it was started with"
+        )
+    loop.identity.check(state.get("identity"), path=checkpoint.path, step=checkpoint.step, log=loop.is_main)
+    loop.step, loop.train_seconds = checkpoint.step, state["train_seconds"]
+    loop.before = state["before"] and evaluation_from_json(state["before"])
+    loop.evaluation_due = state["evaluation_due"]
+    loop.signal.load_state(state["signal"])
+    for role, learner in loop.learners.items():
+        groups = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
+        learner.load(groups, state["learners"][role])

@@ -1,0 +1,378 @@
+"""The loop that online and offline trainers share: run folder, steps, checkpoints, interruption, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from alignlab.config.trainers import TrainerConfig
+from alignlab.errors import CheckpointError, NothingLearntError
+from alignlab.evaluation.learning_signal import SignalMonitor
+from alignlab.evaluation.report import RunReport, write_report
+from alignlab.evaluation.results import Evaluation
+from alignlab.files.library_errors import writing
+from alignlab.loop.ending_check import check_ending, on_main_rank
+from alignlab.loop.learner import Learner
+from alignlab.loop.rank_agreement import RankAgreement
+from alignlab.loop.rank_watchdog import Position, tell_position, watched
+from alignlab.loop.ranks import Ranks
+from alignlab.loop.restore import restore_newest
+from alignlab.loop.result import TrainResult
+from alignlab.loop.run_identity import RunIdentity
+from alignlab.loop.step_keeper import StepKeeper, check_all_weights, check_trained_weights
+from alignlab.models.decoder import causal_lm
+from alignlab.models.hub.checkpoints import save_model
+from alignlab.models.hub.saving import published
+from alignlab.runs.checkpoint import Checkpoint
+from alignlab.runs.folder import RunFolder
+from alignlab.runs.interrupt import Interrupt, catch_interrupts
+from alignlab.runs.metrics import MetricsLogger
+from alignlab.runs.progress import TrainingProgress
+
+__all__ = ["Callback", "TrainResult", "TrainingLoop"]
+_log = logging.getLogger(__name__)
+Callback = Callable[[Any, int, Mapping[str, float]], None]
+
+
+class TrainingLoop(ABC):
+    """Runs `train_step` from the first or the resumed step to the last, and saves the results.
+
+    Args:
+        config: settings of the trainer.
+        learner: model in training and its optimizer.
+        tokenizer: saved beside the model.
+        callbacks: functions, called as `callback(trainer, step, metrics)` after every step.
+
+    Attributes:
+        ranks: this process among the processes of the run.
+        agreed: context of a block of work that ends on every rank if it fails on one.
+        evaluation_due: whether held-out data still has to be evaluated after the last step.
+        part_of: id of the run that this run is a stage of; None for a run of its own.
+        keeper: saves the run's checkpoints; None outside of `train`.
+        phase_seconds: seconds of each phase of the last step.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainerConfig,
+        learner: Learner,
+        tokenizer: Any,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config, self.learner, self.tokenizer = config, learner, tokenizer
+        self.ranks: Ranks = learner.ranks
+        self.callbacks = tuple(callbacks)
+        self.config_text = config.model_dump_json(indent=2)
+        self.identity = RunIdentity(config, learner.model)
+        self.title = type(self).__name__
+        self.base_model = causal_lm(learner.model).config.name_or_path or None
+        self.generate_options: tuple[str, ...] = ()
+        self.step = 0
+        self.train_seconds = 0.0
+        self.before: Evaluation | None = None
+        self.evaluation_due = False
+        self.part_of: str | None = None
+        self.agreed = RankAgreement(learner.accelerator)
+        self.keeper: StepKeeper | None = None
+        self.progress = TrainingProgress(config.num_steps, enabled=False)
+        self.phase_seconds: dict[str, float] = {}
+        self.signal = SignalMonitor()
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.learner.accelerator
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this rank writes files and shows progress."""
+        return self.ranks.is_main
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """All learners, by the prefix of their tensors in a checkpoint."""
+        return {"": self.learner}
+
+    @abstractmethod
+    def train_step(self, step: int) -> dict[str, float]:
+        """Do one step, counted from 1, over all ranks, and return its metrics."""
+
+    def evaluate(self) -> Evaluation | None:
+        """Return an evaluation on held-out data; None without such data."""
+        return None
+
+    def evaluate_at(self, step: int) -> bool:
+        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`."""
+        every = self.config.eval_every_steps
+        return self.has_held_out and every is not None and step % every == 0
+
+    @property
+    def has_held_out(self) -> bool:
+        """Return whether there is held-out data."""
+        return False
+
+    def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027
+        """Open the files that a trainer writes in its run folder, to be closed with `stack`; none by default."""
+
+    def check_can_go_on(self) -> None:  # noqa: B027
+        """Raise if nothing could be learnt from another step; by default never. Every rank calls this together."""
+
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """Return fingerprints, by name, of the models beside the policy that must not change when a run is resumed."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return the state from which a resumed trainer goes on, as JSON."""
+        return {"frozen": self.frozen_fingerprints()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load the output of `state`.
+
+        Raises:
+            CheckpointError: a frozen model has changed.
+        """
+        for name, fingerprint in self.frozen_fingerprints().items():
+            if state["frozen"].get(name, fingerprint) != fingerprint:
+                raise CheckpointError(
+                    f"the {name} has other weights than when the run began, or another config; resume with the {name} "
+                    "that the run was started with"
+                )
+
+    def train(self, *, resume: bool = False) -> TrainResult:
+        """Train to `num_steps`; on SIGINT or SIGTERM, finish the step, save and return.
+
+        If anything fails, on any rank, the last completed step is saved first: see `loop.step_keeper`.
+
+        Args:
+            resume: go on from the newest checkpoint in `output_dir`.
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is false, or another process is using it.
+            CheckpointError: the newest checkpoint is damaged or another run's, or there is none to resume from.
+            NumericsError, RewardError: see `Learner.update`, `RewardRunner.score`.
+            RankError: another rank has failed.
+            NothingLearntError: the run has ended, with model and report, and nothing could be learnt.
+        """
+        self.keeper = None
+        self.agreed = RankAgreement(self.accelerator)
+        with watched(self.position, lambda: self.keeper is not None and self.keeper.keep()), ExitStack() as stack:
+            on_main_rank(self.check_ending)  # before the folder is taken
+            folder = self._enter_folder(stack, resume)
+            checkpoint = restore_newest(self, folder) if resume else None
+            logger = self._open_files(stack, folder, checkpoint)
+            result = self._train(folder, logger)
+            with self.agreed("writing the report"):
+                if self.is_main and not result.interrupted:
+                    write_report(folder, self._report(result))
+            outcome = _outcome(result)
+            folder.ended(outcome, self.step, logger.state())
+        self.keeper = None  # with its copy of the weights
+        if outcome == "nothing learnt":
+            raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
+        return result
+
+    def _open_files(self, stack: ExitStack, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLogger:
+        """Open the metrics and the trainer's files; `stack` closes them."""
+        resume_step = None if checkpoint is None else checkpoint.step
+        with self.agreed("opening the files of the run"), writing(folder.path, "the run's files"):
+            logger = stack.enter_context(
+                MetricsLogger(
+                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
+                    last_step=max(self.config.num_steps, self.step),
+                    saved=None if checkpoint is None else checkpoint.state["metrics"],
+                    ended=None if folder.last_end is None else folder.last_end.get("metrics"),
+                )
+            )
+            self.open(stack, folder, resume_step)
+        return logger
+
+    def _enter_folder(self, stack: ExitStack, resume: bool) -> RunFolder:
+        rank = self.accelerator.process_index
+        with self.agreed("opening the run's folder"):
+            folder = stack.enter_context(
+                RunFolder(
+                    self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank,
+                    part_of=self.part_of,
+                )
+            )
+        folder.run_id = self.ranks.of_main(folder.run_id or "")
+        return folder
+
+    def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
+        self.progress = TrainingProgress(
+            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main, on_phase=tell_position
+        )
+        keeper = self.keeper = StepKeeper(self, folder, logger)
+        with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
+            if self.step == 0:
+                check_all_weights(self.learners)
+                self.before = self._evaluate(logger)
+            keeper.mark()
+            metrics = self._steps(keeper, logger, interrupt)
+            interrupted = self.step < self.config.num_steps
+            path = self._save_model(folder)  # before the evaluation, whose failure must not lose the model
+            after = None if interrupted else self._evaluate_trained(logger, path)
+            signal = (interrupt.signal or "another rank") if self.ranks.any(interrupt.requested) else None
+        return TrainResult(
+            self.step, self.train_seconds, path, interrupted, signal, metrics, self.before, after,
+            folder.path,
+            self.signal.verdict(num_updates=self.learner.num_updates, num_skipped=self.learner.num_skipped),
+            folder.run_id,
+        )
+
+    def position(self) -> Position:
+        """Return step and phase, for the watchdog; may be called from any thread."""
+        phase = self.progress.current_phase
+        return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
+
+    def _report(self, result: TrainResult) -> RunReport:
+        adapters = self.learner.has_adapters
+        return RunReport(
+            title=self.title,
+            before=result.before,
+            after=result.after,
+            train_seconds=result.train_seconds,
+            num_steps=result.num_steps,
+            adapter=result.model_path if adapters else None,
+            model=None if adapters else result.model_path,
+            generate_options=self.generate_options,
+            base_model=self.base_model,
+            usage_hint=self.usage_hint(result.model_path),
+            verdict=result.verdict,
+            run_id=result.run_id,
+            summary=self.identity.summary,
+        )
+
+    def usage_hint(self, path: Path) -> str | None:
+        """Return a usage hint for the report; None means the `alignlab generate` command."""
+        return None
+
+    def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
+        with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
+            result = self.evaluate()
+        with self.agreed(f"writing the evaluation after step {self.step}"):  # reached only if no rank failed
+            if result is not None:
+                logger.log(self.step, result.metrics())
+        return result
+
+    def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
+        try:
+            return self._evaluate(logger)
+        except Exception:
+            self.progress.note(f"the evaluation failed; the trained model is in {path}")
+            raise
+
+    def _steps(self, keeper: StepKeeper, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
+        """Do the steps until the last or an interrupt; return the metrics of the last step done."""
+        metrics: dict[str, float] = {}
+        self._evaluate_if_due(logger)  # it failed, or was cut short, before the run was resumed
+        while self.step < self.config.num_steps:
+            metrics = self._step(keeper)
+            is_last = self.step == self.config.num_steps
+            self.evaluation_due = self.evaluate_at(self.step) and not is_last
+            messages = self.signal.observe(metrics)
+            keeper.mark()
+            with self.agreed(f"writing the metrics of step {self.step}"):
+                self._publish_metrics(logger, metrics, messages)
+            self._evaluate_if_due(logger)
+            is_stopped = self.ranks.any(interrupt.requested)
+            if is_stopped or is_last or self._save_at(self.step):
+                self.save()
+            if is_stopped and not is_last:
+                sender = interrupt.signal or "another rank"
+                self.progress.note(f"stopped by {sender} after step {self.step}; go on with --resume")
+                break
+        return metrics
+
+    def _step(self, keeper: StepKeeper) -> dict[str, float]:
+        """Do one step, check the weights, and return its metrics."""
+        step, start = self.step + 1, time.perf_counter()
+        keeper.copy_weights()
+        self.check_can_go_on()
+        metrics = self.train_step(step)
+        with self.agreed(f"checking the weights after step {step}"):
+            check_trained_weights(self.learners, step)
+        self.train_seconds += time.perf_counter() - start
+        self.step = step
+        return metrics
+
+    def save(self) -> Path:
+        """Write a checkpoint of the completed step, and return its folder; every rank calls this together.
+
+        Raises:
+            NumericsError, ConfigError, RankError: see `StepKeeper.save`.
+        """
+        assert self.keeper is not None, "save is called during train, such as in a callback"
+        return self.keeper.save()
+
+    def _evaluate_if_due(self, logger: MetricsLogger) -> None:
+        if self.evaluation_due:
+            self._evaluate(logger)
+            self.evaluation_due = False
+
+    def _publish_metrics(self, logger: MetricsLogger, metrics: Mapping[str, float], messages: Sequence[str]) -> None:
+        """Give the metrics of the last step to the metrics file, the display and the callbacks."""
+        logger.log(self.step, metrics)
+        self.progress.step(self.step, metrics)
+        for line in messages if self.is_main else ():
+            _log.warning("step %d: %s", self.step, line)
+        for callback in self.callbacks:
+            callback(self, self.step, metrics)
+
+    def _save_model(self, folder: RunFolder) -> Path:
+        path = folder.adapter if self.learner.has_adapters else folder.model
+        with self.agreed("saving the trained model"):
+            check_trained_weights(self.learners, self.step)
+            if self.is_main:
+                folder.renew()
+                with published(path, run_id=folder.run_id) as unfinished:
+                    self.write_model(unfinished)
+        return path
+
+    def check_ending(self) -> None:
+        """Raise if the run could not end well; see `loop.ending_check`.
+
+        Raises:
+            ConfigError, CheckpointError: with what is missing.
+        """
+        check_ending(
+            self.config, self.learner.model, self.tokenizer, self.config.output_dir,
+            lambda path: self.write_model(path, weights=False),
+            trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
+        )
+
+    def write_model(self, path: Path, *, weights: bool = True) -> None:
+        """Write the trained model and its tokenizer, so that others can load them.
+
+        Args:
+            weights: see `save_model`.
+        """
+        save_model(self.learner.model, path, weights=weights)
+        self.tokenizer.save_pretrained(path)
+
+    def _save_at(self, step: int) -> bool:
+        every = self.config.checkpoints.every_steps
+        return every is not None and step % every == 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show a phase of the step in the progress line, and record its duration in `phase_seconds`."""
+        start = time.perf_counter()
+        with self.progress.phase(name):
+            yield
+        self.phase_seconds[name] = time.perf_counter() - start
+
+
+def _outcome(result: TrainResult) -> str:
+    """Return the outcome that the run's folder records."""
+    if result.interrupted:
+        return "interrupted"
+    return "nothing learnt" if result.verdict.nothing_to_learn_from else "done"

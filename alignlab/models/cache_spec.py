@@ -1,0 +1,105 @@
+"""What each layer keeps of the tokens before the present one: the engine's cache allocates by it.
+
+A layer's attention module says what it keeps. A layer with keys and values keeps two tensors of each token; one with
+latent attention would keep one of each token; one with linear attention, a state of each sequence whatever its length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.models.decoder import causal_lm, hidden_states
+from alignlab.models.evaluation_mode import evaluation_mode
+
+
+@dataclass(frozen=True)
+class LayerCacheSpec:
+    """Tensors that one layer caches, by name, with the shape of a single entry.
+
+    Attributes:
+        per_token: one entry for each token, such as key [K, D] and value [K, D].
+        per_sequence: one entry for each sequence, such as a recurrent state [H, D, D].
+        window: tokens that a later token reads, itself included; None reads all. Entries of earlier tokens may go.
+    """
+
+    per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_sequence: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    window: int | None = None
+
+    @classmethod
+    def of_heads(cls, num_heads: int, key_dim: int, value_dim: int, *, window: int | None = None) -> LayerCacheSpec:
+        """Return the spec of a layer that keeps a key and a value of each token, under "key" and "value".
+
+        Args:
+            num_heads: kv heads, K.
+            key_dim, value_dim: size of each head, D.
+        """
+        return cls({"key": (num_heads, key_dim), "value": (num_heads, value_dim)}, window=window)
+
+    @property
+    def token_numel(self) -> int:
+        """Numbers kept of each token."""
+        return sum(math.prod(shape) for shape in self.per_token.values())
+
+    @property
+    def sequence_numel(self) -> int:
+        """Numbers kept of each sequence, beside those of its tokens."""
+        return sum(math.prod(shape) for shape in self.per_sequence.values())
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """An attention module that says what it caches."""
+
+    layer_idx: int
+
+    def cache_spec(self) -> LayerCacheSpec:
+        """Return what this layer keeps."""
+        ...
+
+
+def cache_specs(model: nn.Module) -> dict[int, LayerCacheSpec]:
+    """Return the cache spec of every layer of a language model, by `layer_idx`, in order.
+
+    Layers of our own models declare it. A model of `transformers` declares nothing, so one token is run through it, and
+    the keys and values that its layers hand to the attention function are measured.
+
+    Raises:
+        ConfigError: the model's attention is not "alignlab", or its layers cannot be computed with a layout.
+    """
+    lm = causal_lm(model)
+    declared = {module.layer_idx: module.cache_spec() for module in lm.modules() if isinstance(module, Caching)}
+    specs = declared or _measured(lm)
+    return dict(sorted(specs.items()))
+
+
+class _ShapeRecorder:
+    """A paged layout that caches nothing and notes the shapes that it is given."""
+
+    def __init__(self) -> None:
+        self.specs: dict[int, LayerCacheSpec] = {}
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
+        *, scaling: float, sliding_window: int | None, softcap: float | None,
+    ) -> Tensor:
+        """Note a layer's shapes. One token attends to itself alone, so the result is its value in every query head."""
+        self.specs[layer_idx] = LayerCacheSpec.of_heads(
+            key.shape[1], key.shape[3], value.shape[3], window=sliding_window
+        )
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+@torch.no_grad()
+def _measured(lm: nn.Module) -> dict[int, LayerCacheSpec]:
+    device = next(lm.parameters()).device
+    recorder, token = _ShapeRecorder(), torch.zeros(1, dtype=torch.int64, device=device)
+    with evaluation_mode(lm.modules()):
+        hidden_states(lm, token, token, recorder)
+    return recorder.specs

@@ -1,0 +1,389 @@
+"""Loading and saving of models: Hub families (unchanged in both directions), our own shapes, adapters.
+
+`transformers` reads and writes every Hub checkpoint, and converts names. In memory, the weights of the families in
+`families.py` have our names, so our model takes them over without a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from alignlab.errors import CheckpointError, ConfigError
+from alignlab.models.config import PolicyConfig
+from alignlab.models.decoder import packing_problem, sees_later_tokens
+from alignlab.models.hub.adapter_files import base_of, is_adapter, refuse_other_tasks, with_saved_adapter
+from alignlab.models.hub.download_limits import waits_for_hub
+from alignlab.models.hub.families import read_hub_config, write_hub_config
+from alignlab.models.hub.folder_limits import check_architecture
+from alignlab.models.hub.generation_defaults import check_generation_file, writable_generation_config
+from alignlab.models.hub.intact import check_folder, named_errors
+from alignlab.models.hub.packaged import resolve_checkpoint
+from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
+from alignlab.models.layout import ATTENTION
+from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
+from alignlab.models.weight_view import WeightView, view_of, whole_module, whole_tensors
+
+AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
+AutoModel.register(PolicyConfig, PolicyModel, exist_ok=True)
+AutoModelForCausalLM.register(PolicyConfig, PolicyForCausalLM, exist_ok=True)
+
+_log = logging.getLogger(__name__)
+_OPTIONS = {"trust_remote_code": False}
+_NO_CHECKPOINT = "A checkpoint must be a Hub id, or a folder with config.json and safetensors"
+_ROPE_KEYS = ("rope_theta", "rope_scaling")
+_SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+
+
+@waits_for_hub
+def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+    """Load the model of a checkpoint, in evaluation mode, with attention "alignlab".
+
+    Known Hub families and our own shapes become a `PolicyForCausalLM`; any other architecture is `transformers`' own.
+
+    Args:
+        name: a Hub id, a local folder, or a packaged model. The folder of an adapter gives its base with it on top.
+
+    Raises:
+        CheckpointError: it cannot be found, is damaged, has no safetensors, or needs code of its own.
+    """
+    path = resolve_checkpoint(name)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
+        check_folder(path)
+    if is_adapter(path):
+        refuse_other_tasks(path)
+        return with_saved_adapter(_base_model(path, dtype, device), path)
+    model: Any = _adopted(_from_hub(name, path, dtype))
+    return _with_its_attention(model.to(device).eval())
+
+
+def _base_model(path: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Load the base of an adapter's folder."""
+    base = base_of(path)
+    try:
+        model = load_model(base, dtype=dtype, device=device)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _check_base(path: str) -> None:
+    """Raise if the base of an adapter's folder is not usable."""
+    base = base_of(path)
+    try:
+        check_checkpoint(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapter {path}: {error}") from error
+
+
+@waits_for_hub
+def check_checkpoint(name: str) -> None:
+    """Raise if a checkpoint is missing, damaged, or of an unknown architecture; nothing is loaded.
+
+    Args:
+        name: as for `load_model`. An adapter is checked together with its base.
+
+    Raises:
+        CheckpointError: it cannot be found, it is a reward model's adapter, or its folder has no safetensors or a file
+            of them that is cut short.
+        ConfigError: it is a packaged model, and the package is not installed.
+    """
+    path = resolve_checkpoint(name)
+    if Path(path).is_dir():
+        check_folder(path)
+        _check_files(name, sorted(Path(path).glob("*.safetensors")))
+    if is_adapter(path):
+        refuse_other_tasks(path)
+        return _check_base(path)
+    with named_errors(f"{name} cannot be loaded", _NO_CHECKPOINT):
+        config = AutoConfig.from_pretrained(path, **_OPTIONS)
+    _refuse_encoder_decoder(name, config)
+
+
+def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{name} is an encoder-decoder ({config.model_type}), and must be a decoder alone, whose prompt and "
+            "completion are one sequence; use a causal language model"
+        )
+
+
+@waits_for_hub
+def empty_model(name: str) -> PreTrainedModel:
+    """Return a checkpoint's model on the meta device, with all shapes and no weights; of an adapter, its base.
+
+    Raises:
+        ConfigError, CheckpointError: see `check_checkpoint`; or a local folder's weights have other names or shapes
+            than its config.json says.
+    """
+    check_checkpoint(name)
+    path = resolve_checkpoint(name)
+    if is_adapter(path):
+        return empty_model(base_of(path))
+    check_generation_file(path)
+    if Path(path).is_dir():  # of one on the Hub, the weights would be downloaded
+        check_shapes(name, path)
+    with named_errors(f"{name} cannot be loaded", "Correct its config.json"), init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
+    with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)  # without a file, of the config, as in loading
+    return _adopted(model)
+
+
+def check_shapes(name: str, path: str, *, headless: bool = False) -> None:
+    """Raise if the weights of a local folder have other names or shapes than its config.json says; none is read.
+
+    Args:
+        headless: see `load_headless`.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    _from_hub(name, path, "auto", headless=headless, device="meta")
+
+
+def _check_files(name: str, files: list[Path]) -> None:
+    if not files:
+        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # its header says how long the file must be
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
+
+
+def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load the decoder of a sequence-classification folder, under a tied language-model head that stands unused.
+
+    Args:
+        dtype: default: the checkpoint's.
+
+    Raises:
+        CheckpointError: see `load_model`.
+    """
+    check_folder(path)
+    model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True))
+    return model.to(device).eval()
+
+
+def _from_hub(
+    name: str, path: str, dtype: torch.dtype | str, *, headless: bool = False, device: str | None = None
+) -> PreTrainedModel:
+    """Load `transformers`' own model of a checkpoint, and check that every weight is present and used.
+
+    Args:
+        headless: the checkpoint has another head than a language model's.
+        device: "meta" reads the files' headers alone.
+    """
+    options: dict[str, Any] = {**_OPTIONS, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if headless:
+        options["tie_word_embeddings"] = True
+    if device is not None:
+        options["device_map"] = device
+    check_generation_file(path)
+    # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
+    attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
+    with named_errors(f"{name} cannot be loaded", f"{_NO_CHECKPOINT}, of an architecture that transformers knows"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
+    model, report = loaded
+    wrong = {
+        kind: sorted(
+            str(key)
+            for key in report[f"{kind}_keys"]
+            if not (str(key).endswith(".expert_load") or (headless and str(key) == "score.weight"))
+        )
+        for kind in ("missing", "unexpected", "mismatched")
+    }
+    if any(wrong.values()):
+        problems = [f"{kind} {', '.join(keys[:3])} ({len(keys)} in all)" for kind, keys in wrong.items() if keys]
+        raise CheckpointError(
+            f"the weights of {name} do not fit its config: {'; '.join(problems)}; "
+            "the checkpoint is damaged, or of another architecture"
+        )
+    return model
+
+
+def _takes_attention(path: str) -> bool:
+    """Return True if the architecture looks up its attention function by name."""
+    try:
+        config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        _refuse_encoder_decoder(path, config)
+        architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        return bool(architecture._supports_attention_backend)
+    except CheckpointError:
+        raise
+    except Exception:
+        return True  # loading raises the error
+
+
+def _with_its_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model, with its own attention on padded batches if its tokens cannot be packed."""
+    if isinstance(model, PolicyForCausalLM):
+        return model
+    problem = packing_problem(model) if model.config._attn_implementation == ATTENTION else None
+    if problem is not None:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        _log.warning("%s is computed on padded batches: %s", type(model).__name__, problem.partition(";")[0])
+    if sees_later_tokens(model):
+        raise CheckpointError(
+            f"{model.config.name_or_path} is an encoder ({type(model).__name__}): its tokens see those after them, and "
+            "a language model's must not; use a decoder, or set is_decoder to true in its config if it is one"
+        )
+    return model
+
+
+def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
+    """Return `hub` as a `PolicyForCausalLM` over the same tensors if its family is known, and `hub` otherwise."""
+    try:
+        with named_errors(f"{hub.config.name_or_path} cannot be loaded", "Correct its config.json"):
+            config = read_hub_config(hub.config)
+    except ConfigError as error:
+        _log.warning("%s is used as transformers has it: %s", type(hub).__name__, error)
+        return hub
+    if config is None:
+        return hub
+    config.hub_config = hub.config.to_diff_dict()
+    config.dtype = hub.dtype
+    config.name_or_path = hub.config.name_or_path
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = PolicyForCausalLM(config)
+    result = model.load_state_dict(hub.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    missing = [key for key in result.missing_keys if not key.endswith(".expert_load")]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"weights of {hub.config.name_or_path} do not fit its config: missing {missing[:4]}, "
+            f"unexpected {result.unexpected_keys[:4]}; the checkpoint is damaged or of another architecture"
+        )
+    model.generation_config = hub.generation_config
+    return model
+
+
+def new_model(
+    architecture: dict[str, Any], *, vocab_size: int, dtype: torch.dtype = torch.float32,
+    pad_token_id: int | None = None, bos_token_id: int | None = None, eos_token_id: int | None = None,
+) -> PolicyForCausalLM:
+    """Make a model with random weights from torch's global generator.
+
+    Args:
+        architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
+
+    Raises:
+        ConfigError: a field is unknown, the combination is impossible, or the model larger than the memory.
+    """
+    _check_names(architecture)
+    check_architecture(architecture, vocab_size, dtype.itemsize)
+    tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    try:
+        config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)
+    except StrictDataclassError as error:
+        raise ConfigError(f"model.architecture: {error}") from error
+    config.dtype = dtype
+    model: Any = PolicyForCausalLM(config)
+    model.to(dtype)
+    for key, value in tokens.items():
+        setattr(model.generation_config, key, value)
+    return model.eval()
+
+
+def _check_names(architecture: dict[str, Any]) -> None:
+    fields = [name for name in PolicyConfig.__annotations__ if name not in _SET_ELSEWHERE]
+    for name in architecture:
+        if name in _SET_ELSEWHERE:
+            raise ConfigError(f"model.architecture.{name} is set, and comes from the tokenizer; leave it out")
+        if name not in fields and name not in _ROPE_KEYS:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(fields)}"
+            raise ConfigError(f"model.architecture.{name} is not a field of PolicyConfig{hint}")
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, folder: str | Path, *, weights: bool = True, view: WeightView | None = None
+) -> None:
+    """Write a model so that plain `transformers` (and `peft`, for an adapter) loads it.
+
+    A `PolicyForCausalLM` is written as the Hub family that it is isomorphic to, or under its own model type where there
+    is none; that one loads wherever `alignlab.models.hub.checkpoints` was imported.
+
+    Args:
+        weights: False writes everything else and tries the conversion of the weights, so that a model that cannot be
+            saved is refused before it is trained.
+        view: of the model's weights; default: `view_of` it.
+
+    Raises:
+        CheckpointError: the model's generation defaults or tensors cannot be written or, without `weights`, something
+            else that is saved.
+    """
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, view) if weights else save_adapter_without_weights(model, folder)
+        return
+    if model.can_generate():
+        whose = model.config.name_or_path or type(model).__name__
+        model.generation_config = writable_generation_config(model.generation_config, whose)
+    view = view or view_of(model)
+    hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
+    try:
+        written = _as_own_class(model, view) if hub is None else _as_family(model, hub, view)
+    except RuntimeError as error:  # tensors that the family does not have, such as a registered buffer
+        raise unsaveable(type(model).__name__, error) from error
+    written.save_pretrained(folder) if weights else save_without_weights(written, folder)
+
+
+def _as_own_class(model: PreTrainedModel, view: WeightView) -> PreTrainedModel:
+    """Return a copy of the model that holds whole tensors, with tied ones tied again."""
+    twin: Any = whole_module(model, view)
+    twin.tie_weights()
+    return cast(PreTrainedModel, twin)
+
+
+def _as_family(model: PreTrainedModel, config: PreTrainedConfig, view: WeightView) -> PreTrainedModel:
+    """Return a model of the Hub family's class over the same tensors."""
+    config.dtype = model.dtype
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    names = (name for name in view.names() if not name.endswith(".expert_load"))
+    twin.load_state_dict(dict(whole_tensors(view, names)), assign=True)
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    return twin
+
+
+@waits_for_hub
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint, or of an adapter's base. Without a padding token, the end token pads.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = resolve_checkpoint(name)
+    check_folder(path)
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(base_of(path))
+    with named_errors(f"{name} has no tokenizer that can be loaded", "Give model.tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **_OPTIONS)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,225 @@
+"""Hub families that a `PolicyConfig` can stand for, and the translation of configs in both directions.
+
+A `PolicyConfig` belongs to a family if writing the family's config and reading that again gives the same shape, so a
+field that a family lacks is never dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from alignlab.errors import ConfigError
+from alignlab.models.config import PolicyConfig
+
+Fields = dict[str, Any]
+
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "attention_dropout",
+)
+_TOKENS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+_SHAPE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
+    "attention_bias", "attention_out_bias", "attention_dropout", "use_qk_norm", "layer_types", "sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "mlp_layer_types",
+)
+_DENSE_SHAPE = ("intermediate_size", "mlp_bias")
+_SPARSE_SHAPE = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
+    "norm_topk_prob", "routed_scaling_factor",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hub architecture.
+
+    Attributes:
+        config_class: its config in `transformers`.
+        to_policy: translates the family's config into fields of `PolicyConfig`, except those that all families share.
+        to_hub: translates a `PolicyConfig` into fields of the family's config, likewise.
+    """
+
+    config_class: type[PreTrainedConfig]
+    to_policy: Callable[[Any], Fields]
+    to_hub: Callable[[PolicyConfig], Fields]
+
+
+def _read_llama(hub: Any) -> Fields:
+    return {"attention_bias": hub.attention_bias, "mlp_bias": hub.mlp_bias}
+
+
+def _write_llama(config: PolicyConfig) -> Fields:
+    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def _windows(hub: Any) -> Fields:
+    return {
+        "layer_types": list(hub.layer_types),
+        "sliding_window": hub.sliding_window if "sliding_attention" in hub.layer_types else None,
+    }
+
+
+def _write_windows(config: PolicyConfig) -> Fields:
+    return {
+        "layer_types": config.layer_types,
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": config.num_hidden_layers,
+    }
+
+
+def _read_qwen2(hub: Any) -> Fields:
+    return {"attention_bias": True, "attention_out_bias": False, **_windows(hub)}
+
+
+def _read_qwen3(hub: Any) -> Fields:
+    return {"attention_bias": hub.attention_bias, "use_qk_norm": True, **_windows(hub)}
+
+
+def _write_qwen3(config: PolicyConfig) -> Fields:
+    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, **_write_windows(config)}
+
+
+def _one_window(hub: Any) -> Fields:
+    kind = "full_attention" if hub.sliding_window is None else "sliding_attention"
+    return {"layer_types": [kind] * hub.num_hidden_layers, "sliding_window": hub.sliding_window}
+
+
+def _balance_coef(hub: Any) -> float:
+    """Return the weight of the balance loss, which a Hub model trains with only if it outputs its router logits."""
+    return hub.router_aux_loss_coef if hub.output_router_logits else 0.0
+
+
+def _read_mixtral(hub: Any) -> Fields:
+    if hub.router_jitter_noise:
+        raise ConfigError(f"router_jitter_noise is {hub.router_jitter_noise}, and must be 0; routing is replayed")
+    return {
+        "num_experts": hub.num_local_experts,
+        "num_experts_per_tok": hub.num_experts_per_tok,
+        "moe_intermediate_size": hub.intermediate_size,
+        "router_aux_loss_coef": _balance_coef(hub),
+        **_one_window(hub),
+    }
+
+
+def _write_mixtral(config: PolicyConfig) -> Fields:
+    return {
+        "head_dim": config.head_dim,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "intermediate_size": config.moe_intermediate_size,
+        "sliding_window": config.sliding_window,
+    }
+
+
+def _read_qwen3_moe(hub: Any) -> Fields:
+    sparse = [
+        index not in hub.mlp_only_layers and hub.num_experts > 0 and (index + 1) % hub.decoder_sparse_step == 0
+        for index in range(hub.num_hidden_layers)
+    ]
+    return {
+        "attention_bias": hub.attention_bias,
+        "use_qk_norm": True,
+        "mlp_layer_types": ["sparse" if experts else "dense" for experts in sparse],
+        "num_experts": hub.num_experts,
+        "num_experts_per_tok": hub.num_experts_per_tok,
+        "moe_intermediate_size": hub.moe_intermediate_size,
+        "norm_topk_prob": hub.norm_topk_prob,
+        "router_aux_loss_coef": _balance_coef(hub),
+        **_one_window(hub),
+    }
+
+
+def _write_qwen3_moe(config: PolicyConfig) -> Fields:
+    dense = [index for index in range(config.num_hidden_layers) if index not in config.sparse_layers]
+    return {
+        "head_dim": config.head_dim,
+        "attention_bias": config.attention_bias,
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+FAMILIES = {
+    "llama": Family(LlamaConfig, _read_llama, _write_llama),
+    "qwen2": Family(Qwen2Config, _read_qwen2, _write_windows),
+    "qwen3": Family(Qwen3Config, _read_qwen3, _write_qwen3),
+    "mixtral": Family(MixtralConfig, _read_mixtral, _write_mixtral),
+    "qwen3_moe": Family(Qwen3MoeConfig, _read_qwen3_moe, _write_qwen3_moe),
+}
+
+
+def read_hub_config(hub: PreTrainedConfig) -> PolicyConfig | None:
+    """Return our config of a Hub model; None where its family is unknown.
+
+    Raises:
+        ConfigError: the family is known, but this model has a feature that ours lacks.
+    """
+    family = FAMILIES.get(hub.model_type)
+    if family is None:
+        return None
+    shared = {name: getattr(hub, name) for name in _SHARED}
+    head_dim = getattr(hub, "head_dim", None) or hub.hidden_size // hub.num_attention_heads
+    rope = dict(hub.rope_parameters)
+    return PolicyConfig(**shared, head_dim=head_dim, rope_parameters=rope, **family.to_policy(hub))
+
+
+def write_hub_config(config: PolicyConfig) -> PreTrainedConfig | None:
+    """Return the config of the family that `config` is isomorphic to, None where there is none.
+
+    The family of the checkpoint that the model came from is tried first, with all other fields of its config.
+    """
+    origin = dict(config.hub_config or {})
+    if origin:
+        name = origin.pop("model_type")
+        hub = _written(config, name, {**origin, **{field: getattr(config, field) for field in _TOKENS}})
+        if hub is not None:
+            return hub
+    shared = {field: getattr(config, field) for field in _SHARED}
+    shared["rope_parameters"] = dict(config.rope_parameters or {})
+    for name, family in FAMILIES.items():
+        hub = _written(config, name, {**shared, **family.to_hub(config)})
+        if hub is not None:
+            return hub
+    return None
+
+
+def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfig | None:
+    """Return the named family's config with these fields; None if `config` is of another shape."""
+    try:
+        hub = FAMILIES[name].config_class(**fields)
+        translated_back = read_hub_config(hub)
+    except (StrictDataclassError, ConfigError):
+        return None
+    return hub if translated_back is not None and _shape(translated_back) == _shape(config) else None
+
+
+def _shape(config: PolicyConfig) -> Fields:
+    """Return the fields that decide which weights a model has and what it computes with them."""
+    kinds = config.mlp_layer_types or ()
+    names = _SHAPE + (_DENSE_SHAPE if "dense" in kinds else ()) + (_SPARSE_SHAPE if "sparse" in kinds else ())
+    fields = {name: getattr(config, name) for name in names}
+    biased = "sparse" in kinds and config.router_bias_update_rate > 0
+    shared_bias = config.n_shared_experts > 0 and config.mlp_bias
+    return {**fields, "router_bias": biased, "shared_bias": shared_bias}

@@ -1,0 +1,125 @@
+"""The one seam between a model and how its tokens are laid out: the attention function "alignlab".
+
+`transformers` looks attention up by name, and hands keyword arguments of a model's forward down to it. A model whose
+`config._attn_implementation` is "alignlab" is told the layout of its flat tokens by the keyword `layout`:
+
+    Segments       packed sequences, some of which share a prompt; in training   -> `packed_attention`
+    PagedLayout    the rollout engine's batch over its cache                      -> `PagedLayout.attend`
+    None           an ordinary padded batch, as in `model.generate()`             -> torch's own attention
+
+Shapes: N tokens, H heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from alignlab.errors import ConfigError
+from alignlab.models.packed_attention import packed_attention
+from alignlab.types import Segments
+
+ATTENTION = "alignlab"
+OTHER_ATTENTION = (
+    "load it with alignlab.models.hub.checkpoints.load_model or attn_implementation='eager', which train it on padded "
+    "batches, and generate with vLLM (rollout.engine)"
+)
+
+
+class PagedLayout(Protocol):
+    """A layout that caches keys and values of earlier tokens itself."""
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
+        *, scaling: float, sliding_window: int | None, softcap: float | None,
+    ) -> Tensor:
+        """Return attention of `query` [1,H,N,D] to `key`, `value` [1,K,N,D] and to cached tokens: [1,N,H,D]."""
+        ...
+
+
+Layout = Segments | PagedLayout
+_calls = threading.local()
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    layout: Layout | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, with the arguments that `transformers` hands to an attention function.
+
+    Args:
+        module: the attention module; its `layer_idx` tells a paged layout which layer's cache to use.
+        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
+        attention_mask: read only where there is no layout.
+        scaling: factor of the scores, before the cap.
+        sliding_window: a token sees this many tokens, itself included; None sees all.
+        softcap: scores become cap * tanh(score / cap).
+        layout: see the top of this module.
+
+    Returns:
+        ([1,N,H,D], None); attention weights are never formed.
+
+    Raises:
+        ConfigError: the model has attention sinks or position biases, or dropout with a layout.
+    """
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ConfigError(
+            f"attention 'alignlab' knows neither attention sinks nor position biases, which {type(module).__name__} "
+            f"uses; {OTHER_ATTENTION}"
+        )
+    if layout is None:
+        return _padded(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
+        ), None
+    if dropout:
+        raise ConfigError(
+            f"attention_dropout is {dropout}, and packed attention has none; set it to 0, or call "
+            "alignlab.models.dropout.switch_off_dropout(model), as every trainer does"
+        )
+    _calls.count = attention_calls() + 1
+    if isinstance(layout, Segments):
+        return packed_attention(
+            query, key, value, layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        ), None
+    layer_idx = cast(int, module.layer_idx)
+    return layout.attend(
+        layer_idx, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+    ), None
+
+
+def _padded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    *, scaling: float, dropout: float, softcap: float | None, **kwargs: Any,
+) -> Tensor:
+    """Compute attention of an ordinary batch. The mask comes from `transformers`, and holds any sliding window."""
+    if softcap is None:
+        kwargs.pop("output_attentions", None)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = softcap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * scaling / softcap)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # with -inf, padded queries, which see no key, would become nan
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2)
+
+
+def attention_calls() -> int:
+    """Return how often this thread has computed attention with a layout."""
+    return getattr(_calls, "count", 0)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+

@@ -1,0 +1,1 @@
+"""Addresses, credentials and bounded HTTP requests."""

@@ -1,0 +1,121 @@
+"""The blocks of the paged cache: how many sequences use each, and which can be found again by their tokens.
+
+A block holds the entries of `block_size` consecutive tokens of a sequence, in every layer. Sequences with a common
+beginning share blocks; each block counts its users. A full block is published under a digest of all tokens up to its
+end. Without users it can still be found until its space is needed; the block that was unused longest is taken first.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from alignlab.errors import RolloutError
+
+
+def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Return the digest of a block's tokens and of all tokens before them, whose digest is `parent`."""
+    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+
+
+class BlockManager:
+    """Counts of users, free blocks and published blocks, without the tensors."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._users: list[int] = []
+        self._digests: list[bytes | None] = []
+        self._published: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict()  # in the order in which they are taken
+        self.grow(num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._users)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_published(self) -> int:
+        return len(self._published)
+
+    def users(self, block: int) -> int:
+        """Return the number of sequences that use `block`."""
+        return self._users[block]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of blocks that `num_tokens` tokens need."""
+        return -(-num_tokens // self.block_size)
+
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks up to `num_blocks` in all."""
+        for block in range(self.num_blocks, num_blocks):
+            self._users.append(0)
+            self._digests.append(None)
+            self._free[block] = None
+
+    def allocate(self) -> int:
+        """Return a free block, whose content is no longer needed; it has one user then.
+
+        Raises:
+            RolloutError: none is free.
+        """
+        if not self._free:
+            raise RolloutError(
+                f"all {self.num_blocks} blocks of the cache are in use; raise rollout.cache_tokens or lower "
+                "rollout.max_running"
+            )
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._users[block] = 1
+        return block
+
+    def share(self, block: int) -> int:
+        """Add a user to a block in use, and return the block."""
+        assert self._users[block] > 0, f"block {block} is free"
+        self._users[block] += 1
+        return block
+
+    def release(self, block: int) -> None:
+        """Remove a user of a block; unused blocks that can be found again are reused last."""
+        assert self._users[block] > 0, f"block {block} is free already"
+        self._users[block] -= 1
+        if self._users[block] == 0:
+            self._free[block] = None
+            self._free.move_to_end(block, last=self._digests[block] is not None)
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Publish a full block under `digest`, unless another block is published under it already."""
+        assert self._users[block] > 0, f"block {block} is free"
+        if digest not in self._published and self._digests[block] is None:
+            self._published[digest] = block
+            self._digests[block] = digest
+
+    def find(self, digest: bytes) -> int | None:
+        """Return the block published under `digest`, with a user more; None if there is none."""
+        block = self._published.get(digest)
+        if block is not None:
+            self._free.pop(block, None)
+            self._users[block] += 1
+        return block
+
+    def forget_all(self) -> None:
+        """Withdraw all published blocks; blocks in use stay in use."""
+        for block in list(self._published.values()):
+            self._forget(block)
+
+    def reset(self) -> None:
+        """Free all blocks, and withdraw all published ones."""
+        num_blocks = self.num_blocks
+        self._users, self._digests = [], []
+        self._published, self._free = {}, OrderedDict()
+        self.grow(num_blocks)
+
+    def _forget(self, block: int) -> None:
+        digest, self._digests[block] = self._digests[block], None
+        if digest is not None:
+            del self._published[digest]

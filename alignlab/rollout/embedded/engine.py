@@ -1,0 +1,363 @@
+"""The embedded rollout engine: generates from the policy's own weights, in the trainer's process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.config.rollout import RolloutSettings
+from alignlab.cpu_threads import follow_free_cores
+from alignlab.errors import RolloutError
+from alignlab.models.decoder import causal_lm, require_paging
+from alignlab.rollout.detokenizer import Detokenizer, decode
+from alignlab.rollout.embedded.block_manager import BlockManager
+from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.sampler import Sampler, record_logprobs
+from alignlab.rollout.embedded.scheduler import Scheduler, blocks_needed
+from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.rollout.policy_version import changed_weights, check_advances
+from alignlab.rollout.requests import (
+    LengthLimit,
+    abandoned,
+    check_completions,
+    check_prompts,
+    completion_keys,
+    end_token_ids,
+    length_limits,
+    sampling_of_prompts,
+)
+from alignlab.types import Completion, Prompt, Rollout, SamplingParams
+
+Progress = Callable[[int, int], None]
+"""Called after each step with the number of tokens sampled and of sequences finished so far."""
+
+
+class EmbeddedEngine:
+    """A rollout engine with a paged cache and continuous batching; see `scheduler` and `paged_attention`.
+
+    Args:
+        model: a causal language model whose attention is "alignlab", with or without LoRA.
+        tokenizer: decodes completions; its end token ends them.
+        settings: sizes, see `RolloutSettings`.
+        policy_version: version of the present weights.
+        share_prefixes: compute a common beginning of sequences once.
+
+    Raises:
+        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, or an adapter
+            cannot be merged.
+
+    Attributes:
+        num_preempted: sequences that had to free their blocks, since the engine was made.
+        num_computed: tokens that went through the model, since the engine was made.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings,
+        *, policy_version: int = 0, share_prefixes: bool = True,
+    ) -> None:
+        self.policy_version = policy_version
+        self.num_preempted = 0
+        self.num_computed = 0
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._share = share_prefixes
+        self._lm = causal_lm(model)
+        require_paging(model)
+        self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
+        self._runner = Runner(model, self._weights, settings.block_size)
+        self._blocks = BlockManager(0, settings.block_size)
+        self._sampler = Sampler()
+        self._in_use = threading.Lock()
+        self._abandoned = False
+        self._closed = False
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams],
+        *, on_step: Progress | None = None,
+    ) -> list[Rollout]:
+        """Sample `sampling.n` completions of each prompt, in the order of `prompts`.
+
+        Args:
+            prompts: the prompts.
+            sampling: one for all prompts, or one for each.
+            on_step: called with the progress after each step.
+
+        Raises:
+            RolloutError: a prompt leaves no room for a completion, a parameter is out of range, the model's logits are
+                not finite, the policy's weights were changed since the last `update_weights`, or the call was
+                abandoned.
+        """
+        params = sampling_of_prompts(prompts, sampling)
+        sequences = self._sequences(prompts, params)
+        routing: dict[TokenSequence, Tensor | None] = {}
+        with self._running(sequences) as scheduler, self._weights.in_use():
+            num_tokens = 0
+            while scheduler.has_work:
+                num_tokens += self._sample_step(scheduler, routing)
+                if on_step is not None:
+                    on_step(num_tokens, len(routing))
+        completions = iter([self._completion(sequence, routing[sequence]) for sequence in sequences])
+        return [
+            Rollout(prompt, tuple(next(completions) for _ in range(p.n)))
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Iterator[str]:
+        """Yield the text of one completion in pieces; the joined pieces are the completion's text.
+
+        Raises:
+            RolloutError: as `generate`, or `sampling.n` is not 1.
+        """
+        if sampling.n != 1:
+            raise RolloutError(f"sampling.n is {sampling.n}, and must be 1 to stream one completion; use generate")
+        [sequence] = self._sequences([prompt], sampling_of_prompts([prompt], sampling))
+        sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer, self._end_ids)
+        return self._stream(sequence, sequence.detokenizer)
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Return the log-probs of given completions under the present weights, without sampling.
+
+        All tokens of a completion are computed in one pass, and the full cache blocks of a prompt once for its group.
+
+        Returns:
+            [completion tokens] float32 for each completion, in order; at temperature 1, without truncation.
+
+        Raises:
+            RolloutError: a completion and its prompt are too long, or hold a token outside the vocabulary; otherwise
+                as `generate`.
+        """
+        sequences = self._scored_sequences(rollouts)
+        scored = [sequence for sequence in sequences if sequence.scored_ids]
+        with self._running(scored) as scheduler, self._weights.in_use():
+            while scheduler.has_work:
+                self._score_step(scheduler)
+        return [torch.tensor(sequence.raw_logprobs) for sequence in sequences]
+
+    def update_weights(self, policy_version: int) -> None:
+        """Take over the policy's present weights as version `policy_version`; drop what older weights computed.
+
+        An engine that was closed is opened again.
+
+        Raises:
+            RolloutError: the version does not advance, or a call is in flight.
+        """
+        self._require_no_call()
+        check_advances(policy_version, self.policy_version)
+        self._weights.refresh()
+        self._blocks.forget_all()
+        self.policy_version, self._closed = policy_version, False
+
+    def rest(self) -> None:
+        """Free the cache, prefixes included; the next call allocates it again."""
+        self._require_no_call()
+        self._free_cache()
+
+    def abandon(self) -> None:
+        """Make the call in flight raise a RolloutError before its next step; may be called from any thread."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """Free the cache and the copies of weights; a call in flight is abandoned, and frees them at its end."""
+        self._closed = True
+        self.abandon()
+        if self._in_use.acquire(blocking=False):
+            self._free_cache()
+            self._weights.release()
+            self._in_use.release()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of sequences that had to free their blocks, so far."""
+        return {"engine/preempted": float(self.num_preempted)}
+
+    def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
+        """Return the sequences to sample, in order, checked."""
+        self._require_idle()
+        limits = self._limits(shorten="shorten the prompt or lower max_new_tokens")
+        check_prompts(prompts, sampling, self._vocab_size, limits)
+        sequences: list[TokenSequence] = []
+        for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
+            request = Request(prompt, params, end_token_ids(self._lm, self._tokenizer, params))
+            sequences += [
+                TokenSequence(
+                    request, key, list(prompt.token_ids),
+                    detokenizer=Detokenizer(self._tokenizer, self._end_ids) if params.stop else None,
+                )
+                for key in keys
+            ]
+        return sequences
+
+    def _scored_sequences(self, rollouts: Sequence[Rollout]) -> list[TokenSequence]:
+        """Return a sequence for each completion, in order, checked."""
+        self._require_idle()
+        check_completions(rollouts, self._vocab_size, self._limits(shorten="shorten the prompt or the completion"))
+        sequences = []
+        for rollout in rollouts:
+            request = Request(rollout.prompt, SamplingParams(), frozenset())
+            for completion in rollout.completions:
+                token_ids = [*rollout.prompt.token_ids, *completion.token_ids[:-1]]
+                sequences.append(TokenSequence(request, 0, token_ids, scored_ids=completion.token_ids))
+        return sequences
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._lm.config.get_text_config().vocab_size)
+
+    def _limits(self, *, shorten: str) -> list[LengthLimit]:
+        return length_limits(self._lm, self._settings.cache_tokens, "rollout.cache_tokens", shorten=shorten)
+
+    @property
+    def _end_ids(self) -> frozenset[int]:
+        """Tokens that end the model's completions."""
+        return end_token_ids(self._lm, self._tokenizer, SamplingParams())
+
+    def _reserve(self, sequences: Sequence[TokenSequence]) -> None:
+        """Allocate blocks for as many sequences as run together, within the limit.
+
+        Raises:
+            RolloutError: the longest sequence alone needs more.
+        """
+        size, limit = self._settings.block_size, self._block_limit()
+        longest = self._blocks.blocks_for(max((sequence.max_tokens for sequence in sequences), default=0))
+        if longest > limit:
+            raise RolloutError(
+                f"the longest sequence needs {longest * size} tokens of cache, and half of the free memory holds "
+                f"{limit * size}; lower max_new_tokens or free memory"
+            )
+        needed = blocks_needed(sequences, size, self._settings.max_running, share=self._share)
+        num_blocks = max(min(needed, limit), self._blocks.num_blocks)
+        self._runner.cache.grow(num_blocks)  # first, because it may run out of memory
+        self._blocks.grow(num_blocks)
+
+    def _block_limit(self) -> int:
+        """Return the number of blocks that the settings, or half of the free memory, allow."""
+        if self._settings.cache_tokens is not None:
+            return self._blocks.blocks_for(self._settings.cache_tokens)
+        device = self._runner.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return self._blocks.num_blocks + free // 2 // self._runner.block_bytes
+
+    @contextmanager
+    def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
+        """Hold the engine for one call; yield a scheduler with the sequences.
+
+        Raises:
+            RolloutError: another call is in flight, the weights were changed, or the cache is too small.
+        """
+        self._require_idle()
+        if not self._in_use.acquire(blocking=False):  # another thread was faster
+            raise _busy()
+        self._abandoned = False
+        scheduler = Scheduler(
+            self._blocks, root=str(self.policy_version).encode() if self._share else None,
+            max_running=self._settings.max_running, prefill_tokens=self._settings.prefill_tokens,
+        )
+        try:
+            if self._weights.is_stale:
+                raise changed_weights(self.policy_version)
+            self._reserve(sequences)
+            scheduler.add(sequences)
+            yield scheduler
+        except BaseException:
+            self._blocks.reset()  # an interrupt may leave any count half done
+            raise
+        finally:
+            self.num_preempted += scheduler.num_preempted
+            self._sampler = Sampler()
+            self._in_use.release()
+            if self._closed:
+                self.close()
+
+    def _require_idle(self) -> None:
+        """Raises:
+        RolloutError: the engine was closed, or a call is in flight.
+        """
+        if self._closed:
+            raise RolloutError("the rollout engine was closed; update its weights before generating")
+        self._require_no_call()
+
+    def _require_no_call(self) -> None:
+        if self._in_use.locked():
+            raise _busy()
+
+    def _free_cache(self) -> None:
+        self._blocks = BlockManager(0, self._settings.block_size)
+        self._runner.cache.free()
+
+    def _compute(self, scheduler: Scheduler) -> tuple[list[tuple[TokenSequence, slice]], Tensor]:
+        """Compute one step.
+
+        Returns:
+            The sequences that get logits, each with its rows; and the hidden states [M, hidden size] of all rows.
+        """
+        if self._abandoned:
+            raise abandoned()
+        if self._runner.device.type == "cpu":
+            follow_free_cores()
+        step = scheduler.schedule()
+        outputs = scheduler.commit(step)
+        self.num_computed += sum(work.count for work in step.work)
+        return outputs, self._runner.hidden(step)
+
+    @torch.inference_mode()
+    def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
+        """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
+        outputs, hidden = self._compute(scheduler)
+        if not outputs:
+            return 0
+        logits, rows = self._runner.logits(hidden), [rows.start for _, rows in outputs]
+        if len(rows) > logits.shape[0]:  # forks sample from the logits of one prompt
+            logits = logits[rows]
+        sequences = [sequence for sequence, _ in outputs]
+        self._sampler.append_tokens(logits, sequences, self.policy_version)
+        for sequence in sequences:
+            if sequence.finish_reason is not None:
+                routing[sequence] = self._runner.routing(sequence)
+                scheduler.finish(sequence)
+        return len(sequences)
+
+    @torch.inference_mode()
+    def _score_step(self, scheduler: Scheduler) -> None:
+        """Compute one step of given tokens, and store their log-probs in their sequences."""
+        outputs, hidden = self._compute(scheduler)
+        if outputs:
+            record_logprobs(hidden, self._runner.logits, outputs)
+        for sequence, _ in outputs:
+            if not sequence.num_pending:
+                scheduler.finish(sequence)
+
+    def _completion(self, sequence: TokenSequence, routing: Tensor | None) -> Completion:
+        if sequence.detokenizer is None:
+            text = decode(self._tokenizer, sequence.sampled_ids, self._end_ids)
+        else:  # `text_end` is an offset into this text; some tokenizers decode all tokens at once differently
+            text = sequence.detokenizer.whole
+        return replace(sequence.completion(text), routing=routing)
+
+    def _stream(self, sequence: TokenSequence, detokenizer: Detokenizer) -> Iterator[str]:
+        """Yield the text of `sequence` while it is sampled, holding back what may become a stop string."""
+        held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
+        emitted = 0
+        with self._running([sequence]) as scheduler:
+            while scheduler.has_work:
+                with self._weights.in_use():
+                    self._sample_step(scheduler, {})
+                certain = max(emitted, len(detokenizer.text) - held_back)
+                if sequence.finish_reason is None and certain > emitted:
+                    yield detokenizer.text[emitted:certain]
+                    emitted = certain
+        end = self._completion(sequence, None).text[emitted:]
+        if end:
+            yield end
+
+
+def _busy() -> RolloutError:
+    return RolloutError(
+        "the engine is generating already, and does one call at a time; read the stream to its end or close it"
+    )

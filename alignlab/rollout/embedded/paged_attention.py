@@ -1,0 +1,188 @@
+"""Attention over the paged cache.
+
+Shapes: N tokens of the step, R rows (sequences) of a group, Q queries a row, L cached tokens a row, H heads,
+K kv heads, G = H / K query heads that share a kv head, D size of a query's or key's head, V size of a value's head.
+
+The tokens of a step are flat, [N], sequence after sequence. For attention they are divided into groups of rows with
+about as many queries and keys, padded within the group: usually all sequences that continue by one token are one group.
+The cached entries of a group are gathered by whole blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from alignlab.rollout.embedded.paged_cache import PagedCache
+
+_MAX_BLOCK_DIAGONAL_HEADS = 8
+
+
+@dataclass
+class RowGroup:
+    """Rows that attend together; their tokens are consecutive.
+
+    Attributes:
+        start, end: range of the group's tokens among the step's.
+        padding: [R*Q] int64, the step's token that stands at each query; a short row repeats its last token. None if
+            every row has Q tokens.
+        unpadding: [end - start] int64, the place of each token among the R*Q queries; None if every row has Q tokens.
+        blocks: [R * L / block_size] int64, the blocks of each row; a short row is filled up with any block.
+        positions: [R,Q] int64, position of each query in its sequence.
+    """
+
+    start: int
+    end: int
+    padding: Tensor | None
+    unpadding: Tensor | None
+    blocks: Tensor
+    positions: Tensor
+
+    def queries(self, flat: Tensor) -> Tensor:
+        """Return the group's queries, [N,H,D] -> [R,Q,H,D]."""
+        queries = flat[self.start : self.end] if self.padding is None else flat.index_select(0, self.padding)
+        return queries.view(*self.positions.shape, *flat.shape[1:])
+
+    def unpadded(self, output: Tensor) -> Tensor:
+        """Return the output of the group's tokens without padding, [R,Q,...] -> [end - start,...]."""
+        flat = output.flatten(0, 1)
+        return flat if self.unpadding is None else flat.index_select(0, self.unpadding)
+
+
+class PagedBatch:
+    """The tokens of one step and their slots in the cache: the `layout` that attention layers are given.
+
+    A layer that keeps keys and values calls `attend`; one that keeps other entries builds its attention on `update`.
+    """
+
+    def __init__(self, cache: PagedCache, slots: Tensor, groups: list[RowGroup]) -> None:
+        self._cache = cache
+        self._slots = slots
+        self._groups = groups
+        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
+
+    def update(self, layer_idx: int, entries: Mapping[str, Tensor]) -> Iterator[tuple[RowGroup, dict[str, Tensor]]]:
+        """Cache a layer's entries of the step's tokens, and yield each group with all entries of its rows.
+
+        Args:
+            layer_idx: number of the layer.
+            entries: [N, ...] by name, of the shapes in the layer's cache spec.
+
+        Yields:
+            The group, and its entries [R, L, ...] by name. They are overwritten when the next group is asked for.
+        """
+        stored = self._cache.write(layer_idx, self._slots, entries)
+        for group in self._groups:
+            rows = group.positions.shape[0]
+            yield group, {
+                name: self._gather(name, tensor, group.blocks).view(rows, -1, *entries[name].shape[1:])
+                for name, tensor in stored.items()
+            }
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
+        *, scaling: float, sliding_window: int | None, softcap: float | None,
+    ) -> Tensor:
+        """Cache `key` [1,K,N,D] and `value` [1,K,N,V], and attend with `query` [1,H,N,D] to all tokens up to each.
+
+        Returns:
+            [1,N,H,V]
+        """
+        flat = query[0].transpose(0, 1)
+        entries = {"key": key[0].transpose(0, 1), "value": value[0].transpose(0, 1)}
+        outputs = []
+        for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
+            output = _attention(
+                group.queries(flat), cached["key"], cached["value"],
+                self._mask(index, sliding_window, flat.dtype, query.shape[1] // key.shape[1]),
+                scaling=scaling, softcap=softcap,
+            )
+            outputs.append(group.unpadded(output))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
+        """Return the rows `blocks` of `tensor`, in memory that all layers use in turn.
+
+        The memory then stays in the processor's cache.
+        """
+        shape = (blocks.shape[0], tensor.shape[1])
+        scratch, numel = self._scratch.get(name), math.prod(shape)
+        if scratch is None or scratch.numel() < numel or scratch.dtype != tensor.dtype:
+            scratch = self._scratch[name] = tensor.new_empty(numel)
+        return torch.index_select(tensor, 0, blocks, out=scratch[:numel].view(shape))
+
+    def _mask(self, index: int, window: int | None, dtype: torch.dtype, shared: int) -> Tensor:
+        """Return [R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; layers with the same window share it."""
+        key = (index, window, shared)
+        if key not in self._masks:
+            group = self._groups[index]
+            positions = group.positions[:, None, :, None]
+            num_keys = group.blocks.shape[0] // positions.shape[0] * self._cache.block_size
+            keys = torch.arange(num_keys, device=positions.device)
+            visible = keys <= positions
+            if window is not None:
+                visible &= keys > positions - window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device).masked_fill_(~visible, -torch.inf)
+            # The only query of a row needs no copies: one row of the mask is broadcast.
+            single = mask.shape[2] == 1
+            self._masks[key] = mask.expand(-1, -1, shared, -1) if single else mask.repeat(1, 1, shared, 1)
+        return self._masks[key]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+) -> Tensor:
+    """Return the attention of query [R,Q,H,D] to key [R,L,K,D] and value [R,L,K,V], [R,Q,H,V]; mask is [R,1,G*Q,L]."""
+    narrow = query.shape[1] == 1 and key.shape[2] <= _MAX_BLOCK_DIAGONAL_HEADS
+    if narrow and key.dtype == torch.bfloat16 and not key.is_cuda:
+        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
+    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
+
+
+def _folded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+) -> Tensor:
+    """Fold the G heads that share a kv head into G times as many queries of it, so that no key is repeated."""
+    rows, count, heads, size = query.shape
+    kv_heads = key.shape[2]
+    shared = heads // kv_heads
+    folded = query.view(rows, count, kv_heads, shared, size).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(rows, kv_heads, shared * count, size)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if softcap is None:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = _capped(folded.float() @ key.float().transpose(-1, -2) * scaling, softcap)
+        output = (scores + mask).softmax(-1).to(value.dtype) @ value
+    output = output.view(rows, kv_heads, shared, count, -1).permute(0, 3, 1, 2, 4)
+    return output.reshape(rows, count, heads, -1)
+
+
+def _block_diagonal_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attend with one query a row, all heads in one product: zeros stand for the keys of other heads.
+
+    It does K times the arithmetic in one matrix product a row. Torch's attention on a CPU does K * R tiny products in a
+    bfloat16 layout of its own instead: this is 1.3 to 8 times as fast for up to 8 kv heads.
+    """
+    rows, _, heads, size = query.shape
+    kv_heads = key.shape[2]
+    spread = query.new_zeros(rows, kv_heads, heads // kv_heads, kv_heads, size)
+    spread.diagonal(dim1=1, dim2=3).copy_(query.view(rows, kv_heads, -1, size).permute(0, 2, 3, 1))
+    scores = torch.bmm(spread.view(rows, heads, -1), key.flatten(2).transpose(1, 2)).float().mul_(scaling)
+    if softcap is not None:
+        scores = _capped(scores, softcap)
+    weights = scores.add_(mask[:, 0, :1]).softmax(-1).to(value.dtype)
+    mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, value.shape[3])
+    return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, -1)
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap)

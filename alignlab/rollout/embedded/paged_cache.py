@@ -1,0 +1,108 @@
+"""The paged cache: what every layer keeps of every token, in blocks of consecutive tokens.
+
+A slot is the place of one token in the cache: `block * block_size + position in the block`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from alignlab.errors import ConfigError
+from alignlab.models.cache_spec import LayerCacheSpec
+
+
+class PagedCache:
+    """Tensors by layer and name, allocated when a layer first writes, and the expert choices of every token.
+
+    Args:
+        specs: shapes that each layer keeps of a token, by `layer_idx`.
+        block_size: tokens in a block.
+
+    Raises:
+        ConfigError: a layer keeps a state of each sequence, which cannot be cut into blocks of tokens.
+
+    Attributes:
+        layers: [slots, numbers kept of a token] by layer and name.
+        routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
+    """
+
+    def __init__(self, specs: Mapping[int, LayerCacheSpec], block_size: int) -> None:
+        for layer_idx, spec in specs.items():
+            if spec.per_sequence:
+                raise ConfigError(
+                    f"layer {layer_idx} keeps a state of each sequence ({', '.join(spec.per_sequence)}), and the "
+                    "embedded engine caches entries of tokens alone; use rollout.engine: vllm"
+                )
+        self.block_size = block_size
+        self.num_blocks = 0
+        self.layers: dict[int, dict[str, Tensor]] = {}
+        self.routing: Tensor | None = None
+        self._shapes = {layer_idx: dict(spec.per_token) for layer_idx, spec in specs.items()}
+
+    @property
+    def block_numel(self) -> int:
+        """Numbers in one block, over all layers."""
+        return self.block_size * sum(math.prod(shape) for shapes in self._shapes.values() for shape in shapes.values())
+
+    def grow(self, num_blocks: int) -> None:
+        """Allocate up to `num_blocks` blocks in all; the cached entries stay."""
+        if num_blocks <= self.num_blocks:
+            return
+        layers = {
+            layer_idx: {name: self._enlarged(tensor, num_blocks) for name, tensor in tensors.items()}
+            for layer_idx, tensors in self.layers.items()
+        }
+        routing = None if self.routing is None else self._enlarged(self.routing, num_blocks)
+        self.num_blocks, self.layers, self.routing = num_blocks, layers, routing
+
+    def free(self) -> None:
+        """Free all memory; the cache has no blocks then."""
+        self.layers, self.routing, self.num_blocks = {}, None, 0
+
+    def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store a layer's entries of N tokens.
+
+        Args:
+            layer_idx: number of the layer.
+            slots: [N] int64, where each token is stored.
+            entries: [N, ...] by name, of the shapes that the layer declared.
+
+        Returns:
+            The layer's whole tensors by name, [blocks, numbers of a block].
+        """
+        shapes = {name: tuple(entry.shape[1:]) for name, entry in entries.items()}
+        assert shapes == self._shapes[layer_idx], f"layer {layer_idx} keeps {self._shapes[layer_idx]}, not {shapes}"
+        tensors = self.layers.get(layer_idx)
+        if tensors is None:
+            # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
+            tensors = self.layers[layer_idx] = {
+                name: entry.new_zeros(self.num_blocks * self.block_size, math.prod(entry.shape[1:]))
+                for name, entry in entries.items()
+            }
+        for name, entry in entries.items():
+            tensors[name].index_copy_(0, slots, entry.reshape(slots.shape[0], -1))
+        return {name: tensor.view(self.num_blocks, -1) for name, tensor in tensors.items()}
+
+    def write_routing(self, slots: Tensor, choices: Tensor) -> None:
+        """Store the experts chosen for N tokens, [N, MoE layers, experts a token]."""
+        if self.routing is None:
+            self.routing = choices.new_full((self.num_blocks * self.block_size, *choices.shape[1:]), -1)
+        self.routing.index_copy_(0, slots, choices)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, all at once: (source, target) of each copy."""
+        tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
+        tensors += [self.routing] if self.routing is not None else []
+        source, target = torch.tensor(pairs, device=tensors[0].device).unbind(1)
+        for tensor in tensors:
+            blocks = tensor.view(self.num_blocks, -1)
+            blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+    def _enlarged(self, tensor: Tensor, num_blocks: int) -> Tensor:
+        larger = tensor.new_zeros(num_blocks * self.block_size, *tensor.shape[1:])
+        larger[: tensor.shape[0]] = tensor
+        return larger

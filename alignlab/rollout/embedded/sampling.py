@@ -1,0 +1,330 @@
+"""Sampling of tokens from logits: every row has its own parameters, and all rows are sampled in one pass.
+
+Shapes: B rows, V vocabulary. A token is drawn by a race of exponential times. The random numbers depend on the row's
+key and the token's position alone, so that the same request gives the same tokens in any batch.
+
+Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of the tokens that top-k left), min-p.
+Tokens that tie with the least likely one that is left stay too, so that no step depends on the order of equal logits. A
+truncation is a floor under the probabilities, found by bisection: a sort of the vocabulary costs ten times as much on a
+CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.errors import RolloutError
+from alignlab.types import SamplingParams
+
+_CHUNK = 256  # tokens of the vocabulary reduced together where a row is searched on two levels
+_COLDEST = 1e-4  # logits divided by less overflow
+_BLOCK_ELEMENTS = 1 << 20  # on a CPU rows are sampled in blocks of this many logits, which stay in its cache
+_INCREMENT, _MIX_1, _MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raise if parameters are out of range or contradict each other.
+
+    Raises:
+        RolloutError: with the rule, the value and the fix.
+    """
+    rules = {
+        "n": (sampling.n >= 1, "be at least 1"),
+        "temperature": (
+            sampling.temperature == 0 or sampling.temperature >= _COLDEST,
+            f"be 0, which is greedy, or at least {_COLDEST:g}",
+        ),
+        "top_k": (sampling.top_k >= 0, "be at least 0; 0 keeps all tokens"),
+        "top_p": (0 < sampling.top_p <= 1, "be over 0 and at most 1; 1 keeps all tokens"),
+        "min_p": (0 <= sampling.min_p < 1, "be at least 0 and under 1; 0 keeps all tokens"),
+        "repetition_penalty": (sampling.repetition_penalty > 0, "be over 0; 1 is off"),
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "be at least 1"),
+        "min_new_tokens": (
+            0 <= sampling.min_new_tokens <= sampling.max_new_tokens, f"be from 0 to {sampling.max_new_tokens=}"
+        ),
+        "stop": ("" not in sampling.stop, "hold no empty string; leave it out"),
+        "ignore_eos": (
+            not sampling.ignore_eos or not (sampling.stop or sampling.stop_token_ids),
+            "be False with stop or stop_token_ids, because a completion then ends at max_new_tokens alone",
+        ),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise RolloutError(f"sampling.{name} is {getattr(sampling, name)!r}, and must {rule}")
+
+
+def stream_key(seed: int, token_ids: Sequence[int], index: int) -> int:
+    """Return the key of a completion's random numbers: a signed 64-bit hash of seed, prompt and completion index."""
+    text = ",".join(map(str, (seed, index, *token_ids)))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def row_keys(keys: Tensor, positions: Tensor) -> Tensor:
+    """Return a key of random numbers for each token of a completion, by SplitMix64.
+
+    Args:
+        keys: [B] int64, keys of the completions.
+        positions: [B] int64, number of the token in its completion.
+
+    Returns:
+        [B] int64.
+
+    Reference: Steele, Lea, Flood (2014), "Fast splittable pseudorandom number generators".
+    """
+    state = keys + (positions + 1) * _INCREMENT
+    state = (state ^ _shift_right(state, 30)) * _MIX_1
+    state = (state ^ _shift_right(state, 27)) * _MIX_2
+    return state ^ _shift_right(state, 31)
+
+
+def exponentials(keys: Tensor, first: int, count: int) -> Tensor:
+    """Return `count` exponentially distributed numbers for each key, from number `first` of its stream on.
+
+    Args:
+        keys: [B] int64.
+
+    Returns:
+        [B, count] float64, > 0.
+    """
+    numbers = torch.arange(first, first + count, device=keys.device)
+    uniform = (_shift_right(row_keys(keys[:, None], numbers), 12).double() + 0.5) * 2.0**-52  # within (0, 1)
+    return -torch.log1p(-uniform)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Return a logical shift; torch's own shift copies the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """Parameters of each row on the device, and flags on the host of the steps that any row needs.
+
+    Attributes, [B]:
+        keys: from `stream_key`.
+        greedy: True for rows at temperature 0.
+        temperature, top_p, min_p, penalty: float32; the temperature of greedy rows is 1.
+        top_k: float32; size of the vocabulary for rows without top-k.
+    """
+
+    keys: Tensor
+    greedy: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    penalty: Tensor
+    any_greedy: bool
+    all_greedy: bool
+    any_temperature: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
+    any_penalty: bool
+
+    @classmethod
+    def build(
+        cls, rows: Sequence[SamplingParams], keys: Sequence[int], *, vocab_size: int, device: torch.device
+    ) -> SamplingTable:
+        """Return the table of rows with these parameters and keys."""
+        columns = [
+            (r.temperature, min(r.top_k or vocab_size, vocab_size), r.top_p, r.min_p, r.repetition_penalty)
+            for r in rows
+        ]
+        floats = torch.tensor(columns, dtype=torch.float32).T.contiguous().to(device)
+        greedy = floats[0] == 0
+        sampled = [r for r in rows if r.temperature > 0]
+        return cls(
+            keys=torch.tensor(keys, dtype=torch.int64).to(device), greedy=greedy,
+            temperature=torch.where(greedy, 1.0, floats[0]), top_k=floats[1], top_p=floats[2], min_p=floats[3],
+            penalty=floats[4], any_greedy=len(sampled) < len(rows), all_greedy=not sampled,
+            any_temperature=any(r.temperature != 1 for r in sampled),
+            any_top_k=any(0 < r.top_k < vocab_size for r in sampled),
+            any_top_p=any(r.top_p < 1 for r in sampled), any_min_p=any(r.min_p > 0 for r in sampled),
+            any_penalty=any(r.repetition_penalty != 1 for r in rows),
+        )
+
+    def rows(self, block: slice) -> SamplingTable:
+        """Return the rows of `block` alone; the flags stay those of the whole table."""
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: t[block] for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sampled tokens [B] int64, and their log-probs [B] under the distribution sampled from and the model's own."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    raw_logprobs: Tensor
+
+
+def sample(
+    logits: Tensor, table: SamplingTable, positions: Tensor, *,
+    penalised: Tensor | None = None, banned: Tensor | None = None,
+) -> Sampled:
+    """Sample one token for each row.
+
+    Args:
+        logits: [B,V].
+        table: parameters of the rows.
+        positions: [B] int64, number of the token in its completion.
+        penalised: [M,2] int64, distinct (row, token) pairs that the repetition penalty applies to.
+        banned: [M,2] int64, (row, token) pairs that must not be drawn.
+
+    Returns:
+        The tokens; `logprobs` of greedy rows are 0, because all probability is on one token.
+    """
+    adjusted = adjust_logits(logits, table, penalised, banned)
+    keys = row_keys(table.keys, positions)
+    count = logits.shape[0]
+    step = count if logits.is_cuda else max(1, _BLOCK_ELEMENTS // logits.shape[1])
+    blocks = [
+        _sample_block(
+            logits[block], None if adjusted is None else adjusted[block], table.rows(block), keys[block]
+        )
+        for block in (slice(start, start + step) for start in range(0, count, step))
+    ]
+    return Sampled(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
+
+
+def adjust_logits(
+    logits: Tensor, table: SamplingTable, penalised: Tensor | None, banned: Tensor | None
+) -> Tensor | None:
+    """Return `logits` [B,V] after penalty and bans; None if there are none. Arguments as in `sample`."""
+    adjusted = None
+    if penalised is not None:
+        rows, tokens = penalised.unbind(1)
+        values, factor = logits[rows, tokens].float(), table.penalty[rows]
+        values = torch.where(values > 0, values / factor, values * factor)
+        adjusted = logits.float().index_put((rows, tokens), values)
+    if banned is not None:
+        adjusted = logits if adjusted is None else adjusted
+        floor = torch.tensor(-torch.inf, dtype=adjusted.dtype, device=logits.device)
+        adjusted = adjusted.index_put(banned.unbind(1), floor)
+    return adjusted
+
+
+def _sample_block(
+    logits: Tensor, adjusted: Tensor | None, table: SamplingTable, keys: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, logprobs and raw_logprobs of a block of rows; `adjusted` is None without penalty and bans."""
+    raw = logits.float()
+    shaped = raw if adjusted is None else adjusted.float()
+    if table.any_temperature:
+        shaped = shaped / table.temperature[:, None]
+    if table.all_greedy:
+        tokens = argmax(shaped)
+        raw_logprobs = token_logprobs(raw, tokens)
+        return tokens, torch.zeros_like(raw_logprobs), raw_logprobs
+    probs = shaped.softmax(-1)
+    weights = truncate(probs, table)
+    tokens, totals = race(weights, keys)
+    if table.any_greedy:
+        tokens = torch.where(table.greedy, argmax(shaped), tokens)
+    logprobs = torch.where(table.greedy, 0.0, (_picked(weights, tokens).double() / totals).log().float())
+    raw_probs = raw.softmax(-1) if shaped is not raw else probs
+    raw_logprobs = _picked(raw, tokens) - log_normalizer(raw, raw_probs)
+    return tokens, logprobs, raw_logprobs
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-prob [B] float32 of one token [B] in each row of `logits` [B,V]."""
+    raw = logits.float()
+    return _picked(raw, tokens) - log_normalizer(raw, raw.softmax(-1))
+
+
+def log_normalizer(logits: Tensor, probs: Tensor) -> Tensor:
+    """Return log sum exp of `logits` [B,V] -> [B], from their softmax `probs`.
+
+    The probability of the likeliest token is 1 / sum exp(logits - peak), and the softmax kernel is the fastest way to
+    it. The kernel's sum loses small terms of a large vocabulary (1e-5 of 49,152), so the result is normalised again.
+    """
+    return logits.amax(-1) - (probs.amax(-1) / probs.sum(-1)).log()
+
+
+def truncate(probs: Tensor, table: SamplingTable) -> Tensor:
+    """Return `probs` [B,V] with the tokens outside top-k, top-p and min-p set to 0, not normalised again."""
+    weights = probs
+    if table.any_top_k:
+        weights = _at_least(weights, _floor(weights, table.top_k, count=True))
+    if table.any_top_p:
+        floor = _floor(weights, table.top_p * weights.sum(-1), count=False)
+        weights = _at_least(weights, torch.where(table.top_p < 1, floor, 0.0))
+    if table.any_min_p:
+        weights = _at_least(weights, table.min_p * probs.amax(-1))
+    return weights
+
+
+def _at_least(weights: Tensor, floor: Tensor) -> Tensor:
+    """Return `weights` [B,V] with those under `floor` [B] set to 0."""
+    return torch.ge(weights, floor[:, None], out=torch.empty_like(weights)).mul_(weights)
+
+
+def _floor(weights: Tensor, target: Tensor, *, count: bool) -> Tensor:
+    """Return the highest floor [B] above which `weights` [B,V], or their number if `count`, sum to `target` [B].
+
+    The bisection runs over the bit patterns of float32, which have the order of the (non-negative) numbers, and so is
+    exact.
+    """
+    low = torch.zeros_like(target, dtype=torch.int32)
+    high = weights.amax(-1).view(torch.int32) + 1
+    above = torch.empty_like(weights)
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        torch.ge(weights, middle.view(torch.float32)[:, None], out=above)
+        reached = (above if count else above.mul_(weights)).sum(-1) >= target
+        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
+    return low.view(torch.float32)
+
+
+def race(weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token by its weight: the first to arrive if arrival times are exponential, with the weights as rates.
+
+    Rounding of the weights differs between any two ways to compute them. It changes the draw only if two tokens arrive
+    at almost the same time; inverting the cumulative distribution would depend on the rounding of every token before.
+    The race has two levels, between chunks of the vocabulary and within one, and needs random numbers for these alone.
+    A token of weight 0 is never drawn.
+
+    Args:
+        weights: [B,V] float32, >= 0, not all 0 in a row; need not sum to 1. Rows with nan give some token.
+        keys: [B] int64, of `row_keys`.
+
+    Returns:
+        (tokens [B] int64, totals [B] float64)
+    """
+    chunks = _chunked(weights, 0.0)
+    rates = chunks.sum(-1).double()
+    chunk = (rates / exponentials(keys, 0, chunks.shape[1])).argmax(-1)
+    inside = _chunk_of(chunks, chunk).double()
+    token = (inside / exponentials(keys, chunks.shape[1], _CHUNK)).argmax(-1)
+    return (chunk * _CHUNK + token).clamp(max=weights.shape[1] - 1), rates.sum(-1)
+
+
+def argmax(values: Tensor) -> Tensor:
+    """Return the first index of the largest value, [B,V] -> [B]; on a CPU ten times as fast as torch's own argmax."""
+    chunks = _chunked(values, -torch.inf)
+    chunk = chunks.amax(-1).argmax(-1)
+    return chunk * _CHUNK + _chunk_of(chunks, chunk).argmax(-1)
+
+
+def _chunked(values: Tensor, filler: float) -> Tensor:
+    """Return [B,V] as [B, V / _CHUNK rounded up, _CHUNK]."""
+    if values.shape[1] % _CHUNK:
+        values = torch.nn.functional.pad(values, (0, -values.shape[1] % _CHUNK), value=filler)
+    return values.view(values.shape[0], -1, _CHUNK)
+
+
+def _chunk_of(chunks: Tensor, index: Tensor) -> Tensor:
+    return chunks[torch.arange(chunks.shape[0], device=chunks.device), index]
+
+
+def _picked(values: Tensor, tokens: Tensor) -> Tensor:
+    return values.gather(1, tokens[:, None])[:, 0].float()

@@ -1,0 +1,259 @@
+"""The choice of the tokens that each step computes.
+
+Every step continues all running sequences by their next tokens and fills up with prompt tokens, up to a budget: a long
+prompt is cut into chunks, and a sequence joins as soon as there is a place for it. Sequences that wait for a prompt
+which another one is computing fork from it when it is done. When blocks run out, the sequence that joined last frees
+its blocks; it waits at the head of the queue, and is computed again from its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from alignlab.rollout.embedded.block_manager import BlockManager, chain_digest
+from alignlab.rollout.embedded.sequence import Request, TokenSequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of one sequence to be computed in one step.
+
+    Attributes:
+        start: position of the first token.
+        count: number of tokens.
+        num_logits: number of last tokens of the work after which logits are needed: 0 inside a prompt, 1 to sample the
+            next token, more to get the log-probs of several given tokens at once.
+    """
+
+    sequence: TokenSequence
+    start: int
+    count: int
+    num_logits: int
+
+
+@dataclass
+class Step:
+    """The work of one step.
+
+    Attributes:
+        work: the tokens to compute.
+        copies: (source, target) blocks to copy before.
+    """
+
+    work: list[Work] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+def blocks_needed(sequences: Sequence[TokenSequence], block_size: int, max_running: int, *, share: bool) -> int:
+    """Return the most blocks that `sequences` hold while up to `max_running` of them run together.
+
+    Args:
+        sequences: all sequences of a call.
+        block_size: tokens in a block.
+        max_running: sequences that run together.
+        share: True if sequences of one request share the full blocks of the prompt.
+    """
+    shared: dict[Request, int] = {}
+    unshared = []
+    for sequence in sequences:
+        common = shared.setdefault(sequence.request, sequence.num_prompt // block_size if share else 0)
+        unshared.append(-(-sequence.max_tokens // block_size) - common)
+    return sum(sorted(unshared)[-max_running:]) + sum(sorted(shared.values())[-max_running:])
+
+
+class Scheduler:
+    """The waiting and the running sequences of one call.
+
+    Args:
+        manager: owner of the blocks.
+        root: prefix of all digests; None shares nothing between sequences.
+        max_running: sequences that run together.
+        prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
+
+    Attributes:
+        num_preempted: sequences that had to free their blocks, so far.
+    """
+
+    def __init__(self, manager: BlockManager, *, root: bytes | None, max_running: int, prefill_tokens: int) -> None:
+        self.manager = manager
+        self.running: list[TokenSequence] = []
+        self.waiting: deque[TokenSequence] = deque()
+        self.num_preempted = 0
+        self._root = root
+        self._max_running = max_running
+        self._prefill_tokens = prefill_tokens
+
+    def add(self, sequences: Iterable[TokenSequence]) -> None:
+        """Queue sequences; those of one request must be consecutive."""
+        self.waiting.extend(sequences)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> Step:
+        """Choose the next tokens to compute, and allocate blocks for them."""
+        step = Step()
+        num_preempted = self.num_preempted
+        budget = self._continue_running(step)
+        while budget > 0 and self.waiting and len(self.running) < self._max_running:
+            # A sequence that just freed its blocks would be admitted again at once, and take them back.
+            if self.num_preempted > num_preempted or not self._admit(self.waiting[0]):
+                break
+            sequence = self.running[-1]
+            count = min(sequence.num_pending, budget)
+            step.work.append(_work(sequence, count))
+            budget -= count
+        assert step.work or not self.has_work, "the cache holds any one sequence, so something can always be computed"
+        return step
+
+    def commit(self, step: Step) -> list[tuple[TokenSequence, slice]]:
+        """Record that a step was computed, and let sequences that waited for a prompt fork.
+
+        Returns:
+            (sequence, its rows among all logits of the step) of every sequence with logits; forks share rows.
+        """
+        outputs: list[tuple[TokenSequence, slice]] = []
+        first_row = 0
+        for work in step.work:
+            sequence, rows = work.sequence, slice(first_row, first_row + work.num_logits)
+            first_row = rows.stop
+            sequence.num_computed += work.count
+            self._publish(sequence)
+            if work.num_logits:
+                outputs.append((sequence, rows))
+            if not sequence.num_pending:
+                outputs += [(fork, rows) for fork in self._fork(sequence)]
+        return outputs
+
+    def finish(self, sequence: TokenSequence) -> None:
+        """Remove a sequence and free its blocks."""
+        self.running.remove(sequence)
+        self._release(sequence)
+
+    def _continue_running(self, step: Step) -> int:
+        """Schedule the next token or chunk of every running sequence; return the rest of the budget."""
+        budget, index = self._prefill_tokens, 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            count = sequence.num_pending if sequence.num_pending == 1 else min(sequence.num_pending, budget)
+            if not self._make_room(sequence, step):
+                break
+            if count:
+                step.work.append(_work(sequence, count))
+            budget -= count if sequence.num_pending > 1 else 0
+            index += 1
+        return budget
+
+    def _make_room(self, sequence: TokenSequence, step: Step) -> bool:
+        """Allocate the blocks that `sequence` writes to next; return False if it was pre-empted itself."""
+        manager = self.manager
+        missing = manager.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        first = sequence.num_computed // manager.block_size
+        # A block that other sequences read is copied before the first write.
+        shared = first < len(sequence.blocks) and manager.users(sequence.blocks[first]) > 1
+        while manager.num_free < missing + shared:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+            shared = shared and manager.users(sequence.blocks[first]) > 1
+        if shared:
+            copy = manager.allocate()
+            step.copies.append((sequence.blocks[first], copy))
+            manager.release(sequence.blocks[first])
+            sequence.blocks[first] = copy
+        sequence.blocks += [manager.allocate() for _ in range(missing)]
+        return True
+
+    def _admit(self, sequence: TokenSequence) -> bool:
+        """Start the first waiting sequence; return False if there are not enough blocks for all its tokens."""
+        manager = self.manager
+        self._find_prefix(sequence)
+        missing = manager.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        if manager.num_free < missing:
+            self._release(sequence)
+            return False
+        sequence.blocks += [manager.allocate() for _ in range(missing)]
+        self.running.append(self.waiting.popleft())
+        if self._root is not None and self._computes_prompt(sequence):
+            while self.waiting and _same_start(self.waiting[0], sequence):
+                sequence.followers.append(self.waiting.popleft())
+        return True
+
+    def _computes_prompt(self, sequence: TokenSequence) -> bool:
+        """Return True if others of the request should wait for what this sequence is about to compute."""
+        if sequence.scored_ids:  # of these, others share full blocks alone
+            return sequence.num_computed + self.manager.block_size <= sequence.first_logits
+        return not sequence.num_sampled
+
+    def _fork(self, leader: TokenSequence) -> list[TokenSequence]:
+        """Start followers on the blocks of the prompt that `leader` computed, as many as there is room for.
+
+        Followers with tokens of their own to score wait again instead, and find the prompt's full blocks by digest.
+        """
+        places = min(self._max_running - len(self.running), self.manager.num_free, len(leader.followers))
+        if leader.scored_ids:
+            places = 0
+        forks, still_waiting = leader.followers[:places], leader.followers[places:]
+        leader.followers = []
+        for fork in forks:
+            fork.num_computed = leader.num_computed
+            fork.blocks = [self.manager.share(block) for block in leader.blocks]
+            fork.digests = list(leader.digests)
+        self.running += forks
+        self.waiting.extendleft(reversed(still_waiting))
+        return forks
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        """Free the blocks of a running sequence, which waits again at the head of the queue."""
+        self.num_preempted += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.extendleft(reversed(sequence.followers))
+        sequence.followers = []
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: TokenSequence) -> None:
+        for block in reversed(sequence.blocks):  # blocks of a prefix's beginning are reused after those of its end
+            self.manager.release(block)
+        sequence.blocks, sequence.digests, sequence.num_computed = [], [], 0
+
+    def _find_prefix(self, sequence: TokenSequence) -> None:
+        """Share the published blocks that the sequence begins with, up to the first token that needs logits."""
+        size = self.manager.block_size
+        while self._root is not None and (len(sequence.blocks) + 1) * size <= sequence.first_logits:
+            digest = self._next_digest(sequence)
+            block = self.manager.find(digest)
+            if block is None:
+                break
+            sequence.digests.append(digest)
+            sequence.blocks.append(block)
+            sequence.num_computed += size
+
+    def _publish(self, sequence: TokenSequence) -> None:
+        """Publish full blocks, so that later sequences find them."""
+        size = self.manager.block_size
+        while self._root is not None and (len(sequence.digests) + 1) * size <= sequence.num_computed:
+            digest = self._next_digest(sequence)
+            self.manager.publish(sequence.blocks[len(sequence.digests)], digest)
+            sequence.digests.append(digest)
+
+    def _next_digest(self, sequence: TokenSequence) -> bytes:
+        assert self._root is not None
+        size, count = self.manager.block_size, len(sequence.digests)
+        parent = sequence.digests[-1] if count else self._root
+        return chain_digest(parent, sequence.token_ids[count * size : (count + 1) * size])
+
+
+def _work(sequence: TokenSequence, count: int) -> Work:
+    """Return the work of the next `count` tokens of a sequence."""
+    start = sequence.num_computed
+    num_logits = max(0, start + count - max(start, sequence.first_logits))
+    return Work(sequence, start, count, num_logits)
+
+
+def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:
+    return waiting.request is leader.request and not waiting.num_sampled

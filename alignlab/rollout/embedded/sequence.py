@@ -1,0 +1,127 @@
+"""The state of one completion while the engine samples or scores it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from alignlab.rollout.detokenizer import Detokenizer
+from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its sampling parameters; its `sampling.n` sequences share the cache blocks of the prompt.
+
+    Attributes:
+        end_token_ids: tokens that end a completion; none may be sampled before `sampling.min_new_tokens`.
+    """
+
+    prompt: Prompt
+    sampling: SamplingParams
+    end_token_ids: frozenset[int]
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """A prompt with the tokens that follow it: sampled so far, or given to be scored.
+
+    Attributes:
+        key: key of the completion's random numbers.
+        token_ids: the tokens to compute: the prompt, then the sampled tokens, or the given ones except the last.
+        scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
+        num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
+        blocks: cache blocks, in order.
+        digests: digests of the leading full blocks that were looked up or published.
+        followers: sequences of the same request that wait until this one has computed the prompt.
+        logprobs: log-prob of each sampled token under the distribution sampled from.
+        raw_logprobs: log-prob of each sampled or scored token under the model's own distribution.
+        text_end: where a stop string begins in the text.
+    """
+
+    request: Request
+    key: int
+    token_ids: list[int]
+    scored_ids: tuple[int, ...] = ()
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    followers: list[TokenSequence] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    detokenizer: Detokenizer | None = None
+    text_end: int | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens whose entries the cache will hold."""
+        return len(self.token_ids) if self.scored_ids else self.num_prompt + self.request.sampling.max_new_tokens
+
+    @property
+    def first_logits(self) -> int:
+        """Position of the first token after which logits are needed."""
+        return self.num_prompt - 1 if self.scored_ids else len(self.token_ids) - 1
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def penalised_ids(self) -> Collection[int]:
+        """Distinct tokens that the repetition penalty applies to."""
+        return set(self.token_ids) if self.request.sampling.repetition_penalty != 1 else ()
+
+    @property
+    def banned_ids(self) -> Collection[int]:
+        """Tokens that must not be sampled next, because the completion would be too short."""
+        return self.request.end_token_ids if self.num_sampled < self.request.sampling.min_new_tokens else ()
+
+    def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> None:
+        """Add a sampled token, and set `finish_reason` if the token ends the completion."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self.raw_logprobs.append(raw_logprob)
+        self.versions.append(version)
+        if token in self.request.end_token_ids or self._stop_string_ends():
+            self.finish_reason = "stop"
+        elif self.num_sampled == self.request.sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    def _stop_string_ends(self) -> bool:
+        """Return True if the newest token completed a stop string."""
+        if self.detokenizer is None:
+            return False
+        old_length = len(self.detokenizer.text)
+        self.detokenizer.push(self.token_ids[-1])
+        sampling = self.request.sampling
+        if self.num_sampled < sampling.min_new_tokens:
+            return False
+        text = self.detokenizer.text
+        # A stop string may begin in the old text, but must end in the new.
+        starts = [text.find(stop, max(0, old_length - len(stop) + 1)) for stop in sampling.stop]
+        self.text_end = min((start for start in starts if start >= 0), default=None)
+        return self.text_end is not None
+
+    def completion(self, text: str) -> Completion:
+        """Return the finished completion; `text` is the decoded text, which a stop string cuts here."""
+        assert self.finish_reason is not None
+        return Completion(
+            token_ids=tuple(self.sampled_ids), text=text[: self.text_end], logprobs=tuple(self.logprobs),
+            raw_logprobs=tuple(self.raw_logprobs), finish_reason=self.finish_reason,
+            policy_versions=tuple(self.versions),
+        )

@@ -1,0 +1,126 @@
+"""The weights that the engine runs on: the policy's own, merged copies of adapted layers, or packed copies.
+
+While the engine runs, copies replace linear layers of the model. On a CPU in bfloat16, copies are packed in the order
+in which the processor's matrix products read them: the results are the same to the bit, 1.1 to 1.4 times as fast for up
+to 64 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from alignlab.models.adapters import has_adapters
+from alignlab.models.decoder import causal_lm, output_head
+from alignlab.models.evaluation_mode import evaluation_mode
+from alignlab.models.merging import check_mergeable, merged_module, wrappers
+from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.policy_version import weights_stamp
+
+_PACKED_ROWS = 64  # a hint; packings for 1 to 512 rows were equally fast at all sizes
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer with its weight in oneDNN's own order."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS)
+        self._bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+
+class EngineWeights:
+    """Replaces linear layers of the policy by copies while the engine runs, and puts the policy's own layers back.
+
+    Args:
+        model: the policy.
+        merge: copy adapted layers with the adapter merged in; otherwise adapters run as they are.
+        pack: pack copies where that is faster, and copy layers without an adapter too.
+    """
+
+    def __init__(self, model: nn.Module, *, merge: bool, pack: bool) -> None:
+        self._model = model
+        self._merge = merge and has_adapters(model)
+        if self._merge:
+            check_mergeable(model)
+        self._pack = pack and (self._merge or not has_adapters(model)) and _packing_helps(model)
+        self._copies: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []  # parent, name, the policy's layer, copy
+        self._packed_head: PackedLinear | None = None
+        self._modules = list(model.modules())  # walking them takes longer than a token does
+        self._policy_modules = set(self._modules)
+        self._parameters = list(model.parameters())
+        self._stamp: tuple[int, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the policy's present weights."""
+        self.release()  # before other copies are made
+        self._stamp = self._present()
+        head = causal_lm(self._model).get_output_embeddings()
+        adapted = set(wrappers(self._model).values())
+        for parent, name, layer in self._places(adapted, head):
+            copy = merged_module(layer) if layer in adapted else layer
+            if copy not in self._policy_modules:
+                copy.training = False
+            if self._pack and layer is not head and type(copy) is nn.Linear:
+                copy = PackedLinear(copy.weight, copy.bias)
+            self._copies.append((parent, name, layer, copy))
+        if self._pack:
+            with self.in_use():
+                weight, bias, _ = output_head(self._model)
+            self._packed_head = PackedLinear(weight, bias)
+
+    def release(self) -> None:
+        """Free the copies; `refresh` makes them again."""
+        self._copies, self._packed_head = [], None
+
+    @property
+    def is_stale(self) -> bool:
+        """True if the policy's weights were written to, or its adapters switched, since `refresh`."""
+        return self._present() != self._stamp
+
+    def _present(self) -> tuple[int, ...]:
+        return weights_stamp(self._parameters, self._modules)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Run the model on these weights, in evaluation mode, within the context."""
+        with evaluation_mode(self._modules):
+            try:
+                for parent, name, _, copy in self._copies:
+                    parent._modules[name] = copy
+                yield
+            finally:
+                for parent, name, layer, _ in self._copies:
+                    parent._modules[name] = layer
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [B,V] of hidden states [B, hidden size]; to be called within `in_use`."""
+        weight, bias, softcap = output_head(self._model)
+        logits = linear(hidden, weight, bias) if self._packed_head is None else self._packed_head(hidden)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _places(self, adapted: set[nn.Module], head: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Yield (parent, name of the child, layer) of every layer that a copy replaces."""
+        inside = {module for layer in adapted for module in layer.modules()}
+        replaced = set(adapted) if self._merge else set()
+        if self._pack:
+            replaced |= {module for module in self._modules if type(module) is nn.Linear} - inside - {head}
+        for parent in self._modules:
+            yield from ((parent, name, child) for name, child in parent.named_children() if child in replaced)
+
+
+def _packing_helps(model: nn.Module) -> bool:
+    """Return True for bfloat16 on a CPU that multiplies it, in our own models: others may read a layer's weight."""
+    lm = causal_lm(model)
+    weight = output_head(model)[0]
+    if not isinstance(lm, PolicyForCausalLM) or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

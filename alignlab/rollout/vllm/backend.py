@@ -1,0 +1,90 @@
+"""The protocol between a rollout engine and vLLM, wherever vLLM runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from alignlab.rollout.vllm.completions import Answer, Request
+
+
+class MemberLost(Exception):
+    """One of several vLLMs stopped answering; its requests go to the others."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Size of what an update sent; zeros on a rank that does not send."""
+
+    num_tensors: int = 0
+    num_bytes: int = 0
+
+
+class Member(Protocol):
+    """One vLLM of a backend.
+
+    Attributes:
+        is_verified: a canary has passed since this vLLM joined.
+    """
+
+    is_verified: bool
+
+
+class Backend(Protocol):
+    """One or several vLLMs with a copy of the policy's weights. See `RolloutEngine` for `rest` and `abandon`."""
+
+    def open(self) -> None:
+        """Start vLLM, or reach its servers; called before anything else, and again after `close`.
+
+        Raises:
+            ConfigError: vLLM cannot run this model, or no server does. Nothing stays open then.
+        """
+        ...
+
+    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+        """Replace vLLM's weights by the policy's, and drop what vLLM cached under the old ones.
+
+        The first rank sends; the other ranks, which call this afterwards, only note what was sent.
+
+        Args:
+            policy_version: recorded with every token sampled from now on.
+            attempt: counts the calls, from 1; equal on all ranks.
+
+        Raises:
+            RolloutError: a tensor did not arrive with the digest that it was sent with, or no server took the weights.
+            ConfigError: another run is using a server.
+        """
+        ...
+
+    def members(self) -> Sequence[Member]:
+        """Return the vLLMs whose log-probs this rank has to verify; none on ranks but the first."""
+        ...
+
+    def answers(self, requests: Sequence[Request], member: Any = None) -> list[Answer]:
+        """Return one completion for each request, in order.
+
+        Args:
+            member: one of `members`, that alone may answer; default: any.
+
+        Raises:
+            RolloutError: a request is refused, no vLLM is left to answer it, or `abandon` was called meanwhile.
+            MemberLost: `member` stopped answering.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Free memory that is not needed until the next call."""
+        ...
+
+    def abandon(self) -> None:
+        """Make every `answers` in flight raise soon; may be called from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Release processes, connections and memory; servers may then serve another run."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return figures of the work since `open`, by name."""
+        ...

@@ -1,0 +1,204 @@
+"""vLLM in the trainer's process."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from vllm import LLM, RequestOutput
+from vllm import SamplingParams as VLLMSamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from alignlab.config.rollout import VLLMSettings
+from alignlab.errors import ConfigError
+from alignlab.models.decoder import causal_lm
+from alignlab.models.hub.export import Model, write_base
+from alignlab.rollout.requests import abandoned
+from alignlab.rollout.verification import check_arrived
+from alignlab.rollout.vllm.backend import Transfer
+from alignlab.rollout.vllm.completions import Answer, Request, padded
+from alignlab.rollout.vllm.installation import require_vllm
+from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, sync_adapter_only
+from alignlab.rollout.vllm.policy_weights import read_weights
+from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
+
+
+class InProcessBackend:
+    """vLLM in this process, sharing the machine with the trainer; a `Backend` of one member, itself.
+
+    Args:
+        model: policy, with or without LoRA.
+        tokenizer: of the policy.
+        settings: vLLM's sizes, and how its weights are synced.
+
+    Raises:
+        ConfigError: vLLM is missing or untested, the training has several ranks, or the adapter cannot be synced alone
+            as the settings ask.
+    """
+
+    _llm: LLM
+    _sync: WeightSync
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMSettings) -> None:
+        require_vllm("vllm")
+        _require_one_rank()
+        self.is_verified = False
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._lm = causal_lm(model)
+        self._on_cpu = self._lm.device.type == "cpu"
+        self._adapter_only = sync_adapter_only(settings, model, on_cpu=self._on_cpu)
+        self._adapter_rank = checked_adapter_rank(model) if self._adapter_only else 0
+        self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
+        self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
+        self._is_asleep = False
+        self._abandoned = threading.Event()
+        self._num_puts = self._policy_version = 0
+
+    def open(self) -> None:
+        """Start vLLM on a checkpoint of the policy's base, which is deleted once it is loaded."""
+        options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
+        self._sync = AdapterSync() if self._adapter_only else FullSync()
+        with tempfile.TemporaryDirectory(prefix="alignlab-vllm-") as folder, _trainers_random_state_kept():
+            write_base(self._model, Path(folder))
+            self._tokenizer.save_pretrained(folder)
+            try:
+                self._llm = LLM(folder, enable_sleep_mode=self._sleeps, **options)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise ConfigError(
+                    f"vLLM cannot run {type(self._lm).__name__}: {error}; use rollout.engine: embedded, or correct "
+                    "rollout's sizes"
+                ) from error
+        self._is_asleep = self.is_verified = False
+        if self._records_routing:
+            self._llm.collective_rpc("alignlab_record_routing")
+
+    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+        """Replace vLLM's weights; digests are compared every `digests_every_updates` calls."""
+        self._wake()
+        weights = read_weights(self._model, adapter_only=self._adapter_only)
+        self._sync.load(self._llm, weights, policy_version, attempt)
+        self._policy_version = policy_version
+        self._llm.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
+        if self._num_puts % self._settings.digests_every_updates == 0:
+            check_arrived(weights.digests(), self._sync.arrived(self._llm))
+        self._num_puts += 1
+        return weights.size
+
+    def members(self) -> Sequence[InProcessBackend]:
+        """Return this vLLM."""
+        return (self,)
+
+    def answers(self, requests: Sequence[Request], member: InProcessBackend | None = None) -> list[Answer]:
+        """Return one completion for each request, in order."""
+        prompts: list[Any] = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+        params = [VLLMSamplingParams(**request.params) for request in requests]
+        self._wake()
+        with _trainers_random_state_kept(), self._can_be_abandoned():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._sync.lora_request)
+        return [self._answer(*pair) for pair in zip(outputs, self._routing(outputs), strict=True)]
+
+    def rest(self) -> None:
+        """Put vLLM to sleep until the next call, where the settings say so."""
+        if self._sleeps and not self._is_asleep:
+            self._llm.sleep(level=1)
+            self._is_asleep = True
+
+    def abandon(self) -> None:
+        """Make the call in flight raise before its next step."""
+        self._abandoned.set()
+
+    def close(self) -> None:
+        """End vLLM, and free its memory and its groups of ranks."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+
+    def metrics(self) -> dict[str, float]:
+        """Return no figures."""
+        return {}
+
+    @property
+    def _records_routing(self) -> bool:
+        """True where our recorder keeps the experts chosen; vLLM's own needs a GPU."""
+        return bool(self._sparse_layers) and self._on_cpu
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
+
+    @contextmanager
+    def _can_be_abandoned(self) -> Iterator[None]:
+        """Let `abandon` interrupt vLLM between two steps; whatever interrupts it, no request is left in vLLM."""
+        engine: Any = self._llm.llm_engine
+        step = engine.step
+        self._abandoned.clear()
+
+        def step_unless_abandoned() -> Any:
+            if self._abandoned.is_set():
+                raise abandoned()
+            return step()
+
+        engine.step = step_unless_abandoned
+        try:
+            yield
+        except BaseException:
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        finally:
+            engine.step = step
+
+    def _answer(self, request: RequestOutput, routing: Tensor | None) -> Answer:
+        [output] = request.outputs
+        ids = tuple(output.token_ids)
+        return Answer(
+            token_ids=ids,
+            logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)),
+            finish_reason=output.finish_reason,
+            stop_text=output.stop_reason if isinstance(output.stop_reason, str) else None,
+            policy_versions=(self._policy_version,) * len(ids),
+            routing=routing,
+        )
+
+    def _routing(self, outputs: Sequence[RequestOutput]) -> Sequence[Tensor | None]:
+        """Return the experts chosen for each request's tokens [tokens, L, K], -1 if unknown; None for a dense model."""
+        if not self._sparse_layers:
+            return [None] * len(outputs)
+        if self._records_routing:
+            names = [request.request_id for request in outputs]
+            [records] = self._llm.collective_rpc("alignlab_take_routing", args=(names, self._sparse_layers))
+        else:
+            all_layers = [torch.from_numpy(request.outputs[0].routed_experts) for request in outputs]
+            records = [experts[:, self._sparse_layers] for experts in all_layers]
+        return [
+            padded(record, len(request.prompt_token_ids) + len(request.outputs[0].token_ids))
+            for request, record in zip(outputs, records, strict=True)
+        ]
+
+
+def _require_one_rank() -> None:
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if num_ranks > 1:
+        raise ConfigError(
+            f"rollout.engine is vllm, which shares a process with one rank, and the training has {num_ranks}; "
+            "start one process, or use rollout.engine: vllm_server or embedded"
+        )
+
+
+@contextmanager
+def _trainers_random_state_kept() -> Iterator[None]:
+    """Restore the global random generators afterwards: vLLM seeds them at its start, and draws from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,113 @@
+"""vLLM's interface for weight transfer, with tensors passed in memory or by a file, and digests of what arrived.
+
+vLLM creates the transfer engine in its worker, and calls its start, update and finish. In the trainer's process,
+`offering` provides the tensors; on a server, whose worker is another process, a file does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from alignlab.models.fingerprints import tensor_digest
+from alignlab.rollout.vllm.inside import patches
+from alignlab.rollout.vllm.private_folders import require_private
+from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
+
+MEMORY = "memory:"
+FILE = "file:"
+Offer = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+_offers: dict[str, Offer] = {}
+
+
+@contextmanager
+def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Provide tensors, and an adapter's config, to a worker of this process under a key, within this context."""
+    _offers[key] = (tensors, config or {})
+    try:
+        yield
+    finally:
+        del _offers[key]
+
+
+def offered(key: str) -> Offer:
+    """Return (tensors, adapter's config) offered under a key, or of a safetensors file under file:PATH."""
+    if not key.startswith(FILE):
+        return _offers[key]
+    path = Path(key.removeprefix(FILE))
+    require_private(path)
+    return load_file(path), {}
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Parameters of the connection: none."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Key under which the tensors are offered."""
+
+    key: str
+
+
+class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads the tensors of a checkpoint from this process's memory, or from a file.
+
+    Attributes:
+        arrived: digest of every tensor that the model's loader took in the last update, by name.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.arrived: dict[str, str] = {}
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Do nothing: there is no connection."""
+
+    def start_weight_update(self) -> None:
+        """Prepare the model for another load."""
+        self.arrived = {}
+        patches.before_update(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load all tensors, and note their digests."""
+        tensors, _ = offered(update_info.key)
+        self.model.load_weights(self._with_digests(tensors))
+
+    def finish_weight_update(self) -> None:
+        """Complete the load, and apply the patches."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        patches.after_update(self.model)
+
+    def shutdown(self) -> None:
+        """Do nothing: nothing is held between updates."""
+
+    def _with_digests(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors, each digested when the loader takes it; a tensor that it never takes has no digest."""
+        for name, tensor in tensors.items():
+            self.arrived[name] = tensor_digest(tensor)
+            yield name, tensor
+
+
+def register() -> None:
+    """Register the engine with vLLM under `TRANSFER_BACKEND`; a second call does nothing."""
+    if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, MemoryTransferEngine)

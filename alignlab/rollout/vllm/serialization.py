@@ -1,0 +1,93 @@
+"""Serialization of weights (safetensors) and of expert choices (numpy's format in base64). Nothing is unpickled."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alignlab.files.library_errors import writing
+from alignlab.rollout.vllm.private_folders import temporary_folder
+
+_ADAPTER_CONFIG = "adapter_config"
+_MAX_CONFIG_CHARACTERS = 2**20
+_MAX_EXPERT = 2**15 - 1
+
+
+@contextmanager
+def weights_file(tensors: Mapping[str, Tensor], adapter: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Write tensors to a file, which is removed afterwards.
+
+    Args:
+        adapter: PEFT config, if the tensors are an adapter's.
+    """
+    metadata = {"format": "pt"}
+    if adapter is not None:
+        metadata[_ADAPTER_CONFIG] = json.dumps(dict(adapter), default=list)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with temporary_folder(size) as folder:
+        path = Path(folder) / "weights.safetensors"
+        with writing(path, "the weights for vLLM's servers"):
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+        yield path
+
+
+def adapter_config(path: Path) -> dict[str, Any] | None:
+    """Return the PEFT config in a file of weights; None if the weights are a whole model's.
+
+    Raises:
+        SafetensorError: the file is not a safetensors file.
+        ValueError: the config is not a JSON object, or too long.
+    """
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_ADAPTER_CONFIG)
+    if text is None:
+        return None
+    if len(text) > _MAX_CONFIG_CHARACTERS:
+        raise ValueError(f"an adapter's config must have at most {_MAX_CONFIG_CHARACTERS:,} characters")
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise ValueError("an adapter's config must be an object")
+    return config
+
+
+def encode_routing(record: Tensor) -> str:
+    """Return expert choices [tokens, L, K] as text, in the format of vLLM's own answers."""
+    buffer = io.BytesIO()
+    np.save(buffer, record.numpy(), allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decode_routing(text: Any) -> Tensor:
+    """Return the expert choices [tokens, L, K] int16 of a text from `encode_routing`.
+
+    No memory is allocated for a shape that the text has no bytes for.
+
+    Raises:
+        ValueError: the text is not in that format.
+    """
+    if not isinstance(text, str):
+        raise ValueError("experts must be told in base64")
+    buffer = io.BytesIO(base64.b64decode(text, validate=True))
+    version = np.lib.format.read_magic(buffer)
+    if version != (1, 0):
+        raise ValueError(f"experts must be told in numpy's format 1.0, and are in {version[0]}.{version[1]}")
+    shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    values = buffer.read()
+    if len(shape) != 3 or dtype.kind not in "iu" or math.prod(shape) * dtype.itemsize != len(values):
+        raise ValueError("experts must be told as whole numbers [tokens, layers, K]")
+    record = np.frombuffer(values, dtype).reshape(shape, order="F" if in_fortran_order else "C")
+    if record.size and (record.min() < -1 or record.max() > _MAX_EXPERT):
+        raise ValueError(f"experts must be -1 to {_MAX_EXPERT}")
+    return torch.from_numpy(record.astype(np.int16))

@@ -1,0 +1,239 @@
+"""Checkpoints: safetensors and JSON, complete or absent, verified by digest when they are read.
+
+    checkpoints/step-00000020/
+        manifest.json            the run, the step, the number of ranks, and the digest of every other file; see
+                                 `alignlab.files.manifest`
+        state.json               the caller's `state`
+        <name>.safetensors       one for each name in `tensors`, such as model and optimizer
+        random-<rank>.safetensors, random-<rank>.json
+
+A checkpoint is written into a hidden temporary folder, synced to the disk and renamed: a folder that has the name of a
+checkpoint is complete. Older ones are removed only after that. A folder whose name is not exactly that of a checkpoint,
+such as a copy with another ending, is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from alignlab.errors import CheckpointError
+from alignlab.files.atomic_files import REMOVED, TEMPORARY, hidden_name, make_folder, publish_folder, remove_folder
+from alignlab.files.library_errors import writing
+from alignlab.files.manifest import find_damage, read_manifest, write_manifest
+from alignlab.files.tensor_files import write_tensors
+from alignlab.runs.random_state import RandomState, random_state
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}(\d{{8}})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        path: the checkpoint's folder.
+        step: number of optimizer steps that were complete when it was written.
+        tensors: tensors by the name of their file, then by their own name.
+        state: the `state` that it was saved with.
+        random: state of this rank's random generators, for `restore_random_state`.
+    """
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    random: RandomState
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    random: Sequence[RandomState] | None = None,
+    run_id: str | None = None,
+) -> Path:
+    """Write the checkpoint of a step, on one rank alone, and return its folder.
+
+    Args:
+        folder: the folder of all checkpoints of the run.
+        step: number of complete optimizer steps. A step that this run has saved already is not written again.
+        tensors: tensors by the name of their file, then by their own name.
+        state: anything that JSON holds exactly.
+        keep: number of checkpoints to keep, >= 1; older ones are removed once this one is complete.
+        random: state of the random generators of each rank; default: of this process, as the only rank.
+        run_id: id of the run, see `RunFolder`.
+
+    Raises:
+        DiskError: the checkpoint cannot be written; earlier ones stay.
+    """
+    assert keep >= 1, keep
+    random = [random_state()] if random is None else random
+    final = checkpoint_path(folder, step)
+    if final.exists():
+        if _is_of(final, run_id):
+            return final
+        remove_folder(final)
+    with writing(final, "the checkpoint"):
+        temporary = hidden_name(final, TEMPORARY)
+        shutil.rmtree(temporary, ignore_errors=True)
+        make_folder(folder)
+        temporary.mkdir()
+        for rank, generators in enumerate(random):
+            write_tensors(generators.tensors, temporary / f"random-{rank}.safetensors")
+            _write_json(temporary / f"random-{rank}.json", generators.state)
+        for name, group in tensors.items():
+            write_tensors(group, temporary / f"{name}.safetensors")
+        _write_json(temporary / STATE, state)
+        write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
+        publish_folder(temporary, final)
+        _remove_old(folder, keep)
+    return final
+
+
+def load_latest(
+    folder: Path, *, rank: int = 0, world_size: int = 1, run_id: str | None = None
+) -> Checkpoint | None:
+    """Return the newest checkpoint in a folder, verified; None if there is none.
+
+    Args:
+        run_id: id of the run that resumes, see `RunFolder`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another step than its name says or of another run (the message
+            names the newest intact one), or was saved on another number of ranks.
+    """
+    folders = checkpoint_folders(folder)
+    if not folders:
+        return None
+    newest = folders[-1]
+    problem = find_problem(newest, run_id)
+    if problem is not None:
+        intact = next((path for path in reversed(folders[:-1]) if find_problem(path, run_id) is None), None)
+        raise CheckpointError(
+            f"{problem}; remove the folder {newest} to resume from {intact}, which is intact"
+            if intact
+            else f"{problem}; put it back as it was, or start again in another trainer.output_dir: no other checkpoint "
+            "is intact"
+        )
+    manifest = read_manifest(newest, MANIFEST)
+    if manifest["world_size"] != world_size:
+        raise CheckpointError(
+            f"a run resumes on as many ranks as it was saved on, {newest} was saved on {manifest['world_size']} and "
+            f"this run has {world_size}; start it with {manifest['world_size']}"
+        )
+    names = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
+    return Checkpoint(
+        path=newest,
+        step=manifest["step"],
+        tensors={name: load_file(newest / f"{name}.safetensors") for name in names if not name.startswith("random-")},
+        state=json.loads((newest / STATE).read_text()),
+        random=RandomState(
+            load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())
+        ),
+    )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders of the complete checkpoints in a folder, oldest first."""
+    # Of a folder without permission to read, `glob` says that it is empty; `iterdir` raises an error.
+    paths = folder.iterdir() if folder.exists() else ()
+    return sorted(path for path in paths if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def find_problem(checkpoint: Path, run_id: str | None) -> str | None:
+    """Return why a run cannot resume from a checkpoint; None if files, step and run are as they must be."""
+    damage = find_damage(checkpoint, MANIFEST)
+    if damage is not None:
+        return damage
+    manifest, named = read_manifest(checkpoint, MANIFEST), NAME.fullmatch(checkpoint.name)
+    if named is None or manifest.get("step") != int(named[1]):
+        return f"{checkpoint} holds the checkpoint of step {manifest.get('step')}: it was renamed, or is a copy"
+    if manifest["run"] != run_id:
+        return f"{checkpoint} is of another run ({manifest['run']}) than the one that resumes ({run_id})"
+    return None
+
+
+def _is_of(checkpoint: Path, run_id: str | None) -> bool:
+    """Return True if this run wrote the checkpoint of this name, by its manifest; its files are not verified."""
+    try:
+        manifest = read_manifest(checkpoint, MANIFEST)
+    except ValueError:
+        return False
+    return manifest["run"] == run_id and checkpoint.name == f"{PREFIX}{manifest.get('step', -1):08d}"
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """Return an optimizer's state as tensors named `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and so on."""
+    tensors = {}
+    for name, parameter in dict(names).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Restore the state of an optimizer from `optimizer_tensors`; parameters without an entry get an empty state.
+
+    Raises:
+        CheckpointError: an entry belongs to no parameter, or has another shape than its parameter.
+    """
+    parameters = dict(names)
+    fused = {parameter: bool(group.get("fused")) for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.state.clear()
+    for entry, value in tensors.items():
+        key, _, name = entry.partition(".")
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in fused:
+            raise CheckpointError(
+                f"the optimizer's state in a checkpoint must belong to trained parameters, and {name} is none; "
+                "resume with the model and LoRA settings that the run was started with"
+            )
+        if key != "step" and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"{entry} in the checkpoint has shape {tuple(value.shape)} and its parameter {tuple(parameter.shape)}; "
+                "resume with the model and LoRA settings that the run was started with"
+            )
+        # A step count stays on the CPU, as in a new optimizer, unless the kernel is fused.
+        on_host = key == "step" and not fused[parameter]
+        device = torch.device("cpu") if on_host else parameter.device
+        optimizer.state[parameter][key] = value.to(device, copy=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and leftovers of an interrupted save or removal."""
+    for path in checkpoint_folders(folder)[:-keep]:
+        remove_folder(path)
+    for kind in (TEMPORARY, REMOVED):
+        for path in folder.glob(f".{PREFIX}*.{kind}"):
+            shutil.rmtree(path)

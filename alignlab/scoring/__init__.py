@@ -1,0 +1,1 @@
+"""Rewards: functions, reward models and judges that score completions."""

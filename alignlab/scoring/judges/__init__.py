@@ -1,0 +1,1 @@
+"""Judges: models that compare and rate answers by a constitution."""

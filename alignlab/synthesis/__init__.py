@@ -1,0 +1,1 @@
+"""Training data made by models: preference labels, revisions, completions of a teacher."""

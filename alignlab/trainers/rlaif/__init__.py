@@ -1,0 +1,1 @@
+"""Reinforcement learning from a judge's feedback (RLAIF), stage by stage."""

@@ -1,0 +1,106 @@
+"""Two ranks: the same gradient as one rank, and equal weights on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from alignlab.runs.rollout_store import read_rollouts
+from tests.loop import rank_distill
+from tests.loop.rank_gradients import gradients
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.distributed
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks of this machine."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def test_ranks_have_equal_weights_and_different_prompts(tmp_path: Path) -> None:
+    """Three steps, stopped after two and resumed: equal weights on both ranks, and no prompt on both."""
+    script = str(ROOT / "tests/loop/rank_training.py")
+    for steps in ("2", "3"):
+        done = torchrun(script, str(tmp_path), steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    rollouts = read_rollouts(tmp_path / "run" / "rollouts").to_pylist()
+    assert sorted({row["step"] for row in rollouts}) == [1, 2, 3]
+    for step in (1, 2, 3):
+        prompts = [row["prompt_index"] for row in rollouts if row["step"] == step]
+        assert len(prompts) == 4 * 4 and len(set(prompts)) == 4
+        tokens = [row["advantage"] for row in rollouts if row["step"] == step for _ in row["token_ids"]]
+        assert sum(tokens) / len(tokens) == pytest.approx(0, abs=1e-4), "whitened over all tokens of both ranks"
+        assert sum(a * a for a in tokens) / (len(tokens) - 1) == pytest.approx(1, abs=1e-3)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "failures of the second rank alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("ppo", "lora"), ("ppo", "model"), ("dpo", "-"), ("kto", "-"), ("online_dpo", "-"), ("reward", "lora"),
+        ("reward", "all"),
+    ],
+)
+def test_ranks_of_every_trainer_have_equal_weights(kind: str, form: str, tmp_path: Path) -> None:
+    done = torchrun(str(ROOT / "tests/loop/rank_others.py"), str(tmp_path), kind, form)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    assert kind != "ppo" or any(name.startswith("critic-") for name in ranks[0])
+
+
+def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    done = torchrun(str(ROOT / "tests/loop/rank_gradients.py"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, metrics = gradients(0, 1, tmp_path)
+    for rank in (0, 1):
+        path = tmp_path / f"rank{rank}.safetensors"
+        shared = load_file(path)
+        assert shared.keys() == alone.keys()
+        for name, gradient in alone.items():
+            torch.testing.assert_close(shared[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
+        with safe_open(path, "pt") as file:
+            assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["distill", "gkd"])
+def test_students_on_two_ranks_have_equal_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks have equal weights; distillation on examples has the losses of one rank."""
+    both = tmp_path / "both"
+    rank_distill.save_teacher(both)
+    done = torchrun(str(ROOT / "tests/loop/rank_distill.py"), str(both), kind)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(both / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    if kind == "gkd":
+        return
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    alone = tmp_path / "alone"
+    rank_distill.save_teacher(alone)
+    rank_distill.train(alone, kind)
+    losses = [
+        [json.loads(line)["divergence"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (both, alone)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

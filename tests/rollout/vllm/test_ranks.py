@@ -1,0 +1,57 @@
+"""The first rank of a training sends weights before the others use them, and tells them if it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.errors import RolloutError
+from alignlab.rollout.vllm.ranks import first_rank_first, shared_random_name
+
+CPU = torch.device("cpu")
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Enter two bodies, of which the first one raises on rank 0; write what happened to a file."""
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    events: list[str] = []
+    for body in ("raises", "succeeds"):
+        try:
+            with first_rank_first(CPU):
+                events.append(body)
+                if rank == 1:
+                    assert (folder / f"{body}-0").exists(), "rank 1 runs its body before rank 0 has ended its own"
+                (folder / f"{body}-{rank}").touch()
+                if body == "raises":
+                    raise ValueError
+        except (ValueError, RolloutError) as error:
+            events.append(type(error).__name__)
+    result = {"events": events, "name": shared_random_name(CPU)}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_the_first_rank_comes_first_and_its_error_reaches_the_others(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["events"] == ["raises", "ValueError", "succeeds"]
+    assert second["events"] == ["RolloutError", "succeeds"]
+    assert first["name"] == second["name"] and len(first["name"]) == 16
+
+
+def test_one_process_needs_no_process_group() -> None:
+    def fail() -> Any:
+        with first_rank_first(CPU):
+            raise ValueError
+
+    with first_rank_first(CPU):
+        pass
+    with pytest.raises(ValueError):
+        fail()
+    assert shared_random_name(CPU) != shared_random_name(CPU)

@@ -1,0 +1,154 @@
+"""What every trainer does alike. A new trainer is tested here by one line in `tests.trainers.tiny.CASES`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainers.conftest import even_ids
+from tests.trainers.steps import credit_of
+from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case
+
+ROOT = Path(__file__).parents[2]
+OF_TIME = re.compile(r"_s$|per_s$|time")
+
+
+@pytest.fixture
+def make(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+
+    def make(name: str, folder: str = "run", **options: Any) -> Any:
+        return make_case(name, tmp_path / folder, make_model(), tokenizer, **options)
+
+    return make
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, those of time left out."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if not OF_TIME.search(name)} for line in lines]
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """All that is trained, by learner and name."""
+    return {
+        f"{role}{name}": weight.detach()
+        for role, learner in trainer.learners.items()
+        for name, weight in learner.trained.items()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(name: str, make: Callable[..., Any]) -> None:
+    def stop_after_two_steps(trainer: Any, step: int, metrics: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = make(name)
+    expected_result = whole.train()
+    assert make(name, "stopped", callbacks=(stop_after_two_steps,)).train().interrupted
+    resumed = make(name, "stopped")
+    result = resumed.train(resume=True)
+    assert (result.before, result.after) == (expected_result.before, expected_result.after)
+    weights, expected = weights_of(resumed), weights_of(whole)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    folders = [Path(trainer.config.output_dir) for trainer in (resumed, whole)]
+    resumed_metrics, whole_metrics = (metrics_of(folder) for folder in folders)
+    assert resumed_metrics == whole_metrics
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """The gradients of a trainer's first update, which is not made."""
+    found: dict[str, torch.Tensor] = {}
+    for role, learner in trainer.learners.items():
+
+        def keep(*_: Any, role: str = role, learner: Any = learner) -> dict[str, float]:
+            found.update({f"{role}{n}": p.grad.clone() for n, p in learner.trained.items() if p.grad is not None})
+            learner.strategy.clear()
+            return {}
+
+        learner._step = keep
+    if hasattr(trainer, "source"):
+        [packs] = credit_of(trainer, 9, trainer.source.collect(1).rollouts).minibatches
+        trainer.algorithm.update(9, packs)
+    else:
+        packs = trainer.algorithm.packs("train", trainer.train_examples, range(4))
+        trainer.learner.update(packs, trainer.algorithm.loss, trainer.algorithm.loss_weights,
+                               metric_weights=trainer.algorithm.loss_weights)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_does_not_depend_on_the_cut_into_packs(name: str, make: Callable[..., Any]) -> None:
+    many, one = (
+        gradients(make(name, f"run{budget}", memory={"tokens_per_microbatch": budget})) for budget in (12, 4096)
+    )
+    assert many.keys() == one.keys() and one
+    for key, gradient in one.items():
+        torch.testing.assert_close(many[key], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_occasional_failures_of_a_reward_are_counted_and_tolerated(name: str, make: Callable[..., Any]) -> None:
+    calls = 0
+
+    def unreliable(**arguments: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ValueError("no answer today")
+        return even_ids(**arguments)
+
+    trainer = make(name, rewards=[unreliable, even_ids])
+    result = trainer.train()
+    assert result.num_steps == 3 and result.metrics["reward_failures"] == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_metric_is_in_the_glossary(name: str, make: Callable[..., Any]) -> None:
+    trainer = make(name)
+    trainer.train()
+    glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    patterns = [re.escape(entry).replace(r"<name>", ".+").replace(r"<i>", r"\d+").replace(r"<part>", ".+")
+                for entry in re.findall(r"`([a-z_]+(?:[/@][\w<>@]+)?)`", glossary)]
+    names = {key for line in metrics_of(Path(trainer.config.output_dir)) for key in line} - {"step"}
+    unknown = [key for key in names if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+    assert not unknown, f"explain these in docs/metrics.md: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., Any]) -> None:
+    """Tokens that a tool wrote in a completion are read by the policy, and have no gradient."""
+    trainer = make(name)
+    rollouts = trainer.source.collect(1).rollouts
+    mixed = [mix(rollout) for rollout in rollouts]
+    [packs] = credit_of(trainer, 9, mixed).minibatches
+    written = sum(sum(c.policy_tokens) for rollout in mixed for c in rollout.completions)
+    trained = sum(int(pack.completion_mask.sum()) for pack in packs)
+    assert 0 < trained <= written < sum(len(c.token_ids) for rollout in mixed for c in rollout.completions)
+    for pack in packs:
+        if pack.advantages is not None:
+            assert not pack.advantages[~pack.completion_mask].any()
+
+
+def mix(rollout: Any) -> Any:
+    """The rollout with every second token of its completions written by a tool."""
+    return replace(
+        rollout,
+        completions=tuple(
+            replace(c, writers=tuple("tool" if i % 2 else "policy" for i in range(len(c.token_ids))))
+            for c in rollout.completions
+        ),
+    )
