@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.cli import main, parse
+from alignlab.config.loader import load_config
 from alignlab.config.policy_gradient import RECIPES
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.trainers import GRPOConfig
@@ -106,3 +107,18 @@ def test_links_between_manuals_lead_somewhere():
     for manual in MANUALS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", manual.read_text(encoding="utf-8")):
             assert (manual.parent / target).exists(), f"{manual.relative_to(ROOT)}: {target}"
+
+
+def test_the_tutorial_s_files_make_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for language in ("python", "yaml"):
+        for code in blocks(language, "docs/tutorial.md"):
+            name = re.match(r"# (\S+)\n", code)
+            assert name is not None, "each block begins with its file's name"
+            (tmp_path / name[1]).write_text(code, encoding="utf-8")
+    exec(compile((tmp_path / "make_data.py").read_text(encoding="utf-8"), "make_data.py", "exec"), {})
+    config = load_config("sums.yaml")
+    [settings] = config.rewards
+    reward = load_reward(settings)
+    assert reward.function(completions=["so 7", "8"], answer=["7", "7"], prompts=["", ""]) == [1.0, 0.0]
+    assert len((tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 70
