@@ -1,4 +1,4 @@
-"""A whole run from one config: model, data, warm start, training, closing report."""
+"""A whole run from one config: model, data, warm start, training, closing report; or all of its checks, and no run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from alignlab.config.run import RunConfig, WarmStart
 from alignlab.data.examples import load_examples
 from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.evaluation.results import Evaluation, EvaluationResult, LikelihoodResult
+from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_watchdog import watched_set_up
 from alignlab.loop.training_loop import TrainResult
+from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import is_adapter, load_model
 from alignlab.runs.folder import check_folder, holds_run
 from alignlab.starting_model import make_model, make_tokenizer, model_dtype
@@ -60,6 +62,19 @@ class RunSummary:
         }
 
 
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that could begin.
+
+    Attributes:
+        preflight: of its training, after the warm start.
+    """
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    preflight: Preflight
+
+
 def _headline(result: Evaluation | None) -> dict[str, float] | None:
     if result is None:
         return None
@@ -84,6 +99,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     # A run that was stopped in its warm start has no checkpoint to resume from.
     check_folder(folder, resume=resume and (holds_run(folder) or not holds_run(folder / WARM_START)))
     _check_warm_start_folder(config)
+    if config.warm_start is not None:
+        check_run(config)  # what the training would refuse is refused before the warm start
     tokenizer = make_tokenizer(config)
     set_seed(config.trainer.seed)  # a new model's weights are the run's too
     # A warm start trains all weights, also where an adapter is added afterwards.
@@ -91,7 +108,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer, dtype)
     if config.warm_start is not None:
         with _summarised(config):
-            warm = warm_start(config, config.warm_start, model, tokenizer, resume=resume)
+            warm = warm_start_trainer(config, config.warm_start, model, tokenizer).train(
+                resume=resume and holds_run(folder / WARM_START)
+            )
         if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
             return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
         model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
@@ -142,19 +161,10 @@ def _check_warm_start_folder(config: RunConfig) -> None:
         )
 
 
-def warm_start(
-    config: RunConfig,
-    settings: WarmStart,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    resume: bool,
-) -> TrainResult:
-    """Fine-tune all weights on prompts and answers; the result is in `warm_start/model`.
-
-    Raises:
-        CheckpointError: the run has started from that result, and the settings of the warm start have changed since.
-    """
+def warm_start_trainer(
+    config: RunConfig, settings: WarmStart, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> SFTTrainer:
+    """Return the trainer that fine-tunes all weights on prompts and answers; the result is in `warm_start/model`."""
     source = settings.data or config.data
     examples = load_examples(
         source,
@@ -170,7 +180,22 @@ def warm_start(
         )
     trainer.identity.prefix = "warm_start.trainer"
     trainer.identity.settings_are_final = holds_run(config.trainer.output_dir)
-    return trainer.train(resume=resume and holds_run(folder))
+    return trainer
+
+
+def check_run(config: RunConfig) -> CheckedRun:
+    """Make the trainers of a run on models without weights, and check that they could end well.
+
+    Raises:
+        AlignlabError: whatever the run would raise before its first step, for all that needs no weights to find out.
+    """
+    with without_weights():
+        tokenizer = make_tokenizer(config)
+        if config.warm_start is not None:
+            model = make_model(config.model, tokenizer, torch.float32)
+            warm_start_trainer(config, config.warm_start, model, tokenizer).preflight()
+        model = make_model(config.model, tokenizer, model_dtype(config.model))
+        return CheckedRun(config, tokenizer, make_trainer(config, model, tokenizer).preflight())
 
 
 def generate_options(data: DataSettings) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
-"""The tokenizer and the model that a run starts from: with weights to be trained, or without, to be checked."""
+"""The tokenizer and the model that a run starts from."""
 
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.model import ModelSettings, TokenizerTraining
@@ -17,10 +18,8 @@ from alignlab.data.rows import plain_row
 from alignlab.data.sources import load_rows
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.data.vocabulary import num_token_ids
-from alignlab.models.adapters import add_lora
-from alignlab.models.hub.adapter_files import adapter_config, check_adapter_shapes, is_adapter
-from alignlab.models.hub.checkpoints import empty_model, load_model, load_tokenizer, new_model
-from alignlab.models.hub.packaged import resolve_checkpoint
+from alignlab.models.empty import loads_weights
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.models.layer_pruning import chosen_layers, student_from
 from alignlab.types import message_text
 
@@ -62,44 +61,13 @@ def make_model(
     return model if settings.student is None else _student_of(model, settings)
 
 
-def make_empty_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the model of `make_model` without its weights, its tensors on the meta device; of an adapter, its base.
-
-    Raises:
-        ConfigError, CheckpointError: the model cannot be loaded.
-    """
-    if settings.name is None:
-        with init_empty_weights():
-            return _new_model(settings, tokenizer, torch.float32)
-    model = empty_model(settings.name)
-    return model if settings.student is None else _student_of(model, settings)
-
-
-def trained_part_of(settings: ModelSettings, empty: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    """Return an empty model with the adapter that is trained, or in float32 where all weights train.
-
-    Raises:
-        CheckpointError: the tensors of an adapter's file do not fit its config and its base.
-    """
-    if settings.lora is not None:
-        return add_lora(empty, settings.lora)
-    path = None if settings.name is None else resolve_checkpoint(settings.name)
-    if path is None or not is_adapter(path):
-        return empty.float()
-    adapter = adapter_config(path)
-    adapter.inference_mode = False  # training goes on with it
-    model = get_peft_model(empty, adapter)
-    assert isinstance(model, PeftModel)
-    check_adapter_shapes(model, path)
-    return model
-
-
 def _new_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     assert settings.architecture is not None, "the config's rules require a name or an architecture"
-    return new_model(
-        settings.architecture, vocab_size=num_token_ids(tokenizer), dtype=dtype,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )
+    with nullcontext() if loads_weights() else init_empty_weights():
+        return new_model(
+            settings.architecture, vocab_size=num_token_ids(tokenizer), dtype=dtype,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
 
 
 def _student_of(teacher: PreTrainedModel | PeftModel, settings: ModelSettings) -> PreTrainedModel:

@@ -1,27 +1,24 @@
 """Check a config without training: load its tokenizer and data, try its rewards on one row, say what would run.
 
-Models are made without their weights. Whatever a training would refuse at its start or at its end is refused here, by
-the same code.
+Its trainers are made on models without weights. Whatever a training would refuse at its start or at its end is refused
+here, by the same code.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from alignlab.cli.check_data import data_lines, held_out_lines
-from alignlab.cli.check_models import (
-    check_endings,
-    check_engines,
-    check_fit,
-    check_warm_start,
-    judge_lines,
-    server_notes,
-    teacher_lines,
-)
+from alignlab.cli.check_data import data_line, held_out_line
 from alignlab.cli.check_rewards import reward_lines
-from alignlab.cli.checked_run import CheckedRun
 from alignlab.cli.train import add_config_arguments
+
+if TYPE_CHECKING:
+    from alignlab.config.run import RunConfig
+    from alignlab.data.examples import Example
+    from alignlab.run_from_config import CheckedRun
+    from alignlab.types import Prompt
 
 NAME = "check"
 SUMMARY = "check a config, its data and its rewards without training"
@@ -29,6 +26,9 @@ EXAMPLE = "alignlab check configs/grpo_smollm2_cpu.yaml trainer.recipe=dapo"
 
 # An adapter's learning rate is about ten times that of full fine-tuning.
 LOW_LORA_RATE, HIGH_FULL_RATE = 1e-5, 1e-4
+
+Line = tuple[str, str]
+"""What a line is about, and its text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,84 +43,105 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     check_prerequisites(config, args.config)
-    checked = CheckedRun(config)
-    for subject, check in CHECKS:
-        for line in check(checked):
-            print(f"{subject:10} {line}", flush=True)
+    for subject, text in check_lines(config):
+        print(f"{subject:10} {text}", flush=True)
     print("ok: nothing was trained")
     return 0
 
 
-def model_lines(run: CheckedRun) -> Iterator[str]:
-    """Yield the weights that would be trained."""
-    model = run.config.model
+def check_lines(config: RunConfig) -> Iterator[Line]:
+    """Yield a line for each thing that is checked.
+
+    Raises:
+        AlignlabError: what the training would raise.
+    """
+    from alignlab.run_from_config import check_run
+
+    yield "model", _model_line(config)
+    yield from _trainer_lines(config)
+    checked = check_run(config)
+    yield "tokenizer", _tokenizer_line(checked)
+    yield "data", data_line(checked)
+    yield "eval data", held_out_line(checked)
+    yield from checked.preflight.beside.items()
+    for line in reward_lines(checked):
+        yield "reward", line
+    for note in (*_server_notes(config), *_rate_notes(config), *_run_notes(checked)):
+        yield "note", note
+
+
+def _model_line(config: RunConfig) -> str:
+    """Return a description of the weights that would be trained."""
+    model = config.model
     source = f"a new one: {model.architecture}" if model.name is None else model.name
     if model.student is not None:
         layers = model.student.layers or f"{model.student.num_layers}, evenly spaced"
         source = f"a student of {source}, layers {layers}"
     weights = f"LoRA rank {model.lora.rank} alpha {model.lora.alpha:g}" if model.lora else "all weights"
-    yield f"{source}, {weights} trained, dtype {model.dtype}"
+    return f"{source}, {weights} trained, dtype {model.dtype}"
 
 
-def tokenizer_lines(run: CheckedRun) -> Iterator[str]:
-    """Yield the size and the special features of the tokenizer."""
-    tokenizer = run.tokenizer
-    template = "with" if tokenizer.chat_template else "without"
-    yield f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}"
-
-
-def trainer_lines(run: CheckedRun) -> Iterator[str]:
+def _trainer_lines(config: RunConfig) -> Iterator[Line]:
     """Yield the method and the size of each training."""
-    for stage in run.stages:
+    from alignlab.config.trainers import stages_of
+
+    for stage in stages_of(config.trainer):
         common = f"{stage.num_steps} steps, learning rate {stage.optim.learning_rate:g}"
-        yield f"{stage.method}: {common}, into {run.config.trainer.output_dir}; {stage.step}"
+        yield "trainer", f"{stage.method}: {common}, into {config.trainer.output_dir}; {stage.step}"
 
 
-def notes(run: CheckedRun) -> Iterator[str]:
-    """Yield what is allowed and worth knowing before a run."""
-    from alignlab.config.trainers import GRPOConfig
-    from alignlab.types import message_text
-
-    yield from rate_notes(run)
-    for stage in run.stages:
-        if isinstance(stage, GRPOConfig):
-            yield from stage.warnings
-    measured = run.held_out_rows.prompts if run.held_out_rows else ()
-    texts, measured_texts = (
-        {message_text(prompt.text) for prompt in prompts} for prompts in (run.training_rows.prompts, measured)
-    )
-    if texts & measured_texts:
-        shared = len(texts & measured_texts)
-        yield f"{shared} evaluation prompts are also trained on, so their accuracy shows memory, not skill"
-    folder = run.config.trainer.output_dir
-    if folder.exists() and any(folder.iterdir()):
-        yield f"{folder} holds a run: use --resume, or another trainer.output_dir"
+def _tokenizer_line(checked: CheckedRun) -> str:
+    """Return the size and the special features of the tokenizer."""
+    tokenizer = checked.tokenizer
+    template = "with" if tokenizer.chat_template else "without"
+    return f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}"
 
 
-def rate_notes(run: CheckedRun) -> Iterator[str]:
-    """Yield learning rates that are allowed and unusual."""
-    model = run.config.model
-    for rate in dict.fromkeys(stage.optim.learning_rate for stage in run.stages):
+def _prompt_ids(item: Prompt | Example) -> tuple[int, ...]:
+    """Return the token ids of a prompt, or of an example before the first token that is trained on."""
+    from alignlab.data.examples import Example
+
+    return item.token_ids[: item.completion_mask.index(True)] if isinstance(item, Example) else item.token_ids
+
+
+def _server_notes(config: RunConfig) -> Iterator[str]:
+    """Yield the vLLM servers that do not answer now."""
+    import anyio
+
+    from alignlab.config.rollout import VLLMServerSettings
+    from alignlab.config.trainers import OnlineConfig, stages_of
+    from alignlab.rollout.vllm.client import is_healthy
+
+    rollouts = [stage.rollout for stage in stages_of(config.trainer) if isinstance(stage, OnlineConfig)]
+    servers = [rollout.servers for rollout in rollouts if isinstance(rollout, VLLMServerSettings)]
+    for address in (address for addresses in servers for address in addresses):
+        if not anyio.run(is_healthy, address):
+            yield f"the vLLM server {address} does not answer; start it: bash launch/serve_vllm.sh CONFIG"
+
+
+def _rate_notes(config: RunConfig) -> Iterator[str]:
+    """Yield learning rates that are allowed and unusual, and what recipes of GRPO warn of."""
+    from alignlab.config.trainers import GRPOConfig, stages_of
+
+    model, stages = config.model, stages_of(config.trainer)
+    for rate in dict.fromkeys(stage.optim.learning_rate for stage in stages):
         if model.lora and rate < LOW_LORA_RATE:
             yield f"learning rate {rate:g} is low for LoRA, which takes about ten times that of full fine-tuning"
         if model.name and not model.lora and rate >= HIGH_FULL_RATE:
             yield f"learning rate {rate:g} is high for all weights of a trained model; 1e-6 to 1e-5 is usual"
+    for stage in stages:
+        if isinstance(stage, GRPOConfig):
+            yield from stage.warnings
 
 
-CHECKS: tuple[tuple[str, Callable[[CheckedRun], Iterator[str]]], ...] = (
-    ("engine", check_engines),
-    ("model", model_lines),
-    ("tokenizer", tokenizer_lines),
-    ("data", data_lines),
-    ("eval data", held_out_lines),
-    ("reward", reward_lines),
-    ("judge", judge_lines),
-    ("trainer", trainer_lines),
-    ("teacher", teacher_lines),
-    ("fit", check_fit),
-    ("warm start", check_warm_start),
-    ("end", check_endings),
-    ("note", server_notes),
-    ("note", notes),
-)
-"""Each check yields lines for the user, or raises the error that the training would raise."""
+def _run_notes(checked: CheckedRun) -> Iterator[str]:
+    """Yield what is allowed and worth knowing of the data and of the run's folder."""
+    from alignlab.types import Prompt
+
+    measured = {item.token_ids for item in checked.preflight.held_out if isinstance(item, Prompt)}
+    shared = measured & set(map(_prompt_ids, checked.preflight.train)) if measured else ()
+    if shared:
+        yield f"{len(shared)} evaluation prompts are also trained on, so their accuracy shows memory, not skill"
+    folder = checked.config.trainer.output_dir
+    if folder.exists() and any(folder.iterdir()):
+        yield f"{folder} holds a run: use --resume, or another trainer.output_dir"

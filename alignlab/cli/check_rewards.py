@@ -5,75 +5,57 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from alignlab.cli.checked_run import CheckedRun
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.config.rewards import RewardLimits
+    from alignlab.run_from_config import CheckedRun
     from alignlab.scoring.loading import LoadedReward
     from alignlab.types import Prompt, Rollout
 
 WRONG_ANSWER = "I do not know."
 
 
-def reward_lines(run: CheckedRun) -> Iterator[str]:
-    """Yield each reward's values for the first row, and where accuracy may stay 0.
+def reward_lines(checked: CheckedRun) -> Iterator[str]:
+    """Yield each reward's values for the first prompt, and where accuracy may stay 0.
+
+    The rewards are loaded anew, because those of the trainer belong to a model without weights.
 
     Raises:
-        ConfigError: a reward needs a column that the data do not have, all weigh nothing, or a reward model does not
-            read the policy's tokens.
-        CheckpointError: the weights of a reward model do not fit its config.
+        ConfigError: a reward cannot be loaded.
         RewardError: a function fails.
     """
-    held_out = run.held_out_rows.prompts if run.held_out_rows else ()
-    _check_columns(run, held_out)
-    for prompt in [*run.training_rows.prompts, *held_out][:1]:
-        yield from _values(run, prompt)
-        yield from _accuracy_notes(run, prompt)
+    from alignlab.scoring.loading import load_reward
+    from alignlab.types import Prompt
+
+    config, preflight = checked.config, checked.preflight
+    rewards = [load_reward(settings) for settings in config.rewards]
+    scorer = config.evaluation.scorer_settings
+    scorers = rewards[:1] if scorer is None else [load_reward(scorer)]
+    prompts = [item for item in (*preflight.train, *preflight.held_out) if isinstance(item, Prompt)]
+    for prompt in prompts[:1]:
+        yield from _values([*rewards, *(scorers if scorer else [])], prompt, checked)
+        if rewards:
+            yield from _accuracy_note(scorers[0], prompt, checked)
 
 
-def _check_columns(run: CheckedRun, held_out: Sequence[Prompt]) -> None:
-    from alignlab.loop.reward_checks import check_weights
-    from alignlab.scoring.columns import check_columns
-
-    check_weights(run.rewards, needed=run.config.trainer.takes_rewards == "needed")
-    if run.training_rows.prompts:
-        check_columns(run.rewards, run.training_rows.prompts, data="the training data")
-    if held_out:
-        check_columns([run.scorer] if run.scorer else [], held_out, data="the evaluation data")
-
-
-def _values(run: CheckedRun, prompt: Prompt) -> Iterator[str]:
+def _values(rewards: Sequence[LoadedReward], prompt: Prompt, checked: CheckedRun) -> Iterator[str]:
     """Yield each reward's values of the row's own answer and of a wrong one."""
     from alignlab.config.rewards import RewardLimits
-    from alignlab.models.hub.reward_checkpoints import check_reward_model
-    from alignlab.scoring.reward_model import ModelReward
+    from alignlab.config.trainers import OnlineConfig, stages_of
 
-    limits = run.online_stages[-1].reward_limits if run.online_stages else RewardLimits()
-    extra = [] if run.config.evaluation.scorer is None else [run.scorer]
-    rewards = [*run.rewards, *filter(None, extra)]
-    for reward in rewards:
-        if isinstance(reward.function, ModelReward):
-            reward.function.check_tokenizer(run.tokenizer)
-            check_reward_model(reward.function.path)
-    scored = _score(rewards, limits, _rollout(prompt, [*_own_answer(prompt), WRONG_ANSWER], run.tokenizer))
+    online = [stage for stage in stages_of(checked.config.trainer) if isinstance(stage, OnlineConfig)]
+    limits = online[-1].reward_limits if online else RewardLimits()
+    scored = _score(rewards, limits, _rollout(prompt, [*_own_answer(prompt), WRONG_ANSWER], checked.tokenizer))
     for name, values in scored.reward_parts.items():
         parts = [f"{value} for {answer.text!r}" for value, answer in zip(values, scored.completions, strict=True)]
         silent = "; it applies to neither" if all(value is None for value in values) else ""
         yield f"{name}: {', '.join(parts)}{silent}"
 
 
-def _accuracy_notes(run: CheckedRun, prompt: Prompt) -> Iterator[str]:
+def _accuracy_note(scorer: LoadedReward, prompt: Prompt, checked: CheckedRun) -> Iterator[str]:
     """Yield a note if the scorer does not accept a row's own answer."""
-    from alignlab.evaluation.evaluate import require_scorer
-
-    scorer = run.scorer
-    if not run.rewards or scorer is None:
-        return
-    if run.config.evaluation_data is not None:
-        require_scorer(scorer)
-    value = value_of_own_answer(scorer, prompt, run.tokenizer)
+    value = value_of_own_answer(scorer, prompt, checked.tokenizer)
     if value is not None and value != 1.0:
         yield f"{scorer.name} gives {value} to the row's own answer: accuracy, which counts 1 alone, may stay 0"
 

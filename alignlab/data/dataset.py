@@ -66,6 +66,18 @@ class Dataset(Sequence[Item_co], Generic[Item_co]):
         return self.items[index]
 
 
+def keep(items: Sequence[Item], is_kept: Sequence[bool], reason: str) -> Dataset[Item]:
+    """Return some of the items, with the others counted as skipped.
+
+    Args:
+        is_kept: of each item.
+        reason: why the others are left out, such as "no_room".
+    """
+    skipped = items.skipped if isinstance(items, Dataset) else Counter[str]()
+    kept = tuple(item for item, stays in zip(items, is_kept, strict=True) if stays)
+    return Dataset(kept, skipped + Counter({reason: len(items) - len(kept)}))
+
+
 class BadRows:
     """Rows that cannot be used: counted or refused, as `settings.on_bad_row` says.
 
@@ -188,4 +200,4 @@ def fitting(
     logger.warning(
         "skipped %d of %d examples: more tokens than %s's %g positions", len(too_long), len(items), model, limit
     )
-    return [item for item, length in zip(items, lengths, strict=True) if length <= limit]
+    return keep(items, [length <= limit for length in lengths], "no_room")

@@ -97,7 +97,7 @@ def evaluate(
         ConfigError: there are no problems, a k is out of range, or the scorer needs a column that no problem has.
         RewardError: a call of the scorer fails, or the scorer applies to no problem; an accuracy must not hide that.
     """
-    _check(prompts, scorer, pass_at, num_samples)
+    check_problems(prompts, scorer, pass_at, num_samples)
     greedy_sampling = sampling.model_copy(update={"temperature": 0.0})
     greedy = engine.generate(prompts, greedy_sampling.params(n=1, seed=seed))
     sampled = engine.generate(prompts, sampling.params(n=num_samples, seed=seed))
@@ -132,7 +132,9 @@ def require_scorer(scorer: LoadedReward) -> None:
         )
 
 
-def _check(prompts: Sequence[Prompt], scorer: LoadedReward, pass_at: Sequence[int], num_samples: int) -> None:
+def check_problems(
+    prompts: Sequence[Prompt], scorer: LoadedReward, pass_at: Sequence[int], num_samples: int
+) -> None:
     """Raise a ConfigError if the problems cannot be answered or scored; see `evaluate`."""
     require_scorer(scorer)
     if not prompts:

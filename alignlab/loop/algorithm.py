@@ -161,6 +161,11 @@ class Algorithm(ABC):
         """All that is trained, by the prefix of its tensors in a checkpoint."""
         return {"": self.learner}
 
+    @property
+    def models_beside(self) -> dict[str, str]:
+        """Description of each model beside the policy that a user has named, by its part, such as "teacher"."""
+        return {}
+
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each frozen model beside the policy, by name."""
         return {} if self.reference is None else self.reference.fingerprints

@@ -12,7 +12,7 @@ from alignlab.config.data import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMServerSettings, VLLMSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.errors import ConfigError
-from alignlab.evaluation.evaluate import evaluate
+from alignlab.evaluation.evaluate import check_problems, evaluate
 from alignlab.evaluation.results import EvaluationResult
 from alignlab.loop.given_data import GivenData, resolve_prompts
 from alignlab.loop.preflight import check_prompt_ids, with_room
@@ -59,6 +59,8 @@ class HeldOutProblems:
         check_prompt_ids(model, prompts, tokenizer)
         needed = prompts if settings.on_bad_row == "skip" else prompts[: self.settings.num_problems]
         fit = with_room(needed, model, self, settings, tokenizer=tokenizer, what="evaluation prompt")
+        if self.scorer is not None:
+            check_problems(fit, self.scorer, self.settings.pass_at, self.settings.num_samples)
         return replace(self, prompts=fit)
 
     def evaluate(self, engine: RolloutEngine, *, seed: int) -> EvaluationResult | None:

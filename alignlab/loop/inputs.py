@@ -20,6 +20,7 @@ from alignlab.errors import ConfigError
 from alignlab.loop.rank_watchdog import watch_ranks
 from alignlab.models.adapter_rules import check_trainable
 from alignlab.models.adapters import add_lora
+from alignlab.models.empty import put_on
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.scoring.loading import LoadedReward, load_reward, load_weighted
 
@@ -97,7 +98,7 @@ def resolve_model(
     if isinstance(model, PeftModel):
         check_trainable(model)
     _check_trained_dtype(model)
-    model.to(device)  # type: ignore[arg-type]  # transformers' stubs miss torch's signature
+    put_on(model, device)
     return model, tokenizer
 
 

@@ -23,6 +23,7 @@ from alignlab.loop.arguments import NamedArguments, check_callbacks, check_confi
 from alignlab.loop.given_data import GivenData, given_data, given_held_out
 from alignlab.loop.inputs import Model, check_shares, make_accelerator, resolve_model
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
+from alignlab.loop.preflight import Preflight
 from alignlab.loop.training_loop import Callback, TrainingLoop
 from alignlab.runs.folder import RunFolder
 
@@ -103,6 +104,11 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
             metrics = self.learner.update(packs, self.algorithm.loss, weights, metric_weights=weights)
         metrics = self.algorithm.step_metrics(metrics)
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
+
+    def preflight(self) -> Preflight:
+        """Return the examples and the models beside the policy; see `TrainingLoop.preflight`."""
+        self.check_ending()
+        return Preflight(self.train_examples, self.eval_examples, beside=self.algorithm.models_beside)
 
     @property
     def has_held_out(self) -> bool:

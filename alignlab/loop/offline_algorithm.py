@@ -99,6 +99,11 @@ class OfflineAlgorithm(ABC, Generic[Item]):
         """Return a measure of the policy on held-out examples, at least one; each rank looks at all of them."""
         return None
 
+    @property
+    def models_beside(self) -> dict[str, str]:
+        """Description of each model beside the policy that a user has named, by its part, such as "teacher"."""
+        return {}
+
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each frozen model beside the policy, by name."""
         return {}

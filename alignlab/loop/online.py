@@ -22,6 +22,7 @@ from alignlab.loop.given_data import DatasetLike
 from alignlab.loop.inputs import Model, Reward
 from alignlab.loop.online_inputs import bind_reward_models, resolve_online_inputs
 from alignlab.loop.prefetch import RolloutBatch
+from alignlab.loop.preflight import Preflight
 from alignlab.loop.reward_checks import signal_settings, stop_without_any_reward
 from alignlab.loop.rollout_metrics import StepMetrics
 from alignlab.loop.source import RolloutSource
@@ -115,6 +116,13 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             self.source.update_weights(version + 1)
         metrics = self._metrics(batch, version, updates) | self.source.engine.metrics()
         return metrics | dict(credit.metrics) | self._timings(batch)
+
+    def preflight(self) -> Preflight:
+        """Return the prompts, the scorer and the models beside the policy; see `TrainingLoop.preflight`."""
+        self.check_ending()
+        return Preflight(
+            self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside
+        )
 
     def check_can_go_on(self) -> None:
         """Raise a RewardError if no completion has had a reward once all prompts have been tried."""

@@ -1,23 +1,42 @@
-"""Checks before a training from rollouts: prompts that fit the model and the engine, and sampling settings."""
+"""Checks before a training: prompts that fit the model and the engine, sampling settings; and their report."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import RenderSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMServerSettings, VLLMSettings
+from alignlab.data.dataset import keep
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import num_embeddings, num_positions
+from alignlab.scoring.loading import LoadedReward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
 TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 """Sampling settings that truncate or change the policy's distribution, with the values that leave it unchanged."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a trainer has read and would begin with, once all its checks have passed; `alignlab check` shows it.
+
+    Attributes:
+        train, held_out: prompts, or the examples that are learnt from and measured on; empty without held-out data.
+        scorer: decides which answers to held-out prompts are right; None where nothing does.
+        beside: description of each model beside the policy, by its part, such as "teacher".
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any] = ()
+    scorer: LoadedReward | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 class Samples(Protocol):
@@ -81,7 +100,8 @@ def with_room(
             settings.source, num_skipped, len(lengths), what, max_new_tokens, limit.name,
         )  # fmt: skip
         lengths = fitting
-    return prompts if len(lengths) == len(prompts) else [prompts[number] for number in lengths]
+    has_room = [number in lengths for number in range(len(prompts))]
+    return prompts if all(has_room) else keep(prompts, has_room, "no_room")
 
 
 def _limits(model: Any, config: Samples, whose: str) -> list[_Limit]:

@@ -70,12 +70,17 @@ def frozen_copy(policy: Policy) -> Policy | None:
     if not has_adapters(policy.model):
         return copy.deepcopy(policy).requires_grad_(False).eval()
     check_base_is_reference(policy.model)
-    if any("lora_B" in name and bool(weight.any()) for name, weight in policy.named_parameters()):
+    if any("lora_B" in name and _is_trained(weight) for name, weight in policy.named_parameters()):
         logger.warning(
             "the adapter is not a new one: the reference is the base without it, and not the policy that the "
             "training starts from; to change that, merge the adapter (alignlab merge) and train from the result"
         )
     return None
+
+
+def _is_trained(weight: Tensor) -> bool:
+    """Return whether a matrix that begins at 0 has moved; an empty model's is not known."""
+    return not weight.is_meta and bool(weight.any())
 
 
 class ExampleReference:

@@ -144,7 +144,7 @@ def shared_width(
     Raises:
         ConfigError: the teacher lacks a logit for one, or an id means another token to the teacher.
     """
+    check_same_tokens(teacher_tokenizer, tokenizer)
     rows = output_head(student)[0].shape[0]
     check_width(causal_lm(teacher), tokenizer, rows=rows)
-    check_same_tokens(teacher_tokenizer, tokenizer)
     return min(rows, num_token_ids(tokenizer))

@@ -21,6 +21,7 @@ from alignlab.evaluation.results import Evaluation
 from alignlab.files.library_errors import writing
 from alignlab.loop.ending_check import check_ending, on_main_rank
 from alignlab.loop.learner import Learner
+from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_agreement import RankAgreement
 from alignlab.loop.rank_watchdog import Position, tell_position, watched
 from alignlab.loop.ranks import Ranks
@@ -336,6 +337,16 @@ class TrainingLoop(ABC):
                 with published(path, run_id=folder.run_id) as unfinished:
                     self.write_model(unfinished)
         return path
+
+    @abstractmethod
+    def preflight(self) -> Preflight:
+        """Return what the training would begin with, or raise if it could not end well; nothing is trained.
+
+        The constructor has made all other checks. A trainer of a model without weights (`models.empty`) makes them too.
+
+        Raises:
+            ConfigError, CheckpointError: see `check_ending`.
+        """
 
     def check_ending(self) -> None:
         """Raise if the run could not end well; see `loop.ending_check`.

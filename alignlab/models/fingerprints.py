@@ -32,7 +32,9 @@ _NOT_COMPUTED_WITH = frozenset({
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Return 128 bits, in hexadecimal, of a tensor's dtype, shape and content."""
+    """Return 128 bits, in hexadecimal, of a tensor's dtype, shape and content; an empty model's tensors have none."""
+    if tensor.is_meta:
+        return fast_digest([f"{tensor.dtype}{tuple(tensor.shape)}"])
     plain = tensor.detach().contiguous().cpu()
     return fast_digest([f"{plain.dtype}{tuple(plain.shape)}", plain.view(-1).view(torch.uint8).numpy().data])
 
@@ -57,6 +59,8 @@ def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _samples(tensor: Tensor) -> list[Any]:
     """Return the shape, the dtype and some evenly spaced values of a tensor."""
+    if tensor.is_meta:
+        return [list(tensor.shape), str(tensor.dtype), []]
     stride = max(1, tensor.numel() // FINGERPRINT_VALUES)
     values = tensor.detach().flatten()[::stride][:FINGERPRINT_VALUES].double().tolist()
     return [list(tensor.shape), str(tensor.dtype), values]

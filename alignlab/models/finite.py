@@ -17,14 +17,19 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], description: str, *, fix
     """Raise if a number in any tensor is not finite. Costs one sum of each tensor and one wait for the device.
 
     Args:
-        tensors: (name, tensor) pairs; tensors without floating-point numbers are skipped.
+        tensors: (name, tensor) pairs; tensors without floating-point numbers, and those of an empty model, are
+            skipped.
         description: of the tensors, for the message, such as "the weights after step 3".
         fix: the advice in the message.
 
     Raises:
         NumericsError: naming the first such tensor.
     """
-    named = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    named = [
+        (name, tensor.detach())
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
+    ]
     if not named:
         return
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double().cpu() for _, tensor in named]

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -198,3 +206,8 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         )
+
+
+AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
+AutoModel.register(PolicyConfig, PolicyModel, exist_ok=True)
+AutoModelForCausalLM.register(PolicyConfig, PolicyForCausalLM, exist_ok=True)

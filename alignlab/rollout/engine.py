@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings
+from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings, VLLMSettings
 from alignlab.models.hub.export import Model
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.vllm.installation import require_vllm
@@ -66,6 +66,16 @@ class RolloutEngine(Protocol):
         ...
 
 
+def check_engine(settings: EngineSettings) -> None:
+    """Raise if an engine cannot be made for any model.
+
+    Raises:
+        ConfigError: vLLM is to run in this process, and is missing or of an untested version.
+    """
+    if isinstance(settings, VLLMSettings):
+        require_vllm(settings.engine)
+
+
 def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> RolloutEngine:
     """Return the engine of `settings`, which generates from the weights of `model`.
 
@@ -81,7 +91,7 @@ def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: Engi
         from alignlab.rollout.vllm.servers import ServerBackend
 
         return VerifiedEngine(model, tokenizer, settings, ServerBackend(model, tokenizer, settings))
-    require_vllm(settings.engine)
+    check_engine(settings)
     from alignlab.rollout.vllm.in_process import InProcessBackend
 
     return VerifiedEngine(model, tokenizer, settings, InProcessBackend(model, tokenizer, settings))

@@ -7,6 +7,7 @@ step; or once for all examples, of which its likeliest tokens are kept on disk (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from alignlab.loop.held_out import held_out_problems
 from alignlab.loop.inputs import Model, Reward, resolve_rewards
 from alignlab.loop.offline import OfflineTrainer
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, policy_learner
+from alignlab.loop.preflight import Preflight
 from alignlab.loop.student import Comparison, Student, StudentForward, StudentOutput, TaughtExperience, shared_width
 from alignlab.loop.teacher import load_teacher
 from alignlab.models.decoder import num_embeddings, num_positions, output_head
@@ -124,6 +126,11 @@ class Distill(OfflineAlgorithm[Example]):
         metrics = {"divergence": output.divergence, "entropy": output.entropy, "cross_entropy": -output.logprobs}
         return (1 - weight) * scale * output.divergence - weight * output.logprobs, metrics
 
+    @property
+    def models_beside(self) -> dict[str, str]:
+        """Description of the teacher."""
+        return {"teacher": f"{self.config.teacher.name}, judges by tokens"}
+
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of the teacher."""
         return {"teacher": self._fingerprint}
@@ -169,6 +176,10 @@ class DistillTrainer(OfflineTrainer):
         super().__init__(model, config, train, **options)
         self.held_out = problems.read(held_out, self.learner.model, self.tokenizer)
         self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
+
+    def preflight(self) -> Preflight:
+        """Return the examples, the held-out prompts, the scorer and the teacher; see `TrainingLoop.preflight`."""
+        return replace(super().preflight(), held_out=self.held_out.prompts, scorer=self.held_out.scorer)
 
     @property
     def has_held_out(self) -> bool:

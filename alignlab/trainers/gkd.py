@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.bad_row import BadRow
-from alignlab.data.dataset import BadRows
+from alignlab.data.dataset import BadRows, keep
 from alignlab.data.examples import completion_example
 from alignlab.data.messages import check_text
 from alignlab.data.preferences import writers_of
@@ -63,7 +63,8 @@ class GKD(Algorithm):
         self._dataset_completions: dict[int, Completion] = {}
         if config.student_frac < 1:
             self._dataset_completions = dataset_completions(prompts, inputs, self.teacher.model)
-            prompts = [prompt for prompt in prompts if prompt.index in self._dataset_completions]
+            has_completion = [prompt.index in self._dataset_completions for prompt in prompts]
+            prompts = keep(prompts, has_completion, "no_completion")
         super().__init__(config, inputs, policy_learner(config, inputs, student, forward=forward), prompts=prompts)
 
     def sampling(self, source: RolloutSource) -> SampleGroups:
@@ -96,6 +97,11 @@ class GKD(Algorithm):
         """Return T^2 divergence of each token [N]; see Hinton et al. (2015), arXiv:1503.02531, Sec. 2."""
         scale = self.config.temperature**2
         return scale * output.divergence, {"divergence": output.divergence, "entropy": output.entropy}
+
+    @property
+    def models_beside(self) -> dict[str, str]:
+        """Description of the teacher."""
+        return {"teacher": f"{self.config.teacher.name}, judges by tokens"}
 
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of the teacher."""

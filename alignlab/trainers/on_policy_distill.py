@@ -48,6 +48,8 @@ class OnPolicyDistill(PolicyGradientAlgorithm):
     def __init__(self, config: OnPolicyDistillConfig, inputs: OnlineInputs) -> None:
         tokenizer = load_tokenizer(config.teacher.name)
         by_text = config.alignment == "text"
+        if not by_text:
+            check_same_tokens(tokenizer, inputs.tokenizer)
         self.teacher = load_teacher(
             config.teacher, inputs.accelerator.device, chunk_tokens=config.memory.logprob_chunk_tokens,
             num_ids=num_token_ids(tokenizer if by_text else inputs.tokenizer),
@@ -56,7 +58,6 @@ class OnPolicyDistill(PolicyGradientAlgorithm):
         self._num_readable_ids = None if by_text else num_token_ids(inputs.tokenizer)
         aligner = TextAligner(inputs.tokenizer, tokenizer, inputs.render_settings) if by_text else None
         if aligner is None:
-            check_same_tokens(tokenizer, inputs.tokenizer)
             check_width(causal_lm(self.teacher.model), inputs.tokenizer, rows=num_embeddings(inputs.model))
             read_as = None
         else:
@@ -134,6 +135,11 @@ class OnPolicyDistill(PolicyGradientAlgorithm):
         if self.config.alignment == "text":
             metrics["unaligned_frac"] = unaligned / max(completions, 1.0)
         return metrics
+
+    @property
+    def models_beside(self) -> dict[str, str]:
+        """Description of the teacher."""
+        return {"teacher": f"{self.config.teacher.name}, judges by {self.config.alignment}"}
 
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprints of the reference and the teacher."""

@@ -172,3 +172,34 @@ def test_check_skips_or_refuses_prompts_without_room_as_the_training_does(
     told = capsys.readouterr().err
     assert "must fit rollout.cache_tokens (40)" in told and f"longest {'evaluation ' if held_out else ''}prompt" in told
     assert main(["check", config, f"{section}.on_bad_row=skip"]) == 0
+
+
+@pytest.mark.parametrize(("trainer", "rows", "message"), [
+    ({"type": "distill", "top_k": 999}, [{"prompt": "red", "completion": "blue"}] * 2, "top_k is 999"),
+    ({"type": "gkd", "student_frac": 0.5}, [{"prompt": "red"}] * 2, "has neither completion nor answer"),
+    ({"type": "on_policy_distill", "routing_replay": "trainer", "num_minibatches": 2}, [{"prompt": "red"}] * 2,
+     "has no experts of ours"),
+])  # fmt: skip
+def test_check_refuses_what_the_trainer_refuses_as_it_is_made(
+    trainer: dict[str, Any], rows: list[dict[str, Any]], message: str, write: Callable[..., str], model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write(rows, teacher={"name": str(model)}, **trainer)
+    for command in ("check", "train"):
+        assert main([command, config]) == 2, command
+        assert message in capsys.readouterr().err, command
+
+
+def test_a_training_that_would_be_refused_is_refused_before_its_warm_start(
+    write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "rewards": [{"name": "exact_match"}],
+        "warm_start": {"trainer": {"type": "sft", "num_steps": 1, "trackers": []}},
+    }
+    without_experts = {"type": "grpo", "routing_replay": "trainer", "num_minibatches": 2}
+    config = write([{"prompt": "red", "answer": "1"}] * 2, settings, **without_experts)
+    for command in ("check", "train"):
+        assert main([command, config]) == 2, command
+        assert "has no experts of ours" in capsys.readouterr().err, command
+    assert not (tmp_path / "run").exists()

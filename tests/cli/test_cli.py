@@ -344,7 +344,10 @@ def test_check_looks_at_a_teacher(run_file, tmp_path, capsys):
     assert check(run_file.parent / "model") == 0
     out = capsys.readouterr().out
     assert "judges by tokens" in out and "on_policy_distill = reverse KL to" in out
-    train_tokenizer(["other words"] * 9, vocab_size=262).save_pretrained(tmp_path / "other")
+    tokenizer = train_tokenizer(["other words"] * 9, vocab_size=262)
+    tokenizer.save_pretrained(tmp_path / "other")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_model(new_model(shape, vocab_size=len(tokenizer)), tmp_path / "other")
     assert check(tmp_path / "other") == 2
     assert "must have the student's tokenizer" in capsys.readouterr().err
     assert check(tmp_path / "other", alignment="text") == 0

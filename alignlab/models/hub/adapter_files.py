@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -122,6 +122,21 @@ def check_adapter_shapes(model: PeftModel, path: str) -> None:
                 f"{name} must have the shape {shape} by {Path(path) / _CONFIG} and the base model, and is {stored} in "
                 f"{file}; give the model that the adapter was trained on, or copy the adapter again"
             )
+
+
+def with_empty_adapter(base: PreTrainedModel, path: str) -> PeftModel:
+    """Return a model without weights under the adapter of a folder, of which the shapes alone are read.
+
+    Raises:
+        CheckpointError: the adapter's shapes do not fit its config and the base, or see `refuse_other_tasks`.
+    """
+    refuse_other_tasks(path)
+    check_tensors(path)
+    with named_errors(f"the adapter {path} does not fit {base.config.name_or_path}", "Copy the adapter again"):
+        model = get_peft_model(base, adapter_config(path))
+    assert isinstance(model, PeftModel)
+    check_adapter_shapes(model, path)
+    return compute_in_base_dtype(model)
 
 
 def with_saved_adapter(base: PreTrainedModel, path: str) -> PeftModel:

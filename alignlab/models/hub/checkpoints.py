@@ -16,10 +16,8 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -32,7 +30,15 @@ from transformers.initialization import no_init_weights
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import packing_problem, sees_later_tokens
-from alignlab.models.hub.adapter_files import base_of, is_adapter, refuse_other_tasks, with_saved_adapter
+from alignlab.models.empty import loads_weights, put_on
+from alignlab.models.hub.adapter_files import (
+    base_of,
+    is_adapter,
+    refuse_other_tasks,
+    with_empty_adapter,
+    with_saved_adapter,
+)
+from alignlab.models.hub.checkpoint_checks import NO_CHECKPOINT, check_checkpoint, refuse_encoder_decoder
 from alignlab.models.hub.download_limits import waits_for_hub
 from alignlab.models.hub.families import read_hub_config, write_hub_config
 from alignlab.models.hub.folder_limits import check_architecture
@@ -41,16 +47,11 @@ from alignlab.models.hub.intact import check_folder, named_errors
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.layout import ATTENTION
-from alignlab.models.transformer import PolicyForCausalLM, PolicyModel
+from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightView, view_of, whole_module, whole_tensors
-
-AutoConfig.register(PolicyConfig.model_type, PolicyConfig, exist_ok=True)
-AutoModel.register(PolicyConfig, PolicyModel, exist_ok=True)
-AutoModelForCausalLM.register(PolicyConfig, PolicyForCausalLM, exist_ok=True)
 
 _log = logging.getLogger(__name__)
 _OPTIONS = {"trust_remote_code": False}
-_NO_CHECKPOINT = "A checkpoint must be a Hub id, or a folder with config.json and safetensors"
 _ROPE_KEYS = ("rope_theta", "rope_scaling")
 _SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -67,6 +68,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     Raises:
         CheckpointError: it cannot be found, is damaged, has no safetensors, or needs code of its own.
     """
+    if not loads_weights():
+        return _without_weights(name, dtype)
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
@@ -78,6 +81,20 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     return _with_its_attention(model.to(device).eval())
 
 
+def _without_weights(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+    """Return what `load_model` does, on the meta device.
+
+    Whether tokens of an architecture that is `transformers`' own can be packed shows in a forward pass alone, and is
+    taken for granted.
+    """
+    path: str = resolve_checkpoint(name)
+    model: Any = empty_model(name).eval()
+    model.to(dtype)
+    if not isinstance(model, PolicyForCausalLM) and _takes_attention(base_of(path) if is_adapter(path) else path):
+        model.set_attn_implementation(ATTENTION)
+    return with_empty_adapter(model, path) if is_adapter(path) else model
+
+
 def _base_model(path: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """Load the base of an adapter's folder."""
     base = base_of(path)
@@ -87,47 +104,6 @@ def _base_model(path: str, dtype: torch.dtype, device: torch.device | str) -> Pr
         raise CheckpointError(f"the base of the adapter {path}: {error}") from error
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _check_base(path: str) -> None:
-    """Raise if the base of an adapter's folder is not usable."""
-    base = base_of(path)
-    try:
-        check_checkpoint(base)
-    except CheckpointError as error:
-        raise CheckpointError(f"the base of the adapter {path}: {error}") from error
-
-
-@waits_for_hub
-def check_checkpoint(name: str) -> None:
-    """Raise if a checkpoint is missing, damaged, or of an unknown architecture; nothing is loaded.
-
-    Args:
-        name: as for `load_model`. An adapter is checked together with its base.
-
-    Raises:
-        CheckpointError: it cannot be found, it is a reward model's adapter, or its folder has no safetensors or a file
-            of them that is cut short.
-        ConfigError: it is a packaged model, and the package is not installed.
-    """
-    path = resolve_checkpoint(name)
-    if Path(path).is_dir():
-        check_folder(path)
-        _check_files(name, sorted(Path(path).glob("*.safetensors")))
-    if is_adapter(path):
-        refuse_other_tasks(path)
-        return _check_base(path)
-    with named_errors(f"{name} cannot be loaded", _NO_CHECKPOINT):
-        config = AutoConfig.from_pretrained(path, **_OPTIONS)
-    _refuse_encoder_decoder(name, config)
-
-
-def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise CheckpointError(
-            f"{name} is an encoder-decoder ({config.model_type}), and must be a decoder alone, whose prompt and "
-            "completion are one sequence; use a causal language model"
-        )
 
 
 @waits_for_hub
@@ -164,17 +140,6 @@ def check_shapes(name: str, path: str, *, headless: bool = False) -> None:
     _from_hub(name, path, "auto", headless=headless, device="meta")
 
 
-def _check_files(name: str, files: list[Path]) -> None:
-    if not files:
-        raise CheckpointError(f"{name} must hold safetensors, and is a folder without; correct the path")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):  # its header says how long the file must be
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
-
-
 def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the decoder of a sequence-classification folder, under a tied language-model head that stands unused.
 
@@ -185,8 +150,10 @@ def load_headless(path: str, *, dtype: torch.dtype | None, device: torch.device 
         CheckpointError: see `load_model`.
     """
     check_folder(path)
-    model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True))
-    return model.to(device).eval()
+    device_of_tensors = None if loads_weights() else "meta"
+    model: Any = _adopted(_from_hub(path, path, dtype or "auto", headless=True, device=device_of_tensors))
+    put_on(model, torch.device(device))
+    return model.eval()
 
 
 def _from_hub(
@@ -206,7 +173,7 @@ def _from_hub(
     check_generation_file(path)
     # An architecture whose attention is its own computes packs padded: "alignlab" is not for it.
     attention = {"attn_implementation": ATTENTION} if _takes_attention(path) else {}
-    with named_errors(f"{name} cannot be loaded", f"{_NO_CHECKPOINT}, of an architecture that transformers knows"):
+    with named_errors(f"{name} cannot be loaded", f"{NO_CHECKPOINT}, of an architecture that transformers knows"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
     model, report = loaded
     wrong = {
@@ -230,7 +197,7 @@ def _takes_attention(path: str) -> bool:
     """Return True if the architecture looks up its attention function by name."""
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
-        _refuse_encoder_decoder(path, config)
+        refuse_encoder_decoder(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
     except CheckpointError:

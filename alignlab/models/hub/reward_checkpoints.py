@@ -32,6 +32,7 @@ from alignlab.files.tensor_files import write_tensors
 from alignlab.models.adapters import compute_in_base_dtype, fill_adapter, load_role
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, num_embeddings
+from alignlab.models.empty import is_empty
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.hub.adapter_files import (
     TENSORS,
@@ -209,7 +210,10 @@ def load_reward_model(
             base = _base(path, dtype, device)
         config.base_model_name_or_path = None  # PEFT takes it from the base
         model = compute_in_base_dtype(get_peft_model(base, config))
-        fill_adapter(model, model.active_adapter, tensors)
+        if is_empty(model):
+            check_adapter_shapes(model, path)
+        else:
+            fill_adapter(model, model.active_adapter, tensors)
         return _with_head(RewardModel(model), head, name).eval()
     head = _read_head(path, name)
     return _with_head(RewardModel(load_headless(path, dtype=dtype, device=device)), head, name).eval()

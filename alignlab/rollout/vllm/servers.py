@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -106,8 +107,12 @@ class ServerBackend:
         self._requirements = ServerRequirements(
             model_identity(lm.config, tokenizer, str(lm.dtype).removeprefix("torch.")), context_limit(lm, settings)
         )
-        self._run = shared_random_name(lm.device)
         self._sent_file = ExitStack()  # until the next update: a server that returns is sent the file again
+
+    @cached_property
+    def _run(self) -> str:
+        """Name of this run among those that use the servers; the ranks agree on it when they open the servers."""
+        return shared_random_name(self._model.device)
 
     def open(self) -> None:
         """Wait for the servers, and check that they run this model."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings, max_staleness
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm
+from alignlab.models.empty import is_empty
 from alignlab.models.hub.export import Model
 from alignlab.rollout.policy_version import changed_weights, check_advances, weights_stamp
 from alignlab.rollout.requests import check_prompts, length_limits, sampling_of_prompts
@@ -50,7 +51,7 @@ class VerifiedEngine:
         model: policy, with or without LoRA.
         tokenizer: decodes completions.
         settings: limits, and how often updates are verified.
-        backend: vLLM; opened, and given the present weights, here.
+        backend: vLLM; opened, and given the present weights, here. It stays closed for a model without weights.
         policy_version: version of the present weights.
 
     Attributes:
@@ -77,8 +78,12 @@ class VerifiedEngine:
         self._last_gap: CanaryGap | None = None
         self._sync_error: str | None = None
         self._weights_version: tuple[int, ...] = ()
+        if not is_empty(model):
+            self._open()
+
+    def _open(self) -> None:
         try:
-            self._sync(policy_version)
+            self._sync(self.policy_version)
         except BaseException:
             self.close()
             raise

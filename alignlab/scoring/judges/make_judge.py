@@ -44,6 +44,14 @@ def make_judge(
     return PromptedJudge(chat_model(settings, policy, tokenizer), constitution, settings, store, seed)
 
 
+def describe(settings: JudgeSettings) -> str:
+    """Return a line about a judge."""
+    place = f"{settings.model} at {settings.url}" if isinstance(settings, EndpointJudge) else settings.name
+    place = place or "the policy's own base"
+    votes = "" if isinstance(settings, RewardJudge) else f", {settings.answers}, {settings.votes} votes a pair"
+    return f"{settings.backend}: {place}{votes}; alignlab judge says how good it is"
+
+
 def check_votes(settings: PromptedSettings, constitution: Constitution) -> None:
     """Raise if a question would be asked twice with the same answer.
 

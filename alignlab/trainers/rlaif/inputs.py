@@ -23,6 +23,8 @@ from alignlab.loop.held_out import HeldOutProblems, held_out_problems
 from alignlab.loop.inputs import Model, make_accelerator, resolve_base
 from alignlab.loop.preflight import with_room
 from alignlab.loop.run_identity import RunIdentity
+from alignlab.models.empty import put_on
+from alignlab.rollout.engine import check_engine
 from alignlab.scoring.judges.judge import Judge
 from alignlab.scoring.judges.make_judge import make_judge, shares_base
 from alignlab.trainers.rlaif.base import check_base
@@ -78,10 +80,12 @@ def read_inputs(
     constitution = load_constitution(config.constitution)
     accelerator = make_accelerator(max(stage.rank_timeout_s for stage in config.stages))
     base, tokenizer = resolve_base(model, tokenizer, peft_config)
-    policy: Any = base.to(accelerator.device)
+    policy: Any = base
+    put_on(policy, accelerator.device)
     check_base(config, policy, trains_adapter=peft_config is not None)
     prompts = resolve_prompts(train, tokenizer)
     for stage in config.sampling_stages:
+        check_engine(stage.rollout)
         prompts = with_room(prompts, policy, stage, train.settings, tokenizer=tokenizer)
     problems = _held_out_problems(config, evaluation, is_needed=held_out is not None)
     problems = problems.read(held_out, policy, tokenizer)
