@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from alignlab.errors import JudgeError, NumericsError
+from alignlab.errors import AlignlabError, NumericsError
 
 FAILURE_KINDS = (
     "raised", "timeout", "wrong count", "not a list", "not a number", "not finite", "missing column", "exited",
@@ -101,8 +101,9 @@ class InlineReward(ABC):
     """A reward that runs in the thread that asks for rewards, without a time limit.
 
     It is meant for rewards that use the policy's model, such as a reward model: a call abandoned after `time_limit_s`
-    would leave the model switched to another role. A JudgeError ends the run, which can be resumed, and does not count
-    as a failed call.
+    would leave the model switched to another role. An error of alignlab's own, such as a judge that answers nothing or
+    a disk that is full, ends the run, which can be resumed, and does not count as a failed call; a value that is not
+    finite does.
     """
 
     @abstractmethod
@@ -126,15 +127,15 @@ def run_inline(function: Callable[[], Any]) -> Future[Any]:
     """Run a function in this thread, for as long as it takes, and return its outcome.
 
     Raises:
-        JudgeError: the function raised one.
+        AlignlabError: the function raised one, of another kind than a NumericsError.
     """
     future: Future[Any] = Future()
     try:
         future.set_result(function())
-    except JudgeError:
-        raise
     except NumericsError as error:
         future.set_exception(RewardFailure("not finite", str(error)))
+    except AlignlabError:
+        raise
     except Exception as error:
         future.set_exception(error)
     return future

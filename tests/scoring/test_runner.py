@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from alignlab.config.rewards import RewardLimits, RewardSettings
-from alignlab.errors import RewardError
+from alignlab.errors import AlignlabError, DiskError, JudgeError, NumericsError, RewardError
+from alignlab.scoring.calls import InlineReward
 from alignlab.scoring.loading import LoadedReward, load_reward
 from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Completion, Message, Prompt, Rollout, Text
@@ -440,3 +441,26 @@ def test_close_ends_the_event_loops_thread(make: Make) -> None:
     runner.close()
     assert not any(thread.name == "alignlab-reward-loop" for thread in threading.enumerate())
     assert runner.score(PAIR)[0].rewards == (1.0, 2.0)
+
+
+class Failing(InlineReward):
+    def __init__(self, error: AlignlabError) -> None:
+        self.__name__ = "failing"
+        self.error = error
+
+    def __call__(self, **_: Any) -> list[float]:
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [DiskError, JudgeError])
+def test_a_full_disk_or_a_judge_without_answers_ends_the_scoring(kind: type[AlignlabError], make: Make) -> None:
+    runner = make(Failing(kind("answers.sqlite cannot be written")))
+    with pytest.raises(kind, match=r"answers\.sqlite"):
+        runner.score(PAIR)
+    assert not runner.failures
+
+
+def test_a_reward_that_is_not_finite_is_a_failed_call(make: Make) -> None:
+    runner = make(Failing(NumericsError("the rewards are nan")))
+    runner.score(PAIR)
+    assert runner.failures == {("failing", "not finite"): 1}
