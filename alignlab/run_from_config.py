@@ -99,22 +99,32 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     # A run that was stopped in its warm start has no checkpoint to resume from.
     check_folder(folder, resume=resume and (holds_run(folder) or not holds_run(folder / WARM_START)))
     _check_warm_start_folder(config)
-    if config.warm_start is not None:
-        check_run(config)  # what the training would refuse is refused before the warm start
-    tokenizer = make_tokenizer(config)
-    set_seed(config.trainer.seed)  # a new model's weights are the run's too
+    if config.warm_start is None:
+        tokenizer = make_tokenizer(config)
+        set_seed(config.trainer.seed)  # a new model's weights are the run's too
+        model = make_model(config.model, tokenizer, model_dtype(config.model))
+        return _train(config, model, tokenizer, resume=resume)
+    check_run(config)  # what the training would refuse is refused before the warm start
+    return _train_from_warm_start(config, config.warm_start, resume=resume)
+
+
+def _train_from_warm_start(config: RunConfig, settings: WarmStart, *, resume: bool) -> RunSummary:
+    folder, tokenizer = config.trainer.output_dir, make_tokenizer(config)
+    set_seed(config.trainer.seed)
     # A warm start trains all weights, also where an adapter is added afterwards.
-    dtype = model_dtype(config.model) if config.warm_start is None else torch.float32
-    model: PreTrainedModel | PeftModel = make_model(config.model, tokenizer, dtype)
-    if config.warm_start is not None:
-        with _summarised(config):
-            warm = warm_start_trainer(config, config.warm_start, model, tokenizer).train(
-                resume=resume and holds_run(folder / WARM_START)
-            )
-        if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
-            return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
-        model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
-        resume = resume and holds_run(folder)
+    model = make_model(config.model, tokenizer, torch.float32)
+    with _summarised(config):
+        trainer = warm_start_trainer(config, settings, model, tokenizer)
+        warm = trainer.train(resume=resume and holds_run(folder / WARM_START))
+    if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
+        return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
+    model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
+    return _train(config, model, tokenizer, resume=resume and holds_run(folder))
+
+
+def _train(
+    config: RunConfig, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, resume: bool
+) -> RunSummary:
     with watched_set_up():
         trainer = make_trainer(config, model, tokenizer)
     trainer.config_text = dump_resolved(config)

@@ -86,22 +86,31 @@ def with_room(
     """
     ids = [prompt.token_ids for prompt in prompts] if read_as is None else read_as
     check_ids(((row,) for row in ids), {whose: num_embeddings(model)}, tokenizer, what=what)
-    max_new_tokens = config.sampling.max_new_tokens
-    lengths = {number: len(row) for number, row in enumerate(ids)}
+    lengths: Mapping[int, int] = {number: len(row) for number, row in enumerate(ids)}
     for limit in _limits(model, config, whose):
-        fitting = {number: length for number, length in lengths.items() if length + max_new_tokens <= limit.tokens}
-        num_skipped = len(lengths) - len(fitting)
-        if not num_skipped:
-            continue
-        if settings.on_bad_row == "error" or not fitting:
-            raise ConfigError(_no_room(max(lengths.values()), max_new_tokens, limit, what, settings))
+        lengths = _within(limit, lengths, config.sampling.max_new_tokens, settings, what)
+    has_room = [number in lengths for number in range(len(prompts))]
+    return prompts if all(has_room) else keep(prompts, has_room, "no_room")
+
+
+def _within(
+    limit: _Limit, lengths: Mapping[int, int], max_new_tokens: int, settings: RenderSettings, what: str
+) -> Mapping[int, int]:
+    """Return the lengths, by the number of their prompt, that fit a limit with a completion; log how many do not.
+
+    Raises:
+        ConfigError: one does not fit and is not to be left out, or none fits.
+    """
+    fitting = {number: length for number, length in lengths.items() if length + max_new_tokens <= limit.tokens}
+    num_skipped = len(lengths) - len(fitting)
+    if num_skipped and (settings.on_bad_row == "error" or not fitting):
+        raise ConfigError(_no_room(max(lengths.values()), max_new_tokens, limit, what, settings))
+    if num_skipped:
         logger.warning(
             "%s: skipped %d of %d %ss, whose tokens and sampling.max_new_tokens (%d) do not fit %s",
             settings.source, num_skipped, len(lengths), what, max_new_tokens, limit.name,
         )  # fmt: skip
-        lengths = fitting
-    has_room = [number in lengths for number in range(len(prompts))]
-    return prompts if all(has_room) else keep(prompts, has_room, "no_room")
+    return fitting
 
 
 def _limits(model: Any, config: Samples, whose: str) -> list[_Limit]:

@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.evaluation.learning_signal import SignalMonitor
-from alignlab.evaluation.report import RunReport, write_report
+from alignlab.evaluation.report import write_report
 from alignlab.evaluation.results import Evaluation
-from alignlab.files.library_errors import writing
 from alignlab.loop.ending_check import check_ending, on_main_rank
 from alignlab.loop.learner import Learner
 from alignlab.loop.preflight import Preflight
@@ -27,12 +26,11 @@ from alignlab.loop.rank_watchdog import Position, tell_position, watched
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.restore import restore_newest
 from alignlab.loop.result import TrainResult
+from alignlab.loop.run_files import closing_report, enter_folder, open_files, save_trained_model
 from alignlab.loop.run_identity import RunIdentity
 from alignlab.loop.step_keeper import StepKeeper, check_all_weights, check_trained_weights
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.checkpoints import save_model
-from alignlab.models.hub.saving import published
-from alignlab.runs.checkpoint import Checkpoint
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.interrupt import Interrupt, catch_interrupts
 from alignlab.runs.metrics import MetricsLogger
@@ -166,46 +164,19 @@ class TrainingLoop(ABC):
         self.agreed = RankAgreement(self.accelerator)
         with watched(self.position, lambda: self.keeper is not None and self.keeper.keep()), ExitStack() as stack:
             on_main_rank(self.check_ending)  # before the folder is taken
-            folder = self._enter_folder(stack, resume)
+            folder = enter_folder(self, stack, resume=resume)
             checkpoint = restore_newest(self, folder) if resume else None
-            logger = self._open_files(stack, folder, checkpoint)
+            logger = open_files(self, stack, folder, checkpoint)
             result = self._train(folder, logger)
             with self.agreed("writing the report"):
                 if self.is_main and not result.interrupted:
-                    write_report(folder, self._report(result))
+                    write_report(folder, closing_report(self, result))
             outcome = _outcome(result)
             folder.ended(outcome, self.step, logger.state())
         self.keeper = None  # with its copy of the weights
         if outcome == "nothing learnt":
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
-
-    def _open_files(self, stack: ExitStack, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLogger:
-        """Open the metrics and the trainer's files; `stack` closes them."""
-        resume_step = None if checkpoint is None else checkpoint.step
-        with self.agreed("opening the files of the run"), writing(folder.path, "the run's files"):
-            logger = stack.enter_context(
-                MetricsLogger(
-                    folder.path, self.config.trackers, accelerator=self.accelerator, resume_step=resume_step,
-                    last_step=max(self.config.num_steps, self.step),
-                    saved=None if checkpoint is None else checkpoint.state["metrics"],
-                    ended=None if folder.last_end is None else folder.last_end.get("metrics"),
-                )
-            )
-            self.open(stack, folder, resume_step)
-        return logger
-
-    def _enter_folder(self, stack: ExitStack, resume: bool) -> RunFolder:
-        rank = self.accelerator.process_index
-        with self.agreed("opening the run's folder"):
-            folder = stack.enter_context(
-                RunFolder(
-                    self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank,
-                    part_of=self.part_of,
-                )
-            )
-        folder.run_id = self.ranks.of_main(folder.run_id or "")
-        return folder
 
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
         self.progress = TrainingProgress(
@@ -219,7 +190,7 @@ class TrainingLoop(ABC):
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
             interrupted = self.step < self.config.num_steps
-            path = self._save_model(folder)  # before the evaluation, whose failure must not lose the model
+            path = save_trained_model(self, folder)  # before the evaluation, whose failure must not lose the model
             after = None if interrupted else self._evaluate_trained(logger, path)
             signal = (interrupt.signal or "another rank") if self.ranks.any(interrupt.requested) else None
         return TrainResult(
@@ -233,24 +204,6 @@ class TrainingLoop(ABC):
         """Return step and phase, for the watchdog; may be called from any thread."""
         phase = self.progress.current_phase
         return Position(self.step + (phase != "evaluate"), phase, self.progress.num_phases)
-
-    def _report(self, result: TrainResult) -> RunReport:
-        adapters = self.learner.has_adapters
-        return RunReport(
-            title=self.title,
-            before=result.before,
-            after=result.after,
-            train_seconds=result.train_seconds,
-            num_steps=result.num_steps,
-            adapter=result.model_path if adapters else None,
-            model=None if adapters else result.model_path,
-            generate_options=self.generate_options,
-            base_model=self.base_model,
-            usage_hint=self.usage_hint(result.model_path),
-            verdict=result.verdict,
-            run_id=result.run_id,
-            summary=self.identity.summary,
-        )
 
     def usage_hint(self, path: Path) -> str | None:
         """Return a usage hint for the report; None means the `alignlab generate` command."""
@@ -327,16 +280,6 @@ class TrainingLoop(ABC):
             _log.warning("step %d: %s", self.step, line)
         for callback in self.callbacks:
             callback(self, self.step, metrics)
-
-    def _save_model(self, folder: RunFolder) -> Path:
-        path = folder.adapter if self.learner.has_adapters else folder.model
-        with self.agreed("saving the trained model"):
-            check_trained_weights(self.learners, self.step)
-            if self.is_main:
-                folder.renew()
-                with published(path, run_id=folder.run_id) as unfinished:
-                    self.write_model(unfinished)
-        return path
 
     @abstractmethod
     def preflight(self) -> Preflight:

@@ -30,23 +30,21 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
-from alignlab.config.trainers import stages_of as training_stages
 from alignlab.evaluation.report import RunReport, write_report
 from alignlab.evaluation.results import Evaluation, EvaluationResult, read_evaluation, write_evaluation
 from alignlab.loop.arguments import NamedArguments
-from alignlab.loop.ending_check import check_ending, writer_of
 from alignlab.loop.given_data import DatasetLike, given_held_out, given_prompts
 from alignlab.loop.inputs import Model, check_lora
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_agreement import RankAgreement, of_main_rank
 from alignlab.loop.rank_watchdog import Position, watched
 from alignlab.loop.training_loop import Callback, TrainResult
-from alignlab.models.adapters import add_lora, has_adapters
+from alignlab.models.adapters import has_adapters
 from alignlab.rollout.engine import make_engine
 from alignlab.runs.folder import RunFolder
 from alignlab.scoring.judges.judge import Judge
-from alignlab.scoring.judges.make_judge import describe
 from alignlab.trainers.rlaif.inputs import read_inputs
+from alignlab.trainers.rlaif.preflight import preflight_of
 from alignlab.trainers.rlaif.stage import Progress, StageContext, StageStopped
 from alignlab.trainers.rlaif.stages import stages_of
 
@@ -144,23 +142,8 @@ class RLAIFTrainer(metaclass=NamedArguments):
         return result
 
     def preflight(self) -> Preflight:
-        """Return the prompts, the scorer, the constitution and the judge, or raise if a stage could not end well.
-
-        For a model without weights (`models.empty`): each stage checks the disk at its start, with the weights that it
-        trains.
-
-        Raises:
-            ConfigError, CheckpointError: see `loop.ending_check.check_ending`.
-        """
-        model = self.model if self.peft_config is None else add_lora(self.model, self.peft_config)
-        for stage in training_stages(self.config):
-            check_ending(
-                stage, model, self.tokenizer, self.config.output_dir, writer_of(stage, model, self.tokenizer)
-            )
-        held_out = self._inputs.held_out
-        principles = ", ".join(principle.name for principle in self._inputs.constitution.principles)
-        beside = {"principles": f"{self._inputs.constitution.name}: {principles}", "judge": describe(self.config.judge)}
-        return Preflight(self.prompts, held_out.prompts, held_out.scorer, beside)
+        """Return what the run would begin with, or raise if a stage could not end well; see `preflight_of`."""
+        return preflight_of(self.config, self._inputs, self.peft_config)
 
     def _stage_context(self, folder: RunFolder) -> StageContext:
         inputs = self._inputs

@@ -1,0 +1,83 @@
+"""Files of a training: the run's folder and metrics at its start, the trained model and the report at its end."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignlab.evaluation.report import RunReport
+from alignlab.files.library_errors import writing
+from alignlab.loop.result import TrainResult
+from alignlab.loop.step_keeper import check_trained_weights
+from alignlab.models.hub.saving import published
+from alignlab.runs.checkpoint import Checkpoint
+from alignlab.runs.folder import RunFolder
+from alignlab.runs.metrics import MetricsLogger
+
+if TYPE_CHECKING:
+    from alignlab.loop.training_loop import TrainingLoop
+
+
+def enter_folder(loop: TrainingLoop, stack: ExitStack, *, resume: bool) -> RunFolder:
+    """Take the run's folder for this process; `stack` gives it up. Every rank calls this together."""
+    rank = loop.accelerator.process_index
+    with loop.agreed("opening the run's folder"):
+        folder = stack.enter_context(
+            RunFolder(
+                loop.config.output_dir, resume=resume, config_text=loop.config_text, rank=rank,
+                part_of=loop.part_of,
+            )
+        )
+    folder.run_id = loop.ranks.of_main(folder.run_id or "")
+    return folder
+
+
+def open_files(
+    loop: TrainingLoop, stack: ExitStack, folder: RunFolder, checkpoint: Checkpoint | None
+) -> MetricsLogger:
+    """Open the metrics and the trainer's files; `stack` closes them."""
+    resume_step = None if checkpoint is None else checkpoint.step
+    with loop.agreed("opening the files of the run"), writing(folder.path, "the run's files"):
+        logger = stack.enter_context(
+            MetricsLogger(
+                folder.path, loop.config.trackers, accelerator=loop.accelerator, resume_step=resume_step,
+                last_step=max(loop.config.num_steps, loop.step),
+                saved=None if checkpoint is None else checkpoint.state["metrics"],
+                ended=None if folder.last_end is None else folder.last_end.get("metrics"),
+            )
+        )
+        loop.open(stack, folder, resume_step)
+    return logger
+
+
+def save_trained_model(loop: TrainingLoop, folder: RunFolder) -> Path:
+    """Write the trained adapter or model into the run's folder, and return its path; every rank calls this together."""
+    path = folder.adapter if loop.learner.has_adapters else folder.model
+    with loop.agreed("saving the trained model"):
+        check_trained_weights(loop.learners, loop.step)
+        if loop.is_main:
+            folder.renew()
+            with published(path, run_id=folder.run_id) as unfinished:
+                loop.write_model(unfinished)
+    return path
+
+
+def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:
+    """Return the report of a training that has ended."""
+    adapters = loop.learner.has_adapters
+    return RunReport(
+        title=loop.title,
+        before=result.before,
+        after=result.after,
+        train_seconds=result.train_seconds,
+        num_steps=result.num_steps,
+        adapter=result.model_path if adapters else None,
+        model=None if adapters else result.model_path,
+        generate_options=loop.generate_options,
+        base_model=loop.base_model,
+        usage_hint=loop.usage_hint(result.model_path),
+        verdict=result.verdict,
+        run_id=result.run_id,
+        summary=loop.identity.summary,
+    )
