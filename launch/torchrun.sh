@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One training on several processes: the GPUs, or the cores, of one machine or of several.
+# Runs one training in several processes, on the GPUs or CPU cores of one machine or of several.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash launch/torchrun.sh PROCESSES CONFIG [key=value ...]
 
-Starts PROCESSES ranks of `alignlab train CONFIG` on this machine (one a GPU; on CPUs the cores are shared out). For
-several machines, run it on each with the same NNODES and RDZV_ENDPOINT.
+Starts PROCESSES ranks of `alignlab train CONFIG` on this machine: one for each GPU; on CPUs the cores are divided among
+them. For several machines, run it on each with the same NNODES and RDZV_ENDPOINT.
 
 environment:
   NNODES         machines (default 1)

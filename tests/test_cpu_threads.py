@@ -16,25 +16,29 @@ class Machine:
         self.usage = CpuUsage(0.0, 0.0, 0.0)
         self.num_reads = 0
 
-    def run(self, seconds: float, *, own: float, others: float) -> None:
-        now = self.usage
-        self.usage = CpuUsage(now.wall + seconds, now.busy + (own + others) * seconds, now.own + own * seconds)
+    def run(self, seconds: float, *, process: float, others: float) -> None:
+        before = self.usage
+        self.usage = CpuUsage(
+            wall_s=before.wall_s + seconds,
+            busy_s=before.busy_s + (process + others) * seconds,
+            process_s=before.process_s + process * seconds,
+        )
 
     def read(self) -> CpuUsage:
         self.num_reads += 1
         return self.usage
 
     def clock(self) -> float:
-        return self.usage.wall
+        return self.usage.wall_s
 
 
 def numbers(limit: int, cores: float, windows: Sequence[tuple[float, float]]) -> list[int]:
-    """The number of threads after each window of (own use, others' use), in cores."""
+    """The number of threads after each window of (this process's use, others' use), in cores."""
     machine = Machine()
     threads = CpuThreads(limit, cores, machine.read, machine.clock)
     chosen = []
-    for own, others in windows:
-        machine.run(WINDOW, own=own, others=others)
+    for process, others in windows:
+        machine.run(WINDOW, process=process, others=others)
         chosen.append(threads.update())
     return chosen
 
@@ -67,7 +71,7 @@ def test_two_windows_that_ask_for_different_numbers_change_nothing():
 def test_nothing_is_measured_within_a_window():
     machine = Machine()
     threads = CpuThreads(2, 2, machine.read, machine.clock)
-    machine.run(WINDOW * 0.9, own=0.0, others=2.0)
+    machine.run(WINDOW * 0.9, process=0.0, others=2.0)
     assert threads.update() == 2
     assert machine.num_reads == 1
 
@@ -97,7 +101,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 def after_windows(machine: Machine, others: float) -> int:
     for _ in range(cpu_threads.CONFIRMATIONS):
-        machine.run(WINDOW, own=1.0, others=others)
+        machine.run(WINDOW, process=1.0, others=others)
         follow_free_cores()
     return torch.get_num_threads()
 
@@ -130,10 +134,10 @@ def test_a_number_that_cannot_be_set_stays_and_is_not_tried_again(machine, monke
 
 def test_the_use_of_this_machine_grows_and_holds_what_this_process_used():
     first = read_cpu_usage()
-    while (second := read_cpu_usage()).own - first.own < 0.05:
+    while (second := read_cpu_usage()).process_s - first.process_s < 0.05:
         torch.ones(100).sum()
-    assert second.wall > first.wall
-    assert second.busy - first.busy > 0.02  # counted in hundredths of a second
+    assert second.wall_s > first.wall_s
+    assert second.busy_s - first.busy_s > 0.02  # counted in hundredths of a second
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", 3.0), ("150000 100000", 1.5), ("50000 100000", 1.0)])

@@ -10,7 +10,7 @@
 | 130 | stopped by SIGINT (Ctrl-C) or SIGTERM, on this rank or another: `--resume` continues |
 | 128 + n | killed by signal n, as the shell reports it: `--resume` continues from the last checkpoint |
 
-Whatever the status, the last complete step is saved if possible: see `alignlab/runs/README.md`.
+Whatever the status, the last completed step is saved if possible: see `alignlab/runs/README.md`.
 """
 
 from __future__ import annotations

@@ -30,12 +30,17 @@ def with_logprobs(
     if routing != "rollout":
         packs = [replace(pack, routing=None) for pack in packs]
     if "old" in needs:
-        outputs = learner.outputs(packs)
-        packs = [replace(p, old_logprobs=o.logprobs) for p, o in zip(packs, outputs, strict=True)]
-        if routing == "trainer":
-            packs = [replace(p, routing=o.routing) for p, o in zip(packs, outputs, strict=True)]
+        packs = _with_old_logprobs(packs, learner, take_routing=routing == "trainer")
     if "ref" in needs:
         assert reference is not None
-        logprobs = reference.logprobs(packs)
-        packs = [replace(p, ref_logprobs=values) for p, values in zip(packs, logprobs, strict=True)]
+        packs = reference.with_logprobs(packs)
     return packs
+
+
+def _with_old_logprobs(packs: Sequence[Experience], learner: Learner, *, take_routing: bool) -> list[Experience]:
+    """Return the packs with the policy's log-probs and, with `take_routing`, the experts that it chose for them."""
+    scored = []
+    for pack, output in zip(packs, learner.outputs(packs), strict=True):
+        routing = output.routing if take_routing else pack.routing
+        scored.append(replace(pack, old_logprobs=output.logprobs, routing=routing))
+    return scored

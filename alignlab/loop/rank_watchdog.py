@@ -3,7 +3,7 @@
 Each rank reports its status (`rank_status`) to the others through torch.distributed's store. Two threads a rank: one
 talks to the store, which may keep that thread waiting; the other decides whether a rank is lost, and ends the process.
 A thread that waits in a collective of gloo cannot be woken: where it does not come back by itself, the process is ended
-under it, after the last complete step has been saved.
+under it, after the last completed step has been saved.
 """
 
 from __future__ import annotations

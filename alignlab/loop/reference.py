@@ -47,8 +47,8 @@ class Reference:
         copied = {} if self.policy is None else {"reference": weights_fingerprint(whole_parameters(self.policy))}
         self.fingerprints: dict[str, str] = copied
 
-    def logprobs(self, packs: Sequence[Experience]) -> list[Tensor]:
-        """Return the log-probs [N] of each pack's masked tokens.
+    def with_logprobs(self, packs: Sequence[Experience]) -> list[Experience]:
+        """Return the packs with the reference's log-probs of their masked tokens.
 
         Raises:
             NumericsError: one is not finite.
@@ -56,9 +56,11 @@ class Reference:
         # The reference chooses its own experts: a replay would be of the policy's.
         free = [replace(pack, routing=None) for pack in packs]
         if self.policy is not None:
-            return self.learner.logprobs(free, self.policy, frozen_as=NAME)
-        with adapters_disabled(self.learner.module.model):
-            return self.learner.logprobs(free, frozen_as=NAME)
+            logprobs = self.learner.logprobs(free, self.policy, frozen_as=NAME)
+        else:
+            with adapters_disabled(self.learner.module.model):
+                logprobs = self.learner.logprobs(free, frozen_as=NAME)
+        return [replace(pack, ref_logprobs=values) for pack, values in zip(packs, logprobs, strict=True)]
 
 
 def frozen_copy(policy: Policy) -> Policy | None:
@@ -109,24 +111,24 @@ class ExampleReference:
         self._computed, self._reference = computed, None  # all or nothing: it may have been interrupted
 
     def packs(
-        self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int], part: slice = slice(None)
+        self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int], subset: slice = slice(None)
     ) -> list[Experience]:
         """Return the packs of some examples of a name with the reference's log-probs; no example is divided.
 
         Args:
-            part: of each example's completions.
+            subset: of each example's completions.
         """
         groups = [examples[row].as_group() for row in rows]
-        chosen = [replace(group, completions=group.completions[part]) for group in groups]
+        chosen = [replace(group, completions=group.completions[subset]) for group in groups]
         packs = pack_groups(chosen, budget=self._budget)
         if self._reference is not None:
             return self._with_logprobs(packs)
-        parts = [
-            values
+        logprobs = [
+            of_completion
             for row, group in zip(rows, groups, strict=True)
-            for values in _of_completions(self._computed[name][row], group)[part]
+            for of_completion in _of_completions(self._computed[name][row], group)[subset]
         ]
-        return [replace(pack, rollout_logprobs=None, ref_logprobs=_on_tokens(parts, pack)) for pack in packs]
+        return [replace(pack, rollout_logprobs=None, ref_logprobs=_on_tokens(logprobs, pack)) for pack in packs]
 
     def _compute(self, examples: Sequence[CompletionGroup]) -> list[tuple[float, ...]]:
         """Return the log-probs of all completions, end to end, of each example."""
@@ -136,30 +138,33 @@ class ExampleReference:
             of_groups: list[tuple[float, ...]] = [()] * len(groups)
             for pack in self._with_logprobs(pack_groups(groups, budget=self._budget)):
                 assert pack.ref_logprobs is not None
-                segments, parts = pack.segments, pack.ref_logprobs.cpu().split(pack.segments.lengths)
-                for part, sequence, group in zip(parts, segments.sequence_ids, segments.group_ids, strict=True):
+                segments = pack.segments
+                of_segments = pack.ref_logprobs.cpu().split(segments.lengths)
+                for values, sequence, group in zip(
+                    of_segments, segments.sequence_ids, segments.group_ids, strict=True
+                ):
                     if sequence >= 0:  # the completions of a group are in their order
-                        of_groups[group] += tuple(part.tolist())
+                        of_groups[group] += tuple(values.tolist())
             logprobs += of_groups
         return logprobs
 
     def _with_logprobs(self, packs: Sequence[Experience]) -> list[Experience]:
         assert self._reference is not None
-        packs = [replace(pack, rollout_logprobs=None).to(self._learner.device) for pack in packs]
-        logprobs = self._reference.logprobs(packs)
-        return [replace(pack, ref_logprobs=values) for pack, values in zip(packs, logprobs, strict=True)]
+        return self._reference.with_logprobs(
+            [replace(pack, rollout_logprobs=None).to(self._learner.device) for pack in packs]
+        )
 
 
 def _of_completions(values: tuple[float, ...], group: Rollout) -> list[tuple[float, ...]]:
     """Divide the log-probs of a group, end to end, among its completions."""
-    rest = iter(values)
-    return [tuple(itertools.islice(rest, len(completion.token_ids))) for completion in group.completions]
+    remaining = iter(values)
+    return [tuple(itertools.islice(remaining, len(completion.token_ids))) for completion in group.completions]
 
 
 def _on_tokens(values: Sequence[tuple[float, ...]], pack: Experience) -> Tensor:
     """Return the values of each sequence of the step on the tokens [N] of a pack; 0 on prompts."""
-    parts = [
+    of_segments = [
         values[sequence] if sequence >= 0 else (0.0,) * length
         for sequence, length in zip(pack.segments.sequence_ids, pack.segments.lengths, strict=True)
     ]
-    return torch.tensor([value for part in parts for value in part])
+    return torch.tensor(list(itertools.chain.from_iterable(of_segments)))

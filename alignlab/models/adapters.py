@@ -206,9 +206,17 @@ def adapter_state(model: PeftModel, weights: WeightView | None = None) -> dict[s
         weights: view of `model`; default: `view_of` it.
     """
     weights = weights or view_of(model)
+    return dict(whole_tensors(weights, adapter_state_names(model, weights)))
+
+
+def adapter_state_names(model: PeftModel, weights: WeightView) -> tuple[str, ...]:
+    """Return the names of the tensors of `adapter_state`.
+
+    Args:
+        weights: view of `model`.
+    """
     # With PEFT's `bias="all"` or `"lora_only"`, biases of the base are trained and saved too.
-    names = (name for name in weights.names() if is_of_adapter(model, name) or name.endswith(".bias"))
-    return dict(whole_tensors(weights, names))
+    return tuple(name for name in weights.names() if is_of_adapter(model, name) or name.endswith(".bias"))
 
 
 def _is_of(parameter: str, adapter: str) -> bool:

@@ -7,7 +7,7 @@ module's parameter is whole on this rank, nor tell tensors apart by where they a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -81,6 +81,29 @@ class WeightsInside:
     def local(self, name: str) -> Tensor:
         """Return this rank's part of a tensor."""
         return self._outer.local(self._prefix + name)
+
+
+class HeldWeights:
+    """Whole tensors that were read from another view, which may be read again without any other rank.
+
+    Args:
+        tensors: by the names of the other view.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the tensors that were read, in the order in which they were read."""
+        return tuple(self._tensors)
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor that was read."""
+        return self._tensors[name]
+
+    def local(self, name: str) -> Tensor:
+        """Return what `whole` returns."""
+        return self.whole(name)
 
 
 def view_of(module: nn.Module) -> WeightView:

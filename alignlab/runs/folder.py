@@ -124,7 +124,7 @@ class RunFolder(RunPaths):
 
         Args:
             outcome: "done", "interrupted", "nothing learnt" or "failed".
-            step: number of complete steps.
+            step: number of completed steps.
             metrics: of `MetricsLogger.state`; None if there are no metrics.
         """
         if self._end is not None:

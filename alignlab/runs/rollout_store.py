@@ -11,7 +11,8 @@ underscore.
 The columns: step, prompt_index (row of the dataset), sample_index (in its group), prompt, completion (texts), row (the
 dataset's other columns, JSON), prompt_ids, token_ids, logprobs (of the distribution sampled from), raw_logprobs (of the
 model's own distribution), reward, reward/<name> for each reward function, advantage, finish_reason, policy_version (of
-the weights that sampled the first token).
+the weights that sampled the first token), writers ("policy", "tool" or "user" for each token; null if the policy wrote
+all of them).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ COLUMNS = {
     "advantage": pa.float64(),
     "finish_reason": pa.string(),
     "policy_version": pa.int64(),
+    "writers": pa.list_(pa.string()),
 }
 
 
@@ -132,6 +134,8 @@ class RolloutStore:
 def read_rollouts(folder: Path) -> pa.Table:
     """Return all rollouts in a folder, in the order of steps, with a warning about missing files.
 
+    A column that the files of an earlier version lack is null in their rows.
+
     Raises:
         DataError: a file was changed or is damaged.
     """
@@ -139,7 +143,7 @@ def read_rollouts(folder: Path) -> pa.Table:
     _check_sums(folder, paths)
     if not paths:
         return pa.schema(COLUMNS.items()).empty_table()
-    schema = pa.unify_schemas([pq.read_schema(path) for path in paths])
+    schema = pa.unify_schemas([*map(pq.read_schema, paths), pa.schema(COLUMNS.items())])
     return ds.dataset([str(path) for path in paths], schema=schema).to_table()
 
 
@@ -224,6 +228,7 @@ def _rows(step: int, rollout: Rollout, advantages: Sequence[float] | None) -> It
                 "advantage": None if advantages is None else float(advantages[j]),
                 "finish_reason": completion.finish_reason,
                 "policy_version": completion.policy_versions[0] if completion.policy_versions else None,
+                "writers": None if all(completion.policy_tokens) else list(completion.writers or ()),
             }
             | {f"reward/{name}": values[j] for name, values in rollout.reward_parts.items()}
         )

@@ -52,9 +52,9 @@ class LoadedReward:
 def load_reward(reward: RewardSettings | Callable[..., Any]) -> LoadedReward:
     """Load a reward function and check its options against its signature.
 
-    A name is looked up, in this order, as `file.py:function` (relative to the working directory), as an installed
-    plug-in (entry points of the group "alignlab.rewards"), as the local folder of a reward model, which stands for the
-    plug-in `reward_model` with its option `model`, and as `package.module.function`.
+    A name is looked up, in this order, as the local folder of a reward model, which stands for the plug-in
+    `reward_model` with its option `model`, as `file.py:function` (relative to the working directory), as an installed
+    plug-in (entry points of the group "alignlab.rewards"), and as `package.module.function`.
 
     With `run_in: process`, the function is imported only in its process; see `scoring.isolated`.
 

@@ -61,19 +61,26 @@ class SampleSettings:
         Raises:
             ConfigError: the message names the setting.
         """
-        for name, value in (("num_samples", self.num_samples), ("prompts_at_once", self.prompts_at_once)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}, and must be at least 1; use 1 or more")
-        if self.min_reward is not None and math.isnan(self.min_reward):
-            raise ConfigError("min_reward is nan, which no reward is compared with; use a number")
+        self._check_numbers()
         if self.sampling.temperature == 0 and self.num_samples > 1:
             raise ConfigError(
                 f"num_samples is {self.num_samples}, and must be 1 at temperature 0, where all completions of a prompt "
                 "are one; use 1, or temperature 1.0"
             )
-        if num_rewards == 0 and (self.min_reward is not None or self.keep == "best"):
-            blamed = "keep is best" if self.keep == "best" else f"min_reward is {self.min_reward}"
-            raise ConfigError(f"{blamed}, and must be left out where there are no rewards; name one")
+        if num_rewards == 0:
+            self._check_without_rewards()
+
+    def _check_numbers(self) -> None:
+        for name, value in (("num_samples", self.num_samples), ("prompts_at_once", self.prompts_at_once)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, and must be at least 1; use 1 or more")
+        if self.min_reward is not None and math.isnan(self.min_reward):
+            raise ConfigError("min_reward is nan, which no reward is compared with; use a number")
+
+    def _check_without_rewards(self) -> None:
+        if self.keep == "best" or self.min_reward is not None:
+            setting = "keep is best" if self.keep == "best" else f"min_reward is {self.min_reward}"
+            raise ConfigError(f"{setting}, and must be left out where there are no rewards; name one")
 
 
 def sample_teacher(

@@ -17,6 +17,7 @@ from alignlab.models.hub.reward_checkpoints import padded_tokenizer, save_reward
 from alignlab.models.reward_model import RewardModel
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightsInside, parameter_names, view_of, whole_tensors
+from alignlab.rollout.vllm import policy_weights
 from tests.models.conftest import SIZES
 from tests.models.test_merging import FORMS, MOE, adapted, folder_of
 
@@ -86,6 +87,34 @@ def test_weights_on_two_ranks_give_the_same_export_digest_and_files_as_a_whole_m
             (tmp_path / name).mkdir(exist_ok=True)
             write(held, weights, tmp_path / name)
         assert files_of(tmp_path / "cut") == files_of(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("form", "adapter_only"), [("whole", False), ("plain", False), ("plain", True)])
+def test_an_update_of_vllm_is_made_from_what_the_first_rank_gathers(form, adapter_only, tmp_path):
+    model = make(form, tmp_path, tied=True)
+    cut = copy.deepcopy(model)
+    weights = policy_weights.gather_weights(cut, adapter_only=adapter_only, weights=TwoRanks(cut))
+    update = policy_weights.updated_weights(cut, weights, adapter_only=adapter_only)
+    expected = adapter_tensors(model) if adapter_only else merged_tensors(model)
+    assert tensor_digests(update.tensors) == tensor_digests(expected)
+    assert any("embed_tokens" in name for name in weights.names()) != adapter_only
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_all_ranks_read_the_same_names_in_the_same_order_and_the_first_keeps_the_tensors(
+    adapter_only, tmp_path, monkeypatch
+):
+    model = make("plain", tmp_path, tied=True)
+    names_of_ranks, num_kept = [], []
+    for rank in (0, 1):
+        view = TwoRanks(copy.deepcopy(model))
+        names_of_ranks.append([])
+        monkeypatch.setattr(policy_weights, "this_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(view, "whole", lambda name, names=names_of_ranks[-1]: names.append(name))
+        weights = policy_weights.gather_weights(model, adapter_only=adapter_only, weights=view)
+        num_kept.append(len(weights.names()))
+    assert names_of_ranks[0] == names_of_ranks[1]
+    assert num_kept == [len(names_of_ranks[0]), 0]
 
 
 @pytest.mark.parametrize("form", ["whole", "plain"])

@@ -13,7 +13,7 @@ import pytest
 
 from alignlab.errors import DataError
 from alignlab.runs.rollout_store import RolloutStore, read_rollouts
-from alignlab.types import Rollout
+from alignlab.types import Completion, Rollout
 
 MakeRollout = Callable[..., Rollout]
 
@@ -37,6 +37,7 @@ def test_every_field_of_a_rollout_comes_back(tmp_path: Path, make_rollout: MakeR
         "advantage": 0.5,
         "finish_reason": "stop",
         "policy_version": 3,
+        "writers": None,
         "reward/exact": 1.0,
         "reward/length": 1.0,
     }
@@ -97,6 +98,26 @@ def test_a_crash_while_writing_leaves_no_half_file(
     monkeypatch.undo()
     assert read_rollouts(tmp_path)["step"].to_pylist() == [1, 1]
     assert ds.dataset(tmp_path, format="parquet").to_table().num_rows == 2, "hidden files are not read"
+
+
+def test_writers_are_stored_for_completions_that_the_policy_did_not_write_alone(
+    tmp_path: Path, make_rollout: MakeRollout
+) -> None:
+    rollout = make_rollout()
+    completions = [
+        Completion.of([10, 11, 12, 13], writers=["policy", "tool", "user", "policy"]),
+        Completion.of([10, 11], writers=["policy", "policy"]),
+    ]
+    RolloutStore(tmp_path).append(1, [replace(rollout, completions=tuple(completions))])
+    assert read_rollouts(tmp_path)["writers"].to_pylist() == [["policy", "tool", "user", "policy"], None]
+
+
+def test_files_of_a_version_without_writers_are_read(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    path = RolloutStore(tmp_path).append(1, [make_rollout()])
+    rows = read_rollouts(tmp_path)
+    pq.write_table(pq.read_table(path).drop_columns("writers"), path)
+    (tmp_path / "_SHA256SUMS-rank0").unlink()
+    assert read_rollouts(tmp_path).to_pylist() == rows.to_pylist()
 
 
 def test_steps_with_other_rewards_are_read_together(tmp_path: Path, make_rollout: MakeRollout) -> None:

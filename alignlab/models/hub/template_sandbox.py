@@ -204,10 +204,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         if name == "format":
             check_printf(str(value), kwargs or tuple(options))
             return function(*args, **kwargs)
-        if name not in _PASSING:
-            check(size_of(value), MAX_CHARS, "characters")
-        if name in _SPLITTING and isinstance(value, str):
-            check(len(value), MAX_SPLIT_CHARS, "characters of a text that is split")
+        _check_value(name, value)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:  # the filter raises it with its own message
@@ -216,15 +213,31 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         if name in ("join", "sum"):
             return _reduced(name, function, context, value, bound.arguments)
         if name in _COMPARING:
-            value = value if isinstance(value, Mapping) else list(value)
-            check_sorting(list(value.items() if isinstance(value, Mapping) else value))
-            return function(*context, value, *options, **kwargs)
+            return function(*context, _sortable(value), *options, **kwargs)
         check_arguments = _FILTERS.get(name)
         if check_arguments is not None:
             check_arguments(value, bound.arguments)
         return function(*args, **kwargs)
 
     return run
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raise if the value of a filter is too long to be printed, or a text too long to be split."""
+    if name not in _PASSING:
+        check(size_of(value), MAX_CHARS, "characters")
+    if name in _SPLITTING and isinstance(value, str):
+        check(len(value), MAX_SPLIT_CHARS, "characters of a text that is split")
+
+
+def _sortable(values: Any) -> Any:
+    """Return the values that a filter compares, a mapping as it is, unless there is too much to compare."""
+    if isinstance(values, Mapping):
+        check_sorting(list(values.items()))
+        return values
+    values = list(values)
+    check_sorting(values)
+    return values
 
 
 def _reduced(

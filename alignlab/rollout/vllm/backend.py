@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.completions import Answer, Request
 
 
@@ -34,6 +35,11 @@ class Member(Protocol):
 class Backend(Protocol):
     """One or several vLLMs with a copy of the policy's weights. See `RolloutEngine` for `rest` and `abandon`."""
 
+    @property
+    def adapter_only(self) -> bool:
+        """True if updates bring the adapter alone, False if all weights; known once open, and equal on all ranks."""
+        ...
+
     def open(self) -> None:
         """Start vLLM, or reach its servers; called before anything else, and again after `close`.
 
@@ -42,12 +48,13 @@ class Backend(Protocol):
         """
         ...
 
-    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
         """Replace vLLM's weights by the policy's, and drop what vLLM cached under the old ones.
 
         The first rank sends; the other ranks, which call this afterwards, only note what was sent.
 
         Args:
+            weights: the policy's present weights, as `gather_weights` has read them on this rank.
             policy_version: recorded with every token sampled from now on.
             attempt: counts the calls, from 1; equal on all ranks.
 

@@ -22,13 +22,14 @@ from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model, write_base
+from alignlab.models.weight_view import WeightView
 from alignlab.rollout.requests import abandoned
 from alignlab.rollout.verification import check_arrived
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.completions import Answer, Request, padded
 from alignlab.rollout.vllm.installation import require_vllm
 from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, sync_adapter_only
-from alignlab.rollout.vllm.policy_weights import read_weights
+from alignlab.rollout.vllm.policy_weights import updated_weights
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 
 
@@ -55,8 +56,8 @@ class InProcessBackend:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         self._lm = causal_lm(model)
         self._on_cpu = self._lm.device.type == "cpu"
-        self._adapter_only = sync_adapter_only(settings, model, on_cpu=self._on_cpu)
-        self._adapter_rank = checked_adapter_rank(model) if self._adapter_only else 0
+        self.adapter_only = sync_adapter_only(settings, model, on_cpu=self._on_cpu)
+        self._adapter_rank = checked_adapter_rank(model) if self.adapter_only else 0
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
         self._is_asleep = False
@@ -66,7 +67,7 @@ class InProcessBackend:
     def open(self) -> None:
         """Start vLLM on a checkpoint of the policy's base, which is deleted once it is loaded."""
         options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
-        self._sync = AdapterSync() if self._adapter_only else FullSync()
+        self._sync = AdapterSync() if self.adapter_only else FullSync()
         with tempfile.TemporaryDirectory(prefix="alignlab-vllm-") as folder, _trainers_random_state_kept():
             write_base(self._model, Path(folder))
             self._tokenizer.save_pretrained(folder)
@@ -81,17 +82,17 @@ class InProcessBackend:
         if self._records_routing:
             self._llm.collective_rpc("alignlab_record_routing")
 
-    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
         """Replace vLLM's weights; digests are compared every `digests_every_updates` calls."""
         self._wake()
-        weights = read_weights(self._model, adapter_only=self._adapter_only)
-        self._sync.load(self._llm, weights, policy_version, attempt)
+        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
+        self._sync.load(self._llm, update, policy_version, attempt)
         self._policy_version = policy_version
         self._llm.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
         if self._num_puts % self._settings.digests_every_updates == 0:
-            check_arrived(weights.digests(), self._sync.arrived(self._llm))
+            check_arrived(update.digests(), self._sync.arrived(self._llm))
         self._num_puts += 1
-        return weights.size
+        return update.size
 
     def members(self) -> Sequence[InProcessBackend]:
         """Return this vLLM."""

@@ -15,11 +15,12 @@ from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
+from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.options import can_sync_adapter_only, checked_adapter_rank, context_limit
-from alignlab.rollout.vllm.policy_weights import read_weights
+from alignlab.rollout.vllm.policy_weights import updated_weights
 from alignlab.rollout.vllm.pool import ServerPool
 from alignlab.rollout.vllm.protocol import model_identity, weights_version
 from alignlab.rollout.vllm.ranks import shared_random_name, this_rank
@@ -130,22 +131,26 @@ class ServerBackend:
             self._pool.close()
             raise
 
-    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+    @property
+    def adapter_only(self) -> bool:
+        """True if the adapter is sent alone."""
+        return bool(self._requirements.adapter_rank)
+
+    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
         """Send the weights to every server or, on ranks but the first, note which servers have them."""
         version = weights_version(self._run, policy_version, attempt)
-        adapter_only = bool(self._requirements.adapter_rank)
         if this_rank() > 0:
-            self._pool.expect(SentWeights(version, None, {}, adapter_only))
+            self._pool.expect(SentWeights(version, None, {}, self.adapter_only))
             return Transfer()
-        weights = read_weights(self._model, adapter_only=adapter_only)
+        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
         file = ExitStack()
-        path = file.enter_context(weights_file(weights.tensors, weights.adapter_config))
+        path = file.enter_context(weights_file(update.tensors, update.adapter_config))
         try:
-            self._pool.put(SentWeights(version, path, weights.digests(), adapter_only))
+            self._pool.put(SentWeights(version, path, update.digests(), self.adapter_only))
         finally:
             self._sent_file.close()
             self._sent_file = file
-        return weights.size
+        return update.size
 
     def members(self) -> Sequence[VLLMServer]:
         """Return the servers that are alive; on ranks but the first, none."""

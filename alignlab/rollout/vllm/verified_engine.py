@@ -20,6 +20,7 @@ from alignlab.rollout.requests import check_prompts, length_limits, sampling_of_
 from alignlab.rollout.verification import GATES, CanaryGap, canary_gap, check_canary
 from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer
 from alignlab.rollout.vllm.completions import Answer, Request, make_completion, make_requests
+from alignlab.rollout.vllm.policy_weights import gather_weights
 from alignlab.rollout.vllm.ranks import first_rank_first
 from alignlab.types import Prompt, Rollout, SamplingParams
 
@@ -152,8 +153,10 @@ class VerifiedEngine:
             if not self._is_open:
                 self._backend.open()
                 self._is_open = True
+            # Before the ranks enter one after another, because a gathered tensor needs all ranks at once.
+            weights = gather_weights(self._model, adapter_only=self._backend.adapter_only)
             with first_rank_first(self._lm.device):
-                transfer = self._backend.put_weights(policy_version, self._num_attempts)
+                transfer = self._backend.put_weights(weights, policy_version, self._num_attempts)
                 gap = self._verify()
         except BaseException as error:
             self._sync_error = str(error) or type(error).__name__

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings, VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError, RolloutError
+from alignlab.models.weight_view import HeldWeights, WeightView
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.vllm import verified_engine
 from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.verified_engine import VerifiedEngine
@@ -39,6 +42,8 @@ class CopyBackend:
         keeps_old_weights: `put_weights` does nothing, silently.
     """
 
+    adapter_only = False
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.calls: list[str] = []
         self.copies = [CopyMember()]
@@ -48,7 +53,7 @@ class CopyBackend:
     def open(self) -> None:
         self.calls.append("open")
 
-    def put_weights(self, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
         self.calls.append("put_weights")
         for member in [] if self.keeps_old_weights else self.copies:
             member.engine = EmbeddedEngine(copy.deepcopy(self._model), self._tokenizer, RolloutSettings())
@@ -186,6 +191,24 @@ def test_an_engine_that_cannot_be_made_leaves_nothing_open(
     with pytest.raises(ConfigError):
         make()
     assert backend.calls == ["open", "close"]
+
+
+def test_all_ranks_read_the_weights_together_before_the_first_one_sends_them(
+    make: Make, backend: CopyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any, **options: Any) -> HeldWeights:
+        backend.calls.append("gather_weights")
+        return HeldWeights({})
+
+    @contextmanager
+    def wait_for_first_rank(device: torch.device) -> Iterator[None]:
+        backend.calls.append("first_rank_first")
+        yield
+
+    monkeypatch.setattr(verified_engine, "gather_weights", read)
+    monkeypatch.setattr(verified_engine, "first_rank_first", wait_for_first_rank)
+    make()
+    assert backend.calls == ["open", "gather_weights", "first_rank_first", "put_weights"]
 
 
 @pytest.mark.parametrize("max_staleness", [None, 1])
