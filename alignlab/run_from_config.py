@@ -21,6 +21,8 @@ from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.evaluation.results import Evaluation, EvaluationResult, LikelihoodResult
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_watchdog import watched_set_up
+from alignlab.loop.run_description import RunDescription
+from alignlab.loop.run_identity import OWN
 from alignlab.loop.training_loop import TrainResult
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import is_adapter, load_model
@@ -127,12 +129,16 @@ def _train(
 ) -> RunSummary:
     with watched_set_up():
         trainer = make_trainer(config, model, tokenizer)
-    trainer.config_text = dump_resolved(config)
     trainer.identity.add_run(config)
-    if config.warm_start is None:
-        trainer.base_model = config.model.name
-    trainer.generate_options = generate_options(config.data)
-    trainer.title = f"{type(trainer).__name__} on {_task(config.data)}"
+    trainer.describe_run(
+        RunDescription(
+            f"{type(trainer).__name__} on {_task(config.data)}",
+            dump_resolved(config),
+            section=OWN,
+            base_model=config.model.name if config.warm_start is None else trainer.run.base_model,
+            generate_options=generate_options(config.data),
+        )
+    )
     with _summarised(config):
         return _summary(config, trainer.train(resume=resume))
 
@@ -188,8 +194,8 @@ def warm_start_trainer(
             model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
             render_settings=RenderSettings(on_bad_row=source.on_bad_row),
         )
-    trainer.identity.prefix = "warm_start.trainer"
-    trainer.identity.settings_are_final = holds_run(config.trainer.output_dir)
+    final = holds_run(config.trainer.output_dir)
+    trainer.describe_run(replace(trainer.run, section="warm_start.trainer", settings_are_final=final))
     return trainer
 
 

@@ -25,8 +25,8 @@ def enter_folder(loop: TrainingLoop, stack: ExitStack, *, resume: bool) -> RunFo
     with loop.agreed("opening the run's folder"):
         folder = stack.enter_context(
             RunFolder(
-                loop.config.output_dir, resume=resume, config_text=loop.config_text, rank=rank,
-                part_of=loop.part_of,
+                loop.config.output_dir, resume=resume, config_text=loop.run.config_text, rank=rank,
+                part_of=loop.run.part_of,
             )
         )
     folder.run_id = loop.ranks.of_main(folder.run_id or "")
@@ -67,15 +67,15 @@ def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:
     """Return the report of a training that has ended."""
     adapters = loop.learner.has_adapters
     return RunReport(
-        title=loop.title,
+        title=loop.run.title,
         before=result.before,
         after=result.after,
         train_seconds=result.train_seconds,
         num_steps=result.num_steps,
         adapter=result.model_path if adapters else None,
         model=None if adapters else result.model_path,
-        generate_options=loop.generate_options,
-        base_model=loop.base_model,
+        generate_options=loop.run.generate_options,
+        base_model=loop.run.base_model,
         usage_hint=loop.usage_hint(result.model_path),
         verdict=result.verdict,
         run_id=result.run_id,

@@ -27,6 +27,7 @@ from alignlab.errors import CheckpointError
 from alignlab.files.atomic_files import write_atomically
 from alignlab.files.digests import DamagedError, as_json, digest_of_values, json_digest, parse_sealed, sealed
 from alignlab.loop.given_data import GivenData
+from alignlab.loop.run_description import RunDescription
 from alignlab.models.fingerprints import model_settings, weights_fingerprint
 from alignlab.models.weight_view import whole_parameters
 from alignlab.scoring.loading import LoadedReward
@@ -66,26 +67,26 @@ class RunIdentity:
         model: in training; its architecture and its adapter's settings are part of the identity.
 
     Attributes:
-        prefix: the user's name of that section, for messages.
         changes: changes that earlier resumptions of the run have made: {"step": ..., "changes": [...]} each.
-        settings_are_final: whether another run has begun from the output of this one, so that no recorded setting may
-            change any more.
     """
 
     def __init__(self, config: Frozen, model: nn.Module | None = None) -> None:
         self._settings = flat_settings(config, OWN) | _adapter_settings(model) | _model_settings(model)
         self._contents: dict[str, Setting] = {}
         self._descriptions = dict(_CONTENTS)
-        self.prefix = "config"
+        self._section = "config"
         self.changes: list[dict[str, Any]] = []
-        self.settings_are_final = False
+        self._settings_are_final = False
         if model is not None and not isinstance(model, PeftModel):
             self.add_content(START, weights_fingerprint(whole_parameters(model)), rule=OnResume.RECORDED)
 
     def add_run(self, config: RunConfig) -> None:
         """Add the settings of the file that describes the run."""
         self._settings |= flat_settings(config)
-        self.prefix = OWN
+
+    def describe(self, run: RunDescription) -> None:
+        """Take the user's name of the trainer's section, and whether recorded settings may still change."""
+        self._section, self._settings_are_final = run.section, run.settings_are_final
 
     def add_section(self, name: str, section: Frozen) -> None:
         """Add settings that the trainer takes beside its own section."""
@@ -233,11 +234,11 @@ class RunIdentity:
         ]
 
     def _rule_of(self, setting: Setting) -> OnResume:
-        is_refused = self.settings_are_final and setting.rule is OnResume.RECORDED
+        is_refused = self._settings_are_final and setting.rule is OnResume.RECORDED
         return OnResume.REFUSED if is_refused else setting.rule
 
     def _displayed(self, name: str) -> str:
-        return f"{self.prefix}{name.removeprefix(OWN)}" if name.startswith(f"{OWN}.") else name
+        return f"{self._section}{name.removeprefix(OWN)}" if name.startswith(f"{OWN}.") else name
 
 
 def _check_none_is_refused(changes: Sequence[Change], path: Path) -> None:

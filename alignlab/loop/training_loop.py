@@ -26,6 +26,7 @@ from alignlab.loop.rank_watchdog import Position, tell_position, watched
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.restore import restore_newest
 from alignlab.loop.result import TrainResult
+from alignlab.loop.run_description import RunDescription
 from alignlab.loop.run_files import closing_report, enter_folder, open_files, save_trained_model
 from alignlab.loop.run_identity import RunIdentity
 from alignlab.loop.step_keeper import StepKeeper, check_all_weights, check_trained_weights
@@ -54,7 +55,7 @@ class TrainingLoop(ABC):
         ranks: this process among the processes of the run.
         agreed: context of a block of work that ends on every rank if it fails on one.
         evaluation_due: whether held-out data still has to be evaluated after the last step.
-        part_of: id of the run that this run is a stage of; None for a run of its own.
+        run: title of the run, its config as text, and what it is a part of; see `describe_run`.
         keeper: saves the run's checkpoints; None outside of `train`.
         phase_seconds: seconds of each phase of the last step.
     """
@@ -70,16 +71,15 @@ class TrainingLoop(ABC):
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.ranks: Ranks = learner.ranks
         self.callbacks = tuple(callbacks)
-        self.config_text = config.model_dump_json(indent=2)
         self.identity = RunIdentity(config, learner.model)
-        self.title = type(self).__name__
-        self.base_model = causal_lm(learner.model).config.name_or_path or None
-        self.generate_options: tuple[str, ...] = ()
+        self.run = RunDescription(
+            type(self).__name__, config.model_dump_json(indent=2),
+            base_model=causal_lm(learner.model).config.name_or_path or None,
+        )
         self.step = 0
         self.train_seconds = 0.0
         self.before: Evaluation | None = None
         self.evaluation_due = False
-        self.part_of: str | None = None
         self.agreed = RankAgreement(learner.accelerator)
         self.keeper: StepKeeper | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
@@ -89,6 +89,11 @@ class TrainingLoop(ABC):
     @property
     def accelerator(self) -> Accelerator:
         return self.learner.accelerator
+
+    def describe_run(self, run: RunDescription) -> None:
+        """Take another description of the run, such as of one from a config file; before `train`."""
+        self.run = run
+        self.identity.describe(run)
 
     @property
     def is_main(self) -> bool:
@@ -180,7 +185,8 @@ class TrainingLoop(ABC):
 
     def _train(self, folder: RunFolder, logger: MetricsLogger) -> TrainResult:
         self.progress = TrainingProgress(
-            self.config.num_steps, title=self.title, done_steps=self.step, enabled=self.is_main, on_phase=tell_position
+            self.config.num_steps, title=self.run.title, done_steps=self.step, enabled=self.is_main,
+            on_phase=tell_position,
         )
         keeper = self.keeper = StepKeeper(self, folder, logger)
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():

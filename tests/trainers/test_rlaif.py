@@ -170,7 +170,7 @@ def test_signal_in_the_last_step_of_a_stage_stops_the_run_after_the_stage(make_t
     """In the last stage a signal in the last step does not interrupt the run: no step follows."""
     def stop_in(title: str) -> Callback:
         def stop(loop: Any, step: int, metrics: Any) -> None:
-            if title in loop.title and step == loop.config.num_steps:
+            if title in loop.run.title and step == loop.config.num_steps:
                 os.kill(os.getpid(), signal.SIGINT)
         return stop
 

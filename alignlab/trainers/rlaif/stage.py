@@ -17,6 +17,7 @@ from alignlab.config.judge import Constitution
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.evaluation.tables import show_table
+from alignlab.loop.run_description import RunDescription
 from alignlab.loop.training_loop import Callback, TrainingLoop, TrainResult
 from alignlab.runs.folder import holds_run
 from alignlab.scoring.judges.judge import Judge, PromptedJudge
@@ -94,8 +95,7 @@ class StageContext:
         peft_config: the adapter of each stage that trains; None trains all weights.
         callbacks: called by every stage that trains.
         accelerator: the ranks.
-        title: name of the run, for reports.
-        section: name of the trainer's section in messages about changed settings.
+        run: title of the run, and the user's name of the trainer's section.
         folder: the run's output folder.
         run_id: id of the run on rank 0; None on other ranks.
         run_name: the same id on every rank; empty where the run has none.
@@ -112,8 +112,7 @@ class StageContext:
     peft_config: LoraSettings | LoraConfig | None
     callbacks: Sequence[Callback]
     accelerator: Accelerator
-    title: str
-    section: str
+    run: RunDescription
     folder: Path
     run_id: str | None
     run_name: str
@@ -146,9 +145,12 @@ class StageContext:
         Raises:
             StageStopped: a signal has stopped the training.
         """
-        trainer.title = f"{self.title}: {type(trainer).__name__}"
-        trainer.part_of = self.run_id
-        trainer.identity.prefix = f"{self.section}.{section}"
+        trainer.describe_run(
+            replace(
+                trainer.run, title=f"{self.run.title}: {type(trainer).__name__}", part_of=self.run_id,
+                section=f"{self.run.section}.{section}",
+            )
+        )
         result = trainer.train(resume=holds_run(trainer.config.output_dir))
         is_last = section == "policy" or self.config.policy is None
         if result.interrupted or (result.signal and not is_last):  # a signal in a stage's last step, too

@@ -38,6 +38,7 @@ from alignlab.loop.inputs import Model, check_lora
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_agreement import RankAgreement, of_main_rank
 from alignlab.loop.rank_watchdog import Position, watched
+from alignlab.loop.run_description import RunDescription
 from alignlab.loop.training_loop import Callback, TrainResult
 from alignlab.models.adapters import has_adapters
 from alignlab.rollout.engine import make_engine
@@ -96,10 +97,12 @@ class RLAIFTrainer(metaclass=NamedArguments):
         )  # fmt: skip
         self.model, self.tokenizer = self._inputs.model, self._inputs.tokenizer
         self.prompts, self.judge, self.identity = self._inputs.prompts, self._inputs.judge, self._inputs.identity
-        self.config_text = config.model_dump_json(indent=2)
-        self.title = type(self).__name__
-        self.base_model: str | None = None
-        self.generate_options: tuple[str, ...] = ()
+        self.run = RunDescription(type(self).__name__, config.model_dump_json(indent=2))
+
+    def describe_run(self, run: RunDescription) -> None:
+        """Take another description of the run, such as of one from a config file; before `train`."""
+        self.run = run
+        self.identity.describe(run)
 
     def train(self, *, resume: bool = False) -> TrainResult:
         """Run the stages; SIGINT or SIGTERM stops the run, and all that it has made is kept.
@@ -117,12 +120,12 @@ class RLAIFTrainer(metaclass=NamedArguments):
         with watched(lambda: Position(phase="the stages of RLAIF"), lambda: None), ExitStack() as stack:
             with RankAgreement(accelerator)("opening the run's folder"):
                 folder = stack.enter_context(
-                    RunFolder(self.config.output_dir, resume=resume, config_text=self.config_text, rank=rank)
+                    RunFolder(self.config.output_dir, resume=resume, config_text=self.run.config_text, rank=rank)
                 )
             self.identity.keep_file(folder.path / "identity.json", resume=resume, accelerator=accelerator)
             context = self._stage_context(folder)
             before = self._accuracy_before(folder.path / "before.json")
-            progress = Progress(self.model, self.base_model)
+            progress = Progress(self.model, self.run.base_model)
             try:
                 for stage in stages_of(context):
                     if stage.finished():
@@ -158,8 +161,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
             peft_config=self.peft_config,
             callbacks=self.callbacks,
             accelerator=inputs.accelerator,
-            title=self.title,
-            section=self.identity.prefix,
+            run=self.run,
             folder=folder.path,
             run_id=folder.run_id,
             run_name=of_main_rank(inputs.accelerator, (folder.run_id or "").encode()).decode(),
@@ -184,7 +186,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
     def _report(self, result: TrainResult, progress: Progress, context: StageContext) -> RunReport:
         trains_adapter = has_adapters(progress.policy)
         return RunReport(
-            title=self.title,
+            title=self.run.title,
             before=result.before,
             after=result.after,
             train_seconds=result.train_seconds,
@@ -192,7 +194,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
             adapter=result.model_path if trains_adapter else None,
             model=None if trains_adapter else result.model_path,
             base_model=progress.base_model,
-            generate_options=self.generate_options,
+            generate_options=self.run.generate_options,
             summary={"questions": dict(context.questions)} | self.identity.summary,
             verdict=result.verdict,
             run_id=result.run_id,
