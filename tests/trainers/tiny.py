@@ -1,4 +1,4 @@
-"""Tiny data, a teacher, and one case of each trainer."""
+"""Tiny data, a teacher, and a case of each trainer."""
 
 from __future__ import annotations
 
@@ -120,9 +120,18 @@ CASES = {
     "reward": Case(
         RewardTrainer, configs.RewardConfig, {"num_pairs": 4}, lambda: pairs(8), held_out=lambda: pairs(3, seed=1)
     ),
+    "reward_lora": Case(RewardTrainer, configs.RewardConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True),
     "distill": Case(DistillTrainer, configs.DistillConfig, {"num_sequences": 4}, lambda: examples(8), has_teacher=True),
+    "distill_top_k": Case(
+        DistillTrainer, configs.DistillConfig, {"num_sequences": 4, "top_k": 9}, lambda: examples(8), has_teacher=True
+    ),
     "grpo": Case(GRPOTrainer, configs.GRPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,)),
     "ppo": Case(PPOTrainer, configs.PPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True),
+    "ppo_critic_model": Case(
+        PPOTrainer, configs.PPOConfig,
+        ROLLOUTS | {"critic": {"form": "model"}, "memory": {"gradient_checkpointing": True}}, lambda: prompts(8),
+        (even_ids,), lora=True,
+    ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
     ),
