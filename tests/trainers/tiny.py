@@ -31,8 +31,6 @@ from alignlab.models.hub.checkpoints import new_model, save_model
 from tests.settings import merged
 from tests.trainers.conftest import DENSE, even_ids
 
-VOCAB = 262
-
 
 def examples(count: int, seed: int = 0) -> list[Example]:
     """Random prompts of 1 to 5 tokens with 1 to 5 taught ones."""
