@@ -149,7 +149,7 @@ def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_end_with_the_weights_of_one(
+def test_two_ranks_have_the_weights_and_metrics_of_one(
     name: str, folder_of_two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same rollouts: `rank_cases` samples without the rank, by which the seeds of a real run differ."""
@@ -160,6 +160,8 @@ def test_two_ranks_end_with_the_weights_of_one(
     for key, weight in expected.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], weight, rtol=0, atol=1e-5, msg=key)
+    for step, step_of_one in zip(metrics_of(folder_of_two_ranks / name), metrics_of(tmp_path / name), strict=True):
+        assert step == pytest.approx(step_of_one, rel=1e-3, abs=1e-5)
 
 
 def mix(rollout: Any) -> Any:

@@ -104,6 +104,7 @@ class Case:
 
 
 ROLLOUTS: dict[str, Any] = {"num_prompts": 4, "group_size": 4, "sampling": {"max_new_tokens": 6}}
+CRITIC: dict[str, Any] = {"learning_rate": 1e-2}  # as the policy; the default of ten times that magnifies rounding
 CASES = {
     "sft": Case(
         SFTTrainer, configs.SFTConfig, {"num_sequences": 4}, lambda: examples(8), held_out=lambda: examples(3, seed=1)
@@ -124,11 +125,13 @@ CASES = {
         DistillTrainer, configs.DistillConfig, {"num_sequences": 4, "top_k": 9}, lambda: examples(8), has_teacher=True
     ),
     "grpo": Case(GRPOTrainer, configs.GRPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,)),
-    "ppo": Case(PPOTrainer, configs.PPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True),
+    "ppo": Case(
+        PPOTrainer, configs.PPOConfig, ROLLOUTS | {"critic": CRITIC}, lambda: prompts(8), (even_ids,), lora=True
+    ),
     "ppo_critic_model": Case(
         PPOTrainer, configs.PPOConfig,
-        ROLLOUTS | {"critic": {"form": "model"}, "memory": {"gradient_checkpointing": True}}, lambda: prompts(8),
-        (even_ids,), lora=True,
+        ROLLOUTS | {"critic": CRITIC | {"form": "model"}, "memory": {"gradient_checkpointing": True}},
+        lambda: prompts(8), (even_ids,), lora=True,
     ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
