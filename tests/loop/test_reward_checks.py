@@ -160,11 +160,11 @@ def test_two_tasks_with_one_reward_each_have_separate_means(make: Make, rows: An
 def test_rows_without_the_column_of_a_reward_get_none(make: Make, rows: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A step may consist of such rows."""
 
-    def tested(completion_ids: Any, tests: Any, **_: Any) -> list[float | None]:
+    def first_id(completion_ids: Any, tests: Any, **_: Any) -> list[float | None]:
         return [None if test is None else float(ids[0]) for ids, test in zip(completion_ids, tests, strict=True)]
 
     data = [row if i % 2 else row | {"tests": "x"} for i, row in enumerate(rows)]
-    trainer = make(tested, data, num_steps=8, num_prompts=1)
+    trainer = make(first_id, data, num_steps=8, num_prompts=1)
     assert "'tests', which 4 of 8 rows of the training data do not have" in caplog.text
     assert trainer.train().num_steps == 8 and trainer.source.rewards.num_failures == 0
 

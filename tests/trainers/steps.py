@@ -1,4 +1,4 @@
-"""Parts of a trainer's step, for tests that look into it."""
+"""Parts of a trainer and of its step, for tests that look into them."""
 
 from __future__ import annotations
 
@@ -44,3 +44,12 @@ def update_on(trainer: Any, packs: Sequence[Experience]) -> dict[str, float]:
     """Take an optimizer step of an offline trainer on packs."""
     weights = trainer.algorithm.loss_weights
     return trainer.learner.update(packs, trainer.algorithm.loss, weights, metric_weights=weights)
+
+
+def weights_of(trainer: Any) -> dict[str, Tensor]:
+    """Return all that is trained, by learner and name."""
+    return {
+        f"{role}{name}": weight.detach()
+        for role, learner in trainer.learners.items()
+        for name, weight in learner.trained.items()
+    }

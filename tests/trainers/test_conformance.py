@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.loop.test_distributed import torchrun
+from tests.trainers import rank_cases
 from tests.trainers.conftest import even_ids
-from tests.trainers.steps import credit_of
-from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case
+from tests.trainers.steps import credit_of, weights_of
+from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case, save_teacher
 
 ROOT = Path(__file__).parents[2]
 OF_TIME = re.compile(r"_s$|per_s$|time")
@@ -38,15 +41,6 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, those of time left out."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if not OF_TIME.search(name)} for line in lines]
-
-
-def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
-    """All that is trained, by learner and name."""
-    return {
-        f"{role}{name}": weight.detach()
-        for role, learner in trainer.learners.items()
-        for name, weight in learner.trained.items()
-    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -141,6 +135,33 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
     for pack in packs:
         if pack.advantages is not None:
             assert not pack.advantages[~pack.completion_mask].any()
+
+
+@pytest.fixture(scope="module")
+def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case, trained in one pair of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_teacher(folder / "teacher", tokenizer)
+    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_have_the_weights_and_metrics_of_one(
+    name: str, folder_of_two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same rollouts: `rank_cases` samples without the rank, by which the seeds of a real run differ."""
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    expected = rank_cases.train(name, tmp_path)
+    first, second = (load_file(folder_of_two_ranks / f"{name}.rank{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], weight, rtol=0, atol=1e-5, msg=key)
+    for step, step_of_one in zip(metrics_of(folder_of_two_ranks / name), metrics_of(tmp_path / name), strict=True):
+        assert step == pytest.approx(step_of_one, rel=1e-3, abs=1e-5)
 
 
 def mix(rollout: Any) -> Any:

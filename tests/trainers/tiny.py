@@ -1,4 +1,4 @@
-"""Tiny data, a teacher, and one case of each trainer."""
+"""Tiny data, a teacher, and a case of each trainer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from alignlab.data.unpaired import UnpairedPreference
 from alignlab.models.hub.checkpoints import new_model, save_model
 from tests.settings import merged
 from tests.trainers.conftest import DENSE, even_ids
-
-VOCAB = 262
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -106,6 +104,7 @@ class Case:
 
 
 ROLLOUTS: dict[str, Any] = {"num_prompts": 4, "group_size": 4, "sampling": {"max_new_tokens": 6}}
+CRITIC: dict[str, Any] = {"learning_rate": 1e-2}  # as the policy; the default of ten times that magnifies rounding
 CASES = {
     "sft": Case(
         SFTTrainer, configs.SFTConfig, {"num_sequences": 4}, lambda: examples(8), held_out=lambda: examples(3, seed=1)
@@ -120,9 +119,20 @@ CASES = {
     "reward": Case(
         RewardTrainer, configs.RewardConfig, {"num_pairs": 4}, lambda: pairs(8), held_out=lambda: pairs(3, seed=1)
     ),
+    "reward_lora": Case(RewardTrainer, configs.RewardConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True),
     "distill": Case(DistillTrainer, configs.DistillConfig, {"num_sequences": 4}, lambda: examples(8), has_teacher=True),
+    "distill_top_k": Case(
+        DistillTrainer, configs.DistillConfig, {"num_sequences": 4, "top_k": 9}, lambda: examples(8), has_teacher=True
+    ),
     "grpo": Case(GRPOTrainer, configs.GRPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,)),
-    "ppo": Case(PPOTrainer, configs.PPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True),
+    "ppo": Case(
+        PPOTrainer, configs.PPOConfig, ROLLOUTS | {"critic": CRITIC}, lambda: prompts(8), (even_ids,), lora=True
+    ),
+    "ppo_critic_model": Case(
+        PPOTrainer, configs.PPOConfig,
+        ROLLOUTS | {"critic": CRITIC | {"form": "model"}, "memory": {"gradient_checkpointing": True}},
+        lambda: prompts(8), (even_ids,), lora=True,
+    ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
     ),
