@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from alignlab.errors import ConfigError, DiskError
+from alignlab.errors import ConfigError
 
 LOCK_FILE = ".lock"
 _NAMING_S = 1.0
@@ -36,7 +36,7 @@ class RunLock:
 
     Raises:
         ConfigError: another run of this or another process holds it.
-        DiskError: the filesystem has no locks.
+        OSError: the filesystem has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class RunLock:
         if not self._is_current(self._file):
             lost, self._file = self._file, self._take()
             lost.close()
-        elif not _try_lock(self._file, self._folder):
+        elif not _try_lock(self._file):
             raise in_use(self._folder, _holder_of(self._file))
         self._write_name()
 
@@ -79,7 +79,7 @@ class RunLock:
             file = (self._folder / LOCK_FILE).open("a+", encoding="utf-8", errors="replace")
             is_locked = False
             try:
-                is_locked = _try_lock(file, self._folder)
+                is_locked = _try_lock(file)
                 if not is_locked:
                     raise in_use(self._folder, _holder_of(file))
             finally:
@@ -125,18 +125,12 @@ def in_use(folder: Path, process: str) -> ConfigError:
     )
 
 
-def _try_lock(file: IO[str], folder: Path) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     """Lock a file; return False if another process has locked it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows EAGAIN and EACCES for a lock that is held
         return False
-    except OSError as error:
-        raise DiskError(
-            f"the filesystem of output_dir must have locks, so that one run at a time writes there, and that of {folder} "
-            f"refuses one: {error.strerror}; start its lock service (rpc.statd of NFS), or choose another "
-            "trainer.output_dir"
-        ) from error
     return True
 
 
@@ -196,7 +190,7 @@ def _started(number: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-    state, ticks = fields[0], fields[19]  # fields 3 and 22 of the file: the process's name, before them, may have spaces
+    state, ticks = fields[0], fields[19]  # the fields 3 and 22; the second, a name, may have spaces
     return None if state in "ZX" else f"{boot} {ticks}"
 
 

@@ -284,7 +284,8 @@ def test_a_filesystem_without_locks_is_named_and_not_taken_for_a_second_run(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
-    with pytest.raises(DiskError, match="must have locks, .* refuses one: No locks available; start its lock service"):
+    expected = r"run's folder cannot be written to .*: No locks available; the filesystem refuses locks"
+    with pytest.raises(DiskError, match=expected):
         RunFolder(tmp_path, resume=False)
 
 
