@@ -30,7 +30,7 @@ _LIBRARIES = ("safetensors", "pyarrow", "sqlite3", "zipfile", "zlib", "gzip", "l
 """Libraries all of whose errors are about the content of a file, or about reading or writing it."""
 _MAX_REASON = 300
 _PERMISSION = "correct its owner and permissions (chown, chmod), or choose another place"
-_NO_LOCKS = "the filesystem refuses locks: mount it with them (NFS: its lock service; Lustre: -o flock), or choose another"
+_NO_LOCKS = "the filesystem refuses locks: mount it with them (such as Lustre by -o flock), or choose another"
 _FIXES = {
     errno.ENOSPC: "free some space there, or choose another place",
     errno.EDQUOT: "free some space within the quota, or choose another place",
