@@ -22,6 +22,7 @@ from alignlab.models.hub.adapter_files import adapter_config, check_adapter_shap
 from alignlab.models.hub.checkpoints import empty_model, load_model, load_tokenizer, new_model
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.layer_pruning import chosen_layers, student_from
+from alignlab.runs.folder import refuse_run
 from alignlab.types import message_text
 
 
@@ -35,6 +36,8 @@ def model_dtype(settings: ModelSettings) -> torch.dtype:
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the config names, or train one on the training data's prompts and answers."""
     settings = config.model
+    if settings.name is not None:
+        refuse_run(settings.name, "model.name")
     if not isinstance(settings.tokenizer, TokenizerTraining):
         name = settings.tokenizer or settings.name
         assert name is not None, "the config's rules require one of the two"

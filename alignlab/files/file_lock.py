@@ -50,7 +50,8 @@ def one_at_a_time(path: Path, doing: str, *, longest_s: float = LONGEST_S) -> It
         with writing(file, "a lock"):
             _acquire(lock, file, doing, longest_s)
             os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            with os.fdopen(lock, "w", encoding="utf-8", closefd=False) as named:
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, named)
         yield
     finally:
         os.close(lock)

@@ -67,14 +67,19 @@ _PARENTHESIS = re.compile(
 
 # "10 (ten)".
 _SPELLED = re.compile(r"(\d{1,2})\s*\(\s*([a-z]+(?:[- ][a-z]+)?)\s*\)", re.IGNORECASE)
-_SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def without_spelling(text: str) -> str:
     """Return a number below 100 without the same number in words behind it: `10 (ten)`; other texts unchanged."""
     match = _SPELLED.fullmatch(plain_notation(text)) if len(text) <= 100 else None
-    return match[1] if match is not None and match[2].casefold().replace(" ", "-") == _spelled(int(match[1])) else text
+    if match is None or match[2].casefold().replace(" ", "-") != _spelled(int(match[1])):
+        return text
+    return match[1]
 
 
 def _spelled(number: int) -> str:

@@ -99,11 +99,12 @@ def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(name: st
             file.rmdir()
 
 
-def test_a_folder_that_cannot_be_created_is_a_disk_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    rule = "the folder cannot be written to .*link: File exists; what stands there is no folder, or a link that leads"
-    with pytest.raises(DiskError, match=rule):
-        RunFolder(tmp_path / "link", resume=False)
+    (tmp_path / "file").write_text("mine")
+    for name, kind in (("link", "a link that leads to nothing"), ("file", "no folder"), ("file/run", "no folder")):
+        with pytest.raises(ConfigError, match=rf"output_dir is .*{name}, and .* is {kind}; choose"):
+            RunFolder(tmp_path / name, resume=False)
 
 
 def hold(folder: Path, script: str = HOLD) -> subprocess.Popen[str]:
