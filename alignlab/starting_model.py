@@ -21,6 +21,7 @@ from alignlab.data.vocabulary import num_token_ids
 from alignlab.models.empty import loads_weights
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.models.layer_pruning import chosen_layers, student_from
+from alignlab.runs.folder import refuse_run
 from alignlab.types import message_text
 
 
@@ -34,6 +35,8 @@ def model_dtype(settings: ModelSettings) -> torch.dtype:
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the config names, or train one on the training data's prompts and answers."""
     settings = config.model
+    if settings.name is not None:
+        refuse_run(settings.name, "model.name")
     if not isinstance(settings.tokenizer, TokenizerTraining):
         name = settings.tokenizer or settings.name
         assert name is not None, "the config's rules require one of the two"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import alignlab
 from alignlab.cli import check, evaluate, generate, judge, merge, sample, serve, student, train
 from alignlab.cli.ending import ExitStatus
+from alignlab.cli.places import expand_home
 from alignlab.cli.process_end import end_despite_threads
 from alignlab.cli.streams import make_streams_last, stdout_error
 from alignlab.errors import ConfigError
@@ -41,6 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         _check_working_folder()
+        expand_home(args)
         with interrupted_by_sigterm():
             status: int = args.command(args)
         return status

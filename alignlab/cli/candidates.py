@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from alignlab.cli.policy import is_adapter
 from alignlab.errors import CheckpointError, ConfigError
+from alignlab.files.home_folder import with_home
 
 
 class Candidate(NamedTuple):
@@ -67,6 +68,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _candidate(word: str, adapter: str | None) -> Candidate:
     label, place = split_label(word)
+    place = str(with_home(place)) if place.startswith("~") else place
     model, extra_adapter = weights_of(place), None if adapter == place else adapter
     return Candidate(label or word, model, extra_adapter, labelled=label is not None, is_as_given=model == place)
 

@@ -15,13 +15,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignlab.cli.candidates import Candidate, candidates_of
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
-from alignlab.errors import AlignlabError, ConfigError, DataError
+from alignlab.errors import AlignlabError, ConfigError, DataError, RolloutError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,11 +117,21 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> None:
     """Measure the accuracy of one policy, and print it."""
-    result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
+    with _naming(candidate):
+        result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
     show(result, args.show)
     numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
     label = {"name": candidate.name} if candidate.labelled else {}
     print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result)}))
+
+
+@contextmanager
+def _naming(candidate: Candidate) -> Iterator[None]:
+    """Put the policy's name in front of the message of an engine's error, such as of logits that are not finite."""
+    try:
+        yield
+    except RolloutError as error:
+        raise RolloutError(f"MODEL {candidate.name}: {error}") from error
 
 
 def compare(plan: Plan, candidates: Sequence[Candidate], args: argparse.Namespace) -> None:
@@ -186,7 +197,8 @@ def measure(
     torch.cuda.empty_cache()
     policy, tokenizer = load_policy(candidate.model, candidate.adapter, dtype)
     start = time.perf_counter()
-    result = answer(plan, policy, tokenizer, prompts, scorer)
+    with _naming(candidate):
+        result = answer(plan, policy, tokenizer, prompts, scorer)
     seconds = time.perf_counter() - start
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
     return MeasuredPolicy(candidate.name, candidate.model, result, num_parameters, seconds)

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cli.places import new_file
 from alignlab.cli.train import add_config_arguments
 from alignlab.errors import ConfigError
 
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     check_reason(args, feedback(config).judge)
     pairs = load_pairs(args) if args.pairs is not None else task_pairs(config, args)
     if args.write_examples is not None:
-        write_examples(config, pairs[: args.num_pairs], Path(args.write_examples), args.kind)
+        path = new_file(args.write_examples, "--write-examples")
+        write_examples(config, pairs[: args.num_pairs], path, args.kind)
         return 0
     print(json.dumps(ask(config, pairs[: args.num_pairs])), flush=True)
     return 0

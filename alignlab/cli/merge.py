@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cli.places import new_folder
 from alignlab.cli.policy import ADAPTER_FILE, is_adapter, put_adapter, tokenizer_source
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the adapter and its base, merge them, save the result."""
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
+    output = new_folder(args.output)
+    from alignlab.runs.folder import refuse_run
+
+    refuse_run(args.adapter, "ADAPTER")
     if not is_adapter(args.adapter):
         raise CheckpointError(f"ADAPTER must be a folder that PEFT wrote, and {args.adapter} has no {ADAPTER_FILE}")
 

@@ -85,14 +85,16 @@ def load_policy(
     """Load a model, with an adapter if one is given, in evaluation mode, on a GPU if there is one; and its tokenizer.
 
     Raises:
-        CheckpointError: one of them cannot be loaded.
+        CheckpointError: one of them cannot be loaded, or `model` is the folder of a run.
     """
     import torch
 
     from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+    from alignlab.runs.folder import refuse_run
 
     if adapter is not None and not is_adapter(adapter):
         raise CheckpointError(f"--adapter must be a folder that PEFT wrote, and {adapter} has no {ADAPTER_FILE}")
+    refuse_run(model, "MODEL")
     adapted = adapter is not None or is_adapter(model)
     chosen = ("bfloat16" if adapted else "float32") if dtype == "auto" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"

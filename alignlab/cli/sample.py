@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignlab.cli.places import new_file
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
 from alignlab.errors import ConfigError
 
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     """Sample, filter, write."""
     from alignlab.config.loader import load_config
 
-    config, output = load_config(args.config, args.set), Path(args.output)
+    config = load_config(args.config, args.set)
     check_arguments(args)
+    output = new_file(args.output, "--output")
     settings = settings_of(config, args)
     settings.check(len(config.rewards))
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from alignlab.cli.places import new_folder
 from alignlab.cli.policy import is_adapter
 from alignlab.errors import ConfigError
 
@@ -36,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the teacher, take the layers, save the student."""
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"OUTPUT must be a new or empty folder, and {output} is not; choose another one")
+    output = new_folder(args.output)
+    from alignlab.runs.folder import refuse_run
+
+    refuse_run(args.teacher, "TEACHER")
     if is_adapter(args.teacher):
         raise ConfigError(f"TEACHER must be a model, and {args.teacher} is an adapter; merge it first: alignlab merge")
 

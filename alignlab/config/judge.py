@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, MayChange, OnResume, check_address
+from alignlab.config.base import Frozen, MayChange, OnResume, at_home, check_address
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.model import Dtype
 from alignlab.errors import ConfigError
@@ -62,6 +62,8 @@ class ModelJudge(_JudgeSettings):
     """auto: bfloat16."""
     tokens_per_batch: MayChange[int] = Field(4096, ge=1)
     """Tokens in one forward pass."""
+
+    _at_home = field_validator("name")(at_home)
 
     @model_validator(mode="after")
     def _check_unread(self) -> Self:
@@ -119,6 +121,8 @@ class RewardJudge(Frozen):
     backend: Literal["reward_model"] = "reward_model"
     name: str
     """Its folder."""
+
+    _at_home = field_validator("name")(at_home)
 
 
 JudgeSettings = ModelJudge | EndpointJudge | RewardJudge

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, MayChange, OnResume
+from alignlab.config.base import Frozen, MayChange, OnResume, at_home
 
 
 class RewardSettings(Frozen):
@@ -24,6 +24,8 @@ class RewardSettings(Frozen):
     or fills memory costs one failed call only."""
     memory_limit_gib: MayChange[float | None] = Field(None, gt=0)
     """Memory that a separate process may allocate. Default: 4."""
+
+    _at_home = field_validator("name")(at_home)
 
     @model_validator(mode="after")
     def _check_place(self) -> Self:

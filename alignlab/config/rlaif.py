@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
+from alignlab.config.base import Frozen, MayChange, OnResume, Recorded, at_home
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.judge import AnyJudge, fill_judge
 from alignlab.config.offline import DPOConfig, RewardConfig, SFTConfig
@@ -112,6 +112,8 @@ class RLAIFConfig(Frozen):
         if path == "revision" and "revision" not in filled:
             filled["revision"] = {}
         return filled
+
+    _at_home = field_validator("constitution")(at_home)
 
     @field_validator("output_dir")
     @classmethod

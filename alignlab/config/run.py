@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, MayChange, OnResume
+from alignlab.config.base import Frozen, MayChange, OnResume, at_home
 from alignlab.config.data import DataSettings
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.judge import ModelJudge
@@ -45,6 +45,8 @@ class EvaluationSettings(Frozen):
     """Of a process of the scorer's own: the memory that it may allocate. Default: 4."""
     scorer_time_limit_s: MayChange[float] = Field(300.0, gt=0)
     """For one call of the scorer on all completions of a pass, greedy or sampled."""
+
+    _at_home = field_validator("scorer")(at_home)
 
     @property
     def scorer_settings(self) -> RewardSettings | None:

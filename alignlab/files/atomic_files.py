@@ -102,11 +102,15 @@ def recover_folder(path: Path) -> None:
 def clear_leftovers(path: Path) -> None:
     """Remove hidden files and folders that an interrupted write, replacement or removal of `path` left beside it."""
     for kind in (TEMPORARY, REPLACED, REMOVED):
-        leftover = hidden_name(path, kind)
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+        remove(hidden_name(path, kind))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link, but not where the link leads; nothing if absent."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -114,7 +118,7 @@ def remove_folder(path: Path) -> None:
     hidden = hidden_name(path, REMOVED)
     os.replace(path, hidden)
     sync_file(path.parent)
-    shutil.rmtree(hidden)
+    remove(hidden)
 
 
 def _exchange(first: Path, second: Path) -> bool:

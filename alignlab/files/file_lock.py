@@ -1,7 +1,12 @@
-"""Locks for work that one process does while others wait: they log which process they wait for, with a deadline."""
+"""Locks for work that one process does while others wait: they log which process they wait for, with a deadline.
+
+The kernel holds these locks (flock): a process that ends, however it ends, leaves none, and a clock that jumps or a
+file that was left behind locks nobody out.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -12,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from alignlab.errors import DeadlineError
 from alignlab.files.library_errors import writing
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 LONGEST_S = 24 * 3600.0
 LONGEST_STOPPED_S = 600.0
 _NOTICE_S = 30.0
+_POLL_S = 0.05
 
 
 @contextmanager
@@ -39,26 +44,26 @@ def one_at_a_time(path: Path, doing: str, *, longest_s: float = LONGEST_S) -> It
         DiskError: the lock's file cannot be written.
     """
     file = path.with_name(f"{path.name}.lock")
-    lock = FileLock(file)
     with writing(file, "a lock"):
-        _acquire(lock, file, doing, longest_s)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)  # of a pipe, too, it returns at once
     try:
         with writing(file, "a lock"):
-            file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+            _acquire(lock, file, doing, longest_s)
+            os.ftruncate(lock, 0)
+            with os.fdopen(lock, "w", encoding="utf-8", closefd=False) as named:
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, named)
         yield
     finally:
-        lock.release()
+        os.close(lock)
 
 
-def _acquire(lock: FileLock, file: Path, doing: str, longest_s: float) -> None:
+def _acquire(lock: int, file: Path, doing: str, longest_s: float) -> None:
     began = time.monotonic()
     stopped_since: float | None = None
     while True:
-        try:
-            lock.acquire(timeout=min(_NOTICE_S, max(longest_s - (time.monotonic() - began), 0.0)))
+        if _is_acquired(lock, min(_NOTICE_S, longest_s - (time.monotonic() - began))):
             return
-        except Timeout:
-            checked_at = time.monotonic()
+        checked_at = time.monotonic()
         holder, is_stopped = _holder(file)
         stopped_since = (stopped_since or checked_at) if is_stopped else None
         waited, stopped_s = checked_at - began, 0.0 if stopped_since is None else checked_at - stopped_since
@@ -68,6 +73,19 @@ def _acquire(lock: FileLock, file: Path, doing: str, longest_s: float) -> None:
                 "stopped, let it go on (kill -CONT), and start again"
             )
         logger.warning("waiting for %s, which %s, since %.0f s; at most %.0f s", holder, doing, waited, longest_s)
+
+
+def _is_acquired(lock: int, patience_s: float) -> bool:
+    """Lock a file; return False if another process still holds it after a time."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_POLL_S)
 
 
 def _holder(file: Path) -> tuple[str, bool]:

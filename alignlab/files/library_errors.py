@@ -30,6 +30,7 @@ _LIBRARIES = ("safetensors", "pyarrow", "sqlite3", "zipfile", "zlib", "gzip", "l
 """Libraries all of whose errors are about the content of a file, or about reading or writing it."""
 _MAX_REASON = 300
 _PERMISSION = "correct its owner and permissions (chown, chmod), or choose another place"
+_NO_LOCKS = "the filesystem refuses locks: mount it with them (such as Lustre by -o flock), or choose another"
 _FIXES = {
     errno.ENOSPC: "free some space there, or choose another place",
     errno.EDQUOT: "free some space within the quota, or choose another place",
@@ -47,6 +48,9 @@ _FIXES = {
     errno.ELOOP: "the path's links lead in a circle: correct them",
     errno.ENAMETOOLONG: "use a shorter path",
     errno.EBUSY: "end what uses it, and try again",
+    errno.ENOLCK: _NO_LOCKS,
+    errno.ENOSYS: _NO_LOCKS,
+    errno.ENOTSUP: _NO_LOCKS,
     errno.ESTALE: "mount the network's filesystem again",
 }
 _USUAL_FIX = "correct the path, its permissions, or the disk"

@@ -21,7 +21,7 @@ def cache_folder() -> Path:
         ConfigError: neither is known.
     """
     chosen = os.environ.get("ALIGNLAB_CACHE")
-    return Path(chosen) if chosen else with_home("~/.cache/alignlab")
+    return with_home(chosen or "~/.cache/alignlab")
 
 
 def reference_cache_folder() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from alignlab.models.decoder import causal_lm, end_ids, num_embeddings
 from alignlab.models.hub.checkpoints import is_adapter, save_model
 from alignlab.models.hub.reward_checkpoints import padded_tokenizer, try_reward_model
 from alignlab.models.hub.saving import SAVING_ERRORS, unsaveable
+from alignlab.runs.folder import check_place
 from alignlab.runs.metrics import check_trackers
 from alignlab.types import Prompt
 
@@ -213,14 +213,7 @@ def check_disk(config: TrainerConfig, model: Model, folder: Path, trained_bytes:
     Raises:
         ConfigError: with the space that is needed and the space that is free.
     """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"trainer.output_dir is {folder}, and {place} {'cannot be written' if place.is_dir() else 'is no folder'}; "
-            "choose another trainer.output_dir"
-        )
+    place = check_place(folder)
     needed = needed_bytes(config, model, trained_bytes) - _held_bytes(folder)
     free = shutil.disk_usage(place).free
     if needed > free:

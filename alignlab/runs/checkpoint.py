@@ -27,7 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignlab.errors import CheckpointError
-from alignlab.files.atomic_files import REMOVED, TEMPORARY, hidden_name, make_folder, publish_folder, remove_folder
+from alignlab.files.atomic_files import (
+    REMOVED,
+    TEMPORARY,
+    hidden_name,
+    make_folder,
+    publish_folder,
+    remove,
+    remove_folder,
+)
 from alignlab.files.library_errors import writing
 from alignlab.files.manifest import find_damage, read_manifest, write_manifest
 from alignlab.files.tensor_files import write_tensors
@@ -236,4 +244,4 @@ def _remove_old(folder: Path, keep: int) -> None:
         remove_folder(path)
     for kind in (TEMPORARY, REMOVED):
         for path in folder.glob(f".{PREFIX}*.{kind}"):
-            shutil.rmtree(path)
+            remove(path)

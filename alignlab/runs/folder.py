@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from alignlab.errors import CheckpointError, ConfigError
-from alignlab.files.atomic_files import REMOVED, REPLACED, TEMPORARY, make_folder, recover_folder, write_atomically
+from alignlab.files.atomic_files import (
+    REMOVED,
+    REPLACED,
+    TEMPORARY,
+    make_folder,
+    recover_folder,
+    remove,
+    write_atomically,
+)
 from alignlab.files.digests import sha256_of
 from alignlab.files.library_errors import writing
 from alignlab.files.paths import (
@@ -90,6 +97,7 @@ class RunFolder(RunPaths):
                 self._enter(config_text, resume=resume, part_of=part_of)
 
     def _enter(self, config_text: str, *, resume: bool, part_of: str | None) -> None:
+        check_place(self.path)
         make_folder(self.path)
         _check_files(self.path)
         self._lock = RunLock(self.path)
@@ -208,7 +216,7 @@ class RunFolder(RunPaths):
         for folder in (self.path, self.checkpoints, self.rollouts):
             for kind in (TEMPORARY, REPLACED, REMOVED):
                 for path in folder.glob(f".*.{kind}"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    remove(path)
 
     def _record(self, config_text: str, *, resume: bool, number: int, part_of: str | None) -> None:
         """Record the start and the config; `starts.jsonl` first, because it names the run of all other files."""
@@ -230,6 +238,25 @@ class RunFolder(RunPaths):
     def _unused_config_name(self) -> Path:
         names = itertools.chain([CONFIG_FILE], (f"config.{number}.yaml" for number in itertools.count(2)))
         return next(self.path / name for name in names if not (self.path / name).exists())
+
+
+def check_place(folder: Path) -> Path:
+    """Return the folder, or the nearest existing one above it, after checking that a run's folder can be made there.
+
+    Raises:
+        ConfigError: a file or a link that leads to nothing is in the way, or permissions are missing.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    problem = None
+    if not place.is_dir():
+        problem = "is no folder" if place.exists() else "is a link that leads to nothing"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        problem = "cannot be written"
+    if problem is not None:
+        raise ConfigError(
+            f"trainer.output_dir is {folder}, and {place} {problem}; choose another trainer.output_dir"
+        )
+    return place
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
@@ -284,6 +311,24 @@ def output_of_run(folder: Path) -> Path | None:
         runs.append(folder / "revision")  # the last stage of a finished run
     names = (f"{ADAPTER_FOLDER}/adapter_config.json", f"{MODEL_FOLDER}/config.json")
     return next((file.parent for run in runs for name in names if (file := run / name).is_file()), None)
+
+
+def refuse_run(place: str, argument: str) -> None:
+    """Raise if a place is the folder of a run, which holds a model or an adapter and is none.
+
+    Args:
+        argument: name of the argument or setting that gives the place.
+
+    Raises:
+        CheckpointError: with the folder to give instead.
+    """
+    folder = Path(place)
+    if not holds_run(folder) or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return
+    output = output_of_run(folder)
+    fix = "finish it by alignlab train --resume" if output is None else f"give {output}"
+    holds = "has written no model and no adapter yet" if output is None else f"has written {output}"
+    raise CheckpointError(f"{argument} must be a model or an adapter, and {place} is a run, which {holds}; {fix}")
 
 
 def _is_result(path: Path) -> bool:

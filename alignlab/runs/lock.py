@@ -3,25 +3,29 @@
 It is a POSIX record lock on `.lock`. The kernel frees it when the process ends, however it ends, and no child process
 inherits it. Such a lock has two weaknesses: it is lost when the process closes any other handle of the file (as code
 that copies the folder does), and a lock file that is removed and created again is not locked. So `RunLock.renew` takes
-the lock again, and `is_alive` looks up whether the process of the last start still runs.
+the lock again, and `is_alive` looks up whether the process of the last start still runs. The file holds the name of
+the process that has locked it; the name is only for messages, and one that a dead process has left stops nobody.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
+import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from alignlab.errors import ConfigError
 
 LOCK_FILE = ".lock"
-_CLOCK_S = 2.0
-"""Tolerance of a process's start time, which is computed from the boot time and moves when the clock is corrected."""
+_NAMING_S = 1.0
+"""Longest wait for a process that has just taken a lock and is about to write its name."""
+_FLOCK = "hhqqi"
+"""The C structure `flock`: type, whence, start, length, process."""
 _OPEN: set[tuple[int, int, int]] = set()
 """(process, device, inode) of the folders that runs of this process have locked: POSIX locks of the same process do not
 exclude each other."""
@@ -32,6 +36,7 @@ class RunLock:
 
     Raises:
         ConfigError: another run of this or another process holds it.
+        OSError: the filesystem has no locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +46,7 @@ class RunLock:
         if self._key in _OPEN:  # opening and closing the file again would free the first run's lock
             raise in_use(folder, holder())
         self._file = self._take()
+        self._write_name()
         _OPEN.add(self._key)
 
     def renew(self) -> None:
@@ -55,11 +61,12 @@ class RunLock:
             raise self._moved() from error
         if (status.st_dev, status.st_ino) != self._key[1:]:
             raise self._moved()
-        if self._is_current(self._file):
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        lost, self._file = self._file, self._take()
-        lost.close()
+        if not self._is_current(self._file):
+            lost, self._file = self._file, self._take()
+            lost.close()
+        elif not _try_lock(self._file):
+            raise in_use(self._folder, _holder_of(self._file))
+        self._write_name()
 
     def close(self) -> None:
         """Release the lock."""
@@ -69,21 +76,27 @@ class RunLock:
     def _take(self) -> IO[str]:
         """Open and lock the file; again if the file was replaced meanwhile."""
         while True:
-            file = (self._folder / LOCK_FILE).open("a+")
+            file = (self._folder / LOCK_FILE).open("a+", encoding="utf-8", errors="replace")
+            is_locked = False
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                other_process = file.read().strip() or "another process"
-                file.close()
-                raise in_use(self._folder, other_process) from error
+                is_locked = _try_lock(file)
+                if not is_locked:
+                    raise in_use(self._folder, _holder_of(file))
+            finally:
+                if not is_locked:
+                    file.close()
             if self._is_current(file):
-                break
+                return file
             file.close()
-        file.truncate(0)
-        file.write(f"{holder()}\n")
-        file.flush()
-        return file
+
+    def _write_name(self) -> None:
+        """Write the name of this process into the file, unless it is there."""
+        self._file.seek(0)
+        name = f"{holder()}\n"
+        if self._file.read(len(name) + 1) != name:
+            self._file.truncate(0)
+            self._file.write(name)
+            self._file.flush()
 
     def _is_current(self, file: IO[str]) -> bool:
         """Return True if the open file is still the one at the lock's path."""
@@ -112,12 +125,43 @@ def in_use(folder: Path, process: str) -> ConfigError:
     )
 
 
+def _try_lock(file: IO[str]) -> bool:
+    """Lock a file; return False if another process has locked it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows EAGAIN and EACCES for a lock that is held
+        return False
+    return True
+
+
+def _holder_of(file: IO[str]) -> str:
+    """Return the name in a file that another process has locked.
+
+    The name counts once the kernel says that this process holds the lock: an earlier one may have left its name. If the
+    kernel does not know the process, as for one on another machine, the name is believed, after a short wait at most.
+    """
+    deadline = time.monotonic() + _NAMING_S
+    while True:
+        file.seek(0)
+        name = file.read(200).strip()
+        number = _locking_process(file)
+        if number <= 0 or re.match(rf"process {number} on ", name) or time.monotonic() >= deadline:
+            return name or "another process"
+        time.sleep(0.01)
+
+
+def _locking_process(file: IO[str]) -> int:
+    """Return the number of the process that has locked a file; 0 if there is none in this PID namespace."""
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    return int(struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, question))[-1])
+
+
 def identity_of_process() -> dict[str, Any]:
     """Return fields that identify this process among all others, as JSON; see `is_alive`."""
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "process_created": psutil.Process().create_time(),
+        "process_started": _started(os.getpid()),
         "process_namespace": _namespace(),
     }
 
@@ -129,15 +173,25 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
     """
     this_place = (socket.gethostname(), _namespace())
     number = identity.get("process")
-    if (identity.get("host"), identity.get("process_namespace")) != this_place or number in (None, os.getpid()):
+    if (identity.get("host"), identity.get("process_namespace")) != this_place or number == os.getpid():
         return False
+    started = _started(number) if isinstance(number, int) else None
+    # A process number may have been given to a new process: the start tells them apart.
+    return started is not None and started == identity.get("process_started")
+
+
+def _started(number: int) -> str | None:
+    """Return the boot of the machine and the ticks from it to a process's start; None if the process has ended.
+
+    The time of the day would not do: it moves when the clock is corrected.
+    """
     try:
-        process = psutil.Process(int(number))
-        # A process number may have been given to a new process: the start time tells them apart.
-        is_same = abs(process.create_time() - float(identity.get("process_created", 0.0))) < _CLOCK_S
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError, TypeError):
-        return False
+        fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    state, ticks = fields[0], fields[19]  # the fields 3 and 22; the second, a name, may have spaces
+    return None if state in "ZX" else f"{boot} {ticks}"
 
 
 def _namespace() -> str | None:

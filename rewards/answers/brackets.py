@@ -8,10 +8,8 @@ from collections.abc import Iterator
 _LATEX_BRACKETS = {"\\{": 1, "\\}": -1, "\\langle": 1, "\\rangle": -1}
 
 
-def encloses(text: str, opening: str, closing: str) -> bool:
+def encloses(text: str) -> bool:
     """Return True if the first bracket is closed by the last, and not before."""
-    if opening == "]":  # ]0, 1[ has no pairs to count
-        return text.count("]") + text.count("[") == 2 or (text.endswith("]") and text.count("]") == 2)
     depth = position = 0
     while position < len(text):
         change, length = _bracket_step(text, position)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from alignlab_rewards.answers.blocks import block_answer, list_below
 from alignlab_rewards.answers.boxes import boxed, end_of_boxes, hedged_box
 from alignlab_rewards.answers.markup import plain_notation, without_markdown
-from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_remarks
+from alignlab_rewards.answers.remarks import CORRECTION, DOUBT, without_checks, without_remarks, without_spelling
 from alignlab_rewards.answers.sentences import MATH, NUMBER, SENTENCE_END, is_bound, phrase_readings, sentence_readings
 
 MAX_TAIL = 20_000  # characters at the end of a completion that are searched for sentences and corrections
@@ -78,7 +78,7 @@ def statements(text: str) -> Iterator[Statement]:
     marked = boxed(text) or _tagged(text) or _after_hashes(text)
     if marked is not None:
         end = end_of_boxes(text) or max(text.rfind("####"), text.rfind("</answer>"))
-        content = hedged_box(text) or boxed(marked) or marked
+        content = without_spelling(hedged_box(text) or boxed(marked) or marked)
         yield _correction(text[end:][-MAX_TAIL:]) or Statement(
             tuple(_marked_readings(content)), prose=False, decisive=True
         )

@@ -47,10 +47,13 @@ _ALL_BUT = re.compile(r"^\\mathbb\s?\{?R\}?\s*(?:\\setminus|\\backslash|-)\s*\\\
 _EMPTY = re.compile(r"^(?:\\emptyset|\\\{\s*\\\}|(?:the )?empty set)$", re.IGNORECASE)
 # "P(1, 2)" is the point (1, 2).
 _POINT_NAME = re.compile(r"^[A-Z]\s?(?=\([^()]*,[^()]*\)$)")
-# Each opening bracket with its closing ones; the French ]0, 1[ is open, and a vector in angles a tuple.
-_CLOSINGS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "\\langle": ("\\rangle",), "]": "[]", "{": "}"}
-_PLAIN_OPENINGS = {"]": "(", "\\{": "{", "\\langle": "("}
-_PLAIN_CLOSINGS = {"[": ")", "\\}": "}", "\\rangle": ")"}
+# Each opening bracket with its closing ones; a vector in angles is a tuple.
+_CLOSINGS = {"(": ")]", "[": ")]", "\\{": ("\\}",), "\\langle": ("\\rangle",), "{": "}"}
+_PLAIN_OPENINGS = {"\\{": "{", "\\langle": "("}
+_PLAIN_CLOSINGS = {"\\}": "}", "\\rangle": ")"}
+# "]0, 1[" or a union of such intervals, as it is written in French: a bracket that is turned away leaves its end out.
+_TURNED = re.compile(r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
+_INTERVALS = re.compile(rf"(?:[A-Za-z]\s*\\in\s*)?{_TURNED.pattern}(?:\s*\\cup\s*{_TURNED.pattern}){{0,8}}")
 
 
 def read_answer(text: str, *, prose: bool = False) -> Answer:
@@ -63,6 +66,8 @@ def read_answer(text: str, *, prose: bool = False) -> Answer:
     if len(text) > MAX_LENGTH:
         return Words(text[:MAX_LENGTH])
     plain = re.sub(r"\s*[.,;:]+$", "", plain_notation(text))
+    if _INTERVALS.fullmatch(plain):
+        plain = _TURNED.sub(_turned_back, plain)
     plain = re.sub(r"(?<=\d)\s+of (?:them|these|those|it)$", "", plain)
     try:
         return _read(plain, prose, 0)
@@ -80,6 +85,10 @@ def _read(text: str, prose: bool, depth: int) -> Answer:
         if answer is not None:
             return answer
     return read_quantity(text, prose)
+
+
+def _turned_back(interval: re.Match[str]) -> str:
+    return f"{'(' if interval[1] == ']' else '['}{interval[2]}{')' if interval[3] == '[' else ']'}"
 
 
 def _named(text: str, prose: bool, depth: int) -> Answer | None:
@@ -224,7 +233,7 @@ def _brackets_around(text: str) -> tuple[str, str]:
     """Return the brackets around the whole text; empty ones where it has none."""
     opening = next((bracket for bracket in _CLOSINGS if text.startswith(bracket)), "")
     closing = next((bracket for bracket in _CLOSINGS.get(opening, ()) if text.endswith(bracket)), "")
-    return (opening, closing) if closing and encloses(text, opening, closing) else ("", "")
+    return (opening, closing) if closing and encloses(text) else ("", "")
 
 
 def _relation(text: str, prose: bool, depth: int) -> Answer | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from alignlab_rewards.answers.markup import plain_notation
+
 _MAX_PARAGRAPHS = 20  # at the end of a text, which are searched for remarks
 # "Verification: ...", "Let's check", "This makes sense because ...".
 _CHECK = re.compile(
@@ -62,6 +64,29 @@ _PARENTHESIS = re.compile(
     r"(?<=[\w%$*}])\s+\((?!\s*(?:or|mod)\b|\\|(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)"
     r"(?=[^()]*(?:[A-Za-z]{2}|\d\s*(?:[-+*/×·]|x\b|\\times|\\cdot)\s*\d))[^()]{1,200}\)(?=\s*[.!*]*\s*$)"
 )
+
+# "10 (ten)".
+_SPELLED = re.compile(r"(\d{1,2})\s*\(\s*([a-z]+(?:[- ][a-z]+)?)\s*\)", re.IGNORECASE)
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def without_spelling(text: str) -> str:
+    """Return a number below 100 without the same number in words behind it: `10 (ten)`; other texts unchanged."""
+    match = _SPELLED.fullmatch(plain_notation(text)) if len(text) <= 100 else None
+    if match is None or match[2].casefold().replace(" ", "-") != _spelled(int(match[1])):
+        return text
+    return match[1]
+
+
+def _spelled(number: int) -> str:
+    if number < len(_SMALL):
+        return _SMALL[number]
+    tens, ones = _TENS[number // 10 - 2], number % 10
+    return f"{tens}-{_SMALL[ones]}" if ones else tens
 
 
 def without_checks(text: str) -> str:

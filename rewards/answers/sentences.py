@@ -41,13 +41,14 @@ _PAID_FOR = re.compile(r"(?:\s[a-z]+){0,6}\s(?:for|from|in|with|over|at|after|by
 _OPEN_HEDGE = re.compile(r"\((or\b[^()\n]{1,80})\)")
 _HEDGED = re.compile(rf"{_NUMBER}\s*(?:or|/|and/or)\s*(?:maybe |possibly |even )?(?={_NUMBER})", re.IGNORECASE)
 _MATH_START = re.compile(
-    r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[{√.|]|[A-Za-zα-ωπ](?![A-Za-z])"
+    r"(?:(?<=\s)|(?<=\A)|(?<=[:=]))(?=[-+−±\\\d$€£¥₹(\[\]{√.|]|[A-Za-zα-ωπ](?![A-Za-z])"
     r"|(?:sqrt|pi|sin|cos|tan|log|ln|exp|arcsin|arccos|arctan|oo|infinity)(?![A-Za-z]))"
 )
 # In front of a number that is denied or only bounds the answer ("not 5", "at least 5"), and behind one ("5 or more").
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|neither|nor|doubt)|n't)\s+(?:(?!but\b|only\b)[a-z]+\s+){0,5}$"
-    r"|\b(?:anything but|other than|rather than|instead of|except)\s+$"
+    r"|\b(?:(?:any|every)thing but|any [a-z]+ but|other than|rather than|instead of|except)\s+$"
+    r"|\bnone\s+of\s+(?:the\s+)?(?:(?:options?|choices?|answers?)\s+)?$"
     r"|\b(?:(?:no\s+)?(?:less|more|fewer|greater|larger|smaller|bigger|higher|lower)\s+than(?:\s+or\s+equal\s+to)?"
     r"|at\s+least|at\s+most|up\s+to|exceeds|rule[sd]?\s+out|eliminated?)\s+$"
     r"|(?:^|\b(?:is|are|be|was|were|has|have)\s+)(?:over|under|above|below)\s+$"

@@ -56,6 +56,7 @@ _MONTHS = _word_set(
 )
 _FACTOR = re.compile(r"(\\circ\s?[CF](?![A-Za-z])|\\[A-Za-z]+|[A-Za-z]+)\s*(?:\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d)))?")
 _FRACTION = re.compile(r"^\\frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}$")
+_SPEED = re.compile(r"\b(?:(mph)|k(?:ph|mh|mph))\b", re.IGNORECASE)
 _SQUARED = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _JOINER = re.compile(r"\s*(?:(/|\bper\b)|[*.·]|\\cdot|-)?\s*")
 
@@ -112,6 +113,7 @@ def read_unit(text: str) -> Unit | None:
     joins parts of a sentence or a month's name.
     """
     text = _FRACTION.sub(r"\1/\2", text.strip(" ."))
+    text = _SPEED.sub(lambda match: "mile/hour" if match[1] else "km/hour", text)
     if not text:
         return Unit()
     return (_measure(text) or _counted(text)) if len(text) <= 60 else None

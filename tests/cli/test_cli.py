@@ -11,7 +11,7 @@ import pytest
 
 import alignlab.run_from_config
 from alignlab.cli import COMMANDS, main, parse
-from alignlab.errors import ConfigError
+from alignlab.errors import ConfigError, RolloutError
 from alignlab.files.manifest import MODEL_MANIFEST, find_damage, has_manifest
 from alignlab.models.hub.checkpoints import load_model, new_model, save_model
 from tests.config.test_loader import SHIPPED
@@ -568,6 +568,17 @@ def test_eval_names_a_model_that_is_not_there_before_any_is_loaded(run_file, tmp
         assert main(["eval", base, f"b={wrong}", "--config", str(run_file)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and "MODEL b: " in err and wrong in err and message in err and "nothing was evaluated" in err
+
+
+def test_eval_names_the_model_that_its_engine_failed_with(run_file, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise RolloutError("the model's logits must be finite")
+
+    monkeypatch.setattr("alignlab.evaluation.evaluate.evaluate", fail)
+    model = str(run_file.parent / "model")
+    for words, name in (([model], model), (["a=" + model, "b=" + model], "a")):
+        assert main(["eval", *words, "--config", str(run_file)]) == 2
+        assert f"MODEL {name}: the model's logits must be finite" in capsys.readouterr().err
 
 
 def test_eval_keeps_what_is_measured_when_it_is_interrupted(run_file, monkeypatch, capsys):

@@ -56,6 +56,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def written(config: str, *options: str) -> list[tuple[str, str]]:
     """(question, right answer) of each example."""
     path = Path(config).parent / "examples.jsonl"
+    path.unlink(missing_ok=True)
     assert main(["judge", config, "--write-examples", str(path), *options]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(len(row["prompt"]) == 1 and row["prompt"][0]["role"] == "user" for row in rows)

@@ -3,9 +3,11 @@
 import pytest
 
 from alignlab.config.distill import TeacherSettings
+from alignlab.config.judge import ModelJudge, RewardJudge
 from alignlab.config.policy_gradient import RECIPES
-from alignlab.config.run import RunConfig
-from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, SFTConfig
+from alignlab.config.rewards import RewardSettings
+from alignlab.config.run import EvaluationSettings, RunConfig
+from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, RLAIFConfig, SFTConfig
 from alignlab.errors import ConfigError
 from tests.config.test_errors import RUN, message, run_message
 
@@ -340,4 +342,9 @@ def test_a_path_that_begins_with_the_home_folder_is_that_folder(monkeypatch: pyt
     assert (run.model.name, run.model.tokenizer) == ("/home/of/me/model", "/home/of/me/tokens")
     assert run.data.path == "/home/of/me/rows.jsonl"
     assert TeacherSettings(name="~/teacher").name == "/home/of/me/teacher"
+    assert RewardSettings(name="~/rewards.py:f").name == "/home/of/me/rewards.py:f"
+    assert EvaluationSettings(scorer="~/rewards.py:f").scorer == "/home/of/me/rewards.py:f"
+    assert ModelJudge(name="~/judge").name == RewardJudge(name="~/judge").name == "/home/of/me/judge"
+    rlaif = RLAIFConfig(path="direct", constitution="~/c.yaml", judge={"name": "x"}, policy={"type": "grpo"})
+    assert rlaif.constitution == "/home/of/me/c.yaml"
     assert TeacherSettings(name="owner/~teacher").name == "owner/~teacher"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignlab.files import atomic_files
-from alignlab.files.atomic_files import publish_folder, recover_folder, remove_folder
+from alignlab.files.atomic_files import publish_folder, recover_folder, remove, remove_folder
 from alignlab.files.digests import json_digest
 from alignlab.files.manifest import MODEL_MANIFEST, find_damage, has_manifest, read_manifest, write_manifest
 
@@ -147,3 +147,13 @@ def test_a_manifest_of_an_unknown_format_is_refused(tmp_path: Path, entry: dict[
     entries = {"format": manifest.FORMAT, "run": None, "files": entry}
     (folder / MODEL_MANIFEST).write_text(json.dumps(entries | {"sha256": json_digest(entries)}))
     assert "has an entry that no version writes" in str(find_damage(folder))
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "disk", OLD)
+    (tmp_path / "link").symlink_to("disk")
+    remove_folder(tmp_path / "link")
+    assert content(folder) == OLD and [path.name for path in tmp_path.iterdir()] == ["disk"]
+    remove(folder)
+    remove(folder)
+    assert not [*tmp_path.iterdir()]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,33 @@ def test_waiting_for_a_stopped_holder_ends_earlier(
 def test_a_lock_that_cannot_be_made_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "no").write_text("")
     with pytest.raises(DiskError, match="a lock cannot be written to"), one_at_a_time(tmp_path / "no" / "x", "y"):
+        pass
+
+
+def test_a_filesystem_without_locks_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
+    expected = "Function not implemented; the filesystem refuses locks"
+    with pytest.raises(DiskError, match=expected), one_at_a_time(tmp_path / "made", "makes it"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "left", [b'{"pid": 1, "host": "elsewhere"}', b'{"pid": 4194304, "host": "here"}', b"", b"\xff"]
+)
+def test_a_lock_file_that_a_dead_process_or_another_machine_left_stops_nobody(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / "made.lock").write_bytes(left)
+    with one_at_a_time(tmp_path / "made", "makes it", longest_s=0.0):
+        pass
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_place_of_a_lock_is_a_named_error(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "made.lock")
+    expected = r"a lock cannot be written to .*made\.lock"
+    with pytest.raises(DiskError, match=expected), one_at_a_time(tmp_path / "made", "makes it"):
         pass
 
 

@@ -36,6 +36,19 @@ def test_a_model_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left over"
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(was_there: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    if was_there:
+        save(tmp_path / "disk" / "model", "one")
+    (tmp_path / "run" / "model").symlink_to("../disk/model")
+    save(tmp_path / "run" / "model", "two")
+    assert (tmp_path / "run" / "model").is_symlink()
+    assert (tmp_path / "disk" / "model" / "config.json").read_text() == "two"
+    assert [path.name for path in (*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir())] == ["model"] * 2
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder may be one that cannot be replaced, such as a mount point."""
     (tmp_path / "plain").mkdir()

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import alignlab
 from alignlab.errors import CheckpointError, ConfigError, DiskError
 from alignlab.files.digests import sealed
+from alignlab.runs import lock
 from alignlab.runs.folder import RunFolder, output_of_run
 from alignlab.runs.provenance import source_commit
 
@@ -47,6 +49,28 @@ sys.stdin.read()
 """
 
 
+HOLD_LOCK = """
+import sys
+from pathlib import Path
+from alignlab.runs.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+HOLD_LOCK_UNNAMED = """
+import sys
+from pathlib import Path
+from alignlab.runs import lock
+lock.RunLock._write_name, write = lambda self: None, lock.RunLock._write_name
+held = lock.RunLock(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+write(held)
+print("named", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.mark.parametrize("name", ["starts.jsonl", "ends.jsonl"])
 def test_a_record_that_was_changed_is_refused(name: str, tmp_path: Path) -> None:
     for resume in (False, True):
@@ -75,11 +99,12 @@ def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(name: st
             file.rmdir()
 
 
-def test_a_folder_that_cannot_be_created_is_a_disk_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    rule = "the folder cannot be written to .*link: File exists; what stands there is no folder, or a link that leads"
-    with pytest.raises(DiskError, match=rule):
-        RunFolder(tmp_path / "link", resume=False)
+    (tmp_path / "file").write_text("mine")
+    for name, kind in (("link", "a link that leads to nothing"), ("file", "no folder"), ("file/run", "no folder")):
+        with pytest.raises(ConfigError, match=rf"output_dir is .*{name}, and .* is {kind}; choose"):
+            RunFolder(tmp_path / name, resume=False)
 
 
 def hold(folder: Path, script: str = HOLD) -> subprocess.Popen[str]:
@@ -194,7 +219,10 @@ def test_a_lost_lock_is_taken_again_on_renewal(tmp_path: Path) -> None:
     assert not is_locked(run.path)
 
 
-def test_a_lock_that_another_process_holds_is_not_taken_on_renewal(tmp_path: Path) -> None:
+def test_a_lock_that_another_process_holds_is_not_taken_on_renewal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_NAMING_S", 0.0)  # the process never writes its name
     run = RunFolder(tmp_path, resume=False)
     (tmp_path / ".lock").unlink()
     script = "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)"
@@ -205,6 +233,79 @@ def test_a_lock_that_another_process_holds_is_not_taken_on_renewal(tmp_path: Pat
     finally:
         end(process)
         run.close()
+
+
+def test_a_lock_that_was_lost_to_another_process_is_not_taken_on_renewal(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", resume=False)
+    shutil.copytree(run.path, tmp_path / "copy")
+    process = hold(run.path, HOLD_LOCK)
+    try:
+        with pytest.raises(ConfigError, match=rf"is in use by process {process.pid} on "):
+            run.renew()
+    finally:
+        end(process)
+    run.renew()
+    assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    run.close()
+
+
+def test_the_name_that_a_dead_process_left_is_not_told_for_the_one_that_is_about_to_write_its_own(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".lock").write_text("process 1 on elsewhere\n")
+    process = hold(tmp_path, HOLD_LOCK_UNNAMED)
+    assert process.stdin is not None
+
+    def name_yourself(seconds: float) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "named\n"
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lock.time, "sleep", name_yourself)
+            with pytest.raises(ConfigError, match=rf"is in use by process {process.pid} on "):
+                RunFolder(tmp_path, resume=False)
+    finally:
+        end(process)
+
+
+@pytest.mark.parametrize("left", [b"process 1 on elsewhere\n", b"process 4194304 on here\n", b"", b"\0\xff" * 500])
+def test_a_lock_file_that_a_dead_process_or_another_machine_left_stops_no_run(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_bytes(left)
+    with RunFolder(tmp_path, resume=False):
+        assert (tmp_path / ".lock").read_text() == f"{lock.holder()}\n"
+
+
+def test_a_filesystem_without_locks_is_named_and_not_taken_for_a_second_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    expected = r"run's folder cannot be written to .*: No locks available; the filesystem refuses locks"
+    with pytest.raises(DiskError, match=expected):
+        RunFolder(tmp_path, resume=False)
+
+
+def test_a_process_is_known_by_its_start_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = hold(tmp_path)
+    try:
+        (start,) = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+        assert start["process"] == process.pid
+        monkeypatch.setattr("time.time", lambda: 0.0)
+        assert lock.is_alive(start)
+        boot, _, ticks = start["process_started"].rpartition(" ")
+        assert not lock.is_alive(start | {"process_started": f"{boot} {int(ticks) + 1}"})  # the number was given again
+        assert not lock.is_alive(start | {"process_started": f"another boot {ticks}"})
+        assert not lock.is_alive(start | {"host": "elsewhere"})
+    finally:
+        end(process)
+    assert not lock.is_alive(start)
 
 
 def test_a_moved_or_replaced_folder_is_refused_on_renewal(tmp_path: Path) -> None:

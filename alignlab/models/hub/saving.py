@@ -47,6 +47,8 @@ def published(folder: str | Path, *, run_id: str | None = None) -> Iterator[Path
         DiskError: the disk, a limit or a permission.
     """
     folder = Path(folder).absolute()
+    if folder.is_symlink():  # the link stays, and what it leads to is replaced
+        folder = folder.resolve()
     with writing(folder, "the model"):
         yield from _published(folder, run_id)
 

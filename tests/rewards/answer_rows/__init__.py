@@ -8,6 +8,7 @@ from tests.rewards.answer_rows.asides import ASIDES
 from tests.rewards.answer_rows.endings import ENDINGS
 from tests.rewards.answer_rows.held_out import HELD_OUT
 from tests.rewards.answer_rows.near_misses import NEAR_MISSES
+from tests.rewards.answer_rows.notations import NOTATIONS
 from tests.rewards.answer_rows.numbers import NUMBERS
 from tests.rewards.answer_rows.places import PLACES
 from tests.rewards.answer_rows.second_reading import SECOND_READING
@@ -17,5 +18,5 @@ from tests.rewards.answer_rows.structures import STRUCTURES
 Row = tuple[str, str, float]
 ROWS: dict[str, list[Row]] = {
     **PLACES, **NUMBERS, **STRUCTURES, **HELD_OUT, **SOUNDNESS, **ENDINGS, **NEAR_MISSES, **SECOND_READING,
-    **ASIDES,
+    **ASIDES, **NOTATIONS,
 }  # fmt: skip
