@@ -75,7 +75,7 @@ def gradients(trainer: Any) -> dict[str, torch.Tensor]:
 
         learner._step = keep
     if hasattr(trainer, "source"):
-        [packs] = credit_of(trainer, 9, trainer.source.collect(1).rollouts).minibatches
+        packs, *_ = credit_of(trainer, 9, trainer.source.collect(1).rollouts).minibatches
         trainer.algorithm.update(9, packs)
     else:
         packs = trainer.algorithm.packs("train", trainer.train_examples, range(4))
@@ -128,7 +128,7 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
     trainer = make(name)
     rollouts = trainer.source.collect(1).rollouts
     mixed = [mix(rollout) for rollout in rollouts]
-    [packs] = credit_of(trainer, 9, mixed).minibatches
+    packs = [pack for minibatch in credit_of(trainer, 9, mixed).minibatches for pack in minibatch]
     written = sum(sum(c.policy_tokens) for rollout in mixed for c in rollout.completions)
     trained = sum(int(pack.completion_mask.sum()) for pack in packs)
     assert 0 < trained <= written < sum(len(c.token_ids) for rollout in mixed for c in rollout.completions)

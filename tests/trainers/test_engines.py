@@ -1,7 +1,8 @@
 """Every online trainer of `tests.trainers.tiny.CASES` with every engine; a part of the conformance suite.
 
 It has a file of its own, so that it may run beside the rest: vLLM takes seconds to start. One server of vLLM is started
-for all trainers, and gets adapters merged; vLLM in this process is started for each trainer, and gets an adapter alone.
+for all trainers; vLLM in this process is started for each. Both get adapters merged into all weights, as a CPU needs;
+adapters sent alone are tested in `tests/rollout/vllm/test_sync.py`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -233,23 +231,6 @@ def test_adaptive_coefficient_follows_the_kl_in_the_reward(make_trainer: Make) -
     excite(trainer)
     trainer.train()
     assert coefs[0] == pytest.approx(0.5 * 1.2) and coefs[1] > coefs[0]
-
-
-@pytest.mark.parametrize("form", ["lora", "head", "model"])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(form: str, make_trainer: Make) -> None:
-    def cut(trainer: PPOTrainer, step: int, metrics: Any) -> None:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    settings = {"critic": {"form": form, "learning_rate": 1e-2}, "num_epochs": 2, "num_minibatches": 2}
-    whole = make_trainer(**settings)
-    whole.train()
-    assert make_trainer(folder="cut", callbacks=[cut], **settings).train().interrupted
-    second = make_trainer(folder="cut", **settings)
-    assert second.train(resume=True).num_steps == 4
-    for role, learner in whole.learners.items():
-        state = second.learners[role].module.state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in learner.module.state_dict().items())
 
 
 def test_the_critic_writes_to_nothing_but_its_own(make_model: Make) -> None:

@@ -133,6 +133,10 @@ CASES = {
         ROLLOUTS | {"critic": CRITIC | {"form": "model"}, "memory": {"gradient_checkpointing": True}},
         lambda: prompts(8), (even_ids,), lora=True,
     ),
+    "ppo_critic_head": Case(
+        PPOTrainer, configs.PPOConfig, ROLLOUTS | {"critic": CRITIC | {"form": "head"}, "num_minibatches": 2},
+        lambda: prompts(8), (even_ids,), lora=True,
+    ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
     ),
