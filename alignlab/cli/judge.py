@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, and must be at least 1; use 1 or more")
+    check_unread(args)
     check_reason(args, feedback(config).judge)
     pairs = load_pairs(args) if args.pairs is not None else task_pairs(config, args)
     if args.write_examples is not None:
@@ -66,6 +67,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(json.dumps(ask(config, pairs[: args.num_pairs])), flush=True)
     return 0
+
+
+def check_unread(args: argparse.Namespace) -> None:
+    """Raise if a flag would be ignored.
+
+    Raises:
+        ConfigError: with the fix.
+    """
+    of_tasks = {
+        "--held-out": args.held_out, "--num-wrong": args.num_wrong != 1, "--answer-template": args.answer_template,
+    }  # fmt: skip
+    for flag, is_given in of_tasks.items():
+        if is_given and args.pairs is not None:
+            raise ConfigError(f"{flag} is about the questions of a task, and --pairs names other pairs; leave one out")
+    if args.kind != "both" and args.write_examples is None:
+        raise ConfigError(f"--kind is {args.kind}, and goes with --write-examples; leave it out, or add that")
 
 
 def check_reason(args: argparse.Namespace, judge: Any) -> None:
@@ -94,11 +111,12 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
     """Return the pairs in the rows of a file.
 
     Raises:
-        DataError: a row lacks prompt, chosen or rejected.
+        DataError: there is no row, or a row has no prompt, chosen or rejected that is a text or a chat.
     """
     from alignlab.config.data import DataSettings
-    from alignlab.data.bad_row import BadRow
+    from alignlab.data.bad_row import BadRow, without_value
     from alignlab.data.chat.from_text import with_chats
+    from alignlab.data.messages import check_text
     from alignlab.data.notices import Notices
     from alignlab.data.rows import check_text_sizes, plain_row
     from alignlab.data.sources import load_rows
@@ -113,14 +131,16 @@ def load_pairs(args: argparse.Namespace) -> list[KnownPair]:
             plain = plain_row(raw_row)
             check_text_sizes(plain, "prompt")
             row = with_chats(plain, "prompt", notices.of_row(index))
+            for name in ("prompt", "chosen", "rejected"):
+                if row.get(name) is None:
+                    raise without_value(row, name)
+                row[name] = check_text(row[name], name)
         except BadRow as error:
             raise DataError(f"{args.pairs}: row {index} (the first is 0) {error}; correct it, or remove it") from error
-        missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
-        if missing:
-            place = f"{args.pairs}: row {index} (the first is 0)"
-            raise DataError(f"{place} has no {missing[0]}; add it, or leave the row out")
         chosen = message_text(row["chosen"])
         pairs.append(KnownPair(row["prompt"], chosen, message_text(row["rejected"]), reason_for(args, chosen)))
+    if not pairs:
+        raise DataError(f"{args.pairs} must have a pair to judge, and has no row; give another file")
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignlab.config.data import DataSettings
+from alignlab.data.arrow_limits import check_arrow_files
 from alignlab.data.files import READERS, Rows, file_kind, file_rows
 from alignlab.data.tasks import task_rows
 from alignlab.errors import ConfigError, DataError
@@ -81,7 +82,10 @@ def _saved_rows(path: str, settings: DataSettings) -> Rows:
     split, setting = settings.split, settings.setting("split")
 
     try:
+        check_arrow_files(Path(path))
         saved = load_from_disk(path)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path} must be a folder that datasets saved, and cannot be loaded: {error}") from error
     if not isinstance(saved, DatasetDict):

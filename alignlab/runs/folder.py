@@ -286,13 +286,23 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise if the path of a file is anything else, such as a pipe, which a reader would wait for without an end."""
+    """Raise if the path of a file is anything else, or a pipe is in the folder, which a reader would wait for.
+
+    Raises:
+        ConfigError: with the path.
+    """
     names = (STARTS_FILE, ENDS_FILE, SAVED_FILE, METRICS_FILE, LOCK_FILE)
     for path in (*(folder / name for name in names), *folder.glob("config*.yaml")):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(
                 f"{path} must be a file, and is a folder, a pipe or a link that leads to none; put the file back, or "
                 "choose another trainer.output_dir"
+            )
+    for place, _, files in os.walk(folder):
+        pipe = next((path for name in files if (path := Path(place, name)).is_fifo()), None)
+        if pipe is not None:
+            raise ConfigError(
+                f"{pipe} must be a file, and is a pipe, whose end may never come; put the file back, or remove the pipe"
             )
 
 

@@ -117,6 +117,10 @@ def test_held_out_questions_are_others(config: str) -> None:
         (["trainer.judge.answers=sampled", "--reason", "It is {answer}."], "goes with --write-examples"),
         (["trainer.judge.answers=sampled", "--write-examples", "x", "--reason", "So."], "must contain {answer}"),
         (["trainer.judge={backend: reward_model, name: x}", "--write-examples", "x"], "which is asked no question"),
+        (["--pairs", "p", "--held-out"], "--held-out is about the questions of a task, and --pairs names other pairs"),
+        (["--pairs", "p", "--num-wrong", "2"], "--num-wrong is about the questions of a task"),
+        (["--pairs", "p", "--answer-template", "{answer}"], "--answer-template is about the questions of a task"),
+        (["--kind", "ratings"], "--kind is ratings, and goes with --write-examples"),
         (["data={path: rows.jsonl}"], "without pairs to judge; give --pairs FILE"),
     ],
 )
@@ -150,7 +154,33 @@ def test_pairs_without_a_column_are_named(config: str, capsys: Any) -> None:
     path = Path(config).parent / "few.jsonl"
     path.write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps({"prompt": "q", "chosen": "a"}) + "\n")
     assert main(["judge", config, "--pairs", str(path)]) == 2
-    assert "row 1 (the first is 0) has no rejected" in capsys.readouterr().err
+    assert "row 1 (the first is 0) has no column 'rejected'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": 5, "rejected": "a"}, "has int in the column 'chosen'"),
+        ({"prompt": "q", "chosen": "a", "rejected": {"x": 1}}, "has dict in the column 'rejected'"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "has int in the column 'prompt'"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, "in the column 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejected": "  "}, "has an empty string in the column 'rejected'"),
+        ({"prompt": "q", "chosen": "\ud800", "rejected": "b"}, "in the column 'chosen'"),
+    ],
+)
+def test_pairs_that_are_no_texts_are_named(row: dict[str, Any], message: str, config: str, capsys: Any) -> None:
+    path = Path(config).parent / "odd.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert main(["judge", config, "--pairs", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "row 0 (the first is 0) has" in told and message in told
+
+
+def test_pairs_without_a_row_are_refused(config: str, capsys: Any) -> None:
+    path = Path(config).parent / "none.jsonl"
+    path.touch()
+    assert main(["judge", config, "--pairs", str(path)]) == 2
+    assert "must have a pair to judge, and has no row" in capsys.readouterr().err
 
 
 def test_what_is_measured(make_judge: Make) -> None:

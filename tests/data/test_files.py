@@ -19,10 +19,11 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.data import DataSettings, RenderSettings
-from alignlab.data import file_limits, files, packed_files
+from alignlab.data import arrow_limits, file_limits, files, packed_files
 from alignlab.data.bad_row import BadRow
 from alignlab.data.prompts import load_prompts, prompts_from_rows
 from alignlab.data.rendering import PromptRenderer
+from alignlab.data.sources import load_rows
 from alignlab.errors import ConfigError, DataError
 
 
@@ -278,3 +279,32 @@ def test_a_folder_of_several_saved_splits_is_read_by_its_split(
     with pytest.raises(DataError, match="cannot be loaded"):
         (tmp_path / "empty").mkdir()
         texts(tmp_path / "empty", plain_tokenizer)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_a_compressed_file_in_a_saved_folder_is_bounded_before_it_is_read(
+    compression: str, is_dictionary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DataSettings(path=str(tmp_path / "saved"))
+    Dataset.from_dict({"prompt": ["a" * 1000]}).save_to_disk(str(settings.path))
+    [path] = (tmp_path / "saved").glob("*.arrow")
+    with pyarrow.ipc.open_stream(path.read_bytes()) as stream:
+        schema = stream.schema
+
+    def save(rows: list[str]) -> None:
+        column = pyarrow.array(rows).dictionary_encode() if is_dictionary else pyarrow.array(rows)
+        table = pyarrow.table({"prompt": column})
+        kept = table.schema if is_dictionary else schema
+        with pyarrow.ipc.new_stream(path, kept, options=pyarrow.ipc.IpcWriteOptions(compression=compression)) as stream:
+            stream.write_table(table)
+
+    monkeypatch.setattr(arrow_limits, "unpacked_limit", lambda size, is_packed: 2**16)
+    save([str(number) * 100 for number in range(100)])
+    arrow_limits.check_arrow_files(tmp_path / "saved")
+    if not is_dictionary:
+        assert [row["prompt"] for row in load_rows(settings)][7] == "7" * 100
+    save(["a" * 2**16 + str(number) for number in range(2)])
+    assert path.stat().st_size < 2**14
+    with pytest.raises(DataError, match=r"\.arrow must unpack to at most 65536 bytes, .*save it without compression"):
+        load_rows(settings)

@@ -99,6 +99,16 @@ def test_a_pipe_a_folder_or_a_broken_link_in_place_of_a_file_is_refused(name: st
             file.rmdir()
 
 
+@pytest.mark.parametrize("name", ["identity.json", "labels/rank0.jsonl", "checkpoints/step-00000001/state.json"])
+def test_a_pipe_anywhere_in_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path, resume=False):
+        pass
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{name} must be a file, and is a pipe, whose end may never come"):
+        RunFolder(tmp_path, resume=True)
+
+
 def test_a_folder_that_cannot_be_created_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("mine")

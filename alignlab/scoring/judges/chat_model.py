@@ -39,7 +39,7 @@ def raise_if_down(answers: Sequence[object]) -> None:
     if down and len(down) == len(answers):
         raise JudgeError(
             f"the judge answered none of {len(answers)} questions, the first because: {down[0].message}; see that it "
-            "runs, and go on where it stopped (alignlab train --resume)"
+            "runs, and start again (a run goes on by alignlab train --resume)"
         )
 
 
