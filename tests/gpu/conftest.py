@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.functional import logprobs
-from alignlab.models import layers, layout, packed_attention
+from alignlab.models import flex_attention, layers, layout
 from alignlab.rollout.embedded import paged_attention, sampling, weights
 from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex
 from tests.gpu.pretended import PretendedGPU
@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[PretendedGPU]]:
     """A context in which the machine has a GPU."""
-    monkeypatch.setattr(packed_attention, "_compiled_flex", lambda *_: dense_flex)
+    monkeypatch.setattr(flex_attention, "_compiled_flex", lambda *_: dense_flex)
 
     @contextmanager
     def pretended() -> Iterator[PretendedGPU]:

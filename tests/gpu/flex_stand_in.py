@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignlab.models.packed_attention import flex_packed_attention
+from alignlab.models.flex_attention import flex_packed_attention
 from alignlab.types import Segments
 
 
