@@ -34,6 +34,7 @@ from alignlab.rollout.requests import (
     length_limits,
     sampling_of_prompts,
 )
+from alignlab.transfer import to_device
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -314,7 +315,7 @@ class EmbeddedEngine:
             return 0
         logits, rows = self._runner.logits(hidden), [rows.start for _, rows in outputs]
         if len(rows) > logits.shape[0]:  # forks sample from the logits of one prompt
-            logits = logits[rows]
+            logits = logits.index_select(0, *to_device([torch.tensor(rows)], logits.device))
         sequences = [sequence for sequence, _ in outputs]
         self._sampler.append_tokens(logits, sequences, self.policy_version)
         for sequence in sequences:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -97,7 +98,7 @@ class PagedCache:
         """Copy whole blocks, all at once: (source, target) of each copy."""
         tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
         tensors += [self.routing] if self.routing is not None else []
-        source, target = torch.tensor(pairs, device=tensors[0].device).unbind(1)
+        source, target = to_device([torch.tensor(pairs)], tensors[0].device)[0].unbind(1)
         for tensor in tensors:
             blocks = tensor.view(self.num_blocks, -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
