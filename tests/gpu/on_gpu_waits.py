@@ -12,6 +12,8 @@ import torch
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
+from alignlab.functional.reduction import moments
+from alignlab.functional.values import gae, token_rewards
 from alignlab.loop.learner import Learner
 from alignlab.models.adapters import add_lora
 from alignlab.models.hub.checkpoints import new_model
@@ -75,6 +77,21 @@ def test_a_forward_and_backward_pass_never_waits(
         loss = output.logprobs.sum() + output.entropy.sum()
         (loss if output.router_loss is None else loss + output.router_loss.sum()).backward()
         assert not mode.num_waits, mode.report()
+
+
+def test_advantages_never_wait_and_launch_a_few_operations_for_any_length(gpu: Callable[..., Any]) -> None:
+    length = 1024
+    with gpu() as mode:
+        mask = torch.ones(4 * length, dtype=torch.bool, device="cuda:0")
+        ids = torch.arange(4, device="cuda:0").repeat_interleave(length, output_size=4 * length)
+        x = torch.randn(4 * length, device="cuda:0")
+        where: dict[str, Any] = {"mask": mask, "sequence_ids": ids}
+        mode.reset()
+        rewards = token_rewards(x[:4], x, **where, kl_coef=0.1)
+        gae(rewards, x, **where, num_sequences=4, gamma=1.0, lam=0.95)
+        moments(x, mask)
+        assert not mode.num_waits, mode.report()
+        assert sum(mode.operations.values()) < 150
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
