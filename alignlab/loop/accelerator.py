@@ -7,7 +7,10 @@ run computes are refused here: a run must say in its config what it does.
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -40,12 +43,14 @@ def make_accelerator(rank_timeout_s: float) -> Accelerator:
         rank_timeout_s: limit on the wait for a rank that is alive and makes no progress.
 
     Raises:
-        ConfigError: the environment asks for what the config does not say, or there are more ranks than GPUs.
+        ConfigError: the environment asks for what the config does not say, there are more ranks than GPUs, or the GPU
+            or the machine lacks what the kernels need.
     """
     _check_environment()
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         _check_ranks(torch.cuda.device_count())
+        _check_kernels(torch.cuda.get_device_capability())
     # The limit of collectives comes after the watchdog's: the watchdog can name the rank that is lost.
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _COLLECTIVE_EXTRA_S))
     # Gradients are held once, in DDP's buckets; buffers are equal on all ranks, which compute them from the same sums.
@@ -81,6 +86,31 @@ def _check_ranks(num_gpus: int) -> None:
             f"this machine has {num_ranks} ranks, and needs a GPU for each, of which it shows {num_gpus}; start at "
             f"most {num_gpus} (bash launch/torchrun.sh {num_gpus} CONFIG), or set CUDA_VISIBLE_DEVICES= to train on "
             "the CPU"
+        )
+
+
+def _check_kernels(capability: tuple[int, int]) -> None:
+    """Raise if the attention kernels cannot be compiled or run here, before a model is loaded for them.
+
+    Args:
+        capability: of the GPU, such as (9, 0).
+    """
+    name = torch.cuda.get_device_name()
+    if capability < (8, 0):
+        raise ConfigError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and packed attention in bfloat16 needs "
+            "8.0 (A100 and later); use another GPU, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    if os.environ.get("CC") is None and not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
+        raise ConfigError(
+            "Triton, which compiles the GPU's kernels, needs a C compiler, and there is no cc, gcc or clang; install "
+            "one (Debian and Ubuntu: build-essential), or name it in CC"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise ConfigError(
+            f"Triton, which compiles the GPU's kernels, needs Python's headers, and there is no {header}; install them "
+            "(Debian and Ubuntu: python3-dev of this Python's version)"
         )
 
 

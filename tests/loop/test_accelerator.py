@@ -63,6 +63,28 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, envir
         make_accelerator(60)
 
 
+def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7\.5, .* needs 8\.0"):
+        accelerator._check_kernels((7, 5))
+
+
+def test_a_machine_without_a_compiler_or_headers_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(accelerator.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C compiler"):
+        accelerator._check_kernels((9, 0))
+    monkeypatch.setattr(accelerator.shutil, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(accelerator.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"needs Python's headers, and there is no .*Python\.h"):
+        accelerator._check_kernels((9, 0))
+    (tmp_path / "Python.h").touch()
+    accelerator._check_kernels((9, 0))
+
+
 def test_ranks_draw_different_random_numbers_once_the_model_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any]
 ) -> None:
