@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from alignlab.masked_tokens import MaskedTokens, remember
+from alignlab.transfer import to_device
+
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 FinishReason = Literal["stop", "length", "aborted"]
@@ -212,8 +215,8 @@ class Segments:
     @cached_property
     def segment_of_token(self) -> Int[Tensor, "N"]:
         """Index of each token's segment."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
+        index = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        return index.to(self.device)
 
     @cached_property
     def position_ids(self) -> Int[Tensor, "N"]:
@@ -235,7 +238,8 @@ class Segments:
     @cached_property
     def sequence_of_token(self) -> Int[Tensor, "N"]:
         """Sequence id of each token; -1 on a shared prompt."""
-        return torch.tensor(self.sequence_ids, device=self.device)[self.segment_of_token]
+        ids = torch.repeat_interleave(torch.tensor(self.sequence_ids), torch.tensor(self.lengths))
+        return ids.to(self.device)
 
     @cached_property
     def sequences(self) -> tuple[int, ...]:
@@ -247,10 +251,26 @@ class Segments:
         """Ids of the pairs here, ascending, where sequences 2 i and 2 i + 1 are the chosen and rejected of pair i."""
         return tuple(sorted({i // 2 for i in self.sequences}))
 
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """The tensors [N] above, by name."""
+        return {name: getattr(self, name) for name in _PER_TOKEN}
+
     def to(self, device: torch.device | str) -> Segments:
         """Return the same segments with their tensors on `device`."""
         device = torch.device(device)
-        return self if device == self.device else replace(self, device=device)
+        if device == self.device:
+            return self
+        return self.with_tensors(dict(zip(_PER_TOKEN, to_device(list(self.per_token.values()), device), strict=True)))
+
+    def with_tensors(self, per_token: Mapping[str, Tensor]) -> Segments:
+        """Return the same segments with the tensors of `per_token`, on their device."""
+        moved = replace(self, device=per_token[_PER_TOKEN[0]].device)
+        moved.__dict__.update(per_token)  # as if the properties had been asked
+        return moved
+
+
+_PER_TOKEN = ("segment_of_token", "position_ids", "predecessors", "sequence_of_token")
 
 
 @dataclass(frozen=True)
@@ -292,9 +312,27 @@ class Experience:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str) -> Experience:
-        """The same pack on `device`."""
-        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
+        """Return the same pack on `device`, moved there by one copy."""
+        device = torch.device(device)
+        held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        if self.segments.device == device and all(value.device == device for value in held.values()):
+            return self
+        parts: list[dict[str, Tensor]] = [held, self.segments.per_token, self._places(device)]
+        tensors = iter(to_device([tensor for part in parts for tensor in part.values()], device))
+        held, per_token, places = ({name: next(tensors) for name in part} for part in parts)
+        segments = self.segments if self.segments.device == device else self.segments.with_tensors(per_token)
+        moved = replace(self, segments=segments, **held)
+        if places:
+            remember(moved.completion_mask, MaskedTokens(**places))
+        return moved
+
+    def _places(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the places of the masked tokens, if they are found on the host for `device`, and can be predicted."""
+        if self.completion_mask.device.type != "cpu" or device.type == "cpu":
+            return {}
+        indices = self.completion_mask.nonzero()[:, 0]
+        predecessors = self.segments.predecessors[indices]
+        return {} if bool((predecessors < 0).any()) else {"indices": indices, "predecessors": predecessors}
 
 
 class RewardFunction(Protocol):

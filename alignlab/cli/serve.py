@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
             for address, device in zip(addresses, devices, strict=True)
         ]
         tell(f"starting {len(servers)} vLLM server{'s' if len(servers) > 1 else ''} (half a minute); Ctrl-C ends")
+        advice = training_advice(visible_gpus(), len(servers), settings.memory_frac)
+        if advice is not None:
+            tell(advice)
         keep_running(servers, tell)
     return 0
 
@@ -99,13 +103,39 @@ def chosen(settings: VLLMServerSettings, only: list[str] | None) -> list[str]:
     return only or list(settings.servers)
 
 
-def devices_of(count: int) -> list[str | None]:
-    """Return the GPU of each server, or None for each if there are fewer GPUs than servers."""
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves in view; none on a machine without one."""
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    return list(visible[:count]) if len(visible) >= count and torch.cuda.is_available() else [None] * count
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def devices_of(count: int) -> list[str | None]:
+    """Return the GPU of each server, or None for each if there are fewer GPUs than servers."""
+    visible = visible_gpus()
+    return list(visible[:count]) if len(visible) >= count else [None] * count
+
+
+def training_advice(gpus: Sequence[str], num_servers: int, memory_frac: float) -> str | None:
+    """Return where to train beside the servers, which take the first GPUs, as a training would; None without a GPU.
+
+    Args:
+        gpus: in view.
+        memory_frac: of a GPU's memory that a server takes.
+    """
+    if not gpus:
+        return None
+    free = gpus[num_servers:] if len(gpus) >= num_servers else []
+    if free:
+        ranks = f"bash launch/torchrun.sh {len(free)}" if len(free) > 1 else "alignlab train"
+        return f"train on the other GPUs: CUDA_VISIBLE_DEVICES={','.join(free)} {ranks} CONFIG"
+    return (
+        f"no GPU is left for a training, and a server takes {memory_frac:.0%} of its GPU's memory; name fewer servers, "
+        "or train on another machine, or give half of a GPU to each: trainer.rollout.memory_frac=0.45"
+    )
 
 
 def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) -> dict[str, Any]:

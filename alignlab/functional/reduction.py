@@ -113,8 +113,8 @@ def constant_weights(mask: Bool[Tensor, "N"], *, num_sequences: int, max_tokens:
 
 def moments(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, "3"]:
     """Return (count, sum, sum of squares) of the masked values in float64, to be added over packs and ranks."""
-    masked = x[mask].double()
-    return torch.stack([masked.new_tensor(float(len(masked))), masked.sum(), masked.square().sum()])
+    masked = torch.where(mask, x.double(), 0.0)
+    return torch.stack([mask.sum().double(), masked.sum(), masked.square().sum()])
 
 
 def mean_and_variance(totals: Float[Tensor, "3"]) -> tuple[float, float]:

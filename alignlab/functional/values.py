@@ -34,12 +34,12 @@ def token_rewards(
 
     Reference: Ziegler et al. (2019), arXiv:1909.08593, Eq. 2; Ouyang et al. (2022), arXiv:2203.02155, Eq. 2.
     """
-    index = torch.arange(len(mask), device=mask.device)
+    index = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
     last = torch.full((len(rewards),), -1, device=mask.device)
-    last = last.scatter_reduce(0, sequence_ids[mask].long(), index[mask], "amax")
-    has_token = last >= 0
+    last = last.scatter_reduce(0, sequence_ids.clamp(min=0).long(), index, "amax")
     priced = torch.where(mask, -kl_coef * at_least_float32(kl), 0.0)
-    return priced.index_add(0, last[has_token], at_least_float32(rewards)[has_token])
+    # Without a selection by a mask, for whose size a GPU would be waited for: sequences without a token add 0.
+    return priced.index_add(0, last.clamp(min=0), torch.where(last >= 0, at_least_float32(rewards), 0.0))
 
 
 def gae(
@@ -58,7 +58,8 @@ def gae(
         A[i]     = delta[i] + gamma * lam * A[i+1]        V and A are 0 after the last step
 
     i counts a sequence's masked tokens, so that both recursions are carried across the tokens between them. The
-    critic's targets are A + V, the TD(lambda) returns.
+    critic's targets are A + V, the TD(lambda) returns. The recursion is computed in log2(N) passes over all tokens,
+    each of which doubles how far a sum reaches.
 
     Args:
         rewards: of each step.
@@ -74,16 +75,26 @@ def gae(
 
     Reference: Schulman et al. (2016), arXiv:1506.02438, Eq. 16.
     """
-    steps, places = _steps(mask, sequence_ids)
-    length = int(places[1].max()) + 1 if len(steps) else 0
-    r, v = (at_least_float32(x).new_zeros(num_sequences, length + 1) for x in (rewards, values))
-    r[places], v[places] = at_least_float32(rewards)[steps], at_least_float32(values)[steps]
-    advantages, following = torch.zeros_like(r), r.new_zeros(num_sequences)
-    for i in reversed(range(length)):
-        # Past a sequence's end rewards and values are 0, and so is what is carried from there.
-        following = r[:, i] + gamma * v[:, i + 1] - v[:, i] + gamma * lam * following
-        advantages[:, i] = following
-    return torch.zeros_like(at_least_float32(rewards)).index_put((steps,), advantages[places])
+    ids = torch.where(mask, sequence_ids, num_sequences)  # the others are a last sequence, of zeros
+    order = ids.argsort(stable=True)
+    ids, r, v = (x[order] for x in (ids, *(torch.where(mask, at_least_float32(x), 0.0) for x in (rewards, values))))
+    deltas = r + gamma * _shifted(v, ids, 1) - v
+    return torch.empty_like(deltas).scatter(0, order, _discounted_sums(deltas, ids, gamma * lam))
+
+
+def _discounted_sums(x: Float[Tensor, "N"], ids: Int[Tensor, "N"], discount: float) -> Float[Tensor, "N"]:
+    """Sum over j >= i of discount^(j - i) x[j], within runs of equal ids."""
+    reach = 1
+    while reach < len(x):
+        x = x + discount**reach * _shifted(x, ids, reach)
+        reach *= 2
+    return x
+
+
+def _shifted(x: Float[Tensor, "N"], ids: Int[Tensor, "N"], distance: int) -> Float[Tensor, "N"]:
+    """x[i + distance], or 0 where that has another id; equal ids are consecutive."""
+    is_same = ids[distance:] == ids[:-distance]
+    return torch.nn.functional.pad(torch.where(is_same, x[distance:], 0.0), (0, distance))
 
 
 def value_loss(
@@ -137,15 +148,3 @@ def explained_variance(returns: Float[Tensor, "3"], errors: Float[Tensor, "3"]) 
     """
     _, variance = mean_and_variance(returns)
     return 1.0 - mean_and_variance(errors)[1] / variance if variance > 0 else 0.0
-
-
-def _steps(
-    mask: Bool[Tensor, "N"], sequence_ids: Int[Tensor, "N"]
-) -> tuple[Int[Tensor, "S"], tuple[Int[Tensor, "S"], Int[Tensor, "S"]]]:
-    """Indices of the masked tokens, sequence by sequence; of each its sequence, and its number in it."""
-    steps = mask.nonzero()[:, 0]
-    steps = steps[sequence_ids[steps].argsort(stable=True)]
-    sequences = sequence_ids[steps].long()
-    counts = torch.bincount(sequences) if len(steps) else sequences
-    first = counts.cumsum(0) - counts
-    return steps, (sequences, torch.arange(len(steps), device=mask.device) - first[sequences])

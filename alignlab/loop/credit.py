@@ -49,12 +49,15 @@ def whiten(
         minibatches: this rank's packs, with advantages.
         reduce_sum: adds a tensor over ranks.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    for pack in (pack for packs in minibatches for pack in packs):
-        assert pack.advantages is not None
-        totals = totals + moments(pack.advantages, pack.completion_mask).cpu()
+    on_this_rank = [_moments(pack) for packs in minibatches for pack in packs]
+    totals = torch.stack(on_this_rank).sum(dim=0) if on_this_rank else torch.zeros(3, dtype=torch.float64)
     mean, variance = mean_and_variance(reduce_sum(totals))
     return [[_whitened(pack, mean, variance) for pack in packs] for packs in minibatches]
+
+
+def _moments(pack: Experience) -> Tensor:
+    assert pack.advantages is not None
+    return moments(pack.advantages, pack.completion_mask)
 
 
 def _whitened(pack: Experience, mean: float, variance: float) -> Experience:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import numbers
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
-from alignlab.loop.rank_watchdog import watch_ranks
 from alignlab.models.adapter_rules import check_trainable
 from alignlab.models.adapters import add_lora
 from alignlab.models.empty import put_on
@@ -28,30 +25,6 @@ logger = logging.getLogger(__name__)
 Model = str | Path | PreTrainedModel | PeftModel
 Reward = str | RewardSettings | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 Rewards = Reward | Sequence[Reward]
-_COLLECTIVE_EXTRA_S = 120.0
-
-
-def make_accelerator(rank_timeout_s: float) -> Accelerator:
-    """Return the ranks and the device of this process: a GPU where there is one, else the CPU. Several ranks are
-    watched from here on; see `rank_watchdog`.
-
-    Args:
-        rank_timeout_s: limit on the wait for a rank that is alive and makes no progress.
-    """
-    # The limit of collectives comes after the watchdog's: the watchdog can name the rank that is lost.
-    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _COLLECTIVE_EXTRA_S))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
-    watch_ranks(accelerator.process_index, accelerator.num_processes, rank_timeout_s)
-    return accelerator
-
-
-def make_rank_group() -> torch.distributed.ProcessGroup | None:
-    """Return a second process group of all ranks, for the collectives of another thread than training's; None for a
-    single rank."""
-    if not torch.distributed.is_initialized():
-        return None
-    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo")
-    return group
 
 
 def check_shares(name: str, count: int, ranks: int, num_minibatches: int = 1) -> None:

@@ -26,6 +26,7 @@ from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, toke
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import make_strategy
+from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
 from alignlab.models.dropout import switch_off_dropout
@@ -229,6 +230,9 @@ class Learner:
         self.module.train()
         packs = [pack.to(self.device) for pack in packs]
         totals = count_step(packs, self.ranks.sum)
+        for pack, count in zip(packs, totals.pack_tokens, strict=True):
+            if not is_known(pack.completion_mask):
+                remember_count(pack.completion_mask, pack.segments.predecessors, count)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i, pack in enumerate(self._paced(packs)):
             with self.strategy.pack_context(is_last=i == len(packs) - 1):
@@ -244,14 +248,15 @@ class Learner:
             for name, values in metrics.items():
                 sums[name] += (values.detach() * metric_weights(pack, totals)).sum()
         # Last exchange before the weights change: from here on no other rank can make this update fail.
-        measured = {} if totals.is_empty else self._summed(sums)
-        return self._step(packs, totals) | measured
+        counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
+        summed = {} if totals.is_empty else self._summed(sums)
+        measured = _numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
+        return self._step(packs, totals, counts) | measured
 
-    def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the metrics over all ranks."""
+    def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all ranks, by name."""
         names = sorted(sums)
-        values = self.ranks.sum(torch.stack([sums[name] for name in names])).tolist()
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, self.ranks.sum(torch.stack([sums[name] for name in names])), strict=True))
 
     def _paced(self, packs: Sequence[Experience]) -> Iterator[Experience]:
         """Yield the packs, setting the number of threads to the free cores before each."""
@@ -260,10 +265,10 @@ class Learner:
                 follow_free_cores()
             yield pack
 
-    def _step(self, packs: Sequence[Experience], totals: StepTotals) -> dict[str, float]:
+    def _step(self, packs: Sequence[Experience], totals: StepTotals, counts: Tensor | None) -> dict[str, float]:
+        """Change the weights and the routers by the step's gradients and expert counts [L, E]."""
         grad_norm = self.strategy.clip(self.trained.values(), self.config.optim.max_grad_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
-        counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
         if not totals.is_empty and not math.isfinite(grad_norm):
             self._nonfinite(packs)
         self.num_changes += 1  # counted before the change: after a failure in the middle the weights belong to no step
@@ -278,7 +283,9 @@ class Learner:
             metrics["empty_updates"] = float(self.num_empty)
         if self.config.optim.on_nonfinite == "skip":
             metrics["skipped_updates"] = float(self.num_skipped)
-        return metrics if counts is None else metrics | self._finish_routers(counts)
+        if counts is not None:
+            self._finish_routers(counts)
+        return metrics
 
     def _nonfinite(self, packs: Sequence[Experience]) -> None:
         self.num_skipped += 1
@@ -296,17 +303,31 @@ class Learner:
             "optim.on_nonfinite: skip"
         )
 
-    def _finish_routers(self, counts: Tensor) -> dict[str, float]:
+    def _finish_routers(self, counts: Tensor) -> None:
         take_loads(self.module.model, counts)
         if not self.has_adapters:  # a router's bias belongs to the base model, which an adapter does not change
             move_biases(self.module.model, counts)
-        load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean_load = load.mean(dim=0)
-        return {
-            "expert_load_min": float(load.min()) * load.shape[-1],
-            "expert_load_max": float(load.max()) * load.shape[-1],
-            **{f"expert_load/{i}": float(value) for i, value in enumerate(mean_load)},
-        }
+
+
+def expert_load_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Return the extremes of the experts' use over all layers, 1 being equal use, and each expert's mean part.
+
+    Args:
+        counts: [L, E], of all ranks.
+    """
+    load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+    num_experts = load.shape[-1]
+    return {
+        "expert_load_min": load.min() * num_experts,
+        "expert_load_max": load.max() * num_experts,
+        **{f"expert_load/{i}": value for i, value in enumerate(load.mean(dim=0).unbind())},
+    }
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return scalars on the device as numbers, for which the host waits once."""
+    values = torch.stack(list(tensors.values())).tolist() if tensors else []
+    return dict(zip(tensors, values, strict=True))
 
 
 def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -25,12 +25,14 @@ class StepTotals:
         num_sequences: sequences with at least one trained token, over all ranks.
         sequence_tokens: [B] trained tokens of each of this rank's sequences.
         is_empty: no token is trained, on any rank; the numbers are 1 then, so that means are 0.
+        pack_tokens: trained tokens of each of this rank's packs.
     """
 
     num_tokens: int
     num_sequences: int
     sequence_tokens: Tensor
     is_empty: bool = False
+    pack_tokens: tuple[int, ...] = ()
 
 
 def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tensor]) -> StepTotals:
@@ -46,8 +48,12 @@ def count_step(packs: Sequence[Experience], reduce_sum: Callable[[Tensor], Tenso
         counts += sequence_sum(pack.completion_mask.float(), pack.segments.sequence_of_token, num_sequences=num_local)
     sequence_tokens = counts.long()
     totals = reduce_sum(torch.stack([sequence_tokens.sum(), (sequence_tokens > 0).sum()]))
-    num_tokens, num_sequences = totals.tolist()
-    return StepTotals(max(1, num_tokens), max(1, num_sequences), sequence_tokens, is_empty=num_tokens == 0)
+    of_packs = [pack.completion_mask.sum() for pack in packs]
+    num_tokens, num_sequences, *pack_tokens = torch.stack([*totals, *of_packs]).tolist()  # the host waits here alone
+    return StepTotals(
+        max(1, num_tokens), max(1, num_sequences), sequence_tokens, is_empty=num_tokens == 0,
+        pack_tokens=tuple(pack_tokens),
+    )
 
 
 LossWeights = Callable[[Experience, StepTotals], Tensor]

@@ -19,9 +19,10 @@ from alignlab.data.sampler import IndexSampler
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import DataError
 from alignlab.evaluation.results import Evaluation
+from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.arguments import NamedArguments, check_callbacks, check_config
 from alignlab.loop.given_data import GivenData, given_data, given_held_out
-from alignlab.loop.inputs import Model, check_shares, make_accelerator, resolve_model
+from alignlab.loop.inputs import Model, check_shares, resolve_model
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.training_loop import Callback, TrainingLoop

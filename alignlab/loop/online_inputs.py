@@ -16,13 +16,13 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import max_staleness
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig
+from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.given_data import DatasetLike, GivenData, given_held_out, given_prompts, resolve_prompts
 from alignlab.loop.held_out import HeldOutProblems, held_out_problems
 from alignlab.loop.inputs import (
     Model,
     Reward,
     check_shares,
-    make_accelerator,
     resolve_model,
     resolve_rewards,
 )

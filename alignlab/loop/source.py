@@ -13,8 +13,8 @@ from alignlab.config.rollout import max_staleness
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.dataset import digest_of
 from alignlab.data.sampler import IndexSampler
+from alignlab.loop.accelerator import make_rank_group
 from alignlab.loop.algorithm import Algorithm
-from alignlab.loop.inputs import make_rank_group
 from alignlab.loop.prefetch import RefillVotes, RolloutBatch, RolloutPrefetcher, check_age
 from alignlab.loop.reward_checks import failures_of_rank, failures_of_ranks, stop_broken_rewards
 from alignlab.rollout.engine import RolloutEngine

@@ -17,6 +17,7 @@ from alignlab.data.vocabulary import num_token_ids
 from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_divergence, chunked_divergence
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.loop.teacher import check_same_tokens, check_width, readable_tokens
+from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, num_embeddings, output_head
 from alignlab.models.policy import PackedModel, Policy, at_masked, policy_output
 from alignlab.types import Experience, Segments
@@ -84,11 +85,11 @@ class Student(PackedModel):
         head = Head(*output_head(self.model))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.comparison.labels):
             logprobs, entropy = chunked_logprobs(
-                hidden, head.weight, tokens[mask], bias=head.bias, temperature=temperature, softcap=head.softcap,
-                chunk_tokens=self.chunk_tokens,
+                hidden, head.weight, tokens[masked_tokens(mask, segments.predecessors).indices], bias=head.bias,
+                temperature=temperature, softcap=head.softcap, chunk_tokens=self.chunk_tokens,
             )
-        of_tokens = policy_output(logprobs, entropy, mask, record)
-        divergence = at_masked(self._divergence(hidden, head, teacher_signal), mask)
+        of_tokens = policy_output(logprobs, entropy, segments, mask, record)
+        divergence = at_masked(self._divergence(hidden, head, teacher_signal), segments, mask)
         return StudentOutput(
             of_tokens.logprobs, of_tokens.entropy, of_tokens.router_loss, of_tokens.routing, divergence
         )

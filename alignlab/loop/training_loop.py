@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from alignlab.config.trainers import TrainerConfig
@@ -70,6 +71,8 @@ class TrainingLoop(ABC):
     ) -> None:
         self.config, self.learner, self.tokenizer = config, learner, tokenizer
         self.ranks: Ranks = learner.ranks
+        if not self.is_main:  # the model is made alike on all ranks; from here on each drops its own units
+            torch.manual_seed(config.seed + self.ranks.index)
         self.callbacks = tuple(callbacks)
         self.identity = RunIdentity(config, learner.model)
         self.run = RunDescription(

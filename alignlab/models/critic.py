@@ -73,7 +73,7 @@ class Critic(PackedModel):
         """
         nothing = torch.zeros_like(mask)  # routers count what the policy chooses in training
         hidden, _ = self.predicting_states(tokens, segments, mask, routing=routing, counted=nothing)
-        return CriticOutput(at_masked(linear(hidden.float(), self.weight, self.bias)[:, 0], mask))
+        return CriticOutput(at_masked(linear(hidden.float(), self.weight, self.bias)[:, 0], segments, mask))
 
 
 def make_critic(model: nn.Module, settings: CriticSettings) -> Critic:

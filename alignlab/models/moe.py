@@ -75,9 +75,10 @@ class Experts(nn.Module):
         """
         low_rank = low_rank or {}
         copies = topk_ids.shape[1]
-        order = topk_ids.flatten().argsort(stable=True)
+        sorted_ids, order = topk_ids.flatten().sort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = torch.bincount(topk_ids.flatten(), minlength=self.num_experts).cumsum(0, dtype=torch.int32)
+        experts = torch.arange(self.num_experts, device=order.device)
+        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for the device
         rows = _Regroup.apply(hidden, order, inverse, copies)
         gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
         rows = _grouped(F.silu(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))

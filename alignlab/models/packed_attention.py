@@ -6,15 +6,15 @@ Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size; b
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from alignlab.models.attention_plan import Block, attention_blocks
+from alignlab.models.flex_attention import flex_packed_attention
 from alignlab.types import Segments
 
 
@@ -35,14 +35,13 @@ def packed_attention(
         [1,N,H,D]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
     """
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
-    if query.device.type == "cuda":
-        return flex_packed_attention(
-            query, key, value, segments,
-            scaling=scaling, sliding_window=sliding_window, softcap=softcap, flex=_compiled_flex(),
-        )
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if device == "cuda":
+        return flex_packed_attention(
+            query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        )
     return _BlockAttention.apply(query, key, value, attention_blocks(segments, sliding_window), scaling, softcap)
 
 
@@ -184,47 +183,3 @@ def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor
         peak, mass = new_peak, mass * factor + old_mass * old_factor
     for old, value in zip(state, (output, peak, mass), strict=True):
         old.index_copy_(1, index, value)
-
-
-def flex_packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-    *, scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor],
-) -> Tensor:
-    """Return what `packed_attention` returns, by FlexAttention; its block mask is cached on `segments` by window."""
-    masks: dict[int | None, BlockMask] = segments.__dict__.setdefault("_flex_masks", {})
-    if sliding_window not in masks:
-        count = segments.num_tokens
-        rule = visibility(segments, sliding_window)
-        masks[sliding_window] = create_block_mask(rule, None, None, count, count, device=query.device)
-    out = flex(
-        query, key, value, score_mod=None if softcap is None else soft_capped(softcap),
-        block_mask=masks[sliding_window], scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
-
-
-def visibility(segments: Segments, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return FlexAttention's `mask_mod`: True where token q sees token k."""
-    segment, positions = segments.segment_of_token, segments.position_ids
-    prefix = torch.tensor(segments.prefixes, device=segment.device)[segment]
-
-    def rule(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        visible = ((segment[q] == segment[k]) & (q >= k)) | (prefix[q] == segment[k])
-        return visible if window is None else visible & (positions[q] - positions[k] < window)
-
-    return rule
-
-
-@cache
-def soft_capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return FlexAttention's `score_mod`: cap * tanh(score / cap)."""
-
-    def rule(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return rule

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from alignlab.errors import ConfigError, DataError
+from alignlab.errors import ConfigError
 from alignlab.functional.logprobs import chunked_logprobs
+from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
@@ -96,9 +97,7 @@ class PackedModel(nn.Module):
         Raises:
             DataError: a masked token has no predecessor.
         """
-        predecessors = segments.predecessors[mask.nonzero()[:, 0]]
-        if bool((predecessors < 0).any()):
-            raise DataError("the mask holds a sequence's first token, which nothing predicts; leave it out of the mask")
+        predecessors = masked_tokens(mask, segments.predecessors).predecessors
         hidden, record = self.states(tokens, segments, counted=mask if counted is None else counted, routing=routing)
         return hidden[predecessors], record
 
@@ -139,16 +138,16 @@ class Policy(PackedModel):
         hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
         weight, bias, softcap = output_head(self.model)
         logprobs, entropy = chunked_logprobs(
-            hidden, weight[: self.num_ids], tokens[mask],
+            hidden, weight[: self.num_ids], tokens[masked_tokens(mask, segments.predecessors).indices],
             bias=None if bias is None else bias[: self.num_ids], temperature=temperature, softcap=softcap,
             chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
         )
-        return policy_output(logprobs, entropy, mask, record)
+        return policy_output(logprobs, entropy, segments, mask, record)
 
 
-def at_masked(values: Tensor, mask: Tensor) -> Tensor:
+def at_masked(values: Tensor, segments: Segments, mask: Tensor) -> Tensor:
     """Return values [M] of the masked tokens at their places in [N], and 0 elsewhere."""
-    return values.new_zeros(len(mask)).index_put((mask.nonzero()[:, 0],), values)
+    return values.new_zeros(len(mask)).index_put((masked_tokens(mask, segments.predecessors).indices,), values)
 
 
 def masked_router_loss(record: RoutingRecord | None, mask: Tensor) -> Tensor | None:
@@ -157,16 +156,19 @@ def masked_router_loss(record: RoutingRecord | None, mask: Tensor) -> Tensor | N
     return None if loss is None else loss * mask
 
 
-def policy_output(logprobs: Tensor, entropy: Tensor, mask: Tensor, record: RoutingRecord | None) -> PolicyOutput:
+def policy_output(
+    logprobs: Tensor, entropy: Tensor, segments: Segments, mask: Tensor, record: RoutingRecord | None
+) -> PolicyOutput:
     """Return a policy's output from log-probs and entropy [M] of the masked tokens.
 
     Args:
+        segments: of the pack.
         mask: [N] bool.
         record: of the forward pass.
     """
     return PolicyOutput(
-        at_masked(logprobs, mask),
-        at_masked(entropy, mask),
+        at_masked(logprobs, segments, mask),
+        at_masked(entropy, segments, mask),
         masked_router_loss(record, mask),
         None if record is None else record.stacked_choices(),
         None if record is None else record.disagreement(),

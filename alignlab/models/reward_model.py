@@ -20,6 +20,7 @@ from alignlab.models.adapters import has_adapters, in_role
 from alignlab.models.decoder import causal_lm
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.policy import PackedModel, masked_router_loss
+from alignlab.transfer import to_device
 from alignlab.types import Experience, Segments
 
 
@@ -115,4 +116,4 @@ def last_tokens(segments: Segments) -> Tensor:
     """Return the index of each sequence's last token, in the order of the segments."""
     rows = zip(segments.starts, segments.lengths, segments.sequence_ids, strict=True)
     ends = [start + length - 1 for start, length, sequence in rows if sequence >= 0]
-    return torch.tensor(ends, dtype=torch.long, device=segments.device)
+    return to_device([torch.tensor(ends, dtype=torch.long)], segments.device)[0]

@@ -57,8 +57,12 @@ class Router(Protocol):
         """Return the weighted router losses of each token, [N]; None where the config weighs none."""
         ...
 
-    def count(self, choices: Tensor) -> None:
-        """Add choices to those of this optimizer step."""
+    def count(self, choices: Tensor, counted: Tensor | None = None) -> None:
+        """Add choices [N, K] to those of this optimizer step.
+
+        Args:
+            counted: [N] bool, tokens whose choices count; None counts all.
+        """
         ...
 
     def counts(self) -> Tensor:
@@ -155,9 +159,12 @@ class TopKRouter(nn.Module, ABC):
         """Return scores [N, E] that sum to 1, for the balance loss."""
 
     @torch.no_grad()
-    def count(self, choices: Tensor) -> None:
-        counts = torch.bincount(choices.flatten(), minlength=self.config.num_experts)
-        self._counts = counts if self._counts is None else self._counts + counts
+    def count(self, choices: Tensor, counted: Tensor | None = None) -> None:
+        ones = torch.ones_like(choices) if counted is None else counted[:, None].expand_as(choices).to(choices.dtype)
+        if self._counts is None:
+            self._counts = torch.zeros_like(self.expert_load, dtype=torch.int64)
+        # A sum, because a selection of the counted choices would make the host wait for their number.
+        self._counts = self._counts.scatter_add(0, choices.flatten(), ones.flatten())
 
     def counts(self) -> Tensor:
         return torch.zeros_like(self.expert_load, dtype=torch.int64) if self._counts is None else self._counts

@@ -57,7 +57,7 @@ class RoutingRecord:
         if losses is not None:
             self.losses[layer] = losses
         if self.counting:
-            router.count(choices if self.counted is None else choices[self.counted])
+            router.count(choices, self.counted)
         return choices
 
     def stacked_choices(self) -> Tensor:

@@ -15,11 +15,12 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from alignlab.data.packing import pack_rollouts
 from alignlab.errors import RolloutError
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.fingerprints import tensor_digest
 from alignlab.models.policy import Policy
-from alignlab.types import Rollout, Segments
+from alignlab.types import Rollout
 
 GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest allowed difference of a canary token's log-prob from the trainer's, nats, by dtype. Measured: correct weights
@@ -80,18 +81,20 @@ def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def trainer_logprobs(model: nn.Module, rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """Return the log-probs [tokens] of each completion, in order, by the trainer's forward pass at temperature 1."""
-    rows = [(list(r.prompt.token_ids), list(c.token_ids)) for r in rollouts for c in r.completions]
-    lengths = tuple(len(prompt) + len(completion) for prompt, completion in rows)
-    device = next(model.parameters()).device
-    tokens = torch.tensor([token for prompt, completion in rows for token in (*prompt, *completion)], device=device)
-    mask = torch.cat([torch.arange(len(p) + len(c)) >= len(p) for p, c in rows]).to(device)
-    index = tuple(range(len(rows)))
-    segments = Segments(lengths, (-1,) * len(rows), index, index, device)
+    """Return the log-probs [tokens] of each completion, in order, by the trainer's forward pass at temperature 1.
+
+    A mixture takes the experts that the engine recorded: another rounding makes it choose others, and then its
+    log-probs differ by nats, whatever the weights.
+    """
+    num_tokens = sum(len(r.prompt.token_ids) + len(c.token_ids) for r in rollouts for c in r.completions)
+    [pack] = pack_rollouts(rollouts, budget=num_tokens, share_prefix=False)
+    pack = pack.to(next(model.parameters()).device)
     policy = Policy(model)
     with evaluation_mode(policy.modules()):
-        logprobs = policy(tokens, segments, mask).logprobs
-    return [row[len(prompt) :].cpu() for row, (prompt, _) in zip(logprobs.split(lengths), rows, strict=True)]
+        logprobs = policy(pack.tokens, pack.segments, pack.completion_mask, routing=pack.routing).logprobs.cpu()
+    lengths = [len(c.token_ids) for r in rollouts for c in r.completions]
+    of_sequences = logprobs.split(pack.segments.lengths)
+    return [values[len(values) - length :] for values, length in zip(of_sequences, lengths, strict=True)]
 
 
 def canary_gap(model: nn.Module, rollouts: Sequence[Rollout]) -> CanaryGap:

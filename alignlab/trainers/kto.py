@@ -25,6 +25,7 @@ from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
 from alignlab.loop.reference import ExampleReference
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.pairs import ROUNDING
+from alignlab.transfer import to_device
 from alignlab.types import Experience
 
 _KINDS = ("desirable", "undesirable")
@@ -90,7 +91,7 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
     def loss(self, output: PolicyOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss [S] of each completion, and metrics [S]."""
         assert pack.desirable is not None
-        index = torch.tensor(pack.segments.sequences, device=pack.tokens.device)
+        [index] = to_device([torch.tensor(pack.segments.sequences)], pack.tokens.device)
         ratios = log_ratios(output.logprobs, pack, len(pack.desirable))[index]
         desirable = pack.desirable[index]
         rewards, point = self.config.beta * ratios, self.reference_point

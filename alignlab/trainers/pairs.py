@@ -17,6 +17,7 @@ from alignlab.data.preferences import Preference
 from alignlab.functional import preference_losses as losses
 from alignlab.functional.reduction import sequence_sum
 from alignlab.models.policy import PolicyOutput
+from alignlab.transfer import to_device
 from alignlab.types import Experience
 
 _OF_MEANS = ("ipo_mean", "simpo", "orpo")
@@ -62,7 +63,7 @@ def with_labels(packs: Sequence[Experience], pairs: Sequence[Preference]) -> lis
 
 def pair_index(pack: Experience) -> Tensor:
     """Return the ids [P] of the pairs in a pack."""
-    return torch.tensor(pack.segments.pairs, dtype=torch.long, device=pack.tokens.device)
+    return to_device([torch.tensor(pack.segments.pairs, dtype=torch.long)], pack.tokens.device)[0]
 
 
 def pairs_of(logprobs: Tensor, pack: Experience) -> Pairs:

@@ -4,6 +4,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -114,3 +115,17 @@ def test_quickstart_keeps_earlier_results(clone):
 def test_quickstart_leaves_the_folder_to_a_user_who_names_one(clone):
     leave(clone / "runs/grpo_smollm2_cpu", "report.json")
     assert quickstart(clone, "trainer.output_dir=x") == "trainer.output_dir=x"
+
+
+def test_a_machine_with_a_gpu_and_no_compiler_is_told_before_anything_is_installed(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "flock", "mkdir", "paste", "rm", "sed", "sort", "cat"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "nvidia-smi").write_text("#!/bin/bash\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    environment = {"PATH": str(tools), "ALIGNLAB_VENV": str(tmp_path / "venv"), "CC": ""}
+    done = bash(str(ROOT / "launch" / "setup_env.sh"), "dev", **environment)
+    assert done.returncode == 1 and "no C compiler; install one (build-essential), or set CC" in done.stderr

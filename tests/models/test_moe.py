@@ -306,8 +306,9 @@ class EvenRouter(torch.nn.Module):
     def losses(self, scores: RouterScores) -> None:
         return None
 
-    def count(self, choices: Tensor) -> None:
-        self.total += torch.bincount(choices.flatten(), minlength=self.num_experts)
+    def count(self, choices: Tensor, counted: Tensor | None = None) -> None:
+        counted_choices = choices if counted is None else choices[counted]
+        self.total += torch.bincount(counted_choices.flatten(), minlength=self.num_experts)
 
     def counts(self) -> Tensor:
         return self.total

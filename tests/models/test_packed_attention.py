@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.models import attention_plan
 from alignlab.models.attention_plan import attention_blocks
-from alignlab.models.packed_attention import flex_packed_attention, packed_attention, visibility
+from alignlab.models.packed_attention import packed_attention
 from alignlab.types import Segments
 from tests.models.conftest import make_segments, packs, sequences_of
 from tests.reference.attention import dense_attention, visible
@@ -125,23 +124,3 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_softmax_exact(pack):
         out.sum().backward()
     assert torch.equal(out, packed_attention(*rounded, pack, scaling=0.35))
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in x)
-
-
-@settings(max_examples=15, deadline=None)
-@given(packs(), WINDOWS)
-def test_flex_rule_is_the_mask(groups, window):
-    segments = make_segments(groups)
-    rule, index = visibility(segments, window), torch.arange(segments.num_tokens)
-    zero = torch.tensor(0)
-    assert torch.equal(rule(zero, zero, index[:, None], index[None, :]), visible(segments, window))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 1.5)])
-def test_flex_attention_equals_the_dense_mask(pack, window, softcap):
-    x = [t.detach() for t in inputs(pack, (4, 2), torch.float32)]
-    out = flex_packed_attention(
-        *x, pack, scaling=0.4, sliding_window=window, softcap=softcap, flex=flex_attention
-    )
-    twin = dense_attention(*x, pack, scaling=0.4, sliding_window=window, softcap=softcap)
-    torch.testing.assert_close(out.double(), twin, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,16 @@ def test_a_canary_of_the_same_weights_passes(llama: PreTrainedModel, rollouts: l
     gap = canary_gap(llama, rollouts)
     assert gap.num_tokens == sum(len(c.token_ids) for c in flat(rollouts)) and gap.mean <= gap.largest < 5e-5
     check_canary(gap, GATES[torch.float32])
+
+
+def test_a_canary_of_a_mixture_takes_the_experts_that_the_engine_recorded(
+    sparse: PreTrainedModel, make_engine: MakeEngine
+) -> None:
+    sampling = SamplingParams(n=2, max_new_tokens=5, ignore_eos=True, seed=1)
+    [rollout] = make_engine(sparse).generate(make_prompts(6), sampling)
+    assert canary_gap(sparse, [rollout]).largest < 5e-5
+    others = [replace(c, routing=torch.where(c.routing >= 0, (c.routing + 1) % 4, -1)) for c in rollout.completions]
+    assert canary_gap(sparse, [replace(rollout, completions=tuple(others))]).largest > 1e-3
 
 
 def test_a_canary_shows_one_wrong_layer(llama: PreTrainedModel, rollouts: list[Rollout]) -> None:

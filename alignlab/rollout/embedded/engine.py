@@ -34,6 +34,7 @@ from alignlab.rollout.requests import (
     length_limits,
     sampling_of_prompts,
 )
+from alignlab.transfer import to_device
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -232,16 +233,18 @@ class EmbeddedEngine:
                 f"{limit * size}; lower max_new_tokens or free memory"
             )
         needed = blocks_needed(sequences, size, self._settings.max_running, share=self._share)
-        num_blocks = max(min(needed, limit), self._blocks.num_blocks)
-        self._runner.cache.grow(num_blocks)  # first, because it may run out of memory
-        self._blocks.grow(num_blocks)
+        num_blocks = min(needed, limit)
+        if num_blocks > self._blocks.num_blocks:
+            self._runner.cache.resize(num_blocks)
+            self._blocks.reset()  # of published blocks too: their entries are gone
+            self._blocks.grow(num_blocks)
 
     def _block_limit(self) -> int:
         """Return the number of blocks that the settings, or half of the free memory, allow."""
         if self._settings.cache_tokens is not None:
             return self._blocks.blocks_for(self._settings.cache_tokens)
         device = self._runner.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
         return self._blocks.num_blocks + free // 2 // self._runner.block_bytes
 
     @contextmanager
@@ -289,7 +292,7 @@ class EmbeddedEngine:
 
     def _free_cache(self) -> None:
         self._blocks = BlockManager(0, self._settings.block_size)
-        self._runner.cache.free()
+        self._runner.cache.resize(0)
 
     def _compute(self, scheduler: Scheduler) -> tuple[list[tuple[TokenSequence, slice]], Tensor]:
         """Compute one step.
@@ -314,7 +317,7 @@ class EmbeddedEngine:
             return 0
         logits, rows = self._runner.logits(hidden), [rows.start for _, rows in outputs]
         if len(rows) > logits.shape[0]:  # forks sample from the logits of one prompt
-            logits = logits[rows]
+            logits = logits.index_select(0, *to_device([torch.tensor(rows)], logits.device))
         sequences = [sequence for sequence, _ in outputs]
         self._sampler.append_tokens(logits, sequences, self.policy_version)
         for sequence in sequences:
@@ -355,6 +358,12 @@ class EmbeddedEngine:
         end = self._completion(sequence, None).text[emitted:]
         if end:
             yield end
+
+
+def _free_of_gpu(device: torch.device) -> int:
+    """Return the bytes that can be allocated: what the GPU has free, and what torch holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _busy() -> RolloutError:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -48,20 +49,12 @@ class PagedCache:
         """Numbers in one block, over all layers."""
         return self.block_size * sum(math.prod(shape) for shapes in self._shapes.values() for shape in shapes.values())
 
-    def grow(self, num_blocks: int) -> None:
-        """Allocate up to `num_blocks` blocks in all; the cached entries stay."""
-        if num_blocks <= self.num_blocks:
-            return
-        layers = {
-            layer_idx: {name: self._enlarged(tensor, num_blocks) for name, tensor in tensors.items()}
-            for layer_idx, tensors in self.layers.items()
-        }
-        routing = None if self.routing is None else self._enlarged(self.routing, num_blocks)
-        self.num_blocks, self.layers, self.routing = num_blocks, layers, routing
+    def resize(self, num_blocks: int) -> None:
+        """Drop all entries, and have `num_blocks` blocks, which a layer allocates when it first writes.
 
-    def free(self) -> None:
-        """Free all memory; the cache has no blocks then."""
-        self.layers, self.routing, self.num_blocks = {}, None, 0
+        What is held is freed first: old and new blocks together may not fit in memory.
+        """
+        self.layers, self.routing, self.num_blocks = {}, None, num_blocks
 
     def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store a layer's entries of N tokens.
@@ -97,12 +90,7 @@ class PagedCache:
         """Copy whole blocks, all at once: (source, target) of each copy."""
         tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
         tensors += [self.routing] if self.routing is not None else []
-        source, target = torch.tensor(pairs, device=tensors[0].device).unbind(1)
+        source, target = to_device([torch.tensor(pairs)], tensors[0].device)[0].unbind(1)
         for tensor in tensors:
             blocks = tensor.view(self.num_blocks, -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
-
-    def _enlarged(self, tensor: Tensor, num_blocks: int) -> Tensor:
-        larger = tensor.new_zeros(num_blocks * self.block_size, *tensor.shape[1:])
-        larger[: tensor.shape[0]] = tensor
-        return larger

@@ -10,6 +10,7 @@ from torch import Tensor
 from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.sampling import SamplingTable, sample, token_logprobs
 from alignlab.rollout.embedded.sequence import TokenSequence
+from alignlab.transfer import to_device
 
 _ROWS = 256
 """Rows whose logits are computed together when given tokens are scored: those of a whole step may not fit in memory."""
@@ -36,10 +37,17 @@ class Sampler:
             params, keys = [s.request.sampling for s in sequences], [s.key for s in sequences]
             self._sequences = sequences
             self._table = SamplingTable.build(params, keys, vocab_size=logits.shape[1], device=device)
+        positions, penalised, banned = to_device(
+            [
+                torch.tensor([s.num_sampled for s in sequences]),
+                _pairs([s.penalised_ids for s in sequences]),
+                _pairs([s.banned_ids for s in sequences]),
+            ],
+            device,
+        )
         sampled = sample(
-            logits, self._table, torch.tensor([s.num_sampled for s in sequences], device=device),
-            penalised=_pairs([s.penalised_ids for s in sequences], device),
-            banned=_pairs([s.banned_ids for s in sequences], device),
+            logits, self._table, positions,
+            penalised=penalised if len(penalised) else None, banned=banned if len(banned) else None,
         )
         # float64 holds token ids exactly, so that one transfer brings all three to the host.
         packed = torch.stack([sampled.tokens.double(), sampled.logprobs.double(), sampled.raw_logprobs.double()])
@@ -65,7 +73,7 @@ def record_logprobs(
     for sequence, rows in outputs:
         start = len(sequence.raw_logprobs)
         token_ids += sequence.scored_ids[start : start + rows.stop - rows.start]
-    targets = torch.tensor(token_ids, device=hidden.device)
+    [targets] = to_device([torch.tensor(token_ids)], hidden.device)
     pieces = zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
     blocks = [token_logprobs(head(states), tokens) for states, tokens in pieces]
     logprobs = torch.cat(blocks).tolist()
@@ -83,7 +91,7 @@ def _require_number(logprob: float, sequence: TokenSequence) -> None:
         )
 
 
-def _pairs(tokens: Sequence[Collection[int]], device: torch.device) -> Tensor | None:
-    """Return (row, token) of every token of every row, [M,2] int64; None if there are none."""
+def _pairs(tokens: Sequence[Collection[int]]) -> Tensor:
+    """Return (row, token) of every token of every row, [M,2] int64."""
     pairs = [(row, token) for row, ids in enumerate(tokens) for token in ids]
-    return torch.tensor(pairs, device=device) if pairs else None
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

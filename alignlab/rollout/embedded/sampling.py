@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from alignlab.errors import RolloutError
+from alignlab.transfer import to_device
 from alignlab.types import SamplingParams
 
 _CHUNK = 256  # tokens of the vocabulary reduced together where a row is searched on two levels
@@ -137,11 +138,13 @@ class SamplingTable:
             (r.temperature, min(r.top_k or vocab_size, vocab_size), r.top_p, r.min_p, r.repetition_penalty)
             for r in rows
         ]
-        floats = torch.tensor(columns, dtype=torch.float32).T.contiguous().to(device)
+        floats, row_keys = to_device(
+            [torch.tensor(columns, dtype=torch.float32).T.contiguous(), torch.tensor(keys, dtype=torch.int64)], device
+        )
         greedy = floats[0] == 0
         sampled = [r for r in rows if r.temperature > 0]
         return cls(
-            keys=torch.tensor(keys, dtype=torch.int64).to(device), greedy=greedy,
+            keys=row_keys, greedy=greedy,
             temperature=torch.where(greedy, 1.0, floats[0]), top_k=floats[1], top_p=floats[2], min_p=floats[3],
             penalty=floats[4], any_greedy=len(sampled) < len(rows), all_greedy=not sampled,
             any_temperature=any(r.temperature != 1 for r in sampled),
@@ -207,7 +210,7 @@ def adjust_logits(
         adjusted = logits.float().index_put((rows, tokens), values)
     if banned is not None:
         adjusted = logits if adjusted is None else adjusted
-        floor = torch.tensor(-torch.inf, dtype=adjusted.dtype, device=logits.device)
+        floor = torch.full((), -torch.inf, dtype=adjusted.dtype, device=logits.device)
         adjusted = adjusted.index_put(banned.unbind(1), floor)
     return adjusted
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignlab.rollout.embedded.paged_attention import RowGroup
 from alignlab.rollout.embedded.scheduler import Work
+from alignlab.transfer import to_device
 
 _Ints = NDArray[np.int64]
 
@@ -66,7 +67,7 @@ class StepPlan:
             self.tokens, self.positions, self.slots, self.logit_tokens,
             *(array for array in chain(*optional) if array is not None),
         ]
-        tensors = iter(_transfer(arrays, device))
+        tensors = iter(to_device([torch.from_numpy(array) for array in arrays], device))
         tokens, positions, slots, logit_tokens = (next(tensors) for _ in range(4))
         groups = [
             RowGroup(
@@ -145,10 +146,3 @@ def _plan_group(counts: _Ints, starts: _Ints, table: _Ints, first: int, block_si
     return GroupPlan(
         first, first + int(counts.sum()), padding, unpadding, table[:, :width].ravel(), starts[:, None] + offsets
     )
-
-
-def _transfer(arrays: Sequence[_Ints], device: torch.device) -> list[Tensor]:
-    """Return all arrays on `device`, moved as one."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
-    pieces = flat.split([array.size for array in arrays])
-    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]

@@ -199,7 +199,8 @@ def _require_one_rank() -> None:
 def _trainers_random_state_kept() -> Iterator[None]:
     """Restore the global random generators afterwards: vLLM seeds them at its start, and draws from them."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):  # of all GPUs in view it would warn
         yield
     random.setstate(python)
     np.random.set_state(numpy)

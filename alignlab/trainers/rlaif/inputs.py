@@ -17,10 +17,11 @@ from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import OnlineConfig, RLAIFConfig
 from alignlab.data.dataset import digest_of
+from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.ending_check import check_stages
 from alignlab.loop.given_data import GivenData, resolve_prompts, sampled_settings
 from alignlab.loop.held_out import HeldOutProblems, held_out_problems
-from alignlab.loop.inputs import Model, make_accelerator, resolve_base
+from alignlab.loop.inputs import Model, resolve_base
 from alignlab.loop.preflight import with_room
 from alignlab.loop.run_identity import RunIdentity
 from alignlab.models.empty import put_on

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
 from alignlab.models.adapters import add_lora
+from alignlab.rollout.embedded import engine as engine_module
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.types import Prompt, SamplingParams
@@ -253,7 +256,7 @@ def test_running_out_of_memory_leaves_the_engine_whole(
     engine, sampling = make_engine(block_size=4), SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
     engine.generate(make_prompts(8), sampling)
     with monkeypatch.context() as patch:
-        patch.setattr(PagedCache, "_enlarged", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(PagedCache, "write", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             engine.generate(make_prompts(50), sampling)
     assert len(flat(engine.generate(make_prompts(50), sampling))[0].token_ids) == 8
@@ -280,6 +283,30 @@ def test_an_interrupted_engine_is_usable(make_engine: MakeEngine) -> None:
         engine.generate(prompts, sampling, on_step=interrupt)
     assert engine._blocks.num_free == engine._blocks.num_blocks
     assert [c.token_ids for c in flat(engine.generate(prompts, sampling))] == expected
+
+
+def test_a_cache_that_grows_frees_the_old_one_before_it_allocates(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(block_size=4)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
+    engine.generate(make_prompts(8), sampling)
+    old = weakref.ref(engine._runner.cache.layers[0]["key"])
+    write, alive = PagedCache.write, []
+
+    def watched_write(cache: PagedCache, *args: Any) -> Any:
+        alive.append(old() is not None)
+        return write(cache, *args)
+
+    monkeypatch.setattr(PagedCache, "write", watched_write)
+    engine.generate(make_prompts(50, 40, seed=1), sampling)
+    assert alive and not any(alive)
+
+
+def test_memory_that_torch_holds_without_using_it_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 7), ("memory_allocated", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert engine_module._free_of_gpu(torch.device("cuda", 0)) == 13
 
 
 def test_the_cache_grows_and_rest_frees_it(make_engine: MakeEngine) -> None:

@@ -61,7 +61,7 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[TokenSequence]) -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.grow(10)
+    cache.resize(10)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         (layer, index): [torch.randn(n, length, d, generator=generator) for n, d in ((HEADS, k), (kv, k), (kv, v))]
@@ -90,7 +90,7 @@ def first_slot(work: Work) -> int:
 
 def test_a_layer_that_keeps_a_latent_reads_all_earlier_latents(sequences: list[TokenSequence]) -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.grow(10)
+    cache.resize(10)
     latents = {id(s): torch.randn(len(s.token_ids), 5) for s in sequences}
     outputs: dict[int, list[Tensor]] = {id(s): [] for s in sequences}
     for works in steps_of(sequences):
@@ -119,23 +119,22 @@ def test_the_size_of_a_block_is_what_the_layers_declare() -> None:
     assert PagedCache(SPECS, BLOCK).block_numel == BLOCK * (2 * 16 + 22 + 4 * 16 + 5)
 
 
-def test_growing_and_copying_move_every_layer() -> None:
+def test_copying_moves_every_layer_and_resizing_drops_all_entries() -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.grow(2)
+    cache.resize(5)
     latent, slots = torch.randn(BLOCK, 5), torch.arange(BLOCK, 2 * BLOCK)
     cache.write(LATENT, slots, {"latent": latent})
     cache.write(0, slots, {"key": torch.ones(BLOCK, 2, 8), "value": torch.ones(BLOCK, 2, 8)})
-    cache.grow(5)
     cache.copy([(1, 4)])
     assert torch.equal(cache.layers[LATENT]["latent"].view(5, BLOCK, 5)[4], latent)
     assert cache.layers[0]["value"].view(5, -1)[4].eq(1).all()
-    cache.free()
-    assert (cache.num_blocks, cache.layers) == (0, {})
+    cache.resize(7)
+    assert (cache.num_blocks, cache.layers) == (7, {})
 
 
 def test_entries_of_another_shape_than_declared_are_our_mistake() -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.grow(1)
+    cache.resize(1)
     with pytest.raises(AssertionError, match=r"layer 3 keeps \{'latent': \(5,\)\}, not \{'latent': \(6,\)\}"):
         cache.write(LATENT, torch.arange(1), {"latent": torch.zeros(1, 6)})
 

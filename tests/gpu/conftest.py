@@ -1,0 +1,64 @@
+"""What the tests on a pretended GPU share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerBase
+
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.functional import logprobs
+from alignlab.models import flex_attention, layers, layout
+from alignlab.rollout.embedded import paged_attention, sampling, weights
+from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex
+from tests.gpu.pretended import PretendedGPU
+
+WHOLE = 1 << 40
+"""Logits in a block, so many that there is one block."""
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[PretendedGPU]]:
+    """A context in which the machine has a GPU."""
+    monkeypatch.setattr(flex_attention, "_compiled_flex", lambda *_: dense_flex)
+
+    @contextmanager
+    def pretended() -> Iterator[PretendedGPU]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            with PretendedGPU() as mode:
+                yield mode
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    return pretended
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[Any]]:
+    """A context on the CPU in which every choice by device is made as on a GPU, so that results are equal."""
+
+    @contextmanager
+    def plain() -> Iterator[None]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU takes
+            patch.setattr(layout, "packed_attention", as_on_a_gpu)
+            patch.setattr(layers.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
+            patch.setattr(paged_attention, "_MAX_BLOCK_DIAGONAL_HEADS", 0)
+            patch.setattr(weights, "_packing_helps", lambda model: False)
+            patch.setattr(logprobs, "CPU_BLOCK_LOGITS", WHOLE)
+            patch.setattr(sampling, "_BLOCK_ELEMENTS", WHOLE)
+            yield
+
+    return plain

@@ -1,0 +1,139 @@
+"""How often the host waits for the GPU: budgets, with the lines that wait in the message of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.rollout import RolloutSettings
+from alignlab.data.packing import pack_rollouts
+from alignlab.functional.reduction import moments
+from alignlab.functional.values import gae, token_rewards
+from alignlab.loop.learner import Learner
+from alignlab.models.adapters import add_lora
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.policy import Policy
+from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.types import Completion, Experience, Prompt, Rollout, SamplingParams
+from tests.gpu.pretended import CUDA, PretendedGPU
+from tests.trainers.conftest import DENSE, SPARSE
+from tests.trainers.tiny import CASES, make_case
+
+MIXTURE = SPARSE | {"mlp_layer_types": None, "router_aux_loss_coef": 0.01}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "plain": {}, "truncated": {"top_k": 20, "top_p": 0.9}, "greedy": {"temperature": 0.0},
+    "least length": {"min_new_tokens": 5}, "penalty": {"repetition_penalty": 1.1},
+}
+MAX_UPDATE_WAITS = 3
+"""Counts of the step and of each pack; metrics; the norm of the gradient, on which the step itself depends."""
+
+
+def make_model(tokenizer: Any, architecture: dict[str, Any], num_layers: int = 2) -> Any:
+    torch.manual_seed(0)
+    return new_model(
+        architecture | {"num_hidden_layers": num_layers}, vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def make_pack() -> Experience:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, 250, (count,), generator=generator).tolist())
+
+    rollouts = [
+        Rollout(Prompt(ids(5 + i), ""), tuple(Completion.of(ids(4 + j)) for j in range(4))) for i in range(3)
+    ]
+    [pack] = pack_rollouts(rollouts, budget=4096)
+    return pack
+
+
+def test_a_pack_reaches_the_device_in_one_transfer_without_a_wait(gpu: Callable[..., Any]) -> None:
+    with gpu() as mode:
+        pack = make_pack()
+        mode.reset()
+        moved = pack.to("cuda:0")
+        for tensor in (moved.tokens, moved.completion_mask, *moved.segments.per_token.values()):
+            assert tensor.device == CUDA
+        assert sum(mode.transfers.values()) == 1 and not mode.num_waits, mode.report()
+        assert moved.to("cuda:0") is moved
+
+
+@pytest.mark.parametrize("architecture", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_a_forward_and_backward_pass_never_waits(
+    architecture: dict[str, Any], gpu: Callable[..., Any], tokenizer: Any
+) -> None:
+    with gpu() as mode:
+        policy = Policy(make_model(tokenizer, architecture)).to("cuda:0").train()
+        pack = make_pack().to("cuda:0")
+        mode.reset()
+        output = policy(pack.tokens, pack.segments, pack.completion_mask)
+        loss = output.logprobs.sum() + output.entropy.sum()
+        (loss if output.router_loss is None else loss + output.router_loss.sum()).backward()
+        assert not mode.num_waits, mode.report()
+
+
+def test_advantages_never_wait_and_launch_a_few_operations_for_any_length(gpu: Callable[..., Any]) -> None:
+    length = 1024
+    with gpu() as mode:
+        mask = torch.ones(4 * length, dtype=torch.bool, device="cuda:0")
+        ids = torch.arange(4, device="cuda:0").repeat_interleave(length, output_size=4 * length)
+        x = torch.randn(4 * length, device="cuda:0")
+        where: dict[str, Any] = {"mask": mask, "sequence_ids": ids}
+        mode.reset()
+        rewards = token_rewards(x[:4], x, **where, kl_coef=0.1)
+        gae(rewards, x, **where, num_sequences=4, gamma=1.0, lam=0.95)
+        moments(x, mask)
+        assert not mode.num_waits, mode.report()
+        assert sum(mode.operations.values()) < 150
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
+@pytest.mark.parametrize("architecture", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_a_decoding_step_waits_once(
+    architecture: dict[str, Any], sampling: dict[str, Any], gpu: Callable[..., Any], tokenizer: Any
+) -> None:
+    """Once, for the tokens that it sampled; with 2 layers as with 3."""
+    for num_layers in (2, 3):
+        with gpu() as mode:
+            model = add_lora(make_model(tokenizer, architecture, num_layers), LoraSettings(rank=2)).to("cuda:0")
+            engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
+            prompts = [Prompt(tuple(range(1, 10 + i)), "") for i in range(3)]
+            reports: list[tuple[int, str]] = []
+
+            def count_step(tokens: int, done: int, mode: PretendedGPU = mode, into: Any = reports) -> None:
+                into.append((mode.num_waits, mode.report()))
+                mode.reset()
+
+            params = SamplingParams(**{"n": 2, "max_new_tokens": 5, "seed": 1, "ignore_eos": True} | sampling)
+            engine.generate(prompts, params, on_step=count_step)
+            for waits, report in reports[1:-1]:  # sequences start in the first step, and end in the last
+                assert waits == 1, report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_waits_three_times_at_most(
+    name: str, gpu: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    update = Learner.update
+    reports: list[tuple[int, str]] = []
+    with gpu() as mode:
+
+        def counted_update(self: Learner, *args: Any, **options: Any) -> dict[str, float]:
+            mode.reset()
+            metrics = update(self, *args, **options)
+            reports.append((mode.num_waits, mode.report()))
+            return metrics
+
+        monkeypatch.setattr(Learner, "update", counted_update)
+        make_case(name, tmp_path / "run", make_model(tokenizer, SPARSE), tokenizer, num_steps=2).train()
+    assert reports
+    for waits, report in reports:
+        assert waits <= MAX_UPDATE_WAITS, report

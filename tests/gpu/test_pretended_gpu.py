@@ -1,0 +1,30 @@
+"""Starts the tests on a pretended GPU, `on_gpu_*.py`, in a process of their own: its shim is loaded before torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.plugin import compiler
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler, for tests/gpu/device_guard.cpp"),
+]
+
+
+@pytest.mark.timeout(1000)
+def test_tests_on_a_pretended_gpu_pass() -> None:
+    paths = [str(path) for path in sorted(HERE.glob("on_gpu_*.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.plugin", "-q", "--no-header", *paths]
+    environment = os.environ | {"ALIGNLAB_PRETENDED_GPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=950, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
