@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_a_filesystem_without_locks_is_a_named_error(tmp_path: Path, monkeypatch
 def test_a_lock_file_that_a_dead_process_or_another_machine_left_stops_nobody(left: bytes, tmp_path: Path) -> None:
     (tmp_path / "made.lock").write_bytes(left)
     with one_at_a_time(tmp_path / "made", "makes it", longest_s=0.0):
-        pass
+        assert json.loads((tmp_path / "made.lock").read_bytes())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
