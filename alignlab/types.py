@@ -75,8 +75,8 @@ class SamplingParams:
         stop: strings that end a completion; the text is cut before them, the tokens are kept.
         stop_token_ids: tokens that end a completion, in addition to the model's end tokens.
         ignore_eos: continue to `max_new_tokens` even after an end token.
-        seed: the same seed gives the same completions, whatever else is in the batch; None draws a seed from torch's
-            global generator.
+        seed: the same seed gives the same completions, whatever else is in the batch (on a GPU, but for logits that a
+            batch of another size rounds differently); None draws a seed from torch's global generator.
     """
 
     n: int = 1

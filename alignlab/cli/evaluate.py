@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignlab.cli.candidates import Candidate, candidates_of
-from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
+from alignlab.cli.policy import (
+    add_policy_arguments,
+    add_sampling_arguments,
+    load_policy,
+    resolved_dtype,
+    sampling_settings,
+)
 from alignlab.errors import AlignlabError, ConfigError, DataError, RolloutError
 
 if TYPE_CHECKING:
@@ -140,9 +146,7 @@ def compare(plan: Plan, candidates: Sequence[Candidate], args: argparse.Namespac
 
     scorer = load_reward(plan.scorer)
     problems = same_problems(plan, candidates, scorer)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if any(candidate.adapted for candidate in candidates) else "float32"
+    dtype = resolved_dtype(args.dtype, adapted=any(candidate.adapted for candidate in candidates))
     measured: list[MeasuredPolicy] = []
     try:
         for number, candidate in enumerate(candidates, 1):

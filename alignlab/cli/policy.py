@@ -37,7 +37,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --adapter and --dtype."""
     parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter to put on the model")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 under an adapter, float32 without"
+        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 under an adapter or on a GPU, else float32"
     )
 
 
@@ -79,6 +79,16 @@ def put_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     return with_saved_adapter(model, adapter)
 
 
+def resolved_dtype(dtype: str, *, adapted: bool) -> str:
+    """Return the dtype that "auto" stands for: bfloat16 under an adapter, whose base is in it while it trains, and on
+    a GPU, where float32 takes twice the memory and no tensor cores; else float32."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if adapted or torch.cuda.is_available() else "float32"
+
+
 def load_policy(
     model: str, adapter: str | None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -96,8 +106,8 @@ def load_policy(
         raise CheckpointError(f"--adapter must be a folder that PEFT wrote, and {adapter} has no {ADAPTER_FILE}")
     refuse_run(model, "MODEL")
     adapted = adapter is not None or is_adapter(model)
-    chosen = ("bfloat16" if adapted else "float32") if dtype == "auto" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = resolved_dtype(dtype, adapted=adapted)
     policy = load_model(model, dtype=getattr(torch, chosen), device=device)
     if adapter is not None:
         policy = put_adapter(policy, adapter)

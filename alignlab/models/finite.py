@@ -32,8 +32,9 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], description: str, *, fix
     ]
     if not named:
         return
-    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double().cpu() for _, tensor in named]
-    suspects = [pair for pair, total in zip(named, sums, strict=True) if not total.isfinite()]
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double() for _, tensor in named]
+    are_finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().tolist()
+    suspects = [pair for pair, is_finite in zip(named, are_finite, strict=True) if not is_finite]
     # A sum of numbers that are finite may itself be too large.
     bad = [(name, tensor) for name, tensor in suspects if not tensor.isfinite().all()]
     if bad:

@@ -12,10 +12,12 @@ import torch
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
+from alignlab.errors import NumericsError
 from alignlab.functional.reduction import moments
 from alignlab.functional.values import gae, token_rewards
 from alignlab.loop.learner import Learner
 from alignlab.models.adapters import add_lora
+from alignlab.models.finite import check_finite
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
@@ -77,6 +79,17 @@ def test_a_forward_and_backward_pass_never_waits(
         loss = output.logprobs.sum() + output.entropy.sum()
         (loss if output.router_loss is None else loss + output.router_loss.sum()).backward()
         assert not mode.num_waits, mode.report()
+
+
+def test_a_check_of_many_weights_waits_once(gpu: Callable[..., Any]) -> None:
+    with gpu() as mode:
+        weights = [(str(i), torch.ones(3, device="cuda:0")) for i in range(20)]
+        mode.reset()
+        check_finite(weights, "the weights")
+        assert mode.num_waits == 1, mode.report()
+        weights[7][1][1] = torch.nan
+        with pytest.raises(NumericsError, match="1 of 3 numbers of 7 are not"):
+            check_finite(weights, "the weights")
 
 
 def test_advantages_never_wait_and_launch_a_few_operations_for_any_length(gpu: Callable[..., Any]) -> None:

@@ -108,6 +108,7 @@ class PretendedGPU(TorchDispatchMode):
     waits: how often the host waited for the device, by (kind, place in alignlab).
     transfers: how often tensors were moved between host and device, likewise.
     operations: how often each operation ran on the device; views are left out.
+    watch: called with each operation on the device, its tensors and its place, before it runs; None for nothing.
     """
 
     _active: PretendedGPU | None = None
@@ -117,6 +118,7 @@ class PretendedGPU(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self.transfers: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[Any] = Counter()
+        self.watch: Callable[[Any, list[Tensor], str], None] | None = None
         self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets the address
         self._restore: dict[str, Any] = {}
 
@@ -194,6 +196,8 @@ class PretendedGPU(TorchDispatchMode):
             self._check_devices(func, args, tensors)
             if func in WAITS:
                 self._wait(str(func), WAITS[func])
+            if self.watch is not None:
+                self.watch(func, tensors, _place())
         target = kwargs.get("device")
         on_gpu = has_gpu if target is None else _is_cuda(target)
         if _is_cuda(target):

@@ -1,7 +1,8 @@
 """Sampling of tokens from logits: every row has its own parameters, and all rows are sampled in one pass.
 
 Shapes: B rows, V vocabulary. A token is drawn by a race of exponential times. The random numbers depend on the row's
-key and the token's position alone, so that the same request gives the same tokens in any batch.
+key and the token's position alone, so that the same logits give the same tokens in any batch. On a CPU the logits are
+the same too; a GPU chooses its kernels by the size of the batch, which may round them differently.
 
 Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of the tokens that top-k left), min-p.
 Tokens that tie with the least likely one that is left stay too, so that no step depends on the order of equal logits. A
