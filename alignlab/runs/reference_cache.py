@@ -64,6 +64,8 @@ class ReferenceCache:
         if not path.exists():
             return None
         try:
+            if not path.is_file():
+                raise OSError("it is no file")  # such as a pipe, which a reader would wait for without an end
             with safe_open(path, "pt") as file:
                 flat: Tensor = file.get_tensor(_LOGPROBS)
                 intact = (file.metadata() or {}).get(_DIGEST) == tensor_digest(flat) and flat.shape == (num_tokens,)

@@ -84,12 +84,17 @@ def _is_whole(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        whole = _read_done(folder)["digests"] == _digests(folder)
+        whole = not _has_pipe(folder) and _read_done(folder)["digests"] == _digests(folder)
     except (OSError, KeyError, DamagedError):
         whole = False
     if not whole:
         logger.warning("the teacher's answers in %s are damaged, and are asked for again", folder)
     return whole
+
+
+def _has_pipe(folder: Path) -> bool:
+    """Return True if a folder holds a pipe, which a reader would wait for without an end."""
+    return any(path.is_fifo() for path in folder.iterdir())
 
 
 def _read_done(folder: Path) -> dict[str, Any]:
@@ -151,6 +156,9 @@ class TeacherCache:
     def _make(self, path: Path, examples: Sequence[Example], offsets: Sequence[int], ask: Ask) -> None:
         unfinished = path.with_name(f".{path.name}.tmp")
         unfinished.mkdir(exist_ok=True)
+        if _has_pipe(unfinished):
+            shutil.rmtree(unfinished)
+            unfinished.mkdir()
         row = sum(np.dtype(kind).itemsize * (1 if name == "rest" else self._k) for name, kind in _TYPES.items())
         size = offsets[-1] * row
         print(f"alignlab: the teacher's answers take {size / 2**30:.2f} GiB, in {path}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_every_flipped_bit_is_detected(cache: ReferenceCache, caplog: pytest.Log
         assert cache.get_or_make(PAIRS, make) == SCORES, position
         assert bool(asked) == (f"{path} are damaged, and are made again" in caplog.text)
         path.write_bytes(content)
+
+
+def test_a_pipe_in_place_of_a_cached_file_is_replaced(cache: ReferenceCache) -> None:
+    cache.get_or_make(PAIRS, lambda examples: SCORES)
+    cache.path(PAIRS).unlink()
+    os.mkfifo(cache.path(PAIRS))
+    assert cache.get_or_make(PAIRS, lambda examples: SCORES) == SCORES
+    assert cache.path(PAIRS).is_file()
 
 
 @pytest.mark.parametrize("change", [lambda content: b"", lambda content: content[:-4], lambda content: content * 2])

@@ -248,7 +248,7 @@ def test_what_is_damaged_of_a_stopped_asking_is_asked_again(
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "a pipe"])
 def test_damaged_answers_are_not_trained_on(
     damage: str, save_teacher: Make, make_distill: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,8 +258,10 @@ def test_damaged_answers_are_not_trained_on(
     [folder] = {Path(array.filename).parent for array in trainer.algorithm._cached._arrays}
     file = folder / "logprobs.npy"
     content = file.read_bytes()
-    if damage == "missing":
+    if damage in ("missing", "a pipe"):
         file.unlink()
+        if damage == "a pipe":
+            os.mkfifo(file)
     else:
         file.write_bytes(content[:-4] + bytes(4) if damage == "changed" else content[:-4])
     again = make_distill(teacher, top_k=5)
