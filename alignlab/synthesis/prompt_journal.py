@@ -2,7 +2,7 @@
 
 <folder>/
     made_with.json   what the rows depend on, such as the model and the judge
-    rank<r>.jsonl    a journal of the rows that rank r has made
+    rank<r>.jsonl    a journal of the rows that rank r has made, each with the digest of what it was made with
     complete.json    digest of all rows, written once every prompt has one
 """
 
@@ -27,6 +27,7 @@ from alignlab.scoring.judges.chat_model import DOWN
 from alignlab.types import Prompt, Text
 
 logger = logging.getLogger(__name__)
+_MADE_WITH = "made_with"
 _REQUIRED = {"index", "prompt", "outcome"}
 Row = dict[str, Any]
 MakeRows = Callable[[Sequence[Prompt]], Sequence[Mapping[str, Any]]]
@@ -44,6 +45,7 @@ class PromptJournal:
         self.folder = folder
         self._accelerator = accelerator
         self._rank, self._num_ranks = accelerator.process_index, accelerator.num_processes
+        self._made_with: str | None = None
 
     def check_made_with(self, facts: Mapping[str, Any]) -> None:
         """Raise if earlier rows depend on other facts; where there are none yet, the main rank records the facts.
@@ -54,6 +56,7 @@ class PromptJournal:
         Raises:
             CheckpointError: earlier rows were made with another model, judge, constitution or sampling.
         """
+        self._made_with = json_digest(facts)
         path = self.folder / "made_with.json"
         if not path.exists():
             make_folder(self.folder)
@@ -158,7 +161,8 @@ class PromptJournal:
         progress = TrainingProgress(len(starts), title=title, enabled=self._rank == 0)
         with catch_interrupts() as interrupt, progress:
             for number, start in enumerate(starts, start=1):
-                journal.append(make_rows(prompts[start : start + batch_size]))
+                rows = make_rows(prompts[start : start + batch_size])
+                journal.append([{**row, _MADE_WITH: self._made_with} for row in rows])
                 progress.step(number, {})
                 if interrupt.requested:
                     progress.note(f"stopped by {interrupt.signal}; what is done is kept, go on with --resume")
@@ -180,8 +184,17 @@ class PromptJournal:
             complete = [row for row in content.rows if row.keys() >= _REQUIRED]
             if len(complete) < len(content.rows):  # lines of an earlier version have no digest that shows damage
                 damage.append(f"{path}: {len(content.rows) - len(complete)} lines are damaged")
+            self._check_same_run(path, complete)
             rows += complete
         return rows, damage
+
+    def _check_same_run(self, path: Path, rows: Sequence[Row]) -> None:
+        """Raise if a journal is of another run: one that was copied here. Rows of earlier versions do not say."""
+        if any(row.get(_MADE_WITH) not in (None, self._made_with) for row in rows):
+            raise CheckpointError(
+                f"{path} holds rows that were made with another model, judge or sampling than this run's; put the file "
+                "back that was there, or remove it to have the rows made again"
+            )
 
     def _check_same_prompts(self, prompts: Sequence[Prompt], rows: Mapping[int, Row]) -> None:
         if len({prompt.index for prompt in prompts}) < len(prompts):

@@ -165,6 +165,25 @@ def test_damaged_rows_of_an_ended_stage_are_refused(tmp_path: Path, damage: str)
     assert journal(tmp_path).read_complete(PROMPTS, done=over) == rows
 
 
+def test_rows_of_another_run_s_journal_are_refused(tmp_path: Path) -> None:
+    def rows(name: str, seed: int) -> Any:
+        stage = journal(tmp_path / name)
+        stage.check_made_with({"seed": seed})
+        return stage.collect(PROMPTS, make, batch_size=2, title="test")
+
+    def make(batch: Sequence[Prompt]) -> list[dict[str, Any]]:
+        return [{"index": prompt.index, "prompt": "p", "outcome": "done"} for prompt in batch]
+
+    rows("mine", 1)
+    rows("other", 2)
+    file = tmp_path / "mine" / "rank0.jsonl"
+    file.write_bytes((tmp_path / "other" / "rank0.jsonl").read_bytes())
+    with pytest.raises(CheckpointError, match=r"rank0\.jsonl holds rows that were made with another model, judge or"):
+        rows("mine", 1)
+    file.unlink()
+    assert len(rows("mine", 1)) == len(PROMPTS)
+
+
 def test_rows_made_with_other_facts_and_damaged_facts_are_refused(tmp_path: Path) -> None:
     facts = {"judge": {"name": "a"}, "seed": 1}
     journal(tmp_path).check_made_with(facts)
