@@ -7,7 +7,7 @@ here, by the same code.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from alignlab.cli.check_data import data_line, held_out_line
@@ -64,6 +64,8 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     yield "data", data_line(checked)
     yield "eval data", held_out_line(checked)
     yield from checked.preflight.beside.items()
+    if checked.preflight.memory:
+        yield "memory", _memory_line(checked.preflight.memory)
     for line in reward_lines(checked):
         yield "reward", line
     for note in (*_server_notes(config), *_rate_notes(config), *_run_notes(checked)):
@@ -95,6 +97,12 @@ def _tokenizer_line(checked: CheckedRun) -> str:
     tokenizer = checked.tokenizer
     template = "with" if tokenizer.chat_template else "without"
     return f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}"
+
+
+def _memory_line(memory: Mapping[str, int]) -> str:
+    """Return the predicted memory of a rank's device, in all and by part."""
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
+    return f"about {sum(memory.values()) / 2**30:.2f} GiB on each rank's device: {parts}"
 
 
 def _prompt_ids(item: Prompt | Example) -> tuple[int, ...]:

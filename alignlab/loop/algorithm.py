@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import OnlineConfig
 from alignlab.data.packing import pack_rollouts
@@ -160,6 +160,11 @@ class Algorithm(ABC):
     def learners(self) -> dict[str, Learner]:
         """All that is trained, by the prefix of its tensors in a checkpoint."""
         return {"": self.learner}
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules beside those in training: a copy of the policy as the reference, a teacher."""
+        return [] if self.reference is None or self.reference.policy is None else [self.reference.policy]
 
     @property
     def models_beside(self) -> dict[str, str]:

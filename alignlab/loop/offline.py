@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from accelerate.utils import set_seed
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import RenderSettings
@@ -109,7 +110,15 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
     def preflight(self) -> Preflight:
         """Return the examples and the models beside the policy; see `TrainingLoop.preflight`."""
         self.check_ending()
-        return Preflight(self.train_examples, self.eval_examples, beside=self.algorithm.models_beside)
+        return Preflight(
+            self.train_examples, self.eval_examples, beside=self.algorithm.models_beside,
+            memory=self.predicted_memory(),
+        )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """A reference, a teacher."""
+        return self.algorithm.frozen_modules
 
     @property
     def has_held_out(self) -> bool:

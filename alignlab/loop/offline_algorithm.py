@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.trainers import TrainerConfig
@@ -98,6 +98,11 @@ class OfflineAlgorithm(ABC, Generic[Item]):
     def evaluate(self, held_out: Sequence[Item]) -> Evaluation | None:
         """Return a measure of the policy on held-out examples, at least one; each rank looks at all of them."""
         return None
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules beside those in training: a copy of the policy as the reference, a teacher."""
+        return []
 
     @property
     def models_beside(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import RenderSettings
@@ -28,9 +29,10 @@ from alignlab.loop.rollout_metrics import StepMetrics
 from alignlab.loop.source import RolloutSource
 from alignlab.loop.training_loop import Callback, TrainingLoop
 from alignlab.rollout.engine import make_engine
+from alignlab.rollout.memory import engine_bytes
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.rollout_store import RolloutStore
-from alignlab.scoring.reward_model import fingerprints_of
+from alignlab.scoring.reward_model import fingerprints_of, modules_of
 from alignlab.types import Experience
 
 
@@ -121,8 +123,24 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         """Return the prompts, the scorer and the models beside the policy; see `TrainingLoop.preflight`."""
         self.check_ending()
         return Preflight(
-            self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside
+            self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside,
+            self.predicted_memory(),
         )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """A reference, a teacher, reward models."""
+        return [*self.algorithm.frozen_modules, *modules_of(self.source.rewards.rewards)]
+
+    def predicted_memory(self) -> dict[str, int]:
+        """Return the bytes of the training and, while it samples, of the engine."""
+        longest = max(len(prompt.token_ids) for prompt in self.source.prompts)
+        engine = engine_bytes(
+            self.learner.model, self.config.rollout,
+            num_sequences=self.config.num_prompts // self.ranks.count * self.config.group_size,
+            num_tokens=longest + self.config.sampling.max_new_tokens,
+        )
+        return super().predicted_memory() | {"rollouts": engine}
 
     def check_can_go_on(self) -> None:
         """Raise a RewardError if no completion has had a reward once all prompts have been tried."""

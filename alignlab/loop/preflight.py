@@ -31,12 +31,14 @@ class Preflight:
         train, held_out: prompts, or the examples that are learnt from and measured on; empty without held-out data.
         scorer: decides which answers to held-out prompts are right; None where nothing does.
         beside: description of each model beside the policy, by its part, such as "teacher".
+        memory: predicted bytes on the device of each rank, by part; empty where they are not known.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any] = ()
     scorer: LoadedReward | None = None
     beside: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 class Samples(Protocol):

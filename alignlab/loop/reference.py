@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import CompletionGroup
@@ -98,6 +98,12 @@ class ExampleReference:
         self._reference: Reference | None = Reference(learner)
         self.fingerprints = self._reference.fingerprints
         self._computed: dict[str, list[tuple[float, ...]]] = {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The copy of the policy, while there is one."""
+        copied = None if self._reference is None else self._reference.policy
+        return [] if copied is None else [copied]
 
     def precompute(self, data: Mapping[str, Sequence[CompletionGroup]]) -> None:
         """Compute the log-probs of all examples by name, or read what an earlier run has computed.

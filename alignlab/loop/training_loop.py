@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import CheckpointError, NothingLearntError
@@ -21,6 +22,7 @@ from alignlab.evaluation.report import write_report
 from alignlab.evaluation.results import Evaluation
 from alignlab.loop.ending_check import check_ending, on_main_rank
 from alignlab.loop.learner import Learner
+from alignlab.loop.memory import training_bytes
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_agreement import RankAgreement
 from alignlab.loop.rank_watchdog import Position, tell_position, watched
@@ -299,6 +301,15 @@ class TrainingLoop(ABC):
         Raises:
             ConfigError, CheckpointError: see `check_ending`.
         """
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules beside those in training, on the same device."""
+        return []
+
+    def predicted_memory(self) -> dict[str, int]:
+        """Return the bytes that a training will take on each rank's device, by part; of a model without weights."""
+        return training_bytes(self.learners, self.frozen_modules, self.config.memory)
 
     def check_ending(self) -> None:
         """Raise if the run could not end well; see `loop.ending_check`.

@@ -61,7 +61,7 @@ class ComputeDtypeLinear(LoraLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or not _is_plain(self):
             return None
-        if torch.is_autocast_enabled(x.device.type):  # PEFT's products follow the casts of autocast
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # PEFT's products follow the casts of autocast
             return None
         has_dropout = self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)
         return None if has_dropout or not _is_frozen_linear(self.get_base_layer(), x.dtype) else names[0]

@@ -94,6 +94,11 @@ class ModelReward(InlineReward):
         self._reward = load_reward_model(self.path, device=next(policy.parameters()).device)
 
     @property
+    def module(self) -> nn.Module | None:
+        """The bound reward model; None before it is bound."""
+        return self._reward
+
+    @property
     def num_rows(self) -> int:
         """Rows of the bound reward model's embedding table."""
         assert self._reward is not None
@@ -194,6 +199,12 @@ def fingerprints_of(rewards: Sequence[LoadedReward]) -> dict[str, str]:
         if base is not None:
             fingerprints[f"base of the reward model {number}"] = base
     return fingerprints
+
+
+def modules_of(rewards: Sequence[LoadedReward]) -> list[nn.Module]:
+    """Return the bound reward models among the rewards; of one on the policy's base, the policy is a part."""
+    functions = [reward.function for reward in rewards]
+    return [f.module for f in functions if isinstance(f, ModelReward) and f.module is not None]
 
 
 def _groups(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Rollout]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import DistillConfig
 from alignlab.data.examples import Example
@@ -99,6 +99,11 @@ class Distill(OfflineAlgorithm[Example]):
         weight, scale = self.config.hard_label_weight, self.config.temperature**2
         metrics = {"divergence": output.divergence, "entropy": output.entropy, "cross_entropy": -output.logprobs}
         return (1 - weight) * scale * output.divergence - weight * output.logprobs, metrics
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The teacher, until all that it says is on disk."""
+        return [] if self.teacher is None else [self.teacher]
 
     @property
     def models_beside(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import DPOConfig
 from alignlab.data.packing import pack_groups
@@ -89,6 +89,11 @@ class DPO(OfflineAlgorithm[Preference]):
         return PreferenceResult(
             means["preference_accuracy"], means["margin"], means["loss"], num_pairs=len(held_out)
         )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The reference, where it is a copy of the policy."""
+        return [] if self.reference is None else self.reference.modules
 
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of the reference, where it is a copy."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import GKDConfig
 from alignlab.data.bad_row import BadRow
@@ -97,6 +97,11 @@ class GKD(Algorithm):
         """Return T^2 divergence of each token [N]; see Hinton et al. (2015), arXiv:1503.02531, Sec. 2."""
         scale = self.config.temperature**2
         return scale * output.divergence, {"divergence": output.divergence, "entropy": output.entropy}
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The teacher, and a copy of the policy as the reference."""
+        return [*super().frozen_modules, self.teacher]
 
     @property
     def models_beside(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import KTOConfig
 from alignlab.data.unpaired import UnpairedPreference
@@ -140,6 +140,11 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
             loss=float(self._loss(ratios, desirable, point).mean()),
             num_completions=len(held_out),
         )
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The reference, where it is a copy of the policy."""
+        return self.reference.modules
 
     def frozen_fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of the reference, where it is a copy."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.config.trainers import OnPolicyDistillConfig
 from alignlab.data.token_alignment import TextAligner
@@ -135,6 +135,11 @@ class OnPolicyDistill(PolicyGradientAlgorithm):
         if self.config.alignment == "text":
             metrics["unaligned_frac"] = unaligned / max(completions, 1.0)
         return metrics
+
+    @property
+    def frozen_modules(self) -> list[nn.Module]:
+        """The teacher, and a copy of the policy as the reference."""
+        return [*super().frozen_modules, self.teacher]
 
     @property
     def models_beside(self) -> dict[str, str]:

@@ -1,0 +1,110 @@
+"""Memory that a training will take on the device of each rank, predicted from shapes: nothing is computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.config.trainer import MemorySettings
+from alignlab.loop.learner import Learner
+from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.routing import RoutingRecord
+
+_ADAM_MOMENTS = 2
+_LOGIT_COPIES = 4
+"""float32 tensors of a chunk's logits that exist at one time: logits, probabilities, and their gradients."""
+
+
+class _Kept(torch.autograd.Function):
+    """Stands in for FlexAttention, and keeps what that keeps for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        return out.transpose(1, 2)
+
+
+class _ShapesAlone:
+    """A layout whose attention has the shapes of packed attention; a `PagedLayout`."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Return [1,N,H,D] without values."""
+        out: Tensor = _Kept.apply(query, key, value)
+        return out
+
+
+def training_bytes(
+    learners: Mapping[str, Learner], frozen: Iterable[nn.Module], memory: MemorySettings
+) -> dict[str, int]:
+    """Return the bytes of weights, of gradients with the optimizer's state, and of activations, by part.
+
+    Args:
+        learners: all that is trained, on models without weights.
+        frozen: models beside those: a reference, a teacher, reward models.
+        memory: sizes of a forward and backward pass.
+    """
+    modules = [*(learner.module for learner in learners.values()), *frozen]
+    trained = [parameter for learner in learners.values() for parameter in learner.trained.values()]
+    return {
+        "weights": _storage_bytes(tensor for module in modules for tensor in module.parameters()),
+        "gradients and optimizer": (1 + _ADAM_MOMENTS) * sum(p.numel() * p.element_size() for p in trained),
+        "activations": max(_activation_bytes(learner, memory) for learner in learners.values()),
+    }
+
+
+def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:
+    """Return what a forward pass of one micro-batch keeps, and the logits of one chunk."""
+    with learner.module.in_use():
+        kept = kept_bytes(learner.module.model, memory.tokens_per_microbatch)
+    vocabulary = output_head(learner.module.model)[0].shape[0]
+    return kept + _LOGIT_COPIES * 4 * memory.logprob_chunk_tokens * vocabulary
+
+
+def kept_bytes(model: nn.Module, num_tokens: int) -> int:
+    """Return the bytes that a decoder's forward pass keeps for its backward pass, beside its weights.
+
+    Args:
+        model: a causal language model whose attention is "alignlab", without weights; left in training mode.
+        num_tokens: of the pack.
+    """
+    lm: Any = causal_lm(model)
+    if getattr(lm.config, "sparse_layers", None) and lm.dtype == torch.float32:
+        # Without values, torch has grouped products in bfloat16 alone.
+        return 2 * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
+    _move_buffers(lm)
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # holding the tensors, so that no later storage has the address of an earlier one
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    tokens = torch.zeros(num_tokens, dtype=torch.long, device=lm.device)
+    options = {"routing": RoutingRecord()} if getattr(lm.config, "sparse_layers", None) else {}
+    lm.train()  # checkpointing is of training alone
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = hidden_states(model, tokens, tokens, _ShapesAlone(), **options)
+    assert output.shape[0] == num_tokens
+    return _storage_bytes(kept.values())
+
+
+def _move_buffers(model: nn.Module) -> None:
+    """Put the buffers of an empty model, which may have values, where its parameters are."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages of tensors, some of which may share one."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())

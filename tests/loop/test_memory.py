@@ -1,0 +1,84 @@
+"""Predicted memory against what is held: of shapes alone and of real tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+
+from alignlab import GRPOConfig, GRPOTrainer, LoraSettings
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.loop.memory import kept_bytes
+from alignlab.models.adapters import add_lora
+from alignlab.models.config import PolicyConfig
+from alignlab.models.decoder import causal_lm
+from alignlab.models.empty import without_weights
+from alignlab.models.hub.checkpoints import load_model, new_model
+from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.memory import engine_bytes
+from tests.trainers.conftest import DENSE, SPARSE
+from tests.trainers.tiny import prompts, save_teacher
+
+DENSE_8B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+MIXTURE_30B: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "use_qk_norm": True,
+}
+
+
+@pytest.mark.parametrize("architecture", [DENSE, SPARSE], ids=["dense", "mixture"])
+def test_float32_keeps_about_twice_as_much_as_bfloat16(architecture: dict[str, Any]) -> None:
+    whole, half = (
+        kept_bytes(new_model(architecture, vocab_size=50, dtype=dtype).to("meta"), 64)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 1.5 * half < whole <= 2 * half
+
+
+def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
+    model: Any = new_model(DENSE, vocab_size=50).to("meta")
+    short, long = kept_bytes(model, 512), kept_bytes(model, 1024)
+    assert long == 2 * short
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert kept_bytes(model, 1024) < long / 3
+
+
+@pytest.mark.parametrize(("shape", "gigabytes"), [(DENSE_8B, 24.2), (MIXTURE_30B, 25.3)], ids=["8B", "30B-A3B"])
+def test_models_of_real_sizes_keep_what_fake_tensors_keep(shape: dict[str, Any], gigabytes: float) -> None:
+    with init_empty_weights():
+        model: Any = PolicyForCausalLM(PolicyConfig(**shape, vocab_size=1000)).to(torch.bfloat16)
+    assert 0.8 * gigabytes < kept_bytes(add_lora(model, LoraSettings(rank=16)), 4096) / 1e9 < 1.1 * gigabytes
+
+
+def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
+    name = save_teacher(tmp_path / "model", tokenizer)
+    config = GRPOConfig(
+        output_dir=tmp_path / "run", num_prompts=2, group_size=3, trackers=(),
+        sampling=SamplingSettings(max_new_tokens=7),
+    )
+    with without_weights():
+        trainer = GRPOTrainer(
+            name, lambda **_: [0.0], config, prompts(2), tokenizer=tokenizer, peft_config=LoraSettings(rank=2)
+        )
+    memory = trainer.preflight().memory
+    base: Any = load_model(name, dtype=torch.bfloat16)
+    adapter = sum(weight.numel() for weight in trainer.learner.trained.values())
+    assert memory["weights"] == sum(p.numel() for p in base.parameters()) * 2 + adapter * 4
+    assert memory["gradients and optimizer"] == 3 * adapter * 4
+    layers = [module for module in base.modules() if isinstance(module, torch.nn.Linear)]
+    merged = sum(layer.weight.numel() for layer in layers if layer is not base.get_output_embeddings()) * 2
+    heads = base.config.num_key_value_heads * base.config.head_dim
+    longest = max(len(prompt.token_ids) for prompt in trainer.source.prompts)
+    cache = 2 * 3 * (longest + 7) * 2 * base.config.num_hidden_layers * 2 * heads
+    assert memory["rollouts"] == merged + cache
+    alone = engine_bytes(
+        causal_lm(trainer.learner.model), RolloutSettings(merge_lora=False), num_sequences=6, num_tokens=longest + 7
+    )
+    assert alone == cache
