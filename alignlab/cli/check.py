@@ -7,6 +7,7 @@ here, by the same code.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,14 @@ EXAMPLE = "alignlab check configs/grpo_smollm2_cpu.yaml trainer.recipe=dapo"
 
 # An adapter's learning rate is about ten times that of full fine-tuning.
 LOW_LORA_RATE, HIGH_FULL_RATE = 1e-5, 1e-4
+
+SMALLER = {
+    "weights": "take a smaller model, or model.dtype bfloat16 with model.lora",
+    "gradients and optimizer": "train an adapter (model.lora)",
+    "activations": "set trainer.memory.gradient_checkpointing to true, or lower trainer.memory.tokens_per_microbatch",
+    "rollouts": "lower trainer.num_prompts or sampling.max_new_tokens, or use rollout.engine vllm_server on other GPUs",
+}
+"""By part of the predicted memory: what makes it smaller."""
 
 Line = tuple[str, str]
 """What a line is about, and its text."""
@@ -68,7 +77,8 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
         yield "memory", _memory_line(checked.preflight.memory)
     for line in reward_lines(checked):
         yield "reward", line
-    for note in (*_server_notes(config), *_rate_notes(config), *_run_notes(checked)):
+    notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(checked.preflight.memory)
+    for note in itertools.chain(*notes):
         yield "note", note
 
 
@@ -103,6 +113,19 @@ def _memory_line(memory: Mapping[str, int]) -> str:
     """Return the predicted memory of a rank's device, in all and by part."""
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     return f"about {sum(memory.values()) / 2**30:.2f} GiB on each rank's device: {parts}"
+
+
+def _memory_notes(memory: Mapping[str, int]) -> Iterator[str]:
+    """Yield the largest part of the predicted memory, with what makes it smaller, where it exceeds this machine's."""
+    import psutil
+    import torch
+
+    is_gpu = torch.cuda.is_available()
+    there = torch.cuda.get_device_properties(0).total_memory if is_gpu else psutil.virtual_memory().total
+    if sum(memory.values()) > there:
+        part = max(memory, key=lambda name: memory[name])
+        where = "the GPU" if is_gpu else "this machine"
+        yield f"{where} has {there / 2**30:.1f} GiB, less than the training takes; {part}: {SMALLER[part]}"
 
 
 def _prompt_ids(item: Prompt | Example) -> tuple[int, ...]:

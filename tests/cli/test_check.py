@@ -203,3 +203,18 @@ def test_a_training_that_would_be_refused_is_refused_before_its_warm_start(
         assert main([command, config]) == 2, command
         assert "has no experts of ours" in capsys.readouterr().err, command
     assert not (tmp_path / "run").exists()
+
+
+def test_check_names_the_largest_part_of_too_much_memory(
+    write: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(rows_for("sft", "blue"), type="sft")
+    assert main(["check", config]) == 0
+    told = capsys.readouterr().out
+    assert "GiB on each rank's device: weights 0.00" in told and "less than the training takes" not in told
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 1000, "available": 2**40}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["check", config]) == 0
+    assert "less than the training takes; activations: set trainer.memory.gradient_checkpointing" in (
+        capsys.readouterr().out
+    )
