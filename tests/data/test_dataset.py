@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
 
-from alignlab.data.dataset import digest_of, fitting
+from alignlab.data.dataset import Dataset, digest_of, fitting
 from alignlab.data.examples import Example
 from alignlab.data.preferences import Preference
 from alignlab.data.unpaired import UnpairedPreference
@@ -57,7 +58,11 @@ def test_an_item_that_is_too_long_is_refused_with_its_number(
     told = rf"example 1 \(the first is 0\) has {longest} tokens, and must fit the teacher's {longest - 1} positions"
     with pytest.raises(DataError, match=told):
         fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=False)
-    assert fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=True) == [short]
+    kept = fitting([short, item], {"the model": longest, "the teacher": longest - 1}, skip=True)
+    assert kept == Dataset((short,), Counter(no_room=1))
+    assert fitting(Dataset((short, item), Counter(too_long=2)), {"the model": longest - 1}, skip=True) == Dataset(
+        (short,), Counter(no_room=1, too_long=2)
+    )
 
 
 def test_a_dataset_without_a_fitting_item_is_refused_with_the_lengths() -> None:

@@ -37,7 +37,11 @@ class Kind:
 
 
 # Each trainer trains an adapter and all weights, a dense model and a mixture.
-KINDS = [Kind(name, lora, mixture=lora != CASES[name].lora) for name in CASES for lora in (True, False)]
+NEED_LORA = {"ppo_critic_head"}
+KINDS = [
+    Kind(name, lora, mixture=lora != CASES[name].lora)
+    for name in CASES for lora in (True, False) if lora or name not in NEED_LORA
+]
 KINDS += [Kind("grpo", True, True, torch.bfloat16), Kind("dpo", True, False, torch.bfloat16)]
 
 

@@ -340,9 +340,8 @@ def test_other_rendering_of_a_chat_is_refused(make_reward: Make, tokenizer: Any)
 
 def test_reward_model_is_refused_as_a_scorer(make_reward: Make, make_trainer: Make, rows: Any) -> None:
     folder = make_reward()
-    trainer = make_trainer(ModelReward(folder), held_out=rows[:2])
     with pytest.raises(ConfigError, match=r"evaluation\.scorer must be a reward function whose value 1"):
-        trainer.train()
+        make_trainer(ModelReward(folder), held_out=rows[:2])
     scored = make_trainer(
         ModelReward(folder), folder="scored", held_out=rows[:2],
         evaluation=EvaluationSettings(scorer="exact_match", num_samples=1), num_steps=1,
