@@ -17,8 +17,9 @@ from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.preflight import with_room
 from alignlab.models.decoder import output_head
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
-from alignlab.models.hub.checkpoints import load_model
+from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
+from alignlab.runs.folder import refuse_run
 from alignlab.types import Experience, Prompt
 
 
@@ -32,6 +33,7 @@ def load_teacher(
             vocabulary get no probability. See `Policy`.
 
     Raises:
+        CheckpointError: it cannot be loaded.
         NumericsError: a weight of the teacher is not finite.
     """
     default_dtype = "float32" if device.type == "cpu" else "bfloat16"
@@ -39,6 +41,16 @@ def load_teacher(
     model = load_model(settings.name, dtype=getattr(torch, dtype), device=device)
     check_finite(model.named_parameters(), f"the weights of the teacher {settings.name}", fix=TAKE_ANOTHER)
     return Policy(model, chunk_tokens=chunk_tokens, num_ids=num_ids).requires_grad_(False).eval()
+
+
+def load_teacher_tokenizer(settings: TeacherSettings) -> PreTrainedTokenizerBase:
+    """Load the teacher's tokenizer.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be loaded, or the teacher is the folder of a run.
+    """
+    refuse_run(settings.name, "teacher.name")
+    return load_tokenizer(settings.name)
 
 
 def check_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

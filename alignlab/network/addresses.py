@@ -23,10 +23,10 @@ def secret_part(url: str) -> str | None:
     """Return the name of a part of an address that may hold a secret and must be empty; None if there is none."""
     split = urlsplit(url)
     if "@" in split.netloc:
-        return "a user's name or a key before the @"
+        return "user name or key before the @"
     if split.query or "?" in url:
-        return "a query (what follows the ?)"
-    return "a fragment (what follows the #)" if "#" in url else None
+        return "query (what follows the ?)"
+    return "fragment (what follows the #)" if "#" in url else None
 
 
 def is_loopback(host: str) -> bool:

@@ -21,6 +21,7 @@ from alignlab.data.packing import pack_rollouts
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
 from alignlab.files.digests import digest_of_values
+from alignlab.files.home_folder import with_home
 from alignlab.models.adapters import is_of_adapter
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.fingerprints import model_digest, model_settings, weights_fingerprint
@@ -57,6 +58,7 @@ class ModelReward(InlineReward):
     """
 
     def __init__(self, model: str, tokens_per_microbatch: int = 4096) -> None:
+        model = str(with_home(model)) if isinstance(model, str) else model
         if not isinstance(model, str) or not is_reward_model(model):
             raise ConfigError(
                 f"the option model of a reward must be a local folder of a reward model, and {model!r} is none; train "

@@ -18,11 +18,10 @@ from alignlab.functional.distillation import TopTokens
 from alignlab.loop.given_data import GivenData, resolve_examples
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, policy_learner
 from alignlab.loop.student import Comparison, Student, StudentForward, StudentOutput, shared_width
-from alignlab.loop.teacher import load_teacher
+from alignlab.loop.teacher import load_teacher, load_teacher_tokenizer
 from alignlab.loop.teacher_tokens import taught_pack, top_tokens
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.fingerprints import model_fingerprint
-from alignlab.models.hub.checkpoints import load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.runs.teacher_cache import CachedTeacher, TeacherCache
 from alignlab.types import Experience
@@ -39,8 +38,9 @@ class Distill(OfflineAlgorithm[Example]):
 
     def __init__(self, config: DistillConfig, inputs: OfflineInputs) -> None:
         chunk_tokens = config.memory.logprob_chunk_tokens
+        tokenizer = load_teacher_tokenizer(config.teacher)
         teacher = load_teacher(config.teacher, inputs.accelerator.device, chunk_tokens=chunk_tokens)
-        width = shared_width(teacher.model, load_tokenizer(config.teacher.name), inputs.model, inputs.tokenizer)
+        width = shared_width(teacher.model, tokenizer, inputs.model, inputs.tokenizer)
         if config.top_k is not None and config.top_k > width:
             raise ConfigError(f"top_k is {config.top_k}, and must be at most the tokenizer's {width} ids; use 64")
         self.comparison = Comparison(config.beta, config.temperature, width, labels=config.hard_label_weight > 0)

@@ -29,10 +29,9 @@ from alignlab.loop.online import OnlineTrainer
 from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.source import RolloutSource
 from alignlab.loop.student import Comparison, Student, StudentForward, StudentOutput, shared_width
-from alignlab.loop.teacher import load_teacher, prompts_with_room, readable_part
+from alignlab.loop.teacher import load_teacher, load_teacher_tokenizer, prompts_with_room, readable_part
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.fingerprints import model_fingerprint
-from alignlab.models.hub.checkpoints import load_tokenizer
 from alignlab.rollout.detokenizer import decode
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -54,9 +53,10 @@ class GKD(Algorithm):
 
     def __init__(self, config: GKDConfig, inputs: OnlineInputs) -> None:
         chunk_tokens = config.memory.logprob_chunk_tokens
+        tokenizer = load_teacher_tokenizer(config.teacher)
         self.teacher = load_teacher(config.teacher, inputs.accelerator.device, chunk_tokens=chunk_tokens)
         self._fingerprint = model_fingerprint(self.teacher.model)
-        width = shared_width(self.teacher.model, load_tokenizer(config.teacher.name), inputs.model, inputs.tokenizer)
+        width = shared_width(self.teacher.model, tokenizer, inputs.model, inputs.tokenizer)
         student = Student(inputs.model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens)
         forward = StudentForward(config.sampling.temperature, self.teacher)
         prompts = prompts_with_room(inputs, self.teacher, config, tokenizer=inputs.tokenizer)

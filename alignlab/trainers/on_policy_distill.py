@@ -26,11 +26,17 @@ from alignlab.loop.algorithm import Credit, minibatch_slices, rewards_of
 from alignlab.loop.credit import sequence_means, spread
 from alignlab.loop.online import OnlineTrainer
 from alignlab.loop.online_inputs import OnlineInputs
-from alignlab.loop.teacher import check_same_tokens, check_width, load_teacher, prompts_with_room, readable_part
+from alignlab.loop.teacher import (
+    check_same_tokens,
+    check_width,
+    load_teacher,
+    load_teacher_tokenizer,
+    prompts_with_room,
+    readable_part,
+)
 from alignlab.loop.teacher_scores import TeacherScores, TextScores, TokenScores
 from alignlab.models.decoder import causal_lm, num_embeddings
 from alignlab.models.fingerprints import model_fingerprint
-from alignlab.models.hub.checkpoints import load_tokenizer
 from alignlab.trainers.policy_gradient import PolicyGradientAlgorithm
 from alignlab.types import Experience, Rollout
 
@@ -46,7 +52,7 @@ class OnPolicyDistill(PolicyGradientAlgorithm):
     config: OnPolicyDistillConfig
 
     def __init__(self, config: OnPolicyDistillConfig, inputs: OnlineInputs) -> None:
-        tokenizer = load_tokenizer(config.teacher.name)
+        tokenizer = load_teacher_tokenizer(config.teacher)
         by_text = config.alignment == "text"
         if not by_text:
             check_same_tokens(tokenizer, inputs.tokenizer)

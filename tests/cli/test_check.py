@@ -147,6 +147,17 @@ def test_check_refuses_a_teacher_with_too_few_rows(
     assert f"the teacher has {rows} logits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["distill", "gkd", "on_policy_distill"])
+def test_check_names_the_model_of_a_run_that_is_given_as_a_teacher(
+    kind: str, write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_for("sft", "blue")
+    assert main(["train", write(rows, type="sft", num_steps=1)]) == 0
+    config = write(rows_for(kind, "blue"), type=kind, teacher={"name": str(tmp_path / "run")})
+    assert main(["check", config, f"trainer.output_dir={tmp_path / 'student'}"]) == 2
+    assert f"teacher.name must be a model or an adapter, and {tmp_path / 'run'} is a run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_missing_result_names_its_command(
     command: str, write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -354,6 +354,7 @@ def test_reward_model_is_refused_as_a_scorer(make_reward: Make, make_trainer: Ma
     [
         ({}, "needs the option 'model'"),
         ({"model": "nowhere"}, "must be a local folder of a reward model, and 'nowhere' is none"),
+        ({"model": "~/nowhere"}, r"must be a local folder of a reward model, and '/[^~]*nowhere' is none"),
         ({"model": 3}, "must be a local folder of a reward model, and 3 is none"),
         ({"modle": "x"}, "has no option 'modle'; did you mean 'model'"),
     ],
