@@ -77,7 +77,8 @@ class ModelSettings(Frozen):
     tokenizer: Recorded[str | TokenizerTraining | None] = None
     """Default: the one beside `name`."""
     dtype: Dtype = "auto"
-    """auto: bfloat16 under an adapter, float32 where all weights train."""
+    """auto: bfloat16 under an adapter, float32 where all weights train. Where all train in bfloat16, the optimizer
+    updates float32 copies, and rounds them into the weights; forward passes and the engine take half the memory."""
     lora: LoraSettings | None = None
     """None trains all weights."""
     student: StudentSettings | None = None
@@ -99,9 +100,6 @@ class ModelSettings(Frozen):
             raise BrokenRule("tokenizer", "a training", must, "remove it to use the model's own")
         if self.student is not None:
             self._check_student()
-        if self.dtype == "bfloat16" and self.lora is None:
-            must = "be float32 where all weights train: bfloat16 rounds an optimizer's small updates away"
-            raise BrokenRule("dtype", self.dtype, must, "use auto or float32, or train an adapter (lora)")
         return self
 
     def _check_student(self) -> None:

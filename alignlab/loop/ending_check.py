@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from peft import PeftModel
-from torch import Tensor
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
@@ -22,6 +22,7 @@ from alignlab.data.vocabulary import check_end_token
 from alignlab.errors import AlignlabError, CheckpointError, ConfigError
 from alignlab.files.library_errors import writing
 from alignlab.files.paths import RunPaths
+from alignlab.loop.master_weights import state_bytes
 from alignlab.loop.preflight import check_prompt_ids
 from alignlab.models.decoder import causal_lm, end_ids, num_embeddings
 from alignlab.models.hub.checkpoints import is_adapter, save_model
@@ -34,13 +35,12 @@ from alignlab.types import Prompt
 logger = logging.getLogger(__name__)
 Model = PreTrainedModel | PeftModel
 DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg")
-ADAM_MOMENTS = 2
 GIB = 2**30
 
 
 def check_ending(
     config: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path,
-    write: Callable[[Path], None], *, trained: Iterable[Tensor] | None = None,
+    write: Callable[[Path], None], *, trained: Iterable[nn.Parameter] | None = None,
 ) -> None:
     """Raise if the run could not end well: try all that its end needs, without writing the weights.
 
@@ -56,7 +56,7 @@ def check_ending(
     """
     check_saving(config, model, tokenizer, write)
     trained = (p for p in model.parameters() if p.requires_grad) if trained is None else trained
-    check_disk(config, model, folder, sum(p.numel() * p.element_size() for p in trained))
+    check_disk(config, model, folder, sum(p.numel() * p.element_size() + state_bytes(p) for p in trained))
 
 
 def on_main_rank(check: Callable[[], None]) -> None:
@@ -204,17 +204,17 @@ def warn_of_unnamed_base(model: Model) -> None:
         logger.warning("the saved adapter will name its base %s, and there is no such folder; keep the base", name)
 
 
-def check_disk(config: TrainerConfig, model: Model, folder: Path, trained_bytes: int) -> None:
+def check_disk(config: TrainerConfig, model: Model, folder: Path, checkpoint_bytes: int) -> None:
     """Raise if the run's folder cannot be written, or the disk has no room for its checkpoints and its model.
 
     Args:
-        trained_bytes: size of the weights in training.
+        checkpoint_bytes: size of the weights in training and of their optimizer's state.
 
     Raises:
         ConfigError: with the space that is needed and the space that is free.
     """
     place = check_place(folder)
-    needed = needed_bytes(config, model, trained_bytes) - _held_bytes(folder)
+    needed = needed_bytes(config, model, checkpoint_bytes) - _held_bytes(folder)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConfigError(
@@ -224,10 +224,10 @@ def check_disk(config: TrainerConfig, model: Model, folder: Path, trained_bytes:
         )
 
 
-def needed_bytes(config: TrainerConfig, model: Model, trained_bytes: int) -> int:
+def needed_bytes(config: TrainerConfig, model: Model, checkpoint_bytes: int) -> int:
     """Return the bytes of a run's checkpoints (weights in training and Adam's two moments) and of its saved model."""
     saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
-    checkpoints = num_checkpoints(config) * (1 + ADAM_MOMENTS) * trained_bytes
+    checkpoints = num_checkpoints(config) * checkpoint_bytes
     return checkpoints + sum(p.numel() * p.element_size() for p in saved)
 
 

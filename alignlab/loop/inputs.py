@@ -51,11 +51,10 @@ def resolve_model(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return the model with its adapter, on `device`, and its tokenizer.
 
-    A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train: bfloat16 weights
-    would lose most of an optimizer's small updates.
+    A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train.
 
     Raises:
-        ConfigError: there is no tokenizer, all of a bfloat16 model's weights would be trained, or the adapter
+        ConfigError: there is no tokenizer, a weight would be trained in float16, or the adapter
             is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
@@ -137,13 +136,12 @@ def _resolve_tokenizer(
 
 
 def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
-    low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if low:
-        adapted = isinstance(model, PeftModel)
-        instead = "take its module out of modules_to_save" if adapted else "train an adapter (lora)"
+    known = (torch.float32, torch.bfloat16)
+    other = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype not in known]
+    if other:
         raise ConfigError(
-            f"{len(low)} weights would be trained in {model.dtype}, first {low[0]}, and an optimizer's small updates "
-            f"are lost in its rounding; load the model in float32, or {instead}"
+            f"{len(other)} weights would be trained in {model.dtype}, first {other[0]}, and must be float32 or "
+            "bfloat16; load the model in one of these"
         )
 
 

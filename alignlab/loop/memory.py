@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from alignlab.config.trainer import MemorySettings
 from alignlab.loop.learner import Learner
+from alignlab.loop.master_weights import state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
 
-_ADAM_MOMENTS = 2
 _LOGIT_COPIES = 4
 """float32 tensors of a chunk's logits that exist at one time: logits, probabilities, and their gradients."""
 
@@ -53,7 +53,7 @@ def training_bytes(
     trained = [parameter for learner in learners.values() for parameter in learner.trained.values()]
     return {
         "weights": _storage_bytes(tensor for module in modules for tensor in module.parameters()),
-        "gradients and optimizer": (1 + _ADAM_MOMENTS) * sum(p.numel() * p.element_size() for p in trained),
+        "gradients and optimizer": sum(4 * p.numel() + state_bytes(p) for p in trained),
         "activations": max(_activation_bytes(learner, memory) for learner in learners.values()),
     }
 

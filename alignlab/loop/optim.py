@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
+from alignlab.loop.master_weights import MasterAdamW, needs_master
 
 logger = logging.getLogger(__name__)
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -19,6 +20,8 @@ FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv:1711.05101) over the parameters of `model` that require a gradient.
+
+    Those in bfloat16 have float32 copies, see `master_weights`.
 
     Weight decay applies to matrices, not to norms and biases (fewer than two dimensions). The fused kernel is used
     where every parameter is on a device that has one.
@@ -36,7 +39,8 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    make = MasterAdamW if any(map(needs_master, trained)) else torch.optim.AdamW
+    return make(
         [group for group in groups if group["params"]],
         lr=config.optim.learning_rate,
         betas=(config.optim.adam_beta1, config.optim.adam_beta2),

@@ -5,13 +5,16 @@ The learner talks to a `Strategy` alone. Sharded weights will be another one: `l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from alignlab.loop.master_weights import MasterAdamW
+from alignlab.loop.ranks import Ranks
 
 
 class Strategy(Protocol):
@@ -96,8 +99,32 @@ class DataParallel(SingleProcess):
         super().backward(loss * self._accelerator.num_processes)
 
 
+class GradientSum(SingleProcess):
+    """A module of which each rank holds all weights, some in bfloat16, with float32 gradients summed over ranks; a
+    `Strategy`. DDP would exchange them in the weights' dtype."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        super().__init__(module, optimizer)
+        self._ranks = ranks
+
+    @contextmanager
+    def pack_context(self, *, is_last: bool) -> Iterator[None]:
+        """Sum the gradients over ranks at the end of the last pack."""
+        yield
+        for parameter in self._trained() if is_last else ():
+            # A weight that none of a rank's packs has used, such as an expert's, has no gradient there.
+            own = torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad
+            parameter.grad = self._ranks.sum(own)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+
 def make_strategy(module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:
     """Return the strategy that fits the number of ranks; a module is put on the accelerator's device by its maker."""
     if accelerator.num_processes == 1:
         return SingleProcess(module, optimizer)
+    if isinstance(optimizer, MasterAdamW):
+        return GradientSum(module, optimizer, Ranks(accelerator))
     return DataParallel(module, optimizer, accelerator)

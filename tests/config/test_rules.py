@@ -214,7 +214,6 @@ def test_evaluation_on_the_training_split_of_a_task_is_refused():
         ({"architecture": {"hidden_size": 8}}, "model.tokenizer"),
         ({"name": "m", "tokenizer": {"vocab_size": 300}}, "model.tokenizer"),
         ({"architecture": {}, "tokenizer": "t", "lora": {}}, "model.lora"),
-        ({"name": "m", "dtype": "bfloat16"}, "model.dtype"),
     ],
 )
 def test_model_is_a_checkpoint_or_a_new_one(model, blamed):

@@ -1,4 +1,7 @@
-"""Run by torchrun: the gradient of one update, its groups shared out over the ranks. Usage: rank_gradients.py OUTPUT"""
+"""Run by torchrun: the gradient of one update, its groups shared out over the ranks.
+
+Usage: rank_gradients.py OUTPUT DTYPE
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,13 @@ from tests.trainers.conftest import SPARSE, even_ids
 GROUPS = 4
 
 
-def gradients(rank: int, ranks: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(rank: int, ranks: int, folder: Path, dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Return the gradient of the whole batch, of which this rank computes its share, and the metrics."""
     tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
     torch.manual_seed(0)
-    model = new_model(SPARSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+    model = new_model(
+        SPARSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, dtype=getattr(torch, dtype)
+    )
     config = GRPOConfig(
         output_dir=folder / "run",
         recipe="dapo",
@@ -55,7 +60,7 @@ def main() -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     output = Path(sys.argv[1])
-    result, metrics = gradients(rank, ranks, output.parent)
+    result, metrics = gradients(rank, ranks, output.parent, sys.argv[2])
     save_file(result, output.with_name(f"rank{rank}.safetensors"), metadata={"loss": repr(metrics["loss"])})
 
 

@@ -64,15 +64,18 @@ def test_ranks_with_unlike_work_have_equal_weights(tmp_path: Path) -> None:
             assert torch.equal(second[key], weight), f"{name}: {key}"
 
 
-def test_gradient_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
-    done = torchrun(str(ROOT / "tests/loop/rank_gradients.py"), str(tmp_path / "out"))
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_gradient_does_not_depend_on_the_number_of_ranks(dtype: str, limit: float, tmp_path: Path) -> None:
+    """In bfloat16 the sums over packs and ranks are float32, and what is summed is rounded to 8 bits."""
+    done = torchrun(str(ROOT / "tests/loop/rank_gradients.py"), str(tmp_path / "out"), dtype)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone, metrics = gradients(0, 1, tmp_path)
+    alone, metrics = gradients(0, 1, tmp_path, dtype)
     for rank in (0, 1):
         path = tmp_path / f"rank{rank}.safetensors"
         shared = load_file(path)
         assert shared.keys() == alone.keys()
         for name, gradient in alone.items():
-            torch.testing.assert_close(shared[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
+            assert shared[name].dtype == gradient.dtype == torch.float32
+            assert (shared[name] - gradient).norm() <= limit * gradient.norm(), name
         with safe_open(path, "pt") as file:
-            assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=1e-4)
+            assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=max(1e-4, limit))

@@ -126,7 +126,7 @@ def test_disk_without_room_for_checkpoints_and_model_is_refused(sft: Make, monke
     trainer = sft(num_steps=9, checkpoints={"every_steps": 1, "keep": 2})
     weights = sum(p.numel() * 4 for p in trainer.learner.model.parameters())
     needed = 3 * 3 * weights + weights  # two checkpoints stay while a third is written, and then the model
-    assert ending.needed_bytes(trainer.config, trainer.learner.model, weights) == needed
+    assert ending.needed_bytes(trainer.config, trainer.learner.model, 3 * weights) == needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
     check_refused_before_the_first_step(trainer, ConfigError, "GiB for 3 checkpoints")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed))
@@ -158,7 +158,7 @@ def test_adapter_needs_room_for_its_own_weights_alone(make_model: Make, tokenize
     config = SFTConfig(output_dir=tmp_path / "run", num_steps=2, num_sequences=2, trackers=())
     trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
     trained = sum(p.numel() * 4 for p in trainer.learner.model.parameters() if p.requires_grad)
-    assert ending.needed_bytes(config, trainer.learner.model, trained) == 4 * trained
+    assert ending.needed_bytes(config, trainer.learner.model, 3 * trained) == 4 * trained
 
 
 def test_adapter_on_a_base_without_a_name_is_warned_of(

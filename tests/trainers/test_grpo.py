@@ -309,9 +309,14 @@ def test_failing_rewards_stop_the_run_at_their_limit(
         trainer.train()
 
 
-def test_bfloat16_weights_are_not_trained(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
-    with pytest.raises(ConfigError, match=r"small updates are lost"):
-        GRPOTrainer(make_model().bfloat16(), even_ids, make_config(), rows, tokenizer=tokenizer)
+def test_bfloat16_weights_are_sampled_from_and_trained(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any
+) -> None:
+    trainer = GRPOTrainer(make_model().bfloat16(), even_ids, make_config(num_steps=3), rows, tokenizer=tokenizer)
+    result = trainer.train()
+    assert result.num_steps == 3 and result.verdict.learnt
+    assert {weight.dtype for weight in trainer.learner.trained.values()} == {torch.bfloat16}
+    assert 0 < result.metrics["rollout_gap"] < 0.05
 
 
 def test_adapter_loads_in_plain_peft(
