@@ -29,7 +29,8 @@ def model_dtype(settings: ModelSettings) -> torch.dtype:
     """Return the dtype of a run's weights: "auto" is bfloat16 under an adapter, float32 where all weights train."""
     if settings.dtype == "auto":
         return torch.float32 if settings.lora is None else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
 
 
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

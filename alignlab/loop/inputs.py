@@ -17,6 +17,7 @@ from alignlab.config.rewards import RewardSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_trainable
 from alignlab.models.adapters import add_lora
+from alignlab.models.decoder import causal_lm
 from alignlab.models.empty import put_on
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.scoring.loading import LoadedReward, load_reward, load_weighted
@@ -54,7 +55,7 @@ def resolve_model(
     A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train.
 
     Raises:
-        ConfigError: there is no tokenizer, a weight would be trained in float16, or the adapter
+        ConfigError: there is no tokenizer, a mixture of experts is in float16, or the adapter
             is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
@@ -69,7 +70,7 @@ def resolve_model(
         model.set_adapter(model.active_adapter)  # PEFT loads an adapter frozen; here it is trained further
     if isinstance(model, PeftModel):
         check_trainable(model)
-    _check_trained_dtype(model)
+    _check_dtype(model)
     put_on(model, device)
     return model, tokenizer
 
@@ -135,13 +136,13 @@ def _resolve_tokenizer(
     return tokenizer
 
 
-def _check_trained_dtype(model: PreTrainedModel | PeftModel) -> None:
-    known = (torch.float32, torch.bfloat16)
-    other = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype not in known]
-    if other:
+def _check_dtype(model: PreTrainedModel | PeftModel) -> None:
+    """Raise if a model cannot be computed in its dtype."""
+    lm = causal_lm(model)
+    if lm.dtype == torch.float16 and getattr(lm.config, "sparse_layers", None):
         raise ConfigError(
-            f"{len(other)} weights would be trained in {model.dtype}, first {other[0]}, and must be float32 or "
-            "bfloat16; load the model in one of these"
+            "the model is a mixture of experts in float16, in which torch has no grouped products; load it in bfloat16 "
+            "(model.dtype) or float32"
         )
 
 

@@ -22,6 +22,7 @@ from alignlab.config.trainers import TrainerConfig
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import CheckpointError, NumericsError
 from alignlab.loop.forward import Forward, PolicyForward
+from alignlab.loop.loss_scale import LossScale
 from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, token_mean
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
@@ -85,6 +86,7 @@ class Learner:
         with module.in_use():
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
+        self.loss_scale = LossScale(causal_lm(module.model).dtype)
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
         self.num_empty = 0
@@ -136,6 +138,7 @@ class Learner:
         """Return the position of the schedule and the counts of updates, as JSON."""
         return {
             "schedule": schedule_state(self.schedule), "num_skipped": self.num_skipped, "num_empty": self.num_empty,
+            "loss_scale": self.loss_scale.state(),
         }
 
     def frozen_fingerprint(self) -> str:
@@ -178,6 +181,7 @@ class Learner:
         self._forget_unfinished_step()
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
+        self.loss_scale.load_state(state.get("loss_scale", self.loss_scale.state()))  # not in earlier checkpoints
 
     def _forget_unfinished_step(self) -> None:
         """Drop gradients and router counts of a step that failed half way in this process."""
@@ -233,6 +237,22 @@ class Learner:
         for pack, count in zip(packs, totals.pack_tokens, strict=True):
             if not is_known(pack.completion_mask):
                 remember_count(pack.completion_mask, pack.segments.predecessors, count)
+        while True:
+            sums = self._add_gradients(packs, totals, loss, weights, metric_weights)
+            # Last exchange before the weights change: from here on no other rank can make this update fail.
+            counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
+            summed = {} if totals.is_empty else self._summed(sums)
+            measured = _numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
+            changed = self._step(packs, totals, counts)
+            if changed is not None:
+                return changed | measured
+            self._forget_unfinished_step()
+
+    def _add_gradients(
+        self, packs: Sequence[Experience], totals: StepTotals, loss: Loss, weights: LossWeights,
+        metric_weights: LossWeights,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of all packs, times the loss's scale, and return the sums of loss and metrics."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for i, pack in enumerate(self._paced(packs)):
             with self.strategy.pack_context(is_last=i == len(packs) - 1):
@@ -244,14 +264,10 @@ class Learner:
                     router_loss = (output.router_loss * token_mean(pack, totals)).sum()
                     sums["router_loss"] += router_loss.detach()
                     total = total + router_loss
-                self.strategy.backward(total)
+                self.strategy.backward(total * self.loss_scale.factor if self.loss_scale.is_needed else total)
             for name, values in metrics.items():
                 sums[name] += (values.detach() * metric_weights(pack, totals)).sum()
-        # Last exchange before the weights change: from here on no other rank can make this update fail.
-        counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
-        summed = {} if totals.is_empty else self._summed(sums)
-        measured = _numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
-        return self._step(packs, totals, counts) | measured
+        return sums
 
     def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums over all ranks, by name."""
@@ -265,9 +281,19 @@ class Learner:
                 follow_free_cores()
             yield pack
 
-    def _step(self, packs: Sequence[Experience], totals: StepTotals, counts: Tensor | None) -> dict[str, float]:
-        """Change the weights and the routers by the step's gradients and expert counts [L, E]."""
+    def _step(
+        self, packs: Sequence[Experience], totals: StepTotals, counts: Tensor | None
+    ) -> dict[str, float] | None:
+        """Change the weights and the routers by the step's gradients and expert counts [L, E].
+
+        Returns:
+            Metrics; None where the scaled loss has overflowed, and the step is to be computed again under a smaller
+            scale. Every rank has the same norm, and decides alike.
+        """
+        self.loss_scale.unscale(self.trained.values())
         grad_norm = self.strategy.clip(self.trained.values(), self.config.optim.max_grad_norm)
+        if not totals.is_empty and not math.isfinite(grad_norm) and self.loss_scale.shrink():
+            return None
         learning_rate = float(self.schedule.get_last_lr()[0])
         if not totals.is_empty and not math.isfinite(grad_norm):
             self._nonfinite(packs)
@@ -277,8 +303,11 @@ class Learner:
         elif math.isfinite(grad_norm):
             self.strategy.step()
             self.schedule.step()
+            self.loss_scale.finite()
         self.strategy.clear()
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if self.loss_scale.is_needed:
+            metrics["loss_scale"] = self.loss_scale.factor
         if self.num_empty:
             metrics["empty_updates"] = float(self.num_empty)
         if self.config.optim.on_nonfinite == "skip":

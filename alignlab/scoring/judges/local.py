@@ -170,7 +170,7 @@ def load_local(
         if policy is None or tokenizer is None:
             raise ConfigError("judge.name is not given, and there is no policy whose base could judge; give judge.name")
         return LocalChatModel(policy, tokenizer, tokens_per_batch=settings.tokens_per_batch)
-    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     device = next(policy.parameters()).device if policy is not None else torch.device(default_device())
     model = load_model(settings.name, dtype=dtype, device=device)
     if isinstance(model, PeftModel):  # an adapter that was trained to judge
