@@ -14,6 +14,7 @@ from alignlab.loop.learner import Learner
 from alignlab.loop.master_weights import state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
+from alignlab.models.transformer import PolicyForCausalLM
 
 _LOGIT_COPIES = 4
 """float32 tensors of a chunk's logits that exist at one time: logits, probabilities, and their gradients."""
@@ -44,11 +45,15 @@ def training_bytes(
 ) -> dict[str, int]:
     """Return the bytes of weights, of gradients with the optimizer's state, and of activations, by part.
 
+    Nothing is known of architectures that are `transformers`' own, which may need values: the result is empty.
+
     Args:
         learners: all that is trained, on models without weights.
         frozen: models beside those: a reference, a teacher, reward models.
         memory: sizes of a forward and backward pass.
     """
+    if not all(isinstance(causal_lm(learner.module.model), PolicyForCausalLM) for learner in learners.values()):
+        return {}
     modules = [*(learner.module for learner in learners.values()), *frozen]
     trained = [parameter for learner in learners.values() for parameter in learner.trained.values()]
     return {

@@ -133,14 +133,17 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         return [*self.algorithm.frozen_modules, *modules_of(self.source.rewards.rewards)]
 
     def predicted_memory(self) -> dict[str, int]:
-        """Return the bytes of the training and, while it samples, of the engine."""
+        """Return the bytes of the training and, while it samples, of the engine; see `training_bytes`."""
+        training = super().predicted_memory()
+        if not training:
+            return training
         longest = max(len(prompt.token_ids) for prompt in self.source.prompts)
         engine = engine_bytes(
             self.learner.model, self.config.rollout,
             num_sequences=self.config.num_prompts // self.ranks.count * self.config.group_size,
             num_tokens=longest + self.config.sampling.max_new_tokens,
         )
-        return super().predicted_memory() | {"rollouts": engine}
+        return training | {"rollouts": engine}
 
     def check_can_go_on(self) -> None:
         """Raise a RewardError if no completion has had a reward once all prompts have been tried."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from alignlab.cli import main
 from alignlab.data.tokenizer_training import train_tokenizer
@@ -229,3 +230,19 @@ def test_check_names_the_largest_part_of_too_much_memory(
     assert "less than the training takes; activations: set trainer.memory.gradient_checkpointing" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_check_of_an_architecture_of_transformers_own(
+    kind: str, write: Callable[..., str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(model))
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=num_token_ids(tokenizer), n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    settings: dict[str, Any] = {"model": {"name": str(tmp_path / "gpt2")}}
+    if kind == "grpo":
+        settings["rewards"] = [{"name": "exact_match"}]
+    assert main(["check", write(rows_for("sft", "blue"), settings, type=kind)]) == 0
+    told = capsys.readouterr().out
+    assert "ok: nothing was trained" in told and "GiB" not in told
