@@ -108,8 +108,11 @@ def test_copy_of_the_head_beside_an_adapter_trains_for_a_model_given_by_name(
     before = head.clone()
     trainer.train()
     assert not torch.equal(head, before)
-    with pytest.raises(ConfigError, match=r"load the model in float32, or take its module out of modules_to_save"):
-        SFTTrainer(make_model().bfloat16(), config, ROWS, tokenizer=tokenizer, peft_config=LoraConfig(**advised))
+    config = config.model_copy(update={"output_dir": tmp_path / "half"})
+    half = SFTTrainer(make_model().bfloat16(), config, ROWS, tokenizer=tokenizer, peft_config=LoraConfig(**advised))
+    half.train()
+    [head] = [weight for name, weight in half.learner.trained.items() if "lm_head" in name]
+    assert head.dtype == torch.bfloat16 and half.learner.optimizer.state[head]["master"].dtype == torch.float32
 
 
 def test_perplexity_beyond_float_range_is_infinite() -> None:
