@@ -292,10 +292,10 @@ class Learner:
         """
         self.loss_scale.unscale(self.trained.values())
         grad_norm = self.strategy.clip(self.trained.values(), self.config.optim.max_grad_norm)
-        if not totals.is_empty and not math.isfinite(grad_norm) and self.loss_scale.shrink():
-            return None
         learning_rate = float(self.schedule.get_last_lr()[0])
         if not totals.is_empty and not math.isfinite(grad_norm):
+            if self.loss_scale.shrink():
+                return None
             self._nonfinite(packs)
         self.num_changes += 1  # counted before the change: after a failure in the middle the weights belong to no step
         if totals.is_empty:
@@ -305,16 +305,18 @@ class Learner:
             self.schedule.step()
             self.loss_scale.finite()
         self.strategy.clear()
-        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        if self.loss_scale.is_needed:
-            metrics["loss_scale"] = self.loss_scale.factor
-        if self.num_empty:
-            metrics["empty_updates"] = float(self.num_empty)
-        if self.config.optim.on_nonfinite == "skip":
-            metrics["skipped_updates"] = float(self.num_skipped)
         if counts is not None:
             self._finish_routers(counts)
-        return metrics
+        return {"grad_norm": grad_norm, "learning_rate": learning_rate} | self._counters()
+
+    def _counters(self) -> dict[str, float]:
+        """Return the scale of the loss and the counts of updates that changed nothing, those that a run has."""
+        counters = {
+            "loss_scale": (self.loss_scale.factor, self.loss_scale.is_needed),
+            "empty_updates": (float(self.num_empty), self.num_empty > 0),
+            "skipped_updates": (float(self.num_skipped), self.config.optim.on_nonfinite == "skip"),
+        }
+        return {name: value for name, (value, is_shown) in counters.items() if is_shown}
 
     def _nonfinite(self, packs: Sequence[Experience]) -> None:
         self.num_skipped += 1

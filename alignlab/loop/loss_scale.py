@@ -30,7 +30,7 @@ class LossScale:
     def __init__(self, dtype: torch.dtype) -> None:
         self.is_needed = dtype == torch.float16
         self.factor = FIRST if self.is_needed else 1.0
-        self._num_finite = 0
+        self._last_finite, self._num_finite = self.factor, 0
 
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the factor."""
@@ -41,8 +41,13 @@ class LossScale:
                 parameter.grad.div_(self.factor)
 
     def shrink(self) -> bool:
-        """Halve the factor after an overflow; return False at 1, where the gradient itself is not finite."""
+        """Halve the factor after an overflow.
+
+        Returns:
+            False at 1, where the gradient itself is not finite, and the scale is what it was before.
+        """
         if self.factor <= 1.0:
+            self.factor = self._last_finite
             return False
         self.factor, self._num_finite = self.factor / 2, 0
         return True
@@ -51,7 +56,7 @@ class LossScale:
         """Count an update whose gradients were finite, and double the factor once there were many in a row."""
         if not self.is_needed:
             return
-        self._num_finite += 1
+        self._last_finite, self._num_finite = self.factor, self._num_finite + 1
         if self._num_finite == GROWS_AFTER:
             self.factor, self._num_finite = self.factor * 2, 0
 
@@ -62,3 +67,4 @@ class LossScale:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back the output of `state`."""
         self.factor, self._num_finite = state["factor"], state["num_finite"]
+        self._last_finite = self.factor

@@ -47,20 +47,24 @@ class MasterAdamW(torch.optim.AdamW):
         assert closure is None, "a closure would compute the loss again"
         for group in self.param_groups:
             changed = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not changed:
-                continue
-            states = [self._state_of(parameter, fused=bool(group["fused"])) for parameter in changed]
-            masters = [state.get(MASTER, parameter) for state, parameter in zip(states, changed, strict=True)]
-            adamw(
-                masters, [parameter.grad for parameter in changed], [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
-                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, foreach=group["foreach"],
-                capturable=False, differentiable=False, fused=group["fused"],
-            )  # fmt: skip
-            for parameter, state in zip(changed, states, strict=True):
-                if MASTER in state:
-                    parameter.copy_(state[MASTER])
+            if changed:
+                self._update(group, changed)
+
+    def _update(self, group: dict[str, Any], changed: list[nn.Parameter]) -> None:
+        """Update the weights of a group that have a gradient."""
+        states = [self._state_of(parameter, fused=bool(group["fused"])) for parameter in changed]
+        masters = [state.get(MASTER, parameter) for state, parameter in zip(states, changed, strict=True)]
+        gradients = [parameter.grad for parameter in changed if parameter.grad is not None]
+        adamw(
+            masters, gradients, [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, foreach=group["foreach"],
+            capturable=False, differentiable=False, fused=group["fused"],
+        )  # fmt: skip
+        for parameter, state in zip(changed, states, strict=True):
+            if MASTER in state:
+                parameter.copy_(state[MASTER])
 
     def _state_of(self, parameter: nn.Parameter, *, fused: bool) -> dict[str, Tensor]:
         """Return the state of a weight, made at its first update."""

@@ -90,7 +90,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make: Make) -> None:
     trainer = make()
     with pytest.raises(NumericsError):
         gradients_of(trainer, weight=float("inf"))
-    assert trainer.learner.loss_scale.factor == 1.0 and trainer.learner.num_updates == 0
+    assert trainer.learner.loss_scale.factor == FIRST and trainer.learner.num_updates == 0
 
 
 def test_the_scale_grows_after_many_finite_updates(monkeypatch: pytest.MonkeyPatch) -> None:
