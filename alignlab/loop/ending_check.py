@@ -20,14 +20,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from alignlab.config.trainers import RewardConfig, RLAIFConfig, TrainerConfig, stages_of
 from alignlab.data.vocabulary import check_end_token
 from alignlab.errors import AlignlabError, CheckpointError, ConfigError
-from alignlab.files.library_errors import writing
 from alignlab.files.paths import RunPaths
 from alignlab.loop.master_weights import state_bytes
 from alignlab.loop.preflight import check_prompt_ids
 from alignlab.models.decoder import causal_lm, end_ids, num_embeddings
 from alignlab.models.hub.checkpoints import is_adapter, save_model
 from alignlab.models.hub.reward_checkpoints import padded_tokenizer, try_reward_model
-from alignlab.models.hub.saving import SAVING_ERRORS, unsaveable
+from alignlab.models.hub.saving import SAVING_ERRORS, saving
 from alignlab.runs.folder import check_place
 from alignlab.runs.metrics import check_trackers
 from alignlab.types import Prompt
@@ -149,13 +148,8 @@ def try_saving(write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase
     """
     with tempfile.TemporaryDirectory(prefix="alignlab-save-") as temporary:
         folder = Path(temporary) / "model"
-        try:
-            with writing(folder, "what the end of the run saves"):
-                write(folder)
-        except AlignlabError:
-            raise
-        except SAVING_ERRORS as error:
-            raise unsaveable("the model or its tokenizer", error) from error
+        with saving("the model or its tokenizer", folder):
+            write(folder)
         _read_back(folder, tokenizer)
 
 

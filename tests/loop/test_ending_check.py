@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import CheckpointError, ConfigError, DiskError
 from alignlab.evaluation import report
 from alignlab.loop import ending_check as ending
 from alignlab.models.hub.checkpoints import save_model
@@ -159,6 +161,21 @@ def test_adapter_needs_room_for_its_own_weights_alone(make_model: Make, tokenize
     trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=LoraSettings(rank=2))
     trained = sum(p.numel() * 4 for p in trainer.learner.model.parameters() if p.requires_grad)
     assert ending.needed_bytes(config, trainer.learner.model, 3 * trained) == 4 * trained
+
+
+@pytest.mark.parametrize("saved", ["adapter", "model"])
+def test_a_full_disk_under_the_trial_is_no_fault_of_the_model(
+    saved: str, make_model: Make, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(LoraConfig if saved == "adapter" else PreTrainedModel, "save_pretrained", full)
+    config = SFTConfig(output_dir=tmp_path / "run", num_steps=2, num_sequences=2, trackers=())
+    lora = LoraSettings(rank=2) if saved == "adapter" else None
+    trainer = SFTTrainer(make_model(), config, ROWS, tokenizer=tokenizer, peft_config=lora)
+    with pytest.raises(DiskError, match=r"what the end of the run saves cannot be written to /.*: File too large"):
+        trainer.check_ending()
 
 
 def test_adapter_on_a_base_without_a_name_is_warned_of(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from alignlab.errors import CheckpointError
+from alignlab.errors import AlignlabError, CheckpointError
 from alignlab.files.atomic_files import TEMPORARY, hidden_name, make_folder, publish_folder, recover_folder, sync_folder
 from alignlab.files.library_errors import writing
 from alignlab.files.manifest import write_manifest
@@ -80,14 +80,12 @@ def save_without_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Write what `model.save_pretrained` writes except the weights, and try the conversion of those.
 
     Raises:
-        CheckpointError: the model cannot be saved.
+        CheckpointError, DiskError: see `saving`.
     """
-    try:
+    with saving(type(model).__name__, folder):
         model.save_pretrained(folder, state_dict={})
         tensors = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
         revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
-    except SAVING_ERRORS as error:
-        raise unsaveable(type(model).__name__, error) from error
 
 
 def save_adapter(model: PeftModel, folder: str | Path, weights: WeightView | None = None) -> None:
@@ -111,18 +109,37 @@ def save_adapter_without_weights(model: PeftModel, folder: str | Path) -> None:
     """Write the files of the active adapter except its weights, and collect those as saving does.
 
     Raises:
-        CheckpointError: the adapter cannot be saved.
+        CheckpointError, DiskError: see `saving`.
     """
     name = model.active_adapter
     config: Any = copy.deepcopy(model.peft_config[name])
     config.base_model_name_or_path = config.base_model_name_or_path or causal_lm(model).config.name_or_path
-    try:
+    with saving(f"the adapter {name}", folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         model.create_or_update_model_card(str(folder))
         get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         config.save_pretrained(str(folder))
+
+
+@contextmanager
+def saving(name: str, folder: str | Path) -> Iterator[None]:
+    """Raise a named error for a model or adapter that cannot be saved within this context.
+
+    Args:
+        name: of the model or adapter, for the message.
+        folder: where it is written.
+
+    Raises:
+        DiskError: the disk has no room, or a permission or a limit is in the way.
+        CheckpointError: the model itself cannot be saved.
+    """
+    try:
+        with writing(folder, "what the end of the run saves"):
+            yield
+    except AlignlabError:
+        raise
     except SAVING_ERRORS as error:
-        raise unsaveable(f"the adapter {name}", error) from error
+        raise unsaveable(name, error) from error
 
 
 def unsaveable(name: str, error: Exception) -> CheckpointError:
