@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from alignlab.errors import ConfigError
 from alignlab.files.atomic_files import make_folder
+from alignlab.files.library_errors import writing
 from alignlab.files.paths import METRICS_FILE, TRACKERS_FOLDER
 from alignlab.runs.metrics_file import MetricsFile
 
@@ -79,6 +80,7 @@ class MetricsLogger:
         if not self._is_main:
             return
         make_folder(folder)
+        self._trackers_folder = folder / TRACKERS_FOLDER
         self._file = MetricsFile(
             folder / METRICS_FILE, resume_step=resume_step, last_step=last_step, saved=saved, ended=ended
         )
@@ -90,13 +92,18 @@ class MetricsLogger:
             raise
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's."""
+        """Write the metrics of a step. Several lines may have one step, such as training's and an evaluation's.
+
+        Raises:
+            DiskError: the file, or those of a tracker, cannot be written.
+        """
         if not self._is_main:
             return
         self._file.append(metrics_line(step, metrics))
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers:
-            tracker.log(finite, step=step)
+            with writing(self._trackers_folder, f"what the tracker {tracker.name} shows"):
+                tracker.log(finite, step=step)
 
     def state(self) -> dict[str, Any] | None:
         """Sync the file and return its state for a checkpoint, see `MetricsFile.state`; None on other processes."""

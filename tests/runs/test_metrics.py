@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import CheckpointError, ConfigError, DiskError
 from alignlab.runs import metrics
 from alignlab.runs.metrics import MetricsLogger, check_trackers
 from alignlab.runs.metrics_file import read_metrics
@@ -117,7 +118,8 @@ class Failing:
             raise RuntimeError("log in first")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        pass
+        if self.at == "log":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")  # without a path, as from tensorboard's thread
 
     def finish(self) -> None:
         raise RuntimeError("the network is gone")
@@ -136,6 +138,13 @@ def test_a_tracker_that_cannot_be_closed_is_only_logged(
     with MetricsLogger(tmp_path, ("tensorboard",)) as logger:
         logger.log(1, {"loss": 0.5})
     assert steps_in(tmp_path) == [1] and "could not be closed (RuntimeError: the network is gone)" in caplog.text
+
+
+def test_a_tracker_s_full_disk_is_named_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_make_tracker", lambda name, *words: Failing(name, at="log"))
+    told = rf"what the tracker failing shows cannot be written to {tmp_path / 'trackers'}: Disk quota exceeded"
+    with MetricsLogger(tmp_path, ("tensorboard",)) as logger, pytest.raises(DiskError, match=told):
+        logger.log(1, {"loss": 0.5})
 
 
 def logged(folder: Path, steps: int = 3) -> dict[str, Any]:
