@@ -214,7 +214,7 @@ PEER_ARGUMENTS = {
     "optimizers": _OWN_OPTIMIZER,
     "optimizer_cls_and_kwargs": _OWN_OPTIMIZER,
     "model_init": "model, a name or a live model",
-    "quantization_config": "not offered: models are trained in bfloat16 or float32",
+    "quantization_config": "not offered: models are trained in bfloat16, float16 or float32",
     "rollout_func": "not offered: config.rollout chooses the engine, and reward_funcs scores its completions",
     "environment_factory": "not offered: a completion is a single turn",
     "tools": "render_settings=RenderSettings(tools=...), or the column tools of the rows",

@@ -1,6 +1,6 @@
-"""AdamW for weights in bfloat16: it updates float32 copies, and rounds them into the weights.
+"""AdamW for weights in 16 bits: it updates float32 copies, and rounds them into the weights.
 
-An update is often smaller than half a unit in the last place of a bfloat16 weight, and would be lost in it
+An update is often smaller than half a unit in the last place of such a weight, and would be lost in it
 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.1). Gradients are summed in float32 over the packs of a step.
 """
 
@@ -27,7 +27,7 @@ def state_bytes(parameter: nn.Parameter) -> int:
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW over weights of which some are in bfloat16; arguments are `torch.optim.AdamW`'s.
+    """AdamW over weights of which some are in 16 bits; arguments are `torch.optim.AdamW`'s.
 
     The gradients of those weights are accumulated in float32 from here on.
     """

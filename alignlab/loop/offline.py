@@ -107,9 +107,8 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         metrics = self.algorithm.step_metrics(metrics)
         return metrics | {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 
-    def preflight(self) -> Preflight:
-        """Return the examples and the models beside the policy; see `TrainingLoop.preflight`."""
-        self.check_ending()
+    def contents(self) -> Preflight:
+        """Return the examples and the models beside the policy."""
         return Preflight(
             self.train_examples, self.eval_examples, beside=self.algorithm.models_beside,
             memory=self.predicted_memory(),

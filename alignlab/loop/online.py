@@ -119,9 +119,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         metrics = self._metrics(batch, version, updates) | self.source.engine.metrics()
         return metrics | dict(credit.metrics) | self._timings(batch)
 
-    def preflight(self) -> Preflight:
-        """Return the prompts, the scorer and the models beside the policy; see `TrainingLoop.preflight`."""
-        self.check_ending()
+    def contents(self) -> Preflight:
+        """Return the prompts, the scorer and the models beside the policy."""
         return Preflight(
             self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside,
             self.predicted_memory(),

@@ -21,7 +21,7 @@ FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv:1711.05101) over the parameters of `model` that require a gradient.
 
-    Those in bfloat16 have float32 copies, see `master_weights`.
+    Those in 16 bits have float32 copies, see `master_weights`.
 
     Weight decay applies to matrices, not to norms and biases (fewer than two dimensions). The fused kernel is used
     where every parameter is on a device that has one.

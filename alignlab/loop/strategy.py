@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignlab.loop.master_weights import MasterAdamW
 from alignlab.loop.ranks import Ranks
+from alignlab.models.empty import is_empty
 
 
 class Strategy(Protocol):
@@ -100,7 +101,7 @@ class DataParallel(SingleProcess):
 
 
 class GradientSum(SingleProcess):
-    """A module of which each rank holds all weights, some in bfloat16, with float32 gradients summed over ranks; a
+    """A module of which each rank holds all weights, some in 16 bits, with float32 gradients summed over ranks; a
     `Strategy`. DDP would exchange them in the weights' dtype."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -122,8 +123,11 @@ class GradientSum(SingleProcess):
 
 
 def make_strategy(module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:
-    """Return the strategy that fits the number of ranks; a module is put on the accelerator's device by its maker."""
-    if accelerator.num_processes == 1:
+    """Return the strategy that fits the number of ranks; a module is put on the accelerator's device by its maker.
+
+    A module without weights, of which nothing can be exchanged, is one process's.
+    """
+    if accelerator.num_processes == 1 or is_empty(module):
         return SingleProcess(module, optimizer)
     if isinstance(optimizer, MasterAdamW):
         return GradientSum(module, optimizer, Ranks(accelerator))

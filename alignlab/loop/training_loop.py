@@ -292,15 +292,21 @@ class TrainingLoop(ABC):
         for callback in self.callbacks:
             callback(self, self.step, metrics)
 
-    @abstractmethod
     def preflight(self) -> Preflight:
         """Return what the training would begin with, or raise if it could not end well; nothing is trained.
 
         The constructor has made all other checks. A trainer of a model without weights (`models.empty`) makes them too.
+        Every rank calls this together.
 
         Raises:
             ConfigError, CheckpointError: see `check_ending`.
         """
+        on_main_rank(self.check_ending)
+        return self.contents()
+
+    @abstractmethod
+    def contents(self) -> Preflight:
+        """Return what the training would begin with."""
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

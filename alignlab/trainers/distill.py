@@ -61,9 +61,9 @@ class DistillTrainer(OfflineTrainer):
         self.held_out = problems.read(held_out, self.learner.model, self.tokenizer)
         self.identity.add_held_out(self.held_out.prompts, self.held_out.settings, train, held_out)
 
-    def preflight(self) -> Preflight:
-        """Return the examples, the held-out prompts, the scorer and the teacher; see `TrainingLoop.preflight`."""
-        return replace(super().preflight(), held_out=self.held_out.prompts, scorer=self.held_out.scorer)
+    def contents(self) -> Preflight:
+        """Return the examples, the held-out prompts, the scorer and the teacher."""
+        return replace(super().contents(), held_out=self.held_out.prompts, scorer=self.held_out.scorer)
 
     @property
     def has_held_out(self) -> bool:

@@ -79,3 +79,28 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(dtype: str, limit: floa
             assert (shared[name] - gradient).norm() <= limit * gradient.norm(), name
         with safe_open(path, "pt") as file:
             assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=max(1e-4, limit))
+
+
+def test_ranks_with_a_warm_start_check_the_training_first(tmp_path: Path) -> None:
+    """The checks make trainers on models without weights, which no rank can exchange, and only rank 0 writes."""
+    (tmp_path / "run.yaml").write_text(WARM.format(folder=tmp_path / "run"))
+    done = torchrun("-m", "alignlab", "train", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["num_steps"] == 2
+    changes = ("trainer.routing_replay=trainer", "trainer.num_minibatches=2")
+    other = f"trainer.output_dir={tmp_path / 'other'}"
+    refused = torchrun("-m", "alignlab", "train", str(tmp_path / "run.yaml"), other, *changes)
+    assert "has no experts of ours" in refused.stderr and not (tmp_path / "other").exists()
+
+
+WARM = """
+model:
+  architecture: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}}
+  tokenizer: {{vocab_size: 300}}
+data: {{task: products, task_options: {{min_terms: 2, max_terms: 2}}}}
+rewards: [{{name: reasoning_gym_answer}}]
+warm_start: {{trainer: {{num_steps: 2, num_sequences: 4, trackers: []}}}}
+trainer:
+  {{type: grpo, output_dir: {folder}, num_steps: 2, num_prompts: 4, group_size: 2, sampling: {{max_new_tokens: 4}},
+   trackers: []}}
+"""

@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import RLAIFConfig, stages_of
-from alignlab.loop.ending_check import check_ending, writer_of
+from alignlab.loop.ending_check import check_ending, on_main_rank, writer_of
 from alignlab.loop.preflight import Preflight
 from alignlab.models.adapters import add_lora
 from alignlab.scoring.judges.make_judge import describe
@@ -23,9 +23,13 @@ def preflight_of(
     Raises:
         ConfigError, CheckpointError: a stage could not end well; see `loop.ending_check.check_ending`.
     """
-    model = inputs.model if peft_config is None else add_lora(inputs.model, peft_config)
-    for stage in stages_of(config):
-        check_ending(stage, model, inputs.tokenizer, config.output_dir, writer_of(stage, model, inputs.tokenizer))
+    model, tokenizer = inputs.model if peft_config is None else add_lora(inputs.model, peft_config), inputs.tokenizer
+
+    def check_stages() -> None:
+        for stage in stages_of(config):
+            check_ending(stage, model, tokenizer, config.output_dir, writer_of(stage, model, tokenizer))
+
+    on_main_rank(check_stages)
     held_out, constitution = inputs.held_out, inputs.constitution
     principles = ", ".join(principle.name for principle in constitution.principles)
     beside = {"principles": f"{constitution.name}: {principles}", "judge": describe(config.judge)}
