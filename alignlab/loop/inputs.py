@@ -141,8 +141,8 @@ def _check_dtype(model: PreTrainedModel | PeftModel) -> None:
     lm = causal_lm(model)
     if lm.dtype == torch.float16 and getattr(lm.config, "sparse_layers", None):
         raise ConfigError(
-            "the model is a mixture of experts in float16, and torch's grouped products on a GPU are in bfloat16; load it "
-            "in bfloat16 (model.dtype) or float32"
+            "the model is a mixture of experts in float16, and torch's grouped products on a GPU are in bfloat16; "
+            "load it in bfloat16 (model.dtype) or float32"
         )
 
 
