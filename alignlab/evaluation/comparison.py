@@ -17,7 +17,7 @@ from rich.text import Text
 from alignlab.errors import RewardError
 from alignlab.evaluation.results import EvaluatedProblem, EvaluationResult
 from alignlab.evaluation.tables import completions_table, describe_judged, spaced_indices
-from alignlab.files.atomic_files import publish
+from alignlab.files.atomic_files import replacing
 from alignlab.functional.estimation import mcnemar_exact, mcnemar_interval, paired_bootstrap, sign_flip_test
 
 LEVEL = 0.95
@@ -256,6 +256,5 @@ def plot_comparison(policies: Sequence[MeasuredPolicy], png: Path) -> None:
     change.set(xlabel="difference", title=f"Difference from {names[0]}, {LEVEL:.0%} interval")
     for axis in (accuracy, change):
         axis.grid(alpha=0.3)
-    temporary = png.with_name(f".{png.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    publish(temporary, png)
+    with replacing(png) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignlab.files.atomic_files import publish
+from alignlab.files.atomic_files import replacing
 from alignlab.runs.metrics_file import read_metrics
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def plot_curves(
         _draw(axis, panel, lines)
     if loads:
         _draw_loads(axes[-1], loads)
-    temporary = png.with_name(f".{png.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    publish(temporary, png)
+    with replacing(png) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alignlab.files.library_errors import writing
@@ -56,16 +58,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         DiskError: the file cannot be written.
     """
-    temporary = hidden_name(path, TEMPORARY)
-    with writing(path, "the file"):
+    with writing(path, "the file"), replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        publish(temporary, path)
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary file and rename it to `path`."""
-    sync_file(temporary)
-    os.replace(temporary, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name under which the content of a file is to be written; then sync it and rename it to `path`.
+
+    After an error what was written is removed, and `path` is as it was.
+    """
+    temporary = hidden_name(path, TEMPORARY)
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_file(path.parent)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignlab.data.preferences import CompletionGroup
-from alignlab.files.atomic_files import make_folder, publish
+from alignlab.files.atomic_files import make_folder, replacing
 from alignlab.files.digests import fast_digest
 from alignlab.files.file_lock import one_at_a_time
 from alignlab.files.library_errors import writing
@@ -52,10 +52,8 @@ class ReferenceCache:
             if flat is None:
                 print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
                 flat = torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
-                temporary = path.with_name(f".{path.name}.tmp")
-                with writing(path, "the reference's log-probs"):
+                with writing(path, "the reference's log-probs"), replacing(path) as temporary:
                     save_file({_LOGPROBS: flat}, temporary, {_DIGEST: tensor_digest(flat)})
-                    publish(temporary, path)
         return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]
 
     @staticmethod

@@ -30,7 +30,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from alignlab.errors import DataError
-from alignlab.files.atomic_files import make_folder, publish, write_atomically
+from alignlab.files.atomic_files import make_folder, replacing, write_atomically
 from alignlab.files.digests import sha256_of_file
 from alignlab.files.library_errors import writing
 from alignlab.types import Rollout, message_text
@@ -120,14 +120,12 @@ class RolloutStore:
         metadata = {} if self._run_id is None else {RUN_KEY: self._run_id.encode()}
         table = pa.Table.from_pylist(rows, schema=pa.schema(types.items(), metadata=metadata))
         path = self._folder / f"step-{step:08d}-rank{self._rank}.parquet"
-        temporary = path.with_name(f".{path.name}.tmp")
-        with writing(path, "the rollouts"):
+        with writing(path, "the rollouts"), replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
             with self._sums.open("a") as file:  # before the file has its name, so that no file is without a sum
                 file.write(_sum_line(path.name, sha256_of_file(temporary)))
                 file.flush()
                 os.fsync(file.fileno())
-            publish(temporary, path)
         return path
 
 

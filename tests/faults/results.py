@@ -17,6 +17,9 @@ UNREAD = (
 """Files that tell of a start, or are drawn for people; digests are those of files with times in them."""
 _PLACE = ("line", "sha256")
 JOURNAL = re.compile(r"rank\d+\.jsonl")
+_COMPARED_ELSEWHERE = ("sha256", "evaluation_due")
+"""The digest is the content's. A checkpoint that a failing run kept says truly that an evaluation is due, where that of
+an uninterrupted run is written after it; whether it came is seen in the metrics."""
 _SHOWN = 60
 LEFT_OVER = "is left over"
 TIMED = re.compile(r"(^time|_s|_seconds|^run|^staleness|policy_version)$")
@@ -77,7 +80,7 @@ def _values(path: Path) -> Iterator[tuple[str, str]]:
         else:
             yield from ((f":{i}", untimed(row)) for i, row in enumerate(rows))
     elif path.suffix == ".json":
-        yield "", untimed(json.loads(path.read_text()), "sha256")  # the content's, which is compared itself
+        yield "", untimed(json.loads(path.read_text()), *_COMPARED_ELSEWHERE)
     elif path.suffix == ".parquet":
         yield "", "its rows stand under the folder"
     else:

@@ -33,7 +33,7 @@ class Watcher:
     Args:
         listener: see `calls.install`.
         process: the process, which has a session of its own.
-        root: operations below this folder count.
+        root: operations below this folder count, and syncs of the folder itself.
         plan: what happens at which.
         log: where operations are written.
 
@@ -157,7 +157,7 @@ class Watcher:
 
     def _of_open_file(self, name: str, thread: int, descriptor: int, offset: int = 0) -> Operation | None:
         path = _open_path(thread, descriptor)
-        return self._next(name, path, offset=offset) if self._is_below(path) else None
+        return self._next(name, path, offset=offset) if self._is_below(f"{path}/") else None
 
     def _syncing_memory(self, thread: int, start: int) -> Operation | None:
         """What was stored into a mapped file, all of it."""

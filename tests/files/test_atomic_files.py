@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from typing import Any
 import pytest
 
 from alignlab.files import atomic_files
-from alignlab.files.atomic_files import publish_folder, recover_folder, remove, remove_folder
+from alignlab.files.atomic_files import (
+    publish_folder,
+    recover_folder,
+    remove,
+    remove_folder,
+    replacing,
+    write_atomically,
+)
 from alignlab.files.digests import json_digest
 from alignlab.files.manifest import MODEL_MANIFEST, find_damage, has_manifest, read_manifest, write_manifest
 
@@ -157,3 +165,19 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     remove(folder)
     remove(folder)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("fails", ["write", "sync", "rename"])
+def test_a_file_that_cannot_be_replaced_is_as_it_was_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    place = tmp_path / "state.json"
+    write_atomically(place, "old")
+    name = {"sync": "fsync", "rename": "replace"}.get(fails)
+    if name is not None:
+        monkeypatch.setattr(os, name, lambda *arguments: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), replacing(place) as temporary:
+        temporary.write_text("new")
+        if fails == "write":
+            raise OSError(errno.EIO, "broken")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("state.json", "old")]

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
+from alignlab.errors import ConfigError
 from alignlab.files.atomic_files import make_folder
 from alignlab.files.digests import json_digest
 from alignlab.files.library_errors import writing
@@ -48,10 +49,19 @@ class AnswerStore:
 
     Args:
         path: the file; created with its folder if absent.
+
+    Raises:
+        ConfigError: a folder, a pipe or a link that leads to nothing has the file's name.
+        DiskError: the file cannot be opened or written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(
+                f"{path} must be the file of the judges' answers, and is a folder, a pipe or a link that leads to "
+                "nothing; remove it, or name another folder by ALIGNLAB_CACHE"
+            )
         with self._naming_errors():
             make_folder(path.parent)
             self._prepare()

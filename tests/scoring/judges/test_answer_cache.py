@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from alignlab.errors import ConfigError
 from alignlab.scoring.judges.answer_cache import AnswerStore, answer_key
 
 ANSWERS = {answer_key(model="m", conversation=[f"question {i}"]): [i / 50, 1 - i / 50] for i in range(50)}
@@ -107,3 +110,11 @@ def test_a_folder_that_may_not_be_written_is_no_damage(path: Path, monkeypatch: 
     error = sqlite3.OperationalError("attempt to write a readonly database")
     error.sqlite_errorcode = sqlite3.SQLITE_READONLY
     assert not AnswerStore(path)._is_damage(error)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_named_before_it_is_opened(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "answers.sqlite"
+    make(path)
+    with pytest.raises(ConfigError, match="must be the file of the judges' answers"):
+        AnswerStore(path)
