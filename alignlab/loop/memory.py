@@ -79,9 +79,10 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
         num_tokens: of the pack.
     """
     lm: Any = causal_lm(model)
-    if getattr(lm.config, "sparse_layers", None) and lm.dtype == torch.float32:
+    if getattr(lm.config, "sparse_layers", None) and lm.dtype != torch.bfloat16:
         # Without values, torch has grouped products in bfloat16 alone.
-        return 2 * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
+        size: int = lm.dtype.itemsize // torch.bfloat16.itemsize
+        return size * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
     _move_buffers(lm)
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # holding the tensors, so that no later storage has the address of an earlier one
