@@ -186,7 +186,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
 
     def evaluate(self) -> EvaluationResult | None:
         """Return greedy and sampled accuracy on the held-out prompts."""
-        return self.held_out.evaluate(self.source.opened_engine(), seed=self.config.seed)
+        return self.held_out.evaluate(self.source.opened_engine(), self.ranks, seed=self.config.seed)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""
