@@ -35,8 +35,8 @@ class MemorySettings(Frozen):
     on_resume = OnResume.MAY_CHANGE
     tokens_per_microbatch: int = Field(4096, ge=1)
     """Tokens in one forward and backward pass."""
-    logprob_chunk_tokens: int = Field(512, ge=1)
-    """Tokens whose logits exist at one time."""
+    logprob_chunk_tokens: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at one time; default: 512, and 2,048 for log-probs on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, instead of storing them."""
 

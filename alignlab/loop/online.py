@@ -138,7 +138,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             return training
         longest = max(len(prompt.token_ids) for prompt in self.source.prompts)
         engine = engine_bytes(
-            self.learner.model, self.config.rollout,
+            self.learner.model, self.config.rollout, self.learner.device,
             num_sequences=self.config.num_prompts // self.ranks.count * self.config.group_size,
             num_tokens=longest + self.config.sampling.max_new_tokens,
         )
