@@ -191,8 +191,9 @@ def warm_start_trainer(
     folder = config.trainer.output_dir / WARM_START
     with watched_set_up():
         trainer = SFTTrainer(
-            model, settings.trainer.model_copy(update={"output_dir": folder}), examples, tokenizer=tokenizer,
-            render_settings=RenderSettings(on_bad_row=source.on_bad_row),
+            model,
+            settings.trainer.model_copy(update={"output_dir": folder, "numerics": config.trainer.numerics}),
+            examples, tokenizer=tokenizer, render_settings=RenderSettings(on_bad_row=source.on_bad_row),
         )
     final = holds_run(config.trainer.output_dir)
     trainer.describe_run(replace(trainer.run, section="warm_start.trainer", settings_are_final=final))

@@ -67,6 +67,7 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     from alignlab.run_from_config import check_run
 
     yield "model", _model_line(config)
+    yield "numerics", _numerics_line(config)
     yield from _trainer_lines(config)
     checked = check_run(config)
     yield "tokenizer", _tokenizer_line(checked)
@@ -91,6 +92,21 @@ def _model_line(config: RunConfig) -> str:
         source = f"a student of {source}, layers {layers}"
     weights = f"LoRA rank {model.lora.rank} alpha {model.lora.alpha:g}" if model.lora else "all weights"
     return f"{source}, {weights} trained, dtype {model.dtype}"
+
+
+def _numerics_line(config: RunConfig) -> str:
+    """Return precision and order of what is computed on this machine, or that a CPU leaves no choice."""
+    import torch
+
+    from alignlab.loop.numerics import no_effect
+
+    numerics = config.trainer.numerics
+    if not torch.cuda.is_available():
+        given = [name for name in ("tf32", "deterministic") if getattr(numerics, name)]
+        return no_effect(given) if given else "products in the weights' dtype, sums in one order, as on every CPU"
+    products = "rounded to TF32" if numerics.tf32 else "in all bits of float32, without TF32"
+    order = "the same in every run" if numerics.deterministic else "any, so that a resumed run is close, and not equal"
+    return f"float32 products {products}; order of sums: {order}"
 
 
 def _trainer_lines(config: RunConfig) -> Iterator[Line]:

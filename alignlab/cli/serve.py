@@ -143,6 +143,7 @@ def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) 
     import torch
     from accelerate.utils import set_seed
 
+    from alignlab.loop.numerics import VLLM_PRECISION, matmul_precision
     from alignlab.models.adapters import add_lora
     from alignlab.models.decoder import causal_lm
     from alignlab.models.hub.export import write_base
@@ -151,6 +152,7 @@ def write_served(config: RunConfig, settings: VLLMServerSettings, folder: Path) 
 
     tokenizer = make_tokenizer(config)
     set_seed(config.trainer.seed)
+    os.environ[VLLM_PRECISION] = matmul_precision(config.trainer.numerics)  # the servers' environment
     model = make_model(config.model, tokenizer, model_dtype(config.model))
     write_base(model, folder)
     tokenizer.save_pretrained(folder)

@@ -80,7 +80,8 @@ class ModelSettings(Frozen):
     """auto: bfloat16 under an adapter, float32 where all weights train. Where all train in 16 bits, the
     optimizer updates float32 copies, and rounds them into the weights; forward passes and the engine take half the
     memory. float16 rounds 8 times as finely as bfloat16, so that engine and trainer differ less; its range is smaller,
-    so that the loss is scaled. Not for mixtures of experts."""
+    so that the loss is scaled. A mixture of experts computes one product for each expert in float16 and float32 on a
+    GPU, whose grouped kernel is for bfloat16."""
     lora: LoraSettings | None = None
     """None trains all weights."""
     student: StudentSettings | None = None

@@ -14,7 +14,7 @@ from alignlab.config.offline import DPOConfig, RewardConfig, SFTConfig
 from alignlab.config.online import OnlineConfig, OnlineDPOConfig
 from alignlab.config.policy_gradient import GRPOConfig, PPOConfig
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
-from alignlab.config.trainer import TrainerConfig
+from alignlab.config.trainer import NumericsSettings, TrainerConfig
 from alignlab.files.home_folder import with_home
 
 FeedbackPath = Literal["revision", "dpo", "reward_model", "direct", "online_dpo"]
@@ -129,7 +129,21 @@ class RLAIFConfig(Frozen):
                 raise BrokenRule(name, "given", must, "remove it")
         self._check_policy()
         self._check_folders()
+        self._check_numerics()
         return self
+
+    def _check_numerics(self) -> None:
+        """All stages run in one process, whose numerics are fixed when CUDA starts."""
+        for name, stage in self._named_stages().items():
+            if stage.numerics != self.numerics:
+                must = f"be the last stage's ({self.numerics}): all stages run in one process"
+                raise BrokenRule(f"{name}.numerics", str(stage.numerics), must, "write the same in each stage")
+
+    def _named_stages(self) -> dict[str, TrainerConfig]:
+        """Return the trainers that run, by the names of their sections."""
+        revision = self.revision.trainer if self.revision else None
+        stages = {"revision.trainer": revision, "reward": self.reward, "policy": self.policy}
+        return {name: stage for name, stage in stages.items() if stage is not None}
 
     def _check_policy(self) -> None:
         if self.revision is not None and self.judge.backend == "reward_model":
@@ -143,11 +157,9 @@ class RLAIFConfig(Frozen):
             raise BrokenRule("policy", kind, f"be left out with path {self.path}, which ends before", "remove it")
 
     def _check_folders(self) -> None:
-        revision = self.revision.trainer if self.revision else None
-        stages = {"revision.trainer": revision, "reward": self.reward, "policy": self.policy}
-        for name, stage in stages.items():
+        for name, stage in self._named_stages().items():
             for field, must in _OF_THE_RUN.items():
-                info = None if stage is None else type(stage).model_fields.get(field)
+                info = type(stage).model_fields.get(field)
                 value = getattr(stage, field, None)
                 if info is not None and value != info.default:
                     raise BrokenRule(f"{name}.{field}", str(value), must, "remove it")
@@ -163,6 +175,11 @@ class RLAIFConfig(Frozen):
         return "; ".join(f"{stage.method}, {stage.num_steps} steps, {stage.step}" for stage in self.stages)
 
     @property
+    def numerics(self) -> NumericsSettings:
+        """The precision and the order of what a GPU computes, in all stages."""
+        return self.stages[-1].numerics
+
+    @property
     def sampling_stages(self) -> tuple[RevisionSettings | LabelSettings | OnlineConfig, ...]:
         """The stages in which the policy samples completions of the prompts, in order."""
         stages = (self.revision, self.labels, self.policy if isinstance(self.policy, OnlineConfig) else None)
@@ -171,5 +188,4 @@ class RLAIFConfig(Frozen):
     @property
     def stages(self) -> tuple[TrainerConfig, ...]:
         """The trainers that run, in order."""
-        stages = (self.revision.trainer if self.revision else None, self.reward, self.policy)
-        return tuple(stage for stage in stages if stage is not None)
+        return tuple(self._named_stages().values())

@@ -51,8 +51,10 @@ class RolloutSettings(Frozen):
     """Sequences decoded together."""
     prefill_tokens: int = Field(2048, ge=1)
     """Prompt tokens computed in one step; longer prompts are computed in chunks."""
-    merge_lora: bool = True
-    """Roll out from a merged copy of the adapted weights, refreshed after each update; false applies it live."""
+    merge_lora: bool | None = None
+    """Roll out from a merged copy of the adapted weights, refreshed after each update; false applies the adapter as it
+    is, which takes no memory and two more products a layer. Default: merged, but on a GPU where the copies would take
+    more than a tenth of its memory."""
     pack_weights: bool = True
     """On a CPU in bfloat16: roll out from a copy of the linear layers laid out for its matrix products. Faster, the
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""

@@ -13,6 +13,7 @@ from alignlab.config.judge import ModelJudge
 from alignlab.config.model import ModelSettings
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.rollout import SamplingSettings
+from alignlab.config.trainer import NumericsSettings
 from alignlab.config.trainers import (
     AnyTrainer,
     OnlineConfig,
@@ -168,6 +169,13 @@ class RunConfig(Frozen):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
         if self.warm_start is not None:
             self.refuse_unread("warm_start.trainer.output_dir", "for a warm start, which is in trainer.output_dir")
+            self._check_warm_start_numerics(self.warm_start.trainer.numerics)
+
+    def _check_warm_start_numerics(self, given: NumericsSettings) -> None:
+        """The warm start runs in the training's process, whose numerics are fixed when CUDA starts."""
+        if given not in (NumericsSettings(), self.trainer.numerics):
+            must = "be left out: a warm start computes as trainer.numerics says"
+            raise BrokenRule("warm_start.trainer.numerics", str(given), must, "write it in trainer.numerics")
 
     def _check_data(self) -> None:
         for name, data in (("data", self.data), ("eval_data", self.eval_data)):

@@ -35,10 +35,24 @@ class MemorySettings(Frozen):
     on_resume = OnResume.MAY_CHANGE
     tokens_per_microbatch: int = Field(4096, ge=1)
     """Tokens in one forward and backward pass."""
-    logprob_chunk_tokens: int = Field(512, ge=1)
-    """Tokens whose logits exist at one time."""
+    logprob_chunk_tokens: int | None = Field(None, ge=1)
+    """Tokens whose logits exist at one time; default: 512, and 2,048 for log-probs on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, instead of storing them."""
+
+
+class NumericsSettings(Frozen):
+    """Precision and order of what a GPU computes, in training and in rollouts alike. On a CPU both change nothing."""
+
+    on_resume = OnResume.RECORDED
+    tf32: bool = False
+    """float32 products of numbers rounded to TF32, of 10 bits behind the point: several times as fast, and the rounding
+    errors, with the gap between engine and trainer, near float16's. Of use where model.dtype is float32."""
+    deterministic: bool = False
+    """The same run, on the same card and number of ranks with the same versions, gives the same bits, and so does a
+    resumed run; otherwise sums are added in any order, and a resumed run is close. Rollouts of vLLM depend on its
+    batches in both cases. Costs speed: slower sums and products, compiled kernels that are not tuned, and memory that
+    is filled before it is written."""
 
 
 class CheckpointSettings(Frozen):
@@ -69,6 +83,7 @@ class TrainerConfig(Frozen):
     """Evaluate during training too; before and after is always done where there is evaluation data."""
     optim: OptimSettings = OptimSettings()
     memory: MemorySettings = MemorySettings()
+    numerics: NumericsSettings = NumericsSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     rank_timeout_s: MayChange[float] = Field(1800.0, gt=0)
     """On several ranks: how long the others wait for a rank that is alive and makes no progress. A rank that fails, is

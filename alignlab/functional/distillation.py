@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from alignlab.functional.logprobs import head_logits
 from alignlab.functional.precision import at_least_float32
 
+CHUNK_TOKENS = 512
+"""Both models' distributions of a chunk are held in float32, a dozen tensors of that size."""
+
 
 class Head(NamedTuple):
     """Output head: weight [V, D], bias [V] and soft-cap; see `head_logits`."""
@@ -133,7 +136,7 @@ def chunked_divergence(
     beta: float,
     width: int,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, "M"]:
     """`divergence` of the distributions that two models' hidden states give; gradients reach the student's hidden
     states and, where it is in training, its head.
@@ -142,7 +145,7 @@ def chunked_divergence(
         student_hidden, teacher_hidden: hidden states that predict the same tokens, after the last norm.
         beta: see `divergence`.
         width, temperature: see `log_distribution`, the same for both.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits exist at one time; default: `CHUNK_TOKENS`.
     """
 
     def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_of_teacher: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ def chunked_coarse_divergence(
     beta: float,
     width: int,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, "M"]:
     """`coarse_divergence` between a teacher's top tokens and the distributions that a student's hidden states give.
 
@@ -181,7 +184,8 @@ def chunked_coarse_divergence(
 
 @torch.no_grad()
 def chunked_top_tokens(
-    hidden: Float[Tensor, "M D"], head: Head, *, k: int, width: int, temperature: float = 1.0, chunk_tokens: int = 512
+    hidden: Float[Tensor, "M D"], head: Head, *, k: int, width: int, temperature: float = 1.0,
+    chunk_tokens: int | None = None,
 ) -> TopTokens:
     """Return the K likeliest tokens of each distribution, and the probability of all others; no gradient.
 
@@ -208,7 +212,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _in_chunks(
-    compare: Callable[..., Tensor], hidden: Tensor, head: Head, teacher: Sequence[Tensor], chunk_tokens: int
+    compare: Callable[..., Tensor], hidden: Tensor, head: Head, teacher: Sequence[Tensor], chunk_tokens: int | None
 ) -> Tensor:
     """Call `compare(hidden, weight, bias, *teacher)` on each chunk; it is computed again in the backward pass.
 
@@ -224,7 +228,8 @@ def _in_chunks(
     return torch.cat(divergences)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def _slices(length: int, chunk_tokens: int | None) -> Iterator[slice]:
+    step = CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
     if step < 1:
         raise ValueError(f"chunk_tokens is {step}, and must be at least 1; 512 is usual")
     return (slice(start, start + step) for start in range(0, length, step))

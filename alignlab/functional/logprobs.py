@@ -24,6 +24,22 @@ from alignlab.functional.precision import at_least_float32
 
 CPU_BLOCK_LOGITS = 2**18
 """Logits a thread works on at one time on a CPU: 1 MiB of float32, so that the passes over them stay in the cache."""
+GPU_BLOCK_LOGITS = 2**26
+"""Logits that a GPU works on at one time: enough to keep it busy, in 256 MiB of float32."""
+CPU_CHUNK_TOKENS = 512
+GPU_CHUNK_TOKENS = 2048
+"""Each chunk reads and writes the whole gradient [V,D] of a trained head, in float32: on a GPU that takes the time."""
+
+
+def default_chunk_tokens(device_type: str) -> int:
+    """Return how many tokens a chunk has on a kind of device, where nothing else is asked for."""
+    return CPU_CHUNK_TOKENS if device_type == "cpu" else GPU_CHUNK_TOKENS
+
+
+def block_rows(vocabulary: int, device_type: str) -> int:
+    """Return how many rows of a chunk have float32 logits at one time."""
+    logits = CPU_BLOCK_LOGITS * torch.get_num_threads() if device_type == "cpu" else GPU_BLOCK_LOGITS
+    return max(1, logits // vocabulary)
 
 
 def head_logits(
@@ -57,7 +73,7 @@ def chunked_logprobs(
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
     """Log-prob of each target and entropy of each distribution, without holding the logits of more than a chunk.
@@ -73,7 +89,7 @@ def chunked_logprobs(
         weight, bias, softcap: see `head_logits`.
         targets: token ids, 0..V-1.
         temperature: > 0; the logits are divided by it.
-        chunk_tokens: C >= 1; more is faster up to a few hundred, memory is about C * V numbers of `hidden`'s dtype.
+        chunk_tokens: C >= 1; memory is about C * V numbers of `hidden`'s dtype; default: `default_chunk_tokens`.
         entropy_grad: whether the entropy carries a gradient; costs one more product with the head.
 
     Returns:
@@ -81,6 +97,7 @@ def chunked_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
+    chunk_tokens = default_chunk_tokens(hidden.device.type) if chunk_tokens is None else chunk_tokens
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, and must be at least 1; 512 is usual")
     options = _Options(temperature, softcap, chunk_tokens, num_gradients=2 if entropy_grad else 1)
@@ -184,10 +201,20 @@ class _TrainedHead(torch.autograd.Function):
         for chunk, (by_products,) in _chunks(hidden, head, bias, targets, ctx.options, weighted, num_outputs=1):
             by_hidden[chunk] = by_products @ head
             if by_weight is not None:
-                by_weight += by_products.T @ hidden[chunk]
+                _add_product(by_weight, by_products.T, hidden[chunk])
             if by_bias is not None:
                 by_bias += by_products.sum(0, dtype=dtype)
         return by_hidden, _cast(by_weight, weight), _cast(by_bias, bias), None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [V,C] @ right [C,D] to a total [V,D], without a tensor of that size where there is such a kernel."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)  # sums in float32, unlike a product
+    else:
+        total += left @ right
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -269,11 +296,9 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _blocks(products: Tensor) -> Iterator[slice]:
-    """Rows of a chunk to be worked on at one time: few on a CPU, where they fit its cache; all on a GPU."""
+    """Rows of a chunk to be worked on at one time."""
     num_rows, vocabulary = products.shape
-    if products.device.type != "cpu":
-        return _slices(num_rows, num_rows)
-    return _slices(num_rows, max(1, CPU_BLOCK_LOGITS * torch.get_num_threads() // vocabulary))
+    return _slices(num_rows, block_rows(vocabulary, products.device.type))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -21,14 +21,18 @@ def sequence_sum(
 
         out[b] = sum of x[t] over t with sequence_ids[t] = b
 
+    A sequence's tokens are added in their order, on every device: a GPU's `index_add` would add them in any.
+
     Args:
         x: one value a token.
         sequence_ids: which sequence each token belongs to, 0..num_sequences-1; tokens with -1 are left out.
         num_sequences: B, also counting sequences without a token here.
     """
-    x = at_least_float32(x)
-    sums = x.new_zeros(num_sequences)
-    return sums.index_add(0, sequence_ids.clamp(min=0).long(), torch.where(sequence_ids >= 0, x, 0.0))
+    x = torch.where(sequence_ids >= 0, at_least_float32(x), 0.0)
+    ids, order = sequence_ids.clamp(min=0).long().sort(stable=True)
+    starts = torch.searchsorted(ids, torch.arange(num_sequences + 1, device=ids.device))
+    # Unchecked: a check of the starts, which are ascending by construction, would wait for the device.
+    return torch.segment_reduce(x[order], "sum", offsets=starts, axis=0, unsafe=True)
 
 
 def sequence_mean(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignlab.functional.precision import at_least_float32
+from alignlab.functional.reduction import sequence_sum
 from alignlab.functional.values import gae
 
 
@@ -89,7 +90,7 @@ def spread_over_spans(
         num_spans: each has at least one token of the student's.
     """
     old, teacher = at_least_float32(old_logprobs), at_least_float32(teacher_logprobs)
-    empty = old.new_zeros(num_spans)
-    difference = empty.index_add(0, teacher_spans, teacher).index_add(0, spans, -old)
-    counts = empty.index_add(0, spans, torch.ones_like(old))
+    difference = sequence_sum(teacher, teacher_spans, num_sequences=num_spans)
+    difference = difference - sequence_sum(old, spans, num_sequences=num_spans)
+    counts = sequence_sum(torch.ones_like(old), spans, num_sequences=num_spans)
     return old + (difference / counts.clamp(min=1))[spans]

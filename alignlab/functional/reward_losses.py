@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignlab.functional.precision import at_least_float32
+from alignlab.functional.reduction import sequence_sum
 
 
 def bradley_terry(
@@ -93,5 +94,5 @@ def calibration_error(leads: Float[Tensor, "P"], *, num_bins: int = 10) -> Float
     confidence = torch.sigmoid(leads.abs())
     right = (leads > 0).to(leads.dtype) + 0.5 * (leads == 0)
     bins = ((confidence - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
-    gaps = leads.new_zeros(num_bins).index_add(0, bins, right - confidence)  # of each bin, its size times its gap
+    gaps = sequence_sum(right - confidence, bins, num_sequences=num_bins)  # of each bin, its size times its gap
     return gaps.abs().sum() / len(leads)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from alignlab.functional.precision import at_least_float32
-from alignlab.functional.reduction import mean_and_variance
+from alignlab.functional.reduction import mean_and_variance, on_tokens
 
 
 def token_rewards(
@@ -36,10 +36,11 @@ def token_rewards(
     """
     index = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
     last = torch.full((len(rewards),), -1, device=mask.device)
-    last = last.scatter_reduce(0, sequence_ids.clamp(min=0).long(), index, "amax")
+    ids = sequence_ids.clamp(min=0).long()
+    last = last.scatter_reduce(0, ids, index, "amax")
     priced = torch.where(mask, -kl_coef * at_least_float32(kl), 0.0)
-    # Without a selection by a mask, for whose size a GPU would be waited for: sequences without a token add 0.
-    return priced.index_add(0, last.clamp(min=0), torch.where(last >= 0, at_least_float32(rewards), 0.0))
+    is_last = mask & (sequence_ids >= 0) & (last[ids] == index)
+    return priced + torch.where(is_last, on_tokens(at_least_float32(rewards), sequence_ids, elsewhere=0.0), 0.0)
 
 
 def gae(

@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
 
+from alignlab.config.trainer import NumericsSettings
 from alignlab.errors import ConfigError
+from alignlab.loop.numerics import apply_numerics
 from alignlab.loop.rank_watchdog import watch_ranks
 
 _COLLECTIVE_EXTRA_S = 120.0
@@ -35,18 +37,20 @@ _REFUSED = {
 """Variables by which `accelerate` changes a run, with the reason and the fix."""
 
 
-def make_accelerator(rank_timeout_s: float) -> Accelerator:
+def make_accelerator(rank_timeout_s: float, numerics: NumericsSettings | None = None) -> Accelerator:
     """Return the ranks and the device of this process: a GPU where there is one, else the CPU. Several ranks are
     watched from here on; see `rank_watchdog`.
 
     Args:
         rank_timeout_s: limit on the wait for a rank that is alive and makes no progress.
+        numerics: precision and order of what a GPU computes; see `apply_numerics`.
 
     Raises:
         ConfigError: the environment asks for what the config does not say, there are more ranks than GPUs, or the GPU
-            or the machine lacks what the kernels need.
+            or the machine lacks what the kernels need; see also `apply_numerics`.
     """
     _check_environment()
+    apply_numerics(numerics or NumericsSettings())
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         _check_ranks(torch.cuda.device_count())

@@ -16,6 +16,7 @@ from alignlab.evaluation.evaluate import check_problems, evaluate
 from alignlab.evaluation.results import EvaluationResult
 from alignlab.loop.given_data import GivenData, resolve_prompts
 from alignlab.loop.preflight import check_prompt_ids, with_room
+from alignlab.loop.ranks import Ranks
 from alignlab.rollout.engine import RolloutEngine
 from alignlab.scoring.loading import LoadedReward, load_reward
 from alignlab.types import Prompt
@@ -63,8 +64,13 @@ class HeldOutProblems:
             check_problems(fit, self.scorer, self.settings.pass_at, self.settings.num_samples)
         return replace(self, prompts=fit)
 
-    def evaluate(self, engine: RolloutEngine, *, seed: int) -> EvaluationResult | None:
-        """Return greedy and sampled accuracy; None without problems, or without a scorer."""
+    def evaluate(self, engine: RolloutEngine, ranks: Ranks | None = None, *, seed: int) -> EvaluationResult | None:
+        """Return greedy and sampled accuracy; None without problems, or without a scorer.
+
+        Args:
+            engine: of this rank.
+            ranks: share the problems, and call this together; default: this process measures all.
+        """
         if not self.prompts or self.scorer is None:
             return None
         return evaluate(
@@ -76,6 +82,7 @@ class HeldOutProblems:
             seed=seed,
             pass_at=self.settings.pass_at,
             time_limit_s=self.settings.scorer_time_limit_s,
+            ranks=ranks,
         )
 
 

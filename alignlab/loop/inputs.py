@@ -55,8 +55,7 @@ def resolve_model(
     A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train.
 
     Raises:
-        ConfigError: there is no tokenizer, a mixture of experts is in float16, or the adapter
-            is no LoRA or cannot be trained, merged and saved exactly.
+        ConfigError: there is no tokenizer, or the adapter is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
     model, tokenizer = resolve_base(model, tokenizer, peft_config)
@@ -70,7 +69,7 @@ def resolve_model(
         model.set_adapter(model.active_adapter)  # PEFT loads an adapter frozen; here it is trained further
     if isinstance(model, PeftModel):
         check_trainable(model)
-    _check_dtype(model)
+    _warn_of_slow_products(model, device)
     put_on(model, device)
     return model, tokenizer
 
@@ -136,13 +135,14 @@ def _resolve_tokenizer(
     return tokenizer
 
 
-def _check_dtype(model: PreTrainedModel | PeftModel) -> None:
-    """Raise if a model cannot be computed in its dtype."""
+def _warn_of_slow_products(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+    """Warn where a GPU has no grouped kernel for a mixture in its dtype."""
     lm = causal_lm(model)
-    if lm.dtype == torch.float16 and getattr(lm.config, "sparse_layers", None):
-        raise ConfigError(
-            "the model is a mixture of experts in float16, and torch's grouped products on a GPU are in bfloat16; "
-            "load it in bfloat16 (model.dtype) or float32"
+    if device.type == "cuda" and lm.dtype != torch.bfloat16 and getattr(lm.config, "sparse_layers", None):
+        logger.warning(
+            "the model is a mixture of experts in %s, for which torch has no grouped kernel: a GPU computes a product "
+            "for each expert, and the host waits for the experts' counts in each layer; bfloat16 has one (model.dtype)",
+            str(lm.dtype).removeprefix("torch."),
         )
 
 

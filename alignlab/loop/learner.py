@@ -34,6 +34,7 @@ from alignlab.models.dropout import switch_off_dropout
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
 from alignlab.models.weight_view import WeightView, parameter_names, view_of, whole_tensors
 from alignlab.runs.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -86,6 +87,7 @@ class Learner:
         with module.in_use():
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
+        keep_casts(module)
         self.loss_scale = LossScale(causal_lm(module.model).dtype)
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0

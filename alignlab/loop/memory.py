@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.config.trainer import MemorySettings
+from alignlab.functional.logprobs import block_rows, default_chunk_tokens
 from alignlab.loop.learner import Learner
 from alignlab.loop.master_weights import state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
@@ -17,7 +18,7 @@ from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 
 _LOGIT_COPIES = 4
-"""float32 tensors of a chunk's logits that exist at one time: logits, probabilities, and their gradients."""
+"""float32 tensors of a block's logits that exist at one time: logits, probabilities, and their gradients."""
 
 
 class _Kept(torch.autograd.Function):
@@ -67,8 +68,10 @@ def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:
     """Return what a forward pass of one micro-batch keeps, and the logits of one chunk."""
     with learner.module.in_use():
         kept = kept_bytes(learner.module.model, memory.tokens_per_microbatch)
-    vocabulary = output_head(learner.module.model)[0].shape[0]
-    return kept + _LOGIT_COPIES * 4 * memory.logprob_chunk_tokens * vocabulary
+    weight, kind = output_head(learner.module.model)[0], learner.device.type
+    rows = memory.logprob_chunk_tokens or default_chunk_tokens(kind)
+    of_block = _LOGIT_COPIES * torch.float32.itemsize * min(rows, block_rows(weight.shape[0], kind))
+    return kept + (rows * weight.element_size() + of_block) * weight.shape[0]
 
 
 def kept_bytes(model: nn.Module, num_tokens: int) -> int:
@@ -79,9 +82,10 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
         num_tokens: of the pack.
     """
     lm: Any = causal_lm(model)
-    if getattr(lm.config, "sparse_layers", None) and lm.dtype == torch.float32:
+    if getattr(lm.config, "sparse_layers", None) and lm.dtype != torch.bfloat16:
         # Without values, torch has grouped products in bfloat16 alone.
-        return 2 * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
+        size: int = lm.dtype.itemsize // torch.bfloat16.itemsize
+        return size * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
     _move_buffers(lm)
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # holding the tensors, so that no later storage has the address of an earlier one

@@ -72,7 +72,7 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         check_callbacks(callbacks)
         train = given_data(train_dataset, render_settings)
         held_out = given_held_out(eval_dataset, eval_render_settings, train)
-        accelerator = make_accelerator(config.rank_timeout_s)
+        accelerator = make_accelerator(config.rank_timeout_s, config.numerics)
         size: int = getattr(config, self.size_field)
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)

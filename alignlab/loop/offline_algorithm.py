@@ -8,7 +8,7 @@ shortest example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,8 @@ from alignlab.models.policy import Policy
 from alignlab.types import Experience
 
 Item = TypeVar("Item", bound=HasSequences)
+Share = Callable[[Sequence[Experience]], Sequence[Experience]]
+"""Takes some of a list of packs."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,19 @@ class OfflineAlgorithm(ABC, Generic[Item]):
         return metrics
 
     def evaluate(self, held_out: Sequence[Item]) -> Evaluation | None:
-        """Return a measure of the policy on held-out examples, at least one; each rank looks at all of them."""
+        """Return a measure of the policy on held-out examples, at least one; every rank calls this together."""
         return None
+
+    def measured_packs(self, measure: Callable[[Share], Iterable[Any]]) -> list[Any]:
+        """Return what is measured of each pack of held-out examples, in the order of the packs.
+
+        Each rank measures its share of the packs that one rank alone would make, so that the values are the same.
+
+        Args:
+            measure: returns a JSON value for each pack of a share of them; its argument takes the share.
+        """
+        parts = self.ranks.gather_done("measuring held-out examples", lambda: list(measure(self.ranks.share)))
+        return [parts[number % len(parts)][number // len(parts)] for number in range(sum(map(len, parts)))]
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

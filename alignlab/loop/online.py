@@ -138,7 +138,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             return training
         longest = max(len(prompt.token_ids) for prompt in self.source.prompts)
         engine = engine_bytes(
-            self.learner.model, self.config.rollout,
+            self.learner.model, self.config.rollout, self.learner.device,
             num_sequences=self.config.num_prompts // self.ranks.count * self.config.group_size,
             num_tokens=longest + self.config.sampling.max_new_tokens,
         )
@@ -186,7 +186,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
 
     def evaluate(self) -> EvaluationResult | None:
         """Return greedy and sampled accuracy on the held-out prompts."""
-        return self.held_out.evaluate(self.source.opened_engine(), seed=self.config.seed)
+        return self.held_out.evaluate(self.source.opened_engine(), self.ranks, seed=self.config.seed)
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""

@@ -79,7 +79,7 @@ def resolve_online_inputs(
     """
     train = given_prompts(train_dataset, render_settings)
     eval_data = given_held_out(eval_dataset, eval_render_settings, train)
-    accelerator = make_accelerator(config.rank_timeout_s)
+    accelerator = make_accelerator(config.rank_timeout_s, config.numerics)
     check_shares("num_prompts", config.num_prompts, accelerator.num_processes, config.num_minibatches)
     set_seed(config.seed)
     warn_of_truncation(config.sampling)

@@ -40,12 +40,23 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     make = MasterAdamW if any(map(needs_master, trained)) else torch.optim.AdamW
-    return make(
+    optimizer = make(
         [group for group in groups if group["params"]],
         lr=config.optim.learning_rate,
         betas=(config.optim.adam_beta1, config.optim.adam_beta2),
         fused=all(parameter.device.type in FUSED_DEVICES for parameter in trained),
     )
+    optimizer.register_step_post_hook(_mark_written)
+    return optimizer
+
+
+def _mark_written(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
+    """Raise the version of each weight that a step has changed, by which copies of it are known to be old.
+
+    The fused kernel writes to weights without this mark.
+    """
+    written = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version(written)
 
 
 def learning_rate_factor(update: int, *, schedule: str, warmup: int, total: int) -> float:

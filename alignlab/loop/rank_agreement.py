@@ -15,6 +15,8 @@ from alignlab.errors import RankError
 from alignlab.runs.random_state import RandomState, packed, random_state, unpacked
 
 _MAX_ERROR_CHARS = 1000
+_KNOWN = "is_known_to_all_ranks"
+"""Attribute of an error that all ranks have been told of."""
 
 
 class RankAgreement:
@@ -30,7 +32,10 @@ class RankAgreement:
 
     @contextmanager
     def __call__(self, work: str) -> Iterator[None]:
-        """Run a block of work that every rank does, and in which no rank waits for another.
+        """Run a block of work that every rank does, in which ranks meet at inner blocks of this kind alone.
+
+        A rank that fails outside of an inner block meets the others at the end of that block. They fail there, and do
+        not exchange their reasons again at the end of the outer one.
 
         Args:
             work: name of the work, for the message, such as "evaluating after step 4".
@@ -42,17 +47,23 @@ class RankAgreement:
         try:
             yield
         except BaseException as error:
+            if getattr(error, _KNOWN, False):
+                self.failed = True
+                raise
             failure = error
         reasons = self._reasons(failure)
         self.failed = self.failed or any(reasons)
         if failure is not None:
+            setattr(failure, _KNOWN, True)
             raise failure
         failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
         if failures:
-            raise RankError(
+            elsewhere = RankError(
                 f"{work} must be done by every rank, and failed on {len(failures)} of {len(reasons)}; correct what "
                 f"failed there, and go on by --resume. {'; '.join(failures)}"
             )
+            setattr(elsewhere, _KNOWN, True)
+            raise elsewhere
 
     def _reasons(self, failure: BaseException | None) -> list[str]:
         """Return the reason of each rank's failure, empty where there is none; every rank calls this together."""
@@ -77,7 +88,7 @@ def gather_bytes(accelerator: Accelerator, content: bytes) -> list[bytes]:
     padded = content_bytes.new_zeros(1, max(*lengths, 1))
     padded[0, : len(content_bytes)] = content_bytes
     gathered: Tensor = accelerator.gather(padded)
-    return [bytes(row[:size].tolist()) for row, size in zip(gathered.cpu(), lengths, strict=True)]
+    return [row[:size].numpy().tobytes() for row, size in zip(gathered.cpu(), lengths, strict=True)]
 
 
 def json_of_ranks(accelerator: Accelerator, value: Any) -> list[Any]:

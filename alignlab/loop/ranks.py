@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignlab.loop.rank_agreement import gather_bytes, json_of_ranks
+from alignlab.loop.rank_agreement import RankAgreement, gather_bytes, json_of_ranks
 
 T = TypeVar("T")
 
@@ -61,6 +61,20 @@ class Ranks:
     def gather_json(self, value: Any) -> list[Any]:
         """Return the value of each rank, which JSON must hold exactly."""
         return json_of_ranks(self.accelerator, value)
+
+    def gather_done(self, work: str, compute: Callable[[], Any]) -> list[Any]:
+        """Return what each rank computes, which JSON must hold exactly.
+
+        Args:
+            work: name of the work, for the message.
+            compute: this rank's part, in which it waits for no other rank.
+
+        Raises:
+            RankError: another rank has failed; this one raises its own error.
+        """
+        with RankAgreement(self.accelerator)(work):
+            value = compute()
+        return self.gather_json(value) if self.count > 1 else [value]
 
     def of_main(self, text: str) -> str:
         """Return the text of rank 0."""

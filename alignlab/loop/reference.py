@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -117,16 +117,18 @@ class ExampleReference:
         self._computed, self._reference = computed, None  # all or nothing: it may have been interrupted
 
     def packs(
-        self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int], subset: slice = slice(None)
+        self, name: str, examples: Sequence[CompletionGroup], rows: Sequence[int], subset: slice = slice(None),
+        share: Callable[[Sequence[Experience]], Sequence[Experience]] = list,
     ) -> list[Experience]:
         """Return the packs of some examples of a name with the reference's log-probs; no example is divided.
 
         Args:
             subset: of each example's completions.
+            share: takes those of the packs that are returned; default: all.
         """
         groups = [examples[row].as_group() for row in rows]
         chosen = [replace(group, completions=group.completions[subset]) for group in groups]
-        packs = pack_groups(chosen, budget=self._budget)
+        packs = share(pack_groups(chosen, budget=self._budget))
         if self._reference is not None:
             return self._with_logprobs(packs)
         logprobs = [

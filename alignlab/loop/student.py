@@ -72,7 +72,7 @@ class Student(PackedModel):
         chunk_tokens: tokens whose logits exist at one time.
     """
 
-    def __init__(self, model: nn.Module, comparison: Comparison, *, chunk_tokens: int) -> None:
+    def __init__(self, model: nn.Module, comparison: Comparison, *, chunk_tokens: int | None) -> None:
         super().__init__(model)
         self.comparison, self.chunk_tokens = comparison, chunk_tokens
 

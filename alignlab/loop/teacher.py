@@ -24,7 +24,7 @@ from alignlab.types import Experience, Prompt
 
 
 def load_teacher(
-    settings: TeacherSettings, device: torch.device, *, chunk_tokens: int, num_ids: int | None = None
+    settings: TeacherSettings, device: torch.device, *, chunk_tokens: int | None, num_ids: int | None = None
 ) -> Policy:
     """Load the teacher on `device`, frozen and in evaluation mode.
 

@@ -2,16 +2,18 @@
 
 PEFT keeps an adapter's weights in float32, as an optimizer's small updates need, and then multiplies in float32 too,
 which is several times slower than bfloat16. `ComputeDtypeLinear` casts the two small matrices instead, in one autograd
-function that saves only the layer's input and the rank-sized product.
+function that saves only the layer's input and the rank-sized product. Each matrix is cast once an update, where
+`keep_casts` allows it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 
@@ -20,41 +22,76 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor,
+        casts: tuple[Tensor, Tensor], scale: float,
     ) -> Tensor:
-        """Map x [..., in], weight [out, in], bias [out], down [rank, in], up [out, rank] -> [..., out]."""
+        """Map x [..., in], weight [out, in], bias [out], down [rank, in], up [out, rank] -> [..., out].
+
+        Args:
+            casts: down and up in the dtype of the weight; without a gradient of their own.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        low_down, low_up = down.to(weight.dtype), up.to(weight.dtype)
+        low_down, low_up = casts
         inner = rows @ low_down.T
         y = linear(rows, weight, bias).addmm_(inner, low_up.T, alpha=scale)
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.scale = scale
+        ctx.save_for_backward(rows, inner, weight, low_down, low_up)
+        ctx.scale, ctx.dtype = scale, down.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients of x, down and up; the last two in float32, as the adapter's weights."""
-        rows, inner, weight, down, up = ctx.saved_tensors
+        rows, inner, weight, low_down, low_up = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad_rows @ up.to(weight.dtype)).mul_(ctx.scale)
-        grad_down = (grad_inner.T @ rows).to(down.dtype)
-        grad_up = (grad_rows.T @ inner).to(up.dtype).mul_(ctx.scale)
+        grad_inner = (grad_rows @ low_up).mul_(ctx.scale)
+        grad_down = (grad_inner.T @ rows).to(ctx.dtype)
+        grad_up = (grad_rows.T @ inner).to(ctx.dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_inner, down.to(weight.dtype)).view(*grad.shape[:-1], -1)
-        return grad_x, None, None, grad_down, grad_up, None
+            grad_x = (grad_rows @ weight).addmm_(grad_inner, low_down).view(*grad.shape[:-1], -1)
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+class _Casts(NamedTuple):
+    """The two matrices of an adapter, what they were at the time, and their copies in another dtype."""
+
+    matrices: tuple[Tensor, Tensor]
+    state: tuple[Any, ...]
+    copies: tuple[Tensor, Tensor]
 
 
 class ComputeDtypeLinear(LoraLinear):
-    """PEFT's LoRA layer around a frozen `nn.Linear`; any form but plain LoRA is computed by PEFT."""
+    """PEFT's LoRA layer around a frozen `nn.Linear`; any form but plain LoRA is computed by PEFT.
+
+    Attributes:
+        keeps_casts: whether copies of the matrices in the base's dtype are kept until the matrices are written to.
+    """
+
+    keeps_casts = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x [..., in] -> [..., out]."""
         name = self._plain_adapter(x)
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, down, up = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraProduct.apply(x, base.weight, base.bias, down, up, self.scaling[name])
+        base: Any = self.get_base_layer()
+        down, up = (matrices[name].get_parameter("weight") for matrices in (self.lora_A, self.lora_B))
+        casts = self._cast_matrices(name, down, up, base.weight.dtype)
+        return _LoraProduct.apply(x, base.weight, base.bias, down, up, casts, self.scaling[name])
+
+    def _cast_matrices(self, name: str, down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the matrices of an adapter in a dtype: cast now, or before and not written to since."""
+        if not self.keeps_casts:
+            return down.detach().to(dtype), up.detach().to(dtype)
+        casts: dict[str, _Casts] = self.__dict__.setdefault("_casts", {})
+        kept = casts.get(name)
+        state = (dtype, down._version, up._version, down.data_ptr(), up.data_ptr())
+        # The matrices are held, so that no others can have their place in memory.
+        if kept is None or kept.state != state or kept.matrices[0] is not down or kept.matrices[1] is not up:
+            with torch.inference_mode(False):  # rollouts leave copies that a backward pass may keep
+                copies = down.detach().to(dtype), up.detach().to(dtype)
+            kept = casts[name] = _Casts((down, up), state, copies)
+        return kept.copies
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """Return the active adapter if it is the only one, and plain LoRA on a frozen layer of the input's dtype."""
@@ -74,3 +111,15 @@ def _is_frozen_linear(base: nn.Module, dtype: torch.dtype) -> bool:
 def _is_plain(layer: LoraLinear) -> bool:
     """Return True if the adapters are low-rank terms and nothing else."""
     return not (layer.lora_variant or layer.fan_in_fan_out or any(layer.lora_bias.values()))
+
+
+def keep_casts(model: nn.Module) -> None:
+    """Let the adapters of a model be cast once an update, instead of in every forward and backward pass.
+
+    For adapters whose optimizer marks what it has written to, as `loop.optim.make_optimizer`'s does. Sharded weights
+    stay without: what gathers them writes to them without a mark.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        for module in model.modules():
+            if isinstance(module, ComputeDtypeLinear):
+                module.keeps_casts = True

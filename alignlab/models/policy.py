@@ -107,14 +107,14 @@ class Policy(PackedModel):
 
     Args:
         model: see `PackedModel`.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits exist at one time; default: by device, see `chunked_logprobs`.
         num_ids: ids that share the probability, from 0 on; default: all for which there is a logit.
 
     Raises:
         ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
     """
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int = 512, num_ids: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, chunk_tokens: int | None = None, num_ids: int | None = None) -> None:
         super().__init__(model)
         output_head(model)
         self.chunk_tokens = chunk_tokens

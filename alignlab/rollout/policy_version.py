@@ -11,7 +11,10 @@ from alignlab.errors import RolloutError
 
 
 def weights_stamp(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """Return a value that changes when a parameter is written to, or an adapter is switched on or off."""
+    """Return a value that changes when a parameter is written to, or an adapter is switched on or off.
+
+    torch's fused optimizers write without a mark; `loop.optim.make_optimizer` sets it after each step.
+    """
     disabled = sum(module.disable_adapters for module in modules if isinstance(module, BaseTunerLayer))
     return (*(parameter._version for parameter in parameters), disabled)
 

@@ -75,4 +75,4 @@ class DistillTrainer(OfflineTrainer):
         if not self.held_out:
             return None
         engine = EmbeddedEngine(self.learner.model, self.tokenizer, RolloutSettings())
-        return self.held_out.evaluate(engine, seed=self.config.seed)
+        return self.held_out.evaluate(engine, self.ranks, seed=self.config.seed)

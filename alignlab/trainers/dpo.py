@@ -18,7 +18,7 @@ from alignlab.evaluation.results import PreferenceResult
 from alignlab.loop.given_data import GivenData, resolve_preferences
 from alignlab.loop.loss_weights import LossWeights, pair_mean
 from alignlab.loop.offline import OfflineTrainer
-from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
+from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, Share
 from alignlab.loop.reference import ExampleReference
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.pairs import loss_of_pairs, pair_loss, pair_metrics, pairs_of, with_labels
@@ -57,13 +57,20 @@ class DPO(OfflineAlgorithm[Preference]):
         if self.reference is not None and self.config.precompute_reference:
             self.reference.precompute({"train": train, "eval": held_out})
 
-    def packs(self, name: str, examples: Sequence[Preference], rows: Sequence[int]) -> list[Experience]:
-        """Return both completions of each pair in one pack, behind one prompt."""
+    def packs(
+        self, name: str, examples: Sequence[Preference], rows: Sequence[int], share: Share = list
+    ) -> list[Experience]:
+        """Return both completions of each pair in one pack, behind one prompt.
+
+        Args:
+            share: takes those of the packs that are returned; default: all.
+        """
         pairs = [examples[i] for i in rows]
         if self.reference is not None:
-            packs = self.reference.packs(name, examples, rows)
+            packs = self.reference.packs(name, examples, rows, share=share)
         else:
-            packs = pack_groups([pair.as_group() for pair in pairs], budget=self.config.memory.tokens_per_microbatch)
+            groups = [pair.as_group() for pair in pairs]
+            packs = list(share(pack_groups(groups, budget=self.config.memory.tokens_per_microbatch)))
             packs = [replace(pack, rollout_logprobs=None) for pack in packs]
         # Certain labels are left to `label_smoothing`, which says how likely each is wrong.
         return with_labels(packs, pairs) if any(pair.probability != 1.0 for pair in pairs) else packs
@@ -79,16 +86,20 @@ class DPO(OfflineAlgorithm[Preference]):
 
     def evaluate(self, held_out: Sequence[Preference]) -> PreferenceResult:
         """Return how often, and how far, the chosen completions of held-out pairs lead."""
-        totals: dict[str, float] = {}
-        for pack in self.packs("eval", held_out, range(len(held_out))):
-            moved = pack.to(self.learner.device)
-            pairs = pairs_of(self.learner.logprobs([moved])[0], moved)
-            for name, values in (pair_metrics(pairs, self.config) | {"loss": pair_loss(pairs, self.config)}).items():
-                totals[name] = totals.get(name, 0.0) + float(values.sum())
+        rows = range(len(held_out))
+        sums = self.measured_packs(lambda share: map(self._sums, self.packs("eval", held_out, rows, share)))
+        totals = {name: sum(of_pack[name] for of_pack in sums) for name in sums[0]}
         means = {name: total / len(held_out) for name, total in totals.items()}
         return PreferenceResult(
             means["preference_accuracy"], means["margin"], means["loss"], num_pairs=len(held_out)
         )
+
+    def _sums(self, pack: Experience) -> dict[str, float]:
+        """Return the sums over the pairs of a pack of their metrics and of their loss."""
+        moved = pack.to(self.learner.device)
+        pairs = pairs_of(self.learner.logprobs([moved])[0], moved)
+        values = pair_metrics(pairs, self.config) | {"loss": pair_loss(pairs, self.config)}
+        return {name: float(of_pairs.sum()) for name, of_pairs in values.items()}
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

@@ -7,7 +7,7 @@ throughout a run, so that its log-probs under the reference are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from alignlab.functional.reduction import sequence_sum
 from alignlab.loop.given_data import GivenData, resolve_unpaired
 from alignlab.loop.loss_weights import LossWeights, whole_sequence_mean
 from alignlab.loop.offline import OfflineTrainer
-from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
+from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, Share
 from alignlab.loop.reference import ExampleReference
 from alignlab.models.policy import PolicyOutput
 from alignlab.trainers.pairs import ROUNDING
@@ -126,10 +126,9 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
 
         A good completion should have more reward than the reference point of the held-out data, a bad one less.
         """
-        rows = range(len(held_out))
-        total = self._mismatched_log_ratios("eval", held_out, rows).sum()
+        total = self._held_out_log_ratios(held_out, _MISMATCHED).sum()
         point = kto_reference_point(total, total.new_tensor(float(len(held_out))))
-        ratios = self._log_ratios(self._labelled_packs("eval", held_out, rows), len(held_out))
+        ratios = self._held_out_log_ratios(held_out, _MATCHED)
         desirable = torch.tensor([example.desirable for example in held_out], device=ratios.device)
         lead = torch.where(desirable, ratios - point, point - ratios)
         agrees = torch.where(lead.abs() <= ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
@@ -140,6 +139,25 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
             loss=float(self._loss(ratios, desirable, point).mean()),
             num_completions=len(held_out),
         )
+
+    def _held_out_log_ratios(self, held_out: Sequence[UnpairedPreference], subset: slice) -> Tensor:
+        """Return the log-ratio [count] of each held-out completion.
+
+        Args:
+            subset: of each example's group.
+        """
+        rows, count = range(len(held_out)), len(held_out)
+
+        def of_packs(share: Share) -> Iterator[list[list[float]]]:
+            for pack in self.reference.packs("eval", held_out, rows, subset, share):
+                index = torch.tensor(pack.segments.sequences)
+                values = self._log_ratios([pack], count).cpu()[index]
+                yield [index.tolist(), values.tolist()]
+
+        ratios = torch.zeros(count)
+        for index, values in self.measured_packs(of_packs):
+            ratios[index] = torch.tensor(values)
+        return ratios.to(self.learner.device)
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

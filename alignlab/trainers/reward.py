@@ -100,10 +100,10 @@ class RewardModelling(OfflineAlgorithm[Preference]):
         Raises:
             NumericsError: a reward is not finite.
         """
-        packs = [pack.to(self.learner.device) for pack in self.packs("eval", held_out, range(len(held_out)))]
-        outputs = self.learner.outputs(packs)
-        of_packs = [reward_pairs(output.rewards, pack) for output, pack in zip(outputs, packs, strict=True)]
-        pairs = RewardPairs(*(torch.cat(parts) for parts in zip(*of_packs, strict=True)))
+        packs = self.packs("eval", held_out, range(len(held_out)))
+        of_packs = self.measured_packs(lambda share: map(self._of_pairs, share(packs)))
+        columns = ([value for part in parts for value in part] for parts in zip(*of_packs, strict=True))
+        pairs = RewardPairs(*(torch.tensor(column, device=self.learner.device) for column in columns))
         leads = pairs.chosen - pairs.rejected
         check_finite([("pairs", leads)], "the rewards of held-out completions")
         return PreferenceResult(
@@ -114,6 +114,13 @@ class RewardModelling(OfflineAlgorithm[Preference]):
             calibration_error=float(calibration_error(leads)),
             brier=float(brier_score(leads)),
         )
+
+
+    def _of_pairs(self, pack: Experience) -> list[list[float]]:
+        """Return the fields of `RewardPairs` of a pack."""
+        moved = pack.to(self.learner.device)
+        [output] = self.learner.outputs([moved])
+        return [values.tolist() for values in reward_pairs(output.rewards, moved)]
 
 
 class RewardTrainer(OfflineTrainer):

@@ -36,13 +36,17 @@ class SFT(OfflineAlgorithm[Example]):
 
     def evaluate(self, held_out: Sequence[Example]) -> LikelihoodResult:
         """Return the mean negative log-likelihood of held-out completions, nats a token."""
-        total, num_tokens = 0.0, 0
-        for pack in self.packs("eval", held_out, range(len(held_out))):
-            moved = pack.to(self.learner.device)
-            logprobs = self.learner.logprobs([moved])[0][moved.completion_mask]
-            total -= float(logprobs.double().sum())
-            num_tokens += len(logprobs)
-        return LikelihoodResult(total / num_tokens, num_examples=len(held_out), num_tokens=num_tokens)
+        packs = self.packs("eval", held_out, range(len(held_out)))
+        sums = self.measured_packs(lambda share: map(self._likelihood, share(packs)))
+        num_tokens = sum(count for _, count in sums)
+        loss = -sum(logprobs for logprobs, _ in sums) / num_tokens
+        return LikelihoodResult(loss, num_examples=len(held_out), num_tokens=num_tokens)
+
+    def _likelihood(self, pack: Experience) -> tuple[float, int]:
+        """Return the sum of the log-probs of a pack's completion tokens, and their number."""
+        moved = pack.to(self.learner.device)
+        logprobs = self.learner.logprobs([moved])[0][moved.completion_mask]
+        return float(logprobs.double().sum()), len(logprobs)
 
 
 class SFTTrainer(OfflineTrainer):

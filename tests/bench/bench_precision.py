@@ -3,15 +3,19 @@
     python tests/bench/bench_precision.py
 
 SmolLM2-135M-Instruct, and a small mixture with random weights whose experts are replayed or chosen anew; 64
-completions of up to 64 tokens each, by the embedded engine.
+completions of up to 64 tokens each, by the embedded engine. A GPU's TF32 is imitated: operands of the products of
+layers are rounded as TF32 rounds them, those inside of attention are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
@@ -20,12 +24,31 @@ from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, Rollout, SamplingParams
 
+aten = torch.ops.aten
+
 MODEL = "smollm2-135m-instruct"
 MIXTURE = {
     "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 4, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ImitatedTF32(TorchDispatchMode):
+    """Rounds the operands of float32 products to 10 bits behind the point."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+            *before, first, second = args
+            args = (*before, rounded(first), rounded(second))
+        return func(*args, **(kwargs or {}))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The nearest number of TF32."""
+    if x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def gaps(model: Any, rollouts: list[Rollout], *, replayed: bool = True) -> torch.Tensor:
@@ -46,11 +69,12 @@ def measured() -> Iterator[tuple[str, torch.Tensor]]:
     texts = [f"Write about the number {n}." for n in range(16)]
     prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text, index=i) for i, text in enumerate(texts)]
     sampling = SamplingParams(max_new_tokens=64, n=4, seed=1)
-    for dtype in DTYPES:
+    for dtype, tf32 in ((torch.float32, True), *((dtype, False) for dtype in DTYPES)):
         model: Any = load_model(MODEL, dtype=dtype)
-        rollouts = EmbeddedEngine(model, tokenizer, RolloutSettings()).generate(prompts, sampling)
-        yield f"dense, {str(dtype)[6:]}", gaps(model, rollouts)
-    for dtype in DTYPES[:2]:
+        with ImitatedTF32() if tf32 else nullcontext():
+            rollouts = EmbeddedEngine(model, tokenizer, RolloutSettings()).generate(prompts, sampling)
+            yield f"dense, {str(dtype)[6:]}{', TF32 imitated' if tf32 else ''}", gaps(model, rollouts)
+    for dtype in DTYPES:
         torch.manual_seed(0)
         model = new_model(MIXTURE, vocab_size=len(tokenizer), dtype=dtype)
         rollouts = EmbeddedEngine(model, tokenizer, RolloutSettings()).generate(prompts, sampling)

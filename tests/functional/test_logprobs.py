@@ -207,3 +207,19 @@ def test_impossible_options_are_refused(options, message):
     hidden, weight, _, targets = make_head()
     with pytest.raises(ValueError, match=message):
         logprobs.chunked_logprobs(hidden, weight, targets, **options)
+
+
+def test_a_chunk_has_more_tokens_on_a_gpu_and_the_float32_logits_of_a_block_are_bounded():
+    assert logprobs.default_chunk_tokens("cpu") == 512 and logprobs.default_chunk_tokens("cuda") == 2048
+    assert logprobs.block_rows(2**17, "cuda") == 512 and logprobs.block_rows(2**30, "cuda") == 1
+    assert logprobs.block_rows(2**17, "cpu") == max(1, 2 * torch.get_num_threads())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_to_a_total_in_the_totals_dtype(dtype):
+    left, right = torch.randn(7, 5).to(dtype), torch.randn(5, 3).to(dtype)
+    total = torch.randn(7, 3)
+    expected = total + left.float() @ right.float()
+    logprobs._add_product(total, left, right)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.05)

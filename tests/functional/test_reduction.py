@@ -15,6 +15,22 @@ def test_sequence_sum_ignores_even_nan_outside_sequences():
     assert sums.tolist() == [1.0]
 
 
+def test_sequence_sum_adds_the_tokens_of_a_sequence_in_their_order():
+    """2^24 + 1 + 1 is 2^24 in float32, and 1 + 1 + 2^24 is not; other sequences lie between."""
+    big = 2.0**24
+    x = torch.tensor([big, 1.0, 1.0, 1.0, 1.0, big])
+    sums = reduction.sequence_sum(x, torch.tensor([1, 0, 1, 0, 1, 0]), num_sequences=2)
+    assert sums.tolist() == [big + 2, big]
+
+
+def test_the_gradient_of_a_sequence_sum_is_one_on_its_tokens():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([2, -1, 0, 2])
+    assert torch.autograd.gradcheck(lambda x: reduction.sequence_sum(x, ids, num_sequences=4), x)
+    (reduction.sequence_sum(x, ids, num_sequences=4) * torch.tensor([3.0, 5.0, 7.0, 9.0])).sum().backward()
+    assert x.grad.tolist() == [7.0, 0.0, 3.0, 7.0]
+
+
 def test_sequence_sum_is_float32_for_half_precision():
     ones = torch.ones(1000, dtype=torch.bfloat16)
     sums = reduction.sequence_sum(ones, torch.zeros(1000, dtype=torch.long), num_sequences=1)

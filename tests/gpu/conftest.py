@@ -57,7 +57,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
             patch.setattr(layers.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
             patch.setattr(paged_attention, "_MAX_BLOCK_DIAGONAL_HEADS", 0)
             patch.setattr(weights, "_packing_helps", lambda model: False)
-            patch.setattr(logprobs, "CPU_BLOCK_LOGITS", WHOLE)
+            patch.setattr(logprobs, "CPU_BLOCK_LOGITS", logprobs.GPU_BLOCK_LOGITS)
+            patch.setattr(logprobs, "CPU_CHUNK_TOKENS", logprobs.GPU_CHUNK_TOKENS)
             patch.setattr(sampling, "_BLOCK_ELEMENTS", WHOLE)
             yield
 

@@ -34,6 +34,19 @@ WAITS = {
     aten.bincount.default: 2,  # for the smallest and the largest value
     aten.repeat_interleave.Tensor: 1, aten._unique2.default: 1, aten.unique_dim.default: 1,
 }
+# Operations that CUDA refuses under `torch.use_deterministic_algorithms`, whose documentation lists them: always, with
+# numbers of a float dtype, or with weights.
+REFUSED = (
+    "put", "put_", "histc", "kthvalue", "median", "nanmedian", "nll_loss_forward", "nll_loss2d_forward",
+    "grid_sampler_2d_backward", "_ctc_loss_backward", "max_unpool2d", "reflection_pad1d_backward",
+    "upsample_linear1d_backward", "upsample_bilinear2d_backward", "_adaptive_avg_pool2d_backward",
+)
+REFUSED_IN_FLOATS = ("cumsum", "cumsum_", "cumprod")
+# Operations that add to one place in any order, unless torch is deterministic; then they are slower.
+ADDING = {
+    aten.index_add.default, aten.index_add_.default, aten.scatter_add.default, aten.scatter_add_.default,
+    aten.scatter_reduce.two, aten.scatter_reduce_.two,
+}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor}
 COPIES = {aten._to_copy.default, aten.copy_.default, aten.lift_fresh.default}
 GIB = 1 << 30
@@ -109,6 +122,7 @@ class PretendedGPU(TorchDispatchMode):
     transfers: how often tensors were moved between host and device, likewise.
     operations: how often each operation ran on the device; views are left out.
     watch: called with each operation on the device, its tensors and its place, before it runs; None for nothing.
+    unordered: places of operations that added floats in an order that CUDA leaves open.
     """
 
     _active: PretendedGPU | None = None
@@ -119,6 +133,7 @@ class PretendedGPU(TorchDispatchMode):
         self.transfers: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[Any] = Counter()
         self.watch: Callable[[Any, list[Tensor], str], None] | None = None
+        self.unordered: set[str] = set()
         self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets the address
         self._restore: dict[str, Any] = {}
 
@@ -185,6 +200,10 @@ class PretendedGPU(TorchDispatchMode):
                 return 0
             if func in COPIES:
                 return self._copy(func, args, kwargs)
+            if func is aten.addmm.dtype_out:  # a kernel that CUDA alone has
+                total, left, right = _real(args[:3])
+                total += left @ right
+                return kwargs["out"]
             if func in (aten.is_pinned.default, aten._pin_memory.default):
                 return self._pin(func, args[0])
             return self._compute(func, args, kwargs)
@@ -194,8 +213,11 @@ class PretendedGPU(TorchDispatchMode):
         has_gpu = any(isinstance(tensor, GpuTensor) for tensor in tensors)
         if has_gpu:
             self._check_devices(func, args, tensors)
+            _check_deterministic(func, args, kwargs)
             if func in WAITS:
                 self._wait(str(func), WAITS[func])
+            if adds_twice(func, args):
+                self.unordered.add(f"{func}, {_place()}")
             if self.watch is not None:
                 self.watch(func, tensors, _place())
         target = kwargs.get("device")
@@ -260,6 +282,26 @@ class PretendedGPU(TorchDispatchMode):
         copied = source.clone()
         self._pinned[copied.untyped_storage().data_ptr()] = copied
         return copied
+
+
+def _check_deterministic(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise where CUDA has no deterministic form of an operation, and torch is to have no other."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    name = func._schema.name.removeprefix("aten::")
+    refused = name in REFUSED or (name in REFUSED_IN_FLOATS and args[0].is_floating_point())
+    refused = refused or (name == "bincount" and len(args) > 1 and args[1] is not None)
+    if refused or (name.startswith("scatter_reduce") and "prod" in args):
+        raise RuntimeError(f"{name} does not have a deterministic implementation on CUDA, at {_place()}")
+
+
+def adds_twice(func: Any, args: Any) -> bool:
+    """Return whether an operation adds floats to one place more than once, in an order that CUDA leaves open."""
+    if func not in ADDING or not args[0].is_floating_point() or any(word in args for word in ("amax", "amin")):
+        return False
+    dim, index = args[1], _real(args[2])
+    rows = index.movedim(dim, -1).reshape(-1, index.shape[dim]) if index.dim() > 1 else index[None]
+    return any(len(set(row)) < len(row) for row in rows.tolist())
 
 
 def _is_cuda(device: Any) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.runs.rollout_store import read_rollouts
+from tests.loop import rank_held_out
 from tests.loop.rank_gradients import gradients
 from tests.loop.rank_uneven import UNEVEN
 from tests.trainers.tiny import save_teacher
@@ -79,6 +80,23 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(dtype: str, limit: floa
             assert (shared[name] - gradient).norm() <= limit * gradient.norm(), name
         with safe_open(path, "pt") as file:
             assert float(file.metadata()["loss"]) == pytest.approx(metrics["loss"], rel=max(1e-4, limit))
+
+
+def test_held_out_data_is_shared_out_and_measured_as_by_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, texts included; each rank asks its engine for some of the problems alone."""
+    done = torchrun(str(ROOT / "tests/loop/rank_held_out.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "alone" / "cache"))
+    for kind in rank_held_out.KINDS:
+        alone = rank_held_out.measured(kind, tmp_path / "alone")
+        assert alone is not None and json.loads(json.dumps(alone.to_json())) == ranks[0][kind], kind
+    grpo = ranks[0]["grpo"]
+    assert (grpo["num_problems"], grpo["num_judged"], len(grpo["samples"])) == (7, 6, 7)
+    assert grpo["samples"][0]["sampled"] != grpo["samples"][3]["sampled"], "equal prompts have seeds of their own"
 
 
 def test_ranks_with_a_warm_start_check_the_training_first(tmp_path: Path) -> None:

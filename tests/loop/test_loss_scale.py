@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from alignlab import LoraSettings, SFTConfig, SFTTrainer
-from alignlab.errors import ConfigError, NumericsError
+from alignlab.errors import NumericsError
 from alignlab.loop import loss_scale
 from alignlab.loop.loss_scale import FIRST, LossScale
 from alignlab.loop.loss_weights import token_mean
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.moe import routers
 from tests.trainers.conftest import SPARSE
 from tests.trainers.tiny import examples
 
@@ -122,8 +123,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(make: Make) -> None:
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
-def test_a_mixture_in_float16_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    model = new_model(SPARSE, vocab_size=len(tokenizer), dtype=torch.float16)
-    config = SFTConfig(output_dir=tmp_path, num_sequences=2, trackers=())
-    with pytest.raises(ConfigError, match="a mixture of experts in float16"):
-        SFTTrainer(model, config, examples(8), tokenizer=tokenizer)
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, experts=True)], ids=["all weights", "adapters of experts"])
+def test_a_mixture_in_float16_has_the_gradient_of_float32(
+    lora: LoraSettings | None, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The router's scores and gates are float32 in both, of logits that float16 rounds."""
+    gradients, scores = [], []
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        model = new_model(SPARSE, vocab_size=len(tokenizer)).half().to(dtype)
+        config = SFTConfig(output_dir=tmp_path / str(dtype), num_sequences=2, trackers=())
+        trainer = SFTTrainer(model, config, examples(8), tokenizer=tokenizer, peft_config=lora)
+        assert trainer.learner.loss_scale.is_needed == (dtype == torch.float16)
+        router = routers(trainer.learner.model)[0]
+        router.register_forward_hook(lambda module, inputs, output: scores.append(output))
+        gradients.append(gradients_of(trainer, None if dtype == torch.float32 else FIRST))
+    assert relative(*gradients) < 2e-2
+    assert {tensor.dtype for output in scores for tensor in output} == {torch.float32}

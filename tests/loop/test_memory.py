@@ -79,6 +79,7 @@ def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
     cache = 2 * 3 * (longest + 7) * 2 * base.config.num_hidden_layers * 2 * heads
     assert memory["rollouts"] == merged + cache
     alone = engine_bytes(
-        causal_lm(trainer.learner.model), RolloutSettings(merge_lora=False), num_sequences=6, num_tokens=longest + 7
+        causal_lm(trainer.learner.model), RolloutSettings(merge_lora=False), torch.device("cpu"), num_sequences=6,
+        num_tokens=longest + 7,
     )
     assert alone == cache

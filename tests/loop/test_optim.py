@@ -161,3 +161,16 @@ def test_resumption_at_another_learning_rate_is_warned_of(
     resumed = make_schedule(make_optimizer(small_model(), config), config, num_steps, 1)
     load_schedule_state(resumed, schedule_state(saved))
     assert ("goes on after update 1 at learning rate 0.00875" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_marks_the_weights_that_it_has_changed(dtype: torch.dtype) -> None:
+    model = small_model().to(dtype)
+    optimizer = make_optimizer(model, SFTConfig(optim={"learning_rate": 0.1}))
+    weights = list(model.parameters())
+    for weight in weights[:2]:
+        weight.grad = torch.ones_like(weight, dtype=torch.float32)
+    before = [weight._version for weight in weights]
+    optimizer.step()
+    rose = [weight._version > version for weight, version in zip(weights, before, strict=True)]
+    assert rose == [True] * 2 + [False] * 4

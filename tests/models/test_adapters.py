@@ -6,10 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignlab.config.model import LoraSettings
+from alignlab.config.trainers import SFTConfig
 from alignlab.errors import ConfigError
+from alignlab.loop.optim import make_optimizer
+from alignlab.models import lora_layers
 from alignlab.models.adapters import (
     ComputeDtypeLinear,
     adapters_disabled,
@@ -17,6 +21,7 @@ from alignlab.models.adapters import (
     compute_in_base_dtype,
     has_adapters,
 )
+from alignlab.models.lora_layers import keep_casts
 from tests.models.conftest import SIZES
 
 TOKENS = torch.tensor([[3, 9, 4, 7, 22, 5]])
@@ -154,3 +159,49 @@ def test_autocast_is_computed_by_peft(base):
 def test_has_adapters(base):
     assert not has_adapters(base)
     assert has_adapters(ours(base))
+
+
+def num_casts(work, model: PeftModel) -> int:
+    """How often an adapter's matrix is cast to another dtype."""
+    sources = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
+    storages = {parameter.data_ptr() for parameter in model.parameters() if id(parameter) in sources}
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Counting.count += func is torch.ops.aten._to_copy.default and args[0].data_ptr() in storages
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        work()
+    return Counting.count
+
+
+def test_matrices_are_cast_once_an_update_and_never_stale(base: LlamaForCausalLM) -> None:
+    kept, cast = (randomise(add_lora(copy.deepcopy(base).bfloat16(), LoraSettings(rank=4))) for _ in range(2))
+    keep_casts(kept)
+    with torch.inference_mode():  # rollouts come first
+        assert torch.equal(kept(TOKENS).logits, cast(TOKENS).logits)
+    layers = sum(isinstance(module, ComputeDtypeLinear) for module in kept.modules())
+    for step in range(3):
+        assert num_casts(lambda: run(kept), kept) == (2 * layers if step else 0)
+        assert num_casts(lambda: run(kept), kept) == 0 < num_casts(lambda: run(cast), cast)
+        for model in (kept, cast):
+            model.zero_grad(set_to_none=True)
+        results = [run(model) for model in (kept, cast)]
+        assert torch.equal(results[0][0], results[1][0])
+        for name, gradient in results[0][2].items():
+            assert torch.equal(gradient, results[1][2][name]) and gradient.dtype == torch.float32, name
+        for model in (kept, cast):
+            make_optimizer(model, SFTConfig(optim={"learning_rate": 0.1})).step()
+    for model in (kept, cast):
+        randomise(model)  # by new tensors in the same parameters
+    assert torch.equal(kept(TOKENS).logits, cast(TOKENS).logits)
+
+
+def test_sharded_matrices_are_cast_in_every_pass(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_lora(copy.deepcopy(base).bfloat16(), LoraSettings(rank=4))
+    monkeypatch.setattr(lora_layers, "DTensor", torch.nn.Parameter)
+    keep_casts(model)
+    assert num_casts(lambda: (run(model), run(model)), model) >= 4

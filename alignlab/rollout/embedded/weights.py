@@ -19,6 +19,7 @@ from alignlab.models.decoder import causal_lm, output_head
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.merging import check_mergeable, merged_module, wrappers
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.memory import merges_adapters
 from alignlab.rollout.policy_version import weights_stamp
 
 _PACKED_ROWS = 64  # a hint; packings for 1 to 512 rows were equally fast at all sizes
@@ -41,13 +42,14 @@ class EngineWeights:
 
     Args:
         model: the policy.
-        merge: copy adapted layers with the adapter merged in; otherwise adapters run as they are.
+        merge: copy adapted layers with the adapter merged in; otherwise adapters run as they are. None: by device, see
+            `merges_adapters`.
         pack: pack copies where that is faster, and copy layers without an adapter too.
     """
 
-    def __init__(self, model: nn.Module, *, merge: bool, pack: bool) -> None:
+    def __init__(self, model: nn.Module, *, merge: bool | None, pack: bool) -> None:
         self._model = model
-        self._merge = merge and has_adapters(model)
+        self._merge = has_adapters(model) and merges_adapters(model, merge, causal_lm(model).device)
         if self._merge:
             check_mergeable(model)
         self._pack = pack and (self._merge or not has_adapters(model)) and _packing_helps(model)

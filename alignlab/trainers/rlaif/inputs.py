@@ -79,7 +79,7 @@ def read_inputs(
             stages could not sample from the prompts or save its product.
     """
     constitution = load_constitution(config.constitution)
-    accelerator = make_accelerator(max(stage.rank_timeout_s for stage in config.stages))
+    accelerator = make_accelerator(max(stage.rank_timeout_s for stage in config.stages), config.numerics)
     base, tokenizer = resolve_base(model, tokenizer, peft_config)
     policy: Any = base
     put_on(policy, accelerator.device)

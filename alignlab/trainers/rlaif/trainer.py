@@ -31,13 +31,20 @@ from alignlab.config.rollout import RolloutSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import RLAIFConfig
 from alignlab.evaluation.report import RunReport, write_report
-from alignlab.evaluation.results import Evaluation, EvaluationResult, read_evaluation, write_evaluation
+from alignlab.evaluation.results import (
+    Evaluation,
+    EvaluationResult,
+    evaluation_from_json,
+    read_evaluation,
+    write_evaluation,
+)
 from alignlab.loop.arguments import NamedArguments
 from alignlab.loop.given_data import DatasetLike, given_held_out, given_prompts
 from alignlab.loop.inputs import Model, check_lora
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_agreement import RankAgreement, of_main_rank
 from alignlab.loop.rank_watchdog import Position, watched
+from alignlab.loop.ranks import Ranks
 from alignlab.loop.run_description import RunDescription
 from alignlab.loop.training_loop import Callback, TrainResult
 from alignlab.models.adapters import has_adapters
@@ -169,9 +176,10 @@ class RLAIFTrainer(metaclass=NamedArguments):
 
     def _accuracy_before(self, path: Path) -> Evaluation | None:
         """Return held-out accuracy of the policy before the run, measured now or by an earlier start."""
-        recorded = read_evaluation(path)
+        # Rank 0 decides for all: the measurement is shared out over ranks, of which some may not see its file.
+        [recorded, *_] = Ranks(self._inputs.accelerator).gather_json(_recorded(path))
         if recorded is not None:
-            return recorded
+            return evaluation_from_json(recorded)
         result = self._accuracy(self.model)
         if result is not None and self._inputs.accelerator.is_main_process:
             write_evaluation(path, result)
@@ -181,7 +189,7 @@ class RLAIFTrainer(metaclass=NamedArguments):
         if not self._inputs.held_out:
             return None
         engine = make_engine(policy, self.tokenizer, RolloutSettings())
-        return self._inputs.held_out.evaluate(engine, seed=self.config.seed)
+        return self._inputs.held_out.evaluate(engine, Ranks(self._inputs.accelerator), seed=self.config.seed)
 
     def _report(self, result: TrainResult, progress: Progress, context: StageContext) -> RunReport:
         trains_adapter = has_adapters(progress.policy)
@@ -199,3 +207,9 @@ class RLAIFTrainer(metaclass=NamedArguments):
             verdict=result.verdict,
             run_id=result.run_id,
         )
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """Return the result in a file as JSON; None without one."""
+    result = read_evaluation(path)
+    return None if result is None else result.to_json()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from alignlab.models.adapters import add_lora
 from alignlab.models.decoder import hidden_states, output_head
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.weights import EngineWeights, PackedLinear
+from alignlab.rollout.memory import engine_bytes, merges_adapters
 from alignlab.types import SamplingParams, Segments
 from tests.rollout.conftest import MakeEngine, flat, make_prompts
 
@@ -129,3 +132,22 @@ def test_the_engine_samples_from_the_adapted_policy(
             expected.append(int(policy(torch.tensor([expected])).logits[0, -1].argmax()))
     assert completion.token_ids == tuple(expected[8:])
     assert completion.token_ids != base.token_ids
+
+
+@pytest.mark.parametrize(("memory", "merged"), [(10, True), (9, False)])
+def test_copies_on_a_gpu_are_made_where_they_take_a_tenth_of_its_memory(
+    memory: int, merged: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = adapted(llama)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    options = {"num_sequences": 1, "num_tokens": 1}
+    with_copies, without = (
+        engine_bytes(policy, RolloutSettings(merge_lora=merge), cpu, **options) for merge in (True, False)
+    )
+    size = with_copies - without
+    assert size > 0 and merges_adapters(policy, None, cpu)
+    properties = SimpleNamespace(total_memory=memory * size)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert merges_adapters(policy, None, gpu) == merged
+    assert engine_bytes(policy, RolloutSettings(), gpu, **options) == (with_copies if merged else without)
+    assert merges_adapters(policy, True, gpu) and not merges_adapters(policy, False, gpu)
