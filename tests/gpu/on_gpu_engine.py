@@ -12,6 +12,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.models.adapters import add_lora
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.rollout.embedded import sampling as sampling_module
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, Rollout, SamplingParams
 from tests.trainers.conftest import DENSE, SPARSE
@@ -20,6 +21,7 @@ MIXTURE = SPARSE | {"mlp_layer_types": None, "n_shared_experts": 1}
 SLIDING = DENSE | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 KINDS: dict[str, tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "dense": (DENSE, torch.float32, {"top_k": 20, "top_p": 0.9}),
+    "a nucleus wider than the tokens looked at first": (DENSE, torch.float32, {"top_p": 0.95}),
     "dense in bfloat16": (DENSE, torch.bfloat16, {"repetition_penalty": 1.2, "min_new_tokens": 4}),
     "a sliding window and a soft-cap": (
         SLIDING | {"attn_logit_softcapping": 20.0}, torch.float32, {"temperature": 0.0},
@@ -30,8 +32,9 @@ KINDS: dict[str, tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_gives_the_completions_of_a_cpu(
-    kind: str, gpu: Callable[..., Any], cpu: Callable[..., Any], tokenizer: Any
+    kind: str, gpu: Callable[..., Any], cpu: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampling_module, "_NUCLEUS", 2)
     architecture, dtype, sampling = KINDS[kind]
     params = SamplingParams(**{"n": 3, "max_new_tokens": 8, "seed": 5} | sampling)
     prompts = [Prompt(tuple(range(1, 7 + 9 * i)), "") for i in range(3)]

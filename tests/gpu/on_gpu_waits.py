@@ -109,25 +109,26 @@ def test_advantages_never_wait_and_launch_a_few_operations_for_any_length(gpu: C
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
 @pytest.mark.parametrize("architecture", [DENSE, MIXTURE], ids=["dense", "mixture"])
-def test_a_decoding_step_waits_once(
+def test_a_decoding_step_waits_once_and_moves_one_block_each_way(
     architecture: dict[str, Any], sampling: dict[str, Any], gpu: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """Once, for the tokens that it sampled; with 2 layers as with 3."""
+    """Once, for the tokens that it sampled, whatever was sent before in one copy; with 2 layers as with 3."""
     for num_layers in (2, 3):
         with gpu() as mode:
             model = add_lora(make_model(tokenizer, architecture, num_layers), LoraSettings(rank=2)).to("cuda:0")
             engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
             prompts = [Prompt(tuple(range(1, 10 + i)), "") for i in range(3)]
-            reports: list[tuple[int, str]] = []
+            reports: list[tuple[int, list[str], str]] = []
 
             def count_step(tokens: int, done: int, mode: PretendedGPU = mode, into: Any = reports) -> None:
-                into.append((mode.num_waits, mode.report()))
+                copies = [kind for (kind, _), times in mode.transfers.items() for _ in range(times)]
+                into.append((mode.num_waits, sorted(copies), mode.report()))
                 mode.reset()
 
             params = SamplingParams(**{"n": 2, "max_new_tokens": 5, "seed": 1, "ignore_eos": True} | sampling)
             engine.generate(prompts, params, on_step=count_step)
-            for waits, report in reports[1:-1]:  # sequences start in the first step, and end in the last
-                assert waits == 1, report
+            for waits, copies, report in reports[1:-1]:  # sequences start in the first step, and end in the last
+                assert waits == 1 and copies == ["device to host", "host to device"], report
 
 
 @pytest.mark.parametrize("name", CASES)

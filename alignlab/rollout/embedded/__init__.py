@@ -4,6 +4,7 @@
     scheduler        chooses the tokens of each step
     sequence         the state of one completion
     block_manager    blocks of the cache: users, shared prefixes
+    truncation       floors of top-k and top-p
     step_plan        the place of every token of a step
     runner           the forward pass of a step
     paged_cache      the tensors that the layers keep

@@ -19,8 +19,8 @@ from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import BlockManager
 from alignlab.rollout.embedded.runner import Runner
-from alignlab.rollout.embedded.sampler import Sampler, record_logprobs
-from alignlab.rollout.embedded.scheduler import Scheduler, blocks_needed
+from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
+from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.policy_version import changed_weights, check_advances
@@ -34,7 +34,6 @@ from alignlab.rollout.requests import (
     length_limits,
     sampling_of_prompts,
 )
-from alignlab.transfer import to_device
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -294,11 +293,11 @@ class EmbeddedEngine:
         self._blocks = BlockManager(0, self._settings.block_size)
         self._runner.cache.resize(0)
 
-    def _compute(self, scheduler: Scheduler) -> tuple[list[tuple[TokenSequence, slice]], Tensor]:
-        """Compute one step.
+    def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
+        """Choose the tokens of a step.
 
         Returns:
-            The sequences that get logits, each with its rows; and the hidden states [M, hidden size] of all rows.
+            The step; and the sequences that get logits, each with its rows among all logits of the step.
         """
         if self._abandoned:
             raise abandoned()
@@ -307,19 +306,24 @@ class EmbeddedEngine:
         step = scheduler.schedule()
         outputs = scheduler.commit(step)
         self.num_computed += sum(work.count for work in step.work)
-        return outputs, self._runner.hidden(step)
+        return step, outputs
 
     @torch.inference_mode()
     def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
         """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
-        outputs, hidden = self._compute(scheduler)
+        step, outputs = self._next_step(scheduler)
         if not outputs:
+            self._runner.hidden(step)
             return 0
-        logits, rows = self._runner.logits(hidden), [rows.start for _, rows in outputs]
-        if len(rows) > logits.shape[0]:  # forks sample from the logits of one prompt
-            logits = logits.index_select(0, *to_device([torch.tensor(rows)], logits.device))
         sequences = [sequence for sequence, _ in outputs]
-        self._sampler.append_tokens(logits, sequences, self.policy_version)
+        # Forks sample from the logits of one prompt.
+        rows = torch.tensor([rows.start for _, rows in outputs])
+        inputs = self._sampler.inputs(sequences, self._runner.vocab_size)
+        hidden, (rows, *inputs) = self._runner.hidden(step, [rows, *inputs])
+        logits = self._runner.logits(hidden)
+        if len(rows) > logits.shape[0]:
+            logits = logits.index_select(0, rows)
+        self._sampler.append_tokens(logits, sequences, inputs, self.policy_version)
         for sequence in sequences:
             if sequence.finish_reason is not None:
                 routing[sequence] = self._runner.routing(sequence)
@@ -329,9 +333,10 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _score_step(self, scheduler: Scheduler) -> None:
         """Compute one step of given tokens, and store their log-probs in their sequences."""
-        outputs, hidden = self._compute(scheduler)
+        step, outputs = self._next_step(scheduler)
+        hidden, [targets] = self._runner.hidden(step, [scored_targets(outputs)])
         if outputs:
-            record_logprobs(hidden, self._runner.logits, outputs)
+            record_logprobs(hidden, targets, self._runner.logits, outputs)
         for sequence, _ in outputs:
             if not sequence.num_pending:
                 scheduler.finish(sequence)

@@ -6,14 +6,12 @@ A slot is the place of one token in the cache: `block * block_size + position in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
-from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -86,11 +84,11 @@ class PagedCache:
             self.routing = choices.new_full((self.num_blocks * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, all at once: (source, target) of each copy."""
+    def copy(self, pairs: Tensor) -> None:
+        """Copy whole blocks, all at once: (source, target) of each copy, [copies, 2] int64."""
         tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
         tensors += [self.routing] if self.routing is not None else []
-        source, target = to_device([torch.tensor(pairs)], tensors[0].device)[0].unbind(1)
+        source, target = pairs.unbind(1)
         for tensor in tensors:
             blocks = tensor.view(self.num_blocks, -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))

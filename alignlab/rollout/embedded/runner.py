@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,22 +45,33 @@ class Runner:
         """Bytes of one block, over all layers."""
         return self.cache.block_numel * output_head(self._model)[0].dtype.itemsize
 
-    def hidden(self, step: Step) -> Tensor:
+    @property
+    def vocab_size(self) -> int:
+        """Logits after a token."""
+        return int(output_head(self._model)[0].shape[0])
+
+    def hidden(self, step: Step, others: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute a step.
 
+        Args:
+            step: the tokens to compute.
+            others: host tensors that are needed on the device afterwards, and travel in the same copy.
+
         Returns:
-            [M, hidden size], the final hidden states of the last `num_logits` tokens of each work, in order.
+            [M, hidden size], the final hidden states of the last `num_logits` tokens of each work, in order; and
+            `others` on the device.
         """
+        copies = torch.tensor(step.copies, dtype=torch.int64).view(-1, 2)
+        plan, (copies, *moved) = plan_step(step.work, self.cache.block_size).on(self.device, [copies, *others])
         if step.copies:
-            self.cache.copy(step.copies)
-        plan = plan_step(step.work, self.cache.block_size).on(self.device)
+            self.cache.copy(copies)
         layout = PagedBatch(self.cache, plan.slots, plan.groups)
         routing = RoutingRecord() if self._sparse else None
         extra = {} if routing is None else {"routing": routing}
         hidden = hidden_states(self._model, plan.tokens, plan.positions, layout, **extra)
         if routing is not None:
             self.cache.write_routing(plan.slots, routing.stacked_choices())
-        return hidden.index_select(0, plan.logit_tokens)
+        return hidden.index_select(0, plan.logit_tokens), moved
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [M,V] of hidden states [M, hidden size], in the model's dtype."""

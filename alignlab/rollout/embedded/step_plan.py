@@ -60,14 +60,14 @@ class StepPlan:
     logit_tokens: _Ints
     groups: list[GroupPlan]
 
-    def on(self, device: torch.device) -> StepTensors:
-        """Return the step on `device`."""
+    def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
+        """Return the step and other host tensors on `device`, moved by one copy."""
         optional = [(g.padding, g.unpadding, g.blocks, g.positions) for g in self.groups]
         arrays = [
             self.tokens, self.positions, self.slots, self.logit_tokens,
             *(array for array in chain(*optional) if array is not None),
         ]
-        tensors = iter(to_device([torch.from_numpy(array) for array in arrays], device))
+        tensors = iter(to_device([*map(torch.from_numpy, arrays), *others], device))
         tokens, positions, slots, logit_tokens = (next(tensors) for _ in range(4))
         groups = [
             RowGroup(
@@ -78,7 +78,7 @@ class StepPlan:
             )
             for group in self.groups
         ]
-        return StepTensors(tokens, positions, slots, logit_tokens, groups)
+        return StepTensors(tokens, positions, slots, logit_tokens, groups), list(tensors)
 
 
 def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
