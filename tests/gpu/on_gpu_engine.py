@@ -15,6 +15,7 @@ from alignlab.models.hub.checkpoints import new_model
 from alignlab.rollout.embedded import sampling as sampling_module
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, Rollout, SamplingParams
+from tests.gpu.graph_stand_in import Rerun
 from tests.trainers.conftest import DENSE, SPARSE
 
 MIXTURE = SPARSE | {"mlp_layer_types": None, "n_shared_experts": 1}
@@ -47,7 +48,7 @@ def test_a_gpu_gives_the_completions_of_a_cpu(
         ).to(dtype)
         engine = EmbeddedEngine(
             add_lora(model, LoraSettings(rank=2)).to(device), tokenizer,
-            RolloutSettings(block_size=4, cache_tokens=120, prefill_tokens=16),
+            RolloutSettings(block_size=16, cache_tokens=160, prefill_tokens=16),
         )
         rollouts = engine.generate(prompts, params)
         return rollouts, engine.logprobs(rollouts), engine.num_preempted
@@ -56,6 +57,7 @@ def test_a_gpu_gives_the_completions_of_a_cpu(
         expected, expected_logprobs, num_preempted = results("cpu")
     with gpu():
         rollouts, logprobs, num_preempted_on_gpu = results("cuda:0")
+    assert Rerun.made, "steps were replayed"
     assert num_preempted == num_preempted_on_gpu > 0, "a small cache, so that sequences are computed again"
     for rollout, expected_rollout in zip(rollouts, expected, strict=True):
         for completion, other in zip(rollout.completions, expected_rollout.completions, strict=True):

@@ -22,6 +22,7 @@ from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Completion, Experience, Prompt, Rollout, SamplingParams
+from tests.gpu.graph_stand_in import Rerun
 from tests.gpu.pretended import CUDA, PretendedGPU
 from tests.trainers.conftest import DENSE, SPARSE
 from tests.trainers.tiny import CASES, make_case
@@ -29,7 +30,7 @@ from tests.trainers.tiny import CASES, make_case
 MIXTURE = SPARSE | {"mlp_layer_types": None, "router_aux_loss_coef": 0.01}
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {}, "truncated": {"top_k": 20, "top_p": 0.9}, "greedy": {"temperature": 0.0},
-    "least length": {"min_new_tokens": 5}, "penalty": {"repetition_penalty": 1.1},
+    "least length": {"min_new_tokens": 8}, "penalty": {"repetition_penalty": 1.1},
 }
 MAX_UPDATE_WAITS = 3
 """Counts of the step and of each pack; metrics; the norm of the gradient, on which the step itself depends."""
@@ -125,10 +126,13 @@ def test_a_decoding_step_waits_once_and_moves_one_block_each_way(
                 into.append((mode.num_waits, sorted(copies), mode.report()))
                 mode.reset()
 
-            params = SamplingParams(**{"n": 2, "max_new_tokens": 5, "seed": 1, "ignore_eos": True} | sampling)
+            params = SamplingParams(**{"n": 2, "max_new_tokens": 9, "seed": 1, "ignore_eos": True} | sampling)
             engine.generate(prompts, params, on_step=count_step)
             for waits, copies, report in reports[1:-1]:  # sequences start in the first step, and end in the last
                 assert waits == 1 and copies == ["device to host", "host to device"], report
+            replayed = [graph.times for graph in Rerun.made]
+            assert replayed == ([] if architecture is MIXTURE else [5]), "a mixture in float32 waits inside"
+            Rerun.made.clear()
 
 
 @pytest.mark.parametrize("name", CASES)

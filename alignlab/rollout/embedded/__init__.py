@@ -4,12 +4,15 @@
     scheduler        chooses the tokens of each step
     sequence         the state of one completion
     block_manager    blocks of the cache: users, shared prefixes
-    truncation       floors of top-k and top-p
     step_plan        the place of every token of a step
+    tile_plan        the same on a GPU: rows, tiles, visited blocks, few shapes
     runner           the forward pass of a step
+    replays          decoding steps of few shapes, recorded as CUDA graphs
     paged_cache      the tensors that the layers keep
-    paged_attention  attention over the cache
+    paged_attention  attention over the gathered cache
+    tile_attention   attention that reads the cache in place, on a GPU
     sampler          next tokens of sequences, log-probs of given tokens
     sampling         tokens from logits
+    truncation       floors under probabilities: top-k and top-p
     weights          copies of weights that the engine runs on
 """

@@ -17,7 +17,7 @@ from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.rollout.detokenizer import Detokenizer, decode
-from alignlab.rollout.embedded.block_manager import BlockManager
+from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
@@ -51,8 +51,8 @@ class EmbeddedEngine:
         share_prefixes: compute a common beginning of sequences once.
 
     Raises:
-        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, or an adapter
-            cannot be merged.
+        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, an adapter cannot
+            be merged, or a GPU cannot read blocks of this size.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, since the engine was made.
@@ -72,8 +72,11 @@ class EmbeddedEngine:
         self._lm = causal_lm(model)
         require_paging(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-        self._runner = Runner(model, self._weights, settings.block_size)
-        self._blocks = BlockManager(0, settings.block_size)
+        self._block_size = block_size_for(settings.block_size, self._lm.device)
+        self._runner = Runner(
+            model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs
+        )
+        self._blocks = BlockManager(0, self._block_size)
         self._sampler = Sampler()
         self._in_use = threading.Lock()
         self._abandoned = False
@@ -99,6 +102,7 @@ class EmbeddedEngine:
         sequences = self._sequences(prompts, params)
         routing: dict[TokenSequence, Tensor | None] = {}
         with self._running(sequences) as scheduler, self._weights.in_use():
+            self._runner.begin()
             num_tokens = 0
             while scheduler.has_work:
                 num_tokens += self._sample_step(scheduler, routing)
@@ -137,6 +141,7 @@ class EmbeddedEngine:
         sequences = self._scored_sequences(rollouts)
         scored = [sequence for sequence in sequences if sequence.scored_ids]
         with self._running(scored) as scheduler, self._weights.in_use():
+            self._runner.begin()
             while scheduler.has_work:
                 self._score_step(scheduler)
         return [torch.tensor(sequence.raw_logprobs) for sequence in sequences]
@@ -224,7 +229,7 @@ class EmbeddedEngine:
         Raises:
             RolloutError: the longest sequence alone needs more.
         """
-        size, limit = self._settings.block_size, self._block_limit()
+        size, limit = self._block_size, self._block_limit()
         longest = self._blocks.blocks_for(max((sequence.max_tokens for sequence in sequences), default=0))
         if longest > limit:
             raise RolloutError(
@@ -234,17 +239,17 @@ class EmbeddedEngine:
         needed = blocks_needed(sequences, size, self._settings.max_running, share=self._share)
         num_blocks = min(needed, limit)
         if num_blocks > self._blocks.num_blocks:
-            self._runner.cache.resize(num_blocks)
+            self._runner.resize(num_blocks)
             self._blocks.reset()  # of published blocks too: their entries are gone
             self._blocks.grow(num_blocks)
 
     def _block_limit(self) -> int:
-        """Return the number of blocks that the settings, or half of the free memory, allow."""
+        """Return the number of blocks that the settings, or half of the free memory, and the kernels allow."""
         if self._settings.cache_tokens is not None:
-            return self._blocks.blocks_for(self._settings.cache_tokens)
+            return min(self._blocks.blocks_for(self._settings.cache_tokens), self._runner.max_blocks)
         device = self._runner.device
         free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        return self._blocks.num_blocks + free // 2 // self._runner.block_bytes
+        return min(self._blocks.num_blocks + free // 2 // self._runner.block_bytes, self._runner.max_blocks)
 
     @contextmanager
     def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
@@ -290,8 +295,8 @@ class EmbeddedEngine:
             raise _busy()
 
     def _free_cache(self) -> None:
-        self._blocks = BlockManager(0, self._settings.block_size)
-        self._runner.cache.resize(0)
+        self._blocks = BlockManager(0, self._block_size)
+        self._runner.resize(0)
 
     def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
         """Choose the tokens of a step.
@@ -353,6 +358,8 @@ class EmbeddedEngine:
         held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
         emitted = 0
         with self._running([sequence]) as scheduler:
+            with self._weights.in_use():
+                self._runner.begin()
             while scheduler.has_work:
                 with self._weights.in_use():
                     self._sample_step(scheduler, {})
