@@ -43,8 +43,8 @@ class RolloutSettings(Frozen):
 
     on_resume = OnResume.MAY_CHANGE
     engine: Recorded[Literal["embedded"]] = "embedded"
-    block_size: int = Field(16, ge=1)
-    """Tokens in a block of the KV cache."""
+    block_size: int | None = Field(None, ge=1)
+    """Tokens in a block of the KV cache; default: 16, on a GPU 128. There it must be a power of two from 16 on."""
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens that the KV cache holds; default: what the largest batch needs, within half of the free memory."""
     max_running: int = Field(128, ge=1)
@@ -58,6 +58,8 @@ class RolloutSettings(Frozen):
     pack_weights: bool = True
     """On a CPU in bfloat16: roll out from a copy of the linear layers laid out for its matrix products. Faster, the
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
+    cuda_graphs: bool = True
+    """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
 
 
 class _VLLMSettings(Frozen):

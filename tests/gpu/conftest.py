@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.functional import logprobs
-from alignlab.models import flex_attention, layers, layout
-from alignlab.rollout.embedded import paged_attention, sampling, weights
-from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex
+from alignlab.models import flex_attention, layers, layout, paged_flex
+from alignlab.rollout.embedded import runner, sampling, weights
+from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex, paged_stand_in
+from tests.gpu.graph_stand_in import pretend_recording
 from tests.gpu.pretended import PretendedGPU
 
 WHOLE = 1 << 40
@@ -32,6 +33,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[PretendedGPU]]:
     """A context in which the machine has a GPU."""
     monkeypatch.setattr(flex_attention, "_compiled_flex", lambda *_: dense_flex)
+    monkeypatch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
+    pretend_recording(monkeypatch)
 
     @contextmanager
     def pretended() -> Iterator[PretendedGPU]:
@@ -55,7 +58,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU takes
             patch.setattr(layout, "packed_attention", as_on_a_gpu)
             patch.setattr(layers.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
-            patch.setattr(paged_attention, "_MAX_BLOCK_DIAGONAL_HEADS", 0)
+            patch.setattr(runner, "reads_in_place", lambda device: True)
+            patch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
             patch.setattr(weights, "_packing_helps", lambda model: False)
             patch.setattr(logprobs, "CPU_BLOCK_LOGITS", logprobs.GPU_BLOCK_LOGITS)
             patch.setattr(logprobs, "CPU_CHUNK_TOKENS", logprobs.GPU_CHUNK_TOKENS)

@@ -22,6 +22,7 @@ from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Completion, Experience, Prompt, Rollout, SamplingParams
+from tests.gpu.graph_stand_in import Rerun
 from tests.gpu.pretended import CUDA, PretendedGPU
 from tests.trainers.conftest import DENSE, SPARSE
 from tests.trainers.tiny import CASES, make_case
@@ -29,7 +30,7 @@ from tests.trainers.tiny import CASES, make_case
 MIXTURE = SPARSE | {"mlp_layer_types": None, "router_aux_loss_coef": 0.01}
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {}, "truncated": {"top_k": 20, "top_p": 0.9}, "greedy": {"temperature": 0.0},
-    "least length": {"min_new_tokens": 5}, "penalty": {"repetition_penalty": 1.1},
+    "least length": {"min_new_tokens": 8}, "penalty": {"repetition_penalty": 1.1},
 }
 MAX_UPDATE_WAITS = 3
 """Counts of the step and of each pack; metrics; the norm of the gradient, on which the step itself depends."""
@@ -109,25 +110,29 @@ def test_advantages_never_wait_and_launch_a_few_operations_for_any_length(gpu: C
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
 @pytest.mark.parametrize("architecture", [DENSE, MIXTURE], ids=["dense", "mixture"])
-def test_a_decoding_step_waits_once(
+def test_a_decoding_step_waits_once_and_moves_one_block_each_way(
     architecture: dict[str, Any], sampling: dict[str, Any], gpu: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """Once, for the tokens that it sampled; with 2 layers as with 3."""
+    """Once, for the tokens that it sampled, whatever was sent before in one copy; with 2 layers as with 3."""
     for num_layers in (2, 3):
         with gpu() as mode:
             model = add_lora(make_model(tokenizer, architecture, num_layers), LoraSettings(rank=2)).to("cuda:0")
             engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
             prompts = [Prompt(tuple(range(1, 10 + i)), "") for i in range(3)]
-            reports: list[tuple[int, str]] = []
+            reports: list[tuple[int, list[str], str]] = []
 
             def count_step(tokens: int, done: int, mode: PretendedGPU = mode, into: Any = reports) -> None:
-                into.append((mode.num_waits, mode.report()))
+                copies = [kind for (kind, _), times in mode.transfers.items() for _ in range(times)]
+                into.append((mode.num_waits, sorted(copies), mode.report()))
                 mode.reset()
 
-            params = SamplingParams(**{"n": 2, "max_new_tokens": 5, "seed": 1, "ignore_eos": True} | sampling)
+            params = SamplingParams(**{"n": 2, "max_new_tokens": 9, "seed": 1, "ignore_eos": True} | sampling)
             engine.generate(prompts, params, on_step=count_step)
-            for waits, report in reports[1:-1]:  # sequences start in the first step, and end in the last
-                assert waits == 1, report
+            for waits, copies, report in reports[1:-1]:  # sequences start in the first step, and end in the last
+                assert waits == 1 and copies == ["device to host", "host to device"], report
+            replayed = [graph.times for graph in Rerun.made]
+            assert replayed == ([] if architecture is MIXTURE else [5]), "a mixture in float32 waits inside"
+            Rerun.made.clear()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,10 +5,14 @@
     sequence         the state of one completion
     block_manager    blocks of the cache: users, shared prefixes
     step_plan        the place of every token of a step
+    tile_plan        the same on a GPU: rows, tiles, visited blocks, few shapes
     runner           the forward pass of a step
+    replays          decoding steps of few shapes, recorded as CUDA graphs
     paged_cache      the tensors that the layers keep
-    paged_attention  attention over the cache
+    paged_attention  attention over the gathered cache
+    tile_attention   attention that reads the cache in place, on a GPU
     sampler          next tokens of sequences, log-probs of given tokens
     sampling         tokens from logits
+    truncation       floors under probabilities: top-k and top-p
     weights          copies of weights that the engine runs on
 """

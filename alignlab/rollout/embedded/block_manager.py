@@ -12,12 +12,31 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from alignlab.errors import RolloutError
+import torch
+
+from alignlab.errors import ConfigError, RolloutError
 
 
 def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Return the digest of a block's tokens and of all tokens before them, whose digest is `parent`."""
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+
+
+def block_size_for(size: int | None, device: torch.device) -> int:
+    """Return the tokens in a block: `size`, or what suits the device.
+
+    Raises:
+        ConfigError: a GPU's kernels read tiles of keys that must divide a block, and cannot read blocks of this size.
+    """
+    if device.type != "cuda":
+        return size or 16
+    size = size or 128
+    if size < 16 or size & (size - 1):
+        raise ConfigError(
+            f"rollout.block_size is {size}, and must be a power of two, at least 16, on a GPU; leave it out, or use "
+            f"{max(16, 1 << (size.bit_length() - 1))}"
+        )
+    return size
 
 
 class BlockManager:

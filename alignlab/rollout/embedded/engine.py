@@ -17,10 +17,10 @@ from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.rollout.detokenizer import Detokenizer, decode
-from alignlab.rollout.embedded.block_manager import BlockManager
+from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
 from alignlab.rollout.embedded.runner import Runner
-from alignlab.rollout.embedded.sampler import Sampler, record_logprobs
-from alignlab.rollout.embedded.scheduler import Scheduler, blocks_needed
+from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
+from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.policy_version import changed_weights, check_advances
@@ -34,7 +34,6 @@ from alignlab.rollout.requests import (
     length_limits,
     sampling_of_prompts,
 )
-from alignlab.transfer import to_device
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -52,8 +51,8 @@ class EmbeddedEngine:
         share_prefixes: compute a common beginning of sequences once.
 
     Raises:
-        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, or an adapter
-            cannot be merged.
+        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, an adapter cannot
+            be merged, or a GPU cannot read blocks of this size.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, since the engine was made.
@@ -73,8 +72,11 @@ class EmbeddedEngine:
         self._lm = causal_lm(model)
         require_paging(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-        self._runner = Runner(model, self._weights, settings.block_size)
-        self._blocks = BlockManager(0, settings.block_size)
+        self._block_size = block_size_for(settings.block_size, self._lm.device)
+        self._runner = Runner(
+            model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs
+        )
+        self._blocks = BlockManager(0, self._block_size)
         self._sampler = Sampler()
         self._in_use = threading.Lock()
         self._abandoned = False
@@ -100,6 +102,7 @@ class EmbeddedEngine:
         sequences = self._sequences(prompts, params)
         routing: dict[TokenSequence, Tensor | None] = {}
         with self._running(sequences) as scheduler, self._weights.in_use():
+            self._runner.begin()
             num_tokens = 0
             while scheduler.has_work:
                 num_tokens += self._sample_step(scheduler, routing)
@@ -138,6 +141,7 @@ class EmbeddedEngine:
         sequences = self._scored_sequences(rollouts)
         scored = [sequence for sequence in sequences if sequence.scored_ids]
         with self._running(scored) as scheduler, self._weights.in_use():
+            self._runner.begin()
             while scheduler.has_work:
                 self._score_step(scheduler)
         return [torch.tensor(sequence.raw_logprobs) for sequence in sequences]
@@ -225,7 +229,7 @@ class EmbeddedEngine:
         Raises:
             RolloutError: the longest sequence alone needs more.
         """
-        size, limit = self._settings.block_size, self._block_limit()
+        size, limit = self._block_size, self._block_limit()
         longest = self._blocks.blocks_for(max((sequence.max_tokens for sequence in sequences), default=0))
         if longest > limit:
             raise RolloutError(
@@ -235,17 +239,17 @@ class EmbeddedEngine:
         needed = blocks_needed(sequences, size, self._settings.max_running, share=self._share)
         num_blocks = min(needed, limit)
         if num_blocks > self._blocks.num_blocks:
-            self._runner.cache.resize(num_blocks)
+            self._runner.resize(num_blocks)
             self._blocks.reset()  # of published blocks too: their entries are gone
             self._blocks.grow(num_blocks)
 
     def _block_limit(self) -> int:
-        """Return the number of blocks that the settings, or half of the free memory, allow."""
+        """Return the number of blocks that the settings, or half of the free memory, and the kernels allow."""
         if self._settings.cache_tokens is not None:
-            return self._blocks.blocks_for(self._settings.cache_tokens)
+            return min(self._blocks.blocks_for(self._settings.cache_tokens), self._runner.max_blocks)
         device = self._runner.device
         free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        return self._blocks.num_blocks + free // 2 // self._runner.block_bytes
+        return min(self._blocks.num_blocks + free // 2 // self._runner.block_bytes, self._runner.max_blocks)
 
     @contextmanager
     def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
@@ -291,14 +295,14 @@ class EmbeddedEngine:
             raise _busy()
 
     def _free_cache(self) -> None:
-        self._blocks = BlockManager(0, self._settings.block_size)
-        self._runner.cache.resize(0)
+        self._blocks = BlockManager(0, self._block_size)
+        self._runner.resize(0)
 
-    def _compute(self, scheduler: Scheduler) -> tuple[list[tuple[TokenSequence, slice]], Tensor]:
-        """Compute one step.
+    def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
+        """Choose the tokens of a step.
 
         Returns:
-            The sequences that get logits, each with its rows; and the hidden states [M, hidden size] of all rows.
+            The step; and the sequences that get logits, each with its rows among all logits of the step.
         """
         if self._abandoned:
             raise abandoned()
@@ -307,19 +311,24 @@ class EmbeddedEngine:
         step = scheduler.schedule()
         outputs = scheduler.commit(step)
         self.num_computed += sum(work.count for work in step.work)
-        return outputs, self._runner.hidden(step)
+        return step, outputs
 
     @torch.inference_mode()
     def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
         """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
-        outputs, hidden = self._compute(scheduler)
+        step, outputs = self._next_step(scheduler)
         if not outputs:
+            self._runner.hidden(step)
             return 0
-        logits, rows = self._runner.logits(hidden), [rows.start for _, rows in outputs]
-        if len(rows) > logits.shape[0]:  # forks sample from the logits of one prompt
-            logits = logits.index_select(0, *to_device([torch.tensor(rows)], logits.device))
         sequences = [sequence for sequence, _ in outputs]
-        self._sampler.append_tokens(logits, sequences, self.policy_version)
+        # Forks sample from the logits of one prompt.
+        rows = torch.tensor([rows.start for _, rows in outputs])
+        inputs = self._sampler.inputs(sequences, self._runner.vocab_size)
+        hidden, (rows, *inputs) = self._runner.hidden(step, [rows, *inputs])
+        logits = self._runner.logits(hidden)
+        if len(rows) > logits.shape[0]:
+            logits = logits.index_select(0, rows)
+        self._sampler.append_tokens(logits, sequences, inputs, self.policy_version)
         for sequence in sequences:
             if sequence.finish_reason is not None:
                 routing[sequence] = self._runner.routing(sequence)
@@ -329,9 +338,10 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _score_step(self, scheduler: Scheduler) -> None:
         """Compute one step of given tokens, and store their log-probs in their sequences."""
-        outputs, hidden = self._compute(scheduler)
+        step, outputs = self._next_step(scheduler)
+        hidden, [targets] = self._runner.hidden(step, [scored_targets(outputs)])
         if outputs:
-            record_logprobs(hidden, self._runner.logits, outputs)
+            record_logprobs(hidden, targets, self._runner.logits, outputs)
         for sequence, _ in outputs:
             if not sequence.num_pending:
                 scheduler.finish(sequence)
@@ -348,6 +358,8 @@ class EmbeddedEngine:
         held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
         emitted = 0
         with self._running([sequence]) as scheduler:
+            with self._weights.in_use():
+                self._runner.begin()
             while scheduler.has_work:
                 with self._weights.in_use():
                     self._sample_step(scheduler, {})

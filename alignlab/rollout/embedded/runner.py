@@ -1,6 +1,12 @@
-"""The forward pass of one step over the paged cache."""
+"""The forward pass of one step over the paged cache.
+
+On a GPU attention reads the cache in place, and decoding steps are replayed; elsewhere the cache is gathered.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,31 +14,71 @@ from torch import Tensor, nn
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
+from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
-from alignlab.rollout.embedded.step_plan import plan_step
+from alignlab.rollout.embedded.step_plan import StepTensors, plan_step
+from alignlab.rollout.embedded.tile_attention import TileBatch
+from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles
 from alignlab.rollout.embedded.weights import EngineWeights
+
+
+def reads_in_place(device: torch.device) -> bool:
+    """Return True if attention on a device reads the cache in place, and False if the cache is gathered for it."""
+    return device.type == "cuda"
+
+
+def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
+    """Return True if a decoding step of a model never makes the host wait, so that a CUDA graph can record it.
+
+    Our own models never wait, except that torch multiplies experts in groups by a kernel for bfloat16 from compute
+    capability 9.0 on, and otherwise by a loop that asks the device for the sizes of the groups. What models of
+    `transformers` do is not known.
+    """
+    lm = causal_lm(model)
+    if not isinstance(lm, PolicyForCausalLM) or device.type != "cuda":
+        return False
+    if not lm.config.sparse_layers:
+        return True
+    return lm.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Runner:
     """Computes the steps that the scheduler chose, on the weights of `weights`.
 
+    Args:
+        model: the policy.
+        weights: what the engine runs on.
+        block_size: tokens in a block of the cache.
+        max_running: most sequences that run together.
+        replay: replay decoding steps on a GPU, where the model allows it.
+
     Raises:
         ConfigError: a layer of the model caches what the paged cache cannot hold.
 
     Attributes:
-        cache: the entries of all layers; the engine decides on its size.
+        cache: the entries of all layers.
     """
 
-    def __init__(self, model: nn.Module, weights: EngineWeights, block_size: int) -> None:
-        self.cache = PagedCache(cache_specs(model), block_size)
+    def __init__(
+        self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool
+    ) -> None:
+        specs = cache_specs(model)
+        self.cache = PagedCache(specs, block_size)
         self._model = model
         self._weights = weights
+        self._max_running = max_running
+        self._windows = {spec.window for spec in specs.values()}
+        self._replay = replay
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
+        self._replays: Replays | None = None
+        self._rows: TileStep | None = None
 
     @property
     def device(self) -> torch.device:
@@ -43,22 +89,79 @@ class Runner:
         """Bytes of one block, over all layers."""
         return self.cache.block_numel * output_head(self._model)[0].dtype.itemsize
 
-    def hidden(self, step: Step) -> Tensor:
+    @property
+    def max_blocks(self) -> int:
+        """Blocks that attention can address: on a GPU kernels count the numbers of a layer's tensor in 32 bits."""
+        return self.cache.addressable_blocks if reads_in_place(self.device) else sys.maxsize
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits after a token."""
+        return int(output_head(self._model)[0].shape[0])
+
+    def resize(self, num_blocks: int) -> None:
+        """Have a cache of `num_blocks` blocks, without entries."""
+        in_place = num_blocks > 0 and reads_in_place(self.device)
+        self.cache.resize(num_blocks, num_more=1 if in_place else 0)
+        self._replays = None
+
+    def begin(self) -> None:
+        """Prepare for the steps of a call; the engine's weights are in use."""
+        if not self._replay or not can_be_recorded(self._model, self.device):
+            self._replays = None
+            return
+        self._replays = self._replays or Replays(self._rows_from)
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        self._replays.keep_if_at(tuple(tensor.data_ptr() for tensor in tensors))
+
+    def hidden(self, step: Step, others: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute a step.
 
+        Args:
+            step: the tokens to compute.
+            others: host tensors that are needed on the device afterwards, and travel in the same copy.
+
         Returns:
-            [M, hidden size], the final hidden states of the last `num_logits` tokens of each work, in order.
+            [M, hidden size], the final hidden states of the last `num_logits` tokens of each work, in order; and
+            `others` on the device.
         """
+        others = [torch.tensor(step.copies, dtype=torch.int64).view(-1, 2), *others]
+        plan: StepTensors | TileStep
+        if reads_in_place(self.device):
+            tiles = plan_tiles(
+                step.work, block_size=self.cache.block_size, num_blocks=self.cache.num_blocks,
+                max_rows=self._max_running, windows=self._windows,
+            )
+            plan, (copies, *moved) = tiles.on(self.device, others)
+        else:
+            plan, (copies, *moved) = plan_step(step.work, self.cache.block_size).on(self.device, others)
         if step.copies:
-            self.cache.copy(step.copies)
-        plan = plan_step(step.work, self.cache.block_size).on(self.device)
-        layout = PagedBatch(self.cache, plan.slots, plan.groups)
+            self.cache.copy(copies)
+        return self._computed(plan).index_select(0, plan.logit_tokens), moved
+
+    def _computed(self, plan: StepTensors | TileStep) -> Tensor:
+        """Return the final hidden states of a step's tokens, [N, hidden size]."""
+        if isinstance(plan, StepTensors):
+            return self._forward(plan, PagedBatch(self.cache, plan.slots, plan.groups))
+        if self._replays is None or plan.chunks is not None:
+            return self._forward(plan, TileBatch(self.cache, plan))
+        # Logits are computed outside, of as many tokens as there are: their number has no size class.
+        self._rows = plan._replace(logit_tokens=plan.logit_tokens[:0])
+        return self._replays.run(self._rows.tensors())
+
+    def _rows_from(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the final hidden states of a decoding step that has the form of the present one, and these tensors."""
+        assert self._rows is not None
+        rows = self._rows.with_tensors(tensors)
+        return self._forward(rows, TileBatch(self.cache, rows))
+
+    def _forward(self, plan: StepTensors | TileStep, layout: Layout) -> Tensor:
         routing = RoutingRecord() if self._sparse else None
         extra = {} if routing is None else {"routing": routing}
         hidden = hidden_states(self._model, plan.tokens, plan.positions, layout, **extra)
         if routing is not None:
             self.cache.write_routing(plan.slots, routing.stacked_choices())
-        return hidden.index_select(0, plan.logit_tokens)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [M,V] of hidden states [M, hidden size], in the model's dtype."""
@@ -72,7 +175,7 @@ class Runner:
         """
         if self.cache.routing is None:
             return None
-        stored = self.cache.routing.unflatten(0, (self.cache.num_blocks, -1))
+        stored = self.cache.routing.unflatten(0, (-1, self.cache.block_size))
         blocks = torch.tensor(sequence.blocks, device=stored.device)
         computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
         record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)

@@ -5,9 +5,8 @@ key and the token's position alone, so that the same logits give the same tokens
 the same too; a GPU chooses its kernels by the size of the batch, which may round them differently.
 
 Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of the tokens that top-k left), min-p.
-Tokens that tie with the least likely one that is left stay too, so that no step depends on the order of equal logits. A
-truncation is a floor under the probabilities, found by bisection: a sort of the vocabulary costs ten times as much on a
-CPU.
+Tokens that tie with the least likely one that is left stay too, so that no step depends on the order of equal logits.
+`truncation` finds the floors under the probabilities.
 """
 
 from __future__ import annotations
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.truncation import at_least, floor_by_bisection, floors_among
 from alignlab.transfer import to_device
 from alignlab.types import SamplingParams
 
 _CHUNK = 256  # tokens of the vocabulary reduced together where a row is searched on two levels
 _COLDEST = 1e-4  # logits divided by less overflow
 _BLOCK_ELEMENTS = 1 << 20  # on a CPU rows are sampled in blocks of this many logits, which stay in its cache
+_NUCLEUS = 1024  # likeliest tokens among which a GPU looks for the floor of top-p
 _INCREMENT, _MIX_1, _MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -113,6 +114,10 @@ class SamplingTable:
         greedy: True for rows at temperature 0.
         temperature, top_p, min_p, penalty: float32; the temperature of greedy rows is 1.
         top_k: float32; size of the vocabulary for rows without top-k.
+
+    Attributes:
+        num_likeliest: tokens of a row among which a GPU looks for the floors of top-k and top-p; None where they are
+            looked for in the whole vocabulary, as on a CPU, or where no row has either.
     """
 
     keys: Tensor
@@ -129,19 +134,28 @@ class SamplingTable:
     any_top_p: bool
     any_min_p: bool
     any_penalty: bool
+    num_likeliest: int | None
 
     @classmethod
     def build(
         cls, rows: Sequence[SamplingParams], keys: Sequence[int], *, vocab_size: int, device: torch.device
     ) -> SamplingTable:
         """Return the table of rows with these parameters and keys."""
-        columns = [
+        return cls.of_columns(rows, to_device(cls.columns(rows, keys, vocab_size), device), vocab_size)
+
+    @staticmethod
+    def columns(rows: Sequence[SamplingParams], keys: Sequence[int], vocab_size: int) -> list[Tensor]:
+        """Return the host tensors that `of_columns` takes on the device: [5,B] float32 and [B] int64."""
+        values = [
             (r.temperature, min(r.top_k or vocab_size, vocab_size), r.top_p, r.min_p, r.repetition_penalty)
             for r in rows
         ]
-        floats, row_keys = to_device(
-            [torch.tensor(columns, dtype=torch.float32).T.contiguous(), torch.tensor(keys, dtype=torch.int64)], device
-        )
+        return [torch.tensor(values, dtype=torch.float32).T.contiguous(), torch.tensor(keys, dtype=torch.int64)]
+
+    @classmethod
+    def of_columns(cls, rows: Sequence[SamplingParams], columns: Sequence[Tensor], vocab_size: int) -> SamplingTable:
+        """Return the table of rows with these parameters, whose `columns` are on the device."""
+        floats, row_keys = columns
         greedy = floats[0] == 0
         sampled = [r for r in rows if r.temperature > 0]
         return cls(
@@ -152,6 +166,7 @@ class SamplingTable:
             any_top_k=any(0 < r.top_k < vocab_size for r in sampled),
             any_top_p=any(r.top_p < 1 for r in sampled), any_min_p=any(r.min_p > 0 for r in sampled),
             any_penalty=any(r.repetition_penalty != 1 for r in rows),
+            num_likeliest=_num_likeliest(sampled, vocab_size) if floats.is_cuda else None,
         )
 
     def rows(self, block: slice) -> SamplingTable:
@@ -161,18 +176,30 @@ class SamplingTable:
         return replace(self, **tensors)
 
 
+def _num_likeliest(sampled: Sequence[SamplingParams], vocab_size: int) -> int | None:
+    """Return how many of each row's likeliest tokens decide on top-k and, nearly always, on top-p."""
+    needed = [r.top_k or (_NUCLEUS if r.top_p < 1 else 0) for r in sampled]
+    most = min(max(needed, default=0), vocab_size)
+    return most or None
+
+
 @dataclass(frozen=True)
 class Sampled:
-    """Sampled tokens [B] int64, and their log-probs [B] under the distribution sampled from and the model's own."""
+    """Sampled tokens [B] int64, and their log-probs [B] under the distribution sampled from and the model's own.
+
+    Attributes:
+        is_exact: [B] bool, False for rows that must be sampled again without `num_likeliest`; None if there are none.
+    """
 
     tokens: Tensor
     logprobs: Tensor
     raw_logprobs: Tensor
+    is_exact: Tensor | None = None
 
 
 def sample(
     logits: Tensor, table: SamplingTable, positions: Tensor, *,
-    penalised: Tensor | None = None, banned: Tensor | None = None,
+    penalised: Tensor | None = None, banned: Tensor | None = None, num_likeliest: int | None = None,
 ) -> Sampled:
     """Sample one token for each row.
 
@@ -182,6 +209,8 @@ def sample(
         positions: [B] int64, number of the token in its completion.
         penalised: [M,2] int64, distinct (row, token) pairs that the repetition penalty applies to.
         banned: [M,2] int64, (row, token) pairs that must not be drawn.
+        num_likeliest: truncate by this many of each row's likeliest tokens, of `SamplingTable.num_likeliest`; None
+            truncates by the whole vocabulary.
 
     Returns:
         The tokens; `logprobs` of greedy rows are 0, because all probability is on one token.
@@ -192,11 +221,17 @@ def sample(
     step = count if logits.is_cuda else max(1, _BLOCK_ELEMENTS // logits.shape[1])
     blocks = [
         _sample_block(
-            logits[block], None if adjusted is None else adjusted[block], table.rows(block), keys[block]
+            logits[block], None if adjusted is None else adjusted[block], table.rows(block), keys[block], num_likeliest
         )
         for block in (slice(start, start + step) for start in range(0, count, step))
     ]
-    return Sampled(*(torch.cat(columns) for columns in zip(*blocks, strict=True)))
+    if len(blocks) == 1:
+        return blocks[0]
+    is_exact = [block.is_exact for block in blocks if block.is_exact is not None]
+    return Sampled(
+        torch.cat([block.tokens for block in blocks]), torch.cat([block.logprobs for block in blocks]),
+        torch.cat([block.raw_logprobs for block in blocks]), torch.cat(is_exact) if is_exact else None,
+    )
 
 
 def adjust_logits(
@@ -217,9 +252,9 @@ def adjust_logits(
 
 
 def _sample_block(
-    logits: Tensor, adjusted: Tensor | None, table: SamplingTable, keys: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, logprobs and raw_logprobs of a block of rows; `adjusted` is None without penalty and bans."""
+    logits: Tensor, adjusted: Tensor | None, table: SamplingTable, keys: Tensor, num_likeliest: int | None
+) -> Sampled:
+    """Sample a block of rows; `adjusted` is None without penalty and bans."""
     raw = logits.float()
     shaped = raw if adjusted is None else adjusted.float()
     if table.any_temperature:
@@ -227,16 +262,16 @@ def _sample_block(
     if table.all_greedy:
         tokens = argmax(shaped)
         raw_logprobs = token_logprobs(raw, tokens)
-        return tokens, torch.zeros_like(raw_logprobs), raw_logprobs
+        return Sampled(tokens, torch.zeros_like(raw_logprobs), raw_logprobs)
     probs = shaped.softmax(-1)
-    weights = truncate(probs, table)
+    weights, is_exact = truncate(probs, table, num_likeliest)
     tokens, totals = race(weights, keys)
     if table.any_greedy:
         tokens = torch.where(table.greedy, argmax(shaped), tokens)
     logprobs = torch.where(table.greedy, 0.0, (_picked(weights, tokens).double() / totals).log().float())
     raw_probs = raw.softmax(-1) if shaped is not raw else probs
     raw_logprobs = _picked(raw, tokens) - log_normalizer(raw, raw_probs)
-    return tokens, logprobs, raw_logprobs
+    return Sampled(tokens, logprobs, raw_logprobs, None if is_exact is None else is_exact | table.greedy)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -254,39 +289,40 @@ def log_normalizer(logits: Tensor, probs: Tensor) -> Tensor:
     return logits.amax(-1) - (probs.amax(-1) / probs.sum(-1)).log()
 
 
-def truncate(probs: Tensor, table: SamplingTable) -> Tensor:
-    """Return `probs` [B,V] with the tokens outside top-k, top-p and min-p set to 0, not normalised again."""
+def truncate(probs: Tensor, table: SamplingTable, num_likeliest: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Set the tokens outside top-k, top-p and min-p to 0, without normalising again.
+
+    Args:
+        probs: [B,V].
+        table: parameters of the rows.
+        num_likeliest: see `sample`.
+
+    Returns:
+        The weights [B,V]; and [B] bool, False for rows whose top-p reaches beyond their `num_likeliest` likeliest
+        tokens, so that their weights are wrong. None if all are right.
+    """
+    is_exact = None
+    if num_likeliest is None:
+        weights = _truncate_by_bisection(probs, table)
+    else:
+        floor, is_exact = floors_among(
+            probs, num_likeliest, top_k=table.top_k if table.any_top_k else None,
+            top_p=table.top_p if table.any_top_p else None,
+        )
+        weights = at_least(probs, floor)
+    if table.any_min_p:
+        weights = at_least(weights, table.min_p * probs.amax(-1))
+    return weights, is_exact
+
+
+def _truncate_by_bisection(probs: Tensor, table: SamplingTable) -> Tensor:
     weights = probs
     if table.any_top_k:
-        weights = _at_least(weights, _floor(weights, table.top_k, count=True))
+        weights = at_least(weights, floor_by_bisection(weights, table.top_k, count=True))
     if table.any_top_p:
-        floor = _floor(weights, table.top_p * weights.sum(-1), count=False)
-        weights = _at_least(weights, torch.where(table.top_p < 1, floor, 0.0))
-    if table.any_min_p:
-        weights = _at_least(weights, table.min_p * probs.amax(-1))
+        floor = floor_by_bisection(weights, table.top_p * weights.sum(-1), count=False)
+        weights = at_least(weights, torch.where(table.top_p < 1, floor, 0.0))
     return weights
-
-
-def _at_least(weights: Tensor, floor: Tensor) -> Tensor:
-    """Return `weights` [B,V] with those under `floor` [B] set to 0."""
-    return torch.ge(weights, floor[:, None], out=torch.empty_like(weights)).mul_(weights)
-
-
-def _floor(weights: Tensor, target: Tensor, *, count: bool) -> Tensor:
-    """Return the highest floor [B] above which `weights` [B,V], or their number if `count`, sum to `target` [B].
-
-    The bisection runs over the bit patterns of float32, which have the order of the (non-negative) numbers, and so is
-    exact.
-    """
-    low = torch.zeros_like(target, dtype=torch.int32)
-    high = weights.amax(-1).view(torch.int32) + 1
-    above = torch.empty_like(weights)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        torch.ge(weights, middle.view(torch.float32)[:, None], out=above)
-        reached = (above if count else above.mul_(weights)).sum(-1) >= target
-        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return low.view(torch.float32)
 
 
 def race(weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

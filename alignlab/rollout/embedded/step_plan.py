@@ -60,14 +60,14 @@ class StepPlan:
     logit_tokens: _Ints
     groups: list[GroupPlan]
 
-    def on(self, device: torch.device) -> StepTensors:
-        """Return the step on `device`."""
+    def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
+        """Return the step and other host tensors on `device`, moved by one copy."""
         optional = [(g.padding, g.unpadding, g.blocks, g.positions) for g in self.groups]
         arrays = [
             self.tokens, self.positions, self.slots, self.logit_tokens,
             *(array for array in chain(*optional) if array is not None),
         ]
-        tensors = iter(to_device([torch.from_numpy(array) for array in arrays], device))
+        tensors = iter(to_device([*map(torch.from_numpy, arrays), *others], device))
         tokens, positions, slots, logit_tokens = (next(tensors) for _ in range(4))
         groups = [
             RowGroup(
@@ -78,7 +78,7 @@ class StepPlan:
             )
             for group in self.groups
         ]
-        return StepTensors(tokens, positions, slots, logit_tokens, groups)
+        return StepTensors(tokens, positions, slots, logit_tokens, groups), list(tensors)
 
 
 def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
@@ -87,7 +87,7 @@ def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
     ordered = [work[index] for index in order]
     counts = np.array([w.count for w in ordered])
     starts = np.array([w.start for w in ordered])
-    table = _block_table(ordered, block_size)
+    table = block_table(ordered, block_size)
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(len(rows)) + (starts - (ends - counts))[rows]
@@ -103,10 +103,10 @@ def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
         row = end
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = ends
-    return StepPlan(tokens, positions, slots, _logit_tokens(work, ends_as_given), groups)
+    return StepPlan(tokens, positions, slots, logit_tokens(work, ends_as_given), groups)
 
 
-def _logit_tokens(work: Sequence[Work], ends: _Ints) -> _Ints:
+def logit_tokens(work: Sequence[Work], ends: _Ints) -> _Ints:
     """Return the indices [M] of the last `num_logits` tokens of each work, whose tokens end at `ends` [W]."""
     counts = np.array([w.num_logits for w in work])
     return np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts), counts)
@@ -117,7 +117,7 @@ def _size_class(work: Work) -> tuple[int, int]:
     return (work.count - 1).bit_length(), (work.start + work.count).bit_length() // 2
 
 
-def _block_table(work: Sequence[Work], block_size: int) -> _Ints:
+def block_table(work: Sequence[Work], block_size: int) -> _Ints:
     """Return the blocks that each work reads, [W, most blocks of a work], filled up with block 0."""
     num_blocks = [-(-(w.start + w.count) // block_size) for w in work]
     table = np.zeros((len(work), max(num_blocks)), np.int64)

@@ -76,7 +76,9 @@ def test_a_completion_is_scored_in_one_step_and_its_prompt_once(
 ) -> None:
     steps: list[Step] = []
     hidden = Runner.hidden
-    monkeypatch.setattr(Runner, "hidden", lambda runner, step: steps.append(step) or hidden(runner, step))
+    monkeypatch.setattr(
+        Runner, "hidden", lambda runner, step, *others: steps.append(step) or hidden(runner, step, *others)
+    )
     engine = make_engine(block_size=4)
     [prompt] = make_prompts(16)
     engine.logprobs([rollout_of(prompt, (1, 2, 3, 4, 5, 6), (7, 8, 9), (10,))])

@@ -69,7 +69,7 @@ def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[Tok
     }
     outputs: dict[tuple[int, int], list[Tensor]] = {place: [] for place in tensors}
     for works in steps_of(sequences):
-        plan = plan_step(works, BLOCK).on(torch.device("cpu"))
+        plan = plan_step(works, BLOCK).on(torch.device("cpu"))[0]
         batch = PagedBatch(cache, plan.slots, plan.groups)
         order = sorted(works, key=lambda w: int((plan.slots == first_slot(w)).nonzero()))
         for layer in KEYS_AND_VALUES:
@@ -94,7 +94,7 @@ def test_a_layer_that_keeps_a_latent_reads_all_earlier_latents(sequences: list[T
     latents = {id(s): torch.randn(len(s.token_ids), 5) for s in sequences}
     outputs: dict[int, list[Tensor]] = {id(s): [] for s in sequences}
     for works in steps_of(sequences):
-        plan = plan_step(works, BLOCK).on(torch.device("cpu"))
+        plan = plan_step(works, BLOCK).on(torch.device("cpu"))[0]
         order = sorted(works, key=lambda w: int((plan.slots == first_slot(w)).nonzero()))
         entries = torch.cat([latents[id(w.sequence)][w.start : w.start + w.count] for w in order])
         batch = PagedBatch(cache, plan.slots, plan.groups)
@@ -125,7 +125,7 @@ def test_copying_moves_every_layer_and_resizing_drops_all_entries() -> None:
     latent, slots = torch.randn(BLOCK, 5), torch.arange(BLOCK, 2 * BLOCK)
     cache.write(LATENT, slots, {"latent": latent})
     cache.write(0, slots, {"key": torch.ones(BLOCK, 2, 8), "value": torch.ones(BLOCK, 2, 8)})
-    cache.copy([(1, 4)])
+    cache.copy(torch.tensor([(1, 4)]))
     assert torch.equal(cache.layers[LATENT]["latent"].view(5, BLOCK, 5)[4], latent)
     assert cache.layers[0]["value"].view(5, -1)[4].eq(1).all()
     cache.resize(7)

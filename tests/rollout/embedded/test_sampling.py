@@ -69,12 +69,57 @@ def test_truncated_probabilities_equal_the_reference(name: str) -> None:
     if params.temperature == 0 or params.repetition_penalty != 1:
         params = SamplingParams(top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
     logits = random_logits(6)
-    weights = fast.truncate((logits / params.temperature).softmax(-1), table_of([params] * 6))
+    weights, _ = fast.truncate((logits / params.temperature).softmax(-1), table_of([params] * 6))
     probs = weights / weights.sum(-1, keepdim=True)
     for row in range(6):
         expected = torch.tensor(slow.distribution(logits[row].tolist(), params))
         assert torch.equal(probs[row] > 0, expected > 0)
         torch.testing.assert_close(probs[row], expected, rtol=1e-5, atol=1e-7)
+
+
+def hot_and_cold_probs(rows: int, scale: float, *, step: float = 0.0) -> torch.Tensor:
+    """Random probabilities; with a `step`, logits are rounded to multiples of it, so that many tokens tie."""
+    logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(3)) * scale
+    return (logits if step == 0 else (logits / step).round() * step).softmax(-1)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.25, 2.0], ids=["no ties", "ties", "many ties"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_the_likeliest_tokens_alone_give_the_tokens_of_a_bisection(scale: float, step: float) -> None:
+    rows = [
+        SamplingParams(top_k=top_k, top_p=top_p)
+        for top_k in (0, 1, 2, 7, 40, 300) for top_p in (1.0, 1e-6, 0.1, 0.5, 0.9, 0.999)
+    ]  # fmt: skip
+    probs, table = hot_and_cold_probs(len(rows), scale, step=step), table_of(rows)
+    expected, flags = fast.truncate(probs, table)
+    assert flags is None
+    for num_likeliest in (300, VOCAB):
+        weights, is_exact = fast.truncate(probs, table, num_likeliest)
+        assert is_exact is not None
+        assert torch.equal(weights[is_exact], expected[is_exact])
+        likeliest = probs.topk(num_likeliest).values.sum(-1)
+        for row, params in enumerate(rows):
+            within = params.top_k > 0 or params.top_p == 1 or float(likeliest[row]) > params.top_p
+            assert bool(is_exact[row]) == within, "only a nucleus of more tokens than were looked at is bisected"
+
+
+def test_a_nucleus_wider_than_the_likeliest_tokens_is_told_and_not_cut() -> None:
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).expand(3, 4)
+    rows = [SamplingParams(top_p=0.95), SamplingParams(top_p=0.6), SamplingParams(top_k=2, top_p=0.95)]
+    table = fast.SamplingTable.build(rows, [0, 1, 2], vocab_size=4, device=CPU)
+    weights, is_exact = fast.truncate(probs, table, 2)
+    assert is_exact is not None and is_exact.tolist() == [False, True, True]
+    assert [row.nonzero()[:, 0].tolist() for row in weights[1:]] == [[0, 1], [0, 1]]
+
+
+def test_the_number_of_likeliest_tokens_holds_every_top_k_and_most_nuclei() -> None:
+    cases = {
+        (SamplingParams(),): None, (SamplingParams(min_p=0.1),): None, (SamplingParams(top_k=5),): 5,
+        (SamplingParams(top_k=5, top_p=0.5), SamplingParams(top_k=9)): 9, (SamplingParams(top_k=10_000),): VOCAB,
+        (SamplingParams(top_p=0.5),): VOCAB,
+    }  # fmt: skip
+    assert {rows: fast._num_likeliest(rows, VOCAB) for rows in cases} == cases
+    assert fast._num_likeliest([SamplingParams(top_p=0.5), SamplingParams(top_k=3)], 50_000) == 1024
 
 
 def test_rows_with_other_parameters_do_not_change_a_row() -> None:
@@ -116,20 +161,20 @@ def test_banned_tokens_are_never_drawn() -> None:
 def test_top_k_by_hand_keeps_ties() -> None:
     probs = torch.tensor([[0.4, 0.1, 0.2, 0.2, 0.1]])
     table = fast.SamplingTable.build([SamplingParams(top_k=2)], [0], vocab_size=5, device=CPU)
-    torch.testing.assert_close(fast.truncate(probs, table), torch.tensor([[0.4, 0.0, 0.2, 0.2, 0.0]]))
+    torch.testing.assert_close(fast.truncate(probs, table)[0], torch.tensor([[0.4, 0.0, 0.2, 0.2, 0.0]]))
 
 
 def test_top_p_by_hand_keeps_the_token_that_reaches_it() -> None:
     probs = torch.tensor([[0.5, 0.05, 0.3, 0.15]])
     for top_p, kept in ((0.5, [0]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 2, 3]), (0.96, [0, 1, 2, 3])):
         table = fast.SamplingTable.build([SamplingParams(top_p=top_p)], [0], vocab_size=4, device=CPU)
-        assert fast.truncate(probs, table)[0].nonzero()[:, 0].tolist() == kept
+        assert fast.truncate(probs, table)[0][0].nonzero()[:, 0].tolist() == kept
 
 
 def test_top_p_takes_its_share_of_what_top_k_left() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     table = fast.SamplingTable.build([SamplingParams(top_k=2, top_p=0.5)], [0], vocab_size=4, device=CPU)
-    assert fast.truncate(probs, table)[0].nonzero()[:, 0].tolist() == [0]  # 0.4 / 0.7 is over a half
+    assert fast.truncate(probs, table)[0][0].nonzero()[:, 0].tolist() == [0]  # 0.4 / 0.7 is over a half
 
 
 def test_each_token_is_drawn_as_often_as_its_weight_says() -> None:

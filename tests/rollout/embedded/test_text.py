@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,12 @@ def scripted(make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytes
     engine = make_engine()
     append_tokens = Sampler.append_tokens
 
-    def append_scripted(sampler: Sampler, logits: torch.Tensor, sequences: list[TokenSequence], version: int) -> None:
-        token = script[sequences[0].num_sampled]
-        append_tokens(sampler, torch.zeros_like(logits).index_fill(1, torch.tensor(token), 50.0), sequences, version)
+    def append_scripted(
+        sampler: Sampler, logits: torch.Tensor, sequences: list[TokenSequence], inputs: Any, version: int
+    ) -> None:
+        logits = torch.zeros_like(logits)
+        logits[:, script[sequences[0].num_sampled]] = 50.0
+        append_tokens(sampler, logits, sequences, inputs, version)
 
     monkeypatch.setattr(Sampler, "append_tokens", append_scripted)
     return engine

@@ -1,0 +1,278 @@
+"""Attention that reads the cache in place, as on a GPU, equals attention over the gathered cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torch.nn.attention import flex_attention as torch_flex
+
+from alignlab.errors import ConfigError
+from alignlab.models import paged_flex
+from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.flex_attention import soft_capped
+from alignlab.models.paged_flex import TILE
+from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
+from alignlab.rollout.embedded.paged_attention import PagedBatch
+from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.scheduler import Scheduler, Step
+from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.step_plan import plan_step
+from alignlab.rollout.embedded.tile_attention import TileBatch
+from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles, size_class, visited_blocks
+from alignlab.types import SamplingParams
+from tests.gpu.flex_stand_in import dense_paged_flex, paged_stand_in, seen_slots, visited_slots
+from tests.rollout.conftest import make_prompts
+
+CPU = torch.device("cpu")
+HEADS, MAX_RUNNING = 4, 6
+LAYERS = {0: (2, 16, 16, None), 1: (1, 16, 32, 7), 2: (4, 32, 16, 40)}  # kv heads, key and value size, window
+WINDOWS = [None, 7, 40]
+SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()}
+Visit = Callable[[Step, TileStep, int], None]
+
+
+def walk(visit: Visit, *, block_size: int, prefill_tokens: int, most: int = 1000) -> None:
+    """Schedule prompts of many lengths: chunks of long ones, groups that fork, prefixes that are found, rows."""
+    rng = random.Random(block_size)
+    prompts = make_prompts(5, 300, 70, 1)
+    requests = [Request(p, SamplingParams(n=3, max_new_tokens=9), frozenset()) for p in [*prompts, prompts[1]]]
+    sequences = [TokenSequence(r, 0, list(r.prompt.token_ids)) for r in requests for _ in range(r.sampling.n)]
+    num_blocks = 2000 // block_size + 9
+    scheduler = Scheduler(
+        BlockManager(num_blocks, block_size), root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens
+    )
+    scheduler.add(sequences)
+    while scheduler.has_work and most > 0:
+        most -= 1
+        step = scheduler.schedule()
+        visit(step, plan_tiles(
+            step.work, block_size=block_size, num_blocks=num_blocks, max_rows=MAX_RUNNING, windows=WINDOWS
+        ), num_blocks)  # fmt: skip
+        for sequence, _ in scheduler.commit(step):
+            sequence.append(rng.randrange(256), 0.0, 0.0, 0)
+            if sequence.finish_reason is not None:
+                scheduler.finish(sequence)
+
+
+def entries(tokens: Tensor, positions: Tensor, layer: int, heads: int, size: int, kind: int) -> Tensor:
+    """Numbers [1,heads,N,size] that depend on each token and its position alone."""
+    table = torch.randn(7, heads, size, generator=torch.Generator().manual_seed(100 * layer + kind))
+    return (table[tokens % 7] * torch.sin(positions[:, None, None] + 1.0 + kind)).transpose(0, 1)[None]
+
+
+def attended(batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None) -> list[Tensor]:
+    """Attention of every layer, [N,H,V]."""
+    outputs = []
+    for layer, (kv, k, v, window) in LAYERS.items():
+        query, key, value = (
+            entries(tokens, positions, layer, heads, size, kind)
+            for kind, (heads, size) in enumerate([(HEADS, k), (kv, k), (kv, v)])
+        )
+        outputs.append(
+            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap)[0]
+        )
+    return outputs
+
+
+def compare_all_steps(
+    *, block_size: int, prefill_tokens: int, softcap: float | None, most: int = 1000
+) -> set[tuple[bool, bool]]:
+    """Compute a schedule both ways, compare every token in every layer, and return the kinds of steps there were."""
+    kinds = set()
+    gathered, in_place = PagedCache(SPECS, block_size), PagedCache(SPECS, block_size)
+
+    def compare(step: Step, tiles: TileStep, num_blocks: int) -> None:
+        if not gathered.num_blocks:
+            gathered.resize(num_blocks)
+            in_place.resize(num_blocks, num_more=1)
+        if step.copies:
+            for cache in (gathered, in_place):
+                cache.copy(torch.tensor(step.copies))
+        kinds.add((tiles.rows is not None, tiles.chunks is not None))
+        twin, _ = plan_step(step.work, block_size).on(CPU)
+        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, softcap)
+        found = attended(TileBatch(in_place, tiles), tiles.tokens, tiles.positions, softcap)
+        is_own = tiles.slots < num_blocks * block_size
+        places = {slot: index for index, slot in enumerate(twin.slots.tolist())}
+        order = torch.tensor([places.pop(slot) for slot in tiles.slots[is_own].tolist()])
+        assert not places
+        for ours, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[is_own], exact[order], atol=1e-5, rtol=1e-5)
+        assert torch.equal(tiles.slots[tiles.logit_tokens], twin.slots[twin.logit_tokens]), "in the order of the works"
+
+    walk(compare, block_size=block_size, prefill_tokens=prefill_tokens, most=most)
+    return kinds
+
+
+def score_mod(softcap: float | None) -> Any:
+    return None if softcap is None else soft_capped(softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["no soft-cap", "soft-cap"])
+@pytest.mark.parametrize(("block_size", "prefill_tokens"), [(16, 150), (128, 305), (4, 37)])
+def test_reading_in_place_equals_gathering(
+    block_size: int, prefill_tokens: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
+    kinds = compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=softcap)
+    assert kinds == {(False, True), (True, True), (True, False)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_torchs_own_flex_attention_equals_gathering_by_the_masks_rule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compilation torch computes all slots and hides by the rule: it never looks at the lists of blocks."""
+
+    def uncompiled(has_window: bool, softcap: float | None, block_size: int, scaling: float) -> Callable[..., Tensor]:
+        return partial(paged_flex._attend, block_size=block_size, scaling=scaling, score_mod=score_mod(softcap))
+
+    monkeypatch.setattr(paged_flex, "_compiled_flex", uncompiled)
+    assert len(compare_all_steps(block_size=16, prefill_tokens=150, softcap=1.5, most=9)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_the_compiled_kernel_of_a_cpu_equals_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel visits listed blocks alone, and leaves out the rule in full ones. On a CPU it cannot be compiled for
+    sizes that change, and wants both lists, as wide as the cache."""
+
+    def attend(has_window: bool, softcap: float | None, block_size: int, scaling: float) -> Callable[..., Tensor]:
+        function = partial(paged_flex._attend, block_size=block_size, scaling=scaling, score_mod=score_mod(softcap))
+        compiled = torch.compile(  # type: ignore[call-overload]
+            function, fullgraph=True, dynamic=False, isolate_recompiles=True
+        )
+        names = paged_flex.VisitedBlocks._fields
+
+        def wide(*tensors: Tensor | None) -> Tensor:
+            args: dict[str, Any] = dict(zip(names, tensors[-len(names) :], strict=True))
+            if args["num_full"] is None:
+                args |= {"num_full": torch.zeros_like(args["num_partial"]), "full": torch.zeros_like(args["partial"])}
+            place_of_block: Any = tensors[5]
+            for name in ("partial", "full"):
+                args[name] = F.pad(args[name], (0, len(place_of_block) - args[name].shape[3]))
+            output: Tensor = compiled(*tensors[: -len(names)], *args.values())
+            return output
+
+        return wide
+
+    monkeypatch.setattr(paged_flex, "_compiled_flex", attend)
+    monkeypatch.delitem(LAYERS, 2)  # a kernel takes ten seconds to compile
+    with torch.inference_mode():
+        kinds = compare_all_steps(block_size=128, prefill_tokens=200, softcap=1.5, most=2)
+    assert kinds == {(False, True), (True, True)}
+
+
+def test_the_blocks_that_are_listed_hold_all_that_the_rule_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_full = 0
+
+    def checked(*args: Any, block_mask: Any, **options: Any) -> Tensor:
+        nonlocal num_full
+        assert torch.equal(visited_slots(block_mask), seen_slots(block_mask))
+        num_full += 0 if block_mask.full_kv_num_blocks is None else int(block_mask.full_kv_num_blocks.sum())
+        return dense_paged_flex(*args, block_mask=block_mask, **options)
+
+    def attend(has_window: bool, softcap: float | None, block_size: int, scaling: float) -> Callable[..., Tensor]:
+        options: dict[str, Any] = {"block_size": block_size, "scaling": scaling, "score_mod": score_mod(softcap)}
+        return partial(paged_flex._attend, **options, flex=checked)
+
+    monkeypatch.setattr(paged_flex, "_compiled_flex", attend)
+    compare_all_steps(block_size=16, prefill_tokens=150, softcap=None)
+    assert num_full > 50
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 9])
+def test_listed_blocks_are_those_with_visible_keys(window: int | None) -> None:
+    rng, size = random.Random(0), 4
+    starts = np.array([0, 2, 5, 11, 13])
+    positions = starts[:, None] + np.minimum(np.arange(6), 5)
+    table = np.array([rng.sample(range(40), 6) for _ in starts])
+    visited = visited_blocks(positions, table, size, window, split=True)
+    whole = visited_blocks(positions, table, size, window, split=False)
+    assert whole.num_full is None and visited.num_full is not None and visited.full is not None
+    for tile, queries in enumerate(positions):
+        counts = []
+        for place in range(6):
+            keys = range(place * size, (place + 1) * size)
+            counts.append(sum(k <= q and (window is None or k > q - window) for k in keys for q in queries))
+        partial_blocks = [int(table[tile, i]) for i, n in enumerate(counts) if 0 < n < size * len(queries)]
+        full_blocks = [int(table[tile, i]) for i, n in enumerate(counts) if n == size * len(queries)]
+        listed = visited.partial[tile, 0, 0, : visited.num_partial[tile, 0, 0]]
+        listed_full = visited.full[tile, 0, 0, : visited.num_full[tile, 0, 0]]
+        assert (listed.tolist(), listed_full.tolist()) == (partial_blocks, full_blocks)
+        both = whole.partial[tile, 0, 0, : whole.num_partial[tile, 0, 0]].tolist()
+        assert both == [int(table[tile, i]) for i, n in enumerate(counts) if n]
+
+
+def test_steps_have_few_shapes_and_added_rows_lie_in_a_block_of_their_own() -> None:
+    shapes = set()
+
+    def note(step: Step, tiles: TileStep, num_blocks: int) -> None:
+        added = tiles.slots >= num_blocks * 16
+        assert (tiles.slots[added] == num_blocks * 16).all()
+        if tiles.rows is not None:
+            shapes.add((tuple(tiles.rows.tiles.positions.shape), tiles.rows.tiles.table.shape[1]))
+            assert not tiles.rows.tiles.positions[tiles.tokens[: len(tiles.rows.tiles.positions)] < 0].any()
+        if tiles.chunks is not None:
+            assert tiles.chunks.tiles.positions.shape[1] == TILE
+
+    walk(note, block_size=16, prefill_tokens=150)
+    assert shapes <= {((rows, 1), width) for rows in (4, 6) for width in (4, 16, 64)}
+
+
+def test_size_classes_grow_fourfold_up_to_the_most() -> None:
+    assert [size_class(n) for n in (1, 4, 5, 16, 17, 64, 65)] == [4, 4, 16, 16, 64, 64, 256]
+    assert [size_class(n, 100) for n in (1, 5, 64, 65, 100)] == [4, 16, 64, 100, 100]
+    assert size_class(1, 1) == 1
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Counts traces of the compiled attention, which runs uncompiled."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    paged_flex._compiled_flex.cache_clear()
+    yield counter
+    paged_flex._compiled_flex.cache_clear()
+
+
+def test_rows_are_traced_once_for_each_size_class_and_tiles_twice(counter: Any) -> None:
+    """Rows with their number as a constant, for the sake of torch's kernel for decoding; all other sizes may change."""
+    for block_size, prefill_tokens in ((16, 150), (16, 40), (16, 999)):
+        with torch.inference_mode():
+            compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=None)
+    num_classes = 2  # 4 rows, and the 6 that run together
+    assert counter.frame_count <= len(LAYERS) * (num_classes + 2)
+    queries = [
+        node.args[0].meta["example_value"].shape for graph in counter.graphs for node in graph.graph.nodes
+        if node.target is torch.ops.higher_order.flex_attention
+    ]  # fmt: skip
+    rows = [shape for shape in queries if shape[2] == 1]
+    assert rows and all(type(shape[0]) is int for shape in rows)
+
+
+def test_the_block_size_follows_the_device_and_fits_its_kernels() -> None:
+    cuda = torch.device("cuda")
+    assert [block_size_for(None, device) for device in (CPU, cuda)] == [16, 128]
+    assert [block_size_for(size, CPU) for size in (1, 3, 40)] == [1, 3, 40]
+    assert [block_size_for(size, cuda) for size in (16, 64, 256)] == [16, 64, 256]
+    for size, fix in ((8, 16), (24, 16), (100, 64)):
+        with pytest.raises(ConfigError, match=f"block_size is {size}, .* power of two, at least 16, .* or use {fix}$"):
+            block_size_for(size, cuda)
+
+
+def test_no_tensor_of_a_layer_outgrows_32_bits() -> None:
+    cache = PagedCache({0: LayerCacheSpec.of_heads(8, 128, 128)}, 128)
+    assert (cache.addressable_blocks + 1) * 128 * 1024 < 2**31 <= (cache.addressable_blocks + 2) * 128 * 1024
+
+
+def test_flex_attention_is_torchs_own() -> None:
+    assert paged_flex._attend.__kwdefaults__["flex"] is torch_flex.flex_attention
