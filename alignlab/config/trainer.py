@@ -65,6 +65,15 @@ class CheckpointSettings(Frozen):
     """Number of the newest checkpoints that stay."""
 
 
+class ShardingSettings(Frozen):
+    """Where the weights in training live when a run has several ranks."""
+
+    on_resume = OnResume.RECORDED
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: each rank holds all weights, gradients and optimizer states. fsdp2: each rank holds a part of each tensor,
+    and gathers a layer's weights while it computes with them (FSDP2; ZeRO stage 3)."""
+
+
 class TrainerConfig(Frozen):
     """Settings that every trainer has."""
 
@@ -85,6 +94,7 @@ class TrainerConfig(Frozen):
     memory: MemorySettings = MemorySettings()
     numerics: NumericsSettings = NumericsSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+    sharding: ShardingSettings = ShardingSettings()
     rank_timeout_s: MayChange[float] = Field(1800.0, gt=0)
     """On several ranks: how long the others wait for a rank that is alive and makes no progress. A rank that fails, is
     killed or is stopped is noticed within 30 s in any case."""

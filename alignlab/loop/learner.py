@@ -26,7 +26,7 @@ from alignlab.loop.loss_scale import LossScale
 from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, token_mean
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
-from alignlab.loop.strategy import make_strategy
+from alignlab.loop.sharding import make_strategy, shard_weights
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
@@ -36,8 +36,10 @@ from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
-from alignlab.models.weight_view import WeightView, parameter_names, view_of, whole_tensors
+from alignlab.models.shards import rows_of, shard_root
+from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, view_of, whole_tensors
 from alignlab.runs.checkpoint import load_optimizer_tensors, optimizer_tensors
+from alignlab.runs.tensor_groups import load_rows, shape_of
 from alignlab.types import Experience
 
 _log = logging.getLogger(__name__)
@@ -85,9 +87,11 @@ class Learner:
             options = {"use_reentrant": False}
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         with module.in_use():
+            shard_weights(module, config.sharding, self.ranks)
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
-        keep_casts(module)
+        if not self.is_spread:  # gathered weights are new ones in each pass
+            keep_casts(module)
         self.loss_scale = LossScale(causal_lm(module.model).dtype)
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
@@ -111,6 +115,11 @@ class Learner:
         return model
 
     @property
+    def is_spread(self) -> bool:
+        """Return whether each rank holds a part of the model's weights alone."""
+        return shard_root(self.module.model) is not None
+
+    @property
     def has_adapters(self) -> bool:
         """Return whether adapters are trained rather than the model's own weights."""
         return has_adapters(self.module.model)
@@ -122,19 +131,51 @@ class Learner:
             return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the trained weights and the optimizer's state, for a checkpoint; frozen weights are left out."""
+        """Return the trained weights and the optimizer's state, for a checkpoint; frozen weights are left out.
+
+        Of weights that are spread over ranks this rank has its rows alone, in a `DTensor`.
+        """
         trained = self.trained
-        weights = dict(whole_tensors(self.weights, [*trained, *self._saved_buffers()]))
-        return {"policy": weights, "optimizer": optimizer_tensors(self.optimizer, trained)}
+        weights = {name: parameter.detach() for name, parameter in trained.items()}
+        buffers = dict(whole_tensors(self.weights, self._saved_buffers()))
+        return {"policy": weights | buffers, "optimizer": optimizer_tensors(self.optimizer, trained)}
 
     @property
     def weights(self) -> WeightView:
         """The weights of the module, by the names of its parameters and saved buffers."""
         return view_of(self.module)
 
+    def whole_weights(self) -> WeightView:
+        """Return what is saved of the module at the end of a run, on rank 0; every rank calls this together.
+
+        Weights that are spread over ranks are gathered one by one, and held on the host of rank 0.
+        """
+        if not self.is_spread:
+            return self.weights
+        kept = [
+            name for name in self.weights.names() if not self.has_adapters or not self._is_of_base(name)
+        ]
+        gathered = ((name, tensor.cpu()) for name, tensor in whole_tensors(self.weights, kept))
+        return HeldWeights({name: tensor for name, tensor in gathered if self.ranks.is_main})
+
+    def _is_of_base(self, name: str) -> bool:
+        """Return whether a weight is a frozen one beneath adapters."""
+        return name.startswith("model.") and not is_of_adapter(self.module.model, name)
+
     def _saved_buffers(self) -> list[str]:
         saved = set(self.weights.names())
         return [name for name, _ in self.module.named_buffers() if name in saved]
+
+    @property
+    def shapes(self) -> WeightView | None:
+        """Return a view of weights without numbers, which one rank can read; None where it holds the numbers itself."""
+        if not self.is_spread:
+            return None
+        tensors = dict(self.module.named_parameters(remove_duplicate=False)) | dict(self.module.named_buffers())
+        return HeldWeights({
+            name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
+            for name in self.weights.names()
+        })
 
     def progress(self) -> dict[str, Any]:
         """Return the position of the schedule and the counts of updates, as JSON."""
@@ -172,18 +213,23 @@ class Learner:
                 "the weights that are not trained, such as an adapter's base, are not those that the run was started "
                 "with; resume with the same model.name and model.dtype"
             )
-        try:
-            self.module.load_state_dict(dict(tensors["policy"]), strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint's weights do not fit the model: {error}; resume with the model and LoRA settings that "
-                "the run was started with"
-            ) from error
+        self._load_weights(tensors["policy"])
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
         self._forget_unfinished_step()
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
         self.loss_scale.load_state(state.get("loss_scale", self.loss_scale.state()))  # not in earlier checkpoints
+
+    def _load_weights(self, stored: Mapping[str, Tensor]) -> None:
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        for name in stored:
+            if shape_of(stored, name) != own[name].shape:
+                raise CheckpointError(
+                    f"the checkpoint's weights do not fit the model: {name} has shape {tuple(shape_of(stored, name))} "
+                    f"there and {tuple(own[name].shape)} here; resume with the model and LoRA settings that the run "
+                    "was started with"
+                )
+            load_rows(stored, name, own[name])
 
     def _forget_unfinished_step(self) -> None:
         """Drop gradients and router counts of a step that failed half way in this process."""
@@ -212,7 +258,9 @@ class Learner:
         """Return the module's outputs for each pack, without a gradient; see `logprobs`."""
         module = self.module if module is None else module
         with torch.no_grad(), evaluation_mode(module.modules()), module.in_use():
-            return [self.forward(module, pack) for pack in self._paced(packs)]
+            is_spread = shard_root(module.model) is not None
+            computed = self.strategy.filled_up(packs) if is_spread else packs
+            return [self.forward(module, pack) for pack in self._paced(computed)][: len(packs)]
 
     def update(
         self, packs: Sequence[Experience], loss: Loss, weights: LossWeights, *, metric_weights: LossWeights = token_mean
@@ -234,7 +282,7 @@ class Learner:
         self, packs: Sequence[Experience], loss: Loss, weights: LossWeights, metric_weights: LossWeights
     ) -> dict[str, float]:
         self.module.train()
-        packs = [pack.to(self.device) for pack in packs]
+        packs = [pack.to(self.device) for pack in self.strategy.filled_up(packs)]
         totals = count_step(packs, self.ranks.sum)
         for pack, count in zip(packs, totals.pack_tokens, strict=True):
             if not is_known(pack.completion_mask):
@@ -324,7 +372,8 @@ class Learner:
         self.num_skipped += 1
         if self.config.optim.on_nonfinite == "skip":
             return
-        bad = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        gradients = ((name, rows_of(p.grad)[0]) for name, p in self.trained.items() if p.grad is not None)
+        bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
         sequences = [
             f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
             for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))

@@ -28,6 +28,7 @@ from alignlab.loop.inputs import (
 )
 from alignlab.loop.preflight import warn_of_truncation, with_room
 from alignlab.loop.reward_checks import check_rewards
+from alignlab.models.shards import shard_root
 from alignlab.scoring.reward_model import bind_rewards, check_reward_ids
 from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Prompt
@@ -101,6 +102,8 @@ def bind_reward_models(inputs: OnlineInputs, config: OnlineConfig) -> None:
         ConfigError: a prompt holds a token that a reward model has no embedding for.
     """
     rewards = inputs.rewards.rewards
-    # A prefetch thread scores while the policy trains: then a reward model needs weights of its own.
-    bind_rewards(rewards, inputs.model, inputs.tokenizer, share=max_staleness(config.rollout) == 0)
+    # A prefetch thread scores while the policy trains, and ranks score different numbers of packs, for which they cannot
+    # gather weights together: then a reward model needs weights of its own.
+    share = max_staleness(config.rollout) == 0 and shard_root(inputs.model) is None
+    bind_rewards(rewards, inputs.model, inputs.tokenizer, share=share)
     check_reward_ids(rewards, inputs.prompts, inputs.tokenizer)

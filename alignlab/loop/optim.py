@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignlab.config.trainers import TrainerConfig
@@ -35,10 +36,12 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
             "training needs at least one parameter with requires_grad, and the model has 0; "
             "set model.lora, or unfreeze the weights to be trained"
         )
+    # One kernel does not take tensors of which this rank holds a part together with whole ones.
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in trained if decays is (p.ndim >= 2) and isinstance(p, DTensor) is is_part],
+         "weight_decay": config.optim.weight_decay if decays else 0.0}
+        for decays in (True, False) for is_part in (True, False)
+    ]  # fmt: skip
     make = MasterAdamW if any(map(needs_master, trained)) else torch.optim.AdamW
     optimizer = make(
         [group for group in groups if group["params"]],
@@ -112,7 +115,7 @@ def load_schedule_state(schedule: LambdaLR, state: dict[str, Any]) -> None:
     schedule._last_lr = list(rates)
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    if rates != state["learning_rates"]:
+    if rates[0] != state["learning_rates"][0]:  # all groups have one rate
         logger.warning(
             "the run goes on after update %d at learning rate %g; the settings that it was saved under would have "
             "given %g", state["update"], rates[0], state["learning_rates"][0],

@@ -49,6 +49,10 @@ class Ranks:
         """Return the sum of a number over all ranks."""
         return float(self.sum(torch.tensor(value, dtype=torch.float64)))
 
+    def largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        return int(self.gather(torch.tensor([number])).max())
+
     def any(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank."""
         return self.sum_number(float(flag)) > 0

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from alignlab.models.adapter_rules import check_base_is_reference
 from alignlab.models.adapters import adapters_disabled, has_adapters
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.policy import Policy
+from alignlab.models.shards import shard_root, sharded_copy
 from alignlab.models.weight_view import whole_parameters
 from alignlab.runs.reference_cache import ReferenceCache
 from alignlab.types import Experience, Rollout
@@ -70,7 +72,7 @@ def frozen_copy(policy: Policy) -> Policy | None:
         ConfigError: the adapter was made by changing the base.
     """
     if not has_adapters(policy.model):
-        return copy.deepcopy(policy).requires_grad_(False).eval()
+        return Policy(_copied(policy.model), chunk_tokens=policy.chunk_tokens, num_ids=policy.num_ids).eval()
     check_base_is_reference(policy.model)
     if any("lora_B" in name and _is_trained(weight) for name, weight in policy.named_parameters()):
         logger.warning(
@@ -78,6 +80,11 @@ def frozen_copy(policy: Policy) -> Policy | None:
             "training starts from; to change that, merge the adapter (alignlab merge) and train from the result"
         )
     return None
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a frozen copy of a model, spread over ranks where the model is."""
+    return copy.deepcopy(model).requires_grad_(False) if shard_root(model) is None else sharded_copy(model)
 
 
 def _is_trained(weight: Tensor) -> bool:
@@ -113,7 +120,13 @@ class ExampleReference:
         if self._reference is None:
             return
         cache = ReferenceCache((self._reference.policy or self._learner.module).model)
-        computed = {name: cache.get_or_make(examples, self._compute) for name, examples in data.items() if examples}
+        get_or_make = partial(cache.get_or_make, make=self._compute)
+        if self._learner.is_spread:
+            get_or_make = partial(
+                cache.get_or_make_together, make=self._compute, any_rank=self._learner.ranks.any,
+                writes=self._learner.ranks.is_main,
+            )
+        computed = {name: get_or_make(examples) for name, examples in data.items() if examples}
         self._computed, self._reference = computed, None  # all or nothing: it may have been interrupted
 
     def packs(

@@ -56,10 +56,12 @@ def save_trained_model(loop: TrainingLoop, folder: RunFolder) -> Path:
     path = folder.adapter if loop.learner.has_adapters else folder.model
     with loop.agreed("saving the trained model"):
         check_trained_weights(loop.learners, loop.step)
+        weights = loop.learner.whole_weights()
+    with loop.agreed("saving the trained model"):
         if loop.is_main:
             folder.renew()
             with published(path, run_id=folder.run_id) as unfinished:
-                loop.write_model(unfinished)
+                loop.write_model(unfinished, view=weights)
     return path
 
 

@@ -1,7 +1,7 @@
 """The last completed step of a run: kept so that rank 0 can save it alone, whatever fails later, on whichever rank.
 
 At the end of a step the ranks gather all that a checkpoint needs beside the weights. From then on rank 0 can write the
-checkpoint without another rank. The live weights are those of the last completed step until an update of the next step
+checkpoint without another rank; of weights that are spread over ranks, each rank writes its part. The live weights are those of the last completed step until an update of the next step
 changes them; after that the copy is saved, if there is one. See `alignlab/runs/README.md`.
 """
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from alignlab.loop.learner import Learner
 from alignlab.loop.rank_agreement import gather_random_states
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
+from alignlab.models.shards import rows_of
 from alignlab.runs.checkpoint import checkpoint_path, save_checkpoint
+from alignlab.runs.checkpoint_parts import ready_parts, write_rank_part
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.metrics import MetricsLogger
 from alignlab.runs.random_state import RandomState
@@ -33,6 +35,8 @@ Tensors = dict[str, Mapping[str, Tensor]]
 COPY_FRACTION, MAX_COPY_BYTES = 1 / 16, 4 * 2**30
 """Weights in training and their optimizer's state are copied before each step if they take up at most this fraction of
 the memory that holds them, and at most this many bytes: adapters always, and models of up to 350 million weights."""
+PARTS_WAIT_S = 30.0
+"""How long rank 0 waits for the other ranks' parts of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,13 @@ class StepKeeper:
         self._copy: Tensors | None = None
         self._saved_step = loop.step
         self._keeping, self._was_kept = threading.Lock(), False
+        self._is_spread = any(learner.is_spread for learner in loop.learners.values())
 
     def mark(self) -> None:
         """Remember the step that is completed; every rank calls this together."""
         loop = self._loop
+        for learner in loop.learners.values() if self._is_spread else ():
+            learner.frozen_fingerprint()  # computed by all ranks together, once
         state = {
             "train_seconds": loop.train_seconds,
             "signal": loop.signal.state(),
@@ -82,7 +89,7 @@ class StepKeeper:
     def copy_weights(self) -> None:
         """Copy the tensors that the next step changes, where that costs little: a step may fail half way."""
         has_step = self._completed is not None and self._completed.step > 0
-        live = self._tensors() if self._loop.is_main and has_step else {}
+        live = self._tensors() if has_step and (self._loop.is_main or self._is_spread) else {}
         self._copy = _copied(live, self._copy) if live and _is_small(live) else None
 
     def save(self) -> Path:
@@ -95,10 +102,14 @@ class StepKeeper:
         """
         completed = self._completed
         assert completed is not None and completed.num_changes == self._num_changes(), "save comes right after mark"
-        with self._loop.agreed(f"saving the checkpoint of step {completed.step}"):
+        saving = f"saving the checkpoint of step {completed.step}"
+        if self._is_spread:
+            with self._loop.agreed(saving):
+                self._write_part(completed, self._tensors())
+        with self._loop.agreed(saving):
             if self._loop.is_main:
                 self._folder.renew()
-                self._write(completed, self._tensors())
+                self._write(completed, {} if self._is_spread else self._tensors())
         self._saved_step = completed.step
         return checkpoint_path(self._folder.checkpoints, completed.step)
 
@@ -114,15 +125,16 @@ class StepKeeper:
             raise
 
     def keep(self) -> bool:
-        """Save the last completed step on rank 0, once, and return whether this is rank 0. Waits for no other rank.
+        """Save the last completed step on rank 0, once, and return whether this is rank 0.
 
-        A second thread that calls this waits until the first has saved.
+        Waits for no other rank, but for the parts of weights that are spread over ranks, and that for `PARTS_WAIT_S`. A
+        second thread that calls this waits until the first has saved.
         """
         with self._keeping:
-            if self._loop.is_main and not self._was_kept:
+            if not self._was_kept and (self._loop.is_main or self._is_spread):
                 self._was_kept = True
                 self._keep()
-            return self._was_kept
+            return self._loop.is_main and self._was_kept
 
     def _keep(self) -> None:
         completed, note = self._completed, self._loop.progress.note
@@ -150,15 +162,32 @@ class StepKeeper:
         tensors = self._tensors() if is_unchanged else self._copy
         if tensors is None:
             return False
-        self._folder.renew()
-        self._write(completed, tensors)
+        if self._is_spread:
+            self._write_part(completed, tensors)
+        if self._loop.is_main:
+            self._folder.renew()
+            self._write(completed, {} if self._is_spread else tensors)
         self._saved_step = completed.step
         return True
 
-    def _write(self, completed: CompletedStep, tensors: Tensors) -> None:
-        named = ((f"{group}/{name}", tensor) for group, members in tensors.items() for name, tensor in members.items())
+    def _write_part(self, completed: CompletedStep, tensors: Tensors) -> None:
+        """Write what this rank holds of the weights and the optimizer's state."""
+        self._check_finite(completed, tensors)
+        write_rank_part(self._folder.checkpoints, completed.step, self._loop.ranks.index, tensors)
+
+    def _check_finite(self, completed: CompletedStep, tensors: Tensors) -> None:
+        named = (
+            (f"{group}/{name}", rows_of(tensor)[0])
+            for group, members in tensors.items() for name, tensor in members.items()
+        )
         check_finite(named, f"the weights and the optimizer's state after step {completed.step}")
+
+    def _write(self, completed: CompletedStep, tensors: Tensors) -> None:
+        """Write the checkpoint on rank 0, of these tensors or of what all ranks have written."""
+        self._check_finite(completed, tensors)
         loop = self._loop
+        num_parts = loop.ranks.count if self._is_spread else 0
+        parts = ready_parts(self._folder.checkpoints, completed.step, num_parts, wait_s=PARTS_WAIT_S)
         state = completed.state | {
             "trainer": type(loop).__name__,
             "before": loop.before and loop.before.to_json(),
@@ -172,7 +201,7 @@ class StepKeeper:
         }
         save_checkpoint(
             self._folder.checkpoints, completed.step, tensors=tensors, state=state, keep=loop.config.checkpoints.keep,
-            random=completed.random, run_id=self._folder.run_id,
+            random=completed.random, run_id=self._folder.run_id, parts=parts,
         )
         self._folder.saved(completed.step)
 
@@ -195,7 +224,7 @@ def check_all_weights(learners: Mapping[str, Learner]) -> None:
         NumericsError: with the name of the weight.
     """
     weights = (
-        (f"{role}{name}", weight)
+        (f"{role}{name}", rows_of(weight)[0])
         for role, learner in learners.items()
         for name, weight in learner.module.named_parameters()
     )
@@ -209,14 +238,15 @@ def check_trained_weights(learners: Mapping[str, Learner], step: int) -> None:
         NumericsError: with the name of the weight.
     """
     weights = (
-        (f"{role}{name}", weight) for role, learner in learners.items() for name, weight in learner.trained.items()
+        (f"{role}{name}", rows_of(weight)[0])
+        for role, learner in learners.items() for name, weight in learner.trained.items()
     )
     check_finite(weights, f"the weights after step {step}")
 
 
 def _is_small(tensors: Tensors) -> bool:
     """Return whether a copy of the tensors costs little memory, and little time compared with a step."""
-    flat = [tensor for group in tensors.values() for tensor in group.values()]
+    flat = [rows_of(tensor)[0] for group in tensors.values() for tensor in group.values()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in flat)
     devices = {tensor.device for tensor in flat if tensor.device.type == "cuda"}
     memory = [torch.cuda.get_device_properties(device).total_memory for device in devices]

@@ -1,11 +1,11 @@
 """Where the weights in training live, and how a backward pass, clipping and an optimizer step happen there.
 
-The learner talks to a `Strategy` alone. Sharded weights will be another one: `loop/sharding.py`.
+The learner talks to a `Strategy` alone. Weights that are spread over ranks have another one: `loop/sharding.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from alignlab.loop.master_weights import MasterAdamW
 from alignlab.loop.ranks import Ranks
-from alignlab.models.empty import is_empty
+from alignlab.types import Experience
 
 
 class Strategy(Protocol):
@@ -26,6 +25,11 @@ class Strategy(Protocol):
     """
 
     module: nn.Module
+
+    def filled_up(self, packs: Sequence[Experience]) -> Sequence[Experience]:
+        """Return the packs that this rank has to put through the module, for a step or for scores, in their order;
+        perhaps with empty ones after them."""
+        ...
 
     def pack_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Return the context of one pack's forward and backward pass.
@@ -61,6 +65,10 @@ class SingleProcess:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
+
+    def filled_up(self, packs: Sequence[Experience]) -> Sequence[Experience]:
+        """Return the packs."""
+        return packs
 
     def pack_context(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Return a context that does nothing."""
@@ -120,15 +128,3 @@ class GradientSum(SingleProcess):
     def _trained(self) -> Iterator[nn.Parameter]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
-
-
-def make_strategy(module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:
-    """Return the strategy that fits the number of ranks; a module is put on the accelerator's device by its maker.
-
-    A module without weights, of which nothing can be exchanged, is one process's.
-    """
-    if accelerator.num_processes == 1 or is_empty(module):
-        return SingleProcess(module, optimizer)
-    if isinstance(optimizer, MasterAdamW):
-        return GradientSum(module, optimizer, Ranks(accelerator))
-    return DataParallel(module, optimizer, accelerator)

@@ -35,6 +35,7 @@ from alignlab.loop.run_identity import RunIdentity
 from alignlab.loop.step_keeper import StepKeeper, check_all_weights, check_trained_weights
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.checkpoints import save_model
+from alignlab.models.weight_view import WeightsInside, WeightView
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.interrupt import Interrupt, catch_interrupts
 from alignlab.runs.metrics import MetricsLogger
@@ -325,17 +326,19 @@ class TrainingLoop(ABC):
         """
         check_ending(
             self.config, self.learner.model, self.tokenizer, self.config.output_dir,
-            lambda path: self.write_model(path, weights=False),
+            lambda path: self.write_model(path, weights=False, view=self.learner.shapes),
             trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
         )
 
-    def write_model(self, path: Path, *, weights: bool = True) -> None:
+    def write_model(self, path: Path, *, weights: bool = True, view: WeightView | None = None) -> None:
         """Write the trained model and its tokenizer, so that others can load them.
 
         Args:
             weights: see `save_model`.
+            view: of the weights of the learner's module; default: `view_of` it.
         """
-        save_model(self.learner.model, path, weights=weights)
+        of_model = None if view is None else WeightsInside(view, "model")
+        save_model(self.learner.model, path, weights=weights, view=of_model)
         self.tokenizer.save_pretrained(path)
 
     def _save_at(self, step: int) -> bool:

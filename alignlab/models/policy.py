@@ -6,7 +6,8 @@ Shapes: N tokens of a pack, M masked tokens, D hidden size, L sparse layers, K e
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
+from alignlab.models.shards import shard_root
 from alignlab.types import Segments
 
 
@@ -51,6 +53,11 @@ class PackedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward`, within the root of a model whose weights are spread over ranks."""
+        root, run = shard_root(self.model), partial(super().__call__, *args, **kwargs)
+        return run() if root is None else root(run)
 
     def in_use(self) -> AbstractContextManager[None]:
         """Return a context in which a shared model takes this role: its adapter is active, its weights train.

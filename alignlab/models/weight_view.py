@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightView(Protocol):
@@ -34,7 +35,9 @@ class WeightView(Protocol):
 
 
 class ModuleWeights:
-    """The weights of a module that is whole on every rank; tensors share the module's memory.
+    """The weights of a module: whole on every rank, or spread over ranks by FSDP2.
+
+    Tensors share the module's memory, but for those that are gathered from several ranks.
 
     Args:
         module: read anew at each call, so that replaced parameters are seen.
@@ -49,13 +52,18 @@ class ModuleWeights:
 
     def whole(self, name: str) -> Tensor:
         """Return a parameter or buffer, without a gradient."""
+        tensor = self._tensor(name)
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def local(self, name: str) -> Tensor:
+        """Return this rank's rows of a parameter or buffer."""
+        tensor = self._tensor(name)
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
         return tensor.detach()
-
-    def local(self, name: str) -> Tensor:
-        """Return what `whole` returns: this rank holds all of it."""
-        return self.whole(name)
 
 
 class WeightsInside:
@@ -107,7 +115,7 @@ class HeldWeights:
 
 
 def view_of(module: nn.Module) -> WeightView:
-    """Return the view of a module's weights; all are whole on every rank."""
+    """Return the view of a module's weights."""
     return ModuleWeights(module)
 
 

@@ -4,7 +4,8 @@
         manifest.json            the run, the step, the number of ranks, and the digest of every other file; see
                                  `alignlab.files.manifest`
         state.json               the caller's `state`
-        <name>.safetensors       one for each name in `tensors`, such as model and optimizer
+        <name>.safetensors       one for each name in `tensors`, such as model and optimizer; or one for each rank,
+                                 see `alignlab.runs.tensor_groups`
         random-<rank>.safetensors, random-<rank>.json
 
 A checkpoint is written into a hidden temporary folder, synced to the disk and renamed: a folder that has the name of a
@@ -39,7 +40,9 @@ from alignlab.files.atomic_files import (
 from alignlab.files.library_errors import writing
 from alignlab.files.manifest import find_damage, read_manifest, write_manifest
 from alignlab.files.tensor_files import write_tensors
+from alignlab.runs.checkpoint_parts import take_parts
 from alignlab.runs.random_state import RandomState, random_state
+from alignlab.runs.tensor_groups import load_rows, read_groups, shape_of
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -54,14 +57,14 @@ class Checkpoint:
     Attributes:
         path: the checkpoint's folder.
         step: number of optimizer steps that were complete when it was written.
-        tensors: tensors by the name of their file, then by their own name.
+        tensors: by the name of their group, then by their own; read from the disk when they are asked for.
         state: the `state` that it was saved with.
         random: state of this rank's random generators, for `restore_random_state`.
     """
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
     random: RandomState
 
@@ -75,6 +78,7 @@ def save_checkpoint(
     keep: int,
     random: Sequence[RandomState] | None = None,
     run_id: str | None = None,
+    parts: Sequence[Path] = (),
 ) -> Path:
     """Write the checkpoint of a step, on one rank alone, and return its folder.
 
@@ -86,6 +90,7 @@ def save_checkpoint(
         keep: number of checkpoints to keep, >= 1; older ones are removed once this one is complete.
         random: state of the random generators of each rank; default: of this process, as the only rank.
         run_id: id of the run, see `RunFolder`.
+        parts: of other tensors, one for each rank; see `checkpoint_parts`.
 
     Raises:
         DiskError: the checkpoint cannot be written; earlier ones stay.
@@ -107,6 +112,7 @@ def save_checkpoint(
             _write_json(temporary / f"random-{rank}.json", generators.state)
         for name, group in tensors.items():
             write_tensors(group, temporary / f"{name}.safetensors")
+        take_parts(list(parts), temporary)
         _write_json(temporary / STATE, state)
         write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
         publish_folder(temporary, final)
@@ -145,11 +151,11 @@ def load_latest(
             f"a run resumes on as many ranks as it was saved on, {newest} was saved on {manifest['world_size']} and "
             f"this run has {world_size}; start it with {manifest['world_size']}"
         )
-    names = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
+    names = [name for name in manifest["files"] if name.endswith(".safetensors") and not name.startswith("random-")]
     return Checkpoint(
         path=newest,
         step=manifest["step"],
-        tensors={name: load_file(newest / f"{name}.safetensors") for name in names if not name.startswith("random-")},
+        tensors=read_groups(newest, names),
         state=json.loads((newest / STATE).read_text()),
         random=RandomState(
             load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())
@@ -215,7 +221,7 @@ def load_optimizer_tensors(
     parameters = dict(names)
     fused = {parameter: bool(group.get("fused")) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
-    for entry, value in tensors.items():
+    for entry in tensors:
         key, _, name = entry.partition(".")
         parameter = parameters.get(name)
         if parameter is None or parameter not in fused:
@@ -223,15 +229,20 @@ def load_optimizer_tensors(
                 f"the optimizer's state in a checkpoint must belong to trained parameters, and {name} is none; "
                 "resume with the model and LoRA settings that the run was started with"
             )
-        if key != "step" and value.shape != parameter.shape:
+        if key == "step":
+            # A step count stays on the CPU, as in a new optimizer, unless the kernel is fused.
+            device = parameter.device if fused[parameter] else torch.device("cpu")
+            optimizer.state[parameter][key] = tensors[entry].to(device, copy=True)
+            continue
+        shape = shape_of(tensors, entry)
+        if shape != parameter.shape:
             raise CheckpointError(
-                f"{entry} in the checkpoint has shape {tuple(value.shape)} and its parameter {tuple(parameter.shape)}; "
+                f"{entry} in the checkpoint has shape {tuple(shape)} and its parameter {tuple(parameter.shape)}; "
                 "resume with the model and LoRA settings that the run was started with"
             )
-        # A step count stays on the CPU, as in a new optimizer, unless the kernel is fused.
-        on_host = key == "step" and not fused[parameter]
-        device = torch.device("cpu") if on_host else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        state = optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        load_rows(tensors, entry, state)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ class RunFolder(RunPaths):
         self.saved_step: int | None = None
         self._lock: RunLock | None = None
         self._end: dict[str, Any] | None = None
+        self._unrecorded: int | None = None
         if rank == 0:
             with writing(self.path, "the run's folder"):
                 self._enter(config_text, resume=resume, part_of=part_of)
@@ -139,8 +140,8 @@ class RunFolder(RunPaths):
             self._end |= {"outcome": outcome, "step": step, "metrics": metrics}
 
     def saved(self, step: int) -> None:
-        """Record that the checkpoint of a step is complete."""
-        write_saved_step(self.path / SAVED_FILE, self.run_id, step)
+        """Record that the checkpoint of a step is complete; where that fails, `close` tries again."""
+        self._unrecorded = None if write_saved_step(self.path / SAVED_FILE, self.run_id, step) else step
 
     def check_newest(self, step: int | None) -> None:
         """Compare the newest checkpoint with `saved.json`: warn if a newer one was saved and is gone.
@@ -182,6 +183,8 @@ class RunFolder(RunPaths):
         if lock is None:
             return
         try:
+            if self._unrecorded is not None:
+                self.saved(self._unrecorded)
             if self._end is not None:
                 append_record(self.path / ENDS_FILE, self._end | {"time": timestamp()} | _outcome(error))
         except OSError as problem:  # such as a full disk: the error that ended the run is reported, not this one

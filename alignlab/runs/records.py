@@ -63,8 +63,8 @@ def run_id_of(starts: Path) -> str:
     )
 
 
-def write_saved_step(path: Path, run_id: str | None, step: int) -> None:
-    """Record the step of the newest complete checkpoint.
+def write_saved_step(path: Path, run_id: str | None, step: int) -> bool:
+    """Record the step of the newest complete checkpoint, and return whether that was done.
 
     A failure is only logged: an earlier record is still true, it just names an older checkpoint.
     """
@@ -72,6 +72,8 @@ def write_saved_step(path: Path, run_id: str | None, step: int) -> None:
         write_atomically(path, json.dumps(sealed({"run": run_id, "step": step})) + "\n")
     except OSError as error:
         logger.warning("that step %d is saved could not be recorded: %s", step, error)
+        return False
+    return True
 
 
 def read_saved_step(path: Path, run_id: str | None) -> int | None:

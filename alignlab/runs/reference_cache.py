@@ -48,13 +48,36 @@ class ReferenceCache:
         path = self.path(examples)
         make_folder(self._folder)
         with one_at_a_time(path, "scores the examples by the reference"):
-            flat = self._read(path, sum(example.num_tokens for example in examples))
+            flat = self._read(path, _num_tokens(examples))
             if flat is None:
-                print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
-                flat = torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
-                with writing(path, "the reference's log-probs"), replacing(path) as temporary:
-                    save_file({_LOGPROBS: flat}, temporary, {_DIGEST: tensor_digest(flat)})
-        return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]
+                flat = _score_all(examples, make)
+                self._write(path, flat)
+        return _of_examples(flat, examples)
+
+    def get_or_make_together(
+        self, examples: Sequence[CompletionGroup], make: Callable[[Sequence[CompletionGroup]], Scores],
+        *, any_rank: Callable[[bool], bool], writes: bool,
+    ) -> Scores:
+        """Return what `get_or_make` returns, where `make` needs every rank; every rank calls this together.
+
+        Args:
+            any_rank: whether a flag is set on any rank.
+            writes: whether this rank writes the file.
+        """
+        path = self.path(examples)
+        make_folder(self._folder)
+        flat = self._read(path, _num_tokens(examples))
+        if any_rank(flat is None):
+            flat = _score_all(examples, make)
+            if writes:
+                self._write(path, flat)
+        assert flat is not None
+        return _of_examples(flat, examples)
+
+    @staticmethod
+    def _write(path: Path, flat: Tensor) -> None:
+        with writing(path, "the reference's log-probs"), replacing(path) as temporary:
+            save_file({_LOGPROBS: flat}, temporary, {_DIGEST: tensor_digest(flat)})
 
     @staticmethod
     def _read(path: Path, num_tokens: int) -> Tensor | None:
@@ -86,3 +109,19 @@ def _scored(completion: Completion) -> object:
     if completion.writers is None:
         return completion.token_ids
     return [completion.token_ids, completion.policy_tokens]
+
+
+def _num_tokens(examples: Sequence[CompletionGroup]) -> int:
+    return sum(example.num_tokens for example in examples)
+
+
+def _score_all(
+    examples: Sequence[CompletionGroup], make: Callable[[Sequence[CompletionGroup]], Scores]
+) -> Tensor:
+    print(f"alignlab: scoring {len(examples)} examples by the reference, once", file=sys.stderr, flush=True)
+    return torch.tensor([x for scores in make(examples) for x in scores], dtype=torch.float32)
+
+
+def _of_examples(flat: Tensor, examples: Sequence[CompletionGroup]) -> Scores:
+    """Divide the log-probs of all completions, end to end, among the examples."""
+    return [tuple(part.tolist()) for part in flat.split([example.num_tokens for example in examples])]

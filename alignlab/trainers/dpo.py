@@ -87,19 +87,19 @@ class DPO(OfflineAlgorithm[Preference]):
     def evaluate(self, held_out: Sequence[Preference]) -> PreferenceResult:
         """Return how often, and how far, the chosen completions of held-out pairs lead."""
         rows = range(len(held_out))
-        sums = self.measured_packs(lambda share: map(self._sums, self.packs("eval", held_out, rows, share)))
+        sums = self.measured_packs(lambda share: self._sums(self.packs("eval", held_out, rows, share)))
         totals = {name: sum(of_pack[name] for of_pack in sums) for name in sums[0]}
         means = {name: total / len(held_out) for name, total in totals.items()}
         return PreferenceResult(
             means["preference_accuracy"], means["margin"], means["loss"], num_pairs=len(held_out)
         )
 
-    def _sums(self, pack: Experience) -> dict[str, float]:
-        """Return the sums over the pairs of a pack of their metrics and of their loss."""
-        moved = pack.to(self.learner.device)
-        pairs = pairs_of(self.learner.logprobs([moved])[0], moved)
-        values = pair_metrics(pairs, self.config) | {"loss": pair_loss(pairs, self.config)}
-        return {name: float(of_pairs.sum()) for name, of_pairs in values.items()}
+    def _sums(self, packs: Sequence[Experience]) -> list[dict[str, float]]:
+        """Return the sums over the pairs of each pack of their metrics and of their loss."""
+        moved = [pack.to(self.learner.device) for pack in packs]
+        pairs = [pairs_of(*of_pack) for of_pack in zip(self.learner.logprobs(moved), moved, strict=True)]
+        values = [pair_metrics(of_pack, self.config) | {"loss": pair_loss(of_pack, self.config)} for of_pack in pairs]
+        return [{name: float(of_pairs.sum()) for name, of_pairs in of_pack.items()} for of_pack in values]
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

@@ -73,15 +73,14 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
     def _mismatched_log_ratios(
         self, name: str, examples: Sequence[UnpairedPreference], rows: Sequence[int]
     ) -> Tensor:
-        return self._log_ratios(self.reference.packs(name, examples, rows, _MISMATCHED), len(rows))
+        of_packs = self._log_ratios(self.reference.packs(name, examples, rows, _MISMATCHED), len(rows))
+        return torch.stack(of_packs).sum(dim=0)
 
-    def _log_ratios(self, packs: Sequence[Experience], count: int) -> Tensor:
-        """Return the log-ratio [count] of each sequence, without a gradient."""
-        total = torch.zeros(count, device=self.learner.device)
-        for pack in packs:
-            moved = pack.to(self.learner.device)
-            total += log_ratios(self.learner.logprobs([moved])[0], moved, count)
-        return total
+    def _log_ratios(self, packs: Sequence[Experience], count: int) -> list[Tensor]:
+        """Return, for each pack, the log-ratio [count] of each sequence, 0 where it is in another; no gradient."""
+        moved = [pack.to(self.learner.device) for pack in packs]
+        logprobs = self.learner.logprobs(moved)
+        return [log_ratios(of_pack, pack, count) for of_pack, pack in zip(logprobs, moved, strict=True)]
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -91,7 +90,7 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
     def loss(self, output: PolicyOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss [S] of each completion, and metrics [S]."""
         assert pack.desirable is not None
-        [index] = to_device([torch.tensor(pack.segments.sequences)], pack.tokens.device)
+        [index] = to_device([torch.tensor(pack.segments.sequences, dtype=torch.long)], pack.tokens.device)
         ratios = log_ratios(output.logprobs, pack, len(pack.desirable))[index]
         desirable = pack.desirable[index]
         rewards, point = self.config.beta * ratios, self.reference_point
@@ -149,10 +148,10 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
         rows, count = range(len(held_out)), len(held_out)
 
         def of_packs(share: Share) -> Iterator[list[list[float]]]:
-            for pack in self.reference.packs("eval", held_out, rows, subset, share):
-                index = torch.tensor(pack.segments.sequences)
-                values = self._log_ratios([pack], count).cpu()[index]
-                yield [index.tolist(), values.tolist()]
+            packs = self.reference.packs("eval", held_out, rows, subset, share)
+            for pack, of_pack in zip(packs, self._log_ratios(packs, count), strict=True):
+                index = torch.tensor(pack.segments.sequences, dtype=torch.long)
+                yield [index.tolist(), of_pack.cpu()[index].tolist()]
 
         ratios = torch.zeros(count)
         for index, values in self.measured_packs(of_packs):

@@ -39,12 +39,13 @@ class PPO(PolicyGradientAlgorithm):
     config: PPOConfig
 
     def __init__(self, config: PPOConfig, inputs: OnlineInputs) -> None:
+        critic = make_critic(inputs.model, config.critic)  # before the policy's weights are spread over ranks
         # The critic warms up alone in the first steps.
         super().__init__(config, inputs, policy_steps=config.num_steps - config.critic.warmup_steps)
         self.critic_learner = policy_learner(
             config.model_copy(update={"optim": config.critic_optim}),
             inputs,
-            make_critic(inputs.model, config.critic),
+            critic,
             forward=critic_forward,
             counts_experts=False,  # a mixture's routers are the policy's
         )

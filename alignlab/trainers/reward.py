@@ -29,6 +29,7 @@ from alignlab.models.fingerprints import model_digest
 from alignlab.models.finite import check_finite
 from alignlab.models.hub.reward_checkpoints import classifier_of, padded_tokenizer, save_reward_model
 from alignlab.models.reward_model import RewardModel, RewardOutput, last_tokens
+from alignlab.models.weight_view import WeightView
 from alignlab.trainers.pairs import pair_index, with_labels
 from alignlab.types import Experience
 
@@ -101,7 +102,7 @@ class RewardModelling(OfflineAlgorithm[Preference]):
             NumericsError: a reward is not finite.
         """
         packs = self.packs("eval", held_out, range(len(held_out)))
-        of_packs = self.measured_packs(lambda share: map(self._of_pairs, share(packs)))
+        of_packs = self.measured_packs(lambda share: self._of_pairs(share(packs)))
         columns = ([value for part in parts for value in part] for parts in zip(*of_packs, strict=True))
         pairs = RewardPairs(*(torch.tensor(column, device=self.learner.device) for column in columns))
         leads = pairs.chosen - pairs.rejected
@@ -115,12 +116,12 @@ class RewardModelling(OfflineAlgorithm[Preference]):
             brier=float(brier_score(leads)),
         )
 
-
-    def _of_pairs(self, pack: Experience) -> list[list[float]]:
-        """Return the fields of `RewardPairs` of a pack."""
-        moved = pack.to(self.learner.device)
-        [output] = self.learner.outputs([moved])
-        return [values.tolist() for values in reward_pairs(output.rewards, moved)]
+    def _of_pairs(self, packs: Sequence[Experience]) -> list[list[list[float]]]:
+        """Return the fields of `RewardPairs` of each pack."""
+        moved = [pack.to(self.learner.device) for pack in packs]
+        outputs = self.learner.outputs(moved)
+        pairs = [reward_pairs(output.rewards, pack) for output, pack in zip(outputs, moved, strict=True)]
+        return [[values.tolist() for values in of_pack] for of_pack in pairs]
 
 
 class RewardTrainer(OfflineTrainer):
@@ -146,10 +147,10 @@ class RewardTrainer(OfflineTrainer):
         """The reward model in training."""
         return self.algorithm.reward_model
 
-    def write_model(self, path: Path, *, weights: bool = True) -> None:
+    def write_model(self, path: Path, *, weights: bool = True, view: WeightView | None = None) -> None:
         """Write a sequence-classification model of `transformers`, or PEFT's adapter for one, and the tokenizer."""
         save_reward_model(
-            self.reward_model, path, self.tokenizer, base_digest=self.base_digest, weights=weights
+            self.reward_model, path, self.tokenizer, base_digest=self.base_digest, weights=weights, view=view
         )
 
     def usage_hint(self, path: Path) -> str:

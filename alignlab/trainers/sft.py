@@ -37,16 +37,18 @@ class SFT(OfflineAlgorithm[Example]):
     def evaluate(self, held_out: Sequence[Example]) -> LikelihoodResult:
         """Return the mean negative log-likelihood of held-out completions, nats a token."""
         packs = self.packs("eval", held_out, range(len(held_out)))
-        sums = self.measured_packs(lambda share: map(self._likelihood, share(packs)))
+        sums = self.measured_packs(lambda share: self._likelihoods(share(packs)))
         num_tokens = sum(count for _, count in sums)
         loss = -sum(logprobs for logprobs, _ in sums) / num_tokens
         return LikelihoodResult(loss, num_examples=len(held_out), num_tokens=num_tokens)
 
-    def _likelihood(self, pack: Experience) -> tuple[float, int]:
-        """Return the sum of the log-probs of a pack's completion tokens, and their number."""
-        moved = pack.to(self.learner.device)
-        logprobs = self.learner.logprobs([moved])[0][moved.completion_mask]
-        return float(logprobs.double().sum()), len(logprobs)
+    def _likelihoods(self, packs: Sequence[Experience]) -> list[tuple[float, int]]:
+        """Return the sum of the log-probs of each pack's completion tokens, and their number."""
+        moved = [pack.to(self.learner.device) for pack in packs]
+        logprobs = [
+            of_pack[pack.completion_mask] for pack, of_pack in zip(moved, self.learner.logprobs(moved), strict=True)
+        ]
+        return [(float(of_pack.double().sum()), len(of_pack)) for of_pack in logprobs]
 
 
 class SFTTrainer(OfflineTrainer):

@@ -1,4 +1,4 @@
-"""Run by torchrun: every case of `tests.trainers.tiny` on as many ranks as there are. Usage: rank_cases.py FOLDER"""
+"""Run by torchrun: every case of `tests.trainers.tiny` on as many ranks as there are. Usage: rank_cases.py FOLDER STRATEGY [CASE ...]"""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ SEED = 7
 EPSILON = 1e-3
 
 
-def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
+def train(name: str, folder: Path, strategy: str = "ddp") -> dict[str, torch.Tensor]:
     """Train a case, and return all that was trained."""
     tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
     torch.manual_seed(0)
     model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
-    trainer = make_case(name, folder / name, model, tokenizer, memory={"tokens_per_microbatch": 16})
+    settings = {"memory": {"tokens_per_microbatch": 16}, "sharding": {"strategy": strategy}}
+    trainer = make_case(name, folder / name, model, tokenizer, **settings)
     if hasattr(trainer, "source"):
         sample_without_rank(trainer.source)
     for learner in trainer.learners.values():
@@ -43,11 +44,11 @@ def sample_without_rank(source: Any) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, strategy, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or CASES
     os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
-    for name in CASES:
+    for name in names:
         save_file(
-            {key: weight.clone() for key, weight in train(name, folder).items()},
+            {key: weight.clone() for key, weight in train(name, folder, strategy).items()},
             folder / f"{name}.rank{os.environ['RANK']}.safetensors",
         )
 

@@ -47,9 +47,9 @@ def update_on(trainer: Any, packs: Sequence[Experience]) -> dict[str, float]:
 
 
 def weights_of(trainer: Any) -> dict[str, Tensor]:
-    """Return all that is trained, by learner and name."""
+    """Return all that is trained, whole, by learner and name; every rank calls this together."""
     return {
-        f"{role}{name}": weight.detach()
+        f"{role}{name}": learner.weights.whole(name)
         for role, learner in trainer.learners.items()
-        for name, weight in learner.trained.items()
+        for name in learner.trained
     }

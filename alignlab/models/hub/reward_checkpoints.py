@@ -135,7 +135,7 @@ def save_reward_model(
     """
     folder, view = Path(folder), view or view_of(reward)
     if not weights:
-        try_reward_model(reward.model, folder, tokenizer)
+        try_reward_model(reward.model, folder, tokenizer, WeightsInside(view, "model"))
         return
     if isinstance(reward.model, PeftModel):
         _save_adapter(reward, reward.model, folder, base_digest, view)
@@ -146,11 +146,14 @@ def save_reward_model(
     tokenizer.save_pretrained(folder)
 
 
-def try_reward_model(model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def try_reward_model(
+    model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase, view: WeightView | None = None
+) -> None:
     """Write all but the weights of the reward model that a language model, with or without its weights, becomes.
 
     Args:
         tokenizer: with a padding token of its own, see `padded_tokenizer`.
+        view: of the model's weights; default: `view_of` it.
 
     Raises:
         ConfigError, CheckpointError: it cannot be saved.
@@ -159,7 +162,7 @@ def try_reward_model(model: nn.Module, folder: Path, tokenizer: PreTrainedTokeni
         classifier_of(model, tokenizer.pad_token_id)
         save_adapter_without_weights(model, folder)
     else:
-        save_without_weights(_classifier_over(model, tokenizer, view_of(model)), folder)
+        save_without_weights(_classifier_over(model, tokenizer, view or view_of(model)), folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -16,6 +16,7 @@ from alignlab.config.rollout import RolloutSettings
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
+from alignlab.models.shards import copy_whole, shard_root, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
 from alignlab.rollout.embedded.runner import Runner
@@ -69,8 +70,11 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._settings = settings
         self._share = share_prefixes
-        self._lm = causal_lm(model)
         require_paging(model)
+        self._policy, self._copy = model, None
+        if shard_root(model) is not None:  # decoding gathers no weights: it has a copy that is whole on this rank
+            model = self._copy = whole_copy(model)
+        self._lm = causal_lm(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
         self._block_size = block_size_for(settings.block_size, self._lm.device)
         self._runner = Runner(
@@ -156,6 +160,8 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         check_advances(policy_version, self.policy_version)
+        if self._copy is not None:
+            copy_whole(self._policy, self._copy)
         self._weights.refresh()
         self._blocks.forget_all()
         self.policy_version, self._closed = policy_version, False
