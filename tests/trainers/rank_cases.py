@@ -1,4 +1,7 @@
-"""Run by torchrun: every case of `tests.trainers.tiny` on as many ranks as there are. Usage: rank_cases.py FOLDER STRATEGY [CASE ...]"""
+"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are.
+
+Usage: rank_cases.py FOLDER STRATEGY [CASE ...]
+"""
 
 from __future__ import annotations
 

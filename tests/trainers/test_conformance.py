@@ -137,12 +137,12 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
             assert not pack.advantages[~pack.completion_mask].any()
 
 
-@pytest.fixture(scope="module")
-def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def folder_of_two_ranks(request: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, trained in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     save_teacher(folder / "teacher", tokenizer)
-    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder))
+    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), request.param)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
