@@ -74,6 +74,12 @@ def shard_root(model: nn.Module) -> ShardRoot | None:
     return cast("ShardRoot | None", causal_lm(model).__dict__.get(_ROOT))
 
 
+def without_shards(model: nn.Module) -> nn.Module:
+    """Return a sharded model as it was before, but without weights; any other model itself."""
+    root = shard_root(model)
+    return model if root is None else root.blueprint
+
+
 def rows_of(tensor: Tensor) -> tuple[Tensor, int]:
     """Return the rows of a tensor that this rank holds, sharing its memory, and the index of the first."""
     if not isinstance(tensor, DTensor):
@@ -137,15 +143,6 @@ def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
     """Copy the buffers of a model, which each rank holds whole, into a copy of it."""
     for copied, own in zip(twin.buffers(), model.buffers(), strict=True):
         copied.copy_(own)
-
-
-def empty_copy(model: Module) -> Module:
-    """Return a copy of a model without weights; buffers, which are small, are copied."""
-    memo: dict[int, object] = {
-        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
 
 
 def _root_of(model: nn.Module) -> ShardRoot:

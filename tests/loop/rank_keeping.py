@@ -1,4 +1,4 @@
-"""Run by torchrun: trainings of two ranks in which one fails. Usage: rank_keeping.py FOLDER
+"""Run by torchrun: trainings of two ranks in which one fails. Usage: rank_keeping.py FOLDER STRATEGY
 
 First a callback, an evaluation and a reward fail on one rank, and the run goes on in the same processes. Last a
 rank fails in the middle of a step, while the other one waits for it, and both end.
@@ -34,7 +34,7 @@ def make_trainer(folder: Path, **changes: Any) -> GRPOTrainer:
     base: dict[str, Any] = {
         "output_dir": folder, "num_steps": 3, "num_prompts": 4, "group_size": 2, "num_minibatches": 2,
         "optim": {"learning_rate": 1e-2}, "sampling": SamplingSettings(max_new_tokens=4), "trackers": (),
-        "eval_every_steps": 2,
+        "eval_every_steps": 2, "sharding": {"strategy": sys.argv[2]},
     }
     return GRPOTrainer(
         model, even_ids, GRPOConfig(**merged(base, changes)), ROWS, eval_dataset=ROWS[:2], tokenizer=tokenizer,

@@ -47,6 +47,7 @@ from alignlab.models.hub.intact import check_folder, named_errors
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.layout import ATTENTION
+from alignlab.models.shards import without_shards
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightView, view_of, whole_module, whole_tensors
 
@@ -321,7 +322,7 @@ def save_model(
 
 def _as_own_class(model: PreTrainedModel, view: WeightView) -> PreTrainedModel:
     """Return a copy of the model that holds whole tensors, with tied ones tied again."""
-    twin: Any = whole_module(model, view)
+    twin: Any = whole_module(without_shards(model), view)
     twin.tie_weights()
     return cast(PreTrainedModel, twin)
 

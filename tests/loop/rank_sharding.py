@@ -1,0 +1,63 @@
+"""Run by torchrun: trainings that are stopped after two steps, and go on with their weights in other places.
+
+Usage: rank_sharding.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from alignlab import LoraSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.trainers.grpo import GRPOTrainer
+from tests.trainers.conftest import DENSE, SPARSE, even_ids
+from tests.trainers.steps import weights_of
+
+MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
+    "dense": (DENSE, torch.float32, None),
+    "tied": (DENSE | {"tie_word_embeddings": True}, torch.float32, None),
+    "mixture": (SPARSE, torch.float32, None),
+    "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
+}
+CHANGES = [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
+"""Where the weights are in the first two steps, and in the third."""
+
+
+def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, torch.Tensor]:
+    """Train to a number of steps, from a checkpoint if there is one, and return the weights in training."""
+    tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    torch.manual_seed(0)
+    architecture, dtype, lora = MODELS[model]
+    config = GRPOConfig(
+        output_dir=folder, num_steps=num_steps, num_prompts=4, group_size=2, optim={"learning_rate": 1e-3},
+        sampling={"max_new_tokens": 4}, trackers=(), kl={"coef": 0.1}, sharding={"strategy": strategy},
+        memory={"tokens_per_microbatch": 16},
+    )  # type: ignore[arg-type]  # pydantic reads the sections
+    trainer = GRPOTrainer(
+        new_model(architecture, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1).to(dtype), even_ids, config,
+        [{"prompt": f"ab{i}", "answer": "a"} for i in range(8)], tokenizer=tokenizer, peft_config=lora,
+    )
+    trainer.train(resume=num_steps > 2)
+    return weights_of(trainer)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for model in MODELS:
+        for first, then in CHANGES:
+            run = folder / model / f"{first} {then}"
+            train(run, model, first, 2)
+            weights = {name: weight.contiguous() for name, weight in train(run, model, then, 3).items()}
+            save_file(weights, run / f"rank{os.environ['RANK']}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
