@@ -19,6 +19,7 @@ from alignlab.config.run import RunConfig, WarmStart
 from alignlab.data.examples import load_examples
 from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.evaluation.results import Evaluation, EvaluationResult, LikelihoodResult
+from alignlab.loop.accelerator import prepared_device
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_watchdog import watched_set_up
 from alignlab.loop.run_description import RunDescription
@@ -104,7 +105,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     if config.warm_start is None:
         tokenizer = make_tokenizer(config)
         set_seed(config.trainer.seed)  # a new model's weights are the run's too
-        model = make_model(config.model, tokenizer, model_dtype(config.model))
+        device = prepared_device(config.trainer.numerics)
+        model = make_model(config.model, tokenizer, model_dtype(config.model), device)
         return _train(config, model, tokenizer, resume=resume)
     check_run(config)  # what the training would refuse is refused before the warm start
     return _train_from_warm_start(config, config.warm_start, resume=resume)
@@ -113,14 +115,15 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
 def _train_from_warm_start(config: RunConfig, settings: WarmStart, *, resume: bool) -> RunSummary:
     folder, tokenizer = config.trainer.output_dir, make_tokenizer(config)
     set_seed(config.trainer.seed)
+    device = prepared_device(config.trainer.numerics)
     # A warm start trains all weights, also where an adapter is added afterwards.
-    model = make_model(config.model, tokenizer, torch.float32)
+    model = make_model(config.model, tokenizer, torch.float32, device)
     with _summarised(config):
         trainer = warm_start_trainer(config, settings, model, tokenizer)
         warm = trainer.train(resume=resume and holds_run(folder / WARM_START))
     if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
         return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
-    model = load_model(str(warm.model_path), dtype=model_dtype(config.model))
+    model = load_model(str(warm.model_path), dtype=model_dtype(config.model), device=device)
     return _train(config, model, tokenizer, resume=resume and holds_run(folder))
 
 

@@ -53,16 +53,21 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def make_model(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel | PeftModel:
     """Load the model that the config names, or some of its layers; or make a new, random one.
 
     A new model's weights come from torch's global generator.
+
+    Args:
+        device: onto which an existing model's weights are read, tensor by tensor; others are made on the host.
     """
     if settings.name is None:
         return _new_model(settings, tokenizer, dtype)
-    model = load_model(settings.name, dtype=dtype)
-    return model if settings.student is None else _student_of(model, settings)
+    if settings.student is not None:
+        return _student_of(load_model(settings.name, dtype=dtype), settings)
+    return load_model(settings.name, dtype=dtype, device=device)
 
 
 def _new_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:

@@ -29,7 +29,8 @@ EXAMPLE = "alignlab check configs/grpo_smollm2_cpu.yaml trainer.recipe=dapo"
 LOW_LORA_RATE, HIGH_FULL_RATE = 1e-5, 1e-4
 
 SMALLER = {
-    "weights": "take a smaller model, or model.dtype bfloat16",
+    "weights": "take a smaller model, or model.dtype bfloat16; a reference may be on the host "
+    "(trainer.memory.reference_on_host)",
     "gradients and optimizer": "train an adapter (model.lora)",
     "activations": "set trainer.memory.gradient_checkpointing to true, or lower trainer.memory.tokens_per_microbatch",
     "rollouts": "lower trainer.num_prompts or sampling.max_new_tokens, or use rollout.engine vllm_server on other GPUs",

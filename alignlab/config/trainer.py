@@ -39,6 +39,9 @@ class MemorySettings(Frozen):
     """Tokens whose logits exist at one time; default: 512, and 2,048 for log-probs on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, instead of storing them."""
+    reference_on_host: bool = False
+    """Where all weights train on a GPU: the reference, a copy of the first weights, lies in the host's memory, and is
+    copied to the GPU whenever it scores a mini-batch. An adapter's reference is its base, and takes no memory."""
 
 
 class NumericsSettings(Frozen):

@@ -49,12 +49,7 @@ def make_accelerator(rank_timeout_s: float, numerics: NumericsSettings | None = 
         ConfigError: the environment asks for what the config does not say, there are more ranks than GPUs, or the GPU
             or the machine lacks what the kernels need; see also `apply_numerics`.
     """
-    _check_environment()
-    apply_numerics(numerics or NumericsSettings())
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        _check_ranks(torch.cuda.device_count())
-        _check_kernels(torch.cuda.get_device_capability())
+    has_gpu = prepared_device(numerics or NumericsSettings()).type == "cuda"
     # The limit of collectives comes after the watchdog's: the watchdog can name the rank that is lost.
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _COLLECTIVE_EXTRA_S))
     # Gradients are held once, in DDP's buckets; buffers are equal on all ranks, which compute them from the same sums.
@@ -64,6 +59,21 @@ def make_accelerator(rank_timeout_s: float, numerics: NumericsSettings | None = 
         _set_device(accelerator, torch.device("cuda", torch.cuda.current_device()))
     watch_ranks(accelerator.process_index, accelerator.num_processes, rank_timeout_s)
     return accelerator
+
+
+def prepared_device(numerics: NumericsSettings) -> torch.device:
+    """Return the device of this rank, on which a model may be put before the ranks have met.
+
+    Raises:
+        ConfigError: see `make_accelerator`.
+    """
+    _check_environment()
+    apply_numerics(numerics)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    _check_ranks(torch.cuda.device_count())
+    _check_kernels(torch.cuda.get_device_capability())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def make_rank_group() -> torch.distributed.ProcessGroup | None:

@@ -58,7 +58,7 @@ def resolve_model(
         ConfigError: there is no tokenizer, or the adapter is no LoRA or cannot be trained, merged and saved exactly.
     """
     check_lora(peft_config)
-    model, tokenizer = resolve_base(model, tokenizer, peft_config)
+    model, tokenizer = resolve_base(model, tokenizer, peft_config, device)
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("the model has an adapter already, and peft_config asks for another; leave one out")
@@ -75,9 +75,11 @@ def resolve_model(
 
 
 def resolve_base(
-    model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None, peft_config: LoraSettings | LoraConfig | None
+    model: Model, tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    peft_config: LoraSettings | LoraConfig | None, device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Return the model, loaded where it is given by name (in bfloat16 for a new adapter), and its tokenizer.
+    """Return the model, loaded onto a device where it is given by name (in bfloat16 for a new adapter), and its
+    tokenizer.
 
     An adapter that trains copies of whole modules is put on a float32 model: the copies have the model's dtype.
 
@@ -93,7 +95,7 @@ def resolve_base(
     tokenizer = _resolve_tokenizer(model, tokenizer)
     if isinstance(model, str):
         in_float32 = peft_config is None or _trains_copies(peft_config)
-        model = load_model(model, dtype=torch.float32 if in_float32 else torch.bfloat16)
+        model = load_model(model, dtype=torch.float32 if in_float32 else torch.bfloat16, device=device)
     return model, tokenizer
 
 

@@ -55,12 +55,16 @@ def training_bytes(
     """
     if not all(isinstance(causal_lm(learner.module.model), PolicyForCausalLM) for learner in learners.values()):
         return {}
-    modules = [*(learner.module for learner in learners.values()), *frozen]
+    frozen = list(frozen)
+    lasting = [module for module in frozen if not getattr(module, "rests_on_host", False)]
+    visiting = [_storage_bytes(module.parameters()) for module in frozen if module not in lasting]
+    modules = [*(learner.module for learner in learners.values()), *lasting]
     trained = [parameter for learner in learners.values() for parameter in learner.trained.values()]
     return {
         "weights": _storage_bytes(tensor for module in modules for tensor in module.parameters()),
         "gradients and optimizer": sum(4 * p.numel() + state_bytes(p) for p in trained),
-        "activations": max(_activation_bytes(learner, memory) for learner in learners.values()),
+        # A reference from the host scores while there are no activations of a training pass.
+        "activations": max(*visiting, *(_activation_bytes(learner, memory) for learner in learners.values()), 0),
     }
 
 

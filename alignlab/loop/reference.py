@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,9 @@ from alignlab.data.preferences import CompletionGroup
 from alignlab.loop.learner import Learner
 from alignlab.models.adapter_rules import check_base_is_reference
 from alignlab.models.adapters import adapters_disabled, has_adapters
+from alignlab.models.empty import is_empty
 from alignlab.models.fingerprints import weights_fingerprint
+from alignlab.models.host_weights import HostWeights
 from alignlab.models.policy import Policy
 from alignlab.models.shards import shard_root, sharded_copy
 from alignlab.models.weight_view import whole_parameters
@@ -36,7 +39,8 @@ class Reference:
         learner: of the policy.
 
     Attributes:
-        policy: the frozen copy; None for an adapter.
+        policy: the frozen copy, in the dtype of the policy; None for an adapter. Its weights are on the device only
+            within `with_logprobs` where they rest on the host.
         fingerprints: of the copy's weights, by name; empty for an adapter.
 
     Raises:
@@ -46,6 +50,7 @@ class Reference:
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
         self.policy = frozen_copy(learner.module)
+        self._on_host = _on_host(self.policy, learner)
         copied = {} if self.policy is None else {"reference": weights_fingerprint(whole_parameters(self.policy))}
         self.fingerprints: dict[str, str] = copied
 
@@ -58,11 +63,24 @@ class Reference:
         # The reference chooses its own experts: a replay would be of the policy's.
         free = [replace(pack, routing=None) for pack in packs]
         if self.policy is not None:
-            logprobs = self.learner.logprobs(free, self.policy, frozen_as=NAME)
+            with nullcontext() if self._on_host is None else self._on_host.in_use():
+                logprobs = self.learner.logprobs(free, self.policy, frozen_as=NAME)
         else:
             with adapters_disabled(self.learner.module.model):
                 logprobs = self.learner.logprobs(free, frozen_as=NAME)
         return [replace(pack, ref_logprobs=values) for pack, values in zip(packs, logprobs, strict=True)]
+
+
+def _on_host(copied: Policy | None, learner: Learner) -> HostWeights | None:
+    """Return the weights of a copy, moved to the host if the config says so; None if they stay where they are."""
+    if not learner.config.memory.reference_on_host:
+        return None
+    if copied is None or learner.device.type != "cuda":
+        reason = "the adapter's reference is its base" if copied is None else "this machine has no GPU"
+        logger.warning("trainer.memory.reference_on_host: no effect: %s", reason)
+        return None
+    copied.rests_on_host = True
+    return None if is_empty(copied) else HostWeights(copied, learner.device)
 
 
 def frozen_copy(policy: Policy) -> Policy | None:

@@ -48,7 +48,12 @@ class PackedModel(nn.Module):
 
     Args:
         model: ours, one of `transformers`', or a PeftModel around it.
+
+    Attributes:
+        rests_on_host: whether the weights are on the device only while the module computes without a gradient.
     """
+
+    rests_on_host = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -264,6 +264,8 @@ class PretendedGPU(TorchDispatchMode):
         on_gpu = isinstance(source, GpuTensor) if device is None else _is_cuda(device)
         self._count_crossing(source, on_gpu, kwargs.get("non_blocking", False))
         options = {name: v for name, v in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")}
+        if device is not None and torch.device(device).type == "meta":
+            options["device"] = device
         result = func(_real(source), **options)
         return GpuTensor(result) if on_gpu else result
 

@@ -83,3 +83,28 @@ def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
         num_tokens=longest + 7,
     )
     assert alone == cache
+
+
+def test_a_reference_on_the_host_takes_no_memory_of_the_device_but_while_it_scores(
+    make_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    config = GRPOConfig(output_dir=tmp_path / "run", num_prompts=2, group_size=2, trackers=(), kl={"coef": 0.1})
+    trainer = GRPOTrainer(make_model(), lambda **_: [0.0], config, prompts(2), tokenizer=tokenizer)
+    lasting = trainer.predicted_memory()
+    trainer.algorithm.reference.policy.rests_on_host = True
+    visiting = trainer.predicted_memory()
+    size = sum(weight.numel() * weight.element_size() for weight in trainer.learner.trained.values())
+    assert lasting["weights"] == 2 * size and visiting["weights"] == size
+    assert visiting["activations"] == max(lasting["activations"], size)
+
+
+def test_a_reference_on_the_host_has_no_effect_on_a_cpu_and_that_is_said(
+    make_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for lora, reason in ((None, "no GPU"), (LoraSettings(rank=2), "its base")):
+        config = GRPOConfig(
+            output_dir=tmp_path / str(lora), num_prompts=2, group_size=2, trackers=(), kl={"coef": 0.1},
+            memory={"reference_on_host": True},
+        )
+        GRPOTrainer(make_model(), lambda **_: [0.0], config, prompts(2), tokenizer=tokenizer, peft_config=lora)
+        assert "trainer.memory.reference_on_host: no effect: " in caplog.text and reason in caplog.text

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from alignlab.errors import CheckpointError, ConfigError
+from alignlab.errors import AlignlabError, CheckpointError, ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import packing_problem, sees_later_tokens
 from alignlab.models.empty import loads_weights, put_on
@@ -46,6 +47,7 @@ from alignlab.models.hub.generation_defaults import check_generation_file, writa
 from alignlab.models.hub.intact import check_folder, named_errors
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
+from alignlab.models.hub.streaming import fill
 from alignlab.models.layout import ATTENTION
 from alignlab.models.shards import without_shards
 from alignlab.models.transformer import PolicyForCausalLM
@@ -53,6 +55,9 @@ from alignlab.models.weight_view import WeightView, view_of, whole_module, whole
 
 _log = logging.getLogger(__name__)
 _OPTIONS = {"trust_remote_code": False}
+_FILES = ("*.json", "model*.safetensors")
+"""Those of a model on the Hub that are downloaded."""
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 _ROPE_KEYS = ("rope_theta", "rope_scaling")
 _SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -78,8 +83,35 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "c
     if is_adapter(path):
         refuse_other_tasks(path)
         return with_saved_adapter(_base_model(path, dtype, device), path)
-    model: Any = _adopted(_from_hub(name, path, dtype))
+    model: Any = _streamed(path, dtype, torch.device(device))
+    if model is None:
+        model = _adopted(_from_hub(name, path, dtype))
     return _with_its_attention(model.to(device).eval())
+
+
+def _streamed(path: str, dtype: torch.dtype, device: torch.device) -> PolicyForCausalLM | None:
+    """Load a checkpoint as ours tensor by tensor; None if its family, or a tensor of its files, is unknown here.
+
+    What cannot be read is left to transformers too, whose reasons are named errors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        if not isinstance(config, PolicyConfig) and read_hub_config(config) is None:
+            return None
+        folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=list(_FILES))
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            hub = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # of buffers, which have values
+        hub.config.dtype = dtype
+        with no_init_weights():
+            model = _adopted(hub)
+    except (*_UNREADABLE, AlignlabError):
+        return None
+    if not isinstance(model, PolicyForCausalLM) or not fill(model, Path(folder), dtype=dtype, device=device):
+        return None
+    model.config.dtype = dtype
+    check_generation_file(path)
+    _read_generation_config(model, path, path)
+    return model
 
 
 def _without_weights(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
@@ -124,9 +156,14 @@ def empty_model(name: str) -> PreTrainedModel:
         check_shapes(name, path)
     with named_errors(f"{name} cannot be loaded", "Correct its config.json"), init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **_OPTIONS))
-    with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(path)  # without a file, of the config, as in loading
+    _read_generation_config(model, name, path)
     return _adopted(model)
+
+
+def _read_generation_config(model: PreTrainedModel, name: str, path: str) -> None:
+    """Set a model's generation defaults to those of its checkpoint; without a file they are the config's."""
+    with named_errors(f"{name} cannot be loaded", "Correct its generation_config.json"), contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def check_shapes(name: str, path: str, *, headless: bool = False) -> None:

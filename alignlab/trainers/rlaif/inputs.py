@@ -80,7 +80,7 @@ def read_inputs(
     """
     constitution = load_constitution(config.constitution)
     accelerator = make_accelerator(max(stage.rank_timeout_s for stage in config.stages), config.numerics)
-    base, tokenizer = resolve_base(model, tokenizer, peft_config)
+    base, tokenizer = resolve_base(model, tokenizer, peft_config, accelerator.device)
     policy: Any = base
     put_on(policy, accelerator.device)
     check_base(config, policy, trains_adapter=peft_config is not None)
