@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from alignlab.data.packing import pack_rollouts
 from alignlab.errors import RolloutError
 from alignlab.models.evaluation_mode import evaluation_mode
-from alignlab.models.fingerprints import tensor_digest
 from alignlab.models.policy import Policy
+from alignlab.models.sync_digests import sync_digests
 from alignlab.types import Rollout
 
 GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -47,14 +47,14 @@ def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.d
         dtype: vLLM's dtype.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    expected = {}
+    matrices = {}
     for name, tensor in sent.items():
         module, _, matrix = name.removesuffix(".weight").rpartition(".")
         value = tensor.detach().to(dtype)
         if matrix == "lora_B":
             value = value * layers[module].scaling[model.active_adapter]
-        expected[f"{module.removeprefix('base_model.model.')}.{matrix}"] = tensor_digest(value)
-    return expected
+        matrices[f"{module.removeprefix('base_model.model.')}.{matrix}"] = value
+    return sync_digests(matrices)
 
 
 def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
+from alignlab.models.sync_digests import ALGORITHM
 from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
@@ -62,6 +63,11 @@ class ServerRequirements:
                 )
         if not {"context_tokens", "lora_rank"} <= about.keys():
             raise ConfigError(f"the server {address} does not tell its sizes; start it with this version of alignlab")
+        if about.get("digest_algorithm") != ALGORITHM:
+            raise ConfigError(
+                f"the server {address} digests weights by {about.get('digest_algorithm')!s:.40}, and must by "
+                f"{ALGORITHM}; start it with this version of alignlab"
+            )
         if about["context_tokens"] < self.context_tokens:
             raise ConfigError(
                 f"the server {address} takes {about['context_tokens']} tokens of prompt and completion, and must take "

@@ -240,7 +240,7 @@ def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPa
     engine, _ = engines("dense")
 
     def dies(self: Any, tensors: Any) -> Any:
-        for number, item in enumerate(tensors.items()):
+        for number, item in enumerate(tensors):
             if number == 7:
                 raise OSError("connection lost")
             yield item

@@ -29,6 +29,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 
+from alignlab.models.sync_digests import ALGORITHM
 from alignlab.rollout.vllm import protocol
 from alignlab.rollout.vllm.inside import uploads
 from alignlab.rollout.vllm.inside.asgi import Refusal
@@ -104,6 +105,7 @@ class ServedWeights:
         return {
             "version": self.version,
             "digest": self.digest,
+            "digest_algorithm": ALGORITHM,
             "idle_s": 1e9 if self.is_released else time.monotonic() - TokenGuard.last_used,
             "identity": self._identity,
             "context_tokens": self._config.max_model_len,
