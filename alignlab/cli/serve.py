@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     require_vllm(settings.engine)
 
     from alignlab.rollout.vllm.launch import keep_running, make_server
+    from alignlab.rollout.vllm.options import check_quantization
+
+    check_quantization(settings)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))

@@ -159,4 +159,6 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
     "idle_s": _is_number,
     "identity": lambda value: isinstance(value, dict),
     "records_routing": lambda value: isinstance(value, bool),
+    "device": lambda value: isinstance(value, str),
+    "model_runner": lambda value: value in (1, 2),
 }

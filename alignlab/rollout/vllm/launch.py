@@ -24,6 +24,7 @@ from alignlab.errors import ConfigError, RolloutError
 from alignlab.network.addresses import listens_beyond
 from alignlab.rollout.vllm.access import server_token
 from alignlab.rollout.vllm.client import is_healthy
+from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE, PINNED_MODEL_RUNNER
 from alignlab.rollout.vllm.protocol import SERVED_NAME, TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -125,10 +126,18 @@ def make_server(
         "uvicorn_log_level": "warning", "disable_uvicorn_access_log": True, "disable_fastapi_docs": True,
         "use_tqdm_on_load": False,
     }
-    environment = os.environ | _defaults() | {TOKEN_VARIABLE: server_token(), "VLLM_PLUGINS": _plugins()}
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    return ServerProcess(address, [sys.executable, "-m", _MODULE, *_flags(all_options)], environment)
+    command = [sys.executable, "-m", _MODULE, *_flags(all_options)]
+    return ServerProcess(address, command, server_environment(device) | {TOKEN_VARIABLE: server_token()})
+
+
+def server_environment(devices: str | None) -> dict[str, str]:
+    """Return the environment of a server's process, without the token.
+
+    Args:
+        devices: value of CUDA_VISIBLE_DEVICES; None: this process's.
+    """
+    own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    return os.environ | _defaults() | own | {"VLLM_PLUGINS": _plugins()}
 
 
 def keep_running(servers: Sequence[ServerProcess], report: Callable[[str], None]) -> None:
@@ -228,7 +237,7 @@ def _defaults() -> dict[str, str]:
     """Return environment variables without usage statistics, and with threads that do not spin while they wait."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "passive",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore", MODEL_RUNNER_VARIABLE: PINNED_MODEL_RUNNER,
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
 

@@ -106,7 +106,7 @@ def test_where_every_server_is_faulty_the_run_ends_with_the_reason(
     [
         b"<html>It works!</html>", {}, [], {"version": 7}, {"idle_s": "long"}, {"idle_s": float("nan")},
         {"digest": None}, {"records_routing": "no"}, {"identity": []}, {"version": "../x"}, {"lora_rank": -1},
-        {"context_tokens": True},
+        {"context_tokens": True}, {"device": 0}, {"model_runner": 3},
     ],
 )  # fmt: skip
 def test_a_server_with_an_invalid_description_counts_as_missing(about: Any, start: Any, connect: Any) -> None:

@@ -26,6 +26,7 @@ def test_a_server_with_all_properties_is_accepted() -> None:
         ({"context_tokens": 63}, "takes 63 tokens of prompt and completion, and must take 64"),
         ({"lora_rank": 8}, "was started for adapters of rank 8, and must be ready for all weights"),
         ({"digest_algorithm": "crc"}, f"digests weights by crc, and must by {ALGORITHM}; start it with this version"),
+        ({"quantization": "fp8"}, r"has the quantization fp8, and must have the config's \(None\)"),
         ({"digest_algorithm": None}, "digests weights by None"),
     ],
 )
