@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from alignlab.rollout.verification import check_arrived
 from alignlab.rollout.vllm.backend import Transfer, num_always_verified
 from alignlab.rollout.vllm.completions import Answer, Request, padded
 from alignlab.rollout.vllm.installation import require_vllm
-from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, sync_adapter_only
+from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, require_gpus, sync_adapter_only
 from alignlab.rollout.vllm.policy_weights import gather_weights, updated_weights
 from alignlab.rollout.vllm.sleep import Sleep
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
@@ -63,12 +64,14 @@ class InProcessBackend:
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
         if not self._on_cpu:
-            _require_gpus(settings.tensor_parallel, torch.cuda.device_count())
+            require_gpus(settings.tensor_parallel, torch.cuda.device_count())
         self._abandoned = threading.Event()
         self._num_puts = self._policy_version = 0
 
     def open(self) -> None:
         """Start vLLM on a checkpoint of the policy's base, which is deleted once it is loaded."""
+        if self._settings.tensor_parallel > 1:  # on a CPU, workers would want a memory node each
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
         # Of a model in parts, each worker is a process of its own.
         self._sync = AdapterSync() if self.adapter_only else FullSync(by_file=self._settings.tensor_parallel > 1)
@@ -225,14 +228,6 @@ def _require_one_rank() -> None:
         raise ConfigError(
             f"rollout.engine is vllm, which shares a process with one rank, and the training has {num_ranks}; "
             "start one process, or use rollout.engine: vllm_server or embedded"
-        )
-
-
-def _require_gpus(num_needed: int, num_visible: int) -> None:
-    if num_needed > num_visible:
-        raise ConfigError(
-            f"rollout.tensor_parallel is {num_needed}, and this process sees {num_visible} GPUs; use {num_visible} or "
-            "less, or name more in CUDA_VISIBLE_DEVICES"
         )
 
 

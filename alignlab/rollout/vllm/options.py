@@ -99,6 +99,19 @@ def check_quantization(settings: VLLMSettings | VLLMServerSettings, dtype: torch
         )
 
 
+def require_gpus(num_needed: int, num_visible: int) -> None:
+    """Raise if a vLLM is to be spread over more GPUs than there are.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if num_needed > num_visible:
+        raise ConfigError(
+            f"rollout.tensor_parallel is {num_needed}, and this process sees {num_visible} GPUs; use {num_visible} or "
+            "less, or name more in CUDA_VISIBLE_DEVICES"
+        )
+
+
 def context_limit(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> int:
     """Return the limit of prompt and completion together, tokens.
 

@@ -12,7 +12,7 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora
 from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
-from alignlab.rollout.vllm.options import check_quantization, engine_options, sync_adapter_only
+from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
 from tests.rollout.vllm.conftest import DENSE, make_model
 
 
@@ -72,3 +72,9 @@ def test_fp8_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
 
 def test_the_canarys_gate_is_wider_for_a_quantized_engine() -> None:
     assert default_gate(torch.bfloat16, None) == GATES[torch.bfloat16] < default_gate(torch.bfloat16, "fp8") == FP8_GATE
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    require_gpus(2, 2)
+    with pytest.raises(ConfigError, match="tensor_parallel is 4, and this process sees 2 GPUs; use 2 or less"):
+        require_gpus(4, 2)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import State
 from transformers import AutoTokenizer
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -140,10 +140,10 @@ class ServedWeights:
                 folder.cleanup()
         return arrived
 
-    async def routing(self, name: str, layers: list[int]) -> str:
-        """Return and forget the experts chosen for a request, as text."""
-        texts = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
-        return str(texts[0])  # every worker of a model in parts computes the whole router
+    async def routing(self, name: str, layers: list[int]) -> bytes:
+        """Return and forget the experts chosen for a request, see `encode_routing`."""
+        workers = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
+        return bytes(workers[0])  # every worker of a model in parts computes the whole router
 
     async def _load_all(self, version: str, path: Path) -> dict[str, str]:
         engine = self._engine
@@ -219,11 +219,12 @@ async def put_weights(version: str, request: Request) -> JSONResponse:
 
 
 @router.post(protocol.ROUTING_PATH)
-async def post_routing(request: Request) -> JSONResponse:
+async def post_routing(request: Request) -> Response:
     """Answer with the experts chosen for one request."""
     try:
         name, layers = uploads.parse_routing_question(await request.body())
-        return JSONResponse({"routed_experts": await request.app.state.alignlab.routing(name, layers)})
+        experts = await request.app.state.alignlab.routing(name, layers)
+        return Response(experts, media_type="application/octet-stream")
     except Refusal as refusal:
         return JSONResponse({"error": refusal.message}, refusal.status)
     except Exception as error:  # no such request, or no such layer

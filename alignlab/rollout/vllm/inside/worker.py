@@ -42,8 +42,8 @@ class WorkerExtension:
         """Return and forget the experts chosen for the tokens of each request."""
         return self.alignlab_recorder.take(request_ids, layers)
 
-    def alignlab_send_routing(self, request_id: str, layers: list[int]) -> str:
-        """Return and forget the experts chosen for one request, as text."""
+    def alignlab_send_routing(self, request_id: str, layers: list[int]) -> bytes:
+        """Return and forget the experts chosen for one request, as bytes."""
         return encode_routing(self.alignlab_recorder.take([request_id], layers)[0])
 
     def alignlab_take_adapters_from_memory(self) -> None:
