@@ -70,8 +70,6 @@ class _VLLMSettings(Frozen):
     """Limit of prompt and completion together, for which the KV cache must have room; default: the model's own."""
     block_size: int | None = Field(None, ge=1)
     """Tokens in a block of the KV cache, and of the prompts that are shared; default: vLLM's own."""
-    memory_frac: float = Field(0.4, gt=0, lt=1)
-    """Fraction of the device's memory (on a CPU: of the machine's) for vLLM's weights and KV cache."""
     cache_gib: float | None = Field(None, gt=0)
     """Memory of the KV cache; default: `memory_frac` without the weights."""
     eager: bool | None = None
@@ -108,6 +106,8 @@ class VLLMSettings(_VLLMSettings):
     """vLLM in the trainer's process, with its own copy of the weights, which each update replaces."""
 
     engine: Recorded[Literal["vllm"]] = "vllm"
+    memory_frac: float = Field(0.4, gt=0, lt=1)
+    """Fraction of the device's memory (on a CPU: of the machine's) for vLLM's weights and KV cache."""
     digests_every_updates: int = Field(1, ge=1)
     """Weight updates from one comparison of all tensors' digests to the next. The first two updates are always checked;
     on a GPU, the first ten."""
@@ -123,8 +123,9 @@ class VLLMServerSettings(_VLLMSettings):
     engine: Recorded[Literal["vllm_server"]] = "vllm_server"
     servers: tuple[str, ...] = Field(("http://127.0.0.1:8000",), min_length=1)
     """Addresses. A request goes to the server with the fewest; those of a lost server are sent to the others."""
-    memory_frac: float = Field(0.9, gt=0, lt=1)
-    """Fraction of the server's device memory for weights and KV cache."""
+    memory_frac: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the server's device memory for weights and KV cache. Default: 0.9; where servers take all GPUs in
+    view, so that a training has to share them, 0.45."""
     max_staleness: Recorded[int] = Field(0, ge=0)
     """Steps that the policy may be ahead of the weights that sampled a token. 0: generation and training alternate.
     k: rollouts of up to k later steps are generated while the policy trains."""

@@ -99,14 +99,16 @@ class ServerProcess:
 
 
 def make_server(
-    address: str, folder: Path, options: Mapping[str, Any], *, device: str | None = None
+    address: str, folder: Path, options: Mapping[str, Any], *, devices: str | None = None,
+    num_threads: int | None = None,
 ) -> ServerProcess:
     """Return a server of a checkpoint folder, not yet started.
 
     Args:
         address: http://HOST:PORT, of this machine.
         options: options of vLLM's engine, by their names in Python.
-        device: value of CUDA_VISIBLE_DEVICES; default: this process's.
+        devices: value of CUDA_VISIBLE_DEVICES; default: this process's.
+        num_threads: of each of the server's processes, unless OMP_NUM_THREADS says it; default: as many as cores.
 
     Raises:
         ConfigError: the port is in use, or the address is not this machine's.
@@ -127,16 +129,14 @@ def make_server(
         "use_tqdm_on_load": False,
     }
     command = [sys.executable, "-m", _MODULE, *_flags(all_options)]
-    return ServerProcess(address, command, server_environment(device) | {TOKEN_VARIABLE: server_token()})
+    return ServerProcess(address, command, server_environment(devices, num_threads) | {TOKEN_VARIABLE: server_token()})
 
 
-def server_environment(devices: str | None) -> dict[str, str]:
-    """Return the environment of a server's process, without the token.
-
-    Args:
-        devices: value of CUDA_VISIBLE_DEVICES; None: this process's.
-    """
+def server_environment(devices: str | None = None, num_threads: int | None = None) -> dict[str, str]:
+    """Return the environment of a server's process, without the token; see `make_server`."""
     own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    if num_threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        own["OMP_NUM_THREADS"] = str(num_threads)
     return os.environ | _defaults() | own | {"VLLM_PLUGINS": _plugins()}
 
 

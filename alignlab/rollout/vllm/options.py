@@ -18,6 +18,8 @@ from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
+MEMORY_FRAC = 0.9
+"""Fraction of a device's memory for a server that has the device for itself."""
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 _FP8_CAPABILITY = (8, 9)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -45,7 +47,7 @@ def engine_options(
         "max_model_len": context_tokens,
         "max_num_seqs": settings.max_running,
         "max_num_batched_tokens": max(settings.prefill_tokens, context_tokens),
-        "gpu_memory_utilization": settings.memory_frac,
+        "gpu_memory_utilization": settings.memory_frac or MEMORY_FRAC,
         "enforce_eager": on_cpu if settings.eager is None else settings.eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",

@@ -129,7 +129,7 @@ class ServerBackend:
     @cached_property
     def _run(self) -> str:
         """Name of this run among those that use the servers; the ranks agree on it when they open the servers."""
-        return shared_random_name(self._model.device)
+        return shared_random_name()
 
     def open(self) -> None:
         """Wait for the servers, and check that they run this model."""

@@ -158,7 +158,7 @@ class VerifiedEngine:
                 self._is_open = True
             # Before the ranks enter one after another, because a gathered tensor needs all ranks at once.
             weights = gather_weights(self._model, adapter_only=self._backend.adapter_only)
-            with first_rank_first(self._lm.device):
+            with first_rank_first():
                 transfer = self._backend.put_weights(weights, policy_version, self._num_attempts)
                 gap = self._verify()
         except BaseException as error:

@@ -63,9 +63,9 @@ def test_model_runner_v1_is_pinned_unless_the_environment_chooses(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.delenv(MODEL_RUNNER_VARIABLE, raising=False)
     require_vllm("vllm_server")
-    assert os.environ[MODEL_RUNNER_VARIABLE] == "0" == launch.server_environment(None)[MODEL_RUNNER_VARIABLE]
+    assert os.environ[MODEL_RUNNER_VARIABLE] == "0" == launch.server_environment()[MODEL_RUNNER_VARIABLE]
     monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "1")
-    assert launch.server_environment(None)[MODEL_RUNNER_VARIABLE] == "1"
+    assert launch.server_environment()[MODEL_RUNNER_VARIABLE] == "1"
     if not has_gpu:
         with pytest.raises(ConfigError, match="without a GPU"):
             require_vllm("vllm_server")

@@ -207,7 +207,7 @@ def test_all_ranks_read_the_weights_together_before_the_first_one_sends_them(
         return HeldWeights({})
 
     @contextmanager
-    def wait_for_first_rank(device: torch.device) -> Iterator[None]:
+    def wait_for_first_rank() -> Iterator[None]:
         backend.calls.append("first_rank_first")
         yield
 
