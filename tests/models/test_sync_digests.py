@@ -170,3 +170,13 @@ def test_all_sums_of_an_update_come_to_the_host_in_one_transfer(monkeypatch: pyt
     monkeypatch.setattr(Tensor, "tolist", counted)
     assert len(set(pending.read().values())) == 5
     assert transfers == [(5, 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_digests_of_a_real_gpu_are_those_of_a_cpu(dtype: torch.dtype) -> None:
+    tensors = {str(size): random_tensor((size,), dtype) for size in (1, ROW, 5 * ROW + 3, 2**24 + 1)}
+    assert sync_digests({name: tensor.cuda() for name, tensor in tensors.items()}) == sync_digests(tensors)
+    flat = tensors[str(5 * ROW + 3)].cuda()
+    parts = content_sums(flat[:ROW]) + content_sums(flat[ROW:], offset=ROW)
+    assert torch.equal(parts, content_sums(flat))
