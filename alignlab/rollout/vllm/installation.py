@@ -13,9 +13,6 @@ from alignlab.errors import ConfigError
 OLDEST, BEFORE = Version("0.32"), Version("0.33")
 MODEL_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 """Environment variable that chooses between vLLM's two model runners: 0 for V1, 1 for V2."""
-PINNED_MODEL_RUNNER = "0"
-"""V1 everywhere. vLLM itself takes V2 on a GPU, and V1 on a CPU, for which there is no V2. The CPU's runner derives
-from the GPU's V1, so that the tests, which run on a CPU, drive most of the code that a GPU runs."""
 
 
 def require_vllm(engine: str) -> None:
@@ -34,7 +31,7 @@ def require_vllm(engine: str) -> None:
         )
     if engine == "vllm":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault(MODEL_RUNNER_VARIABLE, PINNED_MODEL_RUNNER)
+    os.environ.setdefault(MODEL_RUNNER_VARIABLE, pinned_model_runner())
     model_runner(os.environ[MODEL_RUNNER_VARIABLE])
     # No usage statistics; standard output is for a run's result; every reload would warn without need.
     defaults = {
@@ -47,6 +44,15 @@ def require_vllm(engine: str) -> None:
     check_version(vllm.__version__)
 
 
+def pinned_model_runner() -> str:
+    """Return the value of `MODEL_RUNNER_VARIABLE` for this machine, which vLLM would else choose by itself.
+
+    V1 on a CPU, where V2 lacks Triton. V2 on a GPU: it alone returns the experts that it chose, it draws the random
+    numbers of all requests at once, and vLLM mends V1 no more. The tests, which run on a CPU, drive V1.
+    """
+    return "1" if torch.cuda.is_available() else "0"
+
+
 def model_runner(value: str) -> int:
     """Return the number of the model runner, 1 or 2, that a value of `MODEL_RUNNER_VARIABLE` chooses.
 
@@ -56,14 +62,27 @@ def model_runner(value: str) -> int:
     if value not in ("0", "1"):
         raise ConfigError(
             f"{MODEL_RUNNER_VARIABLE} is {value!r:.40}, and must be 0 (vLLM's model runner V1) or 1 (V2); unset it for "
-            f"{PINNED_MODEL_RUNNER}"
+            f"{pinned_model_runner()}"
         )
     if value == "1" and not torch.cuda.is_available():
         raise ConfigError(
-            f"{MODEL_RUNNER_VARIABLE} is 1, and must be 0 on a machine without a GPU, where vLLM has model runner V1 "
-            "alone; unset it"
+            f"{MODEL_RUNNER_VARIABLE} is 1, and must be 0 on a machine without a GPU, where vLLM's model runner V2 "
+            "lacks Triton; unset it"
         )
     return 1 + int(value)
+
+
+def check_returns_experts() -> None:
+    """Raise if vLLM's model runner on a GPU cannot return the experts that it chooses.
+
+    Raises:
+        ConfigError: the environment chooses V1.
+    """
+    if os.environ.get(MODEL_RUNNER_VARIABLE) == "0":
+        raise ConfigError(
+            f"{MODEL_RUNNER_VARIABLE} is 0, and must be 1 for a mixture of experts on a GPU: vLLM's model runner V1 "
+            "does not return the experts that it chose; unset it"
+        )
 
 
 def check_version(installed: str) -> None:

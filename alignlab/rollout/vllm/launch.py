@@ -24,7 +24,7 @@ from alignlab.errors import ConfigError, RolloutError
 from alignlab.network.addresses import listens_beyond
 from alignlab.rollout.vllm.access import server_token
 from alignlab.rollout.vllm.client import is_healthy
-from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE, PINNED_MODEL_RUNNER
+from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE, pinned_model_runner
 from alignlab.rollout.vllm.protocol import SERVED_NAME, TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def _defaults() -> dict[str, str]:
     """Return environment variables without usage statistics, and with threads that do not spin while they wait."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "passive",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore", MODEL_RUNNER_VARIABLE: PINNED_MODEL_RUNNER,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore", MODEL_RUNNER_VARIABLE: pinned_model_runner(),
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
 

@@ -16,6 +16,7 @@ from alignlab.models.adapters import has_adapters
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
 MEMORY_FRAC = 0.9
@@ -35,8 +36,8 @@ def engine_options(
         on_cpu: vLLM runs on a CPU.
 
     Raises:
-        ConfigError: neither the settings nor the model limit the context, or the model cannot be spread or quantized as
-            the settings ask.
+        ConfigError: neither the settings nor the model limit the context, the model cannot be spread or quantized as
+            the settings ask, or vLLM's model runner does not return experts.
     """
     lm = causal_lm(model)
     _check_tensor_parallel(lm, settings.tensor_parallel)
@@ -60,6 +61,7 @@ def engine_options(
         # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
         options["enable_chunked_prefill"] = False
     elif getattr(lm.config, "sparse_layers", ()):
+        check_returns_experts()
         options["enable_return_routed_experts"] = True
     if settings.tensor_parallel > 1:
         options |= {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "mp"}

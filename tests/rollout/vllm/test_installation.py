@@ -56,16 +56,21 @@ def test_a_model_runner_that_there_is_not_is_refused(
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_model_runner_v1_is_pinned_unless_the_environment_chooses(
-    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("has_gpu", "pinned", "other"), [(False, "0", None), (True, "1", "0")])
+def test_the_model_runner_is_pinned_unless_the_environment_chooses(
+    has_gpu: bool, pinned: str, other: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.delenv(MODEL_RUNNER_VARIABLE, raising=False)
+    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "to be restored")
+    monkeypatch.delenv(MODEL_RUNNER_VARIABLE)
+    assert launch.server_environment()[MODEL_RUNNER_VARIABLE] == pinned
     require_vllm("vllm_server")
-    assert os.environ[MODEL_RUNNER_VARIABLE] == "0" == launch.server_environment()[MODEL_RUNNER_VARIABLE]
-    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "1")
-    assert launch.server_environment()[MODEL_RUNNER_VARIABLE] == "1"
-    if not has_gpu:
+    assert os.environ[MODEL_RUNNER_VARIABLE] == pinned
+    if other is not None:
+        monkeypatch.setenv(MODEL_RUNNER_VARIABLE, other)
+        require_vllm("vllm_server")
+        assert os.environ[MODEL_RUNNER_VARIABLE] == launch.server_environment()[MODEL_RUNNER_VARIABLE] == other
+    else:
+        monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "1")
         with pytest.raises(ConfigError, match="without a GPU"):
             require_vllm("vllm_server")

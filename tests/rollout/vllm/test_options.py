@@ -12,8 +12,9 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora
 from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
+from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
 from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
-from tests.rollout.vllm.conftest import DENSE, make_model
+from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, make_model
 
 
 @pytest.fixture
@@ -78,3 +79,17 @@ def test_more_workers_than_gpus_are_refused() -> None:
     require_gpus(2, 2)
     with pytest.raises(ConfigError, match="tensor_parallel is 4, and this process sees 2 GPUs; use 2 or less"):
         require_gpus(4, 2)
+
+
+def test_a_mixture_on_a_gpu_needs_the_model_runner_that_returns_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(QWEN3_MOE)
+    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "1")
+    assert engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)["enable_return_routed_experts"]
+    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "0")
+    with pytest.raises(ConfigError, match=f"{MODEL_RUNNER_VARIABLE} is 0, and must be 1 for a mixture of experts"):
+        engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)
+    for options in (
+        engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=True),
+        engine_options(VLLMSettings(), make_model(DENSE), adapter_rank=0, on_cpu=False),
+    ):
+        assert "enable_return_routed_experts" not in options
