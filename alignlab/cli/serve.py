@@ -1,9 +1,10 @@
 """Start the vLLM servers of a run from the run's config, and keep them running until Ctrl-C.
 
 A config with `rollout: {engine: vllm_server}` lists its servers in `trainer.rollout.servers`. By default all of them
-start on this machine, the first on the first GPU of CUDA_VISIBLE_DEVICES, and so on. Then run `alignlab train` with the
-same config and the same key=value overrides: model, dtype and sizes must be the same. With several machines, run this
-command on each with --only, and give all of them the same token in ALIGNLAB_SERVER_TOKEN.
+start on this machine, the first on the first GPU of CUDA_VISIBLE_DEVICES (or on the first `tensor_parallel` of them),
+and so on. Then run `alignlab train` with the same config and the same key=value overrides: model, dtype and sizes must
+be the same. With several machines, run this command on each with --only, and give all of them the same token in
+ALIGNLAB_SERVER_TOKEN.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal arrives."""
     from alignlab.config.loader import load_config
-    from alignlab.rollout.vllm.installation import require_vllm
+    from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE, model_runner, require_vllm
 
     config = load_config(args.config, args.overrides)
     settings = server_settings(config)
@@ -48,20 +50,25 @@ def run(args: argparse.Namespace) -> int:
     require_vllm(settings.engine)
 
     from alignlab.rollout.vllm.launch import keep_running, make_server
+    from alignlab.rollout.vllm.options import check_quantization
 
+    check_quantization(settings)
+
+    gpus = visible_gpus()
+    plan = plan_servers(gpus, len(addresses), settings)
+    settings = settings.model_copy(update={"memory_frac": plan.memory_frac})
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="alignlab-served-") as folder:
         options = write_served(config, settings, Path(folder))
-        devices = devices_of(len(addresses))
         servers = [
-            make_server(address, Path(folder), options, device=device)
-            for address, device in zip(addresses, devices, strict=True)
+            make_server(address, Path(folder), options, devices=devices, num_threads=plan.num_threads)
+            for address, devices in zip(addresses, plan.devices, strict=True)
         ]
         tell(f"starting {len(servers)} vLLM server{'s' if len(servers) > 1 else ''} (half a minute); Ctrl-C ends")
-        advice = training_advice(visible_gpus(), len(servers), settings.memory_frac)
-        if advice is not None:
-            tell(advice)
+        tell(f"vLLM's model runner: V{model_runner(servers[0].environment[MODEL_RUNNER_VARIABLE])}")
+        if gpus:
+            tell(training_advice(plan))
         keep_running(servers, tell)
     return 0
 
@@ -113,28 +120,59 @@ def visible_gpus() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def devices_of(count: int) -> list[str | None]:
-    """Return the GPU of each server, or None for each if there are fewer GPUs than servers."""
-    visible = visible_gpus()
-    return list(visible[:count]) if len(visible) >= count else [None] * count
+@dataclass(frozen=True)
+class ServerPlan:
+    """Share of each server in this machine.
+
+    Attributes:
+        devices: value of CUDA_VISIBLE_DEVICES of each server; None for each on a machine without a GPU.
+        memory_frac: fraction of a GPU's memory for each server on it.
+        free_gpus: GPUs that no server takes.
+        num_threads: threads of each process of a server.
+    """
+
+    devices: Sequence[str | None]
+    memory_frac: float
+    free_gpus: Sequence[str]
+    num_threads: int
 
 
-def training_advice(gpus: Sequence[str], num_servers: int, memory_frac: float) -> str | None:
-    """Return where to train beside the servers, which take the first GPUs, as a training would; None without a GPU.
+def plan_servers(gpus: Sequence[str], num_servers: int, settings: VLLMServerSettings) -> ServerPlan:
+    """Share this machine out to its servers: a GPU each, or `tensor_parallel` GPUs, the first ones.
+
+    Servers share GPUs if there are fewer, and the memory is for them and, if no GPU is left, for a training too.
 
     Args:
         gpus: in view.
-        memory_frac: of a GPU's memory that a server takes.
+
+    Raises:
+        ConfigError: a server needs more GPUs than there are.
     """
+    from alignlab.cpu_threads import available_cores
+    from alignlab.rollout.vllm.options import MEMORY_FRAC, require_gpus
+
+    size = settings.tensor_parallel
+    num_threads = max(1, int(available_cores() / 2) // (num_servers * size))  # the other half is for the training
     if not gpus:
-        return None
-    free = gpus[num_servers:] if len(gpus) >= num_servers else []
+        return ServerPlan([None] * num_servers, settings.memory_frac or MEMORY_FRAC, [], num_threads)
+    require_gpus(size, len(gpus))
+    num_places = len(gpus) // size
+    devices = [",".join(gpus[place % num_places * size :][:size]) for place in range(num_servers)]
+    free = gpus[min(num_servers, num_places) * size :]
+    num_sharing = -(-num_servers // num_places) + (not free)
+    return ServerPlan(devices, settings.memory_frac or MEMORY_FRAC / num_sharing, free, num_threads)
+
+
+def training_advice(plan: ServerPlan) -> str:
+    """Return where to train beside servers on GPUs, of which a training would take the first, as servers do."""
+    free = plan.free_gpus
+    if len(free) > 1:
+        return f"train on the other GPUs: bash launch/torchrun.sh --gpus {','.join(free)} {len(free)} CONFIG"
     if free:
-        ranks = f"bash launch/torchrun.sh {len(free)}" if len(free) > 1 else "alignlab train"
-        return f"train on the other GPUs: CUDA_VISIBLE_DEVICES={','.join(free)} {ranks} CONFIG"
+        return f"train on the other GPU: CUDA_VISIBLE_DEVICES={free[0]} alignlab train CONFIG"
     return (
-        f"no GPU is left for a training, and a server takes {memory_frac:.0%} of its GPU's memory; name fewer servers, "
-        "or train on another machine, or give half of a GPU to each: trainer.rollout.memory_frac=0.45"
+        f"no GPU is left for a training, and a server takes {plan.memory_frac:.0%} of its GPU's memory; "
+        "trainer.rollout.memory_frac=0.45 leaves half to a training on it, 0.9 is for a training elsewhere"
     )
 
 

@@ -17,6 +17,7 @@ from alignlab.config.rollout import (
     SamplingSettings,
     fill_engine,
     max_staleness,
+    quantization,
 )
 from alignlab.config.trainer import TrainerConfig
 from alignlab.config.trl_names import TRL_CORRECTIONS
@@ -86,6 +87,20 @@ class OnlineConfig(TrainerConfig):
             raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
         return self
 
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        """A quantized engine samples from other probabilities than the policy's: the loss must be weighted."""
+        form = quantization(self.rollout)
+        if form is None:
+            return self
+        if not isinstance(self, PolicyGradientConfig):
+            must = "be null with a trainer that has no mismatch.correction: the completions are not the policy's own"
+            raise BrokenRule("rollout.quantization", form, must, "remove it, or use type: grpo or ppo")
+        if self.mismatch.correction == "none":
+            must = f"be another with rollout.quantization {form}: its probabilities are not the policy's"
+            raise BrokenRule("mismatch.correction", "none", must, "use auto, or remove rollout.quantization")
+        return self
+
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps on each batch of rollouts."""
@@ -145,7 +160,7 @@ class MismatchSettings(Frozen):
     ] = "auto"
     """By the ratio of a token's, or of a completion's, probabilities (geometric: its mean a token). tis: the ratio, at
     most `high`. icepop and mis: the ratio within the bounds, 0 outside. mask: 1 within the bounds, 0 outside. auto:
-    token_tis for vLLM in bfloat16, icepop there for a mixture of experts, else none; the log says which."""
+    token_tis for vLLM in bfloat16 or fp8, icepop there for a mixture of experts, else none; the log says which."""
     low: float | None = Field(None, ge=0, lt=1)
     """Lower bound of the ratio; 0 is none. Default: by correction, see `MISMATCH_BOUNDS`."""
     high: float | None = Field(None, gt=1)

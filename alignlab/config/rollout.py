@@ -74,18 +74,23 @@ class _VLLMSettings(Frozen):
     """Limit of prompt and completion together, for which the KV cache must have room; default: the model's own."""
     block_size: int | None = Field(None, ge=1)
     """Tokens in a block of the KV cache, and of the prompts that are shared; default: vLLM's own."""
-    memory_frac: float = Field(0.4, gt=0, lt=1)
-    """Fraction of the device's memory (on a CPU: of the machine's) for vLLM's weights and KV cache."""
     cache_gib: float | None = Field(None, gt=0)
     """Memory of the KV cache; default: `memory_frac` without the weights."""
     eager: bool | None = None
     """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs (on a CPU: processes) over which one vLLM spreads the model; must divide its attention heads."""
+    quantization: Recorded[Literal["fp8"] | None] = None
+    """fp8: vLLM rounds weights to 8 bits whenever they are loaded, and activations as it computes: half of bfloat16's
+    memory and traffic. Its probabilities are then not the policy's, which needs a `mismatch.correction`. Needs an
+    NVIDIA GPU of compute capability 8.9 or more, and a model in bfloat16 or float16."""
     sync: Recorded[Literal["auto", "merged", "adapter"]] = "auto"
     """Weights that an update sends: all of them, an adapter merged in; or the adapter alone. auto: the adapter alone
-    where there is one and vLLM has a GPU; on a CPU vLLM generates half as fast with an adapter."""
+    where there is one, vLLM has a GPU and `tensor_parallel` is 1; on a CPU vLLM generates half as fast with an
+    adapter."""
     canary_every_updates: int = Field(10, ge=1)
     """Updates from one canary check to the next: log-probs of a few prompts, compared with the trainer's. The first two
-    updates are always checked."""
+    updates are always checked; on a GPU, the first ten."""
     canary_prompts: int = Field(4, ge=1)
     canary_prompt_tokens: int = Field(8, ge=1)
     canary_new_tokens: int = Field(2, ge=1)
@@ -93,15 +98,27 @@ class _VLLMSettings(Frozen):
     """Largest difference of a canary token's log-prob, in nats; default: by dtype, see `rollout.verification`."""
 
 
+    @model_validator(mode="after")
+    def _check_sync(self) -> Self:
+        if self.sync == "adapter" and self.tensor_parallel > 1:
+            must = f"be merged or auto with tensor_parallel {self.tensor_parallel}: workers hold parts of an adapter"
+            raise BrokenRule("sync", self.sync, must, "use sync: merged, or tensor_parallel 1")
+        return self
+
+
 class VLLMSettings(_VLLMSettings):
     """vLLM in the trainer's process, with its own copy of the weights, which each update replaces."""
 
     engine: Recorded[Literal["vllm"]] = "vllm"
+    memory_frac: float = Field(0.4, gt=0, lt=1)
+    """Fraction of the device's memory (on a CPU: of the machine's) for vLLM's weights and KV cache."""
     digests_every_updates: int = Field(1, ge=1)
-    """Weight updates from one comparison of all tensors' digests to the next."""
+    """Weight updates from one comparison of all tensors' digests to the next. The first two updates are always checked;
+    on a GPU, the first ten."""
     sleep: bool | None = None
-    """Free the GPU's memory for the trainer while nothing is generated: weights move to the host, the KV cache is
-    dropped. Default: on a GPU; a CPU cannot."""
+    """Free the GPU's memory for the trainer while nothing is generated. The KV cache is dropped. Weights that the next
+    update replaces are dropped too; where it brings an adapter alone, they move to the host. Default: on a GPU; a CPU
+    cannot."""
 
 
 class VLLMServerSettings(_VLLMSettings):
@@ -110,8 +127,9 @@ class VLLMServerSettings(_VLLMSettings):
     engine: Recorded[Literal["vllm_server"]] = "vllm_server"
     servers: tuple[str, ...] = Field(("http://127.0.0.1:8000",), min_length=1)
     """Addresses. A request goes to the server with the fewest; those of a lost server are sent to the others."""
-    memory_frac: float = Field(0.9, gt=0, lt=1)
-    """Fraction of the server's device memory for weights and KV cache."""
+    memory_frac: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the server's device memory for weights and KV cache. Default: 0.9; where servers take all GPUs in
+    view, so that a training has to share them, 0.45."""
     max_staleness: Recorded[int] = Field(0, ge=0)
     """Steps that the policy may be ahead of the weights that sampled a token. 0: generation and training alternate.
     k: rollouts of up to k later steps are generated while the policy trains."""
@@ -140,6 +158,11 @@ RolloutEngineSettings = Annotated[EngineSettings, Field(discriminator="engine")]
 def max_staleness(settings: EngineSettings) -> int:
     """Return the number of steps that a policy may be ahead of the weights that sampled its rollouts."""
     return settings.max_staleness if isinstance(settings, VLLMServerSettings) else 0
+
+
+def quantization(settings: EngineSettings) -> str | None:
+    """Return the quantization of the engine's weights; None if they are the policy's."""
+    return settings.quantization if isinstance(settings, _VLLMSettings) else None
 
 
 def fill_engine(raw: Any) -> Any:

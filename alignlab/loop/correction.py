@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.online import MISMATCH_BOUNDS, MismatchSettings
-from alignlab.config.rollout import EngineSettings, RolloutSettings, max_staleness
+from alignlab.config.rollout import EngineSettings, RolloutSettings, max_staleness, quantization
 from alignlab.functional.mismatch import mismatch_weights
 from alignlab.functional.reduction import sequence_sum
 from alignlab.types import Experience
@@ -64,6 +64,9 @@ def _fitting(rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool) -> tu
         return "icepop" if sparse else "token_tis", f"tokens may come from weights that are {behind} updates old"
     if isinstance(rollout, RolloutSettings):
         return "none", "the embedded engine runs the trainer's own layers"
+    form = quantization(rollout)
+    if form is not None:
+        return "icepop" if sparse else "token_tis", f"vLLM computes in {form}, and the trainer does not"
     if dtype == torch.float32:
         return "none", "vLLM agrees with the trainer in float32"
     if sparse:

@@ -1,9 +1,11 @@
 """Digests of weights, and of what else a model's output depends on: two models are the same, or are told apart.
 
-    tensor_digest         every bit of one tensor, for weights on their way to an engine
+    tensor_digest         every bit of one tensor, for files
     weights_fingerprint   a few values of each tensor, for runs that go on
     model_fingerprint     the same and the config
     model_digest          every bit of a base and its config, for caches of log-probs
+
+Digests of weights on their way to an engine, which are kept nowhere, are of `sync_digests`.
 """
 
 from __future__ import annotations

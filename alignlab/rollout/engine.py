@@ -11,6 +11,7 @@ from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerS
 from alignlab.models.hub.export import Model
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.vllm.installation import require_vllm
+from alignlab.rollout.vllm.options import check_quantization
 from alignlab.types import Prompt, Rollout, SamplingParams
 
 
@@ -70,10 +71,12 @@ def check_engine(settings: EngineSettings) -> None:
     """Raise if an engine cannot be made for any model.
 
     Raises:
-        ConfigError: vLLM is to run in this process, and is missing or of an untested version.
+        ConfigError: vLLM is to run in this process, and is missing or of an untested version, or cannot quantize
+            weights as the settings ask.
     """
     if isinstance(settings, VLLMSettings):
         require_vllm(settings.engine)
+        check_quantization(settings)
 
 
 def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> RolloutEngine:

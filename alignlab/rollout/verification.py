@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from alignlab.data.packing import pack_rollouts
 from alignlab.errors import RolloutError
 from alignlab.models.evaluation_mode import evaluation_mode
-from alignlab.models.fingerprints import tensor_digest
 from alignlab.models.policy import Policy
+from alignlab.models.sync_digests import sync_digests
 from alignlab.types import Rollout
 
 GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest allowed difference of a canary token's log-prob from the trainer's, nats, by dtype. Measured: correct weights
 stay under 5e-5 in float32 and 0.1 in bfloat16; wrong weights in a single layer differ by more than a nat."""
+FP8_GATE = 2.0
+"""The same for an engine that computes in fp8. A number has 4 significant bits there and 8 in bfloat16, so a product's
+rounding error is 16 times as large; over a sum the errors average. An estimate: it was never measured on a device. Such
+a canary finds weights that are wrong everywhere, and leaves single layers to the digests."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,14 @@ def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.d
         dtype: vLLM's dtype.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    expected = {}
+    matrices = {}
     for name, tensor in sent.items():
         module, _, matrix = name.removesuffix(".weight").rpartition(".")
         value = tensor.detach().to(dtype)
         if matrix == "lora_B":
             value = value * layers[module].scaling[model.active_adapter]
-        expected[f"{module.removeprefix('base_model.model.')}.{matrix}"] = tensor_digest(value)
-    return expected
+        matrices[f"{module.removeprefix('base_model.model.')}.{matrix}"] = value
+    return sync_digests(matrices)
 
 
 def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:
@@ -105,6 +109,16 @@ def canary_gap(model: nn.Module, rollouts: Sequence[Rollout]) -> CanaryGap:
     reported = torch.cat([torch.tensor(c.logprobs) for r in rollouts for c in r.completions])
     gaps = (torch.cat(trainer_logprobs(model, rollouts)) - reported).abs()
     return CanaryGap(float(gaps.mean()), float(gaps.max()), gaps.numel())
+
+
+def default_gate(dtype: torch.dtype, quantization: str | None) -> float:
+    """Return the largest difference of a canary token's log-prob that is allowed, nats.
+
+    Args:
+        dtype: the policy's.
+        quantization: of the engine's weights; None: they are the policy's.
+    """
+    return GATES[dtype] if quantization is None else FP8_GATE
 
 
 def check_canary(gap: CanaryGap, gate: float) -> None:

@@ -7,7 +7,7 @@ from alignlab.config.judge import ModelJudge, RewardJudge
 from alignlab.config.policy_gradient import RECIPES
 from alignlab.config.rewards import RewardSettings
 from alignlab.config.run import EvaluationSettings, RunConfig
-from alignlab.config.trainers import GRPOConfig, OnPolicyDistillConfig, RLAIFConfig, SFTConfig
+from alignlab.config.trainers import GRPOConfig, OnlineDPOConfig, OnPolicyDistillConfig, RLAIFConfig, SFTConfig
 from alignlab.errors import ConfigError
 from tests.config.test_errors import RUN, message, run_message
 
@@ -265,6 +265,17 @@ def test_tokens_of_older_weights_must_be_weighted():
         rollout=servers | {"max_staleness": 1}, mismatch={"correction": "none"}
     )
     assert "max_staleness is not a setting" in grpo_message(rollout={"engine": "vllm", "max_staleness": 1})
+
+
+def test_a_quantized_engine_needs_a_correction():
+    quantized = {"engine": "vllm", "quantization": "fp8"}
+    text = grpo_message(rollout=quantized, mismatch={"correction": "none"})
+    assert "mismatch.correction is 'none', and must be another with rollout.quantization fp8" in text
+    assert GRPOConfig(rollout=quantized).mismatch.correction == "auto"
+    assert GRPOConfig(rollout=quantized | {"quantization": None}, mismatch={"correction": "none"})
+    text = message(OnlineDPOConfig, rollout=quantized)
+    assert "rollout.quantization is 'fp8', and must be null with a trainer that has no mismatch.correction" in text
+    assert "quantization" in grpo_message(rollout={"quantization": "fp8"})
 
 
 def test_own_choices_are_replayed_in_later_updates_only():

@@ -71,6 +71,40 @@ def test_torchrun_without_a_number_of_processes_says_how():
     assert told.returncode == 2 and "usage:" in told.stderr
 
 
+def torchrun_told(tmp_path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run torchrun.sh with a Python that says its GPUs and its arguments."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"\n')
+    python.chmod(0o755)
+    environment = {"ALIGNLAB_VENV": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1", "NNODES": "1"}
+    return bash("launch/torchrun.sh", *words, **environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus"),
+    [((), "0,1"), (("--gpus", "5,12"), "5,12"), (("--gpus", "GPU-8f-1,MIG-2"), "GPU-8f-1,MIG-2")],
+)
+def test_torchrun_starts_its_processes_on_the_chosen_gpus(words, gpus, tmp_path):
+    told = torchrun_told(tmp_path, *words, "2", "x.yaml", "trainer.seed=1")
+    assert told.stdout.startswith(f"{gpus} -m torch.distributed.run --standalone --nproc_per_node 2 "), told.stderr
+    assert told.stdout.endswith("-m alignlab train x.yaml trainer.seed=1\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "5", "2", "x.yaml"), "--gpus names 1 GPUs, and 2 processes need one each"),
+        (("--gpus", "2", "x.yaml"), "usage:"),
+        (("--gpus", "all", "2", "x.yaml"), "--gpus is 'all', and must be numbers or UUIDs of GPUs"),
+        (("--gpus", "", "2", "x.yaml"), "--gpus is '', and must be numbers or UUIDs of GPUs"),
+    ],
+)
+def test_torchrun_refuses_gpus_that_do_not_fit_its_processes(words, message, tmp_path):
+    told = torchrun_told(tmp_path, *words)
+    assert told.returncode == 2 and message in told.stderr
+
+
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """A tree with the real quickstart.sh, an environment that is set up, and a Python that says its arguments."""

@@ -31,6 +31,8 @@ VLLM, EMBEDDED = VLLMSettings(), RolloutSettings()
         (VLLM, torch.float32, True, Correction("none")),
         (VLLM, torch.bfloat16, False, Correction("token_tis", None, 2.0)),
         (VLLM, torch.bfloat16, True, Correction("icepop", 0.5, 5.0)),
+        (VLLMSettings(quantization="fp8"), torch.float32, False, Correction("token_tis", None, 2.0)),
+        (VLLMSettings(quantization="fp8"), torch.float16, True, Correction("icepop", 0.5, 5.0)),
     ],
 )
 def test_default_correction_fits_engine_precision_and_model(

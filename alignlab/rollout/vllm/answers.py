@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from alignlab.rollout.vllm.completions import Request, padded
 from alignlab.rollout.vllm.protocol import is_weights_version
-from alignlab.rollout.vllm.serialization import decode_routing
+from alignlab.rollout.vllm.serialization import decode_routing, decode_vllms_routing
 
 _ROUNDING = 1e-3  # the log-prob of a certain token may be computed as a little more than 0
 _MAX_EXPERTS_PER_TOKEN = 1024
@@ -122,22 +123,44 @@ def _span(span: Any, *, start: int, num_tokens: int) -> tuple[str, int]:
     return version, end - start
 
 
-def expert_choices(text: Any, num_tokens: int, *, layers: list[int], of_all_layers: bool) -> Tensor:
-    """Return the experts of each token, [num_tokens, len(layers), K] int16, -1 if they are unknown.
+def routed_experts(text: Any, num_tokens: int, layers: list[int]) -> Tensor:
+    """Return the experts of each token, [num_tokens, len(layers), K] int16, as vLLM's answer tells them.
 
     Args:
-        text: result of `encode_routing`.
+        text: experts in every layer of the model.
         layers: numbers of the layers with experts.
-        of_all_layers: the text holds every layer of the model, rather than those of `layers` alone.
     """
+    with _fault_of_the_record():
+        record = decode_vllms_routing(text)[:, layers]
+    return padded(_checked_record(record, layers), num_tokens)
+
+
+def recorded_experts(content: bytes, num_tokens: int, layers: list[int]) -> Tensor:
+    """Return the experts of each token, [num_tokens, len(layers), K] int16, -1 if unknown, as our recorder tells them.
+
+    Args:
+        content: result of `encode_routing`, of the layers with experts.
+        layers: numbers of these layers.
+    """
+    with _fault_of_the_record():
+        first, record = decode_routing(content)
+    if first > num_tokens:
+        raise FaultyAnswer(f"it tells no experts of the first {first} tokens, and there are {num_tokens}")
+    return padded(_checked_record(record, layers), num_tokens, first=first)
+
+
+@contextmanager
+def _fault_of_the_record() -> Iterator[None]:
     try:
-        record = decode_routing(text)
-        record = record[:, layers] if of_all_layers else record
+        yield
     except (ValueError, LookupError) as error:
         raise FaultyAnswer(f"it does not tell which experts it chose: {error}") from error
+
+
+def _checked_record(record: Tensor, layers: list[int]) -> Tensor:
     if record.shape[1] != len(layers) or record.shape[2] > _MAX_EXPERTS_PER_TOKEN:
         raise FaultyAnswer(f"it tells experts of the shape {tuple(record.shape)} for {len(layers)} layers")
-    return padded(record, num_tokens)
+    return record
 
 
 def _is_count(value: Any) -> bool:
@@ -159,4 +182,6 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
     "idle_s": _is_number,
     "identity": lambda value: isinstance(value, dict),
     "records_routing": lambda value: isinstance(value, bool),
+    "device": lambda value: isinstance(value, str),
+    "model_runner": lambda value: value in (1, 2),
 }

@@ -187,16 +187,25 @@ class VLLMServer:
         self, answer: Mapping[str, Any], choice: Mapping[str, Any], num_tokens: int, layers: list[int],
         limits: Mapping[str, Any],
     ) -> Tensor:
-        text = choice.get(_ROUTED)
-        if self.records_routing:
-            question = {"name": answer.get("request_id"), "layers": layers}
-            text = (await self._ask("POST", protocol.ROUTING_PATH, json=question, **limits)).get(_ROUTED)
-        return answers.expert_choices(text, num_tokens, layers=layers, of_all_layers=not self.records_routing)
+        if not self.records_routing:
+            return answers.routed_experts(choice.get(_ROUTED), num_tokens, layers)
+        question = {"name": answer.get("request_id"), "layers": layers}
+        reply = await self._reply("POST", protocol.ROUTING_PATH, json=question, **limits)
+        return answers.recorded_experts(reply.content, num_tokens, layers)
 
-    async def _ask(
-        self, method: str, path: str, *, deadline_s: float, max_bytes: int, **options: Any
-    ) -> dict[str, Any]:
-        """Send a request, and return the JSON object of the answer.
+    async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """Send a request, and return the JSON object of the answer; see `_reply`."""
+        reply = await self._reply(method, path, **options)
+        try:
+            answer = reply.json()
+        except ValueError as error:
+            raise ServerFaulty(f"its answer is not JSON: {reply.excerpt(self._token)!r}") from error
+        if not isinstance(answer, dict):
+            raise ServerFaulty(f"its answer is not an object: {reply.excerpt(self._token)!r}")
+        return answer
+
+    async def _reply(self, method: str, path: str, *, deadline_s: float, max_bytes: int, **options: Any) -> Reply:
+        """Send a request, and return the answer, of status 200.
 
         Args:
             deadline_s: from now to the end of the answer, a second try included.
@@ -212,13 +221,7 @@ class VLLMServer:
             raise ServerLost(f"{type(error).__name__}: {message}".rstrip(": ")) from error
         if reply.status != OK:
             raise self._failure(path, reply)
-        try:
-            answer = reply.json()
-        except ValueError as error:
-            raise ServerFaulty(f"its answer is not JSON: {reply.excerpt(self._token)!r}") from error
-        if not isinstance(answer, dict):
-            raise ServerFaulty(f"its answer is not an object: {reply.excerpt(self._token)!r}")
-        return answer
+        return reply
 
     async def _send(self, method: str, path: str, until: float, **options: Any) -> Reply:
         """Exchange a request; one that breaks off is sent again once.

@@ -54,10 +54,14 @@ class Answer:
     routing: Tensor | None
 
 
-def padded(record: Tensor, num_tokens: int) -> Tensor:
-    """Return a record [tokens, L, K] as int16, cut or padded with -1 to `num_tokens`."""
+def padded(record: Tensor, num_tokens: int, *, first: int = 0) -> Tensor:
+    """Return a record [tokens, L, K] as int16, cut or padded with -1 to `num_tokens`.
+
+    Args:
+        first: number of tokens before those of the record.
+    """
     result = torch.full((num_tokens, *record.shape[1:]), -1, dtype=torch.int16)
-    result[: len(record)] = record[:num_tokens].to(torch.int16)
+    result[first : first + len(record)] = record[: num_tokens - first].to(torch.int16)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import threading
@@ -25,11 +26,12 @@ from alignlab.models.hub.export import Model, write_base
 from alignlab.models.weight_view import WeightView
 from alignlab.rollout.requests import abandoned
 from alignlab.rollout.verification import check_arrived
-from alignlab.rollout.vllm.backend import Transfer
+from alignlab.rollout.vllm.backend import Transfer, num_always_verified
 from alignlab.rollout.vllm.completions import Answer, Request, padded
 from alignlab.rollout.vllm.installation import require_vllm
-from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, sync_adapter_only
-from alignlab.rollout.vllm.policy_weights import updated_weights
+from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, require_gpus, sync_adapter_only
+from alignlab.rollout.vllm.policy_weights import gather_weights, updated_weights
+from alignlab.rollout.vllm.sleep import Sleep
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 
 
@@ -42,12 +44,13 @@ class InProcessBackend:
         settings: vLLM's sizes, and how its weights are synced.
 
     Raises:
-        ConfigError: vLLM is missing or untested, the training has several ranks, or the adapter cannot be synced alone
-            as the settings ask.
+        ConfigError: vLLM is missing or untested, the training has several ranks, the machine has too few GPUs, or the
+            adapter cannot be synced alone as the settings ask.
     """
 
     _llm: LLM
     _sync: WeightSync
+    _sleep: Sleep
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMSettings) -> None:
         require_vllm("vllm")
@@ -60,14 +63,18 @@ class InProcessBackend:
         self._adapter_rank = checked_adapter_rank(model) if self.adapter_only else 0
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
-        self._is_asleep = False
+        if not self._on_cpu:
+            require_gpus(settings.tensor_parallel, torch.cuda.device_count())
         self._abandoned = threading.Event()
         self._num_puts = self._policy_version = 0
 
     def open(self) -> None:
         """Start vLLM on a checkpoint of the policy's base, which is deleted once it is loaded."""
+        if self._settings.tensor_parallel > 1:  # on a CPU, workers would want a memory node each
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
-        self._sync = AdapterSync() if self.adapter_only else FullSync()
+        # Of a model in parts, each worker is a process of its own.
+        self._sync = AdapterSync() if self.adapter_only else FullSync(by_file=self._settings.tensor_parallel > 1)
         with tempfile.TemporaryDirectory(prefix="alignlab-vllm-") as folder, _trainers_random_state_kept():
             write_base(self._model, Path(folder))
             self._tokenizer.save_pretrained(folder)
@@ -78,21 +85,19 @@ class InProcessBackend:
                     f"vLLM cannot run {type(self._lm).__name__}: {error}; use rollout.engine: embedded, or correct "
                     "rollout's sizes"
                 ) from error
-        self._is_asleep = self.is_verified = False
+        self.is_verified = False
+        self._sleep = Sleep(self._llm, level=self._sync.sleep_level, is_enabled=self._sleeps)
         if self._records_routing:
             self._llm.collective_rpc("alignlab_record_routing")
 
     def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
-        """Replace vLLM's weights; digests are compared every `digests_every_updates` calls."""
-        self._wake()
-        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
-        self._sync.load(self._llm, update, policy_version, attempt)
+        """Replace vLLM's weights; digests are compared at first, and every `digests_every_updates` calls."""
+        is_first = self._num_puts < num_always_verified(on_gpu=self.on_gpu)
+        is_due = is_first or self._num_puts % self._settings.digests_every_updates == 0
+        transfer = self._replace_weights(weights, policy_version, attempt, check_digests=is_due)
         self._policy_version = policy_version
-        self._llm.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
-        if self._num_puts % self._settings.digests_every_updates == 0:
-            check_arrived(update.digests(), self._sync.arrived(self._llm))
         self._num_puts += 1
-        return update.size
+        return transfer
 
     def members(self) -> Sequence[InProcessBackend]:
         """Return this vLLM."""
@@ -109,9 +114,7 @@ class InProcessBackend:
 
     def rest(self) -> None:
         """Put vLLM to sleep until the next call, where the settings say so."""
-        if self._sleeps and not self._is_asleep:
-            self._llm.sleep(level=1)
-            self._is_asleep = True
+        self._sleep.begin()
 
     def abandon(self) -> None:
         """Make the call in flight raise before its next step."""
@@ -128,14 +131,46 @@ class InProcessBackend:
         return {}
 
     @property
+    def on_gpu(self) -> bool:
+        """True if vLLM, like the policy, is on a GPU."""
+        return not self._on_cpu
+
+    @property
+    def model_runner(self) -> int:
+        """Number of the model runner that vLLM uses."""
+        return 2 if self._llm.llm_engine.vllm_config.use_v2_model_runner else 1
+
+    @property
     def _records_routing(self) -> bool:
         """True where our recorder keeps the experts chosen; vLLM's own needs a GPU."""
         return bool(self._sparse_layers) and self._on_cpu
 
+    def _replace_weights(
+        self, weights: WeightView, policy_version: int, attempt: int, *, check_digests: bool
+    ) -> Transfer:
+        """Load weights while the KV cache is not allocated: its room is enough for a merged copy of the weights."""
+        self._sleep.wake_weights()
+        transfer = self._load(weights, policy_version, attempt, check_digests=check_digests)
+        self._sleep.wake_cache()
+        self._llm.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
+        return transfer
+
+    def _load(self, weights: WeightView, policy_version: int, attempt: int, *, check_digests: bool) -> Transfer:
+        """Load weights, of which no copy is left at the end."""
+        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
+        self._sync.load(self._llm, update, policy_version, attempt)
+        if check_digests:
+            check_arrived(update.digests(), self._sync.arrived(self._llm))
+        self._sleep.lacks_weights = False
+        return update.size
+
     def _wake(self) -> None:
-        if self._is_asleep:
-            self._llm.wake_up()
-            self._is_asleep = False
+        """Make vLLM able to generate from the weights of the last update."""
+        if self._sleep.lacks_weights:  # the policy's are still the same
+            weights = gather_weights(self._model, adapter_only=False)
+            self._replace_weights(weights, self._policy_version, 0, check_digests=True)
+        self._sleep.wake_weights()
+        self._sleep.wake_cache()
 
     @contextmanager
     def _can_be_abandoned(self) -> Iterator[None]:
@@ -176,7 +211,8 @@ class InProcessBackend:
             return [None] * len(outputs)
         if self._records_routing:
             names = [request.request_id for request in outputs]
-            [records] = self._llm.collective_rpc("alignlab_take_routing", args=(names, self._sparse_layers))
+            workers = self._llm.collective_rpc("alignlab_take_routing", args=(names, self._sparse_layers))
+            records = workers[0]  # every worker of a model in parts computes the whole router
         else:
             all_layers = [torch.from_numpy(request.outputs[0].routed_experts) for request in outputs]
             records = [experts[:, self._sparse_layers] for experts in all_layers]

@@ -24,6 +24,7 @@ from alignlab.errors import ConfigError, RolloutError
 from alignlab.network.addresses import listens_beyond
 from alignlab.rollout.vllm.access import server_token
 from alignlab.rollout.vllm.client import is_healthy
+from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE, pinned_model_runner
 from alignlab.rollout.vllm.protocol import SERVED_NAME, TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -98,14 +99,16 @@ class ServerProcess:
 
 
 def make_server(
-    address: str, folder: Path, options: Mapping[str, Any], *, device: str | None = None
+    address: str, folder: Path, options: Mapping[str, Any], *, devices: str | None = None,
+    num_threads: int | None = None,
 ) -> ServerProcess:
     """Return a server of a checkpoint folder, not yet started.
 
     Args:
         address: http://HOST:PORT, of this machine.
         options: options of vLLM's engine, by their names in Python.
-        device: value of CUDA_VISIBLE_DEVICES; default: this process's.
+        devices: value of CUDA_VISIBLE_DEVICES; default: this process's.
+        num_threads: of each of the server's processes, unless OMP_NUM_THREADS says it; default: as many as cores.
 
     Raises:
         ConfigError: the port is in use, or the address is not this machine's.
@@ -125,10 +128,16 @@ def make_server(
         "uvicorn_log_level": "warning", "disable_uvicorn_access_log": True, "disable_fastapi_docs": True,
         "use_tqdm_on_load": False,
     }
-    environment = os.environ | _defaults() | {TOKEN_VARIABLE: server_token(), "VLLM_PLUGINS": _plugins()}
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    return ServerProcess(address, [sys.executable, "-m", _MODULE, *_flags(all_options)], environment)
+    command = [sys.executable, "-m", _MODULE, *_flags(all_options)]
+    return ServerProcess(address, command, server_environment(devices, num_threads) | {TOKEN_VARIABLE: server_token()})
+
+
+def server_environment(devices: str | None = None, num_threads: int | None = None) -> dict[str, str]:
+    """Return the environment of a server's process, without the token; see `make_server`."""
+    own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    if num_threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        own["OMP_NUM_THREADS"] = str(num_threads)
+    return os.environ | _defaults() | own | {"VLLM_PLUGINS": _plugins()}
 
 
 def keep_running(servers: Sequence[ServerProcess], report: Callable[[str], None]) -> None:
@@ -228,7 +237,7 @@ def _defaults() -> dict[str, str]:
     """Return environment variables without usage statistics, and with threads that do not spin while they wait."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "passive",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONWARNINGS": "ignore", MODEL_RUNNER_VARIABLE: pinned_model_runner(),
     }
     return {name: value for name, value in defaults.items() if name not in os.environ}
 

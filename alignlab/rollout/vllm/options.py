@@ -16,9 +16,13 @@ from alignlab.models.adapters import has_adapters
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
+MEMORY_FRAC = 0.9
+"""Fraction of a device's memory for a server that has the device for itself."""
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
+_FP8_CAPABILITY = (8, 9)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -32,16 +36,19 @@ def engine_options(
         on_cpu: vLLM runs on a CPU.
 
     Raises:
-        ConfigError: neither the settings nor the model limit the context.
+        ConfigError: neither the settings nor the model limit the context, the model cannot be spread or quantized as
+            the settings ask, or vLLM's model runner does not return experts.
     """
     lm = causal_lm(model)
+    _check_tensor_parallel(lm, settings.tensor_parallel)
+    check_quantization(settings, lm.dtype)
     context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
         "dtype": _DTYPES[lm.dtype],
         "max_model_len": context_tokens,
         "max_num_seqs": settings.max_running,
         "max_num_batched_tokens": max(settings.prefill_tokens, context_tokens),
-        "gpu_memory_utilization": settings.memory_frac,
+        "gpu_memory_utilization": settings.memory_frac or MEMORY_FRAC,
         "enforce_eager": on_cpu if settings.eager is None else settings.eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
@@ -54,12 +61,59 @@ def engine_options(
         # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
         options["enable_chunked_prefill"] = False
     elif getattr(lm.config, "sparse_layers", ()):
+        check_returns_experts()
         options["enable_return_routed_experts"] = True
+    if settings.tensor_parallel > 1:
+        options |= {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "mp"}
+    if settings.quantization is not None:
+        options["quantization"] = settings.quantization
     if settings.block_size is not None:
         options["block_size"] = settings.block_size
     if settings.cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
     return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
+
+
+def check_quantization(settings: VLLMSettings | VLLMServerSettings, dtype: torch.dtype | None = None) -> None:
+    """Raise unless this machine's vLLM can quantize weights as the settings ask.
+
+    Args:
+        dtype: the model's; None: not known yet.
+
+    Raises:
+        ConfigError: with the device or the dtype that cannot.
+    """
+    if settings.quantization is None:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"rollout.quantization is {settings.quantization}, and must be null on a CPU, for which vLLM has no fp8; "
+            "remove it"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"rollout.quantization is {settings.quantization}, and must be null on a GPU of compute capability "
+            f"{'.'.join(map(str, capability))}, which has no fp8 (8.9 and over have it); remove it"
+        )
+    if dtype == torch.float32:
+        raise ConfigError(
+            f"rollout.quantization is {settings.quantization}, and must be null for a model in float32, which vLLM "
+            "does not quantize; use model.dtype: bfloat16, or remove it"
+        )
+
+
+def require_gpus(num_needed: int, num_visible: int) -> None:
+    """Raise if a vLLM is to be spread over more GPUs than there are.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if num_needed > num_visible:
+        raise ConfigError(
+            f"rollout.tensor_parallel is {num_needed}, and this process sees {num_visible} GPUs; use {num_visible} or "
+            "less, or name more in CUDA_VISIBLE_DEVICES"
+        )
 
 
 def context_limit(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> int:
@@ -85,7 +139,7 @@ def sync_adapter_only(settings: VLLMSettings | VLLMServerSettings, model: Model,
     """
     if settings.sync != "auto":
         return settings.sync == "adapter"
-    return not on_cpu and can_sync_adapter_only(model)
+    return not on_cpu and settings.tensor_parallel == 1 and can_sync_adapter_only(model)
 
 
 def can_sync_adapter_only(model: Model) -> bool:
@@ -106,6 +160,16 @@ def checked_adapter_rank(model: Model) -> int:
         raise ConfigError(f"rollout.sync is adapter, and the adapter {obstacle}; use rollout.sync: merged")
     config: Any = model.peft_config[model.active_adapter]
     return int(config.r)
+
+
+def _check_tensor_parallel(lm: PreTrainedModel, size: int) -> None:
+    heads = getattr(lm.config.get_text_config(), "num_attention_heads", None)
+    if heads is not None and heads % size:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(
+            f"rollout.tensor_parallel is {size}, and must divide the model's {heads} attention heads; use one of "
+            f"{', '.join(map(str, divisors))}"
+        )
 
 
 def _sync_options(adapter_rank: int, *, num_adapters: int) -> dict[str, Any]:

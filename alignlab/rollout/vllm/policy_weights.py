@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alignlab.models.adapters import adapter_state_names
 from alignlab.models.decoder import causal_lm
-from alignlab.models.fingerprints import tensor_digests
 from alignlab.models.hub.export import Model, adapter_tensors, merged_tensors
+from alignlab.models.sync_digests import sync_digests
 from alignlab.models.weight_view import HeldWeights, WeightView, view_of, whole_tensors
 from alignlab.rollout.verification import adapter_digests
 from alignlab.rollout.vllm.backend import Transfer
@@ -42,7 +42,7 @@ class PolicyWeights:
     def digests(self) -> dict[str, str]:
         """Return the digest of each tensor as vLLM has to report it, by vLLM's names."""
         if self.adapter_config is None:
-            return tensor_digests(self.tensors)
+            return sync_digests(self.tensors)
         assert isinstance(self.model, PeftModel)
         return adapter_digests(self.model, self.tensors, causal_lm(self.model).dtype)
 

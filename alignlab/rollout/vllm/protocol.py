@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from alignlab.errors import RolloutError
 from alignlab.files.digests import fast_digest
 
 TOKEN_VARIABLE = "ALIGNLAB_SERVER_TOKEN"
@@ -71,6 +72,28 @@ def model_identity(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
     tokens = f"{len(tokenizer)} tokens, digest {fast_digest([vocabulary])}"
     return {name: getattr(text_config, name, None) for name in _SHAPE} | {"dtype": dtype, "vocabulary": tokens}
+
+
+def digests_of_workers(workers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the digests of the tensors that all of vLLM's workers loaded.
+
+    Each worker is given every tensor whole, and keeps its part.
+
+    Args:
+        workers: digests by tensor's name, of each worker.
+
+    Raises:
+        RolloutError: with the first worker that loaded other tensors than the one before it.
+    """
+    first = dict(workers[0])
+    for number, digests in enumerate(workers[1:], start=1):
+        differing = sorted(name for name, _ in first.items() ^ digests.items())
+        if differing:
+            raise RolloutError(
+                f"the rollout engine's weights are not the policy's: of vLLM's {len(workers)} workers, worker {number} "
+                f"loaded another tensor {differing[0]} than worker 0; no step was taken with it"
+            )
+    return first
 
 
 def digest_of_all(digests: Mapping[str, str]) -> str:

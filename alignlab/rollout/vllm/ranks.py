@@ -1,14 +1,23 @@
-"""The ranks of a training that share vLLM's servers: the first one sends weights for all."""
+"""The ranks of a training that share vLLM's servers: the first one sends weights for all.
+
+What they tell each other travels in the host's memory by gloo: by NCCL, a flag would wait for all work of the GPU.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import cast
 
 import torch
 
 from alignlab.errors import RolloutError
+
+_LONGEST_UPDATE = timedelta(hours=24)
+"""Limit on the wait for the first rank to send weights; not meant to act, as the ranks' watchdog ends a lost rank."""
+_host_groups: dict[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup] = {}  # by the group of all ranks
 
 
 def this_rank() -> int:
@@ -17,14 +26,14 @@ def this_rank() -> int:
 
 
 @contextmanager
-def first_rank_first(device: torch.device) -> Iterator[None]:
+def first_rank_first() -> Iterator[None]:
     """Run the body on the first rank, then on the others; every rank enters it together.
 
     Raises:
         RolloutError: on the other ranks, without running their body: the first rank's body raised.
     """
     if this_rank() > 0:
-        if not _on_all_ranks(True, device):
+        if not _on_all_ranks(True):
             raise RolloutError("the first rank could not update vLLM's weights; see its message")
         yield
         return
@@ -33,21 +42,33 @@ def first_rank_first(device: torch.device) -> Iterator[None]:
         yield
         succeeded = True
     finally:
-        _on_all_ranks(succeeded, device)  # the others wait for this
+        _on_all_ranks(succeeded)  # the others wait for this
 
 
-def shared_random_name(device: torch.device) -> str:
-    """Return 16 random hexadecimal digits, the same on all ranks."""
-    number = torch.tensor(secrets.randbits(62), device=device)
+def shared_random_name() -> str:
+    """Return 16 random hexadecimal digits, the same on all ranks, which call this together."""
+    number = torch.tensor(secrets.randbits(62))
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast(number, 0)
+        torch.distributed.broadcast(number, 0, group=_host_group())
     return f"{int(number):016x}"
 
 
-def _on_all_ranks(flag: bool, device: torch.device) -> bool:
+def _on_all_ranks(flag: bool) -> bool:
     """Return True if the flag is True on every rank."""
     if not torch.distributed.is_initialized():
         return flag
-    value = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+    value = torch.tensor(int(flag))
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN, group=_host_group())
     return bool(value)
+
+
+def _host_group() -> torch.distributed.ProcessGroup:
+    """Return a group of all ranks for tensors in the host's memory; the first call is collective."""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if torch.distributed.get_backend(world) == "gloo":
+        return world
+    if world not in _host_groups:
+        group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_UPDATE)
+        _host_groups[world] = cast(torch.distributed.ProcessGroup, group)
+    return _host_groups[world]

@@ -1,4 +1,4 @@
-"""Serialization of weights (safetensors) and of expert choices (numpy's format in base64). Nothing is unpickled."""
+"""Serialization of weights (safetensors) and of expert choices (numpy's format). Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from alignlab.rollout.vllm.private_folders import temporary_folder
 _ADAPTER_CONFIG = "adapter_config"
 _MAX_CONFIG_CHARACTERS = 2**20
 _MAX_EXPERT = 2**15 - 1
+_FIRST_BYTES = 4
 
 
 @contextmanager
@@ -62,24 +63,48 @@ def adapter_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def encode_routing(record: Tensor) -> str:
-    """Return expert choices [tokens, L, K] as text, in the format of vLLM's own answers."""
+def encode_routing(record: Tensor) -> bytes:
+    """Return expert choices [tokens, L, K] int16, -1 if unknown, as bytes.
+
+    They are the number of tokens without a record before the first with one, in 4 bytes, and the choices of all tokens
+    from there on in numpy's format: in one byte each, if all are known and below 256.
+    """
+    choices = record.numpy()
+    [known] = np.nonzero((choices >= 0).any(axis=(1, 2)))
+    first = int(known[0]) if len(known) else len(choices)
+    rest = choices[first:]
+    fits_in_a_byte = rest.size > 0 and rest.min() >= 0 and rest.max() < 256
     buffer = io.BytesIO()
-    np.save(buffer, record.numpy(), allow_pickle=False)
-    return base64.b64encode(buffer.getvalue()).decode()
+    np.save(buffer, rest.astype(np.uint8) if fits_in_a_byte else rest, allow_pickle=False)
+    return first.to_bytes(_FIRST_BYTES, "little") + buffer.getvalue()
 
 
-def decode_routing(text: Any) -> Tensor:
-    """Return the expert choices [tokens, L, K] int16 of a text from `encode_routing`.
+def decode_routing(content: bytes) -> tuple[int, Tensor]:
+    """Return (number of tokens without a record, choices of those after them [tokens, L, K] int16).
 
-    No memory is allocated for a shape that the text has no bytes for.
+    Args:
+        content: result of `encode_routing`.
+
+    Raises:
+        ValueError: the content is not in that format.
+    """
+    return int.from_bytes(content[:_FIRST_BYTES], "little"), _choices(content[_FIRST_BYTES:])
+
+
+def decode_vllms_routing(text: Any) -> Tensor:
+    """Return the expert choices [tokens, all layers, K] int16 of an answer of vLLM's: numpy's format in base64.
 
     Raises:
         ValueError: the text is not in that format.
     """
     if not isinstance(text, str):
         raise ValueError("experts must be told in base64")
-    buffer = io.BytesIO(base64.b64decode(text, validate=True))
+    return _choices(base64.b64decode(text, validate=True))
+
+
+def _choices(content: bytes) -> Tensor:
+    """Return a record in numpy's format as int16; a shape that the content has no bytes for allocates no memory."""
+    buffer = io.BytesIO(content)
     version = np.lib.format.read_magic(buffer)
     if version != (1, 0):
         raise ValueError(f"experts must be told in numpy's format 1.0, and are in {version[0]}.{version[1]}")

@@ -15,6 +15,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
+from alignlab.models.sync_digests import ALGORITHM
 from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
@@ -38,11 +39,13 @@ class ServerRequirements:
         identity: `model_identity` of the trainer's model.
         context_tokens: prompt and completion together that a server must take.
         adapter_rank: of the adapter that is sent alone; 0 if all weights are sent; None while that is undecided.
+        quantization: of a server's weights.
     """
 
     identity: Mapping[str, Any]
     context_tokens: int
     adapter_rank: int | None = None
+    quantization: str | None = None
 
     def check(self, address: str, about: Mapping[str, Any]) -> None:
         """Raise if a server cannot generate for this run.
@@ -62,6 +65,16 @@ class ServerRequirements:
                 )
         if not {"context_tokens", "lora_rank"} <= about.keys():
             raise ConfigError(f"the server {address} does not tell its sizes; start it with this version of alignlab")
+        if about.get("digest_algorithm") != ALGORITHM:
+            raise ConfigError(
+                f"the server {address} digests weights by {about.get('digest_algorithm')!s:.40}, and must by "
+                f"{ALGORITHM}; start it with this version of alignlab"
+            )
+        if about.get("quantization") != self.quantization:
+            raise ConfigError(
+                f"the server {address} has the quantization {about.get('quantization')!s:.40}, and must have the "
+                f"config's ({self.quantization}); start it from the trainer's config: bash launch/serve_vllm.sh CONFIG"
+            )
         if about["context_tokens"] < self.context_tokens:
             raise ConfigError(
                 f"the server {address} takes {about['context_tokens']} tokens of prompt and completion, and must take "
@@ -95,6 +108,8 @@ class ServerBackend:
     """
 
     _pool: ServerPool
+    on_gpu: bool
+    model_runner: int
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMServerSettings) -> None:
         if unties(model):
@@ -106,14 +121,15 @@ class ServerBackend:
         self._model, self._settings = model, settings
         self._sparse_layers: list[int] = list(getattr(lm.config, "sparse_layers", ()))
         self._requirements = ServerRequirements(
-            model_identity(lm.config, tokenizer, str(lm.dtype).removeprefix("torch.")), context_limit(lm, settings)
+            model_identity(lm.config, tokenizer, str(lm.dtype).removeprefix("torch.")), context_limit(lm, settings),
+            quantization=settings.quantization,
         )
         self._sent_file = ExitStack()  # until the next update: a server that returns is sent the file again
 
     @cached_property
     def _run(self) -> str:
         """Name of this run among those that use the servers; the ranks agree on it when they open the servers."""
-        return shared_random_name(self._model.device)
+        return shared_random_name()
 
     def open(self) -> None:
         """Wait for the servers, and check that they run this model."""
@@ -125,6 +141,8 @@ class ServerBackend:
         try:
             descriptions = self._pool.open()
             self._requirements.adapter_rank = self._choose_adapter_rank(descriptions.values())
+            self.on_gpu = any(about.get("device") != "cpu" for about in descriptions.values())
+            self.model_runner = max(about["model_runner"] for about in descriptions.values())
             for address, about in descriptions.items():
                 self._requirements.check(address, about)
         except BaseException:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 from vllm import LLM
@@ -10,6 +11,8 @@ from vllm.lora.request import LoRARequest
 
 from alignlab.rollout.vllm.inside import transfer
 from alignlab.rollout.vllm.policy_weights import PolicyWeights
+from alignlab.rollout.vllm.protocol import digests_of_workers
+from alignlab.rollout.vllm.serialization import weights_file
 
 
 class WeightSync(Protocol):
@@ -17,9 +20,11 @@ class WeightSync(Protocol):
 
     Attributes:
         lora_request: adapter that vLLM has to generate with; None for vLLM's own weights.
+        sleep_level: level of vLLM's sleep between updates: 1 moves weights to the host, 2 drops them.
     """
 
     lora_request: LoRARequest | None
+    sleep_level: int
 
     def load(self, llm: LLM, weights: PolicyWeights, policy_version: int, attempt: int) -> None:
         """Let vLLM generate from `weights` from now on; see `Backend.put_weights` for the numbers."""
@@ -31,29 +36,47 @@ class WeightSync(Protocol):
 
 
 class FullSync:
-    """Replaces every tensor of the checkpoint, through vLLM's interface for weight updates."""
+    """Replaces every tensor of the checkpoint, through vLLM's interface for weight updates.
+
+    Args:
+        by_file: vLLM's workers are processes of their own, and read a file in memory.
+    """
 
     lora_request: LoRARequest | None = None
+    sleep_level = 2
+    """vLLM drops its weights while it sleeps: the next update brings them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_file: bool) -> None:
         transfer.register()
+        self._by_file = by_file
 
     def load(self, llm: LLM, weights: PolicyWeights, policy_version: int, attempt: int) -> None:
         """Replace all weights."""
-        key = f"policy-{policy_version}-{attempt}"
-        with transfer.offering(key, weights.tensors):
+        with self._offered(weights, f"policy-{policy_version}-{attempt}") as key:
             llm.start_weight_update()
             llm.update_weights({"update_info": {"key": key}})
             llm.finish_weight_update(str(policy_version))
 
     def arrived(self, llm: LLM) -> Mapping[str, str]:
-        """Return the digests of the tensors as vLLM's loader took them."""
-        [digests] = llm.collective_rpc("alignlab_arrived")
-        return dict(digests)
+        """Return the digests of the tensors as the loaders of vLLM's workers took them."""
+        return digests_of_workers(llm.collective_rpc("alignlab_arrived"))
+
+    @contextmanager
+    def _offered(self, weights: PolicyWeights, name: str) -> Iterator[str]:
+        """Offer tensors to vLLM's workers within this context; yield the key."""
+        if self._by_file:
+            with weights_file(weights.tensors, None) as path:
+                yield f"{transfer.FILE}{path}"
+        else:
+            with transfer.offering(name, weights.tensors):
+                yield name
 
 
 class AdapterSync:
     """Loads the adapter under a name that was never used: vLLM finds cached prefixes by the adapter's name."""
+
+    sleep_level = 1
+    """The base under the adapter is not sent again."""
 
     def __init__(self) -> None:
         self.lora_request: LoRARequest | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +18,14 @@ from alignlab.models.empty import is_empty
 from alignlab.models.hub.export import Model
 from alignlab.rollout.policy_version import changed_weights, check_advances, weights_stamp
 from alignlab.rollout.requests import check_prompts, length_limits, sampling_of_prompts
-from alignlab.rollout.verification import GATES, CanaryGap, canary_gap, check_canary
-from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer
+from alignlab.rollout.verification import CanaryGap, canary_gap, check_canary, default_gate
+from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer, num_always_verified
 from alignlab.rollout.vllm.completions import Answer, Request, make_completion, make_requests
 from alignlab.rollout.vllm.policy_weights import gather_weights
-from alignlab.rollout.vllm.ranks import first_rank_first
+from alignlab.rollout.vllm.ranks import first_rank_first, this_rank
 from alignlab.types import Prompt, Rollout, SamplingParams
 
 _CANARY_SEED = 20_812
-_ALWAYS_VERIFIED = 2
 Answers = Callable[[Sequence[Request]], Sequence[Answer]]
 
 
@@ -88,6 +88,9 @@ class VerifiedEngine:
         except BaseException:
             self.close()
             raise
+        if this_rank() == 0:
+            text = f"alignlab: rollouts by vLLM, on model runner V{self._backend.model_runner}"
+            print(text, file=sys.stderr, flush=True)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams]
@@ -141,9 +144,9 @@ class VerifiedEngine:
             self._backend.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return the largest gap of the last canary, nats, and the backend's figures."""
+        """Return the largest gap of the last canary, nats, vLLM's model runner, and the backend's figures."""
         gap = {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}
-        return gap | self._backend.metrics()
+        return gap | {"engine/model_runner": float(self._backend.model_runner)} | self._backend.metrics()
 
     def _sync(self, policy_version: int) -> None:
         self._num_attempts += 1
@@ -155,7 +158,7 @@ class VerifiedEngine:
                 self._is_open = True
             # Before the ranks enter one after another, because a gathered tensor needs all ranks at once.
             weights = gather_weights(self._model, adapter_only=self._backend.adapter_only)
-            with first_rank_first(self._lm.device):
+            with first_rank_first():
                 transfer = self._backend.put_weights(weights, policy_version, self._num_attempts)
                 gap = self._verify()
         except BaseException as error:
@@ -173,10 +176,11 @@ class VerifiedEngine:
     def _verify(self) -> CanaryGap | None:
         """Compare vLLM's log-probs with the trainer's; return the largest gap, None where no canary is due.
 
-        The first two updates are always verified: a reload bug of vLLM shows from the second load on.
+        The first updates are always verified, see `num_always_verified`.
         """
         number, members = self._num_updates, self._backend.members()
-        is_due = number < _ALWAYS_VERIFIED or number % self._settings.canary_every_updates == 0
+        is_first = number < num_always_verified(on_gpu=self._backend.on_gpu)
+        is_due = is_first or number % self._settings.canary_every_updates == 0
         if not members or (not is_due and all(member.is_verified for member in members)):
             return None
         gaps = []
@@ -202,7 +206,8 @@ class VerifiedEngine:
         prompts = [Prompt(tuple(row), "") for row in ids.tolist()]
         sampling = SamplingParams(max_new_tokens=settings.canary_new_tokens, ignore_eos=True, seed=_CANARY_SEED)
         gap = canary_gap(self._model, self._generate(prompts, sampling, answers))
-        check_canary(gap, GATES[self._lm.dtype] if settings.canary_gate is None else settings.canary_gate)
+        default = default_gate(self._lm.dtype, settings.quantization)
+        check_canary(gap, default if settings.canary_gate is None else settings.canary_gate)
         return gap
 
     def _generate(

@@ -80,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         about: dict[str, Any] = {"version": server.version, "digest": digest_of_all({}), "idle_s": 1e9}
+        about |= {"device": "cpu", "model_runner": 1}
         self._send(server.change_description(about | {"identity": {"vocab_size": 10}, "records_routing": False}))
 
     def do_PUT(self) -> None:

@@ -16,10 +16,11 @@ import torch
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.vllm import client, launch, pool, protocol
+from alignlab.rollout.vllm.answers import FaultyAnswer, recorded_experts
 from alignlab.rollout.vllm.client import ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.completions import Request
 from alignlab.rollout.vllm.launch import ServerProcess, make_server
-from alignlab.rollout.vllm.serialization import decode_routing, encode_routing
+from alignlab.rollout.vllm.serialization import decode_routing, decode_vllms_routing, encode_routing
 from tests.network.hostile_server import Answer, always, endless, hostile_server, response
 from tests.rollout.vllm.conftest import free_address
 from tests.rollout.vllm.stand_in import requests, weights
@@ -106,7 +107,7 @@ def test_where_every_server_is_faulty_the_run_ends_with_the_reason(
     [
         b"<html>It works!</html>", {}, [], {"version": 7}, {"idle_s": "long"}, {"idle_s": float("nan")},
         {"digest": None}, {"records_routing": "no"}, {"identity": []}, {"version": "../x"}, {"lora_rank": -1},
-        {"context_tokens": True},
+        {"context_tokens": True}, {"device": 0}, {"model_runner": 3},
     ],
 )  # fmt: skip
 def test_a_server_with_an_invalid_description_counts_as_missing(about: Any, start: Any, connect: Any) -> None:
@@ -180,44 +181,80 @@ def test_the_token_is_in_no_message() -> None:
         assert "you sent ***" in str(error) and TOKEN not in str(error) and "\x1b" not in str(error)
 
 
-def in_numpys_format(shape: str, values: bytes = b"", dtype: str = "<i2") -> str:
+def in_numpys_format(shape: str, values: bytes = b"", dtype: str = "<i2") -> bytes:
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values
+
+
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def as_text(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def pickled() -> str:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+UNREADABLE = [
+    b"", b"AAA", pickled(), pickle.dumps([]), in_numpys_format("(1000000, 1000000, 8)"),
+    in_numpys_format("(-1, -1, 1)", b"  "), in_numpys_format("(1,)", b"  "),
+    in_numpys_format("(1, 1, 1)", b"\xfe\xff"), in_numpys_format("(1, 1, 1)", b" " * 4, "<f4"),
+    in_numpys_format("(1, 1, 1)", b"\xff\xff\xff\x7f", "<i4"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        None, 7, "", "!!!!", "AAAA", pickled(), base64.b64encode(pickle.dumps([])).decode(),
-        in_numpys_format("(1000000, 1000000, 8)"), in_numpys_format("(-1, -1, 1)", b"  "),
-        in_numpys_format("(1,)", b"  "), in_numpys_format("(1, 1, 1)", b"\xfe\xff"),
-        in_numpys_format("(1, 1, 1)", b" " * 4, "<f4"),
-        in_numpys_format("(1, 1, 1)", b"\xff\xff\xff\x7f", "<i4"),
-    ],
-)  # fmt: skip
-def test_unreadable_experts_raise_and_allocate_nothing(text: Any) -> None:
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_unreadable_experts_raise_and_allocate_nothing(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        decode_routing(text)
+        decode_routing(bytes(4) + content)
+    with pytest.raises(ValueError, match=r"\w"):
+        decode_vllms_routing(as_text(content))
+
+
+@pytest.mark.parametrize("text", [None, 7, "!!!!"])
+def test_experts_that_are_no_text_in_base64_raise(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        decode_vllms_routing(text)
 
 
 @pytest.mark.parametrize("shape", ["(3, 0, 2)", "(0, 1, 1000000000)"])
 def test_experts_of_another_shape_are_a_faulty_answer(shape: str, start: Any, connect: Any) -> None:
     bad, good = start(), start()
-    record = encode_routing(torch.zeros(3, 1, 2, dtype=torch.int16))
     servers = connect(bad, good, layers=[0])
     for server in (bad, good):
-        server.change_answer = of_choice(routed_experts=record)
+        server.change_answer = of_choice(routed_experts=as_text(in_numpys_format("(3, 1, 2)", bytes(12))))
     assert servers.answers(requests(1))[0].routing.shape == (3, 1, 2)
-    bad.change_answer = of_choice(routed_experts=in_numpys_format(shape))
+    bad.change_answer = of_choice(routed_experts=as_text(in_numpys_format(shape)))
     assert servers.answers(requests(1))[0].routing.shape == (3, 1, 2)
     assert servers.counts["faulty"] == 1
+
+
+@pytest.mark.parametrize(
+    ("num_unknown", "num_experts", "hole", "num_bytes"),
+    [(0, 256, False, 1), (5, 256, False, 1), (9, 8, False, 0), (0, 257, False, 2), (2, 8, True, 2)],
+)
+def test_recorded_experts_arrive_as_they_were_sent(
+    num_unknown: int, num_experts: int, hole: bool, num_bytes: int
+) -> None:
+    record = torch.arange(9 * 3 * 2).view(9, 3, 2).fmod(num_experts).to(torch.int16)
+    record[:num_unknown] = -1
+    record[-1:] = -1 if num_unknown == 9 else num_experts - 1
+    record[6, 1] = -1 if hole or num_unknown == 9 else 0
+    content = encode_routing(record)
+    assert torch.equal(recorded_experts(content, 9, [0, 4, 7]), record)
+    assert torch.equal(recorded_experts(content, 10, [0, 4, 7])[:9], record)
+    numbers = (9 - num_unknown) * 3 * 2
+    assert len(content) == 4 + 128 + num_bytes * numbers
+
+
+def test_a_record_that_begins_after_the_last_token_is_a_faulty_answer() -> None:
+    content = encode_routing(torch.zeros(3, 1, 2, dtype=torch.int16))
+    assert recorded_experts(content, 3, [0]).shape == (3, 1, 2)
+    with pytest.raises(FaultyAnswer, match="tells no experts of the first 4 tokens, and there are 3"):
+        recorded_experts((4).to_bytes(4, "little") + content[4:], 3, [0])
+    with pytest.raises(FaultyAnswer, match="does not tell which experts it chose"):
+        recorded_experts(content[:3], 3, [0])
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.vllm import ranks
 from alignlab.rollout.vllm.ranks import first_rank_first, shared_random_name
 
-CPU = torch.device("cpu")
 
-
-def run_rank(rank: int, folder: Path) -> None:
+def run_rank(rank: int, folder: Path, backend: str) -> None:
     """Enter two bodies, of which the first one raises on rank 0; write what happened to a file."""
     rendezvous = f"file://{folder / 'rendezvous'}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.distributed.get_backend = lambda group: backend
     events: list[str] = []
     for body in ("raises", "succeeds"):
         try:
-            with first_rank_first(CPU):
+            with first_rank_first():
                 events.append(body)
                 if rank == 1:
                     assert (folder / f"{body}-0").exists(), "rank 1 runs its body before rank 0 has ended its own"
@@ -31,27 +31,32 @@ def run_rank(rank: int, folder: Path) -> None:
                     raise ValueError
         except (ValueError, RolloutError) as error:
             events.append(type(error).__name__)
-    result = {"events": events, "name": shared_random_name(CPU)}
+    own_group = ranks._host_group() is not torch.distributed.group.WORLD
+    assert ranks._host_group() is ranks._host_group()
+    result = {"events": events, "name": shared_random_name(), "own_group": own_group}
     (folder / f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_the_first_rank_comes_first_and_its_error_reaches_the_others(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_the_first_rank_comes_first_and_its_error_reaches_the_others(backend: str, tmp_path: Path) -> None:
+    """By a group of gloo beside one of NCCL, which takes no tensors in the host's memory."""
+    torch.multiprocessing.spawn(run_rank, (tmp_path, backend), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["events"] == ["raises", "ValueError", "succeeds"]
     assert second["events"] == ["RolloutError", "succeeds"]
     assert first["name"] == second["name"] and len(first["name"]) == 16
+    assert first["own_group"] == second["own_group"] == (backend == "nccl")
 
 
 def test_one_process_needs_no_process_group() -> None:
     def fail() -> Any:
-        with first_rank_first(CPU):
+        with first_rank_first():
             raise ValueError
 
-    with first_rank_first(CPU):
+    with first_rank_first():
         pass
     with pytest.raises(ValueError):
         fail()
-    assert shared_random_name(CPU) != shared_random_name(CPU)
+    assert shared_random_name() != shared_random_name()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,7 +242,7 @@ def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPa
     engine, _ = engines("dense")
 
     def dies(self: Any, tensors: Any) -> Any:
-        for number, item in enumerate(tensors.items()):
+        for number, item in enumerate(tensors):
             if number == 7:
                 raise OSError("connection lost")
             yield item
@@ -260,27 +262,113 @@ def test_syncing_an_adapter_alone_without_one_is_refused(make_vllm: Make) -> Non
         make_vllm(make_model(DENSE), sync="adapter")
 
 
-def test_vllm_sleeps_after_rest_until_the_next_call(
-    engines: Any, make_vllm: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def awake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """Return a function that lets an engine sleep, with vLLM's calls replaced, and returns the calls in their order.
+
+    A CPU's vLLM refuses to sleep. What level 2 drops is overwritten with zeros.
+    """
+
+    def prepare(engine: Any) -> list[str]:
+        from alignlab.rollout.vllm.sleep import Sleep
+
+        backend, calls = engine._backend, []
+        llm, sync = backend._llm, backend._sync
+
+        def sleep(level: int) -> None:
+            calls.append(f"sleep {level}")
+            if level == 2:
+                llm.apply_model(lambda model: [weight.data.zero_() for weight in model.parameters()] and None)
+
+        def noted(owner: Any, name: str) -> None:
+            call = getattr(owner, name)
+
+            def note_and_call(*args: Any, **options: Any) -> Any:
+                calls.append(name)
+                return call(*args, **options)
+
+            monkeypatch.setattr(owner, name, note_and_call)
+
+        monkeypatch.setattr(llm, "sleep", sleep)
+        monkeypatch.setattr(llm, "wake_up", lambda tags: calls.append(f"wake {tags}"))
+        for owner, name in ((sync, "load"), (llm, "reset_prefix_cache"), (llm, "generate")):
+            noted(owner, name)
+        monkeypatch.setattr(backend, "_sleep", Sleep(llm, level=sync.sleep_level, is_enabled=True))
+        return calls
+
+    return prepare
+
+
+WAKE = ["wake ['weights']", "load", "wake ['kv_cache']", "reset_prefix_cache"]
+
+
+def test_weights_that_an_update_replaces_are_dropped_in_sleep_and_the_cache_comes_after_them(
+    engines: Any, awake: Any
 ) -> None:
-    """The sleep mode of a GPU, with vLLM's calls replaced: on a CPU vLLM refuses it."""
     engine, model = engines("dense")
-    calls: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._backend._llm, "sleep", lambda level: calls.append(f"sleep {level}"))
-        patch.setattr(engine._backend._llm, "wake_up", lambda: calls.append("wake"))
-        engine.rest()
-        assert calls == []
-        patch.setattr(engine._backend, "_sleeps", True)
-        engine.rest()
-        engine.rest()
-        assert calls == ["sleep 1"]
-        engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
-        engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
-        assert calls == ["sleep 1", "wake"]
-        engine.rest()
-        engine.update_weights(engine.policy_version + 1)
-        assert calls == ["sleep 1", "wake"] * 2
+    calls = awake(engine)
+    engine.rest()
+    engine.rest()
+    assert calls == ["sleep 2"]
+    shake(model)
+    engine.update_weights(engine.policy_version + 1)
+    assert calls == ["sleep 2", *WAKE, "generate"], "the canary generates"
+    assert engine.last_sync.gap.largest < 5e-5
+    engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
+    assert calls[-1] == "generate" and len(calls) == 7
+
+
+def test_dropped_weights_are_sent_again_if_no_update_comes_before_the_next_call(engines: Any, awake: Any) -> None:
+    engine, _ = engines("dense")
+    sampling = SamplingParams(max_new_tokens=6, ignore_eos=True, seed=1)
+    before = flat(engine.generate(make_prompts(9), sampling))
+    calls = awake(engine)
+    engine.rest()
+    assert flat(engine.generate(make_prompts(9), sampling)) == before
+    assert calls == ["sleep 2", *WAKE, "generate"]
+
+
+def test_an_adapters_base_moves_to_the_host_in_sleep(engines: Any, awake: Any) -> None:
+    engine, _ = engines("adapter")
+    calls = awake(engine)
+    engine.rest()
+    engine.update_weights(engine.policy_version + 1)
+    assert calls == ["sleep 1", *WAKE, "generate"]
+    engine.rest()
+    engine.generate(make_prompts(3), SamplingParams(max_new_tokens=2))
+    assert calls[6:] == ["sleep 1", "wake ['weights']", "wake ['kv_cache']", "generate"]
+
+
+def test_the_merged_copy_is_gone_before_the_cache_is_allocated(
+    make_vllm: Make, awake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_lora(make_model(DENSE), LoraSettings(rank=4))
+    engine = make_vllm(model, sync="merged")
+    calls = awake(engine)
+    merged: list[Any] = []
+    load = engine._backend._sync.load
+
+    def load_and_watch(llm: Any, weights: Any, *args: Any) -> None:
+        policy = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        copies = [t for t in weights.tensors.values() if t.untyped_storage().data_ptr() not in policy]
+        merged.extend(weakref.ref(tensor) for tensor in copies)
+        load(llm, weights, *args)
+
+    def wake_up(tags: list[str]) -> None:
+        calls.append(f"wake {tags}")
+        if tags == ["kv_cache"]:
+            gc.collect()
+            assert len(merged) == 7 * 2 and not any(tensor() is not None for tensor in merged)
+
+    monkeypatch.setattr(engine._backend._sync, "load", load_and_watch)
+    monkeypatch.setattr(engine._backend._llm, "wake_up", wake_up)
+    engine.rest()
+    engine.update_weights(engine.policy_version + 1)
+    assert calls == ["sleep 2", *WAKE, "generate"]
+
+
+def test_a_cpu_refuses_sleep(engines: Any, make_vllm: Make) -> None:
+    _, model = engines("dense")
     with pytest.raises(ConfigError, match=r"(?s)vLLM cannot run .*[Ss]leep mode"):
         make_vllm(model, sleep=True)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import State
 from transformers import AutoTokenizer
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -29,6 +29,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 
+from alignlab.models.sync_digests import ALGORITHM
 from alignlab.rollout.vllm import protocol
 from alignlab.rollout.vllm.inside import uploads
 from alignlab.rollout.vllm.inside.asgi import Refusal
@@ -76,6 +77,7 @@ class ServedWeights:
         self._engine, self._models = engine, state.openai_serving_models
         self._config: Any = engine.model_config
         self._lora: Any = state.vllm_config.lora_config
+        self._uses_v2_model_runner = bool(state.vllm_config.use_v2_model_runner)
         self._adapters: dict[str, PrivateFolder] = {}
         self._update_lock, self._upload_lock = asyncio.Lock(), asyncio.Lock()
         self._max_upload_bytes = uploads.max_upload_bytes(Path(args.model))
@@ -104,9 +106,13 @@ class ServedWeights:
         return {
             "version": self.version,
             "digest": self.digest,
+            "digest_algorithm": ALGORITHM,
+            "device": current_platform.device_type,
+            "model_runner": 2 if self._uses_v2_model_runner else 1,
             "idle_s": 1e9 if self.is_released else time.monotonic() - TokenGuard.last_used,
             "identity": self._identity,
             "context_tokens": self._config.max_model_len,
+            "quantization": self._config.quantization,
             "lora_rank": self._lora.max_lora_rank if self._lora else 0,
             "records_routing": self.records_routing,
         }
@@ -134,10 +140,10 @@ class ServedWeights:
                 folder.cleanup()
         return arrived
 
-    async def routing(self, name: str, layers: list[int]) -> str:
-        """Return and forget the experts chosen for a request, as text."""
-        [text] = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
-        return str(text)
+    async def routing(self, name: str, layers: list[int]) -> bytes:
+        """Return and forget the experts chosen for a request, see `encode_routing`."""
+        workers = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
+        return bytes(workers[0])  # every worker of a model in parts computes the whole router
 
     async def _load_all(self, version: str, path: Path) -> dict[str, str]:
         engine = self._engine
@@ -148,12 +154,12 @@ class ServedWeights:
             await engine.finish_weight_update(version)
             if not await engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("the prefix cache could not be dropped")
-            [arrived] = await engine.collective_rpc("alignlab_arrived")
+            arrived = protocol.digests_of_workers(await engine.collective_rpc("alignlab_arrived"))
         except BaseException:
             await engine.pause_generation(mode="abort")  # paused requests would wait for ever
             raise
         await engine.resume_generation()
-        return dict(arrived)
+        return arrived
 
     async def _load_adapter(self, version: str, folder: PrivateFolder, config: dict[str, Any]) -> dict[str, str]:
         (Path(folder.name) / "adapter_config.json").write_text(json.dumps(config))
@@ -213,11 +219,12 @@ async def put_weights(version: str, request: Request) -> JSONResponse:
 
 
 @router.post(protocol.ROUTING_PATH)
-async def post_routing(request: Request) -> JSONResponse:
+async def post_routing(request: Request) -> Response:
     """Answer with the experts chosen for one request."""
     try:
         name, layers = uploads.parse_routing_question(await request.body())
-        return JSONResponse({"routed_experts": await request.app.state.alignlab.routing(name, layers)})
+        experts = await request.app.state.alignlab.routing(name, layers)
+        return Response(experts, media_type="application/octet-stream")
     except Refusal as refusal:
         return JSONResponse({"error": refusal.message}, refusal.status)
     except Exception as error:  # no such request, or no such layer

@@ -6,7 +6,7 @@ whole process. The trainer may use that class in the same process, so vLLM gets 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from transformers import AutoModel
 from vllm.config import VllmConfig
@@ -20,6 +20,12 @@ class ServedConfig(PolicyConfig):
     """A `PolicyConfig` whose model is `ServedModel`."""
 
     model_type = "alignlab_served_policy"
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        f"layers.*.mlp.{block}{layer}": "rowwise" if layer == "down_proj" else "colwise"
+        for block in ("", "shared_experts.")
+        for layer in ("gate_proj", "up_proj", "down_proj")
+    }
+    """Parts of linear layers by worker, where several share the model; vLLM finds those of attention and experts."""
 
 
 class ServedModel(PolicyModel):

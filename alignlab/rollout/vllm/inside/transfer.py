@@ -6,13 +6,14 @@ vLLM creates the transfer engine in its worker, and calls its start, update and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -22,13 +23,14 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from alignlab.models.fingerprints import tensor_digest
+from alignlab.models.sync_digests import PendingDigests
 from alignlab.rollout.vllm.inside import patches
 from alignlab.rollout.vllm.private_folders import require_private
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
 MEMORY = "memory:"
 FILE = "file:"
+Named = Iterable[tuple[str, Tensor]]
 Offer = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 _offers: dict[str, Offer] = {}
 
@@ -44,12 +46,23 @@ def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
 
 
 def offered(key: str) -> Offer:
-    """Return (tensors, adapter's config) offered under a key, or of a safetensors file under file:PATH."""
+    """Return (tensors, adapter's config) offered under a key."""
+    return _offers[key]
+
+
+def named_tensors(key: str, device: torch.device) -> Named:
+    """Yield (name, tensor) of what is offered under a key, or of a safetensors file under file:PATH.
+
+    Tensors of a file are read one at a time, to the device that they are bound for.
+    """
     if not key.startswith(FILE):
-        return _offers[key]
+        yield from offered(key)[0].items()
+        return
     path = Path(key.removeprefix(FILE))
     require_private(path)
-    return load_file(path), {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  the file is no mapping
+            yield name, file.get_tensor(name).to(device)
 
 
 @dataclass
@@ -68,7 +81,7 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads the tensors of a checkpoint from this process's memory, or from a file.
 
     Attributes:
-        arrived: digest of every tensor that the model's loader took in the last update, by name.
+        arrived: digests of every tensor that the model's loader took in the last update.
     """
 
     init_info_cls = InitInfo
@@ -76,21 +89,20 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.arrived: dict[str, str] = {}
+        self.arrived = PendingDigests()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Do nothing: there is no connection."""
 
     def start_weight_update(self) -> None:
         """Prepare the model for another load."""
-        self.arrived = {}
+        self.arrived = PendingDigests()
         patches.before_update(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load all tensors, and note their digests."""
-        tensors, _ = offered(update_info.key)
-        self.model.load_weights(self._with_digests(tensors))
+        self.model.load_weights(self._with_digests(named_tensors(update_info.key, self.device)))
 
     def finish_weight_update(self) -> None:
         """Complete the load, and apply the patches."""
@@ -100,10 +112,10 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         """Do nothing: nothing is held between updates."""
 
-    def _with_digests(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _with_digests(self, tensors: Named) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors, each digested when the loader takes it; a tensor that it never takes has no digest."""
-        for name, tensor in tensors.items():
-            self.arrived[name] = tensor_digest(tensor)
+        for name, tensor in tensors:
+            self.arrived.add(name, tensor)
             yield name, tensor
 
 

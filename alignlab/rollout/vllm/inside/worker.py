@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-from alignlab.models.fingerprints import tensor_digest
+from alignlab.models.sync_digests import sync_digests
 from alignlab.rollout.vllm.inside.routing import RoutingRecorder
 from alignlab.rollout.vllm.inside.transfer import MEMORY, offered
 from alignlab.rollout.vllm.serialization import encode_routing
@@ -30,7 +31,8 @@ class WorkerExtension:
 
     def alignlab_arrived(self) -> dict[str, str]:
         """Return the digest of every tensor that the last weight update loaded, by name."""
-        return dict(self.weight_transfer_engine.arrived)
+        digests: dict[str, str] = self.weight_transfer_engine.arrived.read()
+        return digests
 
     def alignlab_record_routing(self) -> None:
         """Record the experts chosen from now on."""
@@ -40,8 +42,8 @@ class WorkerExtension:
         """Return and forget the experts chosen for the tokens of each request."""
         return self.alignlab_recorder.take(request_ids, layers)
 
-    def alignlab_send_routing(self, request_id: str, layers: list[int]) -> str:
-        """Return and forget the experts chosen for one request, as text."""
+    def alignlab_send_routing(self, request_id: str, layers: list[int]) -> bytes:
+        """Return and forget the experts chosen for one request, as bytes."""
         return encode_routing(self.alignlab_recorder.take([request_id], layers)[0])
 
     def alignlab_take_adapters_from_memory(self) -> None:
@@ -57,16 +59,20 @@ class WorkerExtension:
         manager = self.model_runner.lora_manager._adapter_manager
         slot = manager.lora_index_to_id.index(adapter_id)
         rank = manager.get_adapter(adapter_id).rank
-        digests = {}
+        matrices: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in manager.modules.items():
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 continue
             module_names = manager.packed_modules.get(name, [name])
             for part_name, down, up in zip(module_names, module.lora_a_stacked, module.lora_b_stacked, strict=True):
-                if down[slot].any():  # zeros mean that the adapter has no matrices for this module
-                    digests[f"{part_name}.lora_A"] = tensor_digest(down[slot, 0, :rank])
-                    digests[f"{part_name}.lora_B"] = tensor_digest(up[slot, 0, :, :rank])
-        return digests
+                matrices[part_name] = down[slot, 0, :rank], up[slot, 0, :, :rank]
+        are_present = torch.stack([down.any() for down, _ in matrices.values()]).tolist()
+        return sync_digests({
+            f"{name}.{letter}": matrix
+            for (name, pair), is_present in zip(matrices.items(), are_present, strict=True)
+            for letter, matrix in zip(("lora_A", "lora_B"), pair, strict=True)
+            if is_present  # zeros mean that the adapter has no matrices for this module
+        })
 
 
 def _from_memory(manager: Any, from_disk: Callable[[LoRARequest], LoRAModel]) -> Callable[[LoRARequest], LoRAModel]:

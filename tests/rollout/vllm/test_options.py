@@ -1,0 +1,95 @@
+"""Options that vLLM is started with, and settings that it could not run; these tests need no vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config.model import LoraSettings
+from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
+from alignlab.errors import ConfigError
+from alignlab.models.adapters import add_lora
+from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
+from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
+from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
+from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, make_model
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that pretends a GPU of a compute capability."""
+
+    def pretend(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return pretend
+
+
+@pytest.mark.parametrize("kind", [VLLMSettings, VLLMServerSettings])
+def test_one_gpu_needs_no_option_and_several_are_vllms_workers(kind: Any) -> None:
+    model = make_model(DENSE)
+    assert "tensor_parallel_size" not in engine_options(kind(), model, adapter_rank=0, on_cpu=True)
+    options = engine_options(kind(tensor_parallel=2), model, adapter_rank=0, on_cpu=True)
+    assert options["tensor_parallel_size"] == 2 and options["distributed_executor_backend"] == "mp"
+
+
+def test_heads_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 3, and must divide the model's 2 .* one of 1, 2"):
+        engine_options(VLLMSettings(tensor_parallel=3), make_model(DENSE), adapter_rank=0, on_cpu=True)
+
+
+def test_an_adapter_is_merged_where_several_workers_would_hold_parts_of_it() -> None:
+    policy = add_lora(make_model(DENSE), LoraSettings(rank=4))
+    assert sync_adapter_only(VLLMSettings(), policy, on_cpu=False)
+    assert not sync_adapter_only(VLLMSettings(tensor_parallel=2), policy, on_cpu=False)
+    with pytest.raises(ConfigError, match=r"sync is .*adapter.* merged or auto with tensor_parallel 2"):
+        VLLMSettings(tensor_parallel=2, sync="adapter")
+
+
+def test_fp8_is_an_option_of_vllm_on_a_gpu_that_has_it(gpu: Any) -> None:
+    gpu(8, 9)
+    model = make_model(DENSE, dtype=torch.bfloat16)
+    options = engine_options(VLLMSettings(quantization="fp8"), model, adapter_rank=0, on_cpu=False)
+    assert options["quantization"] == "fp8"
+    assert "quantization" not in engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)
+
+
+def test_fp8_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
+    settings = VLLMSettings(quantization="fp8")
+    check_quantization(VLLMSettings())
+    with pytest.raises(ConfigError, match=r"rollout\.quantization is fp8, and must be null on a CPU"):
+        check_quantization(settings)
+    gpu(8, 0)
+    with pytest.raises(ConfigError, match=r"on a GPU of compute capability 8\.0, which has no fp8"):
+        check_quantization(settings)
+    gpu(9, 0)
+    check_quantization(settings, torch.bfloat16)
+    with pytest.raises(ConfigError, match="for a model in float32, which vLLM does not quantize"):
+        check_quantization(settings, torch.float32)
+
+
+def test_the_canarys_gate_is_wider_for_a_quantized_engine() -> None:
+    assert default_gate(torch.bfloat16, None) == GATES[torch.bfloat16] < default_gate(torch.bfloat16, "fp8") == FP8_GATE
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    require_gpus(2, 2)
+    with pytest.raises(ConfigError, match="tensor_parallel is 4, and this process sees 2 GPUs; use 2 or less"):
+        require_gpus(4, 2)
+
+
+def test_a_mixture_on_a_gpu_needs_the_model_runner_that_returns_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(QWEN3_MOE)
+    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "1")
+    assert engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)["enable_return_routed_experts"]
+    monkeypatch.setenv(MODEL_RUNNER_VARIABLE, "0")
+    with pytest.raises(ConfigError, match=f"{MODEL_RUNNER_VARIABLE} is 0, and must be 1 for a mixture of experts"):
+        engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)
+    for options in (
+        engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=True),
+        engine_options(VLLMSettings(), make_model(DENSE), adapter_rank=0, on_cpu=False),
+    ):
+        assert "enable_return_routed_experts" not in options

@@ -1,0 +1,41 @@
+"""A server that cannot generate for a run is refused with what differs and what to do; these tests need no vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignlab.errors import ConfigError
+from alignlab.models.sync_digests import ALGORITHM
+from alignlab.rollout.vllm.servers import ServerRequirements
+
+ABOUT: dict[str, Any] = {
+    "identity": {"dtype": "float32"}, "context_tokens": 64, "lora_rank": 0, "digest_algorithm": ALGORITHM,
+}
+
+
+def test_a_server_with_all_properties_is_accepted() -> None:
+    ServerRequirements({"dtype": "float32"}, 64, adapter_rank=0).check("http://here", ABOUT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identity": {"dtype": "bfloat16"}}, r"has dtype bfloat16, and must have the trainer's \(float32\)"),
+        ({"context_tokens": 63}, "takes 63 tokens of prompt and completion, and must take 64"),
+        ({"lora_rank": 8}, "was started for adapters of rank 8, and must be ready for all weights"),
+        ({"digest_algorithm": "crc"}, f"digests weights by crc, and must by {ALGORITHM}; start it with this version"),
+        ({"quantization": "fp8"}, r"has the quantization fp8, and must have the config's \(None\)"),
+        ({"digest_algorithm": None}, "digests weights by None"),
+    ],
+)
+def test_the_property_that_differs_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the server http://here {message}"):
+        ServerRequirements({"dtype": "float32"}, 64, adapter_rank=0).check("http://here", ABOUT | change)
+
+
+def test_a_server_that_tells_no_sizes_is_refused() -> None:
+    about = {name: value for name, value in ABOUT.items() if name != "lora_rank"}
+    with pytest.raises(ConfigError, match="does not tell its sizes; start it with this version of alignlab"):
+        ServerRequirements({"dtype": "float32"}, 64).check("http://here", about)
