@@ -28,6 +28,7 @@ from alignlab.loop.inputs import (
 )
 from alignlab.loop.preflight import warn_of_truncation, with_room
 from alignlab.loop.reward_checks import check_rewards
+from alignlab.rollout.engine_choice import chosen_engine
 from alignlab.scoring.reward_model import bind_rewards, check_reward_ids
 from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Prompt
@@ -42,6 +43,7 @@ class OnlineInputs:
         prompts: those that the model has room for, with their completions.
         train, eval: where the prompts and the held-out ones come from; None without held-out data.
         held_out: the problems on which accuracy is measured.
+        config: with the engine that was chosen, where it names none.
     """
 
     accelerator: Accelerator
@@ -52,6 +54,7 @@ class OnlineInputs:
     held_out: HeldOutProblems
     train: GivenData
     eval: GivenData | None
+    config: OnlineConfig
 
     @property
     def render_settings(self) -> RenderSettings:
@@ -86,12 +89,14 @@ def resolve_online_inputs(
     uses_rewards = config.takes_rewards == "needed" or bool(reward_funcs)
     rewards = RewardRunner(resolve_rewards(reward_funcs) if uses_rewards else [], config.reward_limits)
     model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+    engine = chosen_engine(config.rollout, model, accelerator.device)
+    config = config.model_copy(update={"rollout": engine})
     prompts = with_room(resolve_prompts(train, tokenizer), model, config, train.settings, tokenizer=tokenizer)
     check_rewards(rewards, prompts, config)
     held_out = held_out_problems(
         evaluation, rewards.rewards, config.sampling, config.rollout, needed=eval_data is not None
     ).read(eval_data, model, tokenizer)
-    return OnlineInputs(accelerator, model, tokenizer, prompts, rewards, held_out, train, eval_data)
+    return OnlineInputs(accelerator, model, tokenizer, prompts, rewards, held_out, train, eval_data, config)
 
 
 def bind_reward_models(inputs: OnlineInputs, config: OnlineConfig) -> None:
