@@ -132,6 +132,7 @@ def _train(
 ) -> RunSummary:
     with watched_set_up():
         trainer = make_trainer(config, model, tokenizer)
+    config = config.model_copy(update={"trainer": trainer.config})  # with the engine that was chosen
     trainer.identity.add_run(config)
     trainer.describe_run(
         RunDescription(

@@ -75,6 +75,8 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     yield "data", data_line(checked)
     yield "eval data", held_out_line(checked)
     yield from checked.preflight.beside.items()
+    if checked.preflight.engine:
+        yield "engine", f"{checked.preflight.engine} samples completions"
     if checked.preflight.memory:
         yield "memory", _memory_line(checked.preflight.memory)
     for line in reward_lines(checked):

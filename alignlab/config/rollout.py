@@ -151,7 +151,35 @@ class VLLMServerSettings(_VLLMSettings):
         return self
 
 
-EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings
+class AutoEngineSettings(Frozen):
+    """The engine that fits: vLLM in this process where one rank trains on a GPU, vLLM is installed and the model is of
+    a Hub family; elsewhere the embedded one. The log and `alignlab check` say which and why, the run records it, and a
+    resumed run with another outcome has another `engine`. Fields are those that both engines share."""
+
+    on_resume = OnResume.MAY_CHANGE
+    engine: Recorded[Literal["auto"]] = "auto"
+    max_running: int = Field(128, ge=1)
+    """Sequences decoded together."""
+    prefill_tokens: int = Field(2048, ge=1)
+    """Prompt tokens computed in one step."""
+    block_size: int | None = Field(None, ge=1)
+    """Tokens in a block of the KV cache; default: the engine's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_fields_of_one_engine(cls, raw: Any) -> Any:
+        for name in raw if isinstance(raw, dict) else ():
+            owners = [kind for kind in (RolloutSettings, VLLMSettings) if name in kind.model_fields]
+            if owners and name not in cls.model_fields:
+                engines = " or ".join(kind.model_fields["engine"].default for kind in owners)
+                raise BrokenRule(
+                    name, raw[name], "be left out with engine: auto, which takes what both engines share",
+                    f"remove it, or use engine: {engines}",
+                )
+        return raw
+
+
+EngineSettings = RolloutSettings | VLLMSettings | VLLMServerSettings | AutoEngineSettings
 RolloutEngineSettings = Annotated[EngineSettings, Field(discriminator="engine")]
 
 

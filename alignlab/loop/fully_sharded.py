@@ -54,8 +54,9 @@ class FullySharded(SingleProcess):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         spread = [rows_of(gradient)[0] for gradient in gradients if isinstance(gradient, DTensor)]
         whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        squares = self._ranks.sum(_sum_of_squares(spread, self._ranks.device)) + _sum_of_squares(whole, self._ranks.device)
-        norm = math.sqrt(value) if (value := float(squares)) >= 0 else math.nan
+        device = self._ranks.device
+        squares = float(self._ranks.sum(_sum_of_squares(spread, device)) + _sum_of_squares(whole, device))
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
         factor = max_norm / (norm + _CLIP_EPSILON)
         for gradient in [*spread, *whole] if factor < 1 else ():
             gradient.mul_(factor)

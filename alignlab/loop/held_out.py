@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import RenderSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMServerSettings, VLLMSettings
+from alignlab.config.rollout import EngineSettings, SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.errors import ConfigError
 from alignlab.evaluation.evaluate import check_problems, evaluate
@@ -38,7 +38,7 @@ class HeldOutProblems:
     scorer: LoadedReward | None
     settings: EvaluationSettings
     sampling: SamplingSettings
-    rollout: RolloutSettings | VLLMSettings | VLLMServerSettings
+    rollout: EngineSettings
 
     def __bool__(self) -> bool:
         return bool(self.prompts)
@@ -88,7 +88,7 @@ class HeldOutProblems:
 
 def held_out_problems(
     settings: EvaluationSettings | None, rewards: Sequence[LoadedReward], sampling: SamplingSettings,
-    rollout: RolloutSettings | VLLMSettings | VLLMServerSettings, *, needed: bool,
+    rollout: EngineSettings, *, needed: bool,
 ) -> HeldOutProblems:
     """Return scorer and settings of the evaluation, without problems: `HeldOutProblems.read` adds them.
 

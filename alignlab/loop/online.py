@@ -87,6 +87,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             eval_render_settings=eval_render_settings, tokenizer=tokenizer, peft_config=peft_config,
             evaluation=evaluation,
         )
+        config = inputs.config
         make_algorithm: Any = self.algorithm_class  # each takes (config, inputs) alone
         self.algorithm: Algorithm = make_algorithm(config, inputs)
         super().__init__(
@@ -123,7 +124,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         """Return the prompts, the scorer and the models beside the policy."""
         return Preflight(
             self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside,
-            self.predicted_memory(),
+            self.predicted_memory(), self.config.rollout.engine,
         )
 
     @property

@@ -29,6 +29,7 @@ from alignlab.loop.inputs import (
 from alignlab.loop.preflight import warn_of_truncation, with_room
 from alignlab.loop.reward_checks import check_rewards
 from alignlab.models.shards import shard_root
+from alignlab.rollout.engine_choice import chosen_engine
 from alignlab.scoring.reward_model import bind_rewards, check_reward_ids
 from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Prompt
@@ -43,6 +44,7 @@ class OnlineInputs:
         prompts: those that the model has room for, with their completions.
         train, eval: where the prompts and the held-out ones come from; None without held-out data.
         held_out: the problems on which accuracy is measured.
+        config: with the engine that was chosen, where it names none.
     """
 
     accelerator: Accelerator
@@ -53,6 +55,7 @@ class OnlineInputs:
     held_out: HeldOutProblems
     train: GivenData
     eval: GivenData | None
+    config: OnlineConfig
 
     @property
     def render_settings(self) -> RenderSettings:
@@ -87,12 +90,14 @@ def resolve_online_inputs(
     uses_rewards = config.takes_rewards == "needed" or bool(reward_funcs)
     rewards = RewardRunner(resolve_rewards(reward_funcs) if uses_rewards else [], config.reward_limits)
     model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+    engine = chosen_engine(config.rollout, model, accelerator.device)
+    config = config.model_copy(update={"rollout": engine})
     prompts = with_room(resolve_prompts(train, tokenizer), model, config, train.settings, tokenizer=tokenizer)
     check_rewards(rewards, prompts, config)
     held_out = held_out_problems(
         evaluation, rewards.rewards, config.sampling, config.rollout, needed=eval_data is not None
     ).read(eval_data, model, tokenizer)
-    return OnlineInputs(accelerator, model, tokenizer, prompts, rewards, held_out, train, eval_data)
+    return OnlineInputs(accelerator, model, tokenizer, prompts, rewards, held_out, train, eval_data, config)
 
 
 def bind_reward_models(inputs: OnlineInputs, config: OnlineConfig) -> None:
@@ -102,8 +107,8 @@ def bind_reward_models(inputs: OnlineInputs, config: OnlineConfig) -> None:
         ConfigError: a prompt holds a token that a reward model has no embedding for.
     """
     rewards = inputs.rewards.rewards
-    # A prefetch thread scores while the policy trains, and ranks score different numbers of packs, for which they cannot
-    # gather weights together: then a reward model needs weights of its own.
+    # A reward model needs weights of its own where a prefetch thread scores while the policy trains, and where ranks,
+    # which score different numbers of packs, would have to gather the policy's together.
     share = max_staleness(config.rollout) == 0 and shard_root(inputs.model) is None
     bind_rewards(rewards, inputs.model, inputs.tokenizer, share=share)
     check_reward_ids(rewards, inputs.prompts, inputs.tokenizer)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.data import RenderSettings
-from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMServerSettings, VLLMSettings
+from alignlab.config.rollout import EngineSettings, RolloutSettings, SamplingSettings
 from alignlab.data.dataset import keep
 from alignlab.data.vocabulary import check_ids
 from alignlab.errors import ConfigError
@@ -32,6 +32,7 @@ class Preflight:
         scorer: decides which answers to held-out prompts are right; None where nothing does.
         beside: description of each model beside the policy, by its part, such as "teacher".
         memory: predicted bytes on the device of each rank, by part; empty where they are not known.
+        engine: name of the engine that samples; empty where nothing samples.
     """
 
     train: Sequence[Any]
@@ -39,6 +40,7 @@ class Preflight:
     scorer: LoadedReward | None = None
     beside: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
+    engine: str = ""
 
 
 class Samples(Protocol):
@@ -50,7 +52,7 @@ class Samples(Protocol):
         ...
 
     @property
-    def rollout(self) -> RolloutSettings | VLLMSettings | VLLMServerSettings:
+    def rollout(self) -> EngineSettings:
         """Settings of the engine."""
         ...
 
@@ -59,7 +61,7 @@ class SampledBy(NamedTuple):
     """Settings of sampling outside of a trainer."""
 
     sampling: SamplingSettings
-    rollout: RolloutSettings | VLLMSettings | VLLMServerSettings
+    rollout: EngineSettings
 
 
 class _Limit(NamedTuple):
@@ -118,7 +120,7 @@ def _within(
 def _limits(model: Any, config: Samples, whose: str) -> list[_Limit]:
     """Return the limits of the model and of the engine, those that exist."""
     engine_limit = "cache_tokens" if isinstance(config.rollout, RolloutSettings) else "context_tokens"
-    positions, engine_tokens = num_positions(model), getattr(config.rollout, engine_limit)
+    positions, engine_tokens = num_positions(model), getattr(config.rollout, engine_limit, None)
     limits = [] if positions is None else [_Limit(positions, f"{whose}'s {positions:g} positions")]
     if engine_tokens is not None:
         limits.append(_Limit(engine_tokens, f"rollout.{engine_limit} ({engine_tokens})"))

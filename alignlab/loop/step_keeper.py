@@ -1,8 +1,9 @@
 """The last completed step of a run: kept so that rank 0 can save it alone, whatever fails later, on whichever rank.
 
 At the end of a step the ranks gather all that a checkpoint needs beside the weights. From then on rank 0 can write the
-checkpoint without another rank; of weights that are spread over ranks, each rank writes its part. The live weights are those of the last completed step until an update of the next step
-changes them; after that the copy is saved, if there is one. See `alignlab/runs/README.md`.
+checkpoint without another rank; of weights that are spread over ranks, each rank writes its part. The live weights are
+those of the last completed step until an update of the next step changes them; after that the copy is saved, if there
+is one. See `alignlab/runs/README.md`.
 """
 
 from __future__ import annotations

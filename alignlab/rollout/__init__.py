@@ -1,6 +1,7 @@
 """Rollouts: completions sampled from the policy.
 
     engine          the protocol of all engines, and the engine that the settings name
+    engine_choice   the engine that `auto` takes
     requests        checks of prompts and parameters, random keys, end tokens
     policy_version  versions of the weights, and weights that changed without one
     verification    digests and canaries: an engine runs on the trainer's weights

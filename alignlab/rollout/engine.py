@@ -8,8 +8,10 @@ from typing import Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings, VLLMSettings
+from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.engine_choice import chosen_engine
 from alignlab.rollout.vllm.installation import require_vllm
 from alignlab.rollout.vllm.options import check_quantization
 from alignlab.types import Prompt, Rollout, SamplingParams
@@ -86,6 +88,7 @@ def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: Engi
         ConfigError: vLLM is to run in this process, and is missing or of an untested version; or no server runs this
             model.
     """
+    settings = chosen_engine(settings, model, causal_lm(model).device)
     if isinstance(settings, RolloutSettings):
         return EmbeddedEngine(model, tokenizer, settings)
     from alignlab.rollout.vllm.verified_engine import VerifiedEngine
@@ -94,6 +97,7 @@ def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: Engi
         from alignlab.rollout.vllm.servers import ServerBackend
 
         return VerifiedEngine(model, tokenizer, settings, ServerBackend(model, tokenizer, settings))
+    assert isinstance(settings, VLLMSettings)
     check_engine(settings)
     from alignlab.rollout.vllm.in_process import InProcessBackend
 

@@ -31,7 +31,7 @@ _STARTS = "first_rows"
 class _Place(NamedTuple):
     path: Path
     start: int
-    count: int
+    num_rows: int
 
 
 class TensorGroup(Mapping[str, Tensor]):
@@ -57,7 +57,7 @@ class TensorGroup(Mapping[str, Tensor]):
                 self._places[name].append(_Place(path, starts.get(name, 0), shape[0] if shape else 1))
                 longer = self._shapes.setdefault(name, list(shape))
                 if shape:
-                    longer[0] = sum(place.count for place in self._places[name])
+                    longer[0] = sum(place.num_rows for place in self._places[name])
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a whole tensor."""
@@ -67,7 +67,7 @@ class TensorGroup(Mapping[str, Tensor]):
         """Return rows `start` to `stop` of a tensor, from the files that hold some of them."""
         parts = []
         for place in self._places[name]:
-            first, last = max(start, place.start), min(stop, place.start + place.count)
+            first, last = max(start, place.start), min(stop, place.start + place.num_rows)
             if first < last or start == stop:
                 with safe_open(place.path, "pt") as file:
                     parts.append(file.get_slice(name)[first - place.start : max(last, first) - place.start])
@@ -125,11 +125,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
 def load_rows(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
     """Copy a tensor of a group into another of its shape: all of it, or the rows that this rank holds of `target`."""
     rows, start = rows_of(target)
-    if rows is target or not isinstance(tensors, TensorGroup):
-        rows.copy_(rows_of(tensors[name])[0] if isinstance(tensors[name], DTensor) else _part_of(tensors[name], rows, start))
-    else:
+    if rows.dim() == 0:
+        rows.copy_(tensors[name])
+    elif isinstance(tensors, TensorGroup):
         rows.copy_(tensors.rows(name, start, start + len(rows)))
-
-
-def _part_of(whole: Tensor, rows: Tensor, start: int) -> Tensor:
-    return whole[start : start + len(rows)] if rows.dim() else whole
+    else:
+        rows.copy_(tensors[name][start : start + len(rows)])

@@ -52,7 +52,7 @@ def test_all_classes_of_the_config_are_sections_of_a_run() -> None:
 
 def test_the_manual_has_the_table() -> None:
     manual = (ROOT / "alignlab" / "config" / "README.md").read_text(encoding="utf-8")
-    assert resume_table() in manual, "write alignlab.config.resume_table.resume_table() into alignlab/config/README.md"
+    assert resume_table() in manual, "write alignlab.config.resume.resume_table() into alignlab/config/README.md"
 
 
 def test_a_table_says_where_each_field_of_a_class_belongs(monkeypatch: pytest.MonkeyPatch) -> None:

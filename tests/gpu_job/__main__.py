@@ -20,13 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tests.gpu_job.decoding import decoding, paged
 from tests.gpu_job.kernels import attention, experts, waits
 from tests.gpu_job.lines import Line
 from tests.gpu_job.machine import limits, machine
 from tests.gpu_job.training import engine, grpo, vllm
 
 PARTS: Mapping[str, Callable[[torch.device], Iterator[Line]]] = {
-    part.__name__: part for part in (machine, limits, attention, experts, waits, engine, grpo, vllm)
+    part.__name__: part for part in (machine, limits, attention, paged, experts, waits, decoding, engine, grpo, vllm)
 }
 TIME_LIMIT_S = 240.0
 _MARK = "LINE "

@@ -342,6 +342,6 @@ def test_failure_of_one_of_two_ranks_loses_no_step(tmp_path: Path, strategy: str
     assert len(set(runs.values())) == len(runs) == 4
     saved, expected = (tmp_path / run / "checkpoints" / "step-00000002" for run in ("alone", "straight"))
     names = sorted(path.name for path in expected.glob("*.safetensors"))
-    assert len(names) == {"ddp": 4, "fsdp2": 6}[strategy], "weights and optimizer in one file each, or one for each rank"
+    assert len(names) == {"ddp": 4, "fsdp2": 6}[strategy], "a file of weights and one of states, or one a rank"
     for name in names:
         assert (saved / name).read_bytes() == (expected / name).read_bytes(), name

@@ -105,8 +105,9 @@ def test_graphs_stay_while_weights_and_cache_lie_where_they_were(
     assert len(replayed) == num_recorded > 0
     close(found, rollouts_of(make_engine(), SAMPLING["greedy"]))
     engine.rest()
+    replayed.clear()
     rollouts_of(engine, SAMPLING["greedy"])
-    assert len(replayed) > num_recorded, "the cache was allocated anew"
+    assert replayed, "the cache was allocated anew"
 
 
 def test_graphs_of_merged_weights_that_were_merged_anew_are_dropped(

@@ -20,97 +20,14 @@ from alignlab.models import paged_flex
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.flex_attention import soft_capped
 from alignlab.models.paged_flex import TILE
-from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
-from alignlab.rollout.embedded.paged_attention import PagedBatch
+from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.paged_cache import PagedCache
-from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.sequence import Request, TokenSequence
-from alignlab.rollout.embedded.step_plan import plan_step
-from alignlab.rollout.embedded.tile_attention import TileBatch
-from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles, size_class, visited_blocks
-from alignlab.types import SamplingParams
+from alignlab.rollout.embedded.scheduler import Step
+from alignlab.rollout.embedded.tile_plan import TileStep, size_class, visited_blocks
 from tests.gpu.flex_stand_in import dense_paged_flex, paged_stand_in, seen_slots, visited_slots
-from tests.rollout.conftest import make_prompts
+from tests.rollout.embedded.schedules import LAYERS, compare_all_steps, walk
 
 CPU = torch.device("cpu")
-HEADS, MAX_RUNNING = 4, 6
-LAYERS = {0: (2, 16, 16, None), 1: (1, 16, 32, 7), 2: (4, 32, 16, 40)}  # kv heads, key and value size, window
-WINDOWS = [None, 7, 40]
-SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()}
-Visit = Callable[[Step, TileStep, int], None]
-
-
-def walk(visit: Visit, *, block_size: int, prefill_tokens: int, most: int = 1000) -> None:
-    """Schedule prompts of many lengths: chunks of long ones, groups that fork, prefixes that are found, rows."""
-    rng = random.Random(block_size)
-    prompts = make_prompts(5, 300, 70, 1)
-    requests = [Request(p, SamplingParams(n=3, max_new_tokens=9), frozenset()) for p in [*prompts, prompts[1]]]
-    sequences = [TokenSequence(r, 0, list(r.prompt.token_ids)) for r in requests for _ in range(r.sampling.n)]
-    num_blocks = 2000 // block_size + 9
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size), root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens
-    )
-    scheduler.add(sequences)
-    while scheduler.has_work and most > 0:
-        most -= 1
-        step = scheduler.schedule()
-        visit(step, plan_tiles(
-            step.work, block_size=block_size, num_blocks=num_blocks, max_rows=MAX_RUNNING, windows=WINDOWS
-        ), num_blocks)  # fmt: skip
-        for sequence, _ in scheduler.commit(step):
-            sequence.append(rng.randrange(256), 0.0, 0.0, 0)
-            if sequence.finish_reason is not None:
-                scheduler.finish(sequence)
-
-
-def entries(tokens: Tensor, positions: Tensor, layer: int, heads: int, size: int, kind: int) -> Tensor:
-    """Numbers [1,heads,N,size] that depend on each token and its position alone."""
-    table = torch.randn(7, heads, size, generator=torch.Generator().manual_seed(100 * layer + kind))
-    return (table[tokens % 7] * torch.sin(positions[:, None, None] + 1.0 + kind)).transpose(0, 1)[None]
-
-
-def attended(batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None) -> list[Tensor]:
-    """Attention of every layer, [N,H,V]."""
-    outputs = []
-    for layer, (kv, k, v, window) in LAYERS.items():
-        query, key, value = (
-            entries(tokens, positions, layer, heads, size, kind)
-            for kind, (heads, size) in enumerate([(HEADS, k), (kv, k), (kv, v)])
-        )
-        outputs.append(
-            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap)[0]
-        )
-    return outputs
-
-
-def compare_all_steps(
-    *, block_size: int, prefill_tokens: int, softcap: float | None, most: int = 1000
-) -> set[tuple[bool, bool]]:
-    """Compute a schedule both ways, compare every token in every layer, and return the kinds of steps there were."""
-    kinds = set()
-    gathered, in_place = PagedCache(SPECS, block_size), PagedCache(SPECS, block_size)
-
-    def compare(step: Step, tiles: TileStep, num_blocks: int) -> None:
-        if not gathered.num_blocks:
-            gathered.resize(num_blocks)
-            in_place.resize(num_blocks, num_more=1)
-        if step.copies:
-            for cache in (gathered, in_place):
-                cache.copy(torch.tensor(step.copies))
-        kinds.add((tiles.rows is not None, tiles.chunks is not None))
-        twin, _ = plan_step(step.work, block_size).on(CPU)
-        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, softcap)
-        found = attended(TileBatch(in_place, tiles), tiles.tokens, tiles.positions, softcap)
-        is_own = tiles.slots < num_blocks * block_size
-        places = {slot: index for index, slot in enumerate(twin.slots.tolist())}
-        order = torch.tensor([places.pop(slot) for slot in tiles.slots[is_own].tolist()])
-        assert not places
-        for ours, exact in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours[is_own], exact[order], atol=1e-5, rtol=1e-5)
-        assert torch.equal(tiles.slots[tiles.logit_tokens], twin.slots[twin.logit_tokens]), "in the order of the works"
-
-    walk(compare, block_size=block_size, prefill_tokens=prefill_tokens, most=most)
-    return kinds
 
 
 def score_mod(softcap: float | None) -> Any:
@@ -220,7 +137,11 @@ def test_steps_have_few_shapes_and_added_rows_lie_in_a_block_of_their_own() -> N
         assert (tiles.slots[added] == num_blocks * 16).all()
         if tiles.rows is not None:
             shapes.add((tuple(tiles.rows.tiles.positions.shape), tiles.rows.tiles.table.shape[1]))
-            assert not tiles.rows.tiles.positions[tiles.tokens[: len(tiles.rows.tiles.positions)] < 0].any()
+            num_rows = sum(work.count == 1 for work in step.work)
+            assert added.sum() == len(tiles.rows.tiles.positions) - num_rows
+            assert not tiles.positions[added].any() and not tiles.tokens[added].any()
+            is_added = (tiles.rows.tiles.table == num_blocks).all(1)
+            assert is_added.sum() == added.sum(), "rows of nothing but this block"
         if tiles.chunks is not None:
             assert tiles.chunks.tiles.positions.shape[1] == TILE
 
