@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_watchdog import watched_set_up
 from alignlab.loop.run_description import RunDescription
 from alignlab.loop.run_identity import OWN
+from alignlab.loop.sharding import check_sharding
 from alignlab.loop.training_loop import TrainResult
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import is_adapter, load_model
@@ -99,6 +101,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
         AlignlabError: any of its kinds, before work is lost.
     """
     folder = config.trainer.output_dir
+    check_sharding(config.trainer.sharding, int(os.environ.get("WORLD_SIZE", "1")))
     # A run that was stopped in its warm start has no checkpoint to resume from.
     check_folder(folder, resume=resume and (holds_run(folder) or not holds_run(folder / WARM_START)))
     _check_warm_start_folder(config)
@@ -193,10 +196,11 @@ def warm_start_trainer(
         answer_template=settings.answer_template,
     )
     folder = config.trainer.output_dir / WARM_START
+    shared = {"numerics": config.trainer.numerics, "sharding": config.trainer.sharding}
     with watched_set_up():
         trainer = SFTTrainer(
             model,
-            settings.trainer.model_copy(update={"output_dir": folder, "numerics": config.trainer.numerics}),
+            settings.trainer.model_copy(update={"output_dir": folder, **shared}),
             examples, tokenizer=tokenizer, render_settings=RenderSettings(on_bad_row=source.on_bad_row),
         )
     final = holds_run(config.trainer.output_dir)

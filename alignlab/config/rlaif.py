@@ -14,7 +14,7 @@ from alignlab.config.offline import DPOConfig, RewardConfig, SFTConfig
 from alignlab.config.online import OnlineConfig, OnlineDPOConfig
 from alignlab.config.policy_gradient import GRPOConfig, PPOConfig
 from alignlab.config.rollout import RolloutEngineSettings, RolloutSettings, SamplingSettings, fill_engine
-from alignlab.config.trainer import NumericsSettings, TrainerConfig
+from alignlab.config.trainer import NumericsSettings, ShardingSettings, TrainerConfig
 from alignlab.files.home_folder import with_home
 
 FeedbackPath = Literal["revision", "dpo", "reward_model", "direct", "online_dpo"]
@@ -130,6 +130,7 @@ class RLAIFConfig(Frozen):
         self._check_policy()
         self._check_folders()
         self._check_numerics()
+        self._check_sharding()
         return self
 
     def _check_numerics(self) -> None:
@@ -138,6 +139,13 @@ class RLAIFConfig(Frozen):
             if stage.numerics != self.numerics:
                 must = f"be the last stage's ({self.numerics}): all stages run in one process"
                 raise BrokenRule(f"{name}.numerics", str(stage.numerics), must, "write the same in each stage")
+
+    def _check_sharding(self) -> None:
+        """The stages make their models from one that each rank holds whole."""
+        for name, stage in self._named_stages().items():
+            if stage.sharding.strategy != "ddp":
+                must = "be ddp: all stages begin with one model, which each rank holds whole"
+                raise BrokenRule(f"{name}.sharding.strategy", stage.sharding.strategy, must, "remove it")
 
     def _named_stages(self) -> dict[str, TrainerConfig]:
         """Return the trainers that run, by the names of their sections."""
@@ -178,6 +186,11 @@ class RLAIFConfig(Frozen):
     def numerics(self) -> NumericsSettings:
         """The precision and the order of what a GPU computes, in all stages."""
         return self.stages[-1].numerics
+
+    @property
+    def sharding(self) -> ShardingSettings:
+        """Where the weights in training live, in all stages."""
+        return self.stages[-1].sharding
 
     @property
     def sampling_stages(self) -> tuple[RevisionSettings | LabelSettings | OnlineConfig, ...]:

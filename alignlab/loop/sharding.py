@@ -17,6 +17,19 @@ from alignlab.models.policy import PackedModel
 from alignlab.models.shards import shard, shard_root
 
 
+def check_sharding(settings: ShardingSettings, num_ranks: int) -> None:
+    """Raise if there are too few ranks to spread weights over.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if settings.strategy == "fsdp2" and num_ranks == 1:
+        raise ConfigError(
+            "trainer.sharding.strategy is fsdp2, which spreads weights over ranks, and this run has one rank; start "
+            "several (bash launch/torchrun.sh N CONFIG), or set it to ddp"
+        )
+
+
 def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks) -> None:
     """Spread the weights of a module's model over the ranks, where the settings say so; before its optimizer is made.
 
@@ -25,11 +38,7 @@ def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks)
     """
     if settings.strategy != "fsdp2" or is_empty(module):
         return
-    if ranks.count == 1:
-        raise ConfigError(
-            "trainer.sharding.strategy is fsdp2, which spreads weights over ranks, and this run has one rank; start "
-            "several (bash launch/torchrun.sh N CONFIG), or set it to ddp"
-        )
+    check_sharding(settings, ranks.count)
     if any(parameter.requires_grad and needs_master(parameter) for parameter in module.parameters()):
         raise ConfigError(
             "trainer.sharding.strategy is fsdp2, which trains weights in float32, and model.dtype trains all weights "

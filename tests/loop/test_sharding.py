@@ -1,0 +1,111 @@
+"""Weights that are spread over ranks: as one rank would train them, saved by parts, and read by any number of ranks.
+
+Every trainer under each strategy: `tests.trainers.test_conformance`. Failures of a rank: `tests.loop.test_keeping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignlab.config.trainer import ShardingSettings
+from alignlab.config.trainers import GRPOConfig
+from alignlab.errors import ConfigError
+from alignlab.loop.accelerator import make_accelerator
+from alignlab.loop.empty_packs import empty_like, filled_up
+from alignlab.loop.learner import Learner
+from alignlab.loop.ranks import Ranks
+from alignlab.loop.sharding import shard_weights
+from alignlab.models.policy import Policy
+from alignlab.types import Experience, Segments
+from tests.loop.rank_sharding import CHANGES, MODELS
+from tests.loop.test_distributed import ROOT, torchrun
+
+
+@pytest.fixture(scope="module")
+def folder_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharding")
+    done = torchrun(str(ROOT / "tests/loop/rank_sharding.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_two_ranks: Path) -> None:
+    expected = load_file(folder_of_two_ranks / model / "ddp ddp" / "rank0.safetensors")
+    for first, then in CHANGES:
+        run = folder_of_two_ranks / model / f"{first} {then}"
+        ranks = [load_file(run / f"rank{rank}.safetensors") for rank in (0, 1)]
+        for name, weight in expected.items():
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+            torch.testing.assert_close(ranks[0][name], weight, rtol=0, atol=1e-6, msg=f"{first} {then}: {name}")
+        saved = sorted(path.name for path in (run / "checkpoints" / "step-00000002").glob("policy*"))
+        parts = [f"policy-part-{rank:05d}.safetensors" for rank in (0, 1)]
+        assert saved == (parts if first == "fsdp2" else ["policy.safetensors"])
+
+
+@pytest.mark.distributed
+def test_each_rank_saves_its_rows_alone(folder_of_two_ranks: Path) -> None:
+    name = "model.model.layers.0.mlp.gate_proj.weight"
+    run = folder_of_two_ranks / "dense" / "fsdp2 fsdp2"
+    whole = load_file(run / "rank0.safetensors")[name]
+    step = run / "checkpoints" / "step-00000003"
+    parts = [load_file(step / f"policy-part-0000{rank}.safetensors") for rank in (0, 1)]
+    assert torch.equal(torch.cat([part[name] for part in parts]), whole)
+    assert [len(part[name]) for part in parts] == [len(whole) // 2] * 2
+
+
+def pack(**fields: Any) -> Experience:
+    segments = Segments((3, 2), (-1, 0), (-1, 0), (0, 0))
+    return Experience(torch.arange(5), segments, torch.tensor([False, False, False, True, True]), **fields)
+
+
+def test_an_empty_pack_has_the_fields_of_another_and_no_gradient(make_model: Callable[..., Any]) -> None:
+    experts = torch.ones(5, 1, 2, dtype=torch.int16)
+    full = pack(advantages=torch.ones(5), routing=experts, desirable=torch.tensor([True]))
+    empty = empty_like(full)
+    assert empty.tokens.tolist() == [0, 0] and not empty.completion_mask.any()
+    assert empty.routing is not None and empty.routing.shape == (2, 1, 2) and (empty.routing == -1).all()
+    assert empty.advantages is not None and empty.advantages.tolist() == [0, 0]
+    assert empty.desirable is full.desirable, "the labels of the step's sequences, by their number"
+    policy = Policy(make_model())
+    policy(empty.tokens, empty.segments, empty.completion_mask).logprobs.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, "each weight takes part in the exchange of gradients"
+    assert not any(gradient.any() for gradient in gradients.values() if gradient is not None)
+
+
+def test_ranks_fill_up_to_the_largest_number_of_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(make_accelerator(60.0))
+    monkeypatch.setattr(ranks, "largest", lambda number: 3)
+    full = pack()
+    assert [one.num_tokens for one in filled_up([full, full], ranks)] == [5, 5, 2]
+    assert [one.num_tokens for one in filled_up([], ranks)] == [2, 2, 2]
+    assert [one.num_tokens for one in filled_up([full] * 3, ranks)] == [5, 5, 5]
+
+
+def test_one_rank_has_nothing_to_spread_weights_over(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    config = GRPOConfig(output_dir=tmp_path, sharding={"strategy": "fsdp2"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has one rank"):
+        Learner(Policy(make_model()), config, make_accelerator(60.0), total_updates=1)
+
+
+def test_weights_in_16_bits_are_not_spread_in_training(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(make_accelerator(60.0))
+    monkeypatch.setattr(ranks, "count", 2)
+    with pytest.raises(ConfigError, match="trains all weights in 16 bits"):
+        shard_weights(Policy(make_model().to(torch.bfloat16)), ShardingSettings(strategy="fsdp2"), ranks)
+
+
+def test_vllm_takes_weights_from_ranks_that_hold_all() -> None:
+    with pytest.raises(ConfigError, match="must be ddp with rollout"):
+        GRPOConfig(sharding={"strategy": "fsdp2"}, rollout={"engine": "vllm_server"})  # type: ignore[arg-type]
