@@ -96,7 +96,13 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
 }
 """By name, what a config file says. `ahead` collects rollouts while it learns, from an engine that `tasks` gives it."""
-TWO_RANKS = tuple(f"{name}@2" for name in ("sft", "dpo", "grpo", "ppo", "online_dpo", "distill", "rlaif", "ahead"))
+_SHARDED = {"sharding": {"strategy": "fsdp2"}}
+SPREAD: dict[str, dict[str, Any]] = {
+    f"{name}_fsdp2": RUNS[name] | {"trainer": RUNS[name]["trainer"] | _SHARDED} for name in ("sft", "grpo", "ppo")
+}
+"""Runs whose weights are spread over ranks, of which there are two at least."""
+_ON_TWO = ("sft", "dpo", "grpo", "ppo", "online_dpo", "distill", "rlaif", "ahead", *SPREAD)
+TWO_RANKS = tuple(f"{name}@2" for name in _ON_TWO)
 ALL = (*RUNS, *TWO_RANKS)
 
 
@@ -142,6 +148,6 @@ def write_texts(folder: Path) -> None:
     (folder / "rewards.py").write_text(REWARDS)
     principle = {"name": "long", "prefer": "Which?", "rate": "How?", "critique": "Where?", "revise": "Better!"}
     (folder / "constitution.yaml").write_text(yaml.safe_dump({"name": "test", "principles": [principle]}))
-    for name, said in RUNS.items():
+    for name, said in (RUNS | SPREAD).items():
         config = said | {"trainer": {"output_dir": "run"} | said["trainer"]}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
