@@ -29,7 +29,13 @@ from alignlab.rollout.verification import check_arrived
 from alignlab.rollout.vllm.backend import Transfer, num_always_verified
 from alignlab.rollout.vllm.completions import Answer, Request, padded
 from alignlab.rollout.vllm.installation import require_vllm
-from alignlab.rollout.vllm.options import checked_adapter_rank, engine_options, require_gpus, sync_adapter_only
+from alignlab.rollout.vllm.options import (
+    check_model,
+    checked_adapter_rank,
+    engine_options,
+    require_gpus,
+    sync_adapter_only,
+)
 from alignlab.rollout.vllm.policy_weights import gather_weights, updated_weights
 from alignlab.rollout.vllm.sleep import Sleep
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
@@ -44,8 +50,8 @@ class InProcessBackend:
         settings: vLLM's sizes, and how its weights are synced.
 
     Raises:
-        ConfigError: vLLM is missing or untested, the training has several ranks, the machine has too few GPUs, or the
-            adapter cannot be synced alone as the settings ask.
+        ConfigError: vLLM is missing or untested, the training has several ranks, the machine has too few GPUs, vLLM
+            cannot spread or quantize the model, or the adapter cannot be synced alone as the settings ask.
     """
 
     _llm: LLM
@@ -63,6 +69,7 @@ class InProcessBackend:
         self._adapter_rank = checked_adapter_rank(model) if self.adapter_only else 0
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
+        check_model(self._lm, settings)
         if not self._on_cpu:
             require_gpus(settings.tensor_parallel, torch.cuda.device_count())
         self._abandoned = threading.Event()

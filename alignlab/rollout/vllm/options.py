@@ -40,8 +40,8 @@ def engine_options(
             the settings ask, or vLLM's model runner does not return experts.
     """
     lm = causal_lm(model)
-    _check_tensor_parallel(lm, settings.tensor_parallel)
-    check_quantization(settings, lm.dtype)
+    check_model(lm, settings)
+    check_quantization(settings)
     context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
         "dtype": _DTYPES[lm.dtype],
@@ -74,14 +74,31 @@ def engine_options(
     return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
 
 
-def check_quantization(settings: VLLMSettings | VLLMServerSettings, dtype: torch.dtype | None = None) -> None:
-    """Raise unless this machine's vLLM can quantize weights as the settings ask.
-
-    Args:
-        dtype: the model's; None: not known yet.
+def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> None:
+    """Raise unless vLLM can spread and quantize a model as the settings ask, on the right device.
 
     Raises:
-        ConfigError: with the device or the dtype that cannot.
+        ConfigError: `tensor_parallel` does not divide the attention heads, or a model in float32 is to be quantized.
+    """
+    heads, size = getattr(lm.config.get_text_config(), "num_attention_heads", None), settings.tensor_parallel
+    if heads is not None and heads % size:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(
+            f"rollout.tensor_parallel is {size}, and must divide the model's {heads} attention heads; use one of "
+            f"{', '.join(map(str, divisors))}"
+        )
+    if settings.quantization is not None and lm.dtype == torch.float32:
+        raise ConfigError(
+            f"rollout.quantization is {settings.quantization}, and must be null for a model in float32, which vLLM "
+            "does not quantize; use model.dtype: bfloat16, or remove it"
+        )
+
+
+def check_quantization(settings: VLLMSettings | VLLMServerSettings) -> None:
+    """Raise unless vLLM can quantize weights as the settings ask on this machine's device.
+
+    Raises:
+        ConfigError: with the device that cannot.
     """
     if settings.quantization is None:
         return
@@ -95,11 +112,6 @@ def check_quantization(settings: VLLMSettings | VLLMServerSettings, dtype: torch
         raise ConfigError(
             f"rollout.quantization is {settings.quantization}, and must be null on a GPU of compute capability "
             f"{'.'.join(map(str, capability))}, which has no fp8 (8.9 and over have it); remove it"
-        )
-    if dtype == torch.float32:
-        raise ConfigError(
-            f"rollout.quantization is {settings.quantization}, and must be null for a model in float32, which vLLM "
-            "does not quantize; use model.dtype: bfloat16, or remove it"
         )
 
 
@@ -160,16 +172,6 @@ def checked_adapter_rank(model: Model) -> int:
         raise ConfigError(f"rollout.sync is adapter, and the adapter {obstacle}; use rollout.sync: merged")
     config: Any = model.peft_config[model.active_adapter]
     return int(config.r)
-
-
-def _check_tensor_parallel(lm: PreTrainedModel, size: int) -> None:
-    heads = getattr(lm.config.get_text_config(), "num_attention_heads", None)
-    if heads is not None and heads % size:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise ConfigError(
-            f"rollout.tensor_parallel is {size}, and must divide the model's {heads} attention heads; use one of "
-            f"{', '.join(map(str, divisors))}"
-        )
 
 
 def _sync_options(adapter_rank: int, *, num_adapters: int) -> dict[str, Any]:

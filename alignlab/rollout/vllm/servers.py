@@ -20,7 +20,7 @@ from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
-from alignlab.rollout.vllm.options import can_sync_adapter_only, checked_adapter_rank, context_limit
+from alignlab.rollout.vllm.options import can_sync_adapter_only, check_model, checked_adapter_rank, context_limit
 from alignlab.rollout.vllm.policy_weights import updated_weights
 from alignlab.rollout.vllm.pool import ServerPool
 from alignlab.rollout.vllm.protocol import model_identity, weights_version
@@ -104,7 +104,8 @@ class ServerBackend:
         settings: addresses, deadlines, and how weights are synced.
 
     Raises:
-        ConfigError: the adapter unties the embeddings, or cannot be synced alone as the settings ask.
+        ConfigError: the adapter unties the embeddings, or cannot be synced alone as the settings ask; or vLLM cannot
+            spread or quantize the model.
     """
 
     _pool: ServerPool
@@ -118,6 +119,7 @@ class ServerBackend:
                 "it tied; use rollout.engine: vllm or embedded, or take embed_tokens and lm_head out of the adapter"
             )
         lm = causal_lm(model)
+        check_model(lm, settings)
         self._model, self._settings = model, settings
         self._sparse_layers: list[int] = list(getattr(lm.config, "sparse_layers", ()))
         self._requirements = ServerRequirements(

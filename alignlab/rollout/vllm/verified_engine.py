@@ -78,6 +78,7 @@ class VerifiedEngine:
         self._num_attempts = self._num_updates = 0
         self._last_gap: CanaryGap | None = None
         self._sync_error: str | None = None
+        self._model_runner: dict[str, float] = {}
         self._weights_version: tuple[int, ...] = ()
         if not is_empty(model):
             self._open()
@@ -146,7 +147,7 @@ class VerifiedEngine:
     def metrics(self) -> dict[str, float]:
         """Return the largest gap of the last canary, nats, vLLM's model runner, and the backend's figures."""
         gap = {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}
-        return gap | {"engine/model_runner": float(self._backend.model_runner)} | self._backend.metrics()
+        return gap | self._model_runner | self._backend.metrics()
 
     def _sync(self, policy_version: int) -> None:
         self._num_attempts += 1
@@ -156,6 +157,7 @@ class VerifiedEngine:
             if not self._is_open:
                 self._backend.open()
                 self._is_open = True
+                self._model_runner = {"engine/model_runner": float(self._backend.model_runner)}
             # Before the ranks enter one after another, because a gathered tensor needs all ranks at once.
             weights = gather_weights(self._model, adapter_only=self._backend.adapter_only)
             with first_rank_first():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
@@ -14,6 +15,7 @@ from alignlab.models.adapters import add_lora
 from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
 from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
 from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
+from alignlab.rollout.vllm.servers import ServerBackend
 from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, make_model
 
 
@@ -66,9 +68,19 @@ def test_fp8_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
     with pytest.raises(ConfigError, match=r"on a GPU of compute capability 8\.0, which has no fp8"):
         check_quantization(settings)
     gpu(9, 0)
-    check_quantization(settings, torch.bfloat16)
+    check_quantization(settings)
     with pytest.raises(ConfigError, match="for a model in float32, which vLLM does not quantize"):
-        check_quantization(settings, torch.float32)
+        engine_options(settings, make_model(DENSE), adapter_rank=0, on_cpu=False)
+
+
+def test_a_model_that_servers_cannot_run_is_refused_before_they_are_asked(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(ConfigError, match="for a model in float32, which vLLM does not quantize"):
+        ServerBackend(make_model(DENSE), tokenizer, VLLMServerSettings(quantization="fp8"))
+    with pytest.raises(ConfigError, match="tensor_parallel is 3, and must divide the model's 2 attention heads"):
+        ServerBackend(make_model(DENSE), tokenizer, VLLMServerSettings(tensor_parallel=3))
+    ServerBackend(make_model(DENSE, dtype=torch.bfloat16), tokenizer, VLLMServerSettings(quantization="fp8"))
 
 
 def test_the_canarys_gate_is_wider_for_a_quantized_engine() -> None:

@@ -44,7 +44,6 @@ class CopyBackend:
 
     adapter_only = False
     on_gpu = False
-    model_runner = 1
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.calls: list[str] = []
@@ -60,6 +59,11 @@ class CopyBackend:
         for member in [] if self.keeps_old_weights else self.copies:
             member.engine = EmbeddedEngine(copy.deepcopy(self._model), self._tokenizer, RolloutSettings())
         return Transfer(1, 1)
+
+    @property
+    def model_runner(self) -> int:
+        assert self.calls[-1] != "close", "a closed vLLM has none"
+        return 1
 
     def members(self) -> Sequence[CopyMember]:
         return self.copies
@@ -235,3 +239,10 @@ def test_changed_weights_need_an_update_unless_the_policy_may_be_ahead(
 def test_metrics_are_the_backends_and_the_last_canarys_gap(make: Make) -> None:
     metrics = make().metrics()
     assert metrics["copies"] == 1 and metrics["engine/model_runner"] == 1 and 0 <= metrics["engine/canary_gap"] < 5e-5
+
+
+def test_a_closed_engine_still_tells_its_metrics(make: Make) -> None:
+    engine = make()
+    metrics = engine.metrics()
+    engine.close()
+    assert engine.metrics() == metrics
