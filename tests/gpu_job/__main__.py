@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.gpu_job.kernels import attention, experts, waits
+from tests.gpu_job.kernels import attention, experts, head, waits
 from tests.gpu_job.lines import Line
 from tests.gpu_job.machine import limits, machine
-from tests.gpu_job.training import engine, grpo, vllm
+from tests.gpu_job.training import determinism, engine, grpo, vllm
 
 PARTS: Mapping[str, Callable[[torch.device], Iterator[Line]]] = {
-    part.__name__: part for part in (machine, limits, attention, experts, waits, engine, grpo, vllm)
+    part.__name__: part for part in (machine, limits, attention, experts, head, waits, engine, grpo, determinism, vllm)
 }
 TIME_LIMIT_S = 240.0
 _MARK = "LINE "
