@@ -3,8 +3,8 @@
     python tests/bench/bench_precision.py
 
 SmolLM2-135M-Instruct, also with an adapter, and a small mixture with random weights whose experts are replayed or
-chosen anew; 64 completions of up to 64 tokens each, by the embedded engine. A GPU's TF32 is imitated: operands of the products of
-layers are rounded as TF32 rounds them, those inside of attention are not.
+chosen anew; 64 completions of up to 64 tokens each, by the embedded engine. A GPU's TF32 is imitated: operands of the
+products of layers are rounded as TF32 rounds them, those inside of attention are not.
 """
 
 from __future__ import annotations
