@@ -16,6 +16,8 @@ _SHARED = {
     "logging_steps": "not needed: metrics.jsonl holds every step",
     "bf16": "dtype of the section model",
     "fp16": "dtype of the section model",
+    "tf32": "numerics.tf32",
+    "full_determinism": "numerics.deterministic",
     "use_cpu": "not needed: a GPU is used where there is one",
     "max_prompt_length": "max_prompt_tokens of the section data",
     "use_liger_kernel": "memory.logprob_chunk_tokens; the logits are always computed in chunks",

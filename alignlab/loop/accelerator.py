@@ -73,7 +73,8 @@ def prepared_device(numerics: NumericsSettings) -> torch.device:
         return torch.device("cpu")
     _check_ranks(torch.cuda.device_count())
     _check_kernels(torch.cuda.get_device_capability())
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
 
 
 def make_rank_group() -> torch.distributed.ProcessGroup | None:

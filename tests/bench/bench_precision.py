@@ -2,9 +2,9 @@
 
     python tests/bench/bench_precision.py
 
-SmolLM2-135M-Instruct, and a small mixture with random weights whose experts are replayed or chosen anew; 64
-completions of up to 64 tokens each, by the embedded engine. A GPU's TF32 is imitated: operands of the products of
-layers are rounded as TF32 rounds them, those inside of attention are not.
+SmolLM2-135M-Instruct, also with an adapter, and a small mixture with random weights whose experts are replayed or
+chosen anew; 64 completions of up to 64 tokens each, by the embedded engine. A GPU's TF32 is imitated: operands of the
+products of layers are rounded as TF32 rounds them, those inside of attention are not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.data.packing import pack_rollouts
+from alignlab.models.adapters import add_lora
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer, new_model
 from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
@@ -74,6 +76,15 @@ def measured() -> Iterator[tuple[str, torch.Tensor]]:
         with ImitatedTF32() if tf32 else nullcontext():
             rollouts = EmbeddedEngine(model, tokenizer, RolloutSettings()).generate(prompts, sampling)
             yield f"dense, {str(dtype)[6:]}{', TF32 imitated' if tf32 else ''}", gaps(model, rollouts)
+    for merge in (True, False):
+        torch.manual_seed(0)
+        adapted = add_lora(load_model(MODEL, dtype=torch.bfloat16), LoraSettings(rank=16))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:  # a small update, as after a few steps
+                torch.nn.init.normal_(weight, std=1e-3)
+        engine = EmbeddedEngine(adapted, tokenizer, RolloutSettings(merge_lora=merge))
+        values = gaps(adapted, engine.generate(prompts, sampling))
+        yield f"dense, bfloat16, adapter {'merged' if merge else 'as it is'}", values
     for dtype in DTYPES:
         torch.manual_seed(0)
         model = new_model(MIXTURE, vocab_size=len(tokenizer), dtype=dtype)

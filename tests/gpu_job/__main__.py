@@ -21,13 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.gpu_job.decoding import decoding, paged
-from tests.gpu_job.kernels import attention, experts, waits
+from tests.gpu_job.kernels import attention, experts, head, waits
 from tests.gpu_job.lines import Line
 from tests.gpu_job.machine import limits, machine
-from tests.gpu_job.training import engine, grpo, vllm
+from tests.gpu_job.training import determinism, engine, grpo, vllm
 
 PARTS: Mapping[str, Callable[[torch.device], Iterator[Line]]] = {
-    part.__name__: part for part in (machine, limits, attention, paged, experts, waits, decoding, engine, grpo, vllm)
+    part.__name__: part
+    for part in (
+        machine, limits, attention, paged, experts, head, waits, decoding, engine, grpo, determinism, vllm,
+    )
 }
 TIME_LIMIT_S = 240.0
 _MARK = "LINE "

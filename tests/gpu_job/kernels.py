@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.moe import Experts
@@ -77,6 +78,23 @@ def experts(device: torch.device) -> Iterator[Line]:
         assert hidden.grad is not None and exact_hidden.grad is not None
         errors = relative_error(output.detach(), exact.detach()), relative_error(hidden.grad, exact_hidden.grad)
         yield checked(f"experts, two of eight idle, {str(dtype)[6:]}", max(errors), limit)
+
+
+def head(device: torch.device) -> Iterator[Line]:
+    """Yield the errors of log-probs and of a trained head's gradients, over several chunks, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((700, 64), (1000, 64)))
+    targets = torch.randint(0, 1000, (700,), generator=generator)
+    for dtype, limit in LIMITS.items():
+        ours = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        exact = [x.to(dtype).double().requires_grad_() for x in (hidden, weight)]
+        logprobs, _ = chunked_logprobs(*ours, targets.to(device), chunk_tokens=256)
+        logprobs.sum().backward()
+        expected = torch.log_softmax(exact[0] @ exact[1].T, -1).gather(1, targets[:, None])[:, 0]
+        expected.sum().backward()
+        pairs = [(logprobs, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
+        error = max(relative_error(a.detach(), b.detach()) for a, b in pairs if a is not None and b is not None)
+        yield checked(f"log-probs and a trained head, {str(dtype)[6:]}", error, limit)
 
 
 def waits(device: torch.device) -> Iterator[Line]:

@@ -57,9 +57,26 @@ def grpo(device: torch.device) -> Iterator[Line]:
         _trainer(parts, RolloutSettings(), NUM_STEPS - 1).train()
         _trainer(parts, RolloutSettings(), NUM_STEPS).train(resume=True)
         weights, resumed = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, parts))
-        gap = max(float((weights[name] - resumed[name]).abs().max()) for name in weights)
+        gap = _largest_gap(weights, resumed)
         # Kernels of a GPU may add in any order, so that two equal runs differ by roundings that Adam enlarges.
         yield checked("resumed and uninterrupted weights", gap, 0.0 if device.type == "cpu" else 1e-3)
+
+
+def determinism(device: torch.device) -> Iterator[Line]:
+    """Yield whether a deterministic run, one more and a resumed one have the same weights to the bit."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary, name) for name in ("one", "another", "parts")]
+        for folder in folders[:2]:
+            _trainer(folder, RolloutSettings(), NUM_STEPS, deterministic=True).train()
+        _trainer(folders[2], RolloutSettings(), NUM_STEPS - 1, deterministic=True).train()
+        _trainer(folders[2], RolloutSettings(), NUM_STEPS, deterministic=True).train(resume=True)
+        one, *others = (load_file(folder / "adapter/adapter_model.safetensors") for folder in folders)
+        for name, weights in zip(("again", "resumed"), others, strict=True):
+            yield checked(f"a deterministic run, {name}", _largest_gap(one, weights), 0.0)
+
+
+def _largest_gap(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
 def vllm(device: torch.device) -> Iterator[Line]:
@@ -74,9 +91,10 @@ def vllm(device: torch.device) -> Iterator[Line]:
             yield from _steps(name, _trainer(Path(temporary, "run"), settings, NUM_STEPS), device)
 
 
-def _trainer(folder: Path, rollout: Any, num_steps: int) -> GRPOTrainer:
+def _trainer(folder: Path, rollout: Any, num_steps: int, *, deterministic: bool = False) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=folder, num_steps=num_steps, num_prompts=8, group_size=8, trackers=(), rollout=rollout,
+        numerics={"deterministic": deterministic},
         sampling=SamplingSettings(max_new_tokens=32), checkpoints=CheckpointSettings(every_steps=1),
     )
     rows = [{"prompt": f"Write the number {n} in words."} for n in range(16)]

@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 
+from alignlab.config.trainer import NumericsSettings
 from alignlab.errors import ConfigError
 from alignlab.loop import accelerator
 from alignlab.loop.accelerator import make_accelerator
@@ -94,3 +95,20 @@ def test_ranks_draw_different_random_numbers_once_the_model_is_made(
         make_case("sft", tmp_path / f"run{rank}", make_model(), tokenizer)
         seeds.append(torch.initial_seed())
     assert seeds[1] - seeds[0] == 2
+
+
+@pytest.mark.parametrize(("rank", "index"), [(None, 1), ("0", 0)])
+def test_a_model_may_be_put_on_the_ranks_device_before_the_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, index: int
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    for name, answer in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(accelerator, "_check_kernels", lambda capability: None)
+    monkeypatch.setattr(accelerator, "apply_numerics", lambda numerics: None)
+    assert accelerator.prepared_device(NumericsSettings()) == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert accelerator.prepared_device(NumericsSettings()) == torch.device("cpu")
