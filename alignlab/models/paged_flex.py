@@ -95,6 +95,9 @@ def _attend(
     )
     # The kernel reads tiles of at most 128 keys, which must divide a block.
     options: dict[str, Any] = {"BLOCK_N": block_size} if block_size < BLOCK else {}
+    shared = query.shape[1] // key.shape[1]
+    if query.shape[2] == 1 and shared & (shared - 1):
+        options["BLOCK_M"] = 16  # the kernel for decoding takes powers of two alone, and the other computes 128 rows
     return flex(
         query, key, value, score_mod=score_mod, block_mask=mask, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,

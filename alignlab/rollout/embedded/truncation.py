@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_UNITS = 2.0**52
+"""Of a probability of 1, where probabilities are summed as whole numbers."""
+
 
 def at_least(weights: Tensor, floor: Tensor) -> Tensor:
     """Return `weights` [B,V] with those under `floor` [B] set to 0."""
@@ -60,9 +63,10 @@ def floors_among(
     if top_p is None:
         return floor, None
     target = top_p * at_least(probs, floor).sum(-1)
-    # Tokens that tie with the last of top-k may not be among the M, and are not needed: they have its floor.
-    mass = at_least(likeliest, floor).cumsum(-1, dtype=torch.float64)
-    reaches = mass >= target[:, None]
+    # Tokens that tie with the last of top-k may not be among the M, and are not needed: they have its floor. Sums of
+    # whole numbers do not depend on their order, which CUDA leaves open for floats.
+    mass = (at_least(likeliest, floor).double() * _UNITS).long().cumsum(-1)
+    reaches = mass >= (target.double() * _UNITS).long()[:, None]
     is_reached = reaches[:, -1]
     first = reaches.int().argmax(-1, keepdim=True)
     nucleus = torch.where(is_reached, likeliest.gather(1, first)[:, 0], floor)
