@@ -78,10 +78,12 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     if checked.preflight.engine:
         yield "engine", f"{checked.preflight.engine} samples completions"
     if checked.preflight.memory:
-        yield "memory", _memory_line(checked.preflight.memory)
+        yield "memory", _memory_line(config, checked.preflight.memory)
     for line in reward_lines(checked):
         yield "reward", line
-    notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(checked.preflight.memory)
+    # How much of a spread training a rank takes is for the number of ranks to say, which is not known here.
+    on_one_rank = checked.preflight.memory if config.trainer.sharding.strategy == "ddp" else {}
+    notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(on_one_rank)
     for note in itertools.chain(*notes):
         yield "note", note
 
@@ -128,10 +130,16 @@ def _tokenizer_line(checked: CheckedRun) -> str:
     return f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}"
 
 
-def _memory_line(memory: Mapping[str, int]) -> str:
+def _memory_line(config: RunConfig, memory: Mapping[str, int]) -> str:
     """Return the predicted memory of a rank's device, in all and by part."""
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
-    return f"about {sum(memory.values()) / 2**30:.2f} GiB on each rank's device: {parts}"
+    total = f"{sum(memory.values()) / 2**30:.2f} GiB"
+    if config.trainer.sharding.strategy == "ddp":
+        return f"about {total} on each rank's device: {parts}"
+    return (
+        f"about {total}, of which weights, gradients and optimizer are divided by the number of ranks, and the embedded "
+        f"engine has a whole copy of the weights: {parts}"
+    )
 
 
 def _memory_notes(memory: Mapping[str, int]) -> Iterator[str]:

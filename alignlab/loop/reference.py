@@ -75,8 +75,13 @@ def _on_host(copied: Policy | None, learner: Learner) -> HostWeights | None:
     """Return the weights of a copy, moved to the host if the config says so; None if they stay where they are."""
     if not learner.config.memory.reference_on_host:
         return None
-    if copied is None or learner.device.type != "cuda":
-        reason = "the adapter's reference is its base" if copied is None else "this machine has no GPU"
+    obstacles = {
+        "the adapter's reference is its base": copied is None,
+        "the copy is spread over the ranks": learner.is_spread,
+        "this machine has no GPU": learner.device.type != "cuda",
+    }
+    reason = next((text for text, is_so in obstacles.items() if is_so), None)
+    if copied is None or reason is not None:
         logger.warning("trainer.memory.reference_on_host: no effect: %s", reason)
         return None
     copied.rests_on_host = True
