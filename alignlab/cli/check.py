@@ -137,7 +137,7 @@ def _memory_line(config: RunConfig, memory: Mapping[str, int]) -> str:
     if config.trainer.sharding.strategy == "ddp":
         return f"about {total} on each rank's device: {parts}"
     return (
-        f"about {total}, of which weights, gradients and optimizer are divided by the number of ranks, and the embedded "
+        f"about {total}, of which weights, gradients and optimizer are divided by the number of ranks; the embedded "
         f"engine has a whole copy of the weights: {parts}"
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from alignlab.errors import CheckpointError
 from alignlab.evaluation.results import evaluation_from_json
-from alignlab.runs.checkpoint import Checkpoint, load_latest
+from alignlab.runs.checkpoint import Checkpoint, load_latest, remove_old
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.random_state import restore_random_state
 
@@ -30,6 +30,8 @@ def restore_newest(loop: TrainingLoop, folder: RunFolder) -> Checkpoint | None:
         folder.check_newest(None if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             _restore_learners(loop, checkpoint)
+            if loop.is_main:  # a power cut may have undone a removal
+                remove_old(folder.checkpoints, loop.config.checkpoints.keep)
     if checkpoint is not None:
         loop.load_state(checkpoint.state["loop"])
         restore_random_state(checkpoint.random)

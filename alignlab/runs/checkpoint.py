@@ -116,7 +116,7 @@ def save_checkpoint(
         _write_json(temporary / STATE, state)
         write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
         publish_folder(temporary, final)
-        _remove_old(folder, keep)
+        remove_old(folder, keep)
     return final
 
 
@@ -173,6 +173,20 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     # Of a folder without permission to read, `glob` says that it is empty; `iterdir` raises an error.
     paths = folder.iterdir() if folder.exists() else ()
     return sorted(path for path in paths if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and leftovers of an interrupted save or removal.
+
+    Args:
+        folder: the folder of all checkpoints of the run.
+        keep: >= 1.
+    """
+    for path in checkpoint_folders(folder)[:-keep]:
+        remove_folder(path)
+    for kind in (TEMPORARY, REMOVED):
+        for path in folder.glob(f".{PREFIX}*.{kind}"):
+            remove(path)
 
 
 def find_problem(checkpoint: Path, run_id: str | None) -> str | None:
@@ -247,12 +261,3 @@ def load_optimizer_tensors(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and leftovers of an interrupted save or removal."""
-    for path in checkpoint_folders(folder)[:-keep]:
-        remove_folder(path)
-    for kind in (TEMPORARY, REMOVED):
-        for path in folder.glob(f".{PREFIX}*.{kind}"):
-            remove(path)

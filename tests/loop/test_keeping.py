@@ -322,6 +322,15 @@ def test_run_resumed_with_fewer_steps_than_done_keeps_one_line_per_evaluation(gr
     assert metrics_of(grpo().config.output_dir) == metrics
 
 
+def test_a_removal_that_a_power_cut_has_undone_is_done_again(grpo: Make) -> None:
+    settings = {"num_steps": 2, "checkpoints": {"every_steps": 1, "keep": 1}}
+    grpo(**settings).train()
+    folder = grpo(**settings).config.output_dir / "checkpoints"
+    shutil.copytree(folder / "step-00000002", folder / "step-00000001")
+    grpo(**settings).train(resume=True)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_failure_of_one_of_two_ranks_loses_no_step(tmp_path: Path, strategy: str) -> None:
