@@ -113,3 +113,13 @@ def test_explained_variance():
     assert explained(-returns) == pytest.approx(1 - 4.0)
     assert explained_variance(moments(torch.ones(4), mask), moments(torch.ones(4), mask)) == 0.0
     assert not math.isnan(explained(torch.full((4,), 1e6)))
+
+
+def test_a_value_within_the_bounds_is_not_clipped_whatever_rounding_says():
+    generator = torch.Generator().manual_seed(0)
+    old, near, returns = (scale * (2 * torch.rand(1000, generator=generator) - 1) for scale in (0.1, 0.1, 1.0))
+    assert ((old + (near - old) - returns).square() > (near - returns).square()).any()
+    assert not value_loss(near, old, returns, clip=0.2)[1].any()
+    far = old + 0.5 * (old - returns).sign()
+    assert not value_loss(far, old, returns, clip=0.2)[1].any(), "the worse error is the plain one"
+    assert value_loss(old - 0.1 * (old - returns), old, returns, clip=1e-6)[1].float().mean() > 0.9
