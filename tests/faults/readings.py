@@ -77,9 +77,9 @@ def _checkpoint(path: Path) -> str:
         ranks = len(list(path.glob("random-*.safetensors")))
         run_id = run_id_of(path.parents[1] / "starts.jsonl")
         checkpoint = load_latest(alone, world_size=max(ranks, 1), run_id=run_id)
-    if checkpoint is None:
-        return "no checkpoint"
-    tensors = {name: digest_of_tensors(group) for name, group in checkpoint.tensors.items()}
+        if checkpoint is None:
+            return "no checkpoint"
+        tensors = {name: digest_of_tensors(group) for name, group in checkpoint.tensors.items()}
     return untimed({"step": checkpoint.step, "tensors": tensors, "state": checkpoint.state})
 
 
