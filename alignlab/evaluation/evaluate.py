@@ -61,6 +61,7 @@ class _Measured:
         cls, row: int, greedy: Rollout, sampled: Rollout, greedy_values: Sequence[float | None],
         sampled_values: Sequence[float | None],
     ) -> _Measured:
+        """Return what is kept of a problem: its completions, and what their values say."""
         is_judged = None not in (*greedy_values, *sampled_values)
         answer = greedy.prompt.columns.get(ANSWER_COLUMN)
         problem = EvaluatedProblem(

@@ -27,6 +27,7 @@ from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, toke
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import make_strategy, shard_weights
+from alignlab.loop.update_metrics import expert_load_metrics, not_finite, numbers
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
@@ -43,7 +44,6 @@ from alignlab.runs.tensor_groups import load_rows, shape_of
 from alignlab.types import Experience
 
 _log = logging.getLogger(__name__)
-_COUNTERS = ("empty_updates", "skipped_updates")
 
 Loss = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(output of the module in training, pack) -> losses [K] and metrics [K]; K tokens, sequences or pairs of the pack."""
@@ -152,9 +152,7 @@ class Learner:
         """
         if not self.is_spread:
             return self.weights
-        kept = [
-            name for name in self.weights.names() if not self.has_adapters or not self._is_of_base(name)
-        ]
+        kept = [name for name in self.weights.names() if not (self.has_adapters and self._is_of_base(name))]
         gathered = ((name, tensor.cpu()) for name, tensor in whole_tensors(self.weights, kept))
         return HeldWeights({name: tensor for name, tensor in gathered if self.ranks.is_main})
 
@@ -292,7 +290,7 @@ class Learner:
             # Last exchange before the weights change: from here on no other rank can make this update fail.
             counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
             summed = {} if totals.is_empty else self._summed(sums)
-            measured = _numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
+            measured = numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
             changed = self._step(packs, totals, counts)
             if changed is not None:
                 return changed | measured
@@ -377,7 +375,7 @@ class Learner:
         sequences = [
             f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
             for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))
-            for i in _not_finite(output).nonzero()[:1].flatten().tolist()
+            for i in not_finite(output).nonzero()[:1].flatten().tolist()
         ]
         raise NumericsError(
             f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
@@ -389,42 +387,6 @@ class Learner:
         take_loads(self.module.model, counts)
         if not self.has_adapters:  # a router's bias belongs to the base model, which an adapter does not change
             move_biases(self.module.model, counts)
-
-
-def expert_load_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """Return the extremes of the experts' use over all layers, 1 being equal use, and each expert's mean part.
-
-    Args:
-        counts: [L, E], of all ranks.
-    """
-    load = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-    num_experts = load.shape[-1]
-    return {
-        "expert_load_min": load.min() * num_experts,
-        "expert_load_max": load.max() * num_experts,
-        **{f"expert_load/{i}": value for i, value in enumerate(load.mean(dim=0).unbind())},
-    }
-
-
-def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return scalars on the device as numbers, for which the host waits once."""
-    values = torch.stack(list(tensors.values())).tolist() if tensors else []
-    return dict(zip(tensors, values, strict=True))
-
-
-def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each metric's mean over the updates that have it; for counts since the run's start, the last value."""
-    means: dict[str, float] = {}
-    for name in dict.fromkeys(name for update in updates for name in update):
-        values = [update[name] for update in updates if name in update]
-        means[name] = values[-1] if name.rpartition("/")[2] in _COUNTERS else sum(values) / len(values)
-    return means
-
-
-def _not_finite(output: Sequence[Tensor | None]) -> Tensor:
-    """Return a mask [N] of the tokens at which a number of the output is not finite."""
-    per_token = [values for values in output if values is not None and values.is_floating_point() and values.dim() == 1]
-    return torch.stack([~values.isfinite() for values in per_token]).any(dim=0)
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

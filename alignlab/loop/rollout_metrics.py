@@ -14,9 +14,9 @@ from alignlab.data.vocabulary import num_token_ids
 from alignlab.functional.advantages import mixed_groups
 from alignlab.loop.algorithm import Algorithm
 from alignlab.loop.correction import kept_fractions
-from alignlab.loop.learner import mean_over_updates
 from alignlab.loop.prefetch import RolloutBatch
 from alignlab.loop.reward_checks import warn_of_unrewarded
+from alignlab.loop.update_metrics import mean_over_updates
 from alignlab.models.decoder import num_embeddings
 from alignlab.types import Rollout
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.packing import pack_rollouts
 from alignlab.errors import NumericsError
-from alignlab.loop.learner import Learner, mean_over_updates
+from alignlab.loop.learner import Learner
+from alignlab.loop.update_metrics import mean_over_updates
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.types import Completion, Experience, Prompt, Rollout
