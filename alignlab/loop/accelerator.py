@@ -95,7 +95,8 @@ def _check_environment() -> None:
 
 def _check_ranks(num_gpus: int) -> None:
     """Raise if two ranks of this machine would share a GPU, on which NCCL fails with an obscure error."""
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", "0")) + 1)
+    rank = os.environ.get("LOCAL_RANK")  # without it the number of ranks is vLLM's, which sets it on a CPU
+    num_ranks = 1 if rank is None else int(os.environ.get("LOCAL_WORLD_SIZE") or int(rank) + 1)
     if num_ranks > num_gpus:
         raise ConfigError(
             f"this machine has {num_ranks} ranks, and needs a GPU for each, of which it shows {num_gpus}; start at "

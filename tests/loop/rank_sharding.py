@@ -27,8 +27,13 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "mixture": (SPARSE, torch.float32, None),
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
-CHANGES = [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
-"""Where the weights are in the first two steps, and in the third."""
+CHANGES = {
+    "dense": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
+    "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2")],
+    "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
+    "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp")],
+}
+"""Where the weights of a model are in the first two steps, and in the third."""
 
 
 def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, torch.Tensor]:
@@ -52,7 +57,7 @@ def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, 
 def main() -> None:
     folder = Path(sys.argv[1])
     for model in MODELS:
-        for first, then in CHANGES:
+        for first, then in CHANGES[model]:
             run = folder / model / f"{first} {then}"
             train(run, model, first, 2)
             weights = {name: weight.contiguous() for name, weight in train(run, model, then, 3).items()}

@@ -64,6 +64,12 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, envir
         make_accelerator(60)
 
 
+def test_a_number_of_ranks_that_vllm_has_set_is_none_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    accelerator._check_ranks(1)
+
+
 def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7\.5, .* needs 8\.0"):

@@ -39,7 +39,7 @@ def folder_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_two_ranks: Path) -> None:
     expected = load_file(folder_of_two_ranks / model / "ddp ddp" / "rank0.safetensors")
-    for first, then in CHANGES:
+    for first, then in CHANGES[model]:
         run = folder_of_two_ranks / model / f"{first} {then}"
         ranks = [load_file(run / f"rank{rank}.safetensors") for rank in (0, 1)]
         for name, weight in expected.items():

@@ -260,7 +260,7 @@ def test_rows_without_a_proper_margin(value: Any, message: str, make_trainer: Ma
 
 
 def test_settings() -> None:
-    with pytest.raises(ConfigError, match=r"memory\.logprob_chunk_tokens is 64, and must stay 512 for a reward model"):
+    with pytest.raises(ConfigError, match=r"memory\.logprob_chunk_tokens is 64, and must stay null for a reward model"):
         RewardConfig(memory={"logprob_chunk_tokens": 64})
     with pytest.raises(ConfigError, match="centring_coef"):
         RewardConfig(centring_coef=-1)

@@ -14,9 +14,9 @@ from alignlab.models.adapters import add_lora
 from alignlab.rollout.vllm.protocol import digests_of_workers
 from alignlab.types import SamplingParams
 from tests.rollout.conftest import flat, make_prompts
-from tests.rollout.vllm.conftest import DENSE, OWN_DENSE, OWN_MOE, QWEN3_MOE, make_model
+from tests.rollout.vllm.conftest import DENSE, OWN_MOE, QWEN3_MOE, make_model
 
-SHAPES = {"dense": DENSE, "moe": QWEN3_MOE, "own-dense": OWN_DENSE, "own-moe": OWN_MOE}
+SHAPES = {"dense": DENSE, "own-moe": OWN_MOE}
 
 
 def test_workers_that_loaded_the_same_have_one_answer() -> None:
