@@ -27,6 +27,7 @@ SAMPLE = (
     "disk:grpo:full/fail_from/100", "disk:grpo:broken/fail_once/150", "disk:grpo:limit/3000",
     "power:grpo:150/3", "power:grpo:250/7",
     "inputs:config:recursive-alias", "inputs:rows:surrogate", "inputs:template:globals", "inputs:weights:overlapping",
+    "inputs:model:pad",
     "peers:judge-chooses:dripping-body", "peers:judge-writes:gzip-bomb", "peers:judge-chooses:answer-nan",
     "peers:server-generate:answer-id-huge", "peers:server-put:html",
 )  # fmt: skip

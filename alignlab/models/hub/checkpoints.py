@@ -57,7 +57,10 @@ _log = logging.getLogger(__name__)
 _OPTIONS = {"trust_remote_code": False}
 _FILES = ("*.json", "model*.safetensors")
 """Those of a model on the Hub that are downloaded."""
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
 _ROPE_KEYS = ("rope_theta", "rope_scaling")
 _SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
