@@ -93,10 +93,15 @@ def _check_environment() -> None:
             raise ConfigError(f"the environment has {name}={value}, which a run does not take over: {reason}")
 
 
+def _num_local_ranks() -> int:
+    """Return the number of ranks that a launcher has started on this machine."""
+    rank = os.environ.get("LOCAL_RANK")  # without it LOCAL_WORLD_SIZE is vLLM's, which sets it on a CPU
+    return 1 if rank is None else int(os.environ.get("LOCAL_WORLD_SIZE") or int(rank) + 1)
+
+
 def _check_ranks(num_gpus: int) -> None:
     """Raise if two ranks of this machine would share a GPU, on which NCCL fails with an obscure error."""
-    rank = os.environ.get("LOCAL_RANK")  # without it the number of ranks is vLLM's, which sets it on a CPU
-    num_ranks = 1 if rank is None else int(os.environ.get("LOCAL_WORLD_SIZE") or int(rank) + 1)
+    num_ranks = _num_local_ranks()
     if num_ranks > num_gpus:
         raise ConfigError(
             f"this machine has {num_ranks} ranks, and needs a GPU for each, of which it shows {num_gpus}; start at "

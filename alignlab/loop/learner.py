@@ -256,8 +256,7 @@ class Learner:
         """Return the module's outputs for each pack, without a gradient; see `logprobs`."""
         module = self.module if module is None else module
         with torch.no_grad(), evaluation_mode(module.modules()), module.in_use():
-            is_spread = shard_root(module.model) is not None
-            computed = self.strategy.filled_up(packs) if is_spread else packs
+            computed = self.strategy.filled_up(packs) if shard_root(module.model) is not None else packs
             return [self.forward(module, pack) for pack in self._paced(computed)][: len(packs)]
 
     def update(

@@ -62,7 +62,8 @@ def test_a_family_is_read_as_transformers_reads_it(
 @pytest.mark.parametrize("name", HUB)
 def test_no_family_needs_the_loading_of_transformers(name: str, tmp_path: Path, streamed_alone: None) -> None:
     hub_folder(name, tmp_path)
-    load_model(str(tmp_path), dtype=torch.bfloat16)
+    model: Any = load_model(str(tmp_path), dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_several_files_and_an_adapters_base(tmp_path: Path, streamed_alone: None) -> None:
