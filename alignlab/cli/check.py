@@ -82,7 +82,7 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     for line in reward_lines(checked):
         yield "reward", line
     # How much of a spread training a rank takes is for the number of ranks to say, which is not known here.
-    on_one_rank = checked.preflight.memory if config.trainer.sharding.strategy == "ddp" else {}
+    on_one_rank = {} if config.trainer.sharding.spreads_training else checked.preflight.memory
     notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(on_one_rank)
     for note in itertools.chain(*notes):
         yield "note", note
@@ -134,7 +134,7 @@ def _memory_line(config: RunConfig, memory: Mapping[str, int]) -> str:
     """Return the predicted memory of a rank's device, in all and by part."""
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     total = f"{sum(memory.values()) / 2**30:.2f} GiB"
-    if config.trainer.sharding.strategy == "ddp":
+    if not config.trainer.sharding.spreads_training:
         return f"about {total} on each rank's device: {parts}"
     return (
         f"about {total}, of which weights, gradients and optimizer are divided by the number of ranks; the embedded "

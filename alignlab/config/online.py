@@ -91,7 +91,7 @@ class OnlineConfig(TrainerConfig):
     def _check_sharding(self) -> Self:
         """vLLM's canary is computed by one rank after another, and a policy that is spread by all at once."""
         strategy, engine = self.sharding.strategy, self.rollout.engine
-        if strategy == "fsdp2" and engine != "embedded":
+        if self.sharding.spreads_training and engine != "embedded":
             must = f"be ddp with rollout.engine {engine}, which takes weights from ranks that hold all of them"
             raise BrokenRule("sharding.strategy", strategy, must, "use ddp, or rollout.engine: embedded")
         return self

@@ -143,7 +143,7 @@ class RLAIFConfig(Frozen):
     def _check_sharding(self) -> None:
         """The stages make their models from one that each rank holds whole."""
         for name, stage in self._named_stages().items():
-            if stage.sharding.strategy != "ddp":
+            if stage.sharding.spreads_training:
                 must = "be ddp: all stages begin with one model, which each rank holds whole"
                 raise BrokenRule(f"{name}.sharding.strategy", stage.sharding.strategy, must, "remove it")
 

@@ -72,9 +72,42 @@ class ShardingSettings(Frozen):
     """Where the weights in training live when a run has several ranks."""
 
     on_resume = OnResume.RECORDED
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """ddp: each rank holds all weights, gradients and optimizer states. fsdp2: each rank holds a part of each tensor,
-    and gathers a layer's weights while it computes with them (FSDP2; ZeRO stage 3)."""
+    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "ddp"
+    """none: one process. ddp: each rank holds all weights, gradients and optimizer states. fsdp2: each rank holds some
+    rows of each tensor, and gathers a layer's weights while it computes with them. zero1, zero2, zero3: DeepSpeed's
+    ZeRO, whose ranks share out the optimizer's states; gradients too; weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the host's memory and not on the GPU: nothing; the optimizer's states (zero1, zero2, zero3); or
+    weights too (zero3)."""
+    deepspeed: Path | None = None
+    """A JSON file of DeepSpeed's settings, for zero1, zero2 and zero3: buckets, overlap and what else the trainer's
+    config does not decide."""
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO by DeepSpeed; 0 for another strategy."""
+        return int(self.strategy.removeprefix("zero")) if self.strategy.startswith("zero") else 0
+
+    @property
+    def spreads_training(self) -> bool:
+        """Whether a rank holds a part of the weights, or of the optimizer's states, alone."""
+        return self.strategy == "fsdp2" or self.zero_stage > 0
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return None if path is None else with_home(path)
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        strategies = {"none": None, "optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3",)}[self.offload]
+        if strategies is not None and self.strategy not in strategies:
+            must = f"be none with strategy {self.strategy}"
+            raise BrokenRule("offload", self.offload, must, f"use strategy: {' or '.join(strategies)}")
+        if self.deepspeed is not None and self.zero_stage == 0:
+            must = f"be null with strategy {self.strategy}, which DeepSpeed has no part in"
+            raise BrokenRule("deepspeed", str(self.deepspeed), must, "remove it, or use zero1, zero2 or zero3")
+        return self
 
 
 class TrainerConfig(Frozen):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from alignlab.loop.empty_packs import filled_up
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import SingleProcess
-from alignlab.models.shards import rows_of
+from alignlab.models.pieces import held
 from alignlab.types import Experience
 
 _CLIP_EPSILON = 1e-6
@@ -25,6 +25,8 @@ class FullySharded(SingleProcess):
 
     What the module has beside its model, such as a critic's head, is small: each rank holds it whole.
     """
+
+    writes_parts = True
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         super().__init__(module, optimizer)
@@ -52,7 +54,7 @@ class FullySharded(SingleProcess):
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients of all ranks down to a norm of at most `max_norm`, and return the norm before."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        spread = [rows_of(gradient)[0] for gradient in gradients if isinstance(gradient, DTensor)]
+        spread = [held(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
         device = self._ranks.device
         squares = float(self._ranks.sum(_sum_of_squares(spread, device)) + _sum_of_squares(whole, device))

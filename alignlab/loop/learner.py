@@ -37,10 +37,10 @@ from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
-from alignlab.models.shards import rows_of, shard_root
+from alignlab.models.pieces import Held, held, piece_of, whole_shape
+from alignlab.models.shards import is_spread, shard_root
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, view_of, whole_tensors
-from alignlab.runs.checkpoint import load_optimizer_tensors, optimizer_tensors
-from alignlab.runs.tensor_groups import load_rows, shape_of
+from alignlab.runs.tensor_groups import load_held, shape_of
 from alignlab.types import Experience
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,12 @@ class Learner:
     @property
     def is_spread(self) -> bool:
         """Return whether each rank holds a part of the model's weights alone."""
-        return shard_root(self.module.model) is not None
+        return is_spread(self.module.model)
+
+    @property
+    def writes_parts(self) -> bool:
+        """Return whether each rank writes a part of a checkpoint, of the weights or of the optimizer's state."""
+        return self.strategy.writes_parts
 
     @property
     def has_adapters(self) -> bool:
@@ -130,15 +135,15 @@ class Learner:
         with self.module.in_use():
             return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> dict[str, dict[str, Held]]:
         """Return the trained weights and the optimizer's state, for a checkpoint; frozen weights are left out.
 
-        Of weights that are spread over ranks this rank has its rows alone, in a `DTensor`.
+        Of what is spread over ranks this rank has its piece alone.
         """
         trained = self.trained
-        weights = {name: parameter.detach() for name, parameter in trained.items()}
+        weights: dict[str, Held] = {name: piece_of(weight) or weight.detach() for name, weight in trained.items()}
         buffers = dict(whole_tensors(self.weights, self._saved_buffers()))
-        return {"policy": weights | buffers, "optimizer": optimizer_tensors(self.optimizer, trained)}
+        return {"policy": weights | buffers, "optimizer": self.strategy.state(trained)}
 
     @property
     def weights(self) -> WeightView:
@@ -171,7 +176,7 @@ class Learner:
             return None
         tensors = dict(self.module.named_parameters(remove_duplicate=False)) | dict(self.module.named_buffers())
         return HeldWeights({
-            name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
+            name: torch.empty(whole_shape(tensors[name]), dtype=tensors[name].dtype, device="meta")
             for name in self.weights.names()
         })
 
@@ -212,7 +217,7 @@ class Learner:
                 "with; resume with the same model.name and model.dtype"
             )
         self._load_weights(tensors["policy"])
-        load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
+        self.strategy.load_state(self.trained, tensors["optimizer"])
         self._forget_unfinished_step()
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
@@ -221,13 +226,13 @@ class Learner:
     def _load_weights(self, stored: Mapping[str, Tensor]) -> None:
         own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         for name in stored:
-            if shape_of(stored, name) != own[name].shape:
+            shape, expected = shape_of(stored, name), whole_shape(own[name])
+            if shape != expected:
                 raise CheckpointError(
-                    f"the checkpoint's weights do not fit the model: {name} has shape {tuple(shape_of(stored, name))} "
-                    f"there and {tuple(own[name].shape)} here; resume with the model and LoRA settings that the run "
-                    "was started with"
+                    f"the checkpoint's weights do not fit the model: {name} has shape {tuple(shape)} there and "
+                    f"{tuple(expected)} here; resume with the model and LoRA settings that the run was started with"
                 )
-            load_rows(stored, name, own[name])
+            load_held(stored, name, own[name])
 
     def _forget_unfinished_step(self) -> None:
         """Drop gradients and router counts of a step that failed half way in this process."""
@@ -369,7 +374,7 @@ class Learner:
         self.num_skipped += 1
         if self.config.optim.on_nonfinite == "skip":
             return
-        gradients = ((name, rows_of(p.grad)[0]) for name, p in self.trained.items() if p.grad is not None)
+        gradients = ((name, held(p.grad)) for name, p in self.trained.items() if p.grad is not None)
         bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
         sequences = [
             f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"

@@ -22,7 +22,7 @@ from alignlab.models.empty import is_empty
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.host_weights import HostWeights
 from alignlab.models.policy import Policy
-from alignlab.models.shards import shard_root, sharded_copy
+from alignlab.models.shards import is_spread, shard_root, sharded_copy, whole_copy
 from alignlab.models.weight_view import whole_parameters
 from alignlab.runs.reference_cache import ReferenceCache
 from alignlab.types import Experience, Rollout
@@ -107,7 +107,9 @@ def frozen_copy(policy: Policy) -> Policy | None:
 
 def _copied(model: nn.Module) -> nn.Module:
     """Return a frozen copy of a model, spread over ranks where the model is."""
-    return copy.deepcopy(model).requires_grad_(False) if shard_root(model) is None else sharded_copy(model)
+    if shard_root(model) is None:
+        return copy.deepcopy(model).requires_grad_(False)
+    return sharded_copy(model) if is_spread(model) else whole_copy(model)
 
 
 def _is_trained(weight: Tensor) -> bool:

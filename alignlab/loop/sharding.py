@@ -12,39 +12,60 @@ from alignlab.loop.fully_sharded import FullySharded
 from alignlab.loop.master_weights import MasterAdamW, needs_master
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import DataParallel, GradientSum, SingleProcess, Strategy
+from alignlab.loop.zero.engine_config import read_user_settings
+from alignlab.loop.zero.installation import check_deepspeed
+from alignlab.loop.zero.root import ZeroRoot
+from alignlab.loop.zero.strategy import Zero
 from alignlab.models.empty import is_empty
 from alignlab.models.policy import PackedModel
-from alignlab.models.shards import shard, shard_root
+from alignlab.models.shards import set_root, shard, shard_root
 
 
 def check_sharding(settings: ShardingSettings, num_ranks: int) -> None:
-    """Raise if there are too few ranks to spread weights over.
+    """Raise if a strategy does not fit the number of ranks, or needs what is not there.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: one rank would share with none, or several ranks would train for themselves; DeepSpeed is missing
+            or of an untested version; a user's DeepSpeed file cannot be read.
     """
-    if settings.strategy == "fsdp2" and num_ranks == 1:
+    strategy = settings.strategy
+    if settings.spreads_training and num_ranks == 1:
         raise ConfigError(
-            "trainer.sharding.strategy is fsdp2, which spreads weights over ranks, and this run has one rank; start "
-            "several (bash launch/torchrun.sh N CONFIG), or set it to ddp"
+            f"trainer.sharding.strategy is {strategy}, which shares a training out over ranks, and this run has one "
+            "rank; start several (bash launch/torchrun.sh N CONFIG), or set it to ddp"
         )
+    if strategy == "none" and num_ranks > 1:
+        raise ConfigError(
+            f"trainer.sharding.strategy is none, which is one process, and this run has {num_ranks} ranks, which would "
+            "train for themselves; set it to ddp, fsdp2, zero1, zero2 or zero3, or start one process"
+        )
+    if settings.zero_stage:
+        check_deepspeed()
+    if settings.deepspeed is not None:
+        read_user_settings(settings.deepspeed)
 
 
 def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks) -> None:
-    """Spread the weights of a module's model over the ranks, where the settings say so; before its optimizer is made.
+    """Spread the training of a module's model over the ranks, where the settings say so; before its optimizer is made.
 
     Raises:
-        ConfigError: there is one rank, or all weights train in 16 bits.
+        ConfigError: see `check_sharding`; or all weights train in 16 bits.
     """
-    if settings.strategy != "fsdp2" or is_empty(module):
+    if is_empty(module):
         return
     check_sharding(settings, ranks.count)
+    if not settings.spreads_training or shard_root(module.model) is not None:
+        return
     if any(parameter.requires_grad and needs_master(parameter) for parameter in module.parameters()):
         raise ConfigError(
-            "trainer.sharding.strategy is fsdp2, which trains weights in float32, and model.dtype trains all weights "
-            "in 16 bits; set model.dtype: float32, or give model.lora, whose base may be in 16 bits"
+            f"trainer.sharding.strategy is {settings.strategy}, which trains weights in float32, and model.dtype "
+            "trains all weights in 16 bits; set model.dtype: float32, or give model.lora, whose base may be in 16 bits"
         )
-    shard(module.model, init_device_mesh(ranks.device.type, (ranks.count,)))
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    if settings.zero_stage:
+        set_root(module.model, ZeroRoot(module.model, settings, mesh))
+    else:
+        shard(module.model, mesh)
 
 
 def make_strategy(module: PackedModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:
@@ -54,7 +75,10 @@ def make_strategy(module: PackedModel, optimizer: torch.optim.Optimizer, acceler
     """
     if accelerator.num_processes == 1 or is_empty(module):
         return SingleProcess(module, optimizer)
-    if shard_root(module.model) is not None:
+    root = shard_root(module.model)
+    if isinstance(root, ZeroRoot):
+        return Zero(module, optimizer, root, Ranks(accelerator))
+    if root is not None:
         return FullySharded(module, optimizer, Ranks(accelerator))
     if isinstance(optimizer, MasterAdamW):
         return GradientSum(module, optimizer, Ranks(accelerator))

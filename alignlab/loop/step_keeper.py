@@ -22,7 +22,7 @@ from torch import Tensor
 from alignlab.loop.learner import Learner
 from alignlab.loop.rank_agreement import gather_random_states
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
-from alignlab.models.shards import rows_of
+from alignlab.models.pieces import Held, Piece, held
 from alignlab.runs.checkpoint import checkpoint_path, save_checkpoint
 from alignlab.runs.checkpoint_parts import ready_parts, write_rank_part
 from alignlab.runs.folder import RunFolder
@@ -32,7 +32,7 @@ from alignlab.runs.random_state import RandomState
 if TYPE_CHECKING:
     from alignlab.loop.training_loop import TrainingLoop
 
-Tensors = dict[str, Mapping[str, Tensor]]
+Tensors = dict[str, Mapping[str, Held]]
 COPY_FRACTION, MAX_COPY_BYTES = 1 / 16, 4 * 2**30
 """Weights in training and their optimizer's state are copied before each step if they take up at most this fraction of
 the memory that holds them, and at most this many bytes: adapters always, and models of up to 350 million weights."""
@@ -72,7 +72,7 @@ class StepKeeper:
         self._copy: Tensors | None = None
         self._saved_step = loop.step
         self._keeping, self._was_kept = threading.Lock(), False
-        self._is_spread = any(learner.is_spread for learner in loop.learners.values())
+        self._is_spread = any(learner.writes_parts for learner in loop.learners.values())
 
     def mark(self) -> None:
         """Remember the step that is completed; every rank calls this together."""
@@ -178,7 +178,7 @@ class StepKeeper:
 
     def _check_finite(self, completed: CompletedStep, tensors: Tensors) -> None:
         named = (
-            (f"{group}/{name}", rows_of(tensor)[0])
+            (f"{group}/{name}", held(tensor))
             for group, members in tensors.items() for name, tensor in members.items()
         )
         check_finite(named, f"the weights and the optimizer's state after step {completed.step}")
@@ -201,8 +201,8 @@ class StepKeeper:
             },
         }
         save_checkpoint(
-            self._folder.checkpoints, completed.step, tensors=tensors, state=state, keep=loop.config.checkpoints.keep,
-            random=completed.random, run_id=self._folder.run_id, parts=parts,
+            self._folder.checkpoints, completed.step, tensors=_all_whole(tensors), state=state,
+            keep=loop.config.checkpoints.keep, random=completed.random, run_id=self._folder.run_id, parts=parts,
         )
         self._folder.saved(completed.step)
 
@@ -225,7 +225,7 @@ def check_all_weights(learners: Mapping[str, Learner]) -> None:
         NumericsError: with the name of the weight.
     """
     weights = (
-        (f"{role}{name}", rows_of(weight)[0])
+        (f"{role}{name}", held(weight))
         for role, learner in learners.items()
         for name, weight in learner.module.named_parameters()
     )
@@ -239,7 +239,7 @@ def check_trained_weights(learners: Mapping[str, Learner], step: int) -> None:
         NumericsError: with the name of the weight.
     """
     weights = (
-        (f"{role}{name}", rows_of(weight)[0])
+        (f"{role}{name}", held(weight))
         for role, learner in learners.items() for name, weight in learner.trained.items()
     )
     check_finite(weights, f"the weights after step {step}")
@@ -247,11 +247,16 @@ def check_trained_weights(learners: Mapping[str, Learner], step: int) -> None:
 
 def _is_small(tensors: Tensors) -> bool:
     """Return whether a copy of the tensors costs little memory, and little time compared with a step."""
-    flat = [rows_of(tensor)[0] for group in tensors.values() for tensor in group.values()]
+    flat = [held(tensor) for group in tensors.values() for tensor in group.values()]
     needed = sum(tensor.numel() * tensor.element_size() for tensor in flat)
     devices = {tensor.device for tensor in flat if tensor.device.type == "cuda"}
     memory = [torch.cuda.get_device_properties(device).total_memory for device in devices]
     return needed <= min(MAX_COPY_BYTES, COPY_FRACTION * min(memory, default=psutil.virtual_memory().total))
+
+
+def _all_whole(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """Return tensors of which this rank holds all."""
+    return {group: {name: held(tensor) for name, tensor in members.items()} for group, members in tensors.items()}
 
 
 def _copied(tensors: Tensors, earlier: Tensors | None) -> Tensors:
@@ -262,7 +267,10 @@ def _copied(tensors: Tensors, earlier: Tensors | None) -> Tensors:
     }
 
 
-def _copy_of(tensor: Tensor, earlier: Tensor | None) -> Tensor:
-    if earlier is None or (earlier.shape, earlier.dtype, earlier.device) != (tensor.shape, tensor.dtype, tensor.device):
-        return tensor.detach().clone()
-    return earlier.copy_(tensor.detach())
+def _copy_of(tensor: Held, earlier: Held | None) -> Held:
+    own, kept = held(tensor), None if earlier is None else held(earlier)
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (own.shape, own.dtype, own.device):
+        return tensor.clone() if isinstance(tensor, Piece) else tensor.detach().clone()
+    kept.copy_(own.detach())
+    assert earlier is not None
+    return earlier

@@ -5,7 +5,7 @@ The learner talks to a `Strategy` alone. Weights that are spread over ranks have
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignlab.loop.ranks import Ranks
+from alignlab.models.pieces import Held, piece_of
+from alignlab.runs.checkpoint import load_optimizer_tensors, optimizer_tensors
 from alignlab.types import Experience
 
 
@@ -22,9 +24,15 @@ class Strategy(Protocol):
 
     Attributes:
         module: to call for outputs with a gradient; perhaps a wrapper around the module in training.
+        writes_parts: whether each rank holds a part of the weights or of the optimizer's state alone, and writes it.
     """
 
     module: nn.Module
+    writes_parts: bool
+
+    def begin(self) -> None:
+        """Make what the ranks make together; afterwards `load_state` and `state` wait for no other rank."""
+        ...
 
     def filled_up(self, packs: Sequence[Experience]) -> Sequence[Experience]:
         """Return the packs that this rank has to put through the module, for a step or for scores, in their order;
@@ -55,6 +63,22 @@ class Strategy(Protocol):
         """Drop the gradients."""
         ...
 
+    def state(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Held]:
+        """Return what this rank holds of the optimizer's state, by the names of `runs.checkpoint`.
+
+        Args:
+            trained: the parameters in training, by name.
+        """
+        ...
+
+    def load_state(self, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+        """Put the optimizer's state back, and take over the weights as they are now.
+
+        Raises:
+            CheckpointError: an entry belongs to no parameter, or has another shape than its parameter.
+        """
+        ...
+
 
 class SingleProcess:
     """A module that one process trains whole; a `Strategy`.
@@ -63,8 +87,13 @@ class SingleProcess:
         optimizer: of the module's parameters in training.
     """
 
+    writes_parts = False
+
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
+
+    def begin(self) -> None:
+        """Make nothing: all there is was made before."""
 
     def filled_up(self, packs: Sequence[Experience]) -> Sequence[Experience]:
         """Return the packs."""
@@ -89,6 +118,14 @@ class SingleProcess:
     def clear(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Held]:
+        """Return the optimizer's state."""
+        return {name: piece_of(tensor) or tensor for name, tensor in optimizer_tensors(self.optimizer, trained).items()}
+
+    def load_state(self, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+        """Put the optimizer's state back."""
+        load_optimizer_tensors(self.optimizer, trained, tensors)
 
 
 class DataParallel(SingleProcess):

@@ -176,6 +176,8 @@ class TrainingLoop(ABC):
         with watched(self.position, lambda: self.keeper is not None and self.keeper.keep()), ExitStack() as stack:
             on_main_rank(self.check_ending)  # before the folder is taken
             folder = enter_folder(self, stack, resume=resume)
+            for learner in self.learners.values():
+                learner.strategy.begin()
             checkpoint = restore_newest(self, folder) if resume else None
             logger = open_files(self, stack, folder, checkpoint)
             result = self._train(folder, logger)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+
+from alignlab.models.pieces import piece_of
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -119,7 +120,7 @@ def keep_casts(model: nn.Module) -> None:
     For adapters whose optimizer marks what it has written to, as `loop.optim.make_optimizer`'s does. Sharded weights
     stay without: what gathers them writes to them without a mark.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if all(piece_of(parameter) is None for parameter in model.parameters()):
         for module in model.modules():
             if isinstance(module, ComputeDtypeLinear):
                 module.keeps_casts = True

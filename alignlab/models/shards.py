@@ -1,9 +1,9 @@
-"""A model whose weights are spread over ranks by FSDP2: each rank holds some rows of each tensor.
+"""Models whose weights, or the optimizer's state of which, are spread over ranks.
 
 Whoever computes with such a model does it through its root, which gathers a layer's weights for as long as they are
 used: `PackedModel` finds the root by itself. Whole tensors are read through a `WeightView`.
 
-    shard(model, mesh)            the model itself, from now on
+    shard(model, mesh)            the model itself, from now on, by FSDP2: each rank holds some rows of each tensor
     sharded_copy(model)           a frozen copy, of which no rank ever holds more than its rows
     whole_copy(model)             a frozen copy that each rank holds whole, such as to sample from
 
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from alignlab.models.decoder import causal_lm
+from alignlab.models.pieces import held, rows_of
 from alignlab.models.weight_view import view_of
 
 T = TypeVar("T")
@@ -30,18 +30,34 @@ Module = TypeVar("Module", bound=nn.Module)
 _ROOT = "_alignlab_shard_root"
 
 
+class Root(Protocol):
+    """What a model is computed within whose training is spread over ranks.
+
+    Attributes:
+        mesh: of the ranks.
+        blueprint: the model before it was sharded, without weights.
+        spreads_weights: whether each rank holds a part of the weights alone, or the optimizer's state alone is spread.
+    """
+
+    mesh: DeviceMesh
+    blueprint: nn.Module
+    spreads_weights: bool
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """Return what a function computes with the model, whose weights are gathered around it."""
+        ...
+
+
 class ShardRoot(nn.Module):
-    """Gathers the weights of a model around whatever is computed with it.
+    """The root of a model that FSDP2 spreads; a `Root`.
 
     Args:
         model: the model, or a PeftModel around it.
         mesh: of the ranks.
-
-    Attributes:
-        blueprint: the model before it was sharded, without weights.
     """
 
     blueprint: nn.Module
+    spreads_weights = True
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -66,27 +82,29 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for layer in lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
-    lm.__dict__[_ROOT] = root  # as a submodule it would hold the model that holds it
+    set_root(model, root)
 
 
-def shard_root(model: nn.Module) -> ShardRoot | None:
-    """Return the root of a sharded model; None for one that is whole on each rank."""
-    return cast("ShardRoot | None", causal_lm(model).__dict__.get(_ROOT))
+def set_root(model: nn.Module, root: Root) -> None:
+    """Make `root` what a model is computed within."""
+    causal_lm(model).__dict__[_ROOT] = root  # as a submodule it would hold the model that holds it
+
+
+def shard_root(model: nn.Module) -> Root | None:
+    """Return the root of a model whose training is spread; None for one that each rank trains by itself."""
+    return cast("Root | None", causal_lm(model).__dict__.get(_ROOT))
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether each rank holds a part of a model's weights alone."""
+    root = shard_root(model)
+    return root is not None and root.spreads_weights
 
 
 def without_shards(model: nn.Module) -> nn.Module:
     """Return a sharded model as it was before, but without weights; any other model itself."""
     root = shard_root(model)
     return model if root is None else root.blueprint
-
-
-def rows_of(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of a tensor that this rank holds, sharing its memory, and the index of the first."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    # FSDP divides dimension 0 into equal parts, of which the last ones may be shorter, or empty.
-    part = -(-tensor.shape[0] // tensor.device_mesh.size())
-    return tensor.to_local(), min(part * tensor.device_mesh.get_local_rank(), tensor.shape[0])
 
 
 def empty_copy(model: Module) -> Module:
@@ -100,14 +118,18 @@ def empty_copy(model: Module) -> Module:
 
 @torch.no_grad()
 def sharded_copy(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of a sharded model, sharded alike. Every rank calls this together."""
+    """Return a frozen copy of a model whose weights are spread, spread by FSDP2. Every rank calls this together."""
     root = _root_of(model)
     twin = copy.deepcopy(root.blueprint).requires_grad_(False)
     shard(twin, root.mesh)
     device = _device_of(model)
-    _root_of(twin)._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-    for copied, own in zip(twin.parameters(), model.parameters(), strict=True):
-        rows_of(copied)[0].copy_(rows_of(own)[0])
+    cast(ShardRoot, _root_of(twin))._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
+    weights = view_of(model)
+    for name, copied in twin.named_parameters():
+        rows, first = rows_of(copied)
+        rows.copy_(weights.whole(name)[first : first + len(rows)])
     copy_buffers(model, twin)
     return twin.eval()
 
@@ -145,11 +167,11 @@ def copy_buffers(model: nn.Module, twin: nn.Module) -> None:
         copied.copy_(own)
 
 
-def _root_of(model: nn.Module) -> ShardRoot:
+def _root_of(model: nn.Module) -> Root:
     root = shard_root(model)
-    assert root is not None, "the model is whole on each rank"
+    assert root is not None, "the model is trained by each rank for itself"
     return root
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next(rows_of(parameter)[0].device for parameter in model.parameters())
+    return next(held(parameter).device for parameter in model.parameters())

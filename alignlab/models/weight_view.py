@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from alignlab.models.pieces import gathered, held
 
 
 class WeightView(Protocol):
@@ -35,7 +36,7 @@ class WeightView(Protocol):
 
 
 class ModuleWeights:
-    """The weights of a module: whole on every rank, or spread over ranks by FSDP2.
+    """The weights of a module: whole on every rank, or spread over ranks.
 
     Tensors share the module's memory, but for those that are gathered from several ranks.
 
@@ -52,18 +53,16 @@ class ModuleWeights:
 
     def whole(self, name: str) -> Tensor:
         """Return a parameter or buffer, without a gradient."""
-        tensor = self._tensor(name)
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return gathered(self._tensor(name))
 
     def local(self, name: str) -> Tensor:
-        """Return this rank's rows of a parameter or buffer."""
-        tensor = self._tensor(name)
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        """Return what this rank holds of a parameter or buffer."""
+        return held(self._tensor(name)).detach()
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
-        return tensor.detach()
+        return tensor
 
 
 class WeightsInside:

@@ -42,7 +42,7 @@ from alignlab.files.manifest import find_damage, read_manifest, write_manifest
 from alignlab.files.tensor_files import write_tensors
 from alignlab.runs.checkpoint_parts import take_parts
 from alignlab.runs.random_state import RandomState, random_state
-from alignlab.runs.tensor_groups import load_rows, read_groups, shape_of
+from alignlab.runs.tensor_groups import load_held, read_groups, shape_of
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -256,7 +256,7 @@ def load_optimizer_tensors(
             )
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state = optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        load_rows(tensors, entry, state)
+        load_held(tensors, entry, state)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,18 +14,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from alignlab.errors import CheckpointError
 from alignlab.files.atomic_files import TEMPORARY, make_folder, remove, sync_file, sync_folder
 from alignlab.files.library_errors import writing
+from alignlab.models.pieces import Held
 from alignlab.runs.tensor_groups import write_part
 
 _POLL_S = 0.05
 
 
 def write_rank_part(
-    folder: Path, step: int, rank: int, tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: Path, step: int, rank: int, tensors: Mapping[str, Mapping[str, Held]]
 ) -> None:
     """Write a rank's part of the checkpoint of a step; `tensors` by group, then by name.
 

@@ -16,7 +16,7 @@ from alignlab.config.rollout import RolloutSettings
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
-from alignlab.models.shards import copy_whole, shard_root, whole_copy
+from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
 from alignlab.rollout.embedded.runner import Runner
@@ -72,7 +72,7 @@ class EmbeddedEngine:
         self._share = share_prefixes
         require_paging(model)
         self._policy, self._copy = model, None
-        if shard_root(model) is not None:  # decoding gathers no weights: it has a copy that is whole on this rank
+        if is_spread(model):  # decoding gathers no weights: it has a copy that is whole on this rank
             model = self._copy = whole_copy(model)
         self._lm = causal_lm(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)

@@ -1,0 +1,134 @@
+"""A model that DeepSpeed trains, with all roles that share it, in one engine.
+
+An engine can be made once for a model, and must know what every role trains. It is made when the model is first
+computed with, or restored, after the learners of all roles have joined: until then each rank holds the model whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from alignlab.config.trainer import ShardingSettings
+from alignlab.loop.zero.engine_config import engine_config
+from alignlab.loop.zero.installation import load_deepspeed
+from alignlab.loop.zero.role_optimizers import RoleOptimizers
+from alignlab.models.moe import SparseFeedForward
+from alignlab.models.shards import empty_copy
+
+_log = logging.getLogger(__name__)
+
+
+class _Roles(nn.Module):
+    """What an engine is made of: the modules of all roles, which may hold one model."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.roles = nn.ModuleList(modules)
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Return what a function computes with the roles; it takes no tensors."""
+        return function()
+
+
+class ZeroRoot:
+    """What a model is computed within that DeepSpeed trains; a `Root`.
+
+    Args:
+        model: the model, or a PeftModel around it.
+        settings: with a ZeRO strategy.
+        mesh: of the ranks.
+    """
+
+    def __init__(self, model: nn.Module, settings: ShardingSettings, mesh: DeviceMesh) -> None:
+        self.blueprint = empty_copy(model)
+        self.mesh = mesh
+        self.settings = settings
+        self.spreads_weights = settings.zero_stage == 3
+        self._modules: list[nn.Module] = []
+        self._trained: dict[torch.optim.Optimizer, list[nn.Parameter]] = {}
+        self._roles: RoleOptimizers | None = None
+        self._engine: Any = None
+
+    def join(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Add a role: a module on the model, and the optimizer of what the role trains."""
+        assert self._engine is None, "a role joins before the engine is made"
+        self._modules.append(module)
+        self._trained[optimizer] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """Return what a function computes with the model's weights."""
+        return self.engine(function)
+
+    @property
+    def is_made(self) -> bool:
+        """Return whether there is an engine."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine; every rank asks for it together for the first time."""
+        if self._engine is None:
+            self._engine = self._made()
+        return self._engine
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, around those of the roles."""
+        return self.engine.optimizer
+
+    @property
+    def state(self) -> Any:
+        """The state of the roles' optimizers, by DeepSpeed's flat tensors."""
+        assert self._roles is not None
+        return self._roles.state
+
+    @contextmanager
+    def active(self, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        """Yield the engine in a context in which one role trains: its optimizer steps, no other role has a gradient.
+
+        Of a parameter that requires a gradient and gets none, stage 3 would take the last one again.
+        """
+        engine = self.engine
+        assert self._roles is not None
+        self._roles.active = optimizer
+        others = [parameter for other in self._trained if other is not optimizer for parameter in self._trained[other]]
+        with _requiring_gradients(others, False):
+            yield engine
+
+    def _made(self) -> Any:
+        roles = RoleOptimizers(list(self._trained))
+        trained = [parameter for of_role in self._trained.values() for parameter in of_role]
+        device = trained[0].device
+        deepspeed = load_deepspeed(device.type)
+        config = engine_config(
+            self.settings, max_grad_norm=0.0, largest=max(parameter.numel() for parameter in trained)
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+        module = _Roles(self._modules)
+        if self.spreads_weights and any(isinstance(part, SparseFeedForward) for part in module.modules()):
+            deepspeed.utils.set_z3_leaf_modules(module, [SparseFeedForward])  # its experts are gathered together
+        with _requiring_gradients(trained, True):  # the engine follows gradients of what trains now, in whichever role
+            engine, *_ = deepspeed.initialize(model=module, optimizer=roles, config=config)
+        self._roles = roles
+        return engine
+
+
+@contextmanager
+def _requiring_gradients(parameters: Sequence[nn.Parameter], do: bool) -> Iterator[None]:
+    """Let parameters require a gradient, or not, within this context."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(do)
+    try:
+        yield
+    finally:
+        for parameter, was_trained in zip(parameters, before, strict=True):
+            parameter.requires_grad_(was_trained)
