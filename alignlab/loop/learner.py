@@ -38,7 +38,7 @@ from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
 from alignlab.models.pieces import Held, held, piece_of, whole_shape
-from alignlab.models.shards import is_spread, shard_root
+from alignlab.models.shards import is_spread
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, view_of, whole_tensors
 from alignlab.runs.tensor_groups import load_held, shape_of
 from alignlab.types import Experience
@@ -261,7 +261,7 @@ class Learner:
         """Return the module's outputs for each pack, without a gradient; see `logprobs`."""
         module = self.module if module is None else module
         with torch.no_grad(), evaluation_mode(module.modules()), module.in_use():
-            computed = self.strategy.filled_up(packs) if shard_root(module.model) is not None else packs
+            computed = self.strategy.filled_up(packs) if is_spread(module.model) else packs
             return [self.forward(module, pack) for pack in self._paced(computed)][: len(packs)]
 
     def update(
@@ -277,6 +277,7 @@ class Learner:
             NumericsError: a gradient is not finite and the config says stop.
         """
         assert packs, "an update needs at least one pack on every rank"
+        self.strategy.begin()
         with self.module.in_use():
             return self._update(packs, loss, weights, metric_weights)
 

@@ -74,6 +74,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
+def is_gathered(tensor: Tensor) -> bool:
+    """Return whether a partitioned parameter is whole at present beside this rank's piece, as small ones may stay."""
+    return is_partitioned(tensor) and tensor.numel() == _ds(tensor).ds_numel
+
+
 def whole_shape(tensor: Held) -> torch.Size:
     """Return the shape of the whole tensor."""
     if isinstance(tensor, Piece):

@@ -28,10 +28,13 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
 CHANGES = {
-    "dense": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
-    "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2")],
-    "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
-    "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp")],
+    "dense": [
+        ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "zero1"), ("zero1", "zero3"), ("zero3", "ddp"),
+        ("zero3", "zero3"), ("zero2", "zero2"),
+    ],
+    "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero3")],
+    "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero3", "fsdp2")],
+    "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp"), ("ddp", "zero1"), ("zero2", "zero3")],
 }
 """Where the weights of a model are in the first two steps, and in the third."""
 

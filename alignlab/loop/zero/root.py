@@ -1,7 +1,7 @@
 """A model that DeepSpeed trains, with all roles that share it, in one engine.
 
-An engine can be made once for a model, and must know what every role trains. It is made when the model is first
-computed with, or restored, after the learners of all roles have joined: until then each rank holds the model whole.
+An engine can be made once for a model, and must know what every role trains. It is made when training begins, after
+the learners of all roles have joined: until then each rank holds the model whole.
 """
 
 from __future__ import annotations
@@ -63,19 +63,27 @@ class ZeroRoot:
         self._trained[optimizer] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, function: Callable[[], Any]) -> Any:
-        """Return what a function computes with the model's weights."""
-        return self.engine(function)
+        """Return what a function computes with the model's weights.
+
+        The engine has a part in it where weights are spread, or gradients follow.
+        """
+        is_needed = self.is_made and (self.spreads_weights or torch.is_grad_enabled())
+        return self._engine(function) if is_needed else function()
 
     @property
     def is_made(self) -> bool:
         """Return whether there is an engine."""
         return self._engine is not None
 
-    @property
-    def engine(self) -> Any:
-        """DeepSpeed's engine; every rank asks for it together for the first time."""
+    def begin(self) -> None:
+        """Make the engine, unless there is one; every rank calls this together."""
         if self._engine is None:
             self._engine = self._made()
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine."""
+        assert self._engine is not None, "training has not begun"
         return self._engine
 
     @property

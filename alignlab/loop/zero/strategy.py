@@ -35,7 +35,7 @@ class Zero:
 
     def begin(self) -> None:
         """Make the engine, unless there is one; every rank calls this together."""
-        assert self._root.engine is not None
+        self._root.begin()
 
     def filled_up(self, packs: Sequence[Experience]) -> list[Experience]:
         """Return as many packs on every rank."""
