@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.loop.test_distributed import torchrun
+from tests.ranks import torchrun
 from tests.trainers import rank_cases
 from tests.trainers.conftest import even_ids
 from tests.trainers.steps import credit_of, weights_of
