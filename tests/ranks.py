@@ -22,6 +22,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests.curves import draw_no_curves
+
 ROOT = Path(__file__).parents[1]
 LOCALHOST = "127.0.0.1"
 _TIMEOUT_S = 240
@@ -32,7 +34,7 @@ _FORKS.set_forkserver_preload(
     [
         "tests.ranks", "alignlab.cli", "alignlab.run_from_config", "tests.loop.rank_faults",
         "tests.loop.rank_gradients", "tests.loop.rank_held_out", "tests.loop.rank_training", "tests.loop.rank_uneven",
-        "tests.trainers.rank_cases", "matplotlib.backends.backend_agg", "matplotlib.figure", "deepspeed",
+        "tests.trainers.rank_cases", "deepspeed",
     ]
 )
 
@@ -91,6 +93,7 @@ def _run(arguments: list[str], environment: dict[str, str], outputs: Sequence[Pa
     os.environ.update(environment)
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    draw_no_curves()
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
