@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, Rank, launcher_store, start_ranks
+from tests.forks import Fork
+from tests.ranks import ROOT, launcher_store, start_ranks
 
 WATCHED, TRAINING = "rank_watched.py", "rank_faults.py"
 pytestmark = pytest.mark.distributed
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def two_ranks(
     script: str, folder: Path, port: int, *arguments: str, agent: bool = True
-) -> AbstractContextManager[list[Rank]]:
+) -> AbstractContextManager[list[Fork]]:
     """Start a script of this room on both ranks; see `start_ranks`."""
     return start_ranks([str(ROOT / "tests/loop" / script), str(folder), *arguments], port, agent=agent)
 

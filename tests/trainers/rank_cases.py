@@ -1,6 +1,6 @@
-"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are, under each strategy.
+"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are, under each of the strategies.
 
-Usage: rank_cases.py FOLDER [CASE ...]
+Usage: rank_cases.py FOLDER STRATEGY[,STRATEGY ...] [CASE ...]
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case
 
-STRATEGIES = ("ddp", "fsdp2")
 SEED = 7
 EPSILON = 1e-3
 
@@ -49,9 +48,9 @@ def sample_without_rank(source: Any) -> None:
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or CASES
+    folder, strategies, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] or CASES
     draw_no_curves()
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         os.environ["ALIGNLAB_CACHE"] = str(folder / strategy / "cache")
         for name in names:
             save_file(

@@ -23,6 +23,7 @@ from tests.trainers.steps import credit_of, weights_of
 from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case, save_teacher
 
 ROOT = Path(__file__).parents[2]
+STRATEGIES = ("ddp", "fsdp2")
 OF_TIME = re.compile(r"_s$|per_s$|time")
 
 
@@ -142,9 +143,9 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
 def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case under every strategy, trained in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    for strategy in rank_cases.STRATEGIES:
+    for strategy in STRATEGIES:
         save_teacher(folder / strategy / "teacher", tokenizer)
-    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder))
+    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), ",".join(STRATEGIES))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -165,7 +166,7 @@ def train_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("strategy", rank_cases.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_have_the_weights_and_metrics_of_one(
     strategy: str, name: str, folder_of_two_ranks: Path, train_alone: Callable[[str], Any]
 ) -> None:
