@@ -1,4 +1,4 @@
-"""Settings of the whole test session; fixtures live beside the tests that use them."""
+"""Settings of the whole test session; other fixtures live beside the tests that use them."""
 
 import os
 
@@ -8,8 +8,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from tests.curves import draw_nothing
+
+PLOT_CURVES = "alignlab.evaluation.report.plot_curves"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Draw no curves, in all tests but those that use `curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PLOT_CURVES, draw_nothing)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw curves in this test."""
+    from alignlab.evaluation.curves import plot_curves
+
+    monkeypatch.setattr(PLOT_CURVES, plot_curves)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,7 @@ def report_of(folder: Path, report: RunReport) -> str:
     return stream.getvalue()
 
 
+@pytest.mark.usefixtures("curves")
 def test_the_report_has_tables_examples_curves_and_the_command(tmp_path: Path) -> None:
     adapter = tmp_path / "run one" / "adapter"
     report = RunReport(

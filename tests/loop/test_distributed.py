@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +15,17 @@ from alignlab.runs.rollout_store import read_rollouts
 from tests.loop import rank_held_out
 from tests.loop.rank_gradients import gradients
 from tests.loop.rank_uneven import UNEVEN
+from tests.ranks import ROOT, run_ranks, torchrun
 from tests.trainers.tiny import save_teacher
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
-
-
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script on two ranks of this machine."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
 def test_ranks_have_equal_weights_and_different_prompts(tmp_path: Path) -> None:
     """Three steps, stopped after two and resumed: equal weights on both ranks, and no prompt on both."""
     script = str(ROOT / "tests/loop/rank_training.py")
     for steps in ("2", "3"):
-        done = torchrun(script, str(tmp_path), steps)
+        done = run_ranks(script, str(tmp_path), steps)
         assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys()
@@ -56,7 +46,7 @@ def test_ranks_have_equal_weights_and_different_prompts(tmp_path: Path) -> None:
 def test_ranks_with_unlike_work_have_equal_weights(tmp_path: Path) -> None:
     """Online DPO, where only the first rank has a pair; GKD, where the dataset completes some prompts of each rank."""
     save_teacher(tmp_path / "teacher", train_tokenizer(["abc abd ab ba 123"], vocab_size=262))
-    done = torchrun(str(ROOT / "tests/loop/rank_uneven.py"), str(tmp_path))
+    done = run_ranks(str(ROOT / "tests/loop/rank_uneven.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for name in UNEVEN:
         first, second = (load_file(tmp_path / f"{name}.rank{rank}.safetensors") for rank in (0, 1))
@@ -68,7 +58,7 @@ def test_ranks_with_unlike_work_have_equal_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_gradient_does_not_depend_on_the_number_of_ranks(dtype: str, limit: float, tmp_path: Path) -> None:
     """In bfloat16 the sums over packs and ranks are float32, and what is summed is rounded to 8 bits."""
-    done = torchrun(str(ROOT / "tests/loop/rank_gradients.py"), str(tmp_path / "out"), dtype)
+    done = run_ranks(str(ROOT / "tests/loop/rank_gradients.py"), str(tmp_path / "out"), dtype)
     assert done.returncode == 0, done.stderr[-3000:]
     alone, metrics = gradients(0, 1, tmp_path, dtype)
     for rank in (0, 1):
@@ -86,7 +76,7 @@ def test_held_out_data_is_shared_out_and_measured_as_by_one_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit, texts included; each rank asks its engine for some of the problems alone."""
-    done = torchrun(str(ROOT / "tests/loop/rank_held_out.py"), str(tmp_path))
+    done = run_ranks(str(ROOT / "tests/loop/rank_held_out.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
@@ -107,7 +97,7 @@ def test_ranks_with_a_warm_start_check_the_training_first(tmp_path: Path) -> Non
     assert json.loads(done.stdout.splitlines()[-1])["num_steps"] == 2
     changes = ("trainer.routing_replay=trainer", "trainer.num_minibatches=2")
     other = f"trainer.output_dir={tmp_path / 'other'}"
-    refused = torchrun("-m", "alignlab", "train", str(tmp_path / "run.yaml"), other, *changes)
+    refused = run_ranks("-m", "alignlab", "train", str(tmp_path / "run.yaml"), other, *changes)
     assert "has no experts of ours" in refused.stderr and not (tmp_path / "other").exists()
 
 

@@ -19,7 +19,7 @@ from alignlab.files.manifest import MODEL_MANIFEST, find_damage
 from alignlab.loop import step_keeper as keeping
 from alignlab.trainers.grpo import GRPOTrainer
 from alignlab.trainers.sft import SFTTrainer
-from tests.loop.test_distributed import ROOT, torchrun
+from tests.ranks import ROOT, run_ranks
 from tests.settings import merged
 from tests.trainers.conftest import SPARSE, even_ids
 
@@ -334,7 +334,7 @@ def test_a_removal_that_a_power_cut_has_undone_is_done_again(grpo: Make) -> None
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_failure_of_one_of_two_ranks_loses_no_step(tmp_path: Path, strategy: str) -> None:
-    done = torchrun(str(ROOT / "tests/loop/rank_keeping.py"), str(tmp_path), strategy)
+    done = run_ranks(str(ROOT / "tests/loop/rank_keeping.py"), str(tmp_path), strategy)
     assert done.returncode != 0 and "Failure: kernel" in done.stderr, done.stderr[-3000:]
     straight = load_file(tmp_path / "straight" / "model" / "model.safetensors")
     for name, rank, reason in (

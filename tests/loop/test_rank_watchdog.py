@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
-ROOT = Path(__file__).parents[2]
+from tests.forks import Fork
+from tests.ranks import ROOT, launcher_store, start_ranks
+
 WATCHED, TRAINING = "rank_watched.py", "rank_faults.py"
 pytestmark = pytest.mark.distributed
+
+
+def two_ranks(
+    script: str, folder: Path, port: int, *arguments: str, agent: bool = True
+) -> AbstractContextManager[list[Fork]]:
+    """Start a script of this room on both ranks; see `start_ranks`."""
+    return start_ranks([str(ROOT / "tests/loop" / script), str(folder), *arguments], port, agent=agent)
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-@contextmanager
-def two_ranks(
-    script: str, folder: Path, port: int, *arguments: str, agent: bool = True
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start both ranks as a launcher does; kill them at the end of the context.
-
-    Args:
-        agent: whether this process holds the store, as torchrun does; else rank 0 holds it.
-    """
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(agent),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/loop" / script), str(folder), *arguments],
-            text=True, stderr=subprocess.PIPE,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        yield ranks
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-
-
-@contextmanager
-def launcher_store() -> Iterator[int]:
-    """Hold a store, as a launcher does, and yield its port."""
-    port = free_port()
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=60))
-    yield port
-    del store
 
 
 @pytest.mark.parametrize(

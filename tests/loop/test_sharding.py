@@ -24,13 +24,13 @@ from alignlab.loop.sharding import shard_weights
 from alignlab.models.policy import Policy
 from alignlab.types import Experience, Segments
 from tests.loop.rank_sharding import CHANGES, MODELS
-from tests.loop.test_distributed import ROOT, torchrun
+from tests.ranks import ROOT, run_ranks
 
 
 @pytest.fixture(scope="module")
 def folder_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    done = torchrun(str(ROOT / "tests/loop/rank_sharding.py"), str(folder))
+    done = run_ranks(str(ROOT / "tests/loop/rank_sharding.py"), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

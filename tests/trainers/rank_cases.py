@@ -1,6 +1,6 @@
-"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are.
+"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are, under each of the strategies.
 
-Usage: rank_cases.py FOLDER STRATEGY [CASE ...]
+Usage: rank_cases.py FOLDER STRATEGY[,STRATEGY ...] [CASE ...]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.hub.checkpoints import new_model
+from tests.curves import draw_no_curves
 from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case
@@ -47,13 +48,15 @@ def sample_without_rank(source: Any) -> None:
 
 
 def main() -> None:
-    folder, strategy, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or CASES
-    os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
-    for name in names:
-        save_file(
-            {key: weight.clone() for key, weight in train(name, folder, strategy).items()},
-            folder / f"{name}.rank{os.environ['RANK']}.safetensors",
-        )
+    folder, strategies, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] or CASES
+    draw_no_curves()
+    for strategy in strategies:
+        os.environ["ALIGNLAB_CACHE"] = str(folder / strategy / "cache")
+        for name in names:
+            save_file(
+                {key: weight.clone() for key, weight in train(name, folder / strategy, strategy).items()},
+                folder / strategy / f"{name}.rank{os.environ['RANK']}.safetensors",
+            )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.loop.test_distributed import torchrun
+from tests.ranks import torchrun
 from tests.trainers import rank_cases
 from tests.trainers.conftest import even_ids
 from tests.trainers.steps import credit_of, weights_of
 from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case, save_teacher
 
 ROOT = Path(__file__).parents[2]
+STRATEGIES = ("ddp", "fsdp2")
 OF_TIME = re.compile(r"_s$|per_s$|time")
 
 
@@ -137,30 +139,46 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
             assert not pack.advantages[~pack.completion_mask].any()
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def folder_of_two_ranks(request: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, trained in one pair of processes."""
+@pytest.fixture(scope="module")
+def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case under every strategy, trained in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_teacher(folder / "teacher", tokenizer)
-    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), request.param)
+    for strategy in STRATEGIES:
+        save_teacher(folder / strategy / "teacher", tokenizer)
+    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), ",".join(STRATEGIES))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
+@pytest.fixture(scope="module")
+def train_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, torch.Tensor]]]:
+    """Train a case on one rank, once, and return its folder and all that was trained."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @cache
+    def train(name: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ALIGNLAB_CACHE", str(folder / f"cache of {name}"))
+            return folder / name, rank_cases.train(name, folder)
+
+    return train
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_have_the_weights_and_metrics_of_one(
-    name: str, folder_of_two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, name: str, folder_of_two_ranks: Path, train_alone: Callable[[str], Any]
 ) -> None:
     """With the same rollouts: `rank_cases` samples without the rank, by which the seeds of a real run differ."""
-    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-    expected = rank_cases.train(name, tmp_path)
-    first, second = (load_file(folder_of_two_ranks / f"{name}.rank{rank}.safetensors") for rank in (0, 1))
+    folder_alone, expected = train_alone(name)
+    folder = folder_of_two_ranks / strategy
+    first, second = (load_file(folder / f"{name}.rank{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys() == expected.keys()
     for key, weight in expected.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], weight, rtol=0, atol=1e-5, msg=key)
-    for step, step_of_one in zip(metrics_of(folder_of_two_ranks / name), metrics_of(tmp_path / name), strict=True):
+    for step, step_of_one in zip(metrics_of(folder / name), metrics_of(folder_alone), strict=True):
         assert step == pytest.approx(step_of_one, rel=1e-3, abs=1e-5)
 
 

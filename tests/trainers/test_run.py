@@ -49,6 +49,7 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("curves")
 def test_whole_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     summary = run(load_config(config_file, [f"trainer.output_dir={folder}"])).to_json()

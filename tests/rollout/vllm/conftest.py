@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import socket
 import time
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.hub.export import write_base
+from alignlab.rollout.vllm.launch import ServerProcess
+from tests.forks import Fork, ForkServer
 from tests.rollout.conftest import VOCAB
 from tests.rollout.vllm.stand_in import RUN, StandIn, weights
 
+FORKS = ForkServer("tests.rollout.vllm.forked")
 INSTALLED = importlib.util.find_spec("vllm") is not None
 # Sizes that vLLM's kernels take on a CPU: hidden and expert sizes are multiples of 32, and so is a head's.
 DENSE: dict[str, Any] = {
@@ -97,16 +102,31 @@ def wait_until_up(server: Any) -> None:
         time.sleep(0.5)
 
 
+class ForkedServer(ServerProcess):
+    """A server's process, forked from one that has imported vLLM."""
+
+    def start(self) -> None:
+        """Start the process; its output goes to standard error."""
+        self.was_up, self.started_at = False, time.monotonic()
+        with mock.patch.dict(os.environ, self.environment):
+            self.process = Fork(FORKS, self.command[1:], self.environment)  # type: ignore[assignment]
+
+
 @pytest.fixture(scope="module")
 def serve(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Any]]:
-    """Start servers of a model, each in its own processes; return their settings and the processes once they are up."""
-    from alignlab.rollout.vllm.launch import ServerProcess, end_all
+    """Start servers of a model, each in its own processes; return their settings and the processes once they are up.
+
+    With `forked` false, they are started as users' servers are: each process imports vLLM, in many seconds.
+    """
+    from alignlab.rollout.vllm.launch import end_all
 
     started: list[ServerProcess] = []
 
-    def start(model: Any, *, count: int = 1, lora_rank: int = 0, **settings: Any) -> tuple[Any, list[ServerProcess]]:
+    def start(
+        model: Any, *, count: int = 1, lora_rank: int = 0, forked: bool = True, **settings: Any
+    ) -> tuple[Any, list[ServerProcess]]:
         from alignlab.rollout.vllm.launch import make_server
         from alignlab.rollout.vllm.options import engine_options
 
@@ -117,6 +137,8 @@ def serve(
         tokenizer.save_pretrained(folder)
         options = engine_options(server_settings, model, adapter_rank=lora_rank, on_cpu=True)
         servers = [make_server(address, folder, options) for address in addresses]
+        if forked:
+            servers = [ForkedServer(server.address, server.command, server.environment) for server in servers]
         for server in servers:
             server.start()
         started.extend(servers)
