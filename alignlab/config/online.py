@@ -88,15 +88,6 @@ class OnlineConfig(TrainerConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_sharding(self) -> Self:
-        """vLLM's canary is computed by one rank after another, and a policy that is spread by all at once."""
-        strategy, engine = self.sharding.strategy, self.rollout.engine
-        if self.sharding.spreads_training and engine != "embedded":
-            must = f"be ddp with rollout.engine {engine}, which takes weights from ranks that hold all of them"
-            raise BrokenRule("sharding.strategy", strategy, must, "use ddp, or rollout.engine: embedded")
-        return self
-
-    @model_validator(mode="after")
     def _check_quantization(self) -> Self:
         """A quantized engine samples from other probabilities than the policy's: the loss must be weighted."""
         form = quantization(self.rollout)

@@ -31,7 +31,7 @@ from alignlab.loop.training_loop import Callback, TrainingLoop
 from alignlab.rollout.engine import make_engine
 from alignlab.rollout.memory import engine_bytes
 from alignlab.runs.folder import RunFolder
-from alignlab.runs.rollout_store import RolloutStore
+from alignlab.runs.rollout_store import RolloutStore, clear_ranks_without_process
 from alignlab.scoring.reward_model import fingerprints_of, modules_of
 from alignlab.types import Experience
 
@@ -194,7 +194,14 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         self.store = RolloutStore(
             folder.rollouts, resume_step=resume_step, rank=self.ranks.index, run_id=folder.run_id
         )
+        if self.is_main:
+            clear_ranks_without_process(self.ranks.count, folder.rollouts, resume_step, folder.run_id)
         stack.callback(self._close)
+
+    @property
+    def drawn_by_rank(self) -> str:
+        """Return what other random numbers change where a run goes on on another number of ranks."""
+        return "rollouts are sampled with other seeds, dropout is drawn anew"
 
     def _close(self) -> None:
         self.source.close()

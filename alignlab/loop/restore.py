@@ -8,7 +8,7 @@ from alignlab.errors import CheckpointError
 from alignlab.evaluation.results import evaluation_from_json
 from alignlab.runs.checkpoint import Checkpoint, load_latest, remove_old
 from alignlab.runs.folder import RunFolder
-from alignlab.runs.random_state import restore_random_state
+from alignlab.runs.random_state import restore_random_state, seed_anew
 
 if TYPE_CHECKING:
     from alignlab.loop.training_loop import TrainingLoop
@@ -34,8 +34,23 @@ def restore_newest(loop: TrainingLoop, folder: RunFolder) -> Checkpoint | None:
                 remove_old(folder.checkpoints, loop.config.checkpoints.keep)
     if checkpoint is not None:
         loop.load_state(checkpoint.state["loop"])
-        restore_random_state(checkpoint.random)
+        _restore_random_state(loop, checkpoint)
     return checkpoint
+
+
+def _restore_random_state(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
+    """Restore this rank's generators; on another number of ranks than before, seed them anew and say what differs."""
+    if checkpoint.random is not None:
+        restore_random_state(checkpoint.random)
+        return
+    seed_anew(f"{loop.config.seed}/{checkpoint.step}/{loop.ranks.index}")
+    before, now = checkpoint.num_ranks, loop.ranks.count
+    loop.identity.record(
+        checkpoint.step,
+        f"the number of ranks was {before} and is {now}: weights, optimizer and position in the data go on exactly; "
+        f"{loop.drawn_by_rank}, and sums over ranks are rounded otherwise",
+        log=loop.is_main,
+    )
 
 
 def _restore_learners(loop: TrainingLoop, checkpoint: Checkpoint) -> None:

@@ -87,9 +87,17 @@ def failures_of_ranks(
     return [[(*key, n) for key, n in zip(keys, row, strict=True) if n] for row in counts]
 
 
-def failures_of_rank(failures: Sequence[Sequence[tuple[str, str, int]]], rank: int) -> Counter[tuple[str, str]]:
-    """Return one rank's row of the output of `failures_of_ranks`."""
-    return Counter({(name, kind): count for name, kind, count in failures[rank]})
+def failures_of_rank(
+    failures: Sequence[Sequence[tuple[str, str, int]]], rank: int, num_ranks: int
+) -> Counter[tuple[str, str]]:
+    """Return one rank's row of the output of `failures_of_ranks`.
+
+    On another number of ranks than before each takes over the rows of some earlier ones, so that none is lost.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in failures[rank::num_ranks]:
+        counts.update({(name, kind): count for name, kind, count in row})
+    return counts
 
 
 def stop_broken_rewards(rewards: RewardRunner, reduce_sum: Callable[[Tensor], Tensor]) -> None:

@@ -198,6 +198,18 @@ class RunIdentity:
             since = "from here" if step is None else f"from step {step + 1}"
             logger.warning("%s on the run has other settings: %s", since, "; ".join(recorded))
 
+    def record(self, step: int, change: str, *, log: bool = True) -> None:
+        """Record, and log, an allowed change that is no setting's.
+
+        Args:
+            step: the step after which the run goes on.
+            change: a sentence.
+            log: whether this rank writes to the log.
+        """
+        self.changes.append({"step": step, "changes": [change]})
+        if log:
+            logger.warning("from step %d on: %s", step + 1, change)
+
     def keep_file(self, path: Path, *, resume: bool, accelerator: Accelerator) -> None:
         """Compare with the file of an earlier start, and write one for the next; every rank calls this together.
 

@@ -134,8 +134,8 @@ class RolloutSource:
             CheckpointError: the data are not those that the run began with.
         """
         self.sampler.load_state_dict(state["sampler"])
-        self.rewards.failures = failures_of_rank(state["reward_failures"], self.ranks.index)
-        self.rewards.load_state(state["rewards"][self.ranks.index])
+        self.rewards.failures = failures_of_rank(state["reward_failures"], self.ranks.index, self.ranks.count)
+        self.rewards.load_state_of_ranks(state["rewards"], self.ranks.index, self.ranks.count)
         self._position = self._position_now()
         self._prefetcher = self._make_prefetcher()
 

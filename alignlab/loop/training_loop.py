@@ -132,6 +132,11 @@ class TrainingLoop(ABC):
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:  # noqa: B027
         """Open the files that a trainer writes in its run folder, to be closed with `stack`; none by default."""
 
+    @property
+    def drawn_by_rank(self) -> str:
+        """Return what other random numbers change where a run goes on on another number of ranks."""
+        return "dropout is drawn anew"
+
     def check_can_go_on(self) -> None:  # noqa: B027
         """Raise if nothing could be learnt from another step; by default never. Every rank calls this together."""
 

@@ -6,7 +6,7 @@ A merged weight is summed in float32 and rounded once to the base's dtype.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from alignlab.errors import ConfigError
 from alignlab.models.adapter_rules import check_layer, tuner_layers
 from alignlab.models.decoder import causal_lm, lm_path
-from alignlab.models.weight_view import WeightsInside, WeightView, view_of, whole_module, whole_tensors
+from alignlab.models.weight_view import WeightsInside, WeightView, view_of, whole_module
 
 
 def check_mergeable(model: nn.Module) -> None:
@@ -84,8 +84,20 @@ def merged_state(model: nn.Module, weights: WeightView | None = None) -> dict[st
     Raises:
         ConfigError: see `check_mergeable`.
     """
+    return dict(pair for part in merged_parts(model, weights) for pair in part.items())
+
+
+def merged_parts(model: nn.Module, weights: WeightView | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield `merged_state` in parts, of which no earlier one is held: each decoder layer, and each module outside them.
+
+    Args:
+        weights: view of `model`; default: `view_of` it.
+
+    Raises:
+        ConfigError: see `check_mergeable`.
+    """
     check_mergeable(model)
-    return _plain_state(model, merged_module, weights)
+    yield from _plain_parts(model, merged_module, weights)
 
 
 def base_state(model: nn.Module, weights: WeightView | None = None) -> dict[str, Tensor]:
@@ -94,7 +106,12 @@ def base_state(model: nn.Module, weights: WeightView | None = None) -> dict[str,
     Args:
         weights: view of `model`; default: `view_of` it.
     """
-    return _plain_state(model, base_module, weights)
+    return dict(pair for part in base_parts(model, weights) for pair in part.items())
+
+
+def base_parts(model: nn.Module, weights: WeightView | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield `base_state` in the parts of `merged_parts`."""
+    yield from _plain_parts(model, base_module, weights)
 
 
 def unties(model: nn.Module) -> bool:
@@ -139,17 +156,40 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         raise ConfigError(f"the adapter cannot be merged into its base: {error}; use the adapter as it is") from error
 
 
-def _plain_state(
+def _plain_parts(
     model: nn.Module, plain: Callable[[nn.Module], nn.Module], weights: WeightView | None
-) -> dict[str, Tensor]:
+) -> Iterator[dict[str, Tensor]]:
     inner = WeightsInside(weights or view_of(model), lm_path(model))
     wrapped = wrappers(model)
-    inside = tuple(f"{name}." for name in wrapped)
-    state = dict(whole_tensors(inner, (name for name in inner.names() if not name.startswith(inside))))
-    for name, wrapper in wrapped.items():
-        whole = whole_module(wrapper, WeightsInside(inner, name))
-        state |= {f"{name}.{key}": tensor for key, tensor in plain(whole).state_dict().items()}
-    return state
+    layers = layer_names(model)
+    parts: dict[str, list[str]] = {}
+    for name in inner.names():
+        unit = next((wrapper for wrapper in wrapped if name.startswith(f"{wrapper}.")), name)
+        units = parts.setdefault(next((layer for layer in layers if name.startswith(f"{layer}.")), unit), [])
+        if unit not in units:
+            units.append(unit)
+    for units in parts.values():
+        yield dict(pair for unit in units for pair in _plain_tensors(inner, unit, wrapped.get(unit), plain))
+
+
+def _plain_tensors(
+    weights: WeightView, name: str, wrapper: nn.Module | None, plain: Callable[[nn.Module], nn.Module]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a wrapped module without its wrapper, or the one tensor of that name."""
+    if wrapper is None:
+        yield name, weights.whole(name)
+        return
+    whole = whole_module(wrapper, WeightsInside(weights, name))
+    for key, tensor in plain(whole).state_dict().items():
+        yield f"{name}.{key}", tensor
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Return the names of the language model's decoder layers."""
+    lm = causal_lm(model)
+    lists = [module for module in lm.get_decoder().children() if isinstance(module, nn.ModuleList)]
+    layers = {id(layer) for layer_list in lists for layer in layer_list}
+    return [name for name, module in lm.named_modules() if id(module) in layers]
 
 
 def _merge(layer: LoraLayer, adapter: str, base: nn.Module, merged: dict[str, Tensor]) -> None:

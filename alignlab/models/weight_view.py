@@ -34,6 +34,10 @@ class WeightView(Protocol):
         """Return the part of a tensor that this rank holds, without a gradient; no other rank is asked."""
         ...
 
+    def empty(self, name: str) -> Tensor:
+        """Return one tensor with its full shape and its dtype, on the device "meta"; no other rank is asked."""
+        ...
+
 
 class ModuleWeights:
     """The weights of a module: whole on every rank, or spread over ranks.
@@ -58,6 +62,11 @@ class ModuleWeights:
     def local(self, name: str) -> Tensor:
         """Return what this rank holds of a parameter or buffer."""
         return held(self._tensor(name)).detach()
+
+    def empty(self, name: str) -> Tensor:
+        """Return a parameter or buffer without numbers."""
+        tensor = self._tensor(name)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -89,6 +98,10 @@ class WeightsInside:
         """Return this rank's part of a tensor."""
         return self._outer.local(self._prefix + name)
 
+    def empty(self, name: str) -> Tensor:
+        """Return one tensor without numbers."""
+        return self._outer.empty(self._prefix + name)
+
 
 class HeldWeights:
     """Whole tensors that were read from another view, which may be read again without any other rank.
@@ -112,10 +125,19 @@ class HeldWeights:
         """Return what `whole` returns."""
         return self.whole(name)
 
+    def empty(self, name: str) -> Tensor:
+        """Return a tensor without its numbers."""
+        return self.whole(name).to("meta")
+
 
 def view_of(module: nn.Module) -> WeightView:
     """Return the view of a module's weights."""
     return ModuleWeights(module)
+
+
+def shapes_of(weights: WeightView) -> WeightView:
+    """Return a view of the same weights without numbers, which one rank reads without any other."""
+    return HeldWeights({name: weights.empty(name) for name in weights.names()})
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

@@ -44,7 +44,9 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "the policy is not on a GPU"
     if num_ranks > 1:
-        return f"vLLM shares a process with one rank, and the training has {num_ranks}"
+        return (
+            f"the training has {num_ranks} ranks, and would start a vLLM in each; rollout.engine: vllm asks for that"
+        )
     if find_spec("vllm") is None:
         return "vLLM is not installed"
     lm = causal_lm(model)

@@ -20,7 +20,7 @@ from alignlab.errors import RolloutError
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.policy import Policy
 from alignlab.models.sync_digests import sync_digests
-from alignlab.types import Rollout
+from alignlab.types import Rollout, Segments
 
 GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest allowed difference of a canary token's log-prob from the trainer's, nats, by dtype. Measured: correct weights
@@ -81,6 +81,16 @@ def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:
             f"the rollout engine's weights are not the policy's: tensor {unexpected[0]} arrived and was never sent; "
             "no step was taken with them"
         )
+
+
+@torch.no_grad()
+def compute_along(model: nn.Module) -> None:
+    """Compute with two tokens, as part of a forward pass that other ranks need of weights that are spread."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(2, dtype=torch.long, device=device)
+    policy = Policy(model)
+    with evaluation_mode(policy.modules()):
+        policy(tokens, Segments((2,), (-1,), (-1,), (0,), device), tokens.bool())
 
 
 @torch.no_grad()

@@ -59,14 +59,17 @@ class Checkpoint:
         step: number of optimizer steps that were complete when it was written.
         tensors: by the name of their group, then by their own; read from the disk when they are asked for.
         state: the `state` that it was saved with.
-        random: state of this rank's random generators, for `restore_random_state`.
+        num_ranks: of the run that saved it.
+        random: state of this rank's random generators, for `restore_random_state`; None for a rank of another number
+            of ranks, of which there is none.
     """
 
     path: Path
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
-    random: RandomState
+    num_ranks: int
+    random: RandomState | None
 
 
 def save_checkpoint(
@@ -126,11 +129,13 @@ def load_latest(
     """Return the newest checkpoint in a folder, verified; None if there is none.
 
     Args:
+        rank: of this process.
+        world_size: number of ranks of the run that resumes.
         run_id: id of the run that resumes, see `RunFolder`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another step than its name says or of another run (the message
-            names the newest intact one), or was saved on another number of ranks.
+            names the newest intact one).
     """
     folders = checkpoint_folders(folder)
     if not folders:
@@ -146,21 +151,21 @@ def load_latest(
             "is intact"
         )
     manifest = read_manifest(newest, MANIFEST)
-    if manifest["world_size"] != world_size:
-        raise CheckpointError(
-            f"a run resumes on as many ranks as it was saved on, {newest} was saved on {manifest['world_size']} and "
-            f"this run has {world_size}; start it with {manifest['world_size']}"
-        )
     names = [name for name in manifest["files"] if name.endswith(".safetensors") and not name.startswith("random-")]
     return Checkpoint(
         path=newest,
         step=manifest["step"],
         tensors=read_groups(newest, names),
         state=json.loads((newest / STATE).read_text()),
-        random=RandomState(
-            load_file(newest / f"random-{rank}.safetensors"), json.loads((newest / f"random-{rank}.json").read_text())
-        ),
+        num_ranks=manifest["world_size"],
+        random=_random_state(newest, rank) if manifest["world_size"] == world_size else None,
     )
+
+
+def _random_state(checkpoint: Path, rank: int) -> RandomState:
+    """Return the state of a rank's random generators."""
+    state = json.loads((checkpoint / f"random-{rank}.json").read_text())
+    return RandomState(load_file(checkpoint / f"random-{rank}.safetensors"), state)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

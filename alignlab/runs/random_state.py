@@ -61,6 +61,14 @@ def restore_random_state(saved: RandomState) -> None:
     np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
 
 
+def seed_anew(text: str) -> None:
+    """Set all generators by a text: alike in every process and version for the same text."""
+    bits = random.Random(text)  # through SHA-512
+    torch.manual_seed(bits.getrandbits(63))  # of GPUs too
+    np.random.seed(bits.getrandbits(32))
+    random.seed(bits.getrandbits(64))
+
+
 def packed(saved: RandomState) -> bytes:
     """Return a state as bytes, to be sent to another rank."""
     state = torch.frombuffer(bytearray(json.dumps(saved.state).encode()), dtype=torch.uint8)

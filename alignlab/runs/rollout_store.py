@@ -129,6 +129,20 @@ class RolloutStore:
         return path
 
 
+def clear_ranks_without_process(num_ranks: int, folder: Path, resume_step: int | None, run_id: str | None) -> None:
+    """Remove the rollouts of steps after `resume_step` that ranks wrote which the run does not have any more.
+
+    Args:
+        num_ranks: of the run as it is now.
+
+    Raises:
+        DataError: see `RolloutStore`.
+    """
+    ranks = {int(path.name.removeprefix(SUMS)) for path in folder.glob(f"{SUMS}*")}
+    for rank in sorted(ranks - set(range(num_ranks))):
+        RolloutStore(folder, resume_step=resume_step, rank=rank, run_id=run_id)
+
+
 def read_rollouts(folder: Path) -> pa.Table:
     """Return all rollouts in a folder, in the order of steps, with a warning about missing files.
 

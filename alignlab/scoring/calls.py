@@ -8,7 +8,7 @@ import inspect
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -121,6 +121,16 @@ class InlineReward(ABC):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state`."""
         assert not state, "a reward with a state restores it"
+
+    def joined(self, states: Sequence[Mapping[str, Any]], all_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the state of a rank of a run that goes on on another number of ranks.
+
+        Args:
+            states: of the earlier ranks whose part this rank takes over, perhaps none.
+            all_states: of all earlier ranks.
+        """
+        assert not any(all_states), "a reward with a state joins those of several ranks"
+        return {}
 
 
 def run_inline(function: Callable[[], Any]) -> Future[Any]:

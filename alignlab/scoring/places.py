@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Protocol
 
@@ -61,6 +61,10 @@ class Place(Protocol):
         """Restore the result of `state`."""
         return None
 
+    def joined(self, states: Sequence[Mapping[str, Any]], all_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the state of a rank of a run that goes on on another number of ranks; see `InlineReward.joined`."""
+        return {}
+
     def close(self) -> None:
         """Release what the place holds. A later `start` works all the same."""
         return None
@@ -102,6 +106,10 @@ class InlinePlace(Place):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the reward's state."""
         self._reward.load_state(state)
+
+    def joined(self, states: Sequence[Mapping[str, Any]], all_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the reward's state."""
+        return self._reward.joined(states, all_states)
 
 
 class ThreadPlace(Place):

@@ -85,6 +85,22 @@ class RewardRunner:
             if name in states:
                 place.load_state(states[name])
 
+    def load_state_of_ranks(self, states: Sequence[Mapping[str, Any]], rank: int, num_ranks: int) -> None:
+        """Restore the results of `state` of all ranks, of which there may have been another number than now.
+
+        Args:
+            states: by the number of the earlier rank.
+            rank: of this process.
+            num_ranks: of the run as it is now.
+        """
+        if len(states) == num_ranks:
+            self.load_state(states[rank])
+            return
+        for name, place in self._places.items():
+            if all(name in of_rank for of_rank in states):
+                of_reward = [of_rank[name] for of_rank in states]
+                place.load_state(place.joined(of_reward[rank::num_ranks], of_reward))
+
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return the rollouts with `rewards` and `reward_parts`.
 

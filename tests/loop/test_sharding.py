@@ -104,8 +104,3 @@ def test_weights_in_16_bits_are_not_spread_in_training(
     monkeypatch.setattr(ranks, "count", 2)
     with pytest.raises(ConfigError, match="trains all weights in 16 bits"):
         shard_weights(Policy(make_model().to(torch.bfloat16)), ShardingSettings(strategy="fsdp2"), ranks)
-
-
-def test_vllm_takes_weights_from_ranks_that_hold_all() -> None:
-    with pytest.raises(ConfigError, match="must be ddp with rollout"):
-        GRPOConfig(sharding={"strategy": "fsdp2"}, rollout={"engine": "vllm_server"})  # type: ignore[arg-type]

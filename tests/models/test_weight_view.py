@@ -12,12 +12,14 @@ from alignlab.files.tensor_files import write_tensors
 from alignlab.models.config import PolicyConfig
 from alignlab.models.fingerprints import model_digest, model_fingerprint, tensor_digests
 from alignlab.models.hub.checkpoints import load_model, save_model
-from alignlab.models.hub.export import adapter_tensors, base_tensors, merged_tensors, write_base
+from alignlab.models.hub.export import adapter_tensors, base_tensors, checkpoint_shapes, merged_tensors, write_base
 from alignlab.models.hub.reward_checkpoints import padded_tokenizer, save_reward_model
 from alignlab.models.reward_model import RewardModel
+from alignlab.models.sync_digests import sync_digests
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightsInside, parameter_names, view_of, whole_tensors
-from alignlab.rollout.vllm import policy_weights
+from alignlab.rollout.vllm.backend import Transfer
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from tests.models.conftest import SIZES
 from tests.models.test_merging import FORMS, MOE, adapted, folder_of
 
@@ -45,6 +47,9 @@ class TwoRanks:
         if name not in self._shapes:  # a buffer
             return self.local(name)
         return torch.cat([self.local(name), self._other[name]]).view(self._shapes[name])
+
+    def empty(self, name: str) -> Tensor:
+        return self.whole(name).to("meta")
 
     def local(self, name: str) -> Tensor:
         return self._local.local(name)
@@ -90,31 +95,36 @@ def test_weights_on_two_ranks_give_the_same_export_digest_and_files_as_a_whole_m
 
 
 @pytest.mark.parametrize(("form", "adapter_only"), [("whole", False), ("plain", False), ("plain", True)])
-def test_an_update_of_vllm_is_made_from_what_the_first_rank_gathers(form, adapter_only, tmp_path):
+def test_an_update_of_vllm_is_made_from_weights_on_two_ranks(form, adapter_only, tmp_path):
     model = make(form, tmp_path, tied=True)
     cut = copy.deepcopy(model)
-    weights = policy_weights.gather_weights(cut, adapter_only=adapter_only, weights=TwoRanks(cut))
-    update = policy_weights.updated_weights(cut, weights, adapter_only=adapter_only)
+    update = PolicyWeights(cut, adapter_only=adapter_only, weights=TwoRanks(cut))
     expected = adapter_tensors(model) if adapter_only else merged_tensors(model)
-    assert tensor_digests(update.tensors) == tensor_digests(expected)
-    assert any("embed_tokens" in name for name in weights.names()) != adapter_only
+    tensors = dict(update)
+    assert tensor_digests(tensors) == tensor_digests(expected)
+    assert any("embed_tokens" in name for name in tensors) != adapter_only
+    assert update.size == Transfer(len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    if not adapter_only:
+        assert update.digests() == sync_digests(expected)
 
 
-@pytest.mark.parametrize("adapter_only", [False, True])
-def test_all_ranks_read_the_same_names_in_the_same_order_and_the_first_keeps_the_tensors(
-    adapter_only, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("form", ["whole", "experts", *ADAPTED])
+def test_shapes_of_a_checkpoint_are_known_before_its_weights_are_read(form, tmp_path):
+    model = make(form, tmp_path, tied=form != "experts")
+    shapes = {name: (empty.shape, empty.dtype) for name, empty in checkpoint_shapes(model).items()}
+    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in merged_tensors(model).items()}
+
+
+def test_an_update_holds_no_more_than_a_layer_s_tensors(tmp_path):
     model = make("plain", tmp_path, tied=True)
-    names_of_ranks, num_kept = [], []
-    for rank in (0, 1):
-        view = TwoRanks(copy.deepcopy(model))
-        names_of_ranks.append([])
-        monkeypatch.setattr(policy_weights, "this_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(view, "whole", lambda name, names=names_of_ranks[-1]: names.append(name))
-        weights = policy_weights.gather_weights(model, adapter_only=adapter_only, weights=view)
-        num_kept.append(len(weights.names()))
-    assert names_of_ranks[0] == names_of_ranks[1]
-    assert num_kept == [len(names_of_ranks[0]), 0]
+    view, read = TwoRanks(model), []
+    whole = view.whole
+    view.whole = lambda name: read.append(name) or whole(name)  # type: ignore[method-assign]
+    layers = []
+    for name, _ in PolicyWeights(model, adapter_only=False, weights=view):
+        layers.append({name.partition(".layers.")[2].partition(".")[0] for name in read if ".layers." in name})
+        read.clear()
+    assert max(map(len, layers)) == 1 and set.union(*layers) == {"0", "1"}
 
 
 @pytest.mark.parametrize("form", ["whole", "plain"])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignlab.errors import DataError
-from alignlab.runs.rollout_store import RolloutStore, read_rollouts
+from alignlab.runs.rollout_store import RolloutStore, clear_ranks_without_process, read_rollouts
 from alignlab.types import Completion, Rollout
 
 MakeRollout = Callable[..., Rollout]
@@ -75,6 +75,19 @@ def test_resuming_removes_later_steps_of_this_rank(tmp_path: Path, make_rollout:
     assert read_rollouts(tmp_path)["step"].to_pylist() == [1] * 4 + [2] * 4
     store.append(3, [make_rollout()])
     assert read_rollouts(tmp_path)["step"].to_pylist() == [1] * 4 + [2] * 4 + [3] * 2
+
+
+def test_a_run_on_fewer_ranks_removes_later_steps_of_those_that_are_gone(
+    tmp_path: Path, make_rollout: MakeRollout
+) -> None:
+    stores = [RolloutStore(tmp_path, rank=rank) for rank in (0, 1, 2)]
+    for step in (1, 2):
+        for store in stores:
+            store.append(step, [make_rollout()])
+    store = RolloutStore(tmp_path, resume_step=1)
+    clear_ranks_without_process(1, tmp_path, 1, None)
+    store.append(2, [make_rollout()])
+    assert read_rollouts(tmp_path)["step"].to_pylist() == [1] * 6 + [2] * 2
 
 
 def test_a_new_run_removes_leftover_rollouts(tmp_path: Path, make_rollout: MakeRollout) -> None:

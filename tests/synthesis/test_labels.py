@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from alignlab.config.rewards import RewardLimits
 from alignlab.scoring.judges.judge import Verdict
 from alignlab.scoring.judges.judge_rewards import RatingReward, WinReward
+from alignlab.scoring.loading import LoadedReward
+from alignlab.scoring.runner import RewardRunner
 from alignlab.scoring.source_digest import source_digest
 from alignlab.synthesis.labels import counts_of_rows, judge_pairs, label_report, position_bias, preferences
 from tests.scoring.judges.conftest import RuledModel, rollout
@@ -93,6 +96,18 @@ def test_a_judge_reward_goes_on_counting_and_has_the_same_source_digest_in_every
     assert second.metrics() == {"judge/asked": 2, "judge/cached": 0, "judge/unanswered": 0}
     assert second.state() == {"counts": {"asked": 2, "answered": 2}, "calls": 2}
     assert second.judge.num_asked == 2
+
+
+def test_questions_are_counted_on_where_a_run_has_another_number_of_ranks(make_judge: Make) -> None:
+    states = [{"counts": {"asked": 2, "answered": 2}, "calls": 1}, {"counts": {"asked": 5}, "calls": 4}]
+    for num_ranks, counts in ((1, [7]), (2, [2, 5]), (3, [2, 5, 0])):
+        for rank, asked in enumerate(counts):
+            rewards = RewardRunner([LoadedReward("judge", RatingReward(make_judge(max_rating=3)))], RewardLimits())
+            rewards.load_state_of_ranks([{"judge": state} for state in states], rank, num_ranks)
+            assert rewards.metrics()["judge/asked"] == asked
+            if num_ranks != len(states):
+                assert rewards.state()["judge"]["calls"] == 4, "names of calls that no rank has used"
+            rewards.close()
 
 
 def test_the_mean_win_probability_in_a_group_is_a_reward(make_judge: Make) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,13 +15,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from alignlab.files.library_errors import writing
-from alignlab.files.tensor_files import write_tensors
+from alignlab.files.tensor_files import write_streamed
 from alignlab.models.adapters import adapter_state
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.families import write_hub_config
-from alignlab.models.merging import base_state, merged_state, untie_config, unties
+from alignlab.models.merging import base_parts, merged_parts, untie_config, unties
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.models.weight_view import WeightView
+from alignlab.models.weight_view import WeightView, shapes_of, view_of
 
 Model = PreTrainedModel | PeftModel
 
@@ -38,12 +38,31 @@ def merged_tensors(model: Model, weights: WeightView | None = None) -> dict[str,
     Raises:
         ConfigError: an adapter cannot be merged into weights of the base's names and shapes.
     """
-    return _tensors(model, merged_state(model, weights))
+    return dict(streamed_tensors(model, weights))
+
+
+def streamed_tensors(model: Model, weights: WeightView | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of `merged_tensors`, made as they are asked for: at one time, a decoder layer's are held.
+
+    Raises:
+        ConfigError: see `merged_tensors`.
+    """
+    yield from _named_as_written(model, merged_parts(model, weights))
+
+
+def checkpoint_shapes(model: Model, weights: WeightView | None = None) -> dict[str, Tensor]:
+    """Return `merged_tensors` without numbers, on the device "meta"; no other rank is asked.
+
+    Args:
+        weights: view of `model`; default: `view_of` it.
+    """
+    # An adapter is merged into weights of the base's names and shapes.
+    return dict(_named_as_written(model, base_parts(model, shapes_of(weights or view_of(model)))))
 
 
 def base_tensors(model: Model, weights: WeightView | None = None) -> dict[str, Tensor]:
     """Return what `merged_tensors` returns for the model without its adapter."""
-    return _tensors(model, base_state(model, weights))
+    return dict(_named_as_written(model, base_parts(model, weights)))
 
 
 def adapter_tensors(
@@ -70,16 +89,23 @@ def write_base(model: Model, folder: Path, weights: WeightView | None = None) ->
     config.dtype = causal_lm(model).dtype
     with writing(folder, "the model for vLLM"):
         config.save_pretrained(folder)
-        write_tensors(base_tensors(model, weights), folder / "model.safetensors", metadata={"format": "pt"})
+        write_streamed(
+            _named_as_written(model, base_parts(model, weights)), checkpoint_shapes(model, weights),
+            folder / "model.safetensors", metadata={"format": "pt"},
+        )
 
 
-def _tensors(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state without adapters, by the names of the checkpoint."""
+def _named_as_written(model: Model, parts: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state without adapters, which comes in parts, by the names of the checkpoint."""
     lm = causal_lm(model)
-    tensors = {name: tensor for name, tensor in state.items() if not name.endswith(".expert_load")}
-    if lm.config.get_text_config().tie_word_embeddings and not unties(model):
-        tensors.pop("lm_head.weight", None)
-    return cast(dict[str, Tensor], revert_weight_conversion(_written_as(lm), tensors))
+    written = _written_as(lm)
+    is_tied = lm.config.get_text_config().tie_word_embeddings and not unties(model)
+    for part in parts:
+        tensors = {
+            name: tensor for name, tensor in part.items()
+            if not name.endswith(".expert_load") and not (is_tied and name == "lm_head.weight")
+        }
+        yield from cast(dict[str, Tensor], revert_weight_conversion(written, tensors)).items()
 
 
 def _written_as(lm: PreTrainedModel) -> PreTrainedModel:

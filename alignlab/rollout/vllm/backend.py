@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.completions import Answer, Request
+
+if TYPE_CHECKING:
+    from alignlab.rollout.vllm.policy_weights import PolicyWeights
 
 _FIRST_ON_CPU, _FIRST_ON_GPU = 2, 10
 
@@ -60,6 +62,11 @@ class Backend(Protocol):
         """True if updates bring the adapter alone, False if all weights; known once open, and equal on all ranks."""
         ...
 
+    @property
+    def first_rank_sends(self) -> bool:
+        """True if the ranks share vLLM, which the first one gives weights to; False if each rank has its own."""
+        ...
+
     def open(self) -> None:
         """Start vLLM, or reach its servers; called before anything else, and again after `close`.
 
@@ -68,13 +75,13 @@ class Backend(Protocol):
         """
         ...
 
-    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: PolicyWeights, policy_version: int, attempt: int) -> Transfer:
         """Replace vLLM's weights by the policy's, and drop what vLLM cached under the old ones.
 
-        The first rank sends; the other ranks, which call this afterwards, only note what was sent.
+        Where the first rank sends for all, the others call this afterwards, and only note what was sent.
 
         Args:
-            weights: the policy's present weights, as `gather_weights` has read them on this rank.
+            weights: the policy's present weights.
             policy_version: recorded with every token sampled from now on.
             attempt: counts the calls, from 1; equal on all ranks.
 
@@ -85,7 +92,8 @@ class Backend(Protocol):
         ...
 
     def members(self) -> Sequence[Member]:
-        """Return the vLLMs whose log-probs this rank has to verify; none on ranks but the first."""
+        """Return the vLLMs whose log-probs this rank has to verify; where ranks share vLLM, none on ranks but the
+        first."""
         ...
 
     def answers(self, requests: Sequence[Request], member: Any = None) -> list[Answer]:

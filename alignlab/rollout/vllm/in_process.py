@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -17,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput
 from vllm import SamplingParams as VLLMSamplingParams
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.distributed import parallel_state
+from vllm.v1.engine import core
 
 from alignlab.config.rollout import VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model, write_base
-from alignlab.models.weight_view import WeightView
+from alignlab.models.shards import is_spread
 from alignlab.rollout.requests import abandoned
 from alignlab.rollout.verification import check_arrived
 from alignlab.rollout.vllm.backend import Transfer, num_always_verified
@@ -36,7 +38,8 @@ from alignlab.rollout.vllm.options import (
     require_gpus,
     sync_adapter_only,
 )
-from alignlab.rollout.vllm.policy_weights import gather_weights, updated_weights
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
+from alignlab.rollout.vllm.ranks import has_several_ranks
 from alignlab.rollout.vllm.sleep import Sleep
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 
@@ -44,23 +47,25 @@ from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 class InProcessBackend:
     """vLLM in this process, sharing the machine with the trainer; a `Backend` of one member, itself.
 
+    Each rank of a training has a vLLM of its own.
+
     Args:
         model: policy, with or without LoRA.
         tokenizer: of the policy.
         settings: vLLM's sizes, and how its weights are synced.
 
     Raises:
-        ConfigError: vLLM is missing or untested, the training has several ranks, the machine has too few GPUs, vLLM
-            cannot spread or quantize the model, or the adapter cannot be synced alone as the settings ask.
+        ConfigError: vLLM is missing or untested, the machine has too few GPUs, vLLM is to be in parts on several
+            ranks, cannot spread or quantize the model, or the adapter cannot be synced alone as the settings ask.
     """
 
     _llm: LLM
     _sync: WeightSync
     _sleep: Sleep
+    first_rank_sends = False
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMSettings) -> None:
         require_vllm("vllm")
-        _require_one_rank()
         self.is_verified = False
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         self._lm = causal_lm(model)
@@ -70,6 +75,7 @@ class InProcessBackend:
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
         check_model(self._lm, settings)
+        _check_parts(settings)
         if not self._on_cpu:
             require_gpus(settings.tensor_parallel, torch.cuda.device_count())
         self._abandoned = threading.Event()
@@ -80,10 +86,13 @@ class InProcessBackend:
         if self._settings.tensor_parallel > 1:  # on a CPU, workers would want a memory node each
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
+        if has_several_ranks():
+            # vLLM then finds the trainer's processes, each of which is a model of its own to it.
+            options["distributed_executor_backend"] = "external_launcher"
         # Of a model in parts, each worker is a process of its own.
         self._sync = AdapterSync() if self.adapter_only else FullSync(by_file=self._settings.tensor_parallel > 1)
         with tempfile.TemporaryDirectory(prefix="alignlab-vllm-") as folder, _trainers_random_state_kept():
-            write_base(self._model, Path(folder))
+            write_base(self._model, Path(folder))  # of weights that are spread over ranks, by all together
             self._tokenizer.save_pretrained(folder)
             try:
                 self._llm = LLM(folder, enable_sleep_mode=self._sleeps, **options)
@@ -93,11 +102,13 @@ class InProcessBackend:
                     "rollout's sizes"
                 ) from error
         self.is_verified = False
-        self._sleep = Sleep(self._llm, level=self._sync.sleep_level, is_enabled=self._sleeps)
+        # Weights that are spread over ranks are not gathered again between two updates, in which ranks do not meet.
+        level = 1 if is_spread(self._model) else self._sync.sleep_level
+        self._sleep = Sleep(self._llm, level=level, is_enabled=self._sleeps)
         if self._records_routing:
             self._llm.collective_rpc("alignlab_record_routing")
 
-    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: PolicyWeights, policy_version: int, attempt: int) -> Transfer:
         """Replace vLLM's weights; digests are compared at first, and every `digests_every_updates` calls."""
         is_first = self._num_puts < num_always_verified(on_gpu=self.on_gpu)
         is_due = is_first or self._num_puts % self._settings.digests_every_updates == 0
@@ -129,9 +140,10 @@ class InProcessBackend:
 
     def close(self) -> None:
         """End vLLM, and free its memory and its groups of ranks."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
-        cleanup_dist_env_and_memory()
+        with _trainers_ranks_kept():
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm
+            core.cleanup_dist_env_and_memory()
 
     def metrics(self) -> dict[str, float]:
         """Return no figures."""
@@ -153,7 +165,7 @@ class InProcessBackend:
         return bool(self._sparse_layers) and self._on_cpu
 
     def _replace_weights(
-        self, weights: WeightView, policy_version: int, attempt: int, *, check_digests: bool
+        self, weights: PolicyWeights, policy_version: int, attempt: int, *, check_digests: bool
     ) -> Transfer:
         """Load weights while the KV cache is not allocated: its room is enough for a merged copy of the weights."""
         self._sleep.wake_weights()
@@ -162,19 +174,19 @@ class InProcessBackend:
         self._llm.reset_prefix_cache()  # vLLM keeps the old weights' keys and values otherwise
         return transfer
 
-    def _load(self, weights: WeightView, policy_version: int, attempt: int, *, check_digests: bool) -> Transfer:
+    def _load(self, weights: PolicyWeights, policy_version: int, attempt: int, *, check_digests: bool) -> Transfer:
         """Load weights, of which no copy is left at the end."""
-        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
-        self._sync.load(self._llm, update, policy_version, attempt)
+        weights.has_digests = check_digests
+        self._sync.load(self._llm, weights, policy_version, attempt)
         if check_digests:
-            check_arrived(update.digests(), self._sync.arrived(self._llm))
+            check_arrived(weights.digests(), self._sync.arrived(self._llm))
         self._sleep.lacks_weights = False
-        return update.size
+        return weights.size
 
     def _wake(self) -> None:
         """Make vLLM able to generate from the weights of the last update."""
         if self._sleep.lacks_weights:  # the policy's are still the same
-            weights = gather_weights(self._model, adapter_only=False)
+            weights = PolicyWeights(self._model, adapter_only=False)
             self._replace_weights(weights, self._policy_version, 0, check_digests=True)
         self._sleep.wake_weights()
         self._sleep.wake_cache()
@@ -229,13 +241,37 @@ class InProcessBackend:
         ]
 
 
-def _require_one_rank() -> None:
-    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if num_ranks > 1:
+def _check_parts(settings: VLLMSettings) -> None:
+    """Raise if each of several ranks would have a vLLM in parts, whose workers would look for each other's devices."""
+    if settings.tensor_parallel > 1 and has_several_ranks():
         raise ConfigError(
-            f"rollout.engine is vllm, which shares a process with one rank, and the training has {num_ranks}; "
-            "start one process, or use rollout.engine: vllm_server or embedded"
+            f"rollout.tensor_parallel is {settings.tensor_parallel}, and must be 1 with rollout.engine vllm on several "
+            f"ranks ({torch.distributed.get_world_size()}), each of which has a vLLM of its own; use 1, start one "
+            "process, or use rollout.engine: vllm_server"
         )
+
+
+@contextmanager
+def _trainers_ranks_kept() -> Iterator[None]:
+    """Let vLLM leave the process group of the ranks as it is, which it would end at its own end."""
+    own = core.cleanup_dist_env_and_memory
+    if has_several_ranks():
+        core.cleanup_dist_env_and_memory = _leave_ranks
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = own
+
+
+def _leave_ranks() -> None:
+    """Free vLLM's own groups of ranks, and its memory."""
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -1,81 +1,84 @@
-"""The policy's weights on their way to vLLM."""
+"""The policy's weights on their way to vLLM: a stream, of which no copy is held."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
 
-from alignlab.models.adapters import adapter_state_names
 from alignlab.models.decoder import causal_lm
-from alignlab.models.hub.export import Model, adapter_tensors, merged_tensors
-from alignlab.models.sync_digests import sync_digests
-from alignlab.models.weight_view import HeldWeights, WeightView, view_of, whole_tensors
+from alignlab.models.hub.export import Model, adapter_tensors, checkpoint_shapes, streamed_tensors
+from alignlab.models.shards import is_spread
+from alignlab.models.sync_digests import PendingDigests
+from alignlab.models.weight_view import WeightView
 from alignlab.rollout.verification import adapter_digests
 from alignlab.rollout.vllm.backend import Transfer
-from alignlab.rollout.vllm.ranks import this_rank
 
 
-@dataclass(frozen=True)
 class PolicyWeights:
-    """All weights of the policy, an adapter merged in; or its adapter alone.
+    """All weights of the policy, an adapter merged in, as a stream that is read once; or its adapter alone.
+
+    Weights that are spread over ranks are gathered as the stream is read: every rank reads it to its end, whether or
+    not it needs the tensors.
+
+    Args:
+        model: the policy.
+        adapter_only: the adapter alone is sent.
+        weights: view of `model`; default: `view_of` it.
 
     Attributes:
-        model: the policy.
-        tensors: by name: those of a checkpoint of the model, or of the adapter.
         adapter_config: PEFT's, where the tensors are an adapter's; otherwise None.
+        has_digests: whether digests are computed while the stream is read.
+
+    Raises:
+        ConfigError: while the stream is read: the adapter cannot be merged into the weights.
     """
 
-    model: Model
-    tensors: Mapping[str, Tensor]
-    adapter_config: Mapping[str, Any] | None
+    def __init__(self, model: Model, *, adapter_only: bool, weights: WeightView | None = None) -> None:
+        self._weights = weights
+        self._model, self._is_spread = model, is_spread(model)
+        self.has_digests = True
+        self._pending, self._num_tensors, self._num_bytes = PendingDigests(), 0, 0
+        self.adapter_config: Mapping[str, Any] | None = None
+        self._adapter: dict[str, Tensor] = {}
+        if adapter_only:
+            assert isinstance(model, PeftModel)
+            self.adapter_config = model.peft_config[model.active_adapter].to_dict()
+            self._adapter = adapter_tensors(model, weights=weights)
+            self._stream = iter(self._adapter.items())
+        else:
+            self._stream = streamed_tensors(model, weights)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor): those of a checkpoint of the model, or of the adapter."""
+        for name, tensor in self._stream:
+            if self.has_digests and not self._adapter:
+                self._pending.add(name, tensor)
+            self._num_tensors += 1
+            self._num_bytes += tensor.numel() * tensor.element_size()
+            yield name, tensor
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Return the tensors of the stream without numbers; the stream is not read for that."""
+        if self._adapter:
+            return {name: tensor.to("meta") for name, tensor in self._adapter.items()}
+        return checkpoint_shapes(self._model, self._weights)
+
+    def finish(self) -> None:
+        """Read what is left of weights that are spread over ranks, for which other ranks wait."""
+        for _ in self._stream if self._is_spread else ():
+            pass
 
     @property
     def size(self) -> Transfer:
-        """Number and bytes of the tensors."""
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-        return Transfer(len(self.tensors), num_bytes)
+        """Number and bytes of the tensors that were read."""
+        return Transfer(self._num_tensors, self._num_bytes)
 
     def digests(self) -> dict[str, str]:
-        """Return the digest of each tensor as vLLM has to report it, by vLLM's names."""
+        """Return the digest of each tensor that was read, as vLLM has to report it, by vLLM's names."""
         if self.adapter_config is None:
-            return sync_digests(self.tensors)
-        assert isinstance(self.model, PeftModel)
-        return adapter_digests(self.model, self.tensors, causal_lm(self.model).dtype)
-
-
-def gather_weights(model: Model, *, adapter_only: bool, weights: WeightView | None = None) -> HeldWeights:
-    """Return the whole tensors that an update is made from; none on ranks but the first, which do not send.
-
-    This may be a collective operation: every rank calls it, and reads the same names in the same order.
-
-    Args:
-        model: the policy.
-        adapter_only: read the adapter alone.
-        weights: view of `model`; default: `view_of` it.
-    """
-    weights = weights or view_of(model)
-    names = adapter_state_names(cast(PeftModel, model), weights) if adapter_only else weights.names()
-    sends = this_rank() == 0
-    return HeldWeights({name: tensor for name, tensor in whole_tensors(weights, names) if sends})
-
-
-def updated_weights(model: Model, weights: WeightView, *, adapter_only: bool) -> PolicyWeights:
-    """Return the policy's present weights as vLLM takes them; tensors share the memory of `weights` where they can.
-
-    Args:
-        model: the policy.
-        weights: what `gather_weights` has read on the first rank.
-        adapter_only: return the adapter alone.
-
-    Raises:
-        ConfigError: the adapter cannot be merged into the weights.
-    """
-    if not adapter_only:
-        return PolicyWeights(model, merged_tensors(model, weights), None)
-    assert isinstance(model, PeftModel)
-    config = model.peft_config[model.active_adapter].to_dict()
-    return PolicyWeights(model, adapter_tensors(model, weights=weights), config)
+            return self._pending.read()
+        assert isinstance(self._model, PeftModel)
+        return adapter_digests(self._model, self._adapter, causal_lm(self._model).dtype)

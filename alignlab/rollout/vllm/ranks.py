@@ -1,4 +1,4 @@
-"""The ranks of a training that share vLLM's servers: the first one sends weights for all.
+"""The ranks of a training that use vLLM: what they do one after another, and what together.
 
 What they tell each other travels in the host's memory by gloo: by NCCL, a flag would wait for all work of the GPU.
 """
@@ -6,7 +6,7 @@ What they tell each other travels in the host's memory by gloo: by NCCL, a flag 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
@@ -25,14 +25,23 @@ def this_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def has_several_ranks() -> bool:
+    """Return whether the training has several ranks."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 @contextmanager
-def first_rank_first() -> Iterator[None]:
+def first_rank_first(meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Run the body on the first rank, then on the others; every rank enters it together.
+
+    Args:
+        meanwhile: what the others do while the first rank is in its body.
 
     Raises:
         RolloutError: on the other ranks, without running their body: the first rank's body raised.
     """
     if this_rank() > 0:
+        meanwhile()
         if not _on_all_ranks(True):
             raise RolloutError("the first rank could not update vLLM's weights; see its message")
         yield
@@ -43,6 +52,35 @@ def first_rank_first() -> Iterator[None]:
         succeeded = True
     finally:
         _on_all_ranks(succeeded)  # the others wait for this
+
+
+@contextmanager
+def together(work: str) -> Iterator[None]:
+    """Run the body on all ranks at once; every rank enters it together.
+
+    Args:
+        work: what the body does, for the message.
+
+    Raises:
+        RolloutError: the body raised on another rank.
+    """
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    finally:
+        all_succeeded = _on_all_ranks(succeeded)
+    if not all_succeeded:
+        raise RolloutError(f"another rank could not {work}; see its message")
+
+
+def largest_of_ranks(number: int) -> int:
+    """Return the largest of the ranks' numbers; every rank calls this together."""
+    if not torch.distributed.is_initialized():
+        return number
+    value = torch.tensor(number)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return int(value)
 
 
 def shared_random_name() -> str:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alignlab.files.library_errors import writing
+from alignlab.files.tensor_files import write_streamed
 from alignlab.rollout.vllm.private_folders import temporary_folder
 
 _ADAPTER_CONFIG = "adapter_config"
@@ -27,20 +27,23 @@ _FIRST_BYTES = 4
 
 
 @contextmanager
-def weights_file(tensors: Mapping[str, Tensor], adapter: Mapping[str, Any] | None) -> Iterator[Path]:
-    """Write tensors to a file, which is removed afterwards.
+def weights_file(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Tensor], adapter: Mapping[str, Any] | None
+) -> Iterator[Path]:
+    """Write tensors to a file, one after another; it is removed afterwards.
 
     Args:
+        shapes: of all tensors, see `write_streamed`.
         adapter: PEFT config, if the tensors are an adapter's.
     """
     metadata = {"format": "pt"}
     if adapter is not None:
         metadata[_ADAPTER_CONFIG] = json.dumps(dict(adapter), default=list)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    size = sum(shape.nbytes for shape in shapes.values())
     with temporary_folder(size) as folder:
         path = Path(folder) / "weights.safetensors"
         with writing(path, "the weights for vLLM's servers"):
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+            write_streamed(tensors, shapes, path, metadata)
         yield path
 
 

@@ -16,12 +16,11 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
 from alignlab.models.sync_digests import ALGORITHM
-from alignlab.models.weight_view import WeightView
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.options import can_sync_adapter_only, check_model, checked_adapter_rank, context_limit
-from alignlab.rollout.vllm.policy_weights import updated_weights
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from alignlab.rollout.vllm.pool import ServerPool
 from alignlab.rollout.vllm.protocol import model_identity, weights_version
 from alignlab.rollout.vllm.ranks import shared_random_name, this_rank
@@ -109,6 +108,7 @@ class ServerBackend:
     """
 
     _pool: ServerPool
+    first_rank_sends = True
     on_gpu: bool
     model_runner: int
 
@@ -156,21 +156,20 @@ class ServerBackend:
         """True if the adapter is sent alone."""
         return bool(self._requirements.adapter_rank)
 
-    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: PolicyWeights, policy_version: int, attempt: int) -> Transfer:
         """Send the weights to every server or, on ranks but the first, note which servers have them."""
         version = weights_version(self._run, policy_version, attempt)
         if this_rank() > 0:
             self._pool.expect(SentWeights(version, None, {}, self.adapter_only))
             return Transfer()
-        update = updated_weights(self._model, weights, adapter_only=self.adapter_only)
         file = ExitStack()
-        path = file.enter_context(weights_file(update.tensors, update.adapter_config))
+        path = file.enter_context(weights_file(weights, weights.shapes(), weights.adapter_config))
         try:
-            self._pool.put(SentWeights(version, path, update.digests(), self.adapter_only))
+            self._pool.put(SentWeights(version, path, weights.digests(), self.adapter_only))
         finally:
             self._sent_file.close()
             self._sent_file = file
-        return update.size
+        return weights.size
 
     def members(self) -> Sequence[VLLMServer]:
         """Return the servers that are alive; on ranks but the first, none."""

@@ -65,10 +65,10 @@ class FullSync:
     def _offered(self, weights: PolicyWeights, name: str) -> Iterator[str]:
         """Offer tensors to vLLM's workers within this context; yield the key."""
         if self._by_file:
-            with weights_file(weights.tensors, None) as path:
+            with weights_file(weights, weights.shapes(), None) as path:
                 yield f"{transfer.FILE}{path}"
         else:
-            with transfer.offering(name, weights.tensors):
+            with transfer.offering(name, weights):
                 yield name
 
 
@@ -88,7 +88,7 @@ class AdapterSync:
         if previous is None:
             llm.collective_rpc("alignlab_take_adapters_from_memory")
         name = f"policy-{policy_version}-{attempt}"
-        with transfer.offering(name, weights.tensors, weights.adapter_config):
+        with transfer.offering(name, weights, weights.adapter_config):
             request = LoRARequest(name, attempt, f"{transfer.MEMORY}{name}")
             llm.llm_engine.add_lora(request)
         self.lora_request = request

@@ -16,16 +16,18 @@ from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.empty import is_empty
 from alignlab.models.hub.export import Model
+from alignlab.models.shards import is_spread
 from alignlab.rollout.policy_version import changed_weights, check_advances, weights_stamp
 from alignlab.rollout.requests import check_prompts, length_limits, sampling_of_prompts
-from alignlab.rollout.verification import CanaryGap, canary_gap, check_canary, default_gate
-from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer, num_always_verified
+from alignlab.rollout.verification import CanaryGap, canary_gap, check_canary, compute_along, default_gate
+from alignlab.rollout.vllm.backend import Backend, Member, MemberLost, Transfer, num_always_verified
 from alignlab.rollout.vllm.completions import Answer, Request, make_completion, make_requests
-from alignlab.rollout.vllm.policy_weights import gather_weights
-from alignlab.rollout.vllm.ranks import first_rank_first, this_rank
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
+from alignlab.rollout.vllm.ranks import first_rank_first, largest_of_ranks, this_rank, together
 from alignlab.types import Prompt, Rollout, SamplingParams
 
 _CANARY_SEED = 20_812
+_WORK = "update vLLM's weights"
 Answers = Callable[[Sequence[Request]], Sequence[Answer]]
 
 
@@ -158,11 +160,8 @@ class VerifiedEngine:
                 self._backend.open()
                 self._is_open = True
                 self._model_runner = {"engine/model_runner": float(self._backend.model_runner)}
-            # Before the ranks enter one after another, because a gathered tensor needs all ranks at once.
-            weights = gather_weights(self._model, adapter_only=self._backend.adapter_only)
-            with first_rank_first():
-                transfer = self._backend.put_weights(weights, policy_version, self._num_attempts)
-                gap = self._verify()
+            transfer = self._send(policy_version)
+            gap = self._verify()
         except BaseException as error:
             self._sync_error = str(error) or type(error).__name__
             raise
@@ -171,46 +170,71 @@ class VerifiedEngine:
         self.last_sync = SyncReport(transfer, gap)
         self.policy_version, self._weights_version, self._sync_error = policy_version, self._present_version(), None
 
+    def _send(self, policy_version: int) -> Transfer:
+        """Give vLLM the present weights; ranks whose weights are spread over them read the stream together."""
+        weights = PolicyWeights(self._model, adapter_only=self._backend.adapter_only)
+        in_order = first_rank_first(weights.finish) if self._backend.first_rank_sends else together(_WORK)
+        with in_order:
+            try:
+                return self._backend.put_weights(weights, policy_version, self._num_attempts)
+            finally:
+                weights.finish()
+
     def _present_version(self) -> tuple[int, ...]:
         """Return a value that changes whenever the policy's weights do."""
         return weights_stamp(self._parameters, self._model.modules())
 
     def _verify(self) -> CanaryGap | None:
-        """Compare vLLM's log-probs with the trainer's; return the largest gap, None where no canary is due.
+        """Compare vLLM's log-probs with the trainer's; return the largest gap, None where no canary is due here.
 
-        The first updates are always verified, see `num_always_verified`.
+        The first updates are always verified, see `num_always_verified`. Every rank calls this together: with weights
+        that are spread over ranks, the trainer's log-probs are computed by all of them.
+
+        Raises:
+            RolloutError: a log-prob differs by more than the gate, or every member was lost.
         """
+        with together(_WORK):
+            canaries = self._canaries()
+        num_passes = largest_of_ranks(len(canaries)) if is_spread(self._model) else len(canaries)
+        with together(_WORK):
+            gaps = [canary_gap(self._model, rollouts) for _, rollouts in canaries]
+            for _ in range(num_passes - len(canaries)):
+                compute_along(self._model)
+            for (member, _), gap in zip(canaries, gaps, strict=True):
+                check_canary(gap, self._gate())
+                member.is_verified = True
+        return max(gaps, key=lambda gap: gap.largest, default=None)
+
+    def _canaries(self) -> list[tuple[Member, list[Rollout]]]:
+        """Return a few completions of random prompts by each member whose log-probs are to be verified now."""
         number, members = self._num_updates, self._backend.members()
         is_first = number < num_always_verified(on_gpu=self._backend.on_gpu)
         is_due = is_first or number % self._settings.canary_every_updates == 0
         if not members or (not is_due and all(member.is_verified for member in members)):
-            return None
-        gaps = []
+            return []
+        canaries = []
         for member in members:
             try:
-                gaps.append(self._canary_gap(partial(self._backend.answers, member=member)))
-                member.is_verified = True
+                canaries.append((member, self._sampled(partial(self._backend.answers, member=member))))
             except MemberLost:
                 continue  # verified when it returns
-        if not gaps:
+        if not canaries:
             raise RolloutError("every vLLM server was lost at its canary; see what they say, and start them again")
-        return max(gaps, key=lambda gap: gap.largest)
+        return canaries
 
-    def _canary_gap(self, answers: Answers) -> CanaryGap:
-        """Sample from a few random prompts, and compare the log-probs with the trainer's.
-
-        Raises:
-            RolloutError: a log-prob differs by more than the gate.
-        """
+    def _sampled(self, answers: Answers) -> list[Rollout]:
+        """Return completions of a few random prompts."""
         settings, generator = self._settings, torch.Generator().manual_seed(_CANARY_SEED)
         shape = (settings.canary_prompts, settings.canary_prompt_tokens)
         ids = torch.randint(len(self._tokenizer), shape, generator=generator)
         prompts = [Prompt(tuple(row), "") for row in ids.tolist()]
         sampling = SamplingParams(max_new_tokens=settings.canary_new_tokens, ignore_eos=True, seed=_CANARY_SEED)
-        gap = canary_gap(self._model, self._generate(prompts, sampling, answers))
-        default = default_gate(self._lm.dtype, settings.quantization)
-        check_canary(gap, default if settings.canary_gate is None else settings.canary_gate)
-        return gap
+        return self._generate(prompts, sampling, answers)
+
+    def _gate(self) -> float:
+        """Return the largest difference of a canary's log-prob that is allowed, nats."""
+        gate = self._settings.canary_gate
+        return default_gate(self._lm.dtype, self._settings.quantization) if gate is None else gate
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], answers: Answers

@@ -60,6 +60,11 @@ class JudgeReward(InlineReward):
         self.counts, self._calls.num_done = Counter(state["counts"]), state["calls"]
         count_earlier_questions(self.judge, self.counts)
 
+    def joined(self, states: Sequence[Mapping[str, Any]], all_states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the questions of the earlier ranks, and a number of calls that none of them has reached."""
+        counts = sum((Counter(state["counts"]) for state in states), Counter())
+        return {"counts": dict(counts), "calls": max(state["calls"] for state in all_states)}
+
     def work_names(self, count: int) -> dict[str, Any]:
         """Return the argument `work` for a call of the judge on `count` items; none if the judge does not take it."""
         calls = self._calls

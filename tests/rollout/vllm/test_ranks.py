@@ -11,7 +11,7 @@ import torch
 
 from alignlab.errors import RolloutError
 from alignlab.rollout.vllm import ranks
-from alignlab.rollout.vllm.ranks import first_rank_first, shared_random_name
+from alignlab.rollout.vllm.ranks import first_rank_first, largest_of_ranks, shared_random_name, together
 
 
 def run_rank(rank: int, folder: Path, backend: str) -> None:
@@ -19,10 +19,10 @@ def run_rank(rank: int, folder: Path, backend: str) -> None:
     rendezvous = f"file://{folder / 'rendezvous'}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     torch.distributed.get_backend = lambda group: backend
-    events: list[str] = []
+    events: list[Any] = []
     for body in ("raises", "succeeds"):
         try:
-            with first_rank_first():
+            with first_rank_first(lambda: events.append("meanwhile")):
                 events.append(body)
                 if rank == 1:
                     assert (folder / f"{body}-0").exists(), "rank 1 runs its body before rank 0 has ended its own"
@@ -31,6 +31,15 @@ def run_rank(rank: int, folder: Path, backend: str) -> None:
                     raise ValueError
         except (ValueError, RolloutError) as error:
             events.append(type(error).__name__)
+    for failing_rank in (0, 1, 2):
+        try:
+            with together("do it"):
+                if rank == failing_rank:
+                    raise ValueError
+            events.append("all")
+        except (ValueError, RolloutError) as error:
+            events.append(str(error) or "own error")
+    events.append(largest_of_ranks(3 + rank))
     own_group = ranks._host_group() is not torch.distributed.group.WORLD
     assert ranks._host_group() is ranks._host_group()
     result = {"events": events, "name": shared_random_name(), "own_group": own_group}
@@ -44,8 +53,9 @@ def test_the_first_rank_comes_first_and_its_error_reaches_the_others(backend: st
     """By a group of gloo beside one of NCCL, which takes no tensors in the host's memory."""
     torch.multiprocessing.spawn(run_rank, (tmp_path, backend), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["events"] == ["raises", "ValueError", "succeeds"]
-    assert second["events"] == ["RolloutError", "succeeds"]
+    other = "another rank could not do it; see its message"
+    assert first["events"] == ["raises", "ValueError", "succeeds", "own error", other, "all", 4]
+    assert second["events"] == ["meanwhile", "RolloutError", "meanwhile", "succeeds", other, "own error", "all", 4]
     assert first["name"] == second["name"] and len(first["name"]) == 16
     assert first["own_group"] == second["own_group"] == (backend == "nccl")
 

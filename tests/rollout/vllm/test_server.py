@@ -146,10 +146,10 @@ def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, An
     """Change tensors between the trainer's digests and the servers."""
     from alignlab.rollout.vllm import serialization, servers
 
-    def tampered(tensors: Any, adapter: Any) -> Any:
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    def tampered(tensors: Any, shapes: Any, adapter: Any) -> Any:
+        copies = {name: tensor.detach().clone() for name, tensor in tensors}
         change(copies)
-        return serialization.weights_file(copies, adapter)
+        return serialization.weights_file(copies.items(), {name: t.to("meta") for name, t in copies.items()}, adapter)
 
     monkeypatch.setattr(servers, "weights_file", tampered)
 

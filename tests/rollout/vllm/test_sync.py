@@ -125,9 +125,9 @@ def sent_wrongly(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, An
 
     def tampered(key: str) -> Any:
         tensors, config = offered(key)
-        copy = {name: tensor.clone() for name, tensor in tensors.items()}
+        copy = {name: tensor.clone() for name, tensor in tensors}
         change(copy)
-        return copy, config
+        return copy.items(), config
 
     monkeypatch.setattr(transfer, "offered", tampered)
     monkeypatch.setattr("alignlab.rollout.vllm.inside.worker.offered", tampered)

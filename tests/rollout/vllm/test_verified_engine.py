@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings, VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError, RolloutError
-from alignlab.models.weight_view import HeldWeights, WeightView
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.vllm import verified_engine
 from alignlab.rollout.vllm.backend import Backend, MemberLost, Transfer
 from alignlab.rollout.vllm.completions import Answer, Request
+from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from alignlab.rollout.vllm.verified_engine import VerifiedEngine
 from alignlab.types import Prompt, SamplingParams
 from tests.rollout.conftest import flat, make_prompts
@@ -43,6 +43,7 @@ class CopyBackend:
     """
 
     adapter_only = False
+    first_rank_sends = True
     on_gpu = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -54,7 +55,7 @@ class CopyBackend:
     def open(self) -> None:
         self.calls.append("open")
 
-    def put_weights(self, weights: WeightView, policy_version: int, attempt: int) -> Transfer:
+    def put_weights(self, weights: PolicyWeights, policy_version: int, attempt: int) -> Transfer:
         self.calls.append("put_weights")
         for member in [] if self.keeps_old_weights else self.copies:
             member.engine = EmbeddedEngine(copy.deepcopy(self._model), self._tokenizer, RolloutSettings())
@@ -203,22 +204,19 @@ def test_an_engine_that_cannot_be_made_leaves_nothing_open(
     assert backend.calls == ["open", "close"]
 
 
-def test_all_ranks_read_the_weights_together_before_the_first_one_sends_them(
+def test_the_first_rank_sends_before_the_others_unless_each_has_a_vllm_of_its_own(
     make: Make, backend: CopyBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*args: Any, **options: Any) -> HeldWeights:
-        backend.calls.append("gather_weights")
-        return HeldWeights({})
-
     @contextmanager
-    def wait_for_first_rank() -> Iterator[None]:
+    def wait_for_first_rank(meanwhile: Callable[[], None]) -> Iterator[None]:
         backend.calls.append("first_rank_first")
         yield
 
-    monkeypatch.setattr(verified_engine, "gather_weights", read)
     monkeypatch.setattr(verified_engine, "first_rank_first", wait_for_first_rank)
     make()
-    assert backend.calls == ["open", "gather_weights", "first_rank_first", "put_weights"]
+    backend.first_rank_sends = False
+    make()
+    assert backend.calls == ["open", "first_rank_first", "put_weights", "open", "put_weights"]
 
 
 @pytest.mark.parametrize("max_staleness", [None, 1])

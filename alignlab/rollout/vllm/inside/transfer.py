@@ -31,13 +31,13 @@ from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 MEMORY = "memory:"
 FILE = "file:"
 Named = Iterable[tuple[str, Tensor]]
-Offer = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+Offer = tuple[Named, Mapping[str, Any]]
 _offers: dict[str, Offer] = {}
 
 
 @contextmanager
-def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Provide tensors, and an adapter's config, to a worker of this process under a key, within this context."""
+def offering(key: str, tensors: Named, config: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Provide (name, tensor), and an adapter's config, to a worker of this process under a key, within this context."""
     _offers[key] = (tensors, config or {})
     try:
         yield
@@ -46,7 +46,7 @@ def offering(key: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
 
 
 def offered(key: str) -> Offer:
-    """Return (tensors, adapter's config) offered under a key."""
+    """Return (names and tensors, adapter's config) offered under a key."""
     return _offers[key]
 
 
@@ -56,7 +56,7 @@ def named_tensors(key: str, device: torch.device) -> Named:
     Tensors of a file are read one at a time, to the device that they are bound for.
     """
     if not key.startswith(FILE):
-        yield from offered(key)[0].items()
+        yield from offered(key)[0]
         return
     path = Path(key.removeprefix(FILE))
     require_private(path)

@@ -86,7 +86,7 @@ def _from_memory(manager: Any, from_disk: Callable[[LoRARequest], LoRAModel]) ->
         helper = PEFTHelper.from_dict(config)
         helper.validate_legal(manager.lora_config)
         # Copies: vLLM multiplies the scale into the second matrix in place.
-        copies: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors}
         return LoRAModel.from_lora_tensors(
             request.lora_int_id, copies, helper, device="cpu", dtype=manager.lora_config.lora_dtype
         )
