@@ -23,7 +23,7 @@ FAST=(
 main() {
     case "${1:-}" in -h | --help) usage && return ;; esac
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
-    bash launch/setup_env.sh tasks,dev,vllm >&2
+    bash launch/setup_env.sh tasks,dev,vllm,deepspeed >&2
     # Processes of one thread each: most tests are too small for a second thread.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
     local spread=(-n logical --maxprocesses 8 --dist loadscope)

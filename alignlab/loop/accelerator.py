@@ -27,8 +27,10 @@ _LAUNCH = "start ranks by: bash launch/torchrun.sh N CONFIG"
 _REFUSED = {
     "ACCELERATE_MIXED_PRECISION": "torch's autocast would round what the rollout engine computes exactly; the dtype of "
     f"a run is model.dtype: unset it, or answer 'no' in `accelerate config`, or {_LAUNCH}",
-    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed would step the optimizer at each micro-batch; {_LAUNCH}",
-    "ACCELERATE_USE_FSDP": f"a run does not shard its weights: each rank holds the whole model; {_LAUNCH}",
+    "ACCELERATE_USE_DEEPSPEED": "accelerate would step the optimizer at each micro-batch; set "
+    f"trainer.sharding.strategy to zero1, zero2 or zero3, and unset it, or {_LAUNCH}",
+    "ACCELERATE_USE_FSDP": "where weights live is for the config to say; set trainer.sharding.strategy to fsdp2, and "
+    f"unset it, or {_LAUNCH}",
     "ACCELERATE_USE_MEGATRON_LM": f"a run is data parallel alone; {_LAUNCH}",
     "ACCELERATE_USE_PARALLELISM_CONFIG": f"a run is data parallel alone; {_LAUNCH}",
     "ACCELERATE_DYNAMO_BACKEND": f"what is compiled is chosen by the model's code; unset it, or {_LAUNCH}",
@@ -49,12 +51,14 @@ def make_accelerator(rank_timeout_s: float, numerics: NumericsSettings | None = 
         ConfigError: the environment asks for what the config does not say, there are more ranks than GPUs, or the GPU
             or the machine lacks what the kernels need; see also `apply_numerics`.
     """
-    has_gpu = prepared_device(numerics or NumericsSettings()).type == "cuda"
+    device_type = prepared_device(numerics or NumericsSettings()).type
+    # accelerate imports deepspeed where it is installed, and that would look for its device, and say so.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
     # The limit of collectives comes after the watchdog's: the watchdog can name the rank that is lost.
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout_s + _COLLECTIVE_EXTRA_S))
     # Gradients are held once, in DDP's buckets; buffers are equal on all ranks, which compute them from the same sums.
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(cpu=not has_gpu, mixed_precision="no", kwargs_handlers=[limit, parallel])
+    accelerator = Accelerator(cpu=device_type != "cuda", mixed_precision="no", kwargs_handlers=[limit, parallel])
     if accelerator.device.type == "cuda" and accelerator.device.index is None:
         _set_device(accelerator, torch.device("cuda", torch.cuda.current_device()))
     watch_ranks(accelerator.process_index, accelerator.num_processes, rank_timeout_s)

@@ -39,7 +39,7 @@ from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
 from alignlab.models.pieces import Held, held, piece_of, whole_shape
 from alignlab.models.shards import is_spread
-from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, view_of, whole_tensors
+from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, shapes_of, view_of, whole_tensors
 from alignlab.runs.tensor_groups import load_held, shape_of
 from alignlab.types import Experience
 
@@ -87,7 +87,7 @@ class Learner:
             options = {"use_reentrant": False}
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         with module.in_use():
-            shard_weights(module, config.sharding, self.ranks)
+            shard_weights(module, config, self.ranks)
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
@@ -172,13 +172,7 @@ class Learner:
     @property
     def shapes(self) -> WeightView | None:
         """Return a view of weights without numbers, which one rank can read; None where it holds the numbers itself."""
-        if not self.is_spread:
-            return None
-        tensors = dict(self.module.named_parameters(remove_duplicate=False)) | dict(self.module.named_buffers())
-        return HeldWeights({
-            name: torch.empty(whole_shape(tensors[name]), dtype=tensors[name].dtype, device="meta")
-            for name in self.weights.names()
-        })
+        return shapes_of(self.weights) if self.is_spread else None
 
     def progress(self) -> dict[str, Any]:
         """Return the position of the schedule and the counts of updates, as JSON."""

@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
-from alignlab.config.trainer import ShardingSettings
+from alignlab.config.trainer import ShardingSettings, TrainerConfig
 from alignlab.errors import ConfigError
 from alignlab.loop.fully_sharded import FullySharded
 from alignlab.loop.master_weights import MasterAdamW, needs_master
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import DataParallel, GradientSum, SingleProcess, Strategy
-from alignlab.loop.zero.engine_config import read_user_settings
+from alignlab.loop.zero.engine_config import engine_config
 from alignlab.loop.zero.installation import check_deepspeed
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.loop.zero.strategy import Zero
@@ -22,11 +22,10 @@ from alignlab.models.shards import set_root, shard, shard_root
 
 
 def check_sharding(settings: ShardingSettings, num_ranks: int) -> None:
-    """Raise if a strategy does not fit the number of ranks, or needs what is not there.
+    """Raise if a strategy does not fit the number of ranks.
 
     Raises:
-        ConfigError: one rank would share with none, or several ranks would train for themselves; DeepSpeed is missing
-            or of an untested version; a user's DeepSpeed file cannot be read.
+        ConfigError: one rank would share with none, or several ranks would train for themselves.
     """
     strategy = settings.strategy
     if settings.spreads_training and num_ranks == 1:
@@ -39,18 +38,19 @@ def check_sharding(settings: ShardingSettings, num_ranks: int) -> None:
             f"trainer.sharding.strategy is none, which is one process, and this run has {num_ranks} ranks, which would "
             "train for themselves; set it to ddp, fsdp2, zero1, zero2 or zero3, or start one process"
         )
-    if settings.zero_stage:
-        check_deepspeed()
-    if settings.deepspeed is not None:
-        read_user_settings(settings.deepspeed)
 
 
-def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks) -> None:
-    """Spread the training of a module's model over the ranks, where the settings say so; before its optimizer is made.
+def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> None:
+    """Spread the training of a module's model over the ranks, where the config says so; before its optimizer is made.
 
     Raises:
-        ConfigError: see `check_sharding`; or all weights train in 16 bits.
+        ConfigError: see `check_sharding`; DeepSpeed is missing or of an untested version; a user's DeepSpeed file
+            cannot be read, or contradicts the config; or all weights train in 16 bits.
     """
+    settings, max_grad_norm = config.sharding, config.optim.max_grad_norm
+    if settings.zero_stage:
+        check_deepspeed()
+        engine_config(settings, max_grad_norm=max_grad_norm, largest=1)
     if is_empty(module):
         return
     check_sharding(settings, ranks.count)
@@ -63,7 +63,7 @@ def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks)
         )
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     if settings.zero_stage:
-        set_root(module.model, ZeroRoot(module.model, settings, mesh))
+        set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
     else:
         shard(module.model, mesh)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from alignlab.models.pieces import gathered, held
+from alignlab.models.pieces import gathered, held, whole_shape
 
 
 class WeightView(Protocol):
@@ -66,7 +66,7 @@ class ModuleWeights:
     def empty(self, name: str) -> Tensor:
         """Return a parameter or buffer without numbers."""
         tensor = self._tensor(name)
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")

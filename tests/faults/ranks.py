@@ -9,7 +9,7 @@ from tests.faults.lab import Ending, Lab
 from tests.faults.trouble import ACTIONS, PHASES
 
 KIND, POINTS = "ranks", 12
-SUBJECTS = ("grpo@2", "dpo@2", "ahead@2", "grpo_fsdp2@2")
+SUBJECTS = ("grpo@2", "dpo@2", "ahead@2", "grpo_fsdp2@2", "grpo_zero3@2")
 LIMIT_S = 8.0
 """How long ranks wait for each other, of half an hour by default."""
 PATIENCE_S = 60.0

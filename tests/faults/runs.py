@@ -96,9 +96,12 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
 }
 """By name, what a config file says. `ahead` collects rollouts while it learns, from an engine that `tasks` gives it."""
-_SHARDED = {"sharding": {"strategy": "fsdp2"}}
+_SHARDED = {
+    "fsdp2": ("sft", "grpo", "ppo"), "zero1": ("grpo",), "zero2": ("sft", "ppo"), "zero3": ("dpo", "grpo", "ppo"),
+}
 SPREAD: dict[str, dict[str, Any]] = {
-    f"{name}_fsdp2": RUNS[name] | {"trainer": RUNS[name]["trainer"] | _SHARDED} for name in ("sft", "grpo", "ppo")
+    f"{name}_{strategy}": RUNS[name] | {"trainer": RUNS[name]["trainer"] | {"sharding": {"strategy": strategy}}}
+    for strategy, names in _SHARDED.items() for name in names
 }
 """Runs whose weights are spread over ranks, of which there are two at least."""
 _ON_TWO = ("sft", "dpo", "grpo", "ppo", "online_dpo", "distill", "rlaif", "ahead", *SPREAD)

@@ -1,6 +1,6 @@
-"""Run by torchrun: cases of `tests.trainers.tiny` on as many ranks as there are, under each of the strategies.
+"""Run by a launcher: cases of `tests.trainers.tiny` on as many ranks as there are, with their weights in some places.
 
-Usage: rank_cases.py FOLDER STRATEGY[,STRATEGY ...] [CASE ...]
+Usage: rank_cases.py FOLDER PLACE [CASE ...]
 """
 
 from __future__ import annotations
@@ -20,16 +20,28 @@ from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case
 
+_SHARED = ("sft", "dpo", "grpo", "ppo", "ppo_critic_head")
+"""Cases that the stages of ZeRO beside the third, which spreads most, are tried with."""
+PLACES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "ddp": ({"strategy": "ddp"}, tuple(CASES)),
+    "fsdp2": ({"strategy": "fsdp2"}, tuple(CASES)),
+    "zero1": ({"strategy": "zero1"}, _SHARED),
+    "zero2": ({"strategy": "zero2"}, _SHARED),
+    "zero3": ({"strategy": "zero3"}, tuple(CASES)),
+    "zero2, states on the host": ({"strategy": "zero2", "offload": "optimizer"}, ("sft", "ppo")),
+    "zero3, all on the host": ({"strategy": "zero3", "offload": "all"}, ("sft", "ppo", "grpo")),
+}
+"""Where the weights in training live: settings of `trainer.sharding`, and the cases that are trained so."""
 SEED = 7
 EPSILON = 1e-3
 
 
-def train(name: str, folder: Path, strategy: str = "ddp") -> dict[str, torch.Tensor]:
+def train(name: str, folder: Path, place: str = "ddp") -> dict[str, torch.Tensor]:
     """Train a case, and return all that was trained."""
     tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
     torch.manual_seed(0)
     model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
-    settings = {"memory": {"tokens_per_microbatch": 16}, "sharding": {"strategy": strategy}}
+    settings = {"memory": {"tokens_per_microbatch": 16}, "sharding": PLACES[place][0]}
     trainer = make_case(name, folder / name, model, tokenizer, **settings)
     if hasattr(trainer, "source"):
         sample_without_rank(trainer.source)
@@ -48,15 +60,15 @@ def sample_without_rank(source: Any) -> None:
 
 
 def main() -> None:
-    folder, strategies, names = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] or CASES
+    place, names = sys.argv[2], sys.argv[3:]
+    folder = Path(sys.argv[1]) / place
     draw_no_curves()
-    for strategy in strategies:
-        os.environ["ALIGNLAB_CACHE"] = str(folder / strategy / "cache")
-        for name in names:
-            save_file(
-                {key: weight.clone() for key, weight in train(name, folder / strategy, strategy).items()},
-                folder / strategy / f"{name}.rank{os.environ['RANK']}.safetensors",
-            )
+    os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
+    for name in names or PLACES[place][1]:
+        save_file(
+            {key: weight.clone() for key, weight in train(name, folder, place).items()},
+            folder / f"{name}.rank{os.environ['RANK']}.safetensors",
+        )
 
 
 if __name__ == "__main__":

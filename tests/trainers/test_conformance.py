@@ -16,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import torchrun
+from tests.ranks import run_ranks
 from tests.trainers import rank_cases
 from tests.trainers.conftest import even_ids
 from tests.trainers.steps import credit_of, weights_of
 from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case, save_teacher
 
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ("ddp", "fsdp2")
 OF_TIME = re.compile(r"_s$|per_s$|time")
 
 
@@ -140,14 +139,18 @@ def test_only_the_policy_s_tokens_are_trained_on(name: str, make: Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def folder_of_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case under every strategy, trained in one pair of processes."""
+def train_on_two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Train the cases whose weights are in a place, once, in one pair of processes, and return their folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    for strategy in STRATEGIES:
-        save_teacher(folder / strategy / "teacher", tokenizer)
-    done = torchrun(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), ",".join(STRATEGIES))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+
+    @cache
+    def train(place: str) -> Path:
+        save_teacher(folder / place / "teacher", tokenizer)
+        done = run_ranks(str(ROOT / "tests/trainers/rank_cases.py"), str(folder), place)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder / place
+
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +168,15 @@ def train_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("place", "name"), [(place, name) for place, (_, names) in rank_cases.PLACES.items() for name in names]
+)
 def test_two_ranks_have_the_weights_and_metrics_of_one(
-    strategy: str, name: str, folder_of_two_ranks: Path, train_alone: Callable[[str], Any]
+    place: str, name: str, train_on_two_ranks: Callable[[str], Path], train_alone: Callable[[str], Any]
 ) -> None:
     """With the same rollouts: `rank_cases` samples without the rank, by which the seeds of a real run differ."""
     folder_alone, expected = train_alone(name)
-    folder = folder_of_two_ranks / strategy
+    folder = train_on_two_ranks(place)
     first, second = (load_file(folder / f"{name}.rank{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys() == expected.keys()
     for key, weight in expected.items():

@@ -37,17 +37,16 @@ def check_deepspeed() -> None:
 
 
 def load_deepspeed(device_type: str) -> ModuleType:
-    """Import DeepSpeed for tensors of a device, quietly, and return it.
+    """Import DeepSpeed, quietly, and return it.
 
     Args:
-        device_type: such as cpu.
+        device_type: of the tensors, such as cpu.
 
     Raises:
         ConfigError: see `check_deepspeed`.
     """
     check_deepspeed()
     os.environ.setdefault("DS_ACCELERATOR", device_type)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that this torch is about to drop, and each call would say so.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed = importlib.import_module("deepspeed")

@@ -44,12 +44,13 @@ class ZeroRoot:
         model: the model, or a PeftModel around it.
         settings: with a ZeRO strategy.
         mesh: of the ranks.
+        max_grad_norm: of the first role; each role clips at its own, see `Zero.clip`.
     """
 
-    def __init__(self, model: nn.Module, settings: ShardingSettings, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, settings: ShardingSettings, mesh: DeviceMesh, max_grad_norm: float) -> None:
         self.blueprint = empty_copy(model)
         self.mesh = mesh
-        self.settings = settings
+        self.settings, self._max_grad_norm = settings, max_grad_norm
         self.spreads_weights = settings.zero_stage == 3
         self._modules: list[nn.Module] = []
         self._trained: dict[torch.optim.Optimizer, list[nn.Parameter]] = {}
@@ -116,7 +117,7 @@ class ZeroRoot:
         device = trained[0].device
         deepspeed = load_deepspeed(device.type)
         config = engine_config(
-            self.settings, max_grad_norm=0.0, largest=max(parameter.numel() for parameter in trained)
+            self.settings, max_grad_norm=self._max_grad_norm, largest=max(parameter.numel() for parameter in trained)
         )
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
