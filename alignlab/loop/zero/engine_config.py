@@ -52,12 +52,12 @@ def engine_config(settings: ShardingSettings, *, max_grad_norm: float, largest: 
     Raises:
         ConfigError: a user's file cannot be read, or contradicts the trainer's config.
     """
-    ours = _ours(settings, max_grad_norm, max(largest, _LEAST_BUCKET))
+    run_settings = _run_settings(settings, max_grad_norm, max(largest, _LEAST_BUCKET))
     if settings.deepspeed is None:
-        return ours
-    theirs = read_user_settings(settings.deepspeed)
-    _check(ours, theirs, settings.deepspeed)
-    return _within(ours, theirs)
+        return run_settings
+    user_settings = read_user_settings(settings.deepspeed)
+    _check(run_settings, user_settings, settings.deepspeed)
+    return _within(run_settings, user_settings)
 
 
 def read_user_settings(path: Path) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def read_user_settings(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, no JSON object, or has a section whose work is done elsewhere.
     """
-    theirs = read_json_object(path, ConfigError)
+    user_settings = read_json_object(path, ConfigError)
     for section, instead in _ELSEWHERE.items():
-        if theirs.get(section):
+        if user_settings.get(section):
             raise ConfigError(f"{path} has {section}, and {instead}; remove it there")
-    return theirs
+    return user_settings
 
 
-def _ours(settings: ShardingSettings, max_grad_norm: float, bucket: int) -> dict[str, Any]:
+def _run_settings(settings: ShardingSettings, max_grad_norm: float, bucket: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": settings.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
         "offload_optimizer": {"device": "none" if settings.offload == "none" else "cpu"},
@@ -93,14 +93,14 @@ def _ours(settings: ShardingSettings, max_grad_norm: float, bucket: int) -> dict
     }  # fmt: skip
 
 
-def _check(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
-    """Raise if a user's settings contradict ours.
+def _check(run_settings: Mapping[str, Any], user_settings: Mapping[str, Any], path: Path) -> None:
+    """Raise if a user's settings contradict run_settings.
 
     Raises:
         ConfigError: with the setting, both values, and what decides it here.
     """
-    decided = dict(_flat(ours))
-    for name, value in _flat(theirs):
+    decided = dict(_flat(run_settings))
+    for name, value in _flat(user_settings):
         if name in _DECIDED and value not in (AUTO, decided.get(name, AUTO)):
             here = f"makes it {json.dumps(decided[name])}" if name in decided else "decides it"
             raise ConfigError(
@@ -109,10 +109,10 @@ def _check(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> No
             )
 
 
-def _within(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a user's settings within ours."""
-    made = dict(ours)
-    for name, value in theirs.items():
+def _within(run_settings: Mapping[str, Any], user_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a user's settings within run_settings."""
+    made = dict(run_settings)
+    for name, value in user_settings.items():
         if isinstance(value, dict):
             made[name] = _within(made.get(name) or {}, value)
         elif value != AUTO:

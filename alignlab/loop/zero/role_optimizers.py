@@ -31,6 +31,15 @@ class RoleOptimizers(torch.optim.Optimizer):
         self.active = optimizers[0]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take the active optimizer's step, on those of its groups that DeepSpeed has filled."""
+        """Take the active optimizer's step on those of its groups that are in `param_groups`.
+
+        DeepSpeed puts one group at a time there.
+        """
         assert closure is None, "a closure would compute the loss again"
-        self.active.step()
+        groups = self.active.param_groups
+        self.active.param_groups = [group for group in groups if any(group is asked for asked in self.param_groups)]
+        try:
+            if self.active.param_groups:
+                self.active.step()
+        finally:
+            self.active.param_groups = groups

@@ -23,6 +23,20 @@ def test_the_active_role_alone_moves() -> None:
     assert roles.state is optimizers[0].state
 
 
+def test_one_group_at_a_time_is_stepped_once() -> None:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters], lr=0.1, weight_decay=0.0)
+    roles = RoleOptimizers([optimizer])
+    groups = roles.param_groups
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)  # stays, as under offload
+    for group in groups:
+        roles.param_groups = [group]
+        roles.step()
+    assert [float(roles.state[parameter]["step"]) for parameter in parameters] == [1, 1]
+    assert len(optimizer.param_groups) == 2
+
+
 def test_a_flat_tensor_in_a_shared_group_is_stepped_at_the_schedule_s_rate() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter], lr=0.4, weight_decay=0.0)
