@@ -141,11 +141,11 @@ class RLAIFConfig(Frozen):
                 raise BrokenRule(f"{name}.numerics", str(stage.numerics), must, "write the same in each stage")
 
     def _check_sharding(self) -> None:
-        """The stages make their models from one that each rank holds whole."""
+        """The ranks of a run are those of each stage."""
         for name, stage in self._named_stages().items():
-            if stage.sharding.spreads_training:
-                must = "be ddp: all stages begin with one model, which each rank holds whole"
-                raise BrokenRule(f"{name}.sharding.strategy", stage.sharding.strategy, must, "remove it")
+            if stage.sharding != self.sharding:
+                must = f"be the last stage's ({self.sharding}): all stages run on the same ranks"
+                raise BrokenRule(f"{name}.sharding", str(stage.sharding), must, "write the same in each stage")
 
     def _named_stages(self) -> dict[str, TrainerConfig]:
         """Return the trainers that run, by the names of their sections."""

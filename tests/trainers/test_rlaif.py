@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from alignlab.config.data import RenderSettings
 from alignlab.config.judge import ModelJudge, load_constitution
@@ -28,6 +29,7 @@ from alignlab.synthesis.labels import judge_pairs, preferences
 from alignlab.synthesis.revision import supervised_rows
 from alignlab.trainers.rlaif.trainer import RLAIFTrainer
 from alignlab.types import Completion, Prompt, Rollout
+from tests.loop.test_distributed import torchrun
 from tests.scoring.judges.conftest import CONSTITUTION, RuledModel, shown
 from tests.settings import merged
 
@@ -41,6 +43,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dpo": {"type": "dpo", "num_pairs": 4} | STAGE,
     "online_dpo": {"type": "online_dpo", "num_prompts": 4, "group_size": 2, "sampling": SAMPLING} | STAGE,
 }
+CASES_OF_RANKS = {"direct": "direct", "reward_model": "reward_model", "dpo": "dpo", "judged by its base": "direct"}
+"""What `rank_rlaif.py` runs, and the path of each."""
 
 
 def letters(text: str) -> int:
@@ -474,3 +478,24 @@ def test_rows_of_stages_keep_the_template_s_columns() -> None:
     assert {name: pair[name] for name in given} == given and pair["chosen"] == "abc"
     [row] = supervised_rows([{"prompt": "q", **given, "completion": "b", "outcome": "revised"}])
     assert row == {"prompt": "q", **given, "completion": "b"}
+
+
+@pytest.mark.distributed
+def test_stages_train_the_same_policy_with_weights_that_are_spread_over_ranks(tmp_path: Path) -> None:
+    done = torchrun(str(Path(__file__).with_name("rank_rlaif.py")), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in CASES_OF_RANKS:
+        expected, first, second = (
+            load_file(tmp_path / f"{case}.{run}.safetensors") for run in ("ddp.rank0", "fsdp2.rank0", "fsdp2.rank1")
+        )
+        assert expected and expected.keys() == first.keys() == second.keys()
+        for name, weight in expected.items():
+            assert torch.equal(first[name], second[name]), name
+            # A rounding of the first stage is learnt from in the next ones; a wrong gradient moves weights by 1e-2.
+            torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-4, msg=f"{case}: {name}")
+
+
+def test_stages_have_the_same_sharding(make_trainer: Make) -> None:
+    spread = {"sharding": {"strategy": "fsdp2"}}
+    with pytest.raises(ConfigError, match=r"reward\.sharding is .*ddp.* must be the last stage's"):
+        make_trainer("reward_model", policy=POLICIES["reward_model"] | spread)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import set_seed
 
 from alignlab.config.trainers import DPOConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, TrainerConfig
 from alignlab.loop.inputs import resolve_model
@@ -45,6 +48,10 @@ class PolicyStage:
     def run(self, progress: Progress) -> Progress:
         """Train the policy; see `Stage.run`."""
         context = self._context
+        # Ranks ask the judge different numbers of questions, and so cannot gather weights that are spread together.
+        is_copied = context.judge_is_base and self._config.sharding.strategy != "ddp"
+        judging = copy.deepcopy(progress.policy).requires_grad_(False) if is_copied else None
+        set_seed(self._context.config.seed)  # a new adapter begins alike on all ranks, whatever these have drawn before
         policy, _ = resolve_model(
             progress.policy, context.tokenizer, context.peft_config, context.accelerator.device
         )
@@ -52,7 +59,7 @@ class PolicyStage:
             trainer: Any = self._dpo_trainer(self._config, policy, progress)
             reward = None
         else:
-            reward = self._reward(policy, progress.reward_model)
+            reward = self._reward(policy if judging is None else judging, progress.reward_model)
             trainer = _ONLINE[type(self._config)](
                 policy, reward, context.stage_config(self._config, self.folder), context.prompts,
                 tokenizer=context.tokenizer, callbacks=context.callbacks,
@@ -73,11 +80,15 @@ class PolicyStage:
             render_settings=context.render_settings,
         )  # fmt: skip
 
-    def _reward(self, policy: Any, reward_model: Path | None) -> ModelReward | JudgeReward:
-        """Return the reward of online training: the trained reward model, or the judge."""
+    def _reward(self, base: Any, reward_model: Path | None) -> ModelReward | JudgeReward:
+        """Return the reward of online training: the trained reward model, or the judge.
+
+        Args:
+            base: judges where the judge is the policy's base; the policy, or a copy of its base.
+        """
         if reward_model is not None:
             return ModelReward(str(reward_model))
         context = self._context
-        judge = context.judge_beside(policy)
+        judge = context.judge_beside(base)
         work = context.run_name and f"{context.run_name}/policy/{context.accelerator.process_index}"
         return WinReward(judge, work=work) if context.config.path == "online_dpo" else RatingReward(judge, work=work)

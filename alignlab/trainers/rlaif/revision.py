@@ -22,6 +22,7 @@ from alignlab.config.rlaif import RevisionSettings
 from alignlab.errors import ConfigError, DataError
 from alignlab.models.hub.checkpoints import save_model
 from alignlab.models.hub.saving import published
+from alignlab.models.shards import shard_root, whole_copy
 from alignlab.scoring.judges.judge import PromptedJudge
 from alignlab.synthesis.prompt_journal import Row
 from alignlab.synthesis.revision import Reviser, supervised_rows
@@ -99,8 +100,12 @@ class RevisionStage:
         return revised
 
     def _merge_and_save(self, trained: Any) -> Any:
-        """Return the trained model with its adapter merged, ready to be trained further, once it is saved."""
-        policy = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+        """Return the trained model with its adapter merged, ready to be trained further, once it is saved.
+
+        It is whole on each rank, as the model is that a run begins with.
+        """
+        whole = trained if shard_root(trained) is None else whole_copy(trained)
+        policy: Any = whole.merge_and_unload() if isinstance(whole, PeftModel) else whole
         policy.eval().requires_grad_(True)
         if self._context.is_main_rank:
             with published(self._model_folder, run_id=self._context.run_id) as unfinished:

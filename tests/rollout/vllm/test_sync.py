@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +350,15 @@ def test_the_merged_copy_is_gone_before_the_cache_is_allocated(
 
     def load_and_watch(llm: Any, weights: Any, *args: Any) -> None:
         policy = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        copies = [t for t in weights.tensors.values() if t.untyped_storage().data_ptr() not in policy]
-        merged.extend(weakref.ref(tensor) for tensor in copies)
+        stream = weights._stream
+
+        def watched() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in stream:
+                if tensor.untyped_storage().data_ptr() not in policy:
+                    merged.append(weakref.ref(tensor))
+                yield name, tensor
+
+        weights._stream = watched()
         load(llm, weights, *args)
 
     def wake_up(tags: list[str]) -> None:
