@@ -26,7 +26,10 @@ main() {
     bash launch/setup_env.sh tasks,dev,vllm,deepspeed >&2
     # Processes of one thread each: most tests are too small for a second thread.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-    local spread=(-n logical --maxprocesses 8 --dist loadscope)
+    # Whole files, in the order of tests/conftest.py: those with long tests first.
+    local spread=(-n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder)
+    # Compiled once, not in each of the processes that tests start.
+    unset PYTHONDONTWRITEBYTECODE
     if [[ "${1:-}" == --fast ]]; then
         set -- "${spread[@]}" -m "not slow and not distributed and not vllm" "${FAST[@]}" "${@:2}"
     fi

@@ -1,5 +1,6 @@
 """Settings of the whole test session; other fixtures live beside the tests that use them."""
 
+import gc
 import os
 
 # Before torch and the Hub's client are imported: nothing in the tests may wait for a network or fight over cores.
@@ -15,6 +16,7 @@ import torch
 
 from tests.curves import draw_nothing
 
+LONG = ("slow", "distributed", "vllm")
 PLOT_CURVES = "alignlab.evaluation.report.plot_curves"
 
 
@@ -34,8 +36,24 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PLOT_CURVES, plot_curves)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, each of which would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the end of the process collect what was left out: some libraries report it as leaked otherwise."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Put files with long tests first, and skip tests marked `gpu` where there is no CUDA device.
+
+    Files are shared out to processes in this order, so that no process is left with a long one at the end.
+    """
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     for item in items:

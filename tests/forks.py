@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from tests.curves import draw_no_curves
@@ -97,8 +98,8 @@ class ForkServer:
         self._server = multiprocessing.forkserver.ForkServer()
         self._server.set_forkserver_preload([*preloaded, *optional])
 
-    def start(self, process: ForkServerProcess) -> None:
-        """Start a process by this server; `multiprocessing` itself has one for all."""
+    def start(self, process: Any) -> None:
+        """Call `process.start`, so that it forks this server; `multiprocessing` itself has one for all."""
         connect = self._server.connect_to_new_process
         with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
             process.start()

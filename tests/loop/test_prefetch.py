@@ -123,11 +123,11 @@ def test_prefetching_run_takes_every_prompt_once_and_resumes_at_its_position(
     serve: Any, tokenizer: Any, tmp_path: Any
 ) -> None:
     settings, _ = serve(make_model(DENSE), max_staleness=2)
-    rows = [{"prompt": f"ab{i}"} for i in range(16)]
+    rows = [{"prompt": f"ab{i}"} for i in range(12)]
 
     def run(folder: str, stop_after: int | None, *, resume: bool = False) -> tuple[list[int], Any]:
         config = GRPOConfig(
-            output_dir=tmp_path / folder, num_steps=8, num_prompts=2, group_size=4, optim={"learning_rate": 1e-3},
+            output_dir=tmp_path / folder, num_steps=6, num_prompts=2, group_size=4, optim={"learning_rate": 1e-3},
             trackers=(),
             sampling={"max_new_tokens": 12}, rollout=settings,
         )
@@ -147,7 +147,7 @@ def test_prefetching_run_takes_every_prompt_once_and_resumes_at_its_position(
         return order, seen
 
     order, seen = run("whole", None)
-    assert sorted(order) == list(range(16))  # two a step, each once, none left out
+    assert sorted(order) == list(range(12))  # two a step, each once, none left out
     ages = [metrics["staleness"] for metrics in seen]
     assert ages[0] == 0 and max(ages) <= 2 and min(ages[2:]) > 0
     assert all(metrics["rollout_gap"] < 0.5 for metrics in seen)

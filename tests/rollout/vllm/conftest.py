@@ -9,6 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,6 +61,30 @@ def make_model(architecture: dict[str, Any], *, seed: int = 0, dtype: torch.dtyp
     return new_model(architecture, vocab_size=VOCAB, dtype=dtype)
 
 
+class ForkedWorker(ForkServerProcess):
+    """A worker of a vLLM that is spread over processes, forked from one that has imported vLLM."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._environment = dict(os.environ)
+
+    def start(self) -> None:
+        """Start the process."""
+        FORKS.start(super())
+
+    def run(self) -> None:
+        """Be the worker, in the forked process."""
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class WorkerContext(ForkServerContext):
+    """Takes the place of the context by which vLLM starts new interpreters."""
+
+    Process = ForkedWorker
+
+
 @pytest.fixture(scope="module")
 def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]]:
     """Make a rollout engine with vLLM in this process, on a model; other keywords are settings.
@@ -72,8 +97,12 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
     def make(model: Any, **settings: Any) -> Any:
         from alignlab.rollout.engine import make_engine
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             warnings.simplefilter("ignore")  # vLLM's own, when it is imported and started
+            if settings.get("tensor_parallel", 1) > 1:
+                from vllm.v1.executor import multiproc_executor
+
+                patch.setattr(multiproc_executor, "get_mp_context", WorkerContext)
             engines.append(make_engine(model, tokenizer, VLLMSettings(**defaults | settings)))
             return engines[-1]
 

@@ -351,9 +351,9 @@ def test_a_hostile_request_is_refused_with_a_message_and_the_server_goes_on(name
 
 @pytest.fixture(scope="module")
 def moe(serve: Serve, make_client: Any) -> tuple[Any, Any]:
-    """Return (engine, model) of an engine whose policy may be ahead of it."""
+    """Return (engine, model) of an engine whose policy may be ahead of it; the server is started as a user's is."""
     model = make_model(OWN_MOE)
-    settings, _ = serve(model, max_staleness=1, prefill_tokens=128, max_running=8)
+    settings, _ = serve(model, forked=False, max_staleness=1, prefill_tokens=128, max_running=8)
     return make_client(model, settings), model
 
 
