@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from alignlab.evaluation import report
+from alignlab.loop import ending_check
 from alignlab.loop.learner import Learner
 from alignlab.loop.numerics import VLLM_PRECISION, WORKSPACE
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.runs import folder as run_folder
+from alignlab.runs.provenance import start_record
 from tests.gpu.pretended import PretendedGPU
 from tests.trainers.conftest import DENSE, SPARSE
 from tests.trainers.test_conformance import metrics_of
@@ -34,6 +38,8 @@ SMALL: dict[str, Any] = {"num_prompts": 2, "group_size": 2, "sampling": {"max_ne
 """Sizes of a step of online trainers."""
 MAX_UPDATE_WAITS = 3
 """Counts of the step and of each pack; metrics; the norm of the gradient, on which the step itself depends."""
+START = cache(start_record)
+"""The record of a run's start, which asks git and the installed packages."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,11 @@ def make(tokenizer: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(report, "plot_curves", lambda *_, **__: False)  # slower than the training
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # likewise; no machine fails here
+    monkeypatch.setattr(run_folder, "start_record", START)
 
     def make(kind: Kind, folder: str, **options: Any) -> Any:
+        if kind.dtype != torch.float32:  # once for each trainer is enough
+            monkeypatch.setattr(ending_check, "check_saving", lambda *arguments: None)
         torch.manual_seed(0)
         model = new_model(
             SPARSE if kind.mixture else DENSE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,

@@ -39,12 +39,16 @@ class PolicyWeights:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
         return Transfer(len(self.tensors), num_bytes)
 
-    def digests(self) -> dict[str, str]:
-        """Return the digest of each tensor as vLLM has to report it, by vLLM's names."""
+    def digests(self, algorithm: str | None = None) -> dict[str, str]:
+        """Return the digest of each tensor as vLLM has to report it, by vLLM's names.
+
+        Args:
+            algorithm: of vLLM's device; default: that of each tensor's own.
+        """
         if self.adapter_config is None:
-            return sync_digests(self.tensors)
+            return sync_digests(self.tensors, algorithm=algorithm)
         assert isinstance(self.model, PeftModel)
-        return adapter_digests(self.model, self.tensors, causal_lm(self.model).dtype)
+        return adapter_digests(self.model, self.tensors, causal_lm(self.model).dtype, algorithm=algorithm)
 
 
 def gather_weights(model: Model, *, adapter_only: bool, weights: WeightView | None = None) -> HeldWeights:
