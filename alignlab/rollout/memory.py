@@ -18,6 +18,8 @@ from alignlab.rollout.embedded.block_manager import block_size_for
 _COPIES_FRAC = 0.1
 """Of a GPU's memory: what merged copies may take by default. A small model is bound by the number of kernels in a step,
 of which an adapter adds many; a large one by memory."""
+_STAYING_FRAC = 1 / 16
+"""Of a GPU's memory: what the cache of the embedded engine may take while the policy learns."""
 _UNSEEN_GPU_BYTES = 80 * 2**30
 """Memory of a GPU that is predicted for and is not here."""
 _PLANNED: ContextVar[torch.device | None] = ContextVar("planned", default=None)
@@ -72,6 +74,13 @@ def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) 
     is_here = torch.cuda.is_available() or _PLANNED.get() is None
     total = torch.cuda.get_device_properties(device).total_memory if is_here else _UNSEEN_GPU_BYTES
     return _merged_bytes(model) <= _COPIES_FRAC * total
+
+
+def cache_may_stay(num_bytes: int, device: torch.device) -> bool:
+    """Return whether a cache of the embedded engine may stay on its device while the policy learns."""
+    if device.type != "cuda":
+        return False
+    return num_bytes <= _STAYING_FRAC * torch.cuda.get_device_properties(device).total_memory
 
 
 def _merged_bytes(model: nn.Module) -> int:
