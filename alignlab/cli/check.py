@@ -44,6 +44,9 @@ Line = tuple[str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="device that memory is predicted for; default: this machine's"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,24 +56,30 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     check_prerequisites(config, args.config)
-    for subject, text in check_lines(config):
+    for subject, text in check_lines(config, device=args.device):
         print(f"{subject:10} {text}", flush=True)
     print("ok: nothing was trained")
     return 0
 
 
-def check_lines(config: RunConfig) -> Iterator[Line]:
+def check_lines(config: RunConfig, *, device: str | None = None) -> Iterator[Line]:
     """Yield a line for each thing that is checked.
+
+    Args:
+        config: of the run.
+        device: "cpu" or "cuda", that memory is predicted for; default: this machine's.
 
     Raises:
         AlignlabError: what the training would raise.
     """
+    from alignlab.rollout.memory import predicted_for
     from alignlab.run_from_config import check_run
 
     yield "model", _model_line(config)
     yield "numerics", _numerics_line(config)
     yield from _trainer_lines(config)
-    checked = check_run(config)
+    with predicted_for(device):
+        checked = check_run(config)
     yield "tokenizer", _tokenizer_line(checked)
     yield "data", data_line(checked)
     yield "eval data", held_out_line(checked)
@@ -78,12 +87,13 @@ def check_lines(config: RunConfig) -> Iterator[Line]:
     if checked.preflight.engine:
         yield "engine", f"{checked.preflight.engine} samples completions"
     if checked.preflight.memory:
-        yield "memory", _memory_line(config, checked.preflight.memory)
+        yield "memory", _memory_line(config, checked.preflight.memory, device)
     for line in reward_lines(checked):
         yield "reward", line
     # How much of a spread training a rank takes is for the number of ranks to say, which is not known here.
     on_one_rank = {} if config.trainer.sharding.spreads_training else checked.preflight.memory
-    notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(on_one_rank)
+    here = on_one_rank if device in (None, _device_here()) else {}
+    notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(here)
     for note in itertools.chain(*notes):
         yield "note", note
 
@@ -130,15 +140,23 @@ def _tokenizer_line(checked: CheckedRun) -> str:
     return f"{len(tokenizer)} tokens, {template} a chat template, end token {tokenizer.eos_token!r}"
 
 
-def _memory_line(config: RunConfig, memory: Mapping[str, int]) -> str:
+def _device_here() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _memory_line(config: RunConfig, memory: Mapping[str, int], device: str | None) -> str:
     """Return the predicted memory of a rank's device, in all and by part."""
+    device = device or _device_here()
+    kind = "a GPU" if device == "cuda" else "a CPU (--device cuda predicts for a GPU)"
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     total = f"{sum(memory.values()) / 2**30:.2f} GiB"
     if not config.trainer.sharding.spreads_training:
-        return f"about {total} on each rank's device: {parts}"
+        return f"about {total} on each rank's device, {kind}: {parts}"
     return (
-        f"about {total}, of which weights, gradients and optimizer are divided by the number of ranks; the embedded "
-        f"engine has a whole copy of the weights: {parts}"
+        f"about {total} ({kind}), of which weights, gradients and optimizer are divided by the number of ranks; the "
+        f"embedded engine has a whole copy of the weights: {parts}"
     )
 
 

@@ -16,6 +16,7 @@ from alignlab.loop.master_weights import state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.memory import planned_device
 
 _LOGIT_COPIES = 4
 """float32 tensors of a block's logits that exist at one time: logits, probabilities, and their gradients."""
@@ -72,7 +73,7 @@ def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:
     """Return what a forward pass of one micro-batch keeps, and the logits of one chunk."""
     with learner.module.in_use():
         kept = kept_bytes(learner.module.model, memory.tokens_per_microbatch)
-    weight, kind = output_head(learner.module.model)[0], learner.device.type
+    weight, kind = output_head(learner.module.model)[0], planned_device(learner.device).type
     rows = memory.logprob_chunk_tokens or default_chunk_tokens(kind)
     of_block = _LOGIT_COPIES * torch.float32.itemsize * min(rows, block_rows(weight.shape[0], kind))
     return kept + (rows * weight.element_size() + of_block) * weight.shape[0]

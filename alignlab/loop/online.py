@@ -29,7 +29,7 @@ from alignlab.loop.rollout_metrics import StepMetrics
 from alignlab.loop.source import RolloutSource
 from alignlab.loop.training_loop import Callback, TrainingLoop
 from alignlab.rollout.engine import make_engine
-from alignlab.rollout.memory import engine_bytes
+from alignlab.rollout.memory import engine_bytes, planned_device
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.rollout_store import RolloutStore, clear_ranks_without_process
 from alignlab.scoring.reward_model import fingerprints_of, modules_of
@@ -139,7 +139,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             return training
         longest = max(len(prompt.token_ids) for prompt in self.source.prompts)
         engine = engine_bytes(
-            self.learner.model, self.config.rollout, self.learner.device,
+            self.learner.model, self.config.rollout, planned_device(self.learner.device),
             num_sequences=self.config.num_prompts // self.ranks.count * self.config.group_size,
             num_tokens=longest + self.config.sampling.max_new_tokens,
         )

@@ -1,6 +1,11 @@
-"""Digests of weights on their way to an engine, computed where the weights lie: no weight is copied to the host.
+"""Digests of weights on their way to an engine, computed where the weights lie, by one of two algorithms.
 
-A tensor's bytes are 32-bit words w[i], signed, in rows of P = 4,096 words, and two sums wrap around in 64 bits:
+Of tensors on a CPU it is XXH3 over their bytes, at the speed of memory. Of tensors on a GPU it is two sums of words, so
+that no weight is copied to the host. A trainer compares with an engine that may be elsewhere: it takes the algorithm of
+the engine's device.
+
+Word sums: a tensor's bytes are 32-bit words w[i], signed, in rows of P = 4,096 words, and two sums wrap around in 64
+bits:
 
     first  = sum over i of  w[i] * (2 i + 1)
     second = sum over i of  w[i] * R[i mod P] * Q[i div P]        R, Q: pseudo-random odd numbers, always the same
@@ -27,8 +32,10 @@ from torch import Tensor
 
 from alignlab.files.digests import fast_digest
 
-ALGORITHM = "word-sums-1"
-"""Name of this algorithm; trainer and engine must have the same."""
+WORD_SUMS = "word-sums-1"
+XXH3 = "xxh3-128"
+ALGORITHMS = (WORD_SUMS, XXH3)
+"""Names of the algorithms; trainer and engine must take the same."""
 _WORD_BYTES = 4
 _ROW = 4096
 """Words in a row."""
@@ -36,17 +43,35 @@ _MAX_ROWS_CPU, _MAX_ROWS_GPU = 16, 2048
 """Rows computed at once: within a CPU's cache; on a GPU, 64-bit copies and products of 8 million words, 128 MiB."""
 
 
+def algorithm_on(device_type: str) -> str:
+    """Return the algorithm for tensors on a device of this type, such as "cpu"."""
+    return XXH3 if device_type == "cpu" else WORD_SUMS
+
+
 class PendingDigests:
-    """Digests of tensors by name, whose sums stay on the tensors' device until `read`."""
+    """Digests of tensors by name, whose word sums stay on the tensors' device until `read`."""
 
     def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
         self._kinds: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Compute the sums of a tensor as it is now; this does not wait for a GPU."""
-        self._kinds[name] = _kind(tensor.dtype, tensor.shape)
-        self._sums[name] = content_sums(tensor)
+    def add(self, name: str, tensor: Tensor, *, algorithm: str | None = None) -> None:
+        """Digest a tensor as it is now.
+
+        Word sums do not wait for a GPU. XXH3 of a tensor on a GPU copies it to the host.
+
+        Args:
+            name: of the tensor.
+            tensor: of any dtype, on any device.
+            algorithm: of `ALGORITHMS`; default: that of the tensor's device.
+        """
+        algorithm = algorithm or algorithm_on(tensor.device.type)
+        kind = _kind(algorithm, tensor.dtype, tensor.shape)
+        if algorithm == XXH3:
+            self._digests[name] = fast_digest([f"{kind}:", _bytes_of(tensor).cpu().numpy().data])
+            return
+        self._kinds[name], self._sums[name] = kind, content_sums(tensor)
 
     def read(self) -> dict[str, str]:
         """Return the digests; the sums come to the host in one transfer from each device."""
@@ -58,26 +83,33 @@ class PendingDigests:
             for names in by_device.values()
             for name, pair in zip(names, torch.stack([self._sums[n] for n in names]).tolist(), strict=True)
         }
-        return {name: _digest(kind, pairs[name]) for name, kind in self._kinds.items()}
+        return self._digests | {name: _digest(kind, pairs[name]) for name, kind in self._kinds.items()}
 
 
-def sync_digests(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Return the digest of each tensor, 128 bits in hexadecimal, by name."""
+def sync_digests(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, algorithm: str | None = None
+) -> dict[str, str]:
+    """Return the digest of each tensor, 128 bits in hexadecimal, by name.
+
+    Args:
+        tensors: by name.
+        algorithm: of `ALGORITHMS`; default: for each tensor that of its device.
+    """
     pending = PendingDigests()
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-        pending.add(name, tensor)
+        pending.add(name, tensor, algorithm=algorithm)
     return pending.read()
 
 
 def digest_of_sums(dtype: torch.dtype, shape: Iterable[int], sums: Tensor) -> str:
-    """Return the digest of a tensor whose parts are on several ranks.
+    """Return the digest by word sums of a tensor whose parts are on several ranks.
 
     Args:
         dtype: of the tensor.
         shape: of the whole tensor.
         sums: `content_sums` of all parts, added up, [2].
     """
-    return _digest(_kind(dtype, shape), sums.tolist())
+    return _digest(_kind(WORD_SUMS, dtype, shape), sums.tolist())
 
 
 @torch.no_grad()
@@ -90,9 +122,14 @@ def content_sums(part: Tensor, *, offset: int = 0) -> Tensor:
         part: the tensor, or a contiguous slice of it when flattened.
         offset: number of the whole tensor's elements before the slice.
     """
-    data = part.detach().contiguous().view(-1).view(torch.uint8)
+    data = _bytes_of(part)
     blocks = _blocks(data, offset * part.element_size())
     return _sums_on_cpu(blocks) if data.device.type == "cpu" else _sums_on_gpu(blocks, data.device)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, [B] uint8, on its device."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _blocks(data: Tensor, first_byte: int) -> Iterator[tuple[int, Tensor]]:
@@ -176,8 +213,8 @@ def _random_odd(numbers: Any) -> Any:
     return (bits ^ (bits >> 31)) | 1
 
 
-def _kind(dtype: torch.dtype, shape: Iterable[int]) -> str:
-    return f"{ALGORITHM}:{dtype}{tuple(shape)}"
+def _kind(algorithm: str, dtype: torch.dtype, shape: Iterable[int]) -> str:
+    return f"{algorithm}:{dtype}{tuple(shape)}"
 
 
 def _digest(kind: str, sums: Iterable[int]) -> str:

@@ -1,6 +1,10 @@
-"""Memory that a rollout engine will take on the trainer's device, predicted from shapes."""
+"""Memory that a rollout engine will take on a device, predicted from shapes; the device need not be there."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -9,10 +13,31 @@ from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerS
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
 from alignlab.models.merging import wrappers
+from alignlab.rollout.embedded.block_manager import block_size_for
 
 _COPIES_FRAC = 0.1
 """Of a GPU's memory: what merged copies may take by default. A small model is bound by the number of kernels in a step,
 of which an adapter adds many; a large one by memory."""
+_STAYING_FRAC = 1 / 16
+"""Of a GPU's memory: what the cache of the embedded engine may take while the policy learns."""
+_UNSEEN_GPU_BYTES = 80 * 2**30
+"""Memory of a GPU that is predicted for and is not here."""
+_PLANNED: ContextVar[torch.device | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def predicted_for(device_type: str | None) -> Iterator[None]:
+    """Predict memory for a kind of device, "cpu" or "cuda", within the context; None for the device that is used."""
+    token = _PLANNED.set(None if device_type is None else torch.device(device_type))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def planned_device(device: torch.device) -> torch.device:
+    """Return the device that memory is predicted for: that of `predicted_for`, or else the one that is used."""
+    return _PLANNED.get() or device
 
 
 def engine_bytes(
@@ -28,11 +53,12 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    cache = num_sequences * num_tokens * lm.dtype.itemsize * sum(
-        spec.token_numel for spec in cache_specs(model).values()
-    )  # fmt: skip
+    per_token = lm.dtype.itemsize * sum(spec.token_numel for spec in cache_specs(model).values())
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
-        return cache + sum(parameter.numel() for parameter in lm.parameters()) * lm.dtype.itemsize
+        weights = sum(parameter.numel() for parameter in lm.parameters()) * lm.dtype.itemsize
+        return num_sequences * num_tokens * per_token + weights
+    block_size = block_size_for(settings.block_size, device)
+    cache = num_sequences * -(-num_tokens // block_size) * block_size * per_token
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 
 
@@ -45,7 +71,16 @@ def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) 
     """
     if merge is not None or device.type != "cuda":
         return merge is not False
-    return _merged_bytes(model) <= _COPIES_FRAC * torch.cuda.get_device_properties(device).total_memory
+    is_here = torch.cuda.is_available() or _PLANNED.get() is None
+    total = torch.cuda.get_device_properties(device).total_memory if is_here else _UNSEEN_GPU_BYTES
+    return _merged_bytes(model) <= _COPIES_FRAC * total
+
+
+def cache_may_stay(num_bytes: int, device: torch.device) -> bool:
+    """Return whether a cache of the embedded engine may stay on its device while the policy learns."""
+    if device.type != "cuda":
+        return False
+    return num_bytes <= _STAYING_FRAC * torch.cuda.get_device_properties(device).total_memory
 
 
 def _merged_bytes(model: nn.Module) -> int:

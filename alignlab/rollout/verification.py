@@ -40,7 +40,9 @@ class CanaryGap:
     num_tokens: int
 
 
-def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+def adapter_digests(
+    model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.dtype, *, algorithm: str | None = None
+) -> dict[str, str]:
     """Return the digests that vLLM's copy of an adapter must have, by vLLM's names.
 
     vLLM rounds both matrices to its dtype, and multiplies the second by the adapter's scale.
@@ -49,6 +51,7 @@ def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.d
         model: the policy with the adapter.
         sent: the adapter's tensors by PEFT's names.
         dtype: vLLM's dtype.
+        algorithm: of vLLM's device; default: that of each tensor's own.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     matrices = {}
@@ -58,7 +61,7 @@ def adapter_digests(model: PeftModel, sent: Mapping[str, Tensor], dtype: torch.d
         if matrix == "lora_B":
             value = value * layers[module].scaling[model.active_adapter]
         matrices[f"{module.removeprefix('base_model.model.')}.{matrix}"] = value
-    return sync_digests(matrices)
+    return sync_digests(matrices, algorithm=algorithm)
 
 
 def check_arrived(sent: Mapping[str, str], arrived: Mapping[str, str]) -> None:

@@ -223,13 +223,17 @@ def test_check_names_the_largest_part_of_too_much_memory(
     config = write(rows_for("sft", "blue"), type="sft")
     assert main(["check", config]) == 0
     told = capsys.readouterr().out
-    assert "GiB on each rank's device: weights 0.00" in told and "less than the training takes" not in told
+    assert "GiB on each rank's device, a CPU (--device cuda predicts for a GPU): weights 0.00" in told
+    assert "less than the training takes" not in told
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 1000, "available": 2**40}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["check", config]) == 0
     assert "less than the training takes; activations: set trainer.memory.gradient_checkpointing" in (
         capsys.readouterr().out
     )
+    assert main(["check", config, "--device", "cuda"]) == 0
+    told = capsys.readouterr().out
+    assert "GiB on each rank's device, a GPU: weights" in told and "less than the training takes" not in told
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

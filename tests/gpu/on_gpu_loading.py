@@ -11,11 +11,11 @@ import torch
 
 from alignlab.models.hub import checkpoints
 from alignlab.models.hub.checkpoints import load_model
-from tests.gpu.on_gpu_trainers import Kind, make
+from tests.gpu.on_gpu_trainers import Kind, make, teacher
 from tests.gpu.pretended import PretendedGPU
 from tests.models.test_checkpoints import hub_folder
 
-__all__ = ["make"]
+__all__ = ["make", "teacher"]
 
 
 @pytest.mark.parametrize("name", ["llama-multi-query-tied", "mixtral", "qwen3-moe"])

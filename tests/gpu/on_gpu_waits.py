@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from alignlab.data.packing import pack_rollouts
 from alignlab.errors import NumericsError
 from alignlab.functional.reduction import moments
 from alignlab.functional.values import gae, token_rewards
-from alignlab.loop.learner import Learner
 from alignlab.models.adapters import add_lora
 from alignlab.models.finite import check_finite
 from alignlab.models.hub.checkpoints import new_model
@@ -25,15 +23,12 @@ from alignlab.types import Completion, Experience, Prompt, Rollout, SamplingPara
 from tests.gpu.graph_stand_in import Rerun
 from tests.gpu.pretended import CUDA, PretendedGPU
 from tests.trainers.conftest import DENSE, SPARSE
-from tests.trainers.tiny import CASES, make_case
 
 MIXTURE = SPARSE | {"mlp_layer_types": None, "router_aux_loss_coef": 0.01}
 SAMPLING: dict[str, dict[str, Any]] = {
     "plain": {}, "truncated": {"top_k": 20, "top_p": 0.9}, "greedy": {"temperature": 0.0},
     "least length": {"min_new_tokens": 8}, "penalty": {"repetition_penalty": 1.1},
 }
-MAX_UPDATE_WAITS = 3
-"""Counts of the step and of each pack; metrics; the norm of the gradient, on which the step itself depends."""
 
 
 def make_model(tokenizer: Any, architecture: dict[str, Any], num_layers: int = 2) -> Any:
@@ -133,25 +128,3 @@ def test_a_decoding_step_waits_once_and_moves_one_block_each_way(
             replayed = [graph.times for graph in Rerun.made]
             assert replayed == ([] if architecture is MIXTURE else [5]), "a mixture in float32 waits inside"
             Rerun.made.clear()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_an_update_waits_three_times_at_most(
-    name: str, gpu: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-    update = Learner.update
-    reports: list[tuple[int, str]] = []
-    with gpu() as mode:
-
-        def counted_update(self: Learner, *args: Any, **options: Any) -> dict[str, float]:
-            mode.reset()
-            metrics = update(self, *args, **options)
-            reports.append((mode.num_waits, mode.report()))
-            return metrics
-
-        monkeypatch.setattr(Learner, "update", counted_update)
-        make_case(name, tmp_path / "run", make_model(tokenizer, SPARSE), tokenizer, num_steps=2).train()
-    assert reports
-    for waits, report in reports:
-        assert waits <= MAX_UPDATE_WAITS, report

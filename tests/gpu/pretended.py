@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignlab
 
@@ -190,12 +190,16 @@ class PretendedGPU(TorchDispatchMode):
     def _wait(self, kind: str, times: int = 1) -> None:
         self.waits[kind, _place()] += times
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and a guard against it takes longer than most operations
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation on the tensors that the wrappers hold, and wrap its result if it is on the device."""
-        with _disable_current_modes():
+        with torch._C._DisableTorchDispatch():
             if func is aten._fused_sdp_choice.default:
                 return 0
             if func in COPIES:
@@ -209,7 +213,7 @@ class PretendedGPU(TorchDispatchMode):
             return self._compute(func, args, kwargs)
 
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         has_gpu = any(isinstance(tensor, GpuTensor) for tensor in tensors)
         if has_gpu:
             self._check_devices(func, args, tensors)
@@ -230,9 +234,13 @@ class PretendedGPU(TorchDispatchMode):
             self._pinned[result.untyped_storage().data_ptr()] = result
         if not on_gpu:
             return result
-        if not any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns):
+        is_view, is_in_place = _kind(func)
+        if not is_view:
             self.operations[func] += 1
-        return _wrapped(func, args, kwargs, result)
+        if is_in_place:
+            out = kwargs.get("out")
+            return out if isinstance(out, GpuTensor) else args[0]
+        return _wrapped(result)
 
     def _check_devices(self, func: Any, args: Any, tensors: list[Tensor]) -> None:
         """Raise where CUDA refuses a mix of devices; count the waits of indexing."""
@@ -311,17 +319,36 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _real(tree: Any) -> Any:
-    return tree_map_only(GpuTensor, lambda tensor: tensor.inner, tree)
+    """Return the arguments of an operation with the tensors that wrappers hold in their places."""
+    if isinstance(tree, GpuTensor):
+        return tree.inner
+    if type(tree) in (list, tuple):
+        return type(tree)(map(_real, tree))
+    return {name: _real(value) for name, value in tree.items()} if type(tree) is dict else tree
 
 
-def _wrapped(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> Any:
-    """Return the result on the device; of an operation in place, the tensor that it was given."""
-    returns = func._schema.returns
-    alias = returns[0].alias_info if func._schema.is_mutable and len(returns) == 1 else None
-    if alias is not None and alias.is_write:
-        out = kwargs.get("out")
-        return out if isinstance(out, GpuTensor) else args[0]
-    return tree_map_only(Tensor, lambda tensor: tensor if isinstance(tensor, GpuTensor) else GpuTensor(tensor), result)
+def _wrapped(tree: Any) -> Any:
+    """Return the results of an operation, tensors or lists of them, on the device."""
+    if isinstance(tree, Tensor):
+        return tree if isinstance(tree, GpuTensor) else GpuTensor(tree)
+    return type(tree)(map(_wrapped, tree)) if type(tree) in (list, tuple) else tree
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif type(argument) in (list, tuple):
+            yield from _tensors(argument)
+
+
+@cache
+def _kind(func: Any) -> tuple[bool, bool]:
+    """Return whether an operation gives a view, and whether its one result is a tensor that it was given."""
+    aliases = [output.alias_info for output in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    [alias] = aliases if len(aliases) == 1 else [None]
+    return is_view, func._schema.is_mutable and alias is not None and alias.is_write
 
 
 def _place() -> str:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,8 @@ SAMPLING = {
     "greedy": SamplingParams(temperature=0.0, max_new_tokens=40, n=4, ignore_eos=True),
     "sampled": SamplingParams(max_new_tokens=40, n=4, seed=3, top_p=0.9, ignore_eos=True),
 }
+CPU_TOKENS = 12
+"""Length of a completion on a CPU: some steps more than are computed before the first is recorded."""
 
 
 @contextmanager
@@ -78,7 +81,11 @@ def decoding(device: torch.device) -> Iterator[Line]:
                 EmbeddedEngine(model, _tokenizer(), RolloutSettings(cuda_graphs=graphs)) for graphs in (True, False)
             )
             for name, params in SAMPLING.items():
+                params = params if device.type == "cuda" else replace(params, max_new_tokens=CPU_TOKENS)
+                num_replayed = sum(graph.times for graph in Rerun.made)
                 same = _tokens(recorded.generate(_prompts(), params)) == _tokens(plain.generate(_prompts(), params))
+                if device.type != "cuda":  # where a record can be counted
+                    same = same and sum(graph.times for graph in Rerun.made) > num_replayed
                 yield Line(f"recorded steps, {kind}, {name}", "ok" if same else "failed", "the tokens of plain steps")
             yield _waits(recorded, kind, device)
             if device.type == "cuda":

@@ -86,15 +86,20 @@ def head(device: torch.device) -> Iterator[Line]:
     hidden, weight = (torch.randn(shape, generator=generator) for shape in ((700, 64), (1000, 64)))
     targets = torch.randint(0, 1000, (700,), generator=generator)
     for dtype, limit in LIMITS.items():
-        ours = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        ours = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, weight)]
         exact = [x.to(dtype).double().requires_grad_() for x in (hidden, weight)]
         logprobs, _ = chunked_logprobs(*ours, targets.to(device), chunk_tokens=256)
         logprobs.sum().backward()
         expected = torch.log_softmax(exact[0] @ exact[1].T, -1).gather(1, targets[:, None])[:, 0]
         expected.sum().backward()
-        pairs = [(logprobs, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
-        error = max(relative_error(a.detach(), b.detach()) for a, b in pairs if a is not None and b is not None)
+        pairs = [(logprobs, expected), *((_gradient(a), _gradient(b)) for a, b in zip(ours, exact, strict=True))]
+        error = max(relative_error(a.detach(), b.detach()) for a, b in pairs)
         yield checked(f"log-probs and a trained head, {str(dtype)[6:]}", error, limit)
+
+
+def _gradient(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def waits(device: torch.device) -> Iterator[Line]:

@@ -5,15 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu_job.__main__ import _run, main
+from tests.gpu.graph_stand_in import Rerun
+from tests.gpu_job.__main__ import PARTS, _lines_in, _run, main
 from tests.gpu_job.lines import checked, relative_error
 
 
-def test_the_job_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["machine", "experts", "head", "waits", "decoding", "--device", "cpu"]) == 0
+def test_the_job_runs_a_part_on_a_cpu_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["machine", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert "no GPU" in table and "failed" not in table
-    assert (table.count(" ok "), table.count(" skipped ")) == (8, 5)
+    assert "no GPU" in table and "failed" not in table and table.count(" skipped ") == 1
+
+
+def test_parts_pass_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rerun, "made", [])
+    for part in ("experts", "head", "waits", "decoding"):
+        assert main([part, "--alone", "--device", "cpu"]) == 0
+    lines = _lines_in(capsys.readouterr().out)
+    assert [line.name for line in lines if line.verdict not in ("ok", "skipped")] == []
+    assert [sum(line.verdict == verdict for line in lines) for verdict in ("ok", "skipped")] == [8, 4]
+
+
+def test_a_part_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["attentions"])
+    message = capsys.readouterr().err
+    assert all(part in message for part in PARTS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -25,18 +25,22 @@ MODEL = "smollm2-135m-instruct"
 GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a token's log-prob between engine and trainer, nats."""
 NUM_STEPS = 3
+SIZES = {"cuda": (8, 8, 32), "cpu": (2, 2, 8)}
+"""Prompts of a step, completions of a prompt and tokens of a completion. On a CPU the job itself is tried, no speed."""
 
 
 def engine(device: torch.device) -> Iterator[Line]:
     """Yield the gap between the embedded engine's log-probs and the trainer's, and the engine's speed."""
     tokenizer = load_tokenizer(MODEL)
-    prompts = [Prompt(tuple(tokenizer(f"Count to {n}:")["input_ids"]), f"Count to {n}:", index=n) for n in range(16)]
+    num_prompts, group_size, num_tokens = SIZES[device.type]
+    texts = [f"Count to {number}:" for number in range(2 * num_prompts)]
+    prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text, index=index) for index, text in enumerate(texts)]
     for dtype, limit in GAPS.items():
         model = load_model(MODEL, dtype=dtype, device=device)
         sampler = EmbeddedEngine(model, tokenizer, RolloutSettings())
-        sampling = SamplingParams(max_new_tokens=32, n=4, seed=1)
+        sampling = SamplingParams(max_new_tokens=num_tokens, n=group_size // 2, seed=1)
         rollouts = sampler.generate(prompts, sampling)
-        num_tokens = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
+        num_sampled = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
         gap = 0.0
         with torch.no_grad():
             for pack in pack_rollouts(rollouts, budget=4096):
@@ -46,16 +50,17 @@ def engine(device: torch.device) -> Iterator[Line]:
                 gap = max(gap, float((logprobs - moved.rollout_logprobs).abs().max()))
         yield checked(f"engine against trainer, {str(dtype)[6:]}", gap, limit)
         seconds = seconds_of(lambda: sampler.generate(prompts, sampling), device, rounds=1)  # noqa: B023
-        yield Line(f"embedded engine, 64 rows, {str(dtype)[6:]}", "figure", f"{num_tokens / seconds:.0f} tokens/s")
+        name = f"embedded engine, {num_prompts * group_size} rows, {str(dtype)[6:]}"
+        yield Line(name, "figure", f"{num_sampled / seconds:.0f} tokens/s")
 
 
 def grpo(device: torch.device) -> Iterator[Line]:
     """Yield three steps of GRPO with the embedded engine: memory, speed; and whether a resumed run makes the same."""
     with tempfile.TemporaryDirectory() as temporary:
         whole, parts = Path(temporary, "whole"), Path(temporary, "parts")
-        yield from _steps("GRPO, embedded engine", _trainer(whole, RolloutSettings(), NUM_STEPS), device)
-        _trainer(parts, RolloutSettings(), NUM_STEPS - 1).train()
-        _trainer(parts, RolloutSettings(), NUM_STEPS).train(resume=True)
+        yield from _steps("GRPO, embedded engine", _trainer(whole, device, NUM_STEPS), device)
+        _trainer(parts, device, NUM_STEPS - 1).train()
+        _trainer(parts, device, NUM_STEPS).train(resume=True)
         weights, resumed = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, parts))
         gap = _largest_gap(weights, resumed)
         # Kernels of a GPU may add in any order, so that two equal runs differ by roundings that Adam enlarges.
@@ -67,9 +72,9 @@ def determinism(device: torch.device) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary, name) for name in ("one", "another", "parts")]
         for folder in folders[:2]:
-            _trainer(folder, RolloutSettings(), 2, deterministic=True).train()
-        _trainer(folders[2], RolloutSettings(), 1, deterministic=True).train()
-        _trainer(folders[2], RolloutSettings(), 2, deterministic=True).train(resume=True)
+            _trainer(folder, device, 2, deterministic=True).train()
+        _trainer(folders[2], device, 1, deterministic=True).train()
+        _trainer(folders[2], device, 2, deterministic=True).train(resume=True)
         one, *others = (load_file(folder / "adapter/adapter_model.safetensors") for folder in folders)
         for name, weights in zip(("again", "resumed"), others, strict=True):
             yield checked(f"a deterministic run, {name}", _largest_gap(one, weights), 0.0)
@@ -88,14 +93,17 @@ def vllm(device: torch.device) -> Iterator[Line]:
             continue
         settings = VLLMSettings(sync=sync, context_tokens=256)
         with tempfile.TemporaryDirectory() as temporary:
-            yield from _steps(name, _trainer(Path(temporary, "run"), settings, NUM_STEPS), device)
+            yield from _steps(name, _trainer(Path(temporary, "run"), device, NUM_STEPS, rollout=settings), device)
 
 
-def _trainer(folder: Path, rollout: Any, num_steps: int, *, deterministic: bool = False) -> GRPOTrainer:
+def _trainer(
+    folder: Path, device: torch.device, num_steps: int, *, rollout: Any = None, deterministic: bool = False
+) -> GRPOTrainer:
+    num_prompts, group_size, num_tokens = SIZES[device.type]
     config = GRPOConfig(
-        output_dir=folder, num_steps=num_steps, num_prompts=8, group_size=8, trackers=(), rollout=rollout,
-        numerics={"deterministic": deterministic},
-        sampling=SamplingSettings(max_new_tokens=32), checkpoints=CheckpointSettings(every_steps=1),
+        output_dir=folder, num_steps=num_steps, num_prompts=num_prompts, group_size=group_size, trackers=(),
+        rollout=rollout or RolloutSettings(), numerics={"deterministic": deterministic},
+        sampling=SamplingSettings(max_new_tokens=num_tokens), checkpoints=CheckpointSettings(every_steps=1),
     )
     rows = [{"prompt": f"Write the number {n} in words."} for n in range(16)]
     return GRPOTrainer(MODEL, _distinct_characters, config, rows, peft_config=LoraSettings(rank=8, alpha=16))

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 
 from alignlab import GRPOConfig, GRPOTrainer, LoraSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.functional.logprobs import block_rows
 from alignlab.loop.memory import kept_bytes
 from alignlab.models.adapters import add_lora
 from alignlab.models.config import PolicyConfig
@@ -18,7 +19,7 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import load_model, new_model
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.rollout.memory import engine_bytes
+from alignlab.rollout.memory import engine_bytes, merges_adapters, predicted_for
 from tests.trainers.conftest import DENSE, SPARSE
 from tests.trainers.tiny import prompts, save_teacher
 
@@ -76,13 +77,61 @@ def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
     merged = sum(layer.weight.numel() for layer in layers if layer is not base.get_output_embeddings()) * 2
     heads = base.config.num_key_value_heads * base.config.head_dim
     longest = max(len(prompt.token_ids) for prompt in trainer.source.prompts)
-    cache = 2 * 3 * (longest + 7) * 2 * base.config.num_hidden_layers * 2 * heads
+    per_token = 2 * base.config.num_hidden_layers * 2 * heads
+    cache = 2 * 3 * 16 * per_token  # one block of 16 tokens a sequence
+    assert 2 < longest + 7 <= 16
     assert memory["rollouts"] == merged + cache
     alone = engine_bytes(
         causal_lm(trainer.learner.model), RolloutSettings(merge_lora=False), torch.device("cpu"), num_sequences=6,
         num_tokens=longest + 7,
     )
     assert alone == cache
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (128, 1), (129, 2)])
+def test_the_cache_of_a_gpu_is_in_blocks_of_128_tokens(num_tokens: int, num_blocks: int) -> None:
+    model: Any = new_model(DENSE, vocab_size=50, dtype=torch.bfloat16).to("meta")
+    per_token = 2 * model.config.num_hidden_layers * 2 * model.config.num_key_value_heads * model.config.head_dim
+
+    def predicted(settings: Any) -> int:
+        return engine_bytes(model, settings, torch.device("cuda"), num_sequences=5, num_tokens=num_tokens)
+
+    assert predicted(RolloutSettings(merge_lora=False)) == 5 * num_blocks * 128 * per_token
+    assert predicted(RolloutSettings(merge_lora=False, block_size=16)) == 5 * -(-num_tokens // 16) * 16 * per_token
+
+
+def test_a_prediction_for_a_gpu_on_a_cpu_has_the_sizes_of_a_gpu(tokenizer: Any, tmp_path: Path) -> None:
+    config = GRPOConfig(output_dir=tmp_path / "run", num_prompts=2, group_size=3, trackers=())
+    name = save_teacher(tmp_path / "model", tokenizer)
+    with without_weights():
+        trainer = GRPOTrainer(
+            name, lambda **_: [0.0], config, prompts(2), tokenizer=tokenizer, peft_config=LoraSettings(rank=2)
+        )
+    here = trainer.predicted_memory()
+    with predicted_for("cuda"):
+        on_gpu = trainer.predicted_memory()
+    with predicted_for("cpu"):
+        assert trainer.predicted_memory() == here
+    vocabulary = len(tokenizer)
+    rows = {"cpu": min(512, block_rows(vocabulary, "cpu")), "cuda": min(2048, block_rows(vocabulary, "cuda"))}
+    assert on_gpu["activations"] - here["activations"] == vocabulary * (
+        (2048 - 512) * 2 + 4 * 4 * (rows["cuda"] - rows["cpu"])
+    )
+    assert on_gpu["rollouts"] > here["rollouts"], "blocks of 128 tokens"
+    assert {part: on_gpu[part] for part in ("weights", "gradients and optimizer")} == {
+        part: here[part] for part in ("weights", "gradients and optimizer")
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_here_is_predicted_to_have_80_gib() -> None:
+    def merges(hidden_size: int) -> bool:
+        with init_empty_weights():
+            model: Any = PolicyForCausalLM(PolicyConfig(**DENSE_8B | {"hidden_size": hidden_size}, vocab_size=1000))
+        with predicted_for("cuda"):
+            return merges_adapters(add_lora(model.bfloat16(), LoraSettings(rank=16)), None, torch.device("cuda"))
+
+    assert merges(1024) and not merges(4096)
 
 
 def test_a_reference_on_the_host_takes_no_memory_of_the_device_but_while_it_scores(

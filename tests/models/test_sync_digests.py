@@ -1,4 +1,4 @@
-"""Digests of weights on their way find every change, and are the same on every device and from parts of a tensor."""
+"""Digests of weights find every change; word sums are the same on every device and from parts of a tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from alignlab.models import sync_digests as module
-from alignlab.models.sync_digests import PendingDigests, content_sums, digest_of_sums, sync_digests
+from alignlab.models.sync_digests import (
+    ALGORITHMS,
+    WORD_SUMS,
+    XXH3,
+    PendingDigests,
+    algorithm_on,
+    content_sums,
+    digest_of_sums,
+    sync_digests,
+)
 
 ROW = 4096
 MASK = 2**64 - 1
@@ -51,8 +60,8 @@ def sums_of(tensor: Tensor, offset: int = 0) -> list[int]:
     return [value & MASK for value in content_sums(tensor, offset=offset).tolist()]
 
 
-def digest(tensor: Tensor) -> str:
-    return sync_digests({"x": tensor})["x"]
+def digest(tensor: Tensor, algorithm: str = WORD_SUMS) -> str:
+    return sync_digests({"x": tensor}, algorithm=algorithm)["x"]
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -132,26 +141,49 @@ def test_two_pairs_of_equal_rows_that_are_exchanged_change_the_digest() -> None:
     assert digest(before) != digest(after)
 
 
-def test_zeros_other_shapes_other_dtypes_and_other_places_have_other_digests() -> None:
+def test_the_device_of_a_tensor_chooses_the_algorithm_unless_it_is_given() -> None:
+    tensor = random_tensor((3, 5))
+    by_word_sums, by_xxh3 = (digest(tensor, algorithm) for algorithm in (WORD_SUMS, XXH3))
+    assert sync_digests({"x": tensor}) == {"x": by_xxh3}
+    assert digest_of_sums(tensor.dtype, tensor.shape, content_sums(tensor)) == by_word_sums != by_xxh3
+    assert algorithm_on("cpu") == XXH3 and algorithm_on("cuda") == WORD_SUMS
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_byte_of_a_tensor_of_any_dtype_counts(algorithm: str) -> None:
+    for dtype in KINDS:
+        tensor = random_tensor((3, 5), dtype)
+        content = tensor.view(-1).view(torch.uint8)
+        digests = {digest(tensor, algorithm)}
+        for place in range(len(content)):
+            content[place] ^= 1
+            digests.add(digest(tensor, algorithm))
+            content[place] ^= 1
+        assert len(digests) == 1 + len(content), dtype
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_zeros_other_shapes_other_dtypes_and_other_places_have_other_digests(algorithm: str) -> None:
     tensor = random_tensor((4, 6))
     others = [
         torch.zeros_like(tensor), tensor.T, tensor.view(6, 4), tensor.view(-1), tensor.view(torch.int32),
         tensor.bfloat16(), tensor[:3], torch.cat([tensor, torch.zeros(1, 6)]), tensor.roll(1, 0), tensor.roll(1, 1),
         torch.zeros(4, 6).bfloat16(), torch.zeros(6, 4),
     ]  # fmt: skip
-    assert len({digest(other) for other in [tensor, *others]}) == 1 + len(others)
+    assert len({digest(other, algorithm) for other in [tensor, *others]}) == 1 + len(others)
 
 
-def test_digests_are_of_the_moment_and_do_not_depend_on_the_layout_in_memory() -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_digests_are_of_the_moment_and_do_not_depend_on_the_layout_in_memory(algorithm: str) -> None:
     tensor = random_tensor((5, 7), torch.bfloat16)
     inside = torch.zeros(9, 15, dtype=torch.bfloat16)[1:6, 3:10]
     inside.copy_(tensor)
     pending = PendingDigests()
-    pending.add("tensor", tensor)
-    pending.add("inside", inside)
+    pending.add("tensor", tensor, algorithm=algorithm)
+    pending.add("inside", inside, algorithm=algorithm)
     tensor.zero_()
     digests = pending.read()
-    assert digests["tensor"] == digests["inside"] == digest(inside) != digest(tensor)
+    assert digests["tensor"] == digests["inside"] == digest(inside, algorithm) != digest(tensor, algorithm)
     assert list(digests) == ["tensor", "inside"] and len(digests["tensor"]) == 32
     assert sync_digests({}) == {}
 
@@ -159,7 +191,7 @@ def test_digests_are_of_the_moment_and_do_not_depend_on_the_layout_in_memory() -
 def test_all_sums_of_an_update_come_to_the_host_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     pending = PendingDigests()
     for number in range(5):
-        pending.add(str(number), random_tensor((3, number)))
+        pending.add(str(number), random_tensor((3, number)), algorithm=WORD_SUMS)
     transfers = []
     tolist = Tensor.tolist
 
@@ -176,7 +208,9 @@ def test_all_sums_of_an_update_come_to_the_host_in_one_transfer(monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_digests_of_a_real_gpu_are_those_of_a_cpu(dtype: torch.dtype) -> None:
     tensors = {str(size): random_tensor((size,), dtype) for size in (1, ROW, 5 * ROW + 3, 2**24 + 1)}
-    assert sync_digests({name: tensor.cuda() for name, tensor in tensors.items()}) == sync_digests(tensors)
+    on_gpu = {name: tensor.cuda() for name, tensor in tensors.items()}
+    assert sync_digests(on_gpu) == sync_digests(tensors, algorithm=WORD_SUMS)
+    assert sync_digests(on_gpu, algorithm=XXH3) == sync_digests(tensors)
     flat = tensors[str(5 * ROW + 3)].cuda()
     parts = content_sums(flat[:ROW]) + content_sums(flat[ROW:], offset=ROW)
     assert torch.equal(parts, content_sums(flat))

@@ -13,7 +13,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.errors import RolloutError
 from alignlab.models.adapters import add_lora
 from alignlab.models.hub.export import adapter_tensors
-from alignlab.models.sync_digests import sync_digests
+from alignlab.models.sync_digests import WORD_SUMS, sync_digests
 from alignlab.rollout.verification import (
     GATES,
     CanaryGap,
@@ -105,3 +105,5 @@ def test_digests_of_an_adapter_are_of_rounded_and_scaled_matrices(llama: PreTrai
     expected = {f"{name}.lora_A": down.bfloat16(), f"{name}.lora_B": up.bfloat16() * 3}
     assert expected.keys() <= digests.keys()
     assert {key: digests[key] for key in expected} == sync_digests(expected)
+    by_word_sums = adapter_digests(policy, sent, torch.bfloat16, algorithm=WORD_SUMS)
+    assert {key: by_word_sums[key] for key in expected} == sync_digests(expected, algorithm=WORD_SUMS)

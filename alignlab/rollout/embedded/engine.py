@@ -24,6 +24,7 @@ from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_t
 from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
 from alignlab.rollout.requests import (
     LengthLimit,
@@ -167,9 +168,15 @@ class EmbeddedEngine:
         self.policy_version, self._closed = policy_version, False
 
     def rest(self) -> None:
-        """Free the cache, prefixes included; the next call allocates it again."""
+        """Forget all prefixes, and free the cache, which the next call allocates again.
+
+        A cache that takes little of a GPU's memory stays, since recorded steps read it where it lies.
+        """
         self._require_no_call()
-        self._free_cache()
+        if cache_may_stay(self._blocks.num_blocks * self._runner.block_bytes, self._runner.device):
+            self._blocks.reset()
+        else:
+            self._free_cache()
 
     def abandon(self) -> None:
         """Make the call in flight raise a RolloutError before its next step; may be called from any thread."""

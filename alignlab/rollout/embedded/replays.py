@@ -4,7 +4,9 @@ A decoding step launches some thirty kernels a layer, which may take the host lo
 them. A graph launches them all at once. It reads its inputs, the weights and the cache at the addresses that they had
 when it was recorded. So inputs are copied to buffers of its own; and all graphs are dropped when the weights, or the
 copies that the engine runs on, lie elsewhere than at the last call (after an update with a merged adapter; a policy
-that is trained in place keeps its addresses), and when the cache is allocated anew (after `rest`, or when it grows).
+that is trained in place keeps its addresses), and when the cache is allocated anew: when it grows, and after a `rest`
+that freed it. A large cache must give way while the policy learns, and its steps are recorded again in each rollout,
+after which each is replayed hundreds of times; a small one stays where it lies, with its records.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class PolicyWeights:
     Attributes:
         adapter_config: PEFT's, where the tensors are an adapter's; otherwise None.
         has_digests: whether digests are computed while the stream is read.
+        digest_algorithm: of vLLM's device, to be set before; default: that of each tensor's own.
 
     Raises:
         ConfigError: while the stream is read: the adapter cannot be merged into the weights.
@@ -40,6 +41,7 @@ class PolicyWeights:
         self._weights = weights
         self._model, self._is_spread = model, is_spread(model)
         self.has_digests = True
+        self.digest_algorithm: str | None = None
         self._pending, self._num_tensors, self._num_bytes = PendingDigests(), 0, 0
         self.adapter_config: Mapping[str, Any] | None = None
         self._adapter: dict[str, Tensor] = {}
@@ -55,7 +57,7 @@ class PolicyWeights:
         """Yield (name, tensor): those of a checkpoint of the model, or of the adapter."""
         for name, tensor in self._stream:
             if self.has_digests and not self._adapter:
-                self._pending.add(name, tensor)
+                self._pending.add(name, tensor, algorithm=self.digest_algorithm)
             self._num_tensors += 1
             self._num_bytes += tensor.numel() * tensor.element_size()
             yield name, tensor
@@ -81,4 +83,6 @@ class PolicyWeights:
         if self.adapter_config is None:
             return self._pending.read()
         assert isinstance(self._model, PeftModel)
-        return adapter_digests(self._model, self._adapter, causal_lm(self._model).dtype)
+        return adapter_digests(
+            self._model, self._adapter, causal_lm(self._model).dtype, algorithm=self.digest_algorithm
+        )

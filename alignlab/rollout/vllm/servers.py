@@ -15,7 +15,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
-from alignlab.models.sync_digests import ALGORITHM
+from alignlab.models.sync_digests import ALGORITHMS
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
@@ -39,12 +39,14 @@ class ServerRequirements:
         context_tokens: prompt and completion together that a server must take.
         adapter_rank: of the adapter that is sent alone; 0 if all weights are sent; None while that is undecided.
         quantization: of a server's weights.
+        digest_algorithm: by which the servers digest weights; None while that is unknown.
     """
 
     identity: Mapping[str, Any]
     context_tokens: int
     adapter_rank: int | None = None
     quantization: str | None = None
+    digest_algorithm: str | None = None
 
     def check(self, address: str, about: Mapping[str, Any]) -> None:
         """Raise if a server cannot generate for this run.
@@ -64,11 +66,7 @@ class ServerRequirements:
                 )
         if not {"context_tokens", "lora_rank"} <= about.keys():
             raise ConfigError(f"the server {address} does not tell its sizes; start it with this version of alignlab")
-        if about.get("digest_algorithm") != ALGORITHM:
-            raise ConfigError(
-                f"the server {address} digests weights by {about.get('digest_algorithm')!s:.40}, and must by "
-                f"{ALGORITHM}; start it with this version of alignlab"
-            )
+        self._check_digests(address, about.get("digest_algorithm"))
         if about.get("quantization") != self.quantization:
             raise ConfigError(
                 f"the server {address} has the quantization {about.get('quantization')!s:.40}, and must have the "
@@ -82,6 +80,18 @@ class ServerRequirements:
             )
         if self.adapter_rank is not None:
             self._check_adapter(address, self.adapter_rank, max_rank=about["lora_rank"])
+
+    def _check_digests(self, address: str, algorithm: Any) -> None:
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(
+                f"the server {address} digests weights by {algorithm!s:.40}, and must by {' or '.join(ALGORITHMS)}; "
+                "start it with this version of alignlab"
+            )
+        if algorithm != (self.digest_algorithm or algorithm):
+            raise ConfigError(
+                f"the server {address} digests weights by {algorithm}, and another server by {self.digest_algorithm}; "
+                "use servers that are all on GPUs, or all on CPUs"
+            )
 
     @staticmethod
     def _check_adapter(address: str, rank: int, *, max_rank: int) -> None:
@@ -135,7 +145,7 @@ class ServerBackend:
 
     def open(self) -> None:
         """Wait for the servers, and check that they run this model."""
-        self._requirements.adapter_rank = None
+        self._requirements.adapter_rank = self._requirements.digest_algorithm = None
         self._pool = ServerPool(
             self._settings, self._requirements.check, self._sparse_layers, run=self._run, rank=this_rank(),
             vocab_size=self._requirements.identity["vocab_size"],
@@ -144,6 +154,7 @@ class ServerBackend:
             descriptions = self._pool.open()
             self._requirements.adapter_rank = self._choose_adapter_rank(descriptions.values())
             self.on_gpu = any(about.get("device") != "cpu" for about in descriptions.values())
+            self._requirements.digest_algorithm = next(iter(descriptions.values()))["digest_algorithm"]
             self.model_runner = max(about["model_runner"] for about in descriptions.values())
             for address, about in descriptions.items():
                 self._requirements.check(address, about)
@@ -162,6 +173,7 @@ class ServerBackend:
         if this_rank() > 0:
             self._pool.expect(SentWeights(version, None, {}, self.adapter_only))
             return Transfer()
+        weights.digest_algorithm = self._requirements.digest_algorithm
         file = ExitStack()
         path = file.enter_context(weights_file(weights, weights.shapes(), weights.adapter_config))
         try:

@@ -49,7 +49,7 @@ class PolicyStage:
         """Train the policy; see `Stage.run`."""
         context = self._context
         # Ranks ask the judge different numbers of questions, and so cannot gather weights that are spread together.
-        is_copied = context.judge_is_base and self._config.sharding.strategy != "ddp"
+        is_copied = context.judge_is_base and self._config.sharding.spreads_training
         judging = copy.deepcopy(progress.policy).requires_grad_(False) if is_copied else None
         set_seed(self._context.config.seed)  # a new adapter begins alike on all ranks, whatever these have drawn before
         policy, _ = resolve_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.models import paged_flex
 from alignlab.models.adapters import add_lora
+from alignlab.rollout.embedded import engine as engine_module
 from alignlab.rollout.embedded import runner
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.replays import RECORDED_AT, Replays
+from alignlab.rollout.memory import cache_may_stay
 from alignlab.types import Completion, SamplingParams
 from tests.gpu.flex_stand_in import paged_stand_in
 from tests.gpu.graph_stand_in import Rerun, pretend_recording
@@ -108,6 +111,38 @@ def test_graphs_stay_while_weights_and_cache_lie_where_they_were(
     replayed.clear()
     rollouts_of(engine, SAMPLING["greedy"])
     assert replayed, "the cache was allocated anew"
+
+
+def test_a_small_cache_stays_while_the_policy_learns_with_the_steps_that_read_it(
+    make_engine: MakeEngine, llama: PreTrainedModel, replayed: list[Rerun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "cache_may_stay", lambda num_bytes, device: num_bytes > 0)
+    engine = make_engine()
+    rollouts_of(engine, SAMPLING["greedy"])
+    num_recorded, num_replayed = len(replayed), sum(graph.times for graph in replayed)
+    places = [tensor.data_ptr() for tensors in engine._runner.cache.layers.values() for tensor in tensors.values()]
+    engine.rest()
+    assert engine._blocks.num_blocks and not engine._blocks._published, "blocks stay, and prefixes do not"
+    with torch.no_grad():
+        for weight in llama.parameters():
+            weight.mul_(1.1)
+    engine.update_weights(1)
+    found = rollouts_of(engine, SAMPLING["greedy"])
+    assert len(replayed) == num_recorded > 0
+    assert sum(graph.times for graph in replayed) >= 2 * num_replayed
+    layers = engine._runner.cache.layers.values()
+    assert places == [tensor.data_ptr() for tensors in layers for tensor in tensors.values()]
+    close(found, rollouts_of(make_engine(), SAMPLING["greedy"]))
+
+
+@pytest.mark.parametrize(("num_bytes", "stays"), [(1000, True), (1001, False)])
+def test_a_cache_stays_on_a_gpu_where_it_takes_at_most_a_sixteenth_of_the_memory(
+    num_bytes: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(total_memory=16000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert cache_may_stay(num_bytes, torch.device("cuda", 0)) == stays
+    assert not cache_may_stay(num_bytes, torch.device("cpu"))
 
 
 def test_graphs_of_merged_weights_that_were_merged_anew_are_dropped(

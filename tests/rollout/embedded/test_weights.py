@@ -142,12 +142,13 @@ def test_copies_on_a_gpu_are_made_where_they_take_a_tenth_of_its_memory(
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     options = {"num_sequences": 1, "num_tokens": 1}
     with_copies, without = (
-        engine_bytes(policy, RolloutSettings(merge_lora=merge), cpu, **options) for merge in (True, False)
+        engine_bytes(policy, RolloutSettings(merge_lora=merge, block_size=16), cpu, **options)
+        for merge in (True, False)
     )
     size = with_copies - without
     assert size > 0 and merges_adapters(policy, None, cpu)
     properties = SimpleNamespace(total_memory=memory * size)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert merges_adapters(policy, None, gpu) == merged
-    assert engine_bytes(policy, RolloutSettings(), gpu, **options) == (with_copies if merged else without)
+    assert engine_bytes(policy, RolloutSettings(block_size=16), gpu, **options) == (with_copies if merged else without)
     assert merges_adapters(policy, True, gpu) and not merges_adapters(policy, False, gpu)

@@ -29,7 +29,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 
-from alignlab.models.sync_digests import ALGORITHM
+from alignlab.models.sync_digests import algorithm_on
 from alignlab.rollout.vllm import protocol
 from alignlab.rollout.vllm.inside import uploads
 from alignlab.rollout.vllm.inside.asgi import Refusal
@@ -106,7 +106,7 @@ class ServedWeights:
         return {
             "version": self.version,
             "digest": self.digest,
-            "digest_algorithm": ALGORITHM,
+            "digest_algorithm": algorithm_on(current_platform.device_type),
             "device": current_platform.device_type,
             "model_runner": 2 if self._uses_v2_model_runner else 1,
             "idle_s": 1e9 if self.is_released else time.monotonic() - TokenGuard.last_used,
