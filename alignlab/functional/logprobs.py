@@ -268,6 +268,8 @@ def _chunks(
 
 def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: _Options) -> _Rows:
     """Return the softmax of a block's logits. May overwrite `products`, which the caller needs no longer."""
+    # Not compiled: on a CPU a block's passes stay in the cache, and compiled ones are no faster, round differently, and
+    # take half a minute to compile (tests/bench/README.md). On a GPU they would save memory traffic; unmeasured.
     logits = _finished(products, bias, options.softcap)
     slope: Tensor | float = 1.0 / options.temperature
     if options.softcap is not None:
