@@ -33,6 +33,7 @@ from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
 from alignlab.models.dropout import switch_off_dropout
 from alignlab.models.evaluation_mode import evaluation_mode
+from alignlab.models.exact_weights import model_dtype, rounded
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
@@ -92,7 +93,7 @@ class Learner:
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
             keep_casts(module)
-        self.loss_scale = LossScale(causal_lm(module.model).dtype)
+        self.loss_scale = LossScale(model_dtype(module.model))
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
         self.num_empty = 0
@@ -135,10 +136,9 @@ class Learner:
 
         Of weights that are spread over ranks this rank has its rows alone, in a `DTensor`.
         """
-        trained = self.trained
-        weights = {name: parameter.detach() for name, parameter in trained.items()}
+        weights = {name: rounded(parameter) for name, parameter in self.trained.items()}
         buffers = dict(whole_tensors(self.weights, self._saved_buffers()))
-        return {"policy": weights | buffers, "optimizer": optimizer_tensors(self.optimizer, trained)}
+        return {"policy": weights | buffers, "optimizer": optimizer_tensors(self.optimizer, self.trained)}
 
     @property
     def weights(self) -> WeightView:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from alignlab.config.trainer import ShardingSettings
 from alignlab.errors import ConfigError
 from alignlab.loop.fully_sharded import FullySharded
-from alignlab.loop.master_weights import MasterAdamW, needs_master
+from alignlab.loop.master_weights import MasterAdamW
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import DataParallel, GradientSum, SingleProcess, Strategy
 from alignlab.models.empty import is_empty
@@ -34,16 +34,11 @@ def shard_weights(module: PackedModel, settings: ShardingSettings, ranks: Ranks)
     """Spread the weights of a module's model over the ranks, where the settings say so; before its optimizer is made.
 
     Raises:
-        ConfigError: there is one rank, or all weights train in 16 bits.
+        ConfigError: there is one rank, or weights in 16 bits train beside others.
     """
     if settings.strategy != "fsdp2" or is_empty(module):
         return
     check_sharding(settings, ranks.count)
-    if any(parameter.requires_grad and needs_master(parameter) for parameter in module.parameters()):
-        raise ConfigError(
-            "trainer.sharding.strategy is fsdp2, which trains weights in float32, and model.dtype trains all weights "
-            "in 16 bits; set model.dtype: float32, or give model.lora, whose base may be in 16 bits"
-        )
     shard(module.model, init_device_mesh(ranks.device.type, (ranks.count,)))
 
 

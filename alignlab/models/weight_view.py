@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alignlab.models.exact_weights import rounded
+
 
 class WeightView(Protocol):
     """The weights of one module, whose parameters may be spread over ranks."""
@@ -71,8 +73,7 @@ class ModuleWeights:
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
-        return tensor.detach()
+        return rounded(getattr(self._module.get_submodule(path), leaf))
 
 
 class WeightsInside:

@@ -8,6 +8,7 @@ from torch import nn
 from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.merging import wrappers
 
 _COPIES_FRAC = 0.1
@@ -28,11 +29,11 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    cache = num_sequences * num_tokens * lm.dtype.itemsize * sum(
+    cache = num_sequences * num_tokens * model_dtype(lm).itemsize * sum(
         spec.token_numel for spec in cache_specs(model).values()
     )  # fmt: skip
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
-        return cache + sum(parameter.numel() for parameter in lm.parameters()) * lm.dtype.itemsize
+        return cache + sum(parameter.numel() for parameter in lm.parameters()) * model_dtype(lm).itemsize
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 
 

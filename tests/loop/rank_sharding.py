@@ -25,12 +25,14 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "dense": (DENSE, torch.float32, None),
     "tied": (DENSE | {"tie_word_embeddings": True}, torch.float32, None),
     "mixture": (SPARSE, torch.float32, None),
+    "all in bfloat16": (DENSE, torch.bfloat16, None),
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
 CHANGES = {
     "dense": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
     "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2")],
     "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
+    "all in bfloat16": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
     "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp")],
 }
 """Where the weights of a model are in the first two steps, and in the third."""
