@@ -33,6 +33,7 @@ from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
 from alignlab.models.dropout import switch_off_dropout
 from alignlab.models.evaluation_mode import evaluation_mode
+from alignlab.models.exact_weights import is_exact, model_dtype, rounded
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
@@ -92,7 +93,7 @@ class Learner:
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
             keep_casts(module)
-        self.loss_scale = LossScale(causal_lm(module.model).dtype)
+        self.loss_scale = LossScale(model_dtype(module.model))
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
         self.num_empty = 0
@@ -141,7 +142,7 @@ class Learner:
         Of what is spread over ranks this rank has its piece alone.
         """
         trained = self.trained
-        weights: dict[str, Held] = {name: piece_of(weight) or weight.detach() for name, weight in trained.items()}
+        weights: dict[str, Held] = {name: held_part(weight) for name, weight in trained.items()}
         buffers = dict(whole_tensors(self.weights, self._saved_buffers()))
         return {"policy": weights | buffers, "optimizer": self.strategy.state(trained)}
 
@@ -397,3 +398,9 @@ def _without_dropout(model: torch.nn.Module) -> None:
             "would belong to another policy; for dropout in an adapter use lora.dropout",
             ", ".join(f"{name} {value:g}" for name, value in values.items()),
         )
+
+
+def held_part(parameter: Tensor) -> Held:
+    """Return what this rank holds of a weight, as the model computes with it."""
+    weight = rounded(parameter) if is_exact(parameter) else parameter
+    return piece_of(weight) or weight.detach()

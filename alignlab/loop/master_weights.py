@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-MASTER = "master"
-"""Name of a weight's float32 copy in the optimizer's state, and in checkpoints."""
+from alignlab.runs.checkpoint import MASTER
 
 
 def needs_master(parameter: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from alignlab.config.trainer import ShardingSettings, TrainerConfig
 from alignlab.errors import ConfigError
 from alignlab.loop.fully_sharded import FullySharded
-from alignlab.loop.master_weights import MasterAdamW, needs_master
+from alignlab.loop.master_weights import MasterAdamW
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import DataParallel, GradientSum, SingleProcess, Strategy
 from alignlab.loop.zero.engine_config import engine_config
@@ -17,6 +17,7 @@ from alignlab.loop.zero.installation import check_deepspeed
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.loop.zero.strategy import Zero
 from alignlab.models.empty import is_empty
+from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import PackedModel
 from alignlab.models.shards import set_root, shard, shard_root
 
@@ -45,7 +46,8 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
 
     Raises:
         ConfigError: see `check_sharding`; DeepSpeed is missing or of an untested version; a user's DeepSpeed file
-            cannot be read, or contradicts the config; or all weights train in 16 bits.
+            cannot be read, or contradicts the config; all weights train in 16 bits by DeepSpeed; or weights in 16 bits
+            train beside others.
     """
     settings, max_grad_norm = config.sharding, config.optim.max_grad_norm
     if settings.zero_stage:
@@ -56,16 +58,17 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
     check_sharding(settings, ranks.count)
     if not settings.spreads_training or shard_root(module.model) is not None:
         return
-    if any(parameter.requires_grad and needs_master(parameter) for parameter in module.parameters()):
-        raise ConfigError(
-            f"trainer.sharding.strategy is {settings.strategy}, which trains weights in float32, and model.dtype "
-            "trains all weights in 16 bits; set model.dtype: float32, or give model.lora, whose base may be in 16 bits"
-        )
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
-    if settings.zero_stage:
-        set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
-    else:
+    if settings.zero_stage == 0:
         shard(module.model, mesh)
+        return
+    if dtype_in_training(module.model) is not None:
+        raise ConfigError(
+            f"trainer.sharding.strategy is {settings.strategy}, by which weights train in float32, and model.dtype "
+            "trains all weights in 16 bits; use strategy: fsdp2, set model.dtype: float32, or give model.lora, whose "
+            "base may be in 16 bits"
+        )
+    set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
 
 
 def make_strategy(module: PackedModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:

@@ -19,9 +19,11 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import dtype_in_training, hold_in_float32, mark_exact
 from alignlab.models.pieces import held, rows_of
 from alignlab.models.weight_view import view_of
 
@@ -73,15 +75,25 @@ class ShardRoot(nn.Module):
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Spread a model's weights over the ranks of a mesh, by rows; all roles must be on it, and no copies be needed.
 
-    A model that is sharded already stays as it is. Every rank calls this together, with equal weights.
+    Weights in 16 bits that train are held in float32, see `exact_weights`. A model that is sharded already stays as it
+    is. Every rank calls this together, with equal weights.
+
+    Raises:
+        ConfigError: see `exact_weights.dtype_in_training`.
     """
     lm = causal_lm(model)
     if _ROOT in lm.__dict__:
         return
     root = ShardRoot(model, mesh)
-    for layer in lm.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    dtype = dtype_in_training(model)
+    # Inputs are not cast: they would be copied, and records of expert choices with them.
+    precision = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
+    for module in (*lm.get_decoder().layers, root):  # one after another: a layer in float32 is cut up at once
+        if dtype is not None:
+            hold_in_float32(parameter for parameter in module.parameters() if not isinstance(parameter, DTensor))
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    if dtype is not None:
+        mark_exact(root.parameters(), dtype)
     set_root(model, root)
 
 

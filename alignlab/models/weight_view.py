@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from alignlab.models.exact_weights import is_exact, rounded
 from alignlab.models.pieces import gathered, held, whole_shape
 
 
@@ -71,7 +72,7 @@ class ModuleWeights:
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._module.get_submodule(path), leaf)
-        return tensor
+        return rounded(tensor) if is_exact(tensor) else tensor
 
 
 class WeightsInside:

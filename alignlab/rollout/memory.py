@@ -12,6 +12,7 @@ from torch import nn
 from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 
@@ -53,9 +54,9 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    per_token = lm.dtype.itemsize * sum(spec.token_numel for spec in cache_specs(model).values())
+    per_token = model_dtype(lm).itemsize * sum(spec.token_numel for spec in cache_specs(model).values())
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
-        weights = sum(parameter.numel() for parameter in lm.parameters()) * lm.dtype.itemsize
+        weights = sum(parameter.numel() for parameter in lm.parameters()) * model_dtype(lm).itemsize
         return num_sequences * num_tokens * per_token + weights
     block_size = block_size_for(settings.block_size, device)
     cache = num_sequences * -(-num_tokens // block_size) * block_size * per_token

@@ -40,6 +40,7 @@ from alignlab.files.atomic_files import (
 from alignlab.files.library_errors import writing
 from alignlab.files.manifest import find_damage, read_manifest, write_manifest
 from alignlab.files.tensor_files import write_tensors
+from alignlab.models.exact_weights import is_exact
 from alignlab.runs.checkpoint_parts import take_parts
 from alignlab.runs.random_state import RandomState, random_state
 from alignlab.runs.tensor_groups import load_held, read_groups, shape_of
@@ -47,6 +48,8 @@ from alignlab.runs.tensor_groups import load_held, read_groups, shape_of
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+MASTER = "master"
+"""Key of a weight's float32 copy in the optimizer's state; see `loop.master_weights`."""
 NAME = re.compile(rf"{PREFIX}(\d{{8}})")
 
 
@@ -224,6 +227,8 @@ def optimizer_tensors(
     for name, parameter in dict(names).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
+        if parameter in optimizer.state and is_exact(parameter):  # the optimizer's copy, elsewhere
+            tensors[f"{MASTER}.{name}"] = parameter.detach()
     return tensors
 
 
@@ -259,6 +264,9 @@ def load_optimizer_tensors(
                 f"{entry} in the checkpoint has shape {tuple(shape)} and its parameter {tuple(parameter.shape)}; "
                 "resume with the model and LoRA settings that the run was started with"
             )
+        if key == MASTER and is_exact(parameter):
+            load_held(tensors, entry, parameter)
+            continue
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state = optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         load_held(tensors, entry, state)

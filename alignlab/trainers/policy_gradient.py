@@ -18,6 +18,7 @@ from alignlab.loop.forward import PolicyForward
 from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.reference import Reference
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.types import Experience, Prompt
 
@@ -95,7 +96,7 @@ class PolicyObjective:
                 f"routing_replay is {config.routing_replay}, and {type(lm).__name__} has no experts of ours to "
                 "choose; leave it out"
             )
-        self.correction = choose_correction(config.mismatch, config.rollout, lm.dtype, sparse=is_mixture)
+        self.correction = choose_correction(config.mismatch, config.rollout, model_dtype(lm), sparse=is_mixture)
         # A correction compares with the engine, which has no dropout; the loss's own log-probs have.
         self._has_dropout = self.correction.name != "none" and any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()

@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "dense": (DENSE, torch.float32, None),
     "tied": (DENSE | {"tie_word_embeddings": True}, torch.float32, None),
     "mixture": (SPARSE, torch.float32, None),
+    "all in bfloat16": (DENSE, torch.bfloat16, None),
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
 CHANGES = {
@@ -34,6 +35,7 @@ CHANGES = {
     ],
     "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero3")],
     "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero3", "fsdp2")],
+    "all in bfloat16": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
     "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp"), ("ddp", "zero1"), ("zero2", "zero3")],
 }
 """Where the weights of a model are in the first two steps, and in the third."""

@@ -20,10 +20,16 @@ from alignlab.loop.empty_packs import empty_like, filled_up
 from alignlab.loop.learner import Learner
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import shard_weights
+from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import Policy
+from alignlab.runs.checkpoint import MASTER
+from alignlab.runs.tensor_groups import read_groups
 from alignlab.types import Experience, Segments
 from tests.loop.rank_sharding import CHANGES, MODELS
 from tests.ranks import ROOT, run_ranks
+
+HALF = "all in bfloat16"
+GROUPS = ("policy.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def folder_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [model for model in MODELS if model != HALF])
 def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_two_ranks: Path) -> None:
     expected = load_file(folder_of_two_ranks / model / "ddp ddp" / "rank0.safetensors")
     for first, then in CHANGES[model]:
@@ -47,6 +53,28 @@ def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_tw
         saved = sorted(path.name for path in (run / "checkpoints" / "step-00000002").glob("policy*"))
         parts = [f"policy-part-{rank:05d}.safetensors" for rank in (0, 1)]
         assert saved == (["policy.safetensors"] if first == "ddp" else parts)
+
+
+@pytest.mark.distributed
+def test_weights_in_16_bits_have_the_same_float32_copies_in_other_places(folder_of_two_ranks: Path) -> None:
+    def saved(first: str, then: str) -> dict[str, Any]:
+        step = folder_of_two_ranks / HALF / f"{first} {then}" / "checkpoints" / "step-00000003"
+        return read_groups(step, [path.name for path in step.glob("*-part-*")] or GROUPS)
+
+    expected = saved("ddp", "ddp")
+    copies = [name for name in expected["optimizer"] if name.startswith(f"{MASTER}.")]
+    assert len(copies) == len(expected["policy"])
+    for first, then in CHANGES[HALF][1:]:
+        groups, run = saved(first, then), f"{first} {then}"
+        assert groups["policy"].keys() == expected["policy"].keys()
+        assert groups["optimizer"].keys() == expected["optimizer"].keys()
+        for name in copies:
+            copy, weight = groups["optimizer"][name], groups["policy"][name.removeprefix(f"{MASTER}.")]
+            assert copy.dtype == torch.float32 and torch.equal(weight, copy.bfloat16())
+            torch.testing.assert_close(copy, expected["optimizer"][name], rtol=0, atol=1e-6, msg=f"{run}: {name}")
+        ranks = [load_file(folder_of_two_ranks / HALF / run / f"rank{rank}.safetensors") for rank in (0, 1)]
+        assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+        assert {weight.dtype for weight in ranks[0].values()} == {torch.bfloat16}
 
 
 @pytest.mark.distributed
@@ -97,13 +125,22 @@ def test_one_rank_has_nothing_to_spread_weights_over(make_model: Callable[..., A
         Learner(Policy(make_model()), config, make_accelerator(60.0), total_updates=1)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
-def test_weights_in_16_bits_are_not_spread_in_training(
-    strategy: str, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_weights_in_16_bits_are_not_spread_by_deepspeed(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = Ranks(make_accelerator(60.0))
     monkeypatch.setattr(ranks, "count", 2)
     with pytest.raises(ConfigError, match="trains all weights in 16 bits"):
         shard_weights(
-            Policy(make_model().to(torch.bfloat16)), GRPOConfig(sharding={"strategy": strategy}), ranks  # type: ignore[arg-type]
+            Policy(make_model().to(torch.bfloat16)), GRPOConfig(sharding={"strategy": "zero2"}), ranks  # type: ignore[arg-type]
         )
+
+
+def test_weights_of_two_dtypes_are_not_spread_in_training(make_model: Callable[..., Any]) -> None:
+    model = make_model().to(torch.bfloat16)
+    assert dtype_in_training(model) == torch.bfloat16
+    assert dtype_in_training(make_model()) is None
+    model.lm_head.float()
+    with pytest.raises(ConfigError, match="must all have one dtype, and the model has bfloat16, float32"):
+        dtype_in_training(model)
+    assert dtype_in_training(model.requires_grad_(False)) is None

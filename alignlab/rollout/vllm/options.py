@@ -14,6 +14,7 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings, max_stalen
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import has_adapters
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
 from alignlab.rollout.vllm.installation import check_returns_experts
@@ -44,7 +45,7 @@ def engine_options(
     check_quantization(settings)
     context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
-        "dtype": _DTYPES[lm.dtype],
+        "dtype": _DTYPES[model_dtype(lm)],
         "max_model_len": context_tokens,
         "max_num_seqs": settings.max_running,
         "max_num_batched_tokens": max(settings.prefill_tokens, context_tokens),
@@ -87,7 +88,7 @@ def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings
             f"rollout.tensor_parallel is {size}, and must divide the model's {heads} attention heads; use one of "
             f"{', '.join(map(str, divisors))}"
         )
-    if settings.quantization is not None and lm.dtype == torch.float32:
+    if settings.quantization is not None and model_dtype(lm) == torch.float32:
         raise ConfigError(
             f"rollout.quantization is {settings.quantization}, and must be null for a model in float32, which vLLM "
             "does not quantize; use model.dtype: bfloat16, or remove it"

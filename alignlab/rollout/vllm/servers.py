@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import unties
 from alignlab.models.sync_digests import ALGORITHMS
@@ -132,8 +133,9 @@ class ServerBackend:
         check_model(lm, settings)
         self._model, self._settings = model, settings
         self._sparse_layers: list[int] = list(getattr(lm.config, "sparse_layers", ()))
+        dtype = str(model_dtype(lm)).removeprefix("torch.")
         self._requirements = ServerRequirements(
-            model_identity(lm.config, tokenizer, str(lm.dtype).removeprefix("torch.")), context_limit(lm, settings),
+            model_identity(lm.config, tokenizer, dtype), context_limit(lm, settings),
             quantization=settings.quantization,
         )
         self._sent_file = ExitStack()  # until the next update: a server that returns is sent the file again

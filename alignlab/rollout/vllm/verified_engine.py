@@ -15,6 +15,7 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings, max_stalen
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.empty import is_empty
+from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.shards import is_spread
 from alignlab.rollout.policy_version import changed_weights, check_advances, weights_stamp
@@ -234,7 +235,7 @@ class VerifiedEngine:
     def _gate(self) -> float:
         """Return the largest difference of a canary's log-prob that is allowed, nats."""
         gate = self._settings.canary_gate
-        return default_gate(self._lm.dtype, self._settings.quantization) if gate is None else gate
+        return default_gate(model_dtype(self._lm), self._settings.quantization) if gate is None else gate
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], answers: Answers
