@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from alignlab.cli.check_data import data_line, held_out_line
 from alignlab.cli.check_rewards import reward_lines
 from alignlab.cli.train import add_config_arguments
+from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from alignlab.config.run import RunConfig
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="device that memory is predicted for; default: this machine's"
     )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N",
+        help="number of ranks that memory is predicted for, where trainer.sharding shares it out (default 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,18 +61,21 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     check_prerequisites(config, args.config)
-    for subject, text in check_lines(config, device=args.device):
+    if args.ranks < 1:
+        raise ConfigError(f"--ranks is {args.ranks}, and must be at least 1")
+    for subject, text in check_lines(config, device=args.device, num_ranks=args.ranks):
         print(f"{subject:10} {text}", flush=True)
     print("ok: nothing was trained")
     return 0
 
 
-def check_lines(config: RunConfig, *, device: str | None = None) -> Iterator[Line]:
+def check_lines(config: RunConfig, *, device: str | None = None, num_ranks: int = 1) -> Iterator[Line]:
     """Yield a line for each thing that is checked.
 
     Args:
         config: of the run.
         device: "cpu" or "cuda", that memory is predicted for; default: this machine's.
+        num_ranks: that memory is predicted for.
 
     Raises:
         AlignlabError: what the training would raise.
@@ -78,7 +86,7 @@ def check_lines(config: RunConfig, *, device: str | None = None) -> Iterator[Lin
     yield "model", _model_line(config)
     yield "numerics", _numerics_line(config)
     yield from _trainer_lines(config)
-    with predicted_for(device):
+    with predicted_for(device, num_ranks):
         checked = check_run(config)
     yield "tokenizer", _tokenizer_line(checked)
     yield "data", data_line(checked)
@@ -87,12 +95,12 @@ def check_lines(config: RunConfig, *, device: str | None = None) -> Iterator[Lin
     if checked.preflight.engine:
         yield "engine", f"{checked.preflight.engine} samples completions"
     if checked.preflight.memory:
-        yield "memory", _memory_line(config, checked.preflight.memory, device)
+        yield "memory", _memory_line(config, checked.preflight.memory, device, num_ranks)
     for line in reward_lines(checked):
         yield "reward", line
-    # How much of a spread training a rank takes is for the number of ranks to say, which is not known here.
-    on_one_rank = {} if config.trainer.sharding.spreads_training else checked.preflight.memory
-    here = on_one_rank if device in (None, _device_here()) else {}
+    # A spread training has more ranks than one, and what each takes is not known here where their number is not given.
+    is_known = num_ranks > 1 or not config.trainer.sharding.spreads_training
+    here = checked.preflight.memory if is_known and device in (None, _device_here()) else {}
     notes = _server_notes(config), _rate_notes(config), _run_notes(checked), _memory_notes(here)
     for note in itertools.chain(*notes):
         yield "note", note
@@ -146,18 +154,17 @@ def _device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _memory_line(config: RunConfig, memory: Mapping[str, int], device: str | None) -> str:
+def _memory_line(config: RunConfig, memory: Mapping[str, int], device: str | None, num_ranks: int) -> str:
     """Return the predicted memory of a rank's device, in all and by part."""
     device = device or _device_here()
     kind = "a GPU" if device == "cuda" else "a CPU (--device cuda predicts for a GPU)"
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     total = f"{sum(memory.values()) / 2**30:.2f} GiB"
+    strategy = config.trainer.sharding.strategy
     if not config.trainer.sharding.spreads_training:
         return f"about {total} on each rank's device, {kind}: {parts}"
-    return (
-        f"about {total} ({kind}), of which weights, gradients and optimizer are divided by the number of ranks; the "
-        f"embedded engine has a whole copy of the weights: {parts}"
-    )
+    of = f"each of {num_ranks} ranks under {strategy}" if num_ranks > 1 else f"one rank alone (--ranks N: {strategy})"
+    return f"about {total} on {kind}, on {of}: {parts}"
 
 
 def _memory_notes(memory: Mapping[str, int]) -> Iterator[str]:

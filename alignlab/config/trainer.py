@@ -93,6 +93,16 @@ class ShardingSettings(Frozen):
         """Whether a rank holds a part of the weights, or of the optimizer's states, alone."""
         return self.strategy == "fsdp2" or self.zero_stage > 0
 
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether a rank holds a part of the weights alone."""
+        return self.strategy in ("fsdp2", "zero3")
+
+    @property
+    def spreads_gradients(self) -> bool:
+        """Whether a rank holds a part of the gradients alone."""
+        return self.strategy in ("fsdp2", "zero2", "zero3")
+
     @field_validator("deepspeed")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:

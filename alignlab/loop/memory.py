@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.trainer import MemorySettings
+from alignlab.config.trainer import MemorySettings, ShardingSettings
 from alignlab.functional.logprobs import block_rows, default_chunk_tokens
 from alignlab.loop.learner import Learner
 from alignlab.loop.master_weights import state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.rollout.memory import planned_device
+from alignlab.rollout.memory import planned_device, planned_ranks
 
 _LOGIT_COPIES = 4
 """float32 tensors of a block's logits that exist at one time: logits, probabilities, and their gradients."""
@@ -43,9 +43,10 @@ class _ShapesAlone:
 
 
 def training_bytes(
-    learners: Mapping[str, Learner], frozen: Iterable[nn.Module], memory: MemorySettings
+    learners: Mapping[str, Learner], frozen: Iterable[nn.Module], memory: MemorySettings, sharding: ShardingSettings
 ) -> dict[str, int]:
-    """Return the bytes of weights, of gradients with the optimizer's state, and of activations, by part.
+    """Return the bytes of weights, of gradients with the optimizer's state, and of activations, by part; on the device
+    of one of the ranks of `predicted_for`.
 
     Nothing is known of architectures that are `transformers`' own, which may need values: the result is empty.
 
@@ -53,6 +54,7 @@ def training_bytes(
         learners: all that is trained, on models without weights.
         frozen: models beside those: a reference, a teacher, reward models.
         memory: sizes of a forward and backward pass.
+        sharding: what the ranks share out.
     """
     if not all(isinstance(causal_lm(learner.module.model), PolicyForCausalLM) for learner in learners.values()):
         return {}
@@ -61,12 +63,37 @@ def training_bytes(
     visiting = [_storage_bytes(module.parameters()) for module in frozen if module not in lasting]
     modules = [*(learner.module for learner in learners.values()), *lasting]
     trained = [parameter for learner in learners.values() for parameter in learner.trained.values()]
+    whole = [m for m in lasting if not getattr(m, "follows_policy", False)]
     return {
-        "weights": _storage_bytes(tensor for module in modules for tensor in module.parameters()),
-        "gradients and optimizer": sum(4 * p.numel() + state_bytes(p) for p in trained),
+        "weights": _weight_bytes(modules, whole, sharding),
+        "gradients and optimizer": _gradient_and_state_bytes(trained, sharding),
         # A reference from the host scores while there are no activations of a training pass.
         "activations": max(*visiting, *(_activation_bytes(learner, memory) for learner in learners.values()), 0),
     }
+
+
+def _weight_bytes(modules: Sequence[nn.Module], whole: Sequence[nn.Module], sharding: ShardingSettings) -> int:
+    """Return the bytes of weights on one rank's device.
+
+    Args:
+        modules: all.
+        whole: those of them that each rank holds whole under any strategy.
+    """
+    every = _storage_bytes(tensor for module in modules for tensor in module.parameters())
+    if not sharding.spreads_weights:
+        return every
+    kept = _storage_bytes(tensor for module in whole for tensor in module.parameters())
+    return kept + (0 if sharding.offload == "all" else (every - kept) // planned_ranks())
+
+
+def _gradient_and_state_bytes(trained: Sequence[nn.Parameter], sharding: ShardingSettings) -> int:
+    """Return the bytes of float32 gradients and of the optimizer's state on one rank's device."""
+    gradients = sum(4 * parameter.numel() for parameter in trained)
+    # DeepSpeed updates a float32 copy of its own, of float32 weights too.
+    states = sum(state_bytes(p) + (4 * p.numel() if sharding.zero_stage else 0) for p in trained)
+    gradients //= planned_ranks() if sharding.spreads_gradients else 1
+    states //= planned_ranks() if sharding.spreads_training else 1
+    return gradients + (states if sharding.offload == "none" else 0)
 
 
 def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:

@@ -95,7 +95,9 @@ def frozen_copy(policy: Policy) -> Policy | None:
         ConfigError: the adapter was made by changing the base.
     """
     if not has_adapters(policy.model):
-        return Policy(_copied(policy.model), chunk_tokens=policy.chunk_tokens, num_ids=policy.num_ids).eval()
+        copied = Policy(_copied(policy.model), chunk_tokens=policy.chunk_tokens, num_ids=policy.num_ids).eval()
+        copied.follows_policy = True
+        return copied
     check_base_is_reference(policy.model)
     if any("lora_B" in name and _is_trained(weight) for name, weight in policy.named_parameters()):
         logger.warning(

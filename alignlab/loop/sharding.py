@@ -20,6 +20,7 @@ from alignlab.models.empty import is_empty
 from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import PackedModel
 from alignlab.models.shards import set_root, shard, shard_root
+from alignlab.models.sync_digests import sync_digests
 
 
 def check_sharding(settings: ShardingSettings, num_ranks: int) -> None:
@@ -58,9 +59,9 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
     check_sharding(settings, ranks.count)
     if not settings.spreads_training or shard_root(module.model) is not None:
         return
-    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     if settings.zero_stage == 0:
-        shard(module.model, mesh)
+        check_equal(module, ranks)
+        shard(module.model, init_device_mesh(ranks.device.type, (ranks.count,)))
         return
     if dtype_in_training(module.model) is not None:
         raise ConfigError(
@@ -68,7 +69,26 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
             "trains all weights in 16 bits; use strategy: fsdp2, set model.dtype: float32, or give model.lora, whose "
             "base may be in 16 bits"
         )
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
+
+
+def check_equal(module: PackedModel, ranks: Ranks) -> None:
+    """Raise if the ranks' weights in training differ, of which each would go on with some rows.
+
+    Raises:
+        ConfigError: with the name of a weight.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    digests = sync_digests(trained)
+    for of_rank in ranks.gather_json(digests):
+        differing = [name for name, digest in digests.items() if of_rank.get(name) != digest]
+        if differing:
+            raise ConfigError(
+                f"the ranks begin with unequal weights, first {differing[0]} ({len(differing)} in all), and "
+                "trainer.sharding.strategy is fsdp2, which takes some rows of each; set the same seed on every rank "
+                "before the model is made"
+            )
 
 
 def make_strategy(module: PackedModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Strategy:

@@ -323,7 +323,7 @@ class TrainingLoop(ABC):
 
     def predicted_memory(self) -> dict[str, int]:
         """Return the bytes that a training will take on each rank's device, by part; of a model without weights."""
-        return training_bytes(self.learners, self.frozen_modules, self.config.memory)
+        return training_bytes(self.learners, self.frozen_modules, self.config.memory, self.config.sharding)
 
     def check_ending(self) -> None:
         """Raise if the run could not end well; see `loop.ending_check`.

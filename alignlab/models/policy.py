@@ -51,9 +51,11 @@ class PackedModel(nn.Module):
 
     Attributes:
         rests_on_host: whether the weights are on the device only while the module computes without a gradient.
+        follows_policy: whether this is a copy of the policy, whose weights are spread over ranks as the policy's are.
     """
 
     rests_on_host = False
+    follows_policy = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

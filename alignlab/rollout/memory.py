@@ -24,21 +24,34 @@ _STAYING_FRAC = 1 / 16
 _UNSEEN_GPU_BYTES = 80 * 2**30
 """Memory of a GPU that is predicted for and is not here."""
 _PLANNED: ContextVar[torch.device | None] = ContextVar("planned", default=None)
+_PLANNED_RANKS: ContextVar[int] = ContextVar("planned_ranks", default=1)
 
 
 @contextmanager
-def predicted_for(device_type: str | None) -> Iterator[None]:
-    """Predict memory for a kind of device, "cpu" or "cuda", within the context; None for the device that is used."""
+def predicted_for(device_type: str | None, num_ranks: int = 1) -> Iterator[None]:
+    """Predict memory for a kind of device, and for a number of ranks, within the context.
+
+    Args:
+        device_type: "cpu" or "cuda"; None for the device that is used.
+        num_ranks: that share out what the config's strategy shares out.
+    """
     token = _PLANNED.set(None if device_type is None else torch.device(device_type))
+    token_of_ranks = _PLANNED_RANKS.set(num_ranks)
     try:
         yield
     finally:
         _PLANNED.reset(token)
+        _PLANNED_RANKS.reset(token_of_ranks)
 
 
 def planned_device(device: torch.device) -> torch.device:
     """Return the device that memory is predicted for: that of `predicted_for`, or else the one that is used."""
     return _PLANNED.get() or device
+
+
+def planned_ranks() -> int:
+    """Return the number of ranks that memory is predicted for; 1 outside `predicted_for`."""
+    return _PLANNED_RANKS.get()
 
 
 def engine_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from accelerate import init_empty_weights
 
 from alignlab import GRPOConfig, GRPOTrainer, LoraSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings
+from alignlab.config.trainers import SFTConfig
 from alignlab.functional.logprobs import block_rows
-from alignlab.loop.memory import kept_bytes
+from alignlab.loop.accelerator import make_accelerator
+from alignlab.loop.learner import Learner
+from alignlab.loop.memory import kept_bytes, training_bytes
 from alignlab.models.adapters import add_lora
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import load_model, new_model
+from alignlab.models.policy import Policy
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.memory import engine_bytes, merges_adapters, predicted_for
 from tests.trainers.conftest import DENSE, SPARSE
@@ -157,3 +162,35 @@ def test_a_reference_on_the_host_has_no_effect_on_a_cpu_and_that_is_said(
         )
         GRPOTrainer(make_model(), lambda **_: [0.0], config, prompts(2), tokenizer=tokenizer, peft_config=lora)
         assert "trainer.memory.reference_on_host: no effect: " in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sharding", "weights", "rest"),
+    [
+        ({"strategy": "ddp"}, 1.0, 4 + 8),
+        ({"strategy": "fsdp2"}, 1 / 4, (4 + 8) / 4),
+        ({"strategy": "zero1"}, 1.0, 4 + (8 + 4) / 4),
+        ({"strategy": "zero2"}, 1.0, (4 + 8 + 4) / 4),
+        ({"strategy": "zero3"}, 1 / 4, (4 + 8 + 4) / 4),
+        ({"strategy": "zero3", "offload": "optimizer"}, 1 / 4, 4 / 4),
+        ({"strategy": "zero3", "offload": "all"}, 0.0, 4 / 4),
+    ],
+)
+def test_ranks_share_out_what_their_strategy_says(
+    sharding: dict[str, str], weights: float, rest: float, tokenizer: Any, tmp_path: Path
+) -> None:
+    """All weights in float32 on four ranks, by hand: bytes of gradients, moments, and DeepSpeed's copy a weight."""
+    model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1).to("meta")
+    config = SFTConfig(output_dir=tmp_path, sharding=sharding)  # type: ignore[arg-type]
+    learner = Learner(Policy(model), config, make_accelerator(60.0), total_updates=1)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    teacher = copy.deepcopy(learner.module)
+    with predicted_for(None, num_ranks=4):
+        alone = training_bytes({"": learner}, [], config.memory, config.sharding)
+        beside = training_bytes({"": learner}, [teacher], config.memory, config.sharding)
+        teacher.follows_policy = True  # the reference
+        followed = training_bytes({"": learner}, [teacher], config.memory, config.sharding)
+    assert alone["weights"] == pytest.approx(4 * count * weights, rel=1e-6)
+    assert alone["gradients and optimizer"] == pytest.approx(count * rest, rel=1e-6)
+    assert beside["weights"] == pytest.approx(4 * count * (weights + 1), rel=1e-6), "a teacher is whole on each rank"
+    assert followed["weights"] == pytest.approx(8 * count * weights, rel=1e-6)

@@ -19,7 +19,7 @@ from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.empty_packs import empty_like, filled_up
 from alignlab.loop.learner import Learner
 from alignlab.loop.ranks import Ranks
-from alignlab.loop.sharding import shard_weights
+from alignlab.loop.sharding import check_equal, shard_weights
 from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import Policy
 from alignlab.runs.checkpoint import MASTER
@@ -123,6 +123,20 @@ def test_one_rank_has_nothing_to_spread_weights_over(make_model: Callable[..., A
     config = GRPOConfig(output_dir=tmp_path, sharding={"strategy": "fsdp2"})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has one rank"):
         Learner(Policy(make_model()), config, make_accelerator(60.0), total_updates=1)
+
+
+def test_ranks_that_begin_with_unequal_weights_are_named(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, ranks = Policy(make_model()), Ranks(make_accelerator(60.0))
+
+    def of_two_ranks(digests: dict[str, str]) -> list[dict[str, str]]:
+        return [digests, digests | {"model.model.norm.weight": "of rank 1"}]
+
+    check_equal(policy, ranks)
+    monkeypatch.setattr(ranks, "gather_json", of_two_ranks)
+    with pytest.raises(ConfigError, match=r"unequal weights, first model\.model\.norm\.weight \(1 in all\)"):
+        check_equal(policy, ranks)
 
 
 def test_weights_in_16_bits_are_not_spread_by_deepspeed(

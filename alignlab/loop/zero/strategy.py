@@ -14,7 +14,7 @@ from alignlab.loop.empty_packs import filled_up
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.loop.zero.state import load_state, state_tensors
-from alignlab.models.pieces import Held
+from alignlab.models.pieces import Held, held
 from alignlab.types import Experience
 
 
@@ -72,7 +72,7 @@ class Zero:
             engine.step()
             assert engine.was_step_applied(), "gradients are finite where the learner takes a step"
         # DeepSpeed writes to weights through flat tensors, without the mark by which copies are known to be old.
-        torch.autograd.graph.increment_version(self._trained)
+        torch.autograd.graph.increment_version([held(parameter) for parameter in self._trained])
 
     def clear(self) -> None:
         """Drop the gradients."""
