@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignlab.config.trainer import MemorySettings, ShardingSettings
 from alignlab.functional.logprobs import block_rows, default_chunk_tokens
 from alignlab.loop.learner import Learner
-from alignlab.loop.master_weights import state_bytes
+from alignlab.loop.master_weights import needs_master, state_bytes
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
@@ -89,8 +89,11 @@ def _weight_bytes(modules: Sequence[nn.Module], whole: Sequence[nn.Module], shar
 def _gradient_and_state_bytes(trained: Sequence[nn.Parameter], sharding: ShardingSettings) -> int:
     """Return the bytes of float32 gradients and of the optimizer's state on one rank's device."""
     gradients = sum(4 * parameter.numel() for parameter in trained)
-    # DeepSpeed updates a float32 copy of its own, of float32 weights too.
-    states = sum(state_bytes(p) + (4 * p.numel() if sharding.zero_stage else 0) for p in trained)
+    states = sum(state_bytes(parameter) for parameter in trained)
+    if sharding.zero_stage:  # DeepSpeed updates a float32 copy of its own, of float32 weights too
+        states += sum(4 * parameter.numel() for parameter in trained)
+    elif sharding.spreads_weights:  # FSDP2 holds a weight in 16 bits as its float32 copy alone
+        states -= sum(p.numel() * p.element_size() for p in trained if needs_master(p))
     gradients //= planned_ranks() if sharding.spreads_gradients else 1
     states //= planned_ranks() if sharding.spreads_training else 1
     return gradients + (states if sharding.offload == "none" else 0)

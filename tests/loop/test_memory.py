@@ -194,3 +194,14 @@ def test_ranks_share_out_what_their_strategy_says(
     assert alone["gradients and optimizer"] == pytest.approx(count * rest, rel=1e-6)
     assert beside["weights"] == pytest.approx(4 * count * (weights + 1), rel=1e-6), "a teacher is whole on each rank"
     assert followed["weights"] == pytest.approx(8 * count * weights, rel=1e-6)
+
+
+def test_fsdp2_holds_weights_in_16_bits_as_their_float32_copies_alone(tokenizer: Any, tmp_path: Path) -> None:
+    model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1).to("meta", torch.bfloat16)
+    config = SFTConfig(output_dir=tmp_path, sharding={"strategy": "fsdp2"})  # type: ignore[arg-type]
+    learner = Learner(Policy(model), config, make_accelerator(60.0), total_updates=1)
+    with predicted_for(None, num_ranks=4):
+        memory = training_bytes({"": learner}, [], config.memory, config.sharding)
+    held = memory["weights"] + memory["gradients and optimizer"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert held == pytest.approx(count * (4 + 4 + 8) / 4, rel=1e-6), "the copy, its gradient and two moments"

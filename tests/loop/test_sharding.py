@@ -5,6 +5,7 @@ Every trainer under each strategy: `tests.trainers.test_conformance`. Failures o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from alignlab.models.policy import Policy
 from alignlab.runs.checkpoint import MASTER
 from alignlab.runs.tensor_groups import read_groups
 from alignlab.types import Experience, Segments
+from tests.loop import rank_skipping
 from tests.loop.rank_sharding import CHANGES, MODELS
 from tests.ranks import ROOT, run_ranks
 
@@ -158,3 +160,22 @@ def test_weights_of_two_dtypes_are_not_spread_in_training(make_model: Callable[.
     with pytest.raises(ConfigError, match="must all have one dtype, and the model has bfloat16, float32"):
         dtype_in_training(model)
     assert dtype_in_training(model.requires_grad_(False)) is None
+
+
+@pytest.mark.distributed
+def test_an_update_that_is_left_out_leaves_no_trace_in_the_next_ones(tmp_path: Path) -> None:
+    """A gradient that is not finite on one rank, and an update without a token: under every strategy as under DDP."""
+    done = run_ranks(str(ROOT / "tests/loop/rank_skipping.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = load_file(tmp_path / "ddp.rank0.safetensors")
+    norms = json.loads((tmp_path / "ddp.rank0.json").read_text())["norms"]
+    assert norms[0] > 1 < norms[2], "gradients are clipped"
+    for place in rank_skipping.PLACES:
+        for rank in (0, 1):
+            measured = json.loads((tmp_path / f"{place}.rank{rank}.json").read_text())
+            assert measured["counts"] == {"skipped": 1, "empty": 1, "taken": 3}, place
+            for update in (0, 2, 4):
+                assert measured["norms"][update] == pytest.approx(norms[update], rel=1e-5), place
+            weights = load_file(tmp_path / f"{place}.rank{rank}.safetensors")
+            for name, weight in expected.items():
+                torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6, msg=f"{place}: {name}")

@@ -18,6 +18,10 @@ from alignlab.models.pieces import Held, held
 from alignlab.types import Experience
 
 
+_NO_PACK_YET = -1
+"""DeepSpeed's number of a pack before the first of an update."""
+
+
 class Zero:
     """A module that one engine trains, perhaps with other roles of its model; a `Strategy`.
 
@@ -75,8 +79,14 @@ class Zero:
         torch.autograd.graph.increment_version([held(parameter) for parameter in self._trained])
 
     def clear(self) -> None:
-        """Drop the gradients."""
-        self._root.optimizer.zero_grad()
+        """Drop the gradients, also those of an update that is left out: the next one begins anew."""
+        zero = self._root.optimizer
+        zero.zero_grad()
+        if not self._root.spreads_weights:  # stage 3 does the rest by itself
+            zero.micro_step_id = _NO_PACK_YET
+            if zero.cpu_offload:
+                zero._offload_accumulated_param_ids = set()
+                zero.reset_cpu_buffers()
 
     def state(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Held]:
         """Return what this rank holds of the optimizer's state."""
