@@ -229,6 +229,7 @@ class Lab:
 def _start_server(folder: Path) -> subprocess.Popen[str]:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+        "PYTHONDONTWRITEBYTECODE": "1",  # of a plug-in in `inputs`, beside what runs write
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
         "PYTHONWARNINGS": "ignore",
     }  # fmt: skip

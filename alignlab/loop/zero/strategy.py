@@ -17,7 +17,6 @@ from alignlab.loop.zero.state import load_state, state_tensors
 from alignlab.models.pieces import Held, held
 from alignlab.types import Experience
 
-
 _NO_PACK_YET = -1
 """DeepSpeed's number of a pack before the first of an update."""
 

@@ -13,6 +13,7 @@ SHARED = {
     "alignlab.errors",
     "alignlab.files.digests",
     "alignlab.files.library_errors",
+    "alignlab.files.tensor_files",
     "alignlab.network.credentials",
     "alignlab.models.config",
     "alignlab.models.hub.checkpoints",

@@ -1,0 +1,14 @@
+"""Starts the trainers in 16 bits on a pretended GPU: by another process of the tests than the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.test_pretended_gpu import HERE, pass_on_a_pretended_gpu, pytestmark
+
+__all__ = ["pytestmark"]
+
+
+@pytest.mark.timeout(1000)
+def test_trainers_in_16_bits_on_a_pretended_gpu_pass() -> None:
+    pass_on_a_pretended_gpu(HERE / "on_gpu_trainers.py", chosen="float16")
