@@ -7,6 +7,7 @@ are elements too, so that one description serves both.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -97,6 +98,16 @@ def gathered(tensor: Tensor) -> Tensor:
     parts = own.new_empty(dist.get_world_size() * own.numel())
     dist.all_gather_single(parts, own.contiguous())
     return parts[: _ds(tensor).ds_numel].view(whole_shape(tensor))
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that rises when a weight is written to with torch's mark, as `mark_written` leaves it too."""
+    return int((tensor.to_local() if isinstance(tensor, DTensor) else tensor)._version)
+
+
+def mark_written(tensors: Iterable[Tensor]) -> None:
+    """Raise the versions of weights whose pieces were written to, which their partitioned parameters do not see."""
+    torch.autograd.graph.increment_version(list(tensors))
 
 
 def _row_size(tensor: Tensor) -> int:

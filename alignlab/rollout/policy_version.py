@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from alignlab.errors import RolloutError
-from alignlab.models.pieces import held
+from alignlab.models.pieces import version_of
 
 
 def weights_stamp(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> tuple[int, ...]:
@@ -17,7 +17,7 @@ def weights_stamp(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) ->
     torch's fused optimizers write without a mark; `loop.optim.make_optimizer` sets it after each step.
     """
     disabled = sum(module.disable_adapters for module in modules if isinstance(module, BaseTunerLayer))
-    return (*(held(parameter)._version for parameter in parameters), disabled)
+    return (*(version_of(parameter) for parameter in parameters), disabled)
 
 
 def changed_weights(policy_version: int) -> RolloutError:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignlab.files.tensor_files import write_tensors
-from alignlab.models.pieces import Held, Piece, held, is_gathered, piece_of, whole_shape
+from alignlab.models.pieces import Held, Piece, held, is_gathered, mark_written, piece_of, whole_shape
 
 _PART = re.compile(r"(.+)-part-\d{5}")
 _PIECES = "pieces"
@@ -128,6 +128,7 @@ def load_held(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
     piece = piece_of(target)
     if piece is not None:
         piece.values.copy_(elements_of(tensors, name, piece))
+        mark_written([target])
     if piece is None or is_gathered(target):
         target.copy_(tensors[name])
 

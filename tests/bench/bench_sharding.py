@@ -93,6 +93,9 @@ def zero3_of_accelerate() -> Any:
     from alignlab.loop.zero.installation import load_deepspeed
     from alignlab.models.hub.checkpoints import load_model
 
+    model: Any = load_model("smollm2-135m-instruct", dtype=torch.float32)
+    model.set_attn_implementation("sdpa")
+    model.train()
     load_deepspeed("cpu")
     settings = {
         "train_micro_batch_size_per_gpu": NUM_SEQUENCES, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
@@ -103,9 +106,6 @@ def zero3_of_accelerate() -> Any:
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
-    model: Any = load_model("smollm2-135m-instruct", dtype=torch.float32)
-    model.set_attn_implementation("sdpa")
-    model.train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
     rows = tokens_of(accelerator.process_index)
 

@@ -14,7 +14,7 @@ from alignlab.loop.empty_packs import filled_up
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.loop.zero.state import load_state, state_tensors
-from alignlab.models.pieces import Held, held
+from alignlab.models.pieces import Held, mark_written
 from alignlab.types import Experience
 
 _NO_PACK_YET = -1
@@ -75,7 +75,7 @@ class Zero:
             engine.step()
             assert engine.was_step_applied(), "gradients are finite where the learner takes a step"
         # DeepSpeed writes to weights through flat tensors, without the mark by which copies are known to be old.
-        torch.autograd.graph.increment_version([held(parameter) for parameter in self._trained])
+        mark_written(self._trained)
 
     def clear(self) -> None:
         """Drop the gradients, also those of an update that is left out: the next one begins anew."""
