@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.faults.__main__ import ATTACKS, attempt
 from tests.faults.calls import is_supported
 from tests.faults.lab import Lab
 from tests.faults.operations import Plan
+from tests.faults.trouble import PHASES
 
 pytestmark = [
     pytest.mark.distributed,
@@ -90,6 +92,12 @@ def test_what_is_killed_is_killed_there(lab: Lab) -> None:
     assert ending.status == -9
     [half] = lab.root.rglob("random-0.json")
     assert half.read_bytes() == write.data[: len(write.data) // 2]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_of_trouble_is_a_function_that_is_there(phase: str) -> None:
+    place, name, _ = PHASES[phase]
+    assert callable(getattr(pkgutil.resolve_name(place), name))
 
 
 def test_operations_of_every_library_are_seen(lab: Lab) -> None:

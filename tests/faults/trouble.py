@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[str, str, int]] = {
     "updating": ("alignlab.loop.learner:Learner", "update", 2),
     "saving": ("alignlab.loop.training_loop:TrainingLoop", "save", 2),
     "evaluating": ("alignlab.loop.online:OnlineTrainer", "evaluate", 1),
-    "ending": ("alignlab.loop.training_loop:TrainingLoop", "_save_model", 1),
+    "ending": ("alignlab.loop.training_loop", "save_trained_model", 1),
 }
 """What is called then, and at which call the trouble comes."""
 
