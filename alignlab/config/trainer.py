@@ -85,22 +85,22 @@ class ShardingSettings(Frozen):
 
     @property
     def zero_stage(self) -> int:
-        """Stage of ZeRO by DeepSpeed; 0 for another strategy."""
+        """Return the stage of ZeRO by DeepSpeed; 0 for another strategy."""
         return int(self.strategy.removeprefix("zero")) if self.strategy.startswith("zero") else 0
 
     @property
     def spreads_training(self) -> bool:
-        """Whether a rank holds a part of the weights, or of the optimizer's states, alone."""
+        """Return whether a rank holds a part of the weights, or of the optimizer's states, alone."""
         return self.strategy == "fsdp2" or self.zero_stage > 0
 
     @property
     def spreads_weights(self) -> bool:
-        """Whether a rank holds a part of the weights alone."""
+        """Return whether a rank holds a part of the weights alone."""
         return self.strategy in ("fsdp2", "zero3")
 
     @property
     def spreads_gradients(self) -> bool:
-        """Whether a rank holds a part of the gradients alone."""
+        """Return whether a rank holds a part of the gradients alone."""
         return self.strategy in ("fsdp2", "zero2", "zero3")
 
     @field_validator("deepspeed")

@@ -33,12 +33,12 @@ from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
 from alignlab.models.dropout import switch_off_dropout
 from alignlab.models.evaluation_mode import evaluation_mode
-from alignlab.models.exact_weights import is_exact, model_dtype, rounded
+from alignlab.models.exact_weights import held_part, model_dtype
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
-from alignlab.models.pieces import Held, held, piece_of, whole_shape
+from alignlab.models.pieces import Held, held, whole_shape
 from alignlab.models.shards import is_spread
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, shapes_of, view_of, whole_tensors
 from alignlab.runs.tensor_groups import load_held, shape_of
@@ -398,9 +398,3 @@ def _without_dropout(model: torch.nn.Module) -> None:
             "would belong to another policy; for dropout in an adapter use lora.dropout",
             ", ".join(f"{name} {value:g}" for name, value in values.items()),
         )
-
-
-def held_part(parameter: Tensor) -> Held:
-    """Return what this rank holds of a weight, as the model computes with it."""
-    weight = rounded(parameter) if is_exact(parameter) else parameter
-    return piece_of(weight) or weight.detach()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.errors import ConfigError
+from alignlab.models.pieces import Held, piece_of
 
 _DTYPE = "_alignlab_rounded_to"
 """Attribute of a float32 parameter: the dtype of the weight that it holds exactly."""
@@ -68,3 +69,8 @@ def dtype_of(parameter: Tensor) -> torch.dtype:
 def model_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's first weight, as the model computes with it."""
     return next(dtype_of(parameter) for parameter in model.parameters() if parameter.is_floating_point())
+
+def held_part(parameter: Tensor) -> Held:
+    """Return what this rank holds of a weight, as the model computes with it."""
+    weight = rounded(parameter) if is_exact(parameter) else parameter
+    return piece_of(weight) or weight.detach()

@@ -41,6 +41,7 @@ from alignlab.files.library_errors import writing
 from alignlab.files.manifest import find_damage, read_manifest, write_manifest
 from alignlab.files.tensor_files import write_tensors
 from alignlab.models.exact_weights import is_exact
+from alignlab.models.pieces import whole_shape
 from alignlab.runs.checkpoint_parts import take_parts
 from alignlab.runs.random_state import RandomState, random_state
 from alignlab.runs.tensor_groups import load_held, read_groups, shape_of
@@ -48,6 +49,8 @@ from alignlab.runs.tensor_groups import load_held, read_groups, shape_of
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+STEP = "step"
+"""Name of an optimizer's count of steps in its state."""
 MASTER = "master"
 """Key of a weight's float32 copy in the optimizer's state; see `loop.master_weights`."""
 NAME = re.compile(rf"{PREFIX}(\d{{8}})")
@@ -242,34 +245,45 @@ def load_optimizer_tensors(
     Raises:
         CheckpointError: an entry belongs to no parameter, or has another shape than its parameter.
     """
-    parameters = dict(names)
     fused = {parameter: bool(group.get("fused")) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {name: parameter for name, parameter in dict(names).items() if parameter in fused}
+    check_optimizer_tensors(parameters, tensors)
     optimizer.state.clear()
     for entry in tensors:
         key, _, name = entry.partition(".")
-        parameter = parameters.get(name)
-        if parameter is None or parameter not in fused:
-            raise CheckpointError(
-                f"the optimizer's state in a checkpoint must belong to trained parameters, and {name} is none; "
-                "resume with the model and LoRA settings that the run was started with"
-            )
-        if key == "step":
+        parameter = parameters[name]
+        if key == STEP:
             # A step count stays on the CPU, as in a new optimizer, unless the kernel is fused.
             device = parameter.device if fused[parameter] else torch.device("cpu")
             optimizer.state[parameter][key] = tensors[entry].to(device, copy=True)
             continue
-        shape = shape_of(tensors, entry)
-        if shape != parameter.shape:
-            raise CheckpointError(
-                f"{entry} in the checkpoint has shape {tuple(shape)} and its parameter {tuple(parameter.shape)}; "
-                "resume with the model and LoRA settings that the run was started with"
-            )
         if key == MASTER and is_exact(parameter):
             load_held(tensors, entry, parameter)
             continue
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state = optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         load_held(tensors, entry, state)
+
+
+def check_optimizer_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Raise if an optimizer's state from a checkpoint is not of these parameters.
+
+    Raises:
+        CheckpointError: an entry belongs to no parameter, or has another shape than its parameter.
+    """
+    for entry in tensors:
+        key, _, name = entry.partition(".")
+        if name not in parameters:
+            raise CheckpointError(
+                f"the optimizer's state in a checkpoint must belong to trained parameters, and {name} is none; "
+                "resume with the model and LoRA settings that the run was started with"
+            )
+        shape, expected = shape_of(tensors, entry), whole_shape(parameters[name])
+        if key != STEP and shape != expected:
+            raise CheckpointError(
+                f"{entry} in the checkpoint has shape {tuple(shape)} and its parameter {tuple(expected)}; "
+                "resume with the model and LoRA settings that the run was started with"
+            )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

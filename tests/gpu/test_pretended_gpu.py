@@ -22,15 +22,15 @@ pytestmark = [
 @pytest.mark.timeout(1000)
 def test_tests_on_a_pretended_gpu_pass() -> None:
     """All but those of trainers in 16 bits, which `test_pretended_gpu_16_bits` starts beside these."""
-    pass_on_a_pretended_gpu(*sorted(HERE.glob("on_gpu_*.py")), chosen="not (on_gpu_trainers and float16)")
+    done = on_a_pretended_gpu(*sorted(HERE.glob("on_gpu_*.py")), chosen="not (on_gpu_trainers and float16)")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
 
 
-def pass_on_a_pretended_gpu(*paths: Path, chosen: str) -> None:
-    """Run the tests of some files that an expression chooses, in a process of their own."""
+def on_a_pretended_gpu(*paths: Path, chosen: str) -> subprocess.CompletedProcess[str]:
+    """Run the tests of some files that an expression chooses, in a process of their own, and return its end."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.plugin", "-q", "--no-header", "-k", chosen]
     command += map(str, paths)
     environment = os.environ | {"ALIGNLAB_PRETENDED_GPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=950, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=950, check=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gpu.test_pretended_gpu import HERE, pass_on_a_pretended_gpu, pytestmark
+from tests.gpu.test_pretended_gpu import HERE, on_a_pretended_gpu, pytestmark
 
 __all__ = ["pytestmark"]
 
 
 @pytest.mark.timeout(1000)
 def test_trainers_in_16_bits_on_a_pretended_gpu_pass() -> None:
-    pass_on_a_pretended_gpu(HERE / "on_gpu_trainers.py", chosen="float16")
+    done = on_a_pretended_gpu(HERE / "on_gpu_trainers.py", chosen="float16")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]

@@ -55,12 +55,12 @@ def engine_config(settings: ShardingSettings, *, max_grad_norm: float, largest: 
     run_settings = _run_settings(settings, max_grad_norm, max(largest, _LEAST_BUCKET))
     if settings.deepspeed is None:
         return run_settings
-    user_settings = read_user_settings(settings.deepspeed)
+    user_settings = _user_settings(settings.deepspeed)
     _check(run_settings, user_settings, settings.deepspeed)
     return _within(run_settings, user_settings)
 
 
-def read_user_settings(path: Path) -> dict[str, Any]:
+def _user_settings(path: Path) -> dict[str, Any]:
     """Return what a user's DeepSpeed file says.
 
     Raises:

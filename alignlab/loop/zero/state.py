@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alignlab.errors import CheckpointError
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.models.pieces import Held, Piece, whole_shape
-from alignlab.runs.tensor_groups import elements_of, shape_of
+from alignlab.runs.checkpoint import STEP, check_optimizer_tensors
+from alignlab.runs.tensor_groups import elements_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_STEP = "step"
 
 
 def state_tensors(root: ZeroRoot, trained: Mapping[str, nn.Parameter]) -> dict[str, Held]:
@@ -39,7 +38,7 @@ def state_tensors(root: ZeroRoot, trained: Mapping[str, nn.Parameter]) -> dict[s
         for key in MOMENTS if state else ():
             tensors[f"{key}.{name}"] = place.piece(state[key])
         if state:
-            tensors[f"{_STEP}.{name}"] = state[_STEP]
+            tensors[f"{STEP}.{name}"] = state[STEP]
     return tensors
 
 
@@ -50,18 +49,18 @@ def load_state(root: ZeroRoot, trained: Mapping[str, nn.Parameter], tensors: Map
     Raises:
         CheckpointError: an entry belongs to no parameter, or has another shape than its parameter.
     """
-    _check(trained, tensors)
+    check_optimizer_tensors(trained, tensors)
     for name, parameter in trained.items():
         place = _place_of(root, parameter)
         place.take_weights(parameter)
-        if f"{_STEP}.{name}" not in tensors:
+        if f"{STEP}.{name}" not in tensors:
             root.state.pop(place.flat, None)
             continue
         if not root.state.get(place.flat):
             root.state[place.flat] = {key: torch.zeros_like(place.flat) for key in MOMENTS}
         state = root.state[place.flat]
         # A count of steps is on the tensor's device for the fused kernel alone, which every trained role has.
-        state[_STEP] = tensors[f"{_STEP}.{name}"].to(place.flat.device, torch.float32, copy=True)
+        state[STEP] = tensors[f"{STEP}.{name}"].to(place.flat.device, torch.float32, copy=True)
         for key in MOMENTS:
             piece = place.piece(state[key])
             piece.values.copy_(elements_of(tensors, f"{key}.{name}", piece))
@@ -113,19 +112,3 @@ def _place_in_stages_1_and_2(root: ZeroRoot, parameter: Any) -> _Place:
         flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel,
         parameter.shape,
     )
-
-
-def _check(trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    for entry in tensors:
-        key, _, name = entry.partition(".")
-        if name not in trained:
-            raise CheckpointError(
-                f"the optimizer's state in a checkpoint must belong to trained parameters, and {name} is none; "
-                "resume with the model and LoRA settings that the run was started with"
-            )
-        shape, expected = shape_of(tensors, entry), whole_shape(trained[name])
-        if key != _STEP and shape != expected:
-            raise CheckpointError(
-                f"{entry} in the checkpoint has shape {tuple(shape)} and its parameter {tuple(expected)}; "
-                "resume with the model and LoRA settings that the run was started with"
-            )
