@@ -66,6 +66,8 @@ class CheckpointSettings(Frozen):
     """None saves at the end and on interruption only."""
     keep: int = Field(2, ge=1)
     """Number of the newest checkpoints that stay."""
+    with_model: bool = False
+    """Beside each checkpoint write its model, or adapter, for other programs: `models/step-N` in the run's folder."""
 
 
 class ShardingSettings(Frozen):

@@ -11,7 +11,7 @@ CONFIG_FILE = "config.yaml"
 STARTS_FILE, ENDS_FILE, SAVED_FILE = "starts.jsonl", "ends.jsonl", "saved.json"
 METRICS_FILE, REPORT_FILE, CURVES_FILE = "metrics.jsonl", "report.json", "curves.png"
 CHECKPOINTS_FOLDER, ROLLOUTS_FOLDER, TRACKERS_FOLDER = "checkpoints", "rollouts", "trackers"
-ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+ADAPTER_FOLDER, MODEL_FOLDER, MODELS_FOLDER = "adapter", "model", "models"
 
 
 def cache_folder() -> Path:
@@ -73,6 +73,10 @@ class RunPaths:
     @property
     def model(self) -> Path:
         return self.path / MODEL_FOLDER
+
+    @property
+    def models(self) -> Path:
+        return self.path / MODELS_FOLDER
 
     @property
     def report_file(self) -> Path:

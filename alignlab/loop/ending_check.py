@@ -219,10 +219,11 @@ def check_disk(config: TrainerConfig, model: Model, folder: Path, checkpoint_byt
 
 
 def needed_bytes(config: TrainerConfig, model: Model, checkpoint_bytes: int) -> int:
-    """Return the bytes of a run's checkpoints (weights in training and Adam's two moments) and of its saved model."""
+    """Return the bytes of a run's checkpoints (weights in training and Adam's two moments) and of its saved models."""
     saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
-    checkpoints = num_checkpoints(config) * checkpoint_bytes
-    return checkpoints + sum(p.numel() * p.element_size() for p in saved)
+    checkpoints = num_checkpoints(config)
+    models = 1 + (checkpoints if config.checkpoints.with_model else 0)
+    return checkpoints * checkpoint_bytes + models * sum(p.numel() * p.element_size() for p in saved)
 
 
 def num_checkpoints(config: TrainerConfig) -> int:

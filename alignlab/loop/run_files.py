@@ -11,7 +11,7 @@ from alignlab.files.library_errors import writing
 from alignlab.loop.result import TrainResult
 from alignlab.loop.step_keeper import check_trained_weights
 from alignlab.models.hub.saving import published
-from alignlab.runs.checkpoint import Checkpoint
+from alignlab.runs.checkpoint import Checkpoint, checkpoint_path, remove_old
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.metrics import MetricsLogger
 
@@ -54,15 +54,38 @@ def open_files(
 def save_trained_model(loop: TrainingLoop, folder: RunFolder) -> Path:
     """Write the trained adapter or model into the run's folder, and return its path; every rank calls this together."""
     path = folder.adapter if loop.learner.has_adapters else folder.model
-    with loop.agreed("saving the trained model"):
+    _save_model(loop, folder, path, "saving the trained model")
+    return path
+
+
+def save_model_of_step(loop: TrainingLoop, folder: RunFolder) -> None:
+    """Write the present adapter or model among the run's `models`, of which as many stay as of its checkpoints.
+
+    It is written before the checkpoint of the step, so that there is a model for each checkpoint. Every rank calls this
+    together.
+    """
+    path = checkpoint_path(folder.models, loop.step)
+    _save_model(loop, folder, path, f"saving the model of step {loop.step}")
+    if loop.is_main:
+        remove_old(folder.models, loop.config.checkpoints.keep)
+
+
+def complete_models(loop: TrainingLoop, folder: RunFolder) -> None:
+    """Write the model of the step that a run goes on after, unless it is there: of a step that a failing run has kept,
+    rank 0 could not write it alone. Every rank calls this together."""
+    if loop.ranks.any(loop.is_main and not checkpoint_path(folder.models, loop.step).exists()):
+        save_model_of_step(loop, folder)
+
+
+def _save_model(loop: TrainingLoop, folder: RunFolder, path: Path, work: str) -> None:
+    with loop.agreed(work):
         check_trained_weights(loop.learners, loop.step)
         weights = loop.learner.whole_weights()
-    with loop.agreed("saving the trained model"):
+    with loop.agreed(work):
         if loop.is_main:
             folder.renew()
             with published(path, run_id=folder.run_id) as unfinished:
                 loop.write_model(unfinished, view=weights)
-    return path
 
 
 def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:

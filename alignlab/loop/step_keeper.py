@@ -64,10 +64,13 @@ class StepKeeper:
         loop: the loop in training.
         folder: folder of the run.
         logger: metrics of the run.
+
+    Attributes:
+        folder: of the run.
     """
 
     def __init__(self, loop: TrainingLoop, folder: RunFolder, logger: MetricsLogger) -> None:
-        self._loop, self._folder, self._logger = loop, folder, logger
+        self._loop, self.folder, self._logger = loop, folder, logger
         self._completed: CompletedStep | None = None
         self._copy: Tensors | None = None
         self._saved_step = loop.step
@@ -109,10 +112,10 @@ class StepKeeper:
                 self._write_part(completed, self._tensors())
         with self._loop.agreed(saving):
             if self._loop.is_main:
-                self._folder.renew()
+                self.folder.renew()
                 self._write(completed, {} if self._is_spread else self._tensors())
         self._saved_step = completed.step
-        return checkpoint_path(self._folder.checkpoints, completed.step)
+        return checkpoint_path(self.folder.checkpoints, completed.step)
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
@@ -141,7 +144,7 @@ class StepKeeper:
         completed, note = self._completed, self._loop.progress.note
         if completed is None or completed.step == 0:
             return
-        self._folder.ended("failed", completed.step)
+        self.folder.ended("failed", completed.step)
         try:
             is_saved = self._saved_step == completed.step or self._save_before_changes(completed)
         except Exception as error:  # the failure that ended the run is the one to be raised
@@ -166,7 +169,7 @@ class StepKeeper:
         if self._is_spread:
             self._write_part(completed, tensors)
         if self._loop.is_main:
-            self._folder.renew()
+            self.folder.renew()
             self._write(completed, {} if self._is_spread else tensors)
         self._saved_step = completed.step
         return True
@@ -174,7 +177,7 @@ class StepKeeper:
     def _write_part(self, completed: CompletedStep, tensors: Tensors) -> None:
         """Write what this rank holds of the weights and the optimizer's state."""
         self._check_finite(completed, tensors)
-        write_rank_part(self._folder.checkpoints, completed.step, self._loop.ranks.index, tensors)
+        write_rank_part(self.folder.checkpoints, completed.step, self._loop.ranks.index, tensors)
 
     def _check_finite(self, completed: CompletedStep, tensors: Tensors) -> None:
         named = (
@@ -188,7 +191,7 @@ class StepKeeper:
         self._check_finite(completed, tensors)
         loop = self._loop
         num_parts = loop.ranks.count if self._is_spread else 0
-        parts = ready_parts(self._folder.checkpoints, completed.step, num_parts, wait_s=PARTS_WAIT_S)
+        parts = ready_parts(self.folder.checkpoints, completed.step, num_parts, wait_s=PARTS_WAIT_S)
         state = completed.state | {
             "trainer": type(loop).__name__,
             "before": loop.before and loop.before.to_json(),
@@ -201,10 +204,10 @@ class StepKeeper:
             },
         }
         save_checkpoint(
-            self._folder.checkpoints, completed.step, tensors=_all_whole(tensors), state=state,
-            keep=loop.config.checkpoints.keep, random=completed.random, run_id=self._folder.run_id, parts=parts,
+            self.folder.checkpoints, completed.step, tensors=_all_whole(tensors), state=state,
+            keep=loop.config.checkpoints.keep, random=completed.random, run_id=self.folder.run_id, parts=parts,
         )
-        self._folder.saved(completed.step)
+        self.folder.saved(completed.step)
 
     def _tensors(self) -> Tensors:
         """Return the present weights in training and the state of their optimizers."""

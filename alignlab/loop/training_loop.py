@@ -30,7 +30,14 @@ from alignlab.loop.ranks import Ranks
 from alignlab.loop.restore import restore_newest
 from alignlab.loop.result import TrainResult
 from alignlab.loop.run_description import RunDescription
-from alignlab.loop.run_files import closing_report, enter_folder, open_files, save_trained_model
+from alignlab.loop.run_files import (
+    closing_report,
+    complete_models,
+    enter_folder,
+    open_files,
+    save_model_of_step,
+    save_trained_model,
+)
 from alignlab.loop.run_identity import RunIdentity
 from alignlab.loop.step_keeper import StepKeeper, check_all_weights, check_trained_weights
 from alignlab.models.decoder import causal_lm
@@ -184,6 +191,8 @@ class TrainingLoop(ABC):
             for learner in self.learners.values():
                 learner.strategy.begin()
             checkpoint = restore_newest(self, folder) if resume else None
+            if checkpoint is not None and self.config.checkpoints.with_model:
+                complete_models(self, folder)
             logger = open_files(self, stack, folder, checkpoint)
             result = self._train(folder, logger)
             with self.agreed("writing the report"):
@@ -284,6 +293,8 @@ class TrainingLoop(ABC):
             NumericsError, ConfigError, RankError: see `StepKeeper.save`.
         """
         assert self.keeper is not None, "save is called during train, such as in a callback"
+        if self.config.checkpoints.with_model:
+            save_model_of_step(self, self.keeper.folder)
         return self.keeper.save()
 
     def _evaluate_if_due(self, logger: MetricsLogger) -> None:

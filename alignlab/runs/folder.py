@@ -6,6 +6,7 @@
     config.yaml       the resolved config; config.2.yaml, ... if the run was resumed with another
     metrics.jsonl     rollouts/  checkpoints/  trackers/
     saved.json        the step of the newest checkpoint, by which a removed checkpoint is noticed
+    models/           with checkpoints.with_model: models or adapters beside the checkpoints, under the same names
     adapter/ or model/   report.json  curves.png
 """
 
@@ -40,6 +41,7 @@ from alignlab.files.paths import (
     ENDS_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    MODELS_FOLDER,
     REPORT_FILE,
     ROLLOUTS_FOLDER,
     SAVED_FILE,
@@ -54,7 +56,7 @@ from alignlab.runs.records import append_record, read_records, read_saved_step, 
 logger = logging.getLogger(__name__)
 RESULTS = (
     "config*.yaml", ENDS_FILE, SAVED_FILE, METRICS_FILE, CHECKPOINTS_FOLDER, ROLLOUTS_FOLDER, TRACKERS_FOLDER,
-    ADAPTER_FOLDER, MODEL_FOLDER, REPORT_FILE, CURVES_FILE,
+    ADAPTER_FOLDER, MODEL_FOLDER, MODELS_FOLDER, REPORT_FILE, CURVES_FILE,
 )  # fmt: skip
 """Results of a run; their run is named by `starts.jsonl`, which is written before them."""
 MAX_ERROR_CHARS = 500

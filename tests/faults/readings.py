@@ -41,9 +41,9 @@ def _readers(run: Path) -> Iterator[tuple[str, Callable[[], str]]]:
             yield name, lambda path=path: _metrics(path)  # type: ignore[misc]
         elif path.name == "rollouts" and path.is_dir():
             yield name, lambda path=path: _rollouts(path)  # type: ignore[misc]
-        elif re.fullmatch(r"step-\d{8}", path.name) and path.is_dir():
+        elif path.parent.name == "checkpoints" and re.fullmatch(r"step-\d{8}", path.name) and path.is_dir():
             yield name, lambda path=path: _checkpoint(path)  # type: ignore[misc]
-        elif path.name in ("model", "adapter") and path.is_dir():
+        elif (path.name in ("model", "adapter") or path.parent.name == "models") and path.is_dir():
             yield name, lambda path=path: _model(path)  # type: ignore[misc]
 
 

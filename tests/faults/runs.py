@@ -65,7 +65,11 @@ def _rlaif(path: str, trainer: dict[str, Any]) -> dict[str, Any]:
 _LABELS = {"labels": {"sampling": {"max_new_tokens": 4}, "prompts_per_batch": 3}}
 RUNS: dict[str, dict[str, Any]] = {
     "sft": _offline(
-        "examples", {"type": "sft", "num_sequences": 2, "trackers": ["tensorboard"], "eval_every_steps": 1},
+        "examples",
+        {
+            "type": "sft", "num_sequences": 2, "trackers": ["tensorboard"], "eval_every_steps": 1,
+            "checkpoints": {"every_steps": 1, "with_model": True},
+        },
         eval_data={"path": "inputs/examples.jsonl"},
     ),
     "dpo": _offline("pairs", {"type": "dpo", "num_pairs": 2}, model=_ADAPTER, eval_data={"path": "inputs/pairs.jsonl"}),

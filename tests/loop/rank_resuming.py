@@ -30,6 +30,7 @@ def train(name: str, folder: Path, strategy: str, num_steps: int) -> dict[str, t
     trainer = make_case(
         name, folder / name, model, tokenizer, num_steps=num_steps, memory={"tokens_per_microbatch": 16},
         sharding={"strategy": strategy}, optim={"learning_rate": 1e-3, "schedule": "constant"},
+        checkpoints={"with_model": name == "sft"},
     )
     for learner in trainer.learners.values():
         for group in learner.optimizer.param_groups:

@@ -54,6 +54,13 @@ def test_examples_are_learnt_from_as_in_an_uninterrupted_run(
 
 
 @pytest.mark.distributed
+def test_models_beside_checkpoints_are_whole_wherever_the_weights_were(folder: Path) -> None:
+    written = load_file(folder / "sft" / "models" / "step-00000003" / "model.safetensors")
+    weights = {name.removeprefix("model."): weight for name, weight in weights_of_ranks(folder, "sft").items()}
+    assert weights and all(torch.equal(written[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.distributed
 def test_rollouts_go_on_with_the_next_prompts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank_resuming.train("grpo", tmp_path, "ddp", 3)
     assert weights_of_ranks(folder, "grpo")
