@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab.config.data import DataSettings, RenderSettings
 from alignlab.config.loader import dump_resolved
 from alignlab.config.run import RunConfig, WarmStart
+from alignlab.config.trainers import RLAIFConfig
 from alignlab.data.examples import load_examples
 from alignlab.errors import ConfigError, NothingLearntError
 from alignlab.evaluation.results import Evaluation, EvaluationResult, LikelihoodResult
-from alignlab.loop.accelerator import prepared_device
+from alignlab.loop.accelerator import make_accelerator, prepared_device
+from alignlab.loop.host_ranks import loading_for_training
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.rank_watchdog import watched_set_up
 from alignlab.loop.run_description import RunDescription
@@ -108,8 +110,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
     if config.warm_start is None:
         tokenizer = make_tokenizer(config)
         set_seed(config.trainer.seed)  # a new model's weights are the run's too
-        device = prepared_device(config.trainer.numerics)
-        model = make_model(config.model, tokenizer, model_dtype(config.model), device)
+        with _loading(config) as device:
+            model = make_model(config.model, tokenizer, model_dtype(config.model), device)
         return _train(config, model, tokenizer, resume=resume)
     check_run(config)  # what the training would refuse is refused before the warm start
     return _train_from_warm_start(config, config.warm_start, resume=resume)
@@ -118,16 +120,24 @@ def run(config: RunConfig, *, resume: bool = False) -> RunSummary:
 def _train_from_warm_start(config: RunConfig, settings: WarmStart, *, resume: bool) -> RunSummary:
     folder, tokenizer = config.trainer.output_dir, make_tokenizer(config)
     set_seed(config.trainer.seed)
-    device = prepared_device(config.trainer.numerics)
-    # A warm start trains all weights, also where an adapter is added afterwards.
-    model = make_model(config.model, tokenizer, torch.float32, device)
+    with _loading(config) as device:  # a warm start trains all weights, also where an adapter is added afterwards
+        model = make_model(config.model, tokenizer, torch.float32, device)
     with _summarised(config):
         trainer = warm_start_trainer(config, settings, model, tokenizer)
         warm = trainer.train(resume=resume and holds_run(folder / WARM_START))
     if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
         return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
-    model = load_model(str(warm.model_path), dtype=model_dtype(config.model), device=device)
+    with _loading(config) as device:
+        model = load_model(str(warm.model_path), dtype=model_dtype(config.model), device=device)
     return _train(config, model, tokenizer, resume=resume and holds_run(folder))
+
+
+def _loading(config: RunConfig) -> AbstractContextManager[torch.device]:
+    """Return a context in which the model to be trained is loaded on the device that it yields."""
+    trainer = config.trainer
+    if isinstance(trainer, RLAIFConfig) or not trainer.sharding.spreads_weights:  # RLAIF samples before it trains
+        return nullcontext(prepared_device(trainer.numerics))
+    return loading_for_training(trainer.sharding, make_accelerator(trainer.rank_timeout_s, trainer.numerics))
 
 
 def _train(

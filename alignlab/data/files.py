@@ -24,6 +24,7 @@ Rows = Iterable[Any]
 """Mappings, and a `DamagedRow` for each row that cannot be read."""
 _UTF8_MARK = b"\xef\xbb\xbf"
 _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, and little-endian UTF-32
+_READ_BYTES = 2**20
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -69,6 +70,8 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         with gzip.open(path) if is_packed else open(path, "rb") as source:
             limit = unpacked_limit(Path(path).stat().st_size, is_packed=is_packed)
+            if is_packed:  # before its rows are read, of which there may be millions
+                _unpack(cast("BinaryIO", source), limit, path)
             file = io.BufferedReader(LimitedReader(cast("BinaryIO", source), limit, path))
             begin = file.peek(len(_UTF8_MARK))
             if begin.startswith(_OTHER_MARKS):
@@ -80,6 +83,14 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         raise DataError(f"{path} must be text in UTF-8, and is not: {error}; convert it") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; correct the path, or write the file again") from error
+
+
+def _unpack(source: BinaryIO, limit: int, path: str) -> None:
+    """Unpack a file without keeping it, up to `limit` bytes."""
+    reader, block = LimitedReader(source, limit, path), bytearray(_READ_BYTES)
+    while reader.readinto(block):
+        pass
+    source.seek(0)
 
 
 def _jsonl_rows(path: str) -> Iterator[Mapping[str, Any] | DamagedRow]:

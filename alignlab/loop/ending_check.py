@@ -27,6 +27,7 @@ from alignlab.models.decoder import causal_lm, end_ids, num_embeddings
 from alignlab.models.hub.checkpoints import is_adapter, save_model
 from alignlab.models.hub.reward_checkpoints import padded_tokenizer, try_reward_model
 from alignlab.models.hub.saving import SAVING_ERRORS, saving
+from alignlab.models.pieces import whole_bytes
 from alignlab.runs.folder import check_place
 from alignlab.runs.metrics import check_trackers
 from alignlab.types import Prompt
@@ -55,7 +56,7 @@ def check_ending(
     """
     check_saving(config, model, tokenizer, write)
     trained = (p for p in model.parameters() if p.requires_grad) if trained is None else trained
-    check_disk(config, model, folder, sum(p.numel() * p.element_size() + state_bytes(p) for p in trained))
+    check_disk(config, model, folder, sum(whole_bytes(p) + state_bytes(p) for p in trained))
 
 
 def on_main_rank(check: Callable[[], None]) -> None:
@@ -223,7 +224,7 @@ def needed_bytes(config: TrainerConfig, model: Model, checkpoint_bytes: int) -> 
     saved = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
     checkpoints = num_checkpoints(config)
     models = 1 + (checkpoints if config.checkpoints.with_model else 0)
-    return checkpoints * checkpoint_bytes + models * sum(p.numel() * p.element_size() for p in saved)
+    return checkpoints * checkpoint_bytes + models * sum(map(whole_bytes, saved))
 
 
 def num_checkpoints(config: TrainerConfig) -> int:

@@ -49,10 +49,14 @@ def resolve_model(
     tokenizer: str | PreTrainedTokenizerBase | None,
     peft_config: LoraSettings | LoraConfig | None,
     device: torch.device,
+    computes_on: torch.device | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return the model with its adapter, on `device`, and its tokenizer.
 
     A model given by name is loaded in bfloat16 under an adapter, in float32 where all weights train.
+
+    Args:
+        computes_on: where the model will compute, if not on `device`.
 
     Raises:
         ConfigError: there is no tokenizer, or the adapter is no LoRA or cannot be trained, merged and saved exactly.
@@ -69,7 +73,7 @@ def resolve_model(
         model.set_adapter(model.active_adapter)  # PEFT loads an adapter frozen; here it is trained further
     if isinstance(model, PeftModel):
         check_trainable(model)
-    _warn_of_slow_products(model, device)
+    _warn_of_slow_products(model, computes_on or device)
     put_on(model, device)
     return model, tokenizer
 

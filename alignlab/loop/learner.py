@@ -32,6 +32,7 @@ from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
 from alignlab.models.dropout import switch_off_dropout
+from alignlab.models.empty import put_on
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.exact_weights import held_part, model_dtype
 from alignlab.models.fingerprints import weights_fingerprint
@@ -89,6 +90,9 @@ class Learner:
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         with module.in_use():
             shard_weights(module, config, self.ranks)
+            tensors = (*module.parameters(), *module.buffers())
+            if self.is_spread and any(tensor.device.type != self.device.type for tensor in tensors):
+                put_on(module, self.device)  # a head, or a buffer, that was loaded on the host beside the weights
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass

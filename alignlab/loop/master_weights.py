@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from alignlab.models.pieces import whole_shape
 from alignlab.runs.checkpoint import MASTER
 
 
@@ -22,7 +23,8 @@ def needs_master(parameter: Tensor) -> bool:
 
 def state_bytes(parameter: nn.Parameter) -> int:
     """Return the bytes of the optimizer's state of a weight: two moments and, where it needs one, the copy."""
-    return (2 + needs_master(parameter)) * parameter.numel() * max(parameter.element_size(), torch.float32.itemsize)
+    width = max(parameter.element_size(), torch.float32.itemsize)
+    return (2 + needs_master(parameter)) * whole_shape(parameter).numel() * width
 
 
 class MasterAdamW(torch.optim.AdamW):

@@ -23,6 +23,7 @@ from alignlab.evaluation.results import Evaluation
 from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.arguments import NamedArguments, check_callbacks, check_config
 from alignlab.loop.given_data import GivenData, given_data, given_held_out
+from alignlab.loop.host_ranks import loading_for_training
 from alignlab.loop.inputs import Model, check_shares, resolve_model
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
 from alignlab.loop.preflight import Preflight
@@ -76,7 +77,8 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         size: int = getattr(config, self.size_field)
         check_shares(self.size_field, size, accelerator.num_processes)
         set_seed(config.seed)
-        model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+        with loading_for_training(config.sharding, accelerator) as device:
+            model, tokenizer = resolve_model(model, tokenizer, peft_config, device, computes_on=accelerator.device)
         self.algorithm = self.algorithm_class(config, OfflineInputs(accelerator, model, tokenizer))
         super().__init__(config=config, learner=self.algorithm.learner, tokenizer=tokenizer, callbacks=callbacks)
         self.train_examples: Sequence[Any] = self._read(train)

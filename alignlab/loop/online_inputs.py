@@ -19,13 +19,8 @@ from alignlab.config.trainers import OnlineConfig
 from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.given_data import DatasetLike, GivenData, given_held_out, given_prompts, resolve_prompts
 from alignlab.loop.held_out import HeldOutProblems, held_out_problems
-from alignlab.loop.inputs import (
-    Model,
-    Reward,
-    check_shares,
-    resolve_model,
-    resolve_rewards,
-)
+from alignlab.loop.host_ranks import loading_for_training
+from alignlab.loop.inputs import Model, Reward, check_shares, resolve_model, resolve_rewards
 from alignlab.loop.preflight import warn_of_truncation, with_room
 from alignlab.loop.reward_checks import check_rewards
 from alignlab.models.shards import shard_root
@@ -89,7 +84,8 @@ def resolve_online_inputs(
     warn_of_truncation(config.sampling)
     uses_rewards = config.takes_rewards == "needed" or bool(reward_funcs)
     rewards = RewardRunner(resolve_rewards(reward_funcs) if uses_rewards else [], config.reward_limits)
-    model, tokenizer = resolve_model(model, tokenizer, peft_config, accelerator.device)
+    with loading_for_training(config.sharding, accelerator) as device:
+        model, tokenizer = resolve_model(model, tokenizer, peft_config, device, computes_on=accelerator.device)
     engine = chosen_engine(config.rollout, model, accelerator.device)
     config = config.model_copy(update={"rollout": engine})
     prompts = with_room(resolve_prompts(train, tokenizer), model, config, train.settings, tokenizer=tokenizer)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
 from alignlab.loop.master_weights import MasterAdamW, needs_master
+from alignlab.models.pieces import whole_shape
 
 logger = logging.getLogger(__name__)
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -38,7 +39,7 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
         )
     # One kernel does not take tensors of which this rank holds a part together with whole ones.
     groups = [
-        {"params": [p for p in trained if decays is (p.ndim >= 2) and isinstance(p, DTensor) is is_part],
+        {"params": [p for p in trained if decays is (len(whole_shape(p)) >= 2) and isinstance(p, DTensor) is is_part],
          "weight_decay": config.optim.weight_decay if decays else 0.0}
         for decays in (True, False) for is_part in (True, False)
     ]  # fmt: skip

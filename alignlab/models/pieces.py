@@ -87,6 +87,11 @@ def whole_shape(tensor: Held) -> torch.Size:
     return torch.Size(_ds(tensor).ds_shape) if is_partitioned(tensor) else tensor.shape
 
 
+def whole_bytes(tensor: Held) -> int:
+    """Return the bytes of the whole tensor."""
+    return whole_shape(tensor).numel() * held(tensor).element_size()
+
+
 @torch.no_grad()
 def gathered(tensor: Tensor) -> Tensor:
     """Return a whole tensor, without a gradient; of one that the ranks share out, every rank calls this together."""

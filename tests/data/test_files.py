@@ -59,6 +59,14 @@ def test_a_file_that_unpacks_to_far_more_than_its_size_is_refused(
         texts(path, plain_tokenizer)
 
 
+def test_a_packed_file_is_measured_before_its_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_limits, "ALWAYS_ALLOWED_BYTES", 2**16)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 2**16))
+    with pytest.raises(DataError, match="must hold at most"):
+        next(iter(files.file_rows(str(path))))
+
+
 def test_a_file_that_does_not_fit_into_memory_is_refused(
     tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """Run by torchrun: trainings of two ranks in which one fails. Usage: rank_keeping.py FOLDER STRATEGY
 
-First a callback, an evaluation and a reward fail on one rank, and the run goes on in the same processes. Last a
-rank fails in the middle of a step, while the other one waits for it, and both end.
+First a callback, an evaluation and a reward fail on one rank, and the run goes on in the same processes. Then a rank's
+gradient is not finite, also when the step is done again, and the run goes on once it is. Last a rank fails in the
+middle of a step, while the other one waits for it, and both end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from alignlab.config.rollout import SamplingSettings
 from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import NumericsError
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.trainers.grpo import GRPOTrainer
 from tests.settings import merged
@@ -94,6 +96,22 @@ def fail_in_second_minibatch(trainer: GRPOTrainer, rank: int) -> None:
     trainer.learner.update = failing  # type: ignore[method-assign]
 
 
+def spoil_gradient(trainer: GRPOTrainer, rank: int) -> None:
+    """Make the gradient of the third step's updates not a number."""
+    update = trainer.learner.update
+
+    def spoilt(packs: Any, loss: Any, *args: Any, **options: Any) -> Any:
+        factor = torch.nan if trainer.step == 2 and rank == RANK else 1.0
+
+        def loss_of(output: Any, pack: Any) -> Any:
+            losses, metrics = loss(output, pack)
+            return losses * factor, metrics
+
+        return update(packs, loss_of, *args, **options)
+
+    trainer.learner.update = spoilt  # type: ignore[method-assign]
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     make_trainer(folder / "straight", checkpoints={"every_steps": 1, "keep": 9}).train()
@@ -105,6 +123,14 @@ def main() -> None:
         except Exception as error:
             (folder / f"{fail.__name__}.{RANK}").write_text(f"{type(error).__name__}: {error}")
         make_trainer(folder / fail.__name__).train(resume=True)
+    for attempt in (1, 2):
+        trainer = make_trainer(folder / "not_finite")
+        spoil_gradient(trainer, rank=1)
+        try:
+            trainer.train(resume=attempt == 2)
+        except NumericsError as error:
+            (folder / f"not_finite.{RANK}.{attempt}").write_text(f"after step {trainer.step}: {error}")
+    make_trainer(folder / "not_finite").train(resume=True)
     trainer = make_trainer(folder / "alone")
     fail_in_second_minibatch(trainer, rank=1)
     trainer.train()

@@ -348,7 +348,12 @@ def test_failure_of_one_of_two_ranks_loses_no_step(tmp_path: Path, strategy: str
         assert metrics_of(tmp_path / name) == metrics_of(tmp_path / "straight"), name
     runs = {path.parent.parent.name: json.loads(path.read_text())["run"]
             for path in tmp_path.glob("*/model/alignlab-manifest.json")}
-    assert len(set(runs.values())) == len(runs) == 4
+    assert len(set(runs.values())) == len(runs) == 5
+    for rank in (0, 1):
+        told = [(tmp_path / f"not_finite.{rank}.{attempt}").read_text() for attempt in (1, 2)]
+        assert told[0] == told[1] and told[0].startswith("after step 2: the gradient is not finite"), told
+    resumed = load_file(tmp_path / "not_finite" / "model" / "model.safetensors")
+    assert all(torch.equal(resumed[weight], straight[weight]) for weight in straight)
     saved, expected = (tmp_path / run / "checkpoints" / "step-00000002" for run in ("alone", "straight"))
     names = sorted(path.name for path in expected.glob("*.safetensors"))
     assert len(names) == (4 if strategy == "ddp" else 6), "a file of weights and one of states, or one a rank"

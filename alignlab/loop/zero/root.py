@@ -1,7 +1,8 @@
 """A model that DeepSpeed trains, with all roles that share it, in one engine.
 
 An engine can be made once for a model, and must know what every role trains. It is made when training begins, after
-the learners of all roles have joined: until then each rank holds the model whole.
+the learners of all roles have joined. Weights that are shared out (stage 3) are from the start: they are read on the
+host, and go to the device one by one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from alignlab.loop.zero.engine_config import engine_config
 from alignlab.loop.zero.installation import load_deepspeed
 from alignlab.loop.zero.role_optimizers import RoleOptimizers
 from alignlab.models.moe import SparseFeedForward
+from alignlab.models.pieces import whole_shape
 from alignlab.models.shards import empty_copy
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class ZeroRoot:
         self._trained: dict[torch.optim.Optimizer, list[nn.Parameter]] = {}
         self._roles: RoleOptimizers | None = None
         self._engine: Any = None
+        if self.spreads_weights:
+            self._share_out(model)
 
     def join(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Add a role: a module on the model, and the optimizer of what the role trains."""
@@ -111,16 +115,26 @@ class ZeroRoot:
         with _requiring_gradients(others, False):
             yield engine
 
+    def _share_out(self, model: nn.Module) -> None:
+        """Leave each rank its piece of each weight, on its device."""
+        config = self._config([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self._deepspeed().zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
+
+    def _deepspeed(self) -> Any:
+        """Return the package, which knows the ranks."""
+        deepspeed = load_deepspeed(self.mesh.device_type)
+        backend = "nccl" if self.mesh.device_type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+        return deepspeed
+
+    def _config(self, trained: Sequence[nn.Parameter]) -> dict[str, Any]:
+        largest = max((whole_shape(parameter).numel() for parameter in trained), default=1)
+        return engine_config(self.settings, max_grad_norm=self._max_grad_norm, largest=largest)
+
     def _made(self) -> Any:
         roles = RoleOptimizers(list(self._trained))
         trained = [parameter for of_role in self._trained.values() for parameter in of_role]
-        device = trained[0].device
-        deepspeed = load_deepspeed(device.type)
-        config = engine_config(
-            self.settings, max_grad_norm=self._max_grad_norm, largest=max(parameter.numel() for parameter in trained)
-        )
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+        deepspeed, config = self._deepspeed(), self._config(trained)
         module = _Roles(self._modules)
         if self.spreads_weights and any(isinstance(part, SparseFeedForward) for part in module.modules()):
             deepspeed.utils.set_z3_leaf_modules(module, [SparseFeedForward])  # its experts are gathered together

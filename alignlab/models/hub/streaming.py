@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from alignlab.models.hub.host_copies import is_shared, shared_copies
 from alignlab.models.hub.weight_files import Piece, WeightFiles, plan_of
 from alignlab.models.transformer import PolicyForCausalLM
 
@@ -15,7 +17,8 @@ from alignlab.models.transformer import PolicyForCausalLM
 def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> bool:
     """Give a model without weights those of a folder.
 
-    On a CPU, a weight that has the dtype already stays in the file, mapped into memory, and is read when it is used.
+    On a CPU, a weight that has the dtype already stays in the file, mapped into memory, and is read when it is used;
+    others are made once for all ranks of the host within `host_copies.made_once`.
 
     Args:
         model: on the meta device, its buffers aside.
@@ -35,8 +38,15 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
     plan = plan_of(files, {name: tensor.shape for name, tensor in wanted.items() if name not in optional})
     if plan is None:
         return False
-    for name, pieces in plan.items():
-        _put(model, name, _tensor(files, pieces, wanted[name], dtype, device))
+    dtypes = {name: dtype if tensor.is_meta else tensor.dtype for name, tensor in wanted.items()}  # buffers keep theirs
+    mapped = {name for name in plan if device.type == "cpu" and files.can_map(plan[name], dtypes[name])}
+    for name in mapped:
+        _put(model, name, files.mapped(plan[name]))
+    rest = [name for name in plan if name not in mapped]
+    empty = {name: torch.empty(wanted[name].shape, dtype=dtypes[name], device="meta") for name in rest}
+    made = _made(files, plan, empty, device)
+    for name, values in shared_copies(empty, made).items() if rest and is_shared() else made:
+        _put(model, name, values)
     for name, buffer in model.named_buffers():
         if name not in plan:
             _put(model, name, buffer.to(device))
@@ -49,18 +59,18 @@ def _tied(model: PolicyForCausalLM) -> set[str]:
     return set(PolicyForCausalLM._tied_weights_keys) if model.config.tie_word_embeddings else set()
 
 
-def _tensor(
-    files: WeightFiles, pieces: tuple[Piece, ...], empty: Tensor, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return the values of a parameter, or of a buffer, which keeps its dtype and is the one that has values."""
-    dtype = dtype if empty.is_meta else empty.dtype
-    if device.type == "cpu":
-        mapped = files.mapped(pieces, dtype)
-        if mapped is not None:
-            return mapped
-    values = torch.empty(empty.shape, dtype=dtype, device=device)
-    files.read(pieces, values)
-    return values
+def _made(
+    files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], empty: Mapping[str, Tensor], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of parameters and buffers that are read from the files, one after another.
+
+    Args:
+        empty: their shapes and dtypes.
+    """
+    for name, shape in empty.items():
+        values = torch.empty_like(shape, device=device)
+        files.read(plan[name], values)
+        yield name, values
 
 
 def _put(model: nn.Module, name: str, values: Tensor) -> None:

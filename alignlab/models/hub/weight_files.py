@@ -101,11 +101,12 @@ class WeightFiles:
                     elif start <= piece.expert < stop:
                         out[piece.expert - start, piece.rows or slice(None)].copy_(file.get_tensor(piece.name))
 
-    def mapped(self, pieces: tuple[Piece, ...], dtype: torch.dtype) -> Tensor | None:
-        """Return a parameter as it lies in a file, mapped into memory; None if it is put together, or of another dtype.
-        """
-        if pieces[0].expert is not None or self._kinds[pieces[0].name] != _KINDS.get(dtype):
-            return None
+    def can_map(self, pieces: tuple[Piece, ...], dtype: torch.dtype) -> bool:
+        """Return whether a parameter lies in a file as it is: it is not put together, and has the dtype."""
+        return pieces[0].expert is None and self._kinds[pieces[0].name] == _KINDS.get(dtype)
+
+    def mapped(self, pieces: tuple[Piece, ...]) -> Tensor:
+        """Return a parameter as it lies in a file, mapped into memory; see `can_map`."""
         with safe_open(self._file_of[pieces[0].name], "pt") as file:
             tensor: Tensor = file.get_tensor(pieces[0].name)
         return tensor
