@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from alignlab.loop.empty_packs import filled_up
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.strategy import SingleProcess
 from alignlab.models.pieces import held
+from alignlab.models.policy import PackedModel
+from alignlab.models.shards import ShardRoot, shard_root
 from alignlab.types import Experience
 
 _CLIP_EPSILON = 1e-6
@@ -63,6 +66,13 @@ class FullySharded(SingleProcess):
         for gradient in [*spread, *whole] if factor < 1 else ():
             gradient.mul_(factor)
         return norm
+
+    def clear(self) -> None:
+        """Drop the gradients, and what a pass without its backward pass has left gathered."""
+        super().clear()
+        root = shard_root(cast(PackedModel, self.module).model)
+        assert isinstance(root, ShardRoot)
+        root.release()
 
     def _trained(self) -> Iterator[nn.Parameter]:
         for group in self.optimizer.param_groups:

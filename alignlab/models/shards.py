@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from alignlab.models.decoder import causal_lm
@@ -67,9 +67,25 @@ class ShardRoot(nn.Module):
         self.__dict__["blueprint"] = empty_copy(model)  # no part of this module
         self.model = model
 
+    def __call__(self, function: Callable[[], T]) -> T:
+        """Return what a function computes with the model; it takes no tensors, which FSDP would copy.
+
+        Between a forward and its backward pass the embedding and the head stay gathered.
+        """
+        try:
+            result: T = super().__call__(function)
+        finally:
+            if not torch.is_grad_enabled():  # no backward pass will free them, and the next update would not reach them
+                self.release()
+        return result
+
     def forward(self, function: Callable[[], T]) -> T:
-        """Return what a function computes with the model; it takes no tensors, which FSDP would copy."""
+        """Return what a function computes."""
         return function()
+
+    def release(self) -> None:
+        """Keep of the embedding and the head this rank's rows alone."""
+        cast(FSDPModule, self).reshard()
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -91,7 +107,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in (*lm.get_decoder().layers, root):  # one after another: a layer in float32 is cut up at once
         if dtype is not None:
             hold_in_float32(parameter for parameter in module.parameters() if not isinstance(parameter, DTensor))
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not root, mp_policy=precision)
     if dtype is not None:
         mark_exact(root.parameters(), dtype)
     set_root(model, root)
