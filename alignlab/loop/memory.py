@@ -91,7 +91,7 @@ def _gradient_and_state_bytes(trained: Sequence[nn.Parameter], sharding: Shardin
     gradients = sum(4 * parameter.numel() for parameter in trained)
     states = sum(state_bytes(parameter) for parameter in trained)
     if sharding.zero_stage:  # DeepSpeed updates a float32 copy of its own, of float32 weights too
-        states += sum(4 * parameter.numel() for parameter in trained)
+        states += sum(4 * parameter.numel() for parameter in trained if not needs_master(parameter))
     elif sharding.spreads_weights:  # FSDP2 holds a weight in 16 bits as its float32 copy alone
         states -= sum(p.numel() * p.element_size() for p in trained if needs_master(p))
     gradients //= planned_ranks() if sharding.spreads_gradients else 1

@@ -37,15 +37,18 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
             "training needs at least one parameter with requires_grad, and the model has 0; "
             "set model.lora, or unfreeze the weights to be trained"
         )
-    # One kernel does not take tensors of which this rank holds a part together with whole ones.
-    groups = [
-        {"params": [p for p in trained if decays is (len(whole_shape(p)) >= 2) and isinstance(p, DTensor) is is_part],
-         "weight_decay": config.optim.weight_decay if decays else 0.0}
-        for decays in (True, False) for is_part in (True, False)
-    ]  # fmt: skip
-    make = MasterAdamW if any(map(needs_master, trained)) else torch.optim.AdamW
+    by_kind: dict[tuple[bool, bool, torch.dtype], list[nn.Parameter]] = {}
+    for parameter in trained:
+        # One kernel does not take tensors of which this rank holds a part together with whole ones, nor two dtypes.
+        kind = (len(whole_shape(parameter)) >= 2, isinstance(parameter, DTensor), parameter.dtype)
+        by_kind.setdefault(kind, []).append(parameter)
+    has_copies = config.sharding.zero_stage > 0  # DeepSpeed's, in float32, which the optimizer gets to step
+    make = MasterAdamW if any(map(needs_master, trained)) and not has_copies else torch.optim.AdamW
     optimizer = make(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": config.optim.weight_decay if decays else 0.0}
+            for (decays, *_), parameters in by_kind.items()
+        ],
         lr=config.optim.learning_rate,
         betas=(config.optim.adam_beta1, config.optim.adam_beta2),
         fused=all(parameter.device.type in FUSED_DEVICES for parameter in trained),

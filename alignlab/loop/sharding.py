@@ -17,7 +17,6 @@ from alignlab.loop.zero.installation import check_deepspeed
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.loop.zero.strategy import Zero
 from alignlab.models.empty import is_empty
-from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import PackedModel
 from alignlab.models.shards import set_root, shard, shard_root
 from alignlab.models.sync_digests import sync_digests
@@ -47,13 +46,13 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
 
     Raises:
         ConfigError: see `check_sharding`; DeepSpeed is missing or of an untested version; a user's DeepSpeed file
-            cannot be read, or contradicts the config; all weights train in 16 bits by DeepSpeed; or weights in 16 bits
-            train beside others.
+            cannot be read, or contradicts the config; or weights in 16 bits train beside others.
     """
     settings, max_grad_norm = config.sharding, config.optim.max_grad_norm
     if settings.zero_stage:
         check_deepspeed()
         engine_config(settings, max_grad_norm=max_grad_norm, largest=1)
+        _check_one_dtype(module, settings)
     if is_empty(module):
         return
     check_sharding(settings, ranks.count)
@@ -63,14 +62,24 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
         check_equal(module, ranks)
         shard(module.model, init_device_mesh(ranks.device.type, (ranks.count,)))
         return
-    if dtype_in_training(module.model) is not None:
-        raise ConfigError(
-            f"trainer.sharding.strategy is {settings.strategy}, by which weights train in float32, and model.dtype "
-            "trains all weights in 16 bits; use strategy: fsdp2, set model.dtype: float32, or give model.lora, whose "
-            "base may be in 16 bits"
-        )
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
+
+
+def _check_one_dtype(module: PackedModel, settings: ShardingSettings) -> None:
+    """Raise if what trains has several dtypes, which one engine of DeepSpeed would round to one.
+
+    Raises:
+        ConfigError: with the dtypes.
+    """
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ConfigError(
+            f"trainer.sharding.strategy is {settings.strategy}, by which all that trains must have one dtype, and this "
+            f"trains {names}, as a head in float32 on a model in 16 bits does; set model.dtype: float32, or "
+            "trainer.sharding.strategy: fsdp2"
+        )
 
 
 def check_equal(module: PackedModel, ranks: Ranks) -> None:

@@ -35,7 +35,9 @@ CHANGES = {
     ],
     "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero3")],
     "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero3", "fsdp2")],
-    "all in bfloat16": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp")],
+    "all in bfloat16": [
+        ("ddp", "ddp"), ("ddp", "fsdp2"), ("ddp", "zero1"), ("zero2", "zero2"), ("fsdp2", "zero3"), ("zero3", "ddp"),
+    ],
     "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp"), ("ddp", "zero1"), ("zero2", "zero3")],
 }
 """Where the weights of a model are in the first two steps, and in the third."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.config.trainers import GRPOConfig
+from alignlab.config.trainers import GRPOConfig, RewardConfig
 from alignlab.errors import ConfigError
 from alignlab.loop.accelerator import make_accelerator
 from alignlab.loop.empty_packs import empty_like, filled_up
@@ -23,6 +23,7 @@ from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import check_equal, shard_weights
 from alignlab.models.exact_weights import dtype_in_training
 from alignlab.models.policy import Policy
+from alignlab.models.reward_model import RewardModel
 from alignlab.runs.checkpoint import MASTER
 from alignlab.runs.tensor_groups import read_groups
 from alignlab.types import Experience, Segments
@@ -141,15 +142,13 @@ def test_ranks_that_begin_with_unequal_weights_are_named(
         check_equal(policy, ranks)
 
 
-def test_weights_in_16_bits_are_not_spread_by_deepspeed(
-    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ranks = Ranks(make_accelerator(60.0))
-    monkeypatch.setattr(ranks, "count", 2)
-    with pytest.raises(ConfigError, match="trains all weights in 16 bits"):
-        shard_weights(
-            Policy(make_model().to(torch.bfloat16)), GRPOConfig(sharding={"strategy": "zero2"}), ranks  # type: ignore[arg-type]
-        )
+def test_a_head_in_float32_on_a_model_in_16_bits_is_not_trained_by_deepspeed(make_model: Callable[..., Any]) -> None:
+    config, ranks = RewardConfig(sharding={"strategy": "zero2"}), Ranks(make_accelerator(60.0))  # type: ignore[arg-type]
+    reward = RewardModel(make_model().to(torch.bfloat16))
+    with pytest.raises(ConfigError, match="must have one dtype, and this trains bfloat16, float32"):
+        shard_weights(reward, config, ranks)
+    with pytest.raises(ConfigError, match="has one rank"):
+        shard_weights(RewardModel(make_model()), config, ranks)
 
 
 def test_weights_of_two_dtypes_are_not_spread_in_training(make_model: Callable[..., Any]) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alignlab.loop.master_weights import needs_master
 from alignlab.loop.zero.root import ZeroRoot
 from alignlab.models.pieces import Held, Piece, whole_shape
-from alignlab.runs.checkpoint import STEP, check_optimizer_tensors
+from alignlab.runs.checkpoint import MASTER, STEP, check_optimizer_tensors
 from alignlab.runs.tensor_groups import elements_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,6 +40,8 @@ def state_tensors(root: ZeroRoot, trained: Mapping[str, nn.Parameter]) -> dict[s
             tensors[f"{key}.{name}"] = place.piece(state[key])
         if state:
             tensors[f"{STEP}.{name}"] = state[STEP]
+        if state and needs_master(parameter):
+            tensors[f"{MASTER}.{name}"] = place.piece(place.flat)
     return tensors
 
 
@@ -52,7 +55,11 @@ def load_state(root: ZeroRoot, trained: Mapping[str, nn.Parameter], tensors: Map
     check_optimizer_tensors(trained, tensors)
     for name, parameter in trained.items():
         place = _place_of(root, parameter)
-        place.take_weights(parameter)
+        if f"{MASTER}.{name}" in tensors:
+            copy = place.piece(place.flat)
+            copy.values.copy_(elements_of(tensors, f"{MASTER}.{name}", copy))
+        else:
+            place.take_weights(parameter)
         if f"{STEP}.{name}" not in tensors:
             root.state.pop(place.flat, None)
             continue
