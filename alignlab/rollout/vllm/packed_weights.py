@@ -18,6 +18,7 @@ from alignlab.errors import RolloutError
 from alignlab.rollout.vllm.weight_group import WeightGroup
 
 BUFFER_BYTES = 64 * 2**20
+"""Size of a trainer's buffers; it tells it to the servers."""
 _ALIGNMENT = 16
 _MAX_NAME, _MAX_DIMENSIONS = 512, 16
 _DTYPES = {
@@ -95,7 +96,7 @@ def _shape_from_json(row: Any) -> TensorShape:
     return TensorShape(name, _DTYPES[dtype], tuple(shape))
 
 
-def buffers(shapes: Iterable[TensorShape], *, max_bytes: int = BUFFER_BYTES) -> Iterator[Buffer]:
+def buffers(shapes: Iterable[TensorShape], max_bytes: int) -> Iterator[Buffer]:
     """Yield the buffers that tensors travel in, each of at most `max_bytes` unless it holds a single tensor."""
     tensors: list[tuple[int, TensorShape]] = []
     size = 0
@@ -110,19 +111,22 @@ def buffers(shapes: Iterable[TensorShape], *, max_bytes: int = BUFFER_BYTES) -> 
         yield Buffer(tuple(tensors), size)
 
 
-def send(tensors: Iterable[tuple[str, Tensor]], shapes: Sequence[TensorShape], group: WeightGroup) -> None:
+def send(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Sequence[TensorShape], group: WeightGroup, *, buffer_bytes: int
+) -> None:
     """Broadcast tensors from rank 0, as they are read; no more than one buffer of them is held.
 
     Args:
         tensors: (name, tensor), as `shapes` describe them.
         shapes: what the other processes have been told.
+        buffer_bytes: limit of a buffer that several tensors share; the other processes have been told it too.
 
     Raises:
         RolloutError: a tensor is another than was told.
         BroadcastBroken: another process died or took too long.
     """
     stream = iter(tensors)
-    for buffer in buffers(shapes):
+    for buffer in buffers(shapes, buffer_bytes):
         data = _filled(buffer, stream, group.device)
         if data.numel():
             group.broadcast(data)
@@ -131,13 +135,19 @@ def send(tensors: Iterable[tuple[str, Tensor]], shapes: Sequence[TensorShape], g
         raise RolloutError(f"tensor {extra[0]} is to be broadcast, and was not announced")
 
 
-def receive(shapes: Iterable[TensorShape], group: WeightGroup) -> Iterator[tuple[str, Tensor]]:
+def receive(
+    shapes: Iterable[TensorShape], group: WeightGroup, *, buffer_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) that rank 0 sends. The tensors of a buffer share memory, which is never written again.
+
+    Args:
+        shapes: what rank 0 has announced.
+        buffer_bytes: limit of its buffers.
 
     Raises:
         BroadcastBroken: another process died or took too long.
     """
-    for buffer in buffers(shapes):
+    for buffer in buffers(shapes, buffer_bytes):
         data = torch.empty(buffer.size, dtype=torch.uint8, device=group.device)
         if data.numel():
             group.broadcast(data)

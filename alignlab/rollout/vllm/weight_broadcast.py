@@ -91,7 +91,7 @@ class WeightBroadcast:
             if in_making is not None:
                 self._group = in_making.join(outcome.has_failed.is_set)
             assert self._group is not None
-            packed_weights.send(weights, shapes, self._group)
+            packed_weights.send(weights, shapes, self._group, buffer_bytes=packed_weights.BUFFER_BYTES)
             digests.update(weights.digests())
             outcome.digests.set_result(digests)
         except BaseException as error:
@@ -133,7 +133,10 @@ class WeightBroadcast:
     ) -> Future[list[Exception | None]]:
         """Announce the broadcast to all servers, and begin to wait for their answers."""
         assert self._rendezvous is not None
-        common = {"rendezvous": asdict(self._rendezvous), "tensors": packed_weights.shapes_to_json(shapes)}
+        common = {
+            "rendezvous": asdict(self._rendezvous), "tensors": packed_weights.shapes_to_json(shapes),
+            "buffer_bytes": packed_weights.BUFFER_BYTES,
+        }  # fmt: skip
         num_bytes = sum(shape.num_bytes for shape in shapes)
         first_ranks, next_rank = {}, 1
         for server, about in described:

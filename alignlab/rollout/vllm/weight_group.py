@@ -10,6 +10,7 @@ vLLM's own `stateless_init_torch_distributed_process_group` would listen at all 
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import threading
@@ -33,6 +34,8 @@ BROKE_OFF = "the broadcast of the weights broke off"
 """Begins the message of every `BroadcastBroken`, by which it is recognized behind vLLM's own errors."""
 _JOINED, _CONNECTED = "joined", "connected"
 _POLL_S = 0.005
+_REMARKS = re.compile(r"^\[[^\]]*\] ?|\. This is typically caused.*")
+"""Gloo's place in its source, and its advice to its developers."""
 
 
 class BroadcastBroken(RolloutError):
@@ -51,6 +54,7 @@ class Rendezvous:
         host: address at which the first rank listens.
         port: its port there.
         world_size: number of processes, the first rank included.
+        join_s: limit on the wait for all of them to join, seconds.
         nccl_id: NCCL's identity of the group, in hexadecimal digits; empty for gloo.
     """
 
@@ -58,6 +62,7 @@ class Rendezvous:
     host: str
     port: int
     world_size: int
+    join_s: float
     nccl_id: str = ""
 
 
@@ -99,7 +104,7 @@ class GlooGroup:
         options = gloo._Options()
         own_address = address_towards(rendezvous.host, rendezvous.port)
         options._devices = [gloo.create_device(hostname=own_address)]  # else wherever the host's name leads
-        options._timeout = timedelta(seconds=JOIN_S)
+        options._timeout = timedelta(seconds=rendezvous.join_s)
         with _named_faults():
             self._backend = gloo(store, rank, rendezvous.world_size, options)
 
@@ -139,7 +144,7 @@ class NcclGroup:
                     bytes.fromhex(rendezvous.nccl_id), rank, rendezvous.world_size, device
                 )
 
-        self._communicator: Any = _in_time(connect, JOIN_S, "NCCL to connect the processes")
+        self._communicator: Any = _in_time(connect, rendezvous.join_s, "NCCL to connect the processes")
         if self._communicator.disabled:
             raise BroadcastBroken("VLLM_DISABLE_PYNCCL is set; unset it, or use rollout.transfer: file")
 
@@ -175,7 +180,7 @@ class GroupInMaking:
         listener = socket.create_server((host, 0), family=family)
         port = listener.getsockname()[1]
         nccl_id = "" if device.type == "cpu" else _new_nccl_id()
-        self.rendezvous = Rendezvous(secrets.token_hex(16), host, port, 1 + num_workers, nccl_id)
+        self.rendezvous = Rendezvous(secrets.token_hex(16), host, port, 1 + num_workers, JOIN_S, nccl_id)
         self._device = device
         self._store: Store | None = PrefixStore(self.rendezvous.name, TCPStore(
             host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S),
@@ -210,13 +215,14 @@ class GroupInMaking:
         self._store = None
 
     def _await_workers(self, store: Store, key: str, has_failed: Callable[[], bool]) -> None:
-        until, expected = time.monotonic() + JOIN_S, self.rendezvous.world_size - 1
+        join_s, expected = self.rendezvous.join_s, self.rendezvous.world_size - 1
+        until = time.monotonic() + join_s
         while (count := store.add(key, 0)) < expected:
             if has_failed():
                 raise BroadcastBroken("a server will not take part")
             if time.monotonic() >= until:
                 raise BroadcastBroken(
-                    f"{expected - count} of {expected} workers did not reach {self.rendezvous.host} within {JOIN_S:g} s"
+                    f"{expected - count} of {expected} workers did not reach {self.rendezvous.host} within {join_s:g} s"
                 )
             time.sleep(_POLL_S)
 
@@ -234,7 +240,7 @@ def join(rendezvous: Rendezvous, rank: int, device: torch.device) -> WeightGroup
     with _named_faults():
         store = PrefixStore(rendezvous.name, TCPStore(
             rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False,
-            timeout=timedelta(seconds=JOIN_S),
+            timeout=timedelta(seconds=rendezvous.join_s),
         ))  # fmt: skip
         store.add(_JOINED, 1)
         group = _connected(store, rank, rendezvous, device)
@@ -300,5 +306,4 @@ def _named_faults() -> Iterator[None]:
     except BroadcastBroken:
         raise
     except (RuntimeError, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise BroadcastBroken(first_line) from error
+        raise BroadcastBroken(_REMARKS.sub("", str(error).partition("\n")[0])) from error

@@ -93,11 +93,13 @@ class Broadcast:
     Attributes:
         rendezvous: fields of a `Rendezvous`.
         first_rank: rank of this vLLM's first worker in the group; the others follow.
+        buffer_bytes: limit of a buffer that several tensors share.
         tensors: result of `shapes_to_json`.
     """
 
     rendezvous: dict[str, Any]
     first_rank: int
+    buffer_bytes: int
     tensors: list[Any]
 
 
@@ -150,7 +152,8 @@ class OwnTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _receive(self, broadcast: Broadcast) -> None:
         """Load the tensors that the trainer broadcasts."""
         group = self._joined(Rendezvous(**broadcast.rendezvous), broadcast.first_rank)
-        stream = packed_weights.receive(packed_weights.shapes_from_json(broadcast.tensors), group)
+        shapes = packed_weights.shapes_from_json(broadcast.tensors)
+        stream = packed_weights.receive(shapes, group, buffer_bytes=broadcast.buffer_bytes)
         self.model.load_weights(self._with_digests(stream))
         for _ in stream:  # every worker takes part in the whole broadcast, whatever its loader takes
             pass

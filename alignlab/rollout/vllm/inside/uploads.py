@@ -22,7 +22,8 @@ FILE_NAME = "adapter_model.safetensors"
 """Name of an uploaded file; vLLM looks for it in an adapter's folder."""
 _SPARE_BYTES = 64 * 2**20
 _MAX_LAYERS, _MAX_NAME = 4096, 256
-_MAX_WORKERS = 2**16
+_MAX_WORKERS, _MAX_BUFFER_BYTES = 2**16, 2**34
+_MAX_JOIN_S = 3600.0
 
 
 class Upload(Protocol):
@@ -106,21 +107,28 @@ def parse_broadcast(body: bytes, *, num_workers: int, max_bytes: int) -> dict[st
     try:
         message: Any = json.loads(body)
         rendezvous = Rendezvous(**message["rendezvous"])
-        first_rank, shapes = message["first_rank"], shapes_from_json(message["tensors"])
+        first_rank, buffer_bytes = message["first_rank"], message["buffer_bytes"]
+        shapes = shapes_from_json(message["tensors"])
     except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise Refusal(400, f"the body must be an object of rendezvous, first_rank and tensors: {error}") from error
+        raise Refusal(400, f"the body must announce a broadcast: {type(error).__name__} {error}") from error
     texts = (rendezvous.name, rendezvous.host, rendezvous.nccl_id)
     if not all(isinstance(text, str) and len(text) <= _MAX_NAME for text in texts) or not rendezvous.name:
         raise Refusal(400, f"name, host and nccl_id of the rendezvous must have at most {_MAX_NAME} characters")
-    for number, limit in ((rendezvous.port, 2**16), (rendezvous.world_size, _MAX_WORKERS), (first_rank, _MAX_WORKERS)):
-        if type(number) is not int or not 0 < number < limit:
-            raise Refusal(400, "port, world_size and first_rank must be whole numbers from 1")
+    limits = (
+        (rendezvous.port, 2**16), (rendezvous.world_size, _MAX_WORKERS), (first_rank, _MAX_WORKERS),
+        (buffer_bytes, _MAX_BUFFER_BYTES),
+    )  # fmt: skip
+    if not all(type(number) is int and 0 < number < limit for number, limit in limits):
+        raise Refusal(400, "port, world_size, first_rank and buffer_bytes must be whole numbers from 1, not huge")
+    if not isinstance(rendezvous.join_s, int | float) or not 0 < rendezvous.join_s <= _MAX_JOIN_S:
+        raise Refusal(400, f"join_s must be a number of seconds, at most {_MAX_JOIN_S:g}")
     if first_rank + num_workers > rendezvous.world_size:
         raise Refusal(400, f"the group must have room for this server's {num_workers} workers from rank {first_rank}")
     size = sum(shape.num_bytes for shape in shapes)
     if size > max_bytes:
         raise Refusal(413, f"weights of this model have at most {max_bytes:,} bytes, and {size:,} are announced")
-    return {"rendezvous": asdict(rendezvous), "first_rank": first_rank, "tensors": message["tensors"]}
+    known = {"rendezvous": asdict(rendezvous), "tensors": message["tensors"]}
+    return known | {"first_rank": first_rank, "buffer_bytes": buffer_bytes}
 
 
 def parse_routing_question(body: bytes) -> tuple[str, list[int]]:
