@@ -130,6 +130,12 @@ class VLLMServerSettings(_VLLMSettings):
     memory_frac: float | None = Field(None, gt=0, lt=1)
     """Fraction of the server's device memory for weights and KV cache. Default: 0.9; where servers take all GPUs in
     view, so that a training has to share them, 0.45."""
+    transfer: Literal["auto", "file", "broadcast"] = "auto"
+    """Way of all weights to the servers. file: the first rank writes them into a file in memory, and uploads it to each
+    server. broadcast: it sends tensor after tensor to the workers of all servers at once, by a process group (gloo
+    where policy and servers are on CPUs, NCCL where each process has a GPU of its own); nobody holds a second copy, and
+    a server that was lost gets the next update's weights. Not through a tunnel: servers connect to the training. auto:
+    broadcast where policy and servers have GPUs of their own, else file. An adapter alone travels as a file."""
     max_staleness: Recorded[int] = Field(0, ge=0)
     """Steps that the policy may be ahead of the weights that sampled a token. 0: generation and training alternate.
     k: rollouts of up to k later steps are generated while the policy trains."""
@@ -146,6 +152,9 @@ class VLLMServerSettings(_VLLMSettings):
         for address in self.servers:
             must = "hold addresses of the form http://HOST:PORT"
             check_address("servers", address, must=must, schemes=("http",), port=True, path=False)
+        if self.transfer == "broadcast" and self.sync == "adapter":
+            must = "be auto or file with sync: adapter, which is small and travels as a file"
+            raise BrokenRule("transfer", self.transfer, must, "remove it, or use sync: merged")
         if len(set(self.servers)) < len(self.servers):
             raise BrokenRule("servers", list(self.servers), "name each server once", "remove the second")
         return self

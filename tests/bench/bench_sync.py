@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.bench.servers import served
 
-WAYS = ("merged", "adapter", "server-merged", "server-adapter")
+WAYS = ("merged", "adapter", "server-merged", "server-broadcast", "server-adapter")
 
 
 def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
@@ -32,11 +32,13 @@ def measure(model_name: str, way: str, rounds: int) -> dict[str, Any]:
     from alignlab.rollout.engine import make_engine
 
     model = add_lora(load_model(model_name, dtype=torch.bfloat16), LoraSettings(rank=16))
-    tokenizer, sync = load_tokenizer(model_name), way.removeprefix("server-")
+    tokenizer, sync = load_tokenizer(model_name), "adapter" if way.endswith("adapter") else "merged"
     # Every other update is not verified.
     verification = {"cache_gib": 1, "block_size": 32, "canary_every_updates": 2}
-    if way != sync:
-        with served(model, tokenizer, lora_rank=16 if sync == "adapter" else 0, sync=sync, **verification) as engine:
+    if way.startswith("server"):
+        transfer = "broadcast" if way == "server-broadcast" else "file"
+        options = verification | {"lora_rank": 16 if sync == "adapter" else 0, "transfer": transfer}
+        with served(model, tokenizer, sync=sync, **options) as engine:
             return timings(engine, rounds)
     settings = VLLMSettings(sync=sync, digests_every_updates=2, **verification)
     return timings(make_engine(model, tokenizer, settings), rounds)
@@ -59,7 +61,7 @@ def timings(engine: Any, rounds: int) -> dict[str, Any]:
         return run
 
     engine._backend.put_weights = timed("update", engine._backend.put_weights)
-    engine._canary_gap = timed("canary", engine._canary_gap)
+    engine._verify = timed("canary", engine._verify)
     PolicyWeights.digests = timed("digests", PolicyWeights.digests)  # type: ignore[method-assign]
     is_server = hasattr(engine._backend, "_pool")
     for version in range(1, 2 * rounds + 1):

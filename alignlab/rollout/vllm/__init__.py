@@ -6,7 +6,9 @@
     sleep             its sleep between calls, which frees memory of a GPU
     servers           vLLM on servers
     pool, client      all servers as one; one server
-    weight_delivery   gives a server the present weights
+    slots             room for requests on servers
+    weight_delivery   gives a server the present weights by a file
+    weight_broadcast  gives all servers the present weights by a process group
     policy_weights    the policy's weights on their way to vLLM
     completions       requests and answers
     answers           checks of servers' answers
@@ -21,6 +23,8 @@ Shared with the code inside vLLM:
 
     protocol          names, paths and versions that both sides agree on
     serialization     weights and expert choices as bytes
+    packed_weights    tensors in buffers, as they are broadcast
+    weight_group      the process group of a broadcast
     private_folders   folders for weights in memory
 
     inside            code that vLLM loads into its own processes

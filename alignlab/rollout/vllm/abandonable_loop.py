@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,12 +36,16 @@ class AbandonableLoop:
         Raises:
             RolloutError: `abandon` was called meanwhile.
         """
-        future = self._loop.submit(self._unless_abandoned(work))
+        future = self.start(work)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin `work`, and return its future; see `run`."""
+        return self._loop.submit(self._unless_abandoned(work))
 
     def abandon(self) -> None:
         """Cancel all work in flight; its callers get a RolloutError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,11 +54,23 @@ async def is_healthy(address: str) -> bool:
 
 
 class ServerLost(MemberLost):
-    """A server does not answer as it should; its requests go to other servers."""
+    """A server does not answer as it should; its requests go to other servers.
+
+    Attributes:
+        is_gone: False if the server answers, and only lacks the weights.
+    """
+
+    is_gone = True
 
 
 class ServerFaulty(ServerLost):
     """A server's answer cannot be true; while other servers live, it gets no requests until the next weights."""
+
+
+class BroadcastBrokeOff(ServerLost):
+    """A server has no weights because the broadcast broke off; it lives, and can take part in the next one."""
+
+    is_gone = False
 
 
 class VLLMServer:
@@ -134,6 +147,26 @@ class VLLMServer:
         answer = await self._ask(
             "PUT", f"{protocol.WEIGHTS_PATH}/{version}", content=_chunks(path),
             headers={"Content-Length": str(num_bytes)}, max_bytes=_MAX_DIGESTS_BYTES,
+            deadline_s=self._timeout_s + protocol.upload_deadline_s(num_bytes),
+        )  # fmt: skip
+        with _fault_of_the_server():
+            return answers.checked_digests(answer)
+
+    async def take_broadcast(self, version: str, announcement: Mapping[str, Any], num_bytes: int) -> dict[str, str]:
+        """Let the server receive weights by a process group; return the digests of the tensors that arrived.
+
+        Args:
+            announcement: fields of a `transfer.Broadcast`.
+            num_bytes: size of all tensors.
+
+        Raises:
+            ServerLost: the server was not reached, or died; as `BroadcastBrokeOff`, another process failed.
+            RolloutError: the server cannot load the weights.
+        """
+        content = json.dumps(announcement).encode()
+        answer = await self._ask(
+            "POST", f"{protocol.BROADCAST_PATH}/{version}", content=content,
+            headers={"Content-Type": "application/json"}, max_bytes=_MAX_DIGESTS_BYTES,
             deadline_s=self._timeout_s + protocol.upload_deadline_s(num_bytes),
         )  # fmt: skip
         with _fault_of_the_server():
@@ -232,7 +265,7 @@ class VLLMServer:
         try:
             return await exchange(self._http, method, url, deadline_s=until - time.monotonic(), **options)
         except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
-            if "content" in options:  # a stream, which cannot be read twice
+            if "content" in options:  # weights, which are not sent twice
                 raise
             return await exchange(self._http, method, url, deadline_s=until - time.monotonic(), **options)
 
@@ -249,6 +282,8 @@ class VLLMServer:
                     f"{self.address} is not a server of alignlab's; start one with bash launch/serve_vllm.sh CONFIG, "
                     "or correct trainer.rollout.servers"
                 )
+            case protocol.BROKE_OFF_STATUS:
+                return BroadcastBrokeOff(text)
             case status if status in _REFUSALS:
                 return RolloutError(f"the server {self.address} refuses {path}: {text}")
             case status:

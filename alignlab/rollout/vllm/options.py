@@ -152,6 +152,8 @@ def sync_adapter_only(settings: VLLMSettings | VLLMServerSettings, model: Model,
     """
     if settings.sync != "auto":
         return settings.sync == "adapter"
+    if isinstance(settings, VLLMServerSettings) and settings.transfer == "broadcast":
+        return False
     return not on_cpu and settings.tensor_parallel == 1 and can_sync_adapter_only(model)
 
 

@@ -13,9 +13,10 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 
@@ -26,26 +27,13 @@ from alignlab.rollout.vllm.abandonable_loop import AbandonableLoop
 from alignlab.rollout.vllm.access import server_token, warn_of_unencrypted_ways
 from alignlab.rollout.vllm.client import MAX_VOCAB_SIZE, ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.completions import Answer, Request
-from alignlab.rollout.vllm.weight_delivery import SentWeights, WeightDelivery
+from alignlab.rollout.vllm.slots import Slots
+from alignlab.rollout.vllm.weight_delivery import SentWeights, WeightDelivery, delivery_error
 
 logger = logging.getLogger(__name__)
 MAX_MISSED = 3
 MAX_ATTEMPTS = 8
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
-
-
-class _Slot(NamedTuple):
-    """Room for one request on a server.
-
-    Attributes:
-        number: slots of low numbers are taken first, from all servers in turn.
-        server: index of the server.
-        generation: of the server when the slot was made; slots of older generations are void.
-    """
-
-    number: int
-    server: int
-    generation: int
 
 
 class ServerPool:
@@ -80,7 +68,7 @@ class ServerPool:
             for address in settings.servers
         ]  # fmt: skip
         warn_of_unencrypted_ways(settings.servers)
-        self._slots: asyncio.PriorityQueue[_Slot] = asyncio.PriorityQueue()
+        self._slots = Slots(self._servers, settings.max_running)
         self._delivery = WeightDelivery(run, self._describe, settings)
         self._num_requests = 0
         self._last_loss = ""
@@ -109,6 +97,27 @@ class ServerPool:
             ConfigError: another run is using a server.
         """
         self._loop.run(self._put(sent))
+
+    def ready(self, sent: SentWeights) -> list[tuple[VLLMServer, dict[str, Any]]]:
+        """Begin to broadcast new weights; return (server, its description) of all servers that can take part.
+
+        Raises:
+            RolloutError, ConfigError: see `put`.
+        """
+        return self._loop.run(self._ready(sent))
+
+    def start_taking(
+        self, servers: Sequence[VLLMServer], take: Callable[[VLLMServer], Awaitable[str]]
+    ) -> Future[list[Exception | None]]:
+        """Begin to let servers take weights, all at once, and admit each that has taken them.
+
+        Args:
+            take: makes a server take the weights, and returns their version.
+
+        Returns:
+            The error of each server, in order; None for one that has the weights.
+        """
+        return self._loop.start(run_all(partial(self._taking_error, take), servers))
 
     def expect(self, sent: SentWeights) -> None:
         """Note the weights that another rank has sent, and which servers have them."""
@@ -190,18 +199,33 @@ class ServerPool:
                 self._lose(server, ServerLost("it has not been given the present weights"))
 
     async def _put(self, sent: SentWeights) -> None:
+        await self._update(sent, self._deliver)
+
+    async def _ready(self, sent: SentWeights) -> list[tuple[VLLMServer, dict[str, Any]]]:
+        abouts: dict[VLLMServer, dict[str, Any]] = {}
+
+        async def describe(server: VLLMServer, *, may_take_over: bool) -> None:
+            async with server.delivery_lock:
+                abouts[server] = await self._describe(server)
+                await self._delivery.require_no_other_run(server, abouts[server], may_take_over=may_take_over)
+
+        return [(server, abouts[server]) for server in await self._update(sent, describe)]
+
+    async def _update(self, sent: SentWeights, work: Callable[..., Awaitable[None]]) -> list[VLLMServer]:
+        """Begin an update, and do its work with every server; return those with which it succeeded, at least one."""
         is_first = self._delivery.sent is None
         self._begin_update(sent)
         until = time.monotonic() + self._settings.reconnect_s
         while True:
-            errors = await run_all(partial(self._delivery_error, may_take_over=is_first), self._servers)
+            errors = await run_all(partial(delivery_error, partial(work, may_take_over=is_first)), self._servers)
             for server, error in zip(self._servers, errors, strict=True):
                 if isinstance(error, ServerLost):
                     self._lose(server, error)
                 elif error is not None:
                     raise error
-            if self.alive:
-                return
+            succeeded = [server for server, error in zip(self._servers, errors, strict=True) if error is None]
+            if succeeded:
+                return succeeded
             if time.monotonic() >= until:
                 raise RolloutError(
                     f"no server took the weights of version {sent.version} ({errors[0]}); see what they say, start "
@@ -216,13 +240,15 @@ class ServerPool:
         for server in self._servers:
             server.is_faulty = False
 
-    async def _delivery_error(self, server: VLLMServer, *, may_take_over: bool) -> Exception | None:
-        """Deliver the weights to a server; return the error that prevented it."""
-        try:
-            await self._deliver(server, may_take_over=may_take_over)
-        except (ServerLost, RolloutError, ConfigError, OSError) as error:
-            return error
-        return None
+    async def _taking_error(self, take: Callable[[VLLMServer], Awaitable[str]], server: VLLMServer) -> Exception | None:
+        async def take_and_admit(server: VLLMServer) -> None:
+            async with server.delivery_lock:
+                self._admit(server, await take(server))
+
+        error = await delivery_error(take_and_admit, server)
+        if isinstance(error, ServerLost) and error.is_gone:
+            self._lose(server, error)
+        return error
 
     async def _deliver(self, server: VLLMServer, *, may_take_over: bool) -> None:
         async with server.delivery_lock:
@@ -248,8 +274,7 @@ class ServerPool:
     async def _answer(self, request: Request) -> Answer:
         """Ask server after server for one completion."""
         for attempt in range(MAX_ATTEMPTS):
-            slot = await self._take_slot()
-            server = self._servers[slot.server]
+            slot, server = await self._slots.take()
             try:
                 return await self._ask(server, request)
             except ServerLost as error:
@@ -258,7 +283,7 @@ class ServerPool:
                 self.counts["reissued"] += 1
                 last_loss = f"{server.address}: {error}"
             finally:
-                self._slots.put_nowait(slot)
+                self._slots.give_back(slot)
             longest_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S)
             await asyncio.sleep(random.Random(attempt).uniform(0, longest_s))
         raise RolloutError(
@@ -282,14 +307,6 @@ class ServerPool:
                 server.calls.discard(scope)
         raise ServerLost("it was lost meanwhile")
 
-    async def _take_slot(self) -> _Slot:
-        """Wait for a free slot of a server that is alive."""
-        while True:
-            slot = await self._slots.get()
-            server = self._servers[slot.server]
-            if server.is_alive and server.generation == slot.generation:
-                return slot
-
     def _admit(self, server: VLLMServer, version: str) -> None:
         """Send requests to a server, which has the present weights."""
         server.version = version
@@ -300,9 +317,7 @@ class ServerPool:
         if server.generation > 1:
             self.counts["returned"] += 1
             logger.warning("the server %s is back", server.address)
-        index = self._servers.index(server)
-        for number in range(self._settings.max_running):
-            self._slots.put_nowait(_Slot(number, index, server.generation))
+        self._slots.add(server)
 
     def _lose(self, server: VLLMServer, reason: Exception) -> None:
         """Send no more requests to a server, and cancel those in flight there."""

@@ -26,8 +26,11 @@ HEALTH_PATH = "/health"
 GENERATE_PATH = "/inference/v1/generate"
 ABOUT_PATH = "/alignlab/about"
 WEIGHTS_PATH = "/alignlab/weights"
+BROADCAST_PATH = "/alignlab/broadcast"
 RELEASE_PATH = "/alignlab/release"
 ROUTING_PATH = "/alignlab/routing"
+BROKE_OFF_STATUS = 424
+"""HTTP status of a server that could not receive weights because another process of the group failed."""
 
 _WEIGHTS_VERSION = re.compile(r"[0-9A-Za-z]{1,64}-\d{1,18}-\d{1,18}")
 SLOWEST_BYTES_PER_S = 2**20

@@ -14,9 +14,11 @@ from typing import cast
 import torch
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.vllm.weight_group import BroadcastBroken
 
 _LONGEST_UPDATE = timedelta(hours=24)
 """Limit on the wait for the first rank to send weights; not meant to act, as the ranks' watchdog ends a lost rank."""
+_FAILED, _AGAIN, _SUCCEEDED = range(3)
 _host_groups: dict[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup] = {}  # by the group of all ranks
 
 
@@ -39,19 +41,26 @@ def first_rank_first(meanwhile: Callable[[], None] = lambda: None) -> Iterator[N
 
     Raises:
         RolloutError: on the other ranks, without running their body: the first rank's body raised.
+        BroadcastBroken: the same, and the first rank raised it too.
     """
     if this_rank() > 0:
         meanwhile()
-        if not _on_all_ranks(True):
+        outcome = _smallest_of_ranks(_SUCCEEDED)
+        if outcome == _AGAIN:
+            raise BroadcastBroken("see the first rank's message")
+        if outcome == _FAILED:
             raise RolloutError("the first rank could not update vLLM's weights; see its message")
         yield
         return
-    succeeded = False
+    outcome = _FAILED
     try:
         yield
-        succeeded = True
+        outcome = _SUCCEEDED
+    except BroadcastBroken:
+        outcome = _AGAIN
+        raise
     finally:
-        _on_all_ranks(succeeded)  # the others wait for this
+        _smallest_of_ranks(outcome)  # the others wait for this
 
 
 @contextmanager
@@ -64,13 +73,13 @@ def together(work: str) -> Iterator[None]:
     Raises:
         RolloutError: the body raised on another rank.
     """
-    succeeded = False
+    outcome = _FAILED
     try:
         yield
-        succeeded = True
+        outcome = _SUCCEEDED
     finally:
-        all_succeeded = _on_all_ranks(succeeded)
-    if not all_succeeded:
+        outcome_of_all = _smallest_of_ranks(outcome)
+    if outcome_of_all != _SUCCEEDED:
         raise RolloutError(f"another rank could not {work}; see its message")
 
 
@@ -91,13 +100,9 @@ def shared_random_name() -> str:
     return f"{int(number):016x}"
 
 
-def _on_all_ranks(flag: bool) -> bool:
-    """Return True if the flag is True on every rank."""
-    if not torch.distributed.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN, group=_host_group())
-    return bool(value)
+def _smallest_of_ranks(number: int) -> int:
+    """Return the smallest of the ranks' numbers; every rank calls this together."""
+    return -largest_of_ranks(-number)
 
 
 def _host_group() -> torch.distributed.ProcessGroup:

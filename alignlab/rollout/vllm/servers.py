@@ -20,12 +20,14 @@ from alignlab.models.sync_digests import ALGORITHMS
 from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
+from alignlab.rollout.vllm.installation import require_vllm
 from alignlab.rollout.vllm.options import can_sync_adapter_only, check_model, checked_adapter_rank, context_limit
 from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from alignlab.rollout.vllm.pool import ServerPool
 from alignlab.rollout.vllm.protocol import model_identity, weights_version
 from alignlab.rollout.vllm.ranks import shared_random_name, this_rank
 from alignlab.rollout.vllm.serialization import weights_file
+from alignlab.rollout.vllm.weight_broadcast import WeightBroadcast, uses_broadcast
 from alignlab.rollout.vllm.weight_delivery import SentWeights
 
 _COUNTS = ("lost", "returned", "reissued", "faulty")
@@ -119,6 +121,7 @@ class ServerBackend:
     """
 
     _pool: ServerPool
+    _broadcast: WeightBroadcast | None  # None: by files, or by another rank
     first_rank_sends = True
     on_gpu: bool
     model_runner: int
@@ -160,6 +163,7 @@ class ServerBackend:
             self.model_runner = max(about["model_runner"] for about in descriptions.values())
             for address, about in descriptions.items():
                 self._requirements.check(address, about)
+            self._broadcast = self._chosen_broadcast(descriptions)
         except BaseException:
             self._pool.close()
             raise
@@ -176,6 +180,9 @@ class ServerBackend:
             self._pool.expect(SentWeights(version, None, {}, self.adapter_only))
             return Transfer()
         weights.digest_algorithm = self._requirements.digest_algorithm
+        if self._broadcast is not None:
+            self._broadcast.put(weights, version)
+            return weights.size
         file = ExitStack()
         path = file.enter_context(weights_file(weights, weights.shapes(), weights.adapter_config))
         try:
@@ -202,6 +209,8 @@ class ServerBackend:
 
     def close(self) -> None:
         """End all connections; the servers go on, and may serve another run."""
+        if self._broadcast is not None:
+            self._broadcast.close()
         if this_rank() == 0:
             self._pool.release()
         self._pool.close()
@@ -212,10 +221,20 @@ class ServerBackend:
         counts = {f"servers/{name}": float(self._pool.counts[name]) for name in _COUNTS}
         return {"servers/alive": float(len(self._pool.alive))} | counts
 
+    def _chosen_broadcast(self, descriptions: Mapping[str, Mapping[str, Any]]) -> WeightBroadcast | None:
+        """Return the way by which this rank broadcasts the weights; None if it does not."""
+        device = causal_lm(self._model).device
+        if this_rank() > 0 or self.adapter_only or not uses_broadcast(self._settings, device, descriptions):
+            return None
+        if device.type != "cpu":
+            require_vllm("vllm_server")
+        return WeightBroadcast(self._pool, device)
+
     def _choose_adapter_rank(self, descriptions: Iterable[Mapping[str, Any]]) -> int:
         """Return the rank of the adapter if it is sent alone: as configured, or if all servers are ready for one."""
         are_ready = all(about["lora_rank"] > 0 for about in descriptions)
         is_sent_alone = self._settings.sync == "adapter" or (
-            self._settings.sync == "auto" and are_ready and can_sync_adapter_only(self._model)
+            self._settings.sync == "auto" and self._settings.transfer != "broadcast"
+            and are_ready and can_sync_adapter_only(self._model)
         )
         return checked_adapter_rank(self._model) if is_sent_alone else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,13 @@ from alignlab.rollout.vllm.backend import Backend, Member, MemberLost, Transfer,
 from alignlab.rollout.vllm.completions import Answer, Request, make_completion, make_requests
 from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from alignlab.rollout.vllm.ranks import first_rank_first, largest_of_ranks, this_rank, together
+from alignlab.rollout.vllm.weight_group import BroadcastBroken
 from alignlab.types import Prompt, Rollout, SamplingParams
 
+logger = logging.getLogger(__name__)
 _CANARY_SEED = 20_812
+_MAX_BROADCASTS = 8
+"""Attempts of one update that a server may break off."""
 _WORK = "update vLLM's weights"
 Answers = Callable[[Sequence[Request]], Sequence[Answer]]
 
@@ -153,7 +158,6 @@ class VerifiedEngine:
         return gap | self._model_runner | self._backend.metrics()
 
     def _sync(self, policy_version: int) -> None:
-        self._num_attempts += 1
         if not self._may_lag:  # otherwise requests in flight go on under the weights that a server has
             self._sync_error = "the update did not end"
         try:
@@ -172,7 +176,20 @@ class VerifiedEngine:
         self.policy_version, self._weights_version, self._sync_error = policy_version, self._present_version(), None
 
     def _send(self, policy_version: int) -> Transfer:
+        """Give vLLM the present weights; again if a server fails in the middle of a broadcast, to those that are left.
+        """
+        for _ in range(_MAX_BROADCASTS):
+            try:
+                return self._send_once(policy_version)
+            except BroadcastBroken as error:
+                last_error = error
+                if this_rank() == 0:
+                    logger.warning("%s; sending the weights again", error)
+        raise RolloutError(f"{last_error}, {_MAX_BROADCASTS} times; use rollout.transfer: file, or see the servers")
+
+    def _send_once(self, policy_version: int) -> Transfer:
         """Give vLLM the present weights; ranks whose weights are spread over them read the stream together."""
+        self._num_attempts += 1
         weights = PolicyWeights(self._model, adapter_only=self._backend.adapter_only)
         in_order = first_rank_first(weights.finish) if self._backend.first_rank_sends else together(_WORK)
         with in_order:

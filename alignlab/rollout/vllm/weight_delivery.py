@@ -27,8 +27,8 @@ class SentWeights:
 
     Attributes:
         version: `weights_version`.
-        path: a safetensors file; None on a rank that does not send.
-        digests: of the file's tensors, as a server has to report them; empty on a rank that does not send.
+        path: a safetensors file; None if they are broadcast, and on a rank that does not send.
+        digests: of the tensors, as a server has to report them; empty on a rank that does not send.
         is_adapter: the tensors are an adapter's.
     """
 
@@ -64,7 +64,7 @@ class WeightDelivery:
             may_take_over: the server may be taken over from a run that uses it no more.
 
         Returns:
-            The weights' version; None if the server lacks them, and another rank has to send them.
+            The weights' version; None if the server lacks them, and gets the next ones, or these from another rank.
 
         Raises:
             RolloutError: a tensor did not arrive as it was sent, or another run has taken the server over.
@@ -80,7 +80,7 @@ class WeightDelivery:
             return sent.version
         if sent.path is None:
             return None
-        await self._require_no_other_run(server, about, may_take_over=may_take_over)
+        await self.require_no_other_run(server, about, may_take_over=may_take_over)
         arrived = await server.put(sent.version, sent.path)
         try:
             check_arrived(sent.digests, arrived)
@@ -88,10 +88,10 @@ class WeightDelivery:
             raise RolloutError(f"server {server.address}: {error}") from error
         return sent.version
 
-    async def _require_no_other_run(
+    async def require_no_other_run(
         self, server: VLLMServer, about: Mapping[str, Any], *, may_take_over: bool
     ) -> None:
-        """Wait until no other run uses a server."""
+        """Wait until no other run uses a server; see `deliver`."""
         until, has_warned = time.monotonic() + self._settings.reconnect_s, False
         while (version := about["version"]) is not None and run_of(version) != self._run:
             if not may_take_over:
@@ -114,3 +114,12 @@ class WeightDelivery:
                 )  # fmt: skip
             await asyncio.sleep(min(self._settings.health_every_s, 1.0))
             about = await self._describe(server)
+
+
+async def delivery_error(work: Callable[[VLLMServer], Awaitable[None]], server: VLLMServer) -> Exception | None:
+    """Do a server's part of an update; return the error that prevented it."""
+    try:
+        await work(server)
+    except (ServerLost, RolloutError, ConfigError, OSError) as error:
+        return error
+    return None

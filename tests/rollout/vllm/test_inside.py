@@ -19,9 +19,11 @@ SHARED = {
     "alignlab.models.hub.checkpoints",
     "alignlab.models.sync_digests",
     "alignlab.models.transformer",
+    "alignlab.rollout.vllm.packed_weights",
     "alignlab.rollout.vllm.private_folders",
     "alignlab.rollout.vllm.protocol",
     "alignlab.rollout.vllm.serialization",
+    "alignlab.rollout.vllm.weight_group",
 }
 SHARED_FILES = [ROOT / f"{name.replace('.', '/')}.py" for name in SHARED if ".rollout." in name]
 

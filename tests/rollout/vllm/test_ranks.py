@@ -12,6 +12,7 @@ import torch
 from alignlab.errors import RolloutError
 from alignlab.rollout.vllm import ranks
 from alignlab.rollout.vllm.ranks import first_rank_first, largest_of_ranks, shared_random_name, together
+from alignlab.rollout.vllm.weight_group import BroadcastBroken
 
 
 def run_rank(rank: int, folder: Path, backend: str) -> None:
@@ -31,6 +32,12 @@ def run_rank(rank: int, folder: Path, backend: str) -> None:
                     raise ValueError
         except (ValueError, RolloutError) as error:
             events.append(type(error).__name__)
+    try:
+        with first_rank_first():
+            events.append("sends")
+            raise BroadcastBroken("a server died")
+    except BroadcastBroken as error:
+        events.append(str(error).rpartition(": ")[2])
     for failing_rank in (0, 1, 2):
         try:
             with together("do it"):
@@ -54,8 +61,13 @@ def test_the_first_rank_comes_first_and_its_error_reaches_the_others(backend: st
     torch.multiprocessing.spawn(run_rank, (tmp_path, backend), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     other = "another rank could not do it; see its message"
-    assert first["events"] == ["raises", "ValueError", "succeeds", "own error", other, "all", 4]
-    assert second["events"] == ["meanwhile", "RolloutError", "meanwhile", "succeeds", other, "own error", "all", 4]
+    again = ["a server died"], ["see the first rank's message"]
+    assert first["events"] == [
+        "raises", "ValueError", "succeeds", "sends", *again[0], "own error", other, "all", 4,
+    ]  # fmt: skip
+    assert second["events"] == [
+        "meanwhile", "RolloutError", "meanwhile", "succeeds", *again[1], other, "own error", "all", 4,
+    ]  # fmt: skip
     assert first["name"] == second["name"] and len(first["name"]) == 16
     assert first["own_group"] == second["own_group"] == (backend == "nccl")
 

@@ -237,7 +237,7 @@ def test_a_reused_adapter_name_is_caught(engines: Any, monkeypatch: pytest.Monke
 
 
 def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.rollout.vllm.inside.transfer import MemoryTransferEngine
+    from alignlab.rollout.vllm.inside.transfer import OwnTransferEngine
 
     engine, _ = engines("dense")
 
@@ -248,7 +248,7 @@ def test_an_update_that_dies_half_way(engines: Any, monkeypatch: pytest.MonkeyPa
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryTransferEngine, "_with_digests", dies)
+        patch.setattr(OwnTransferEngine, "_with_digests", dies)
         with pytest.raises(OSError, match="connection lost"):
             engine.update_weights(engine.policy_version + 1)
         with pytest.raises(RolloutError, match="in doubt since an update that failed: connection lost"):

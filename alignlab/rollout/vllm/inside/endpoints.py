@@ -2,6 +2,7 @@
 
     GET  /alignlab/about              description of the server: weights, model, sizes; checks that its engine lives
     PUT  /alignlab/weights/{version}  upload of new weights; answered with digests once they are in use
+    POST /alignlab/broadcast/{version}  the same, by a process group with the trainer, which the request names
     POST /alignlab/release            the run that uploaded the weights needs the server no more
     POST /alignlab/routing            experts chosen for a request, where vLLM does not return them (on a CPU)
 
@@ -38,6 +39,7 @@ from alignlab.rollout.vllm.inside.token_guard import TokenGuard
 from alignlab.rollout.vllm.inside.transfer import FILE
 from alignlab.rollout.vllm.private_folders import PrivateFolder
 from alignlab.rollout.vllm.serialization import adapter_config
+from alignlab.rollout.vllm.weight_group import BROKE_OFF
 
 _ENGINE_DEADLINE_S = 4.0
 router = APIRouter()
@@ -80,6 +82,8 @@ class ServedWeights:
         self._uses_v2_model_runner = bool(state.vllm_config.use_v2_model_runner)
         self._adapters: dict[str, PrivateFolder] = {}
         self._update_lock, self._upload_lock = asyncio.Lock(), asyncio.Lock()
+        self._cards: list[str] = []
+        self._group = ""
         self._max_upload_bytes = uploads.max_upload_bytes(Path(args.model))
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         dtype = str(self._config.dtype).removeprefix("torch.")
@@ -91,7 +95,8 @@ class ServedWeights:
         return bool(current_platform.is_cpu() and getattr(self._config.hf_config, "num_experts", 0))
 
     async def start(self) -> None:
-        """Begin to record experts, if that is done here."""
+        """Ask the workers for their GPUs, and begin to record experts, if that is done here."""
+        self._cards = list(await self._engine.collective_rpc("alignlab_card"))
         if self.records_routing:
             await self._engine.collective_rpc("alignlab_record_routing")
 
@@ -108,6 +113,8 @@ class ServedWeights:
             "digest": self.digest,
             "digest_algorithm": algorithm_on(current_platform.device_type),
             "device": current_platform.device_type,
+            "cards": self._cards,
+            "group": self._group,
             "model_runner": 2 if self._uses_v2_model_runner else 1,
             "idle_s": 1e9 if self.is_released else time.monotonic() - TokenGuard.last_used,
             "identity": self._identity,
@@ -131,7 +138,7 @@ class ServedWeights:
                 self.version, self.is_released = None, False
                 adapter = adapter_config(path)
                 if adapter is None:
-                    arrived = await self._load_all(version, path)
+                    arrived = await self._load_all(version, {"key": f"{FILE}{path}"})
                 else:
                     arrived = await self._load_adapter(version, folder, adapter)
                 self.version, self.digest = version, protocol.digest_of_all(arrived)
@@ -140,17 +147,34 @@ class ServedWeights:
                 folder.cleanup()
         return arrived
 
+    async def receive(self, version: str, body: bytes) -> dict[str, str]:
+        """Receive weights that a trainer broadcasts, and use them from now on; return the digest of each tensor.
+
+        Args:
+            body: announcement of the broadcast.
+
+        Raises:
+            Refusal: the announcement is refused.
+        """
+        broadcast = uploads.parse_broadcast(body, num_workers=len(self._cards), max_bytes=self._max_upload_bytes)
+        async with self._update_lock:
+            self.version, self.is_released, self._group = None, False, ""
+            arrived = await self._load_all(version, {"broadcast": broadcast})
+            self.version, self.digest = version, protocol.digest_of_all(arrived)
+            self._group = broadcast["rendezvous"]["name"]
+        return arrived
+
     async def routing(self, name: str, layers: list[int]) -> bytes:
         """Return and forget the experts chosen for a request, see `encode_routing`."""
         workers = await self._engine.collective_rpc("alignlab_send_routing", args=(name, layers))
         return bytes(workers[0])  # every worker of a model in parts computes the whole router
 
-    async def _load_all(self, version: str, path: Path) -> dict[str, str]:
+    async def _load_all(self, version: str, update_info: dict[str, Any]) -> dict[str, str]:
         engine = self._engine
         await engine.pause_generation(mode="keep")
         try:
             await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info={"key": f"{FILE}{path}"}))
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
             await engine.finish_weight_update(version)
             if not await engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("the prefix cache could not be dropped")
@@ -216,6 +240,19 @@ async def put_weights(version: str, request: Request) -> JSONResponse:
         return JSONResponse({"error": refusal.message}, refusal.status, {"Connection": "close"})
     except Exception as error:  # sent to the trainer, which stops
         return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=422)
+
+
+@router.post(protocol.BROADCAST_PATH + "/{version}")
+async def post_broadcast(version: str, request: Request) -> JSONResponse:
+    """Replace the weights by those that the trainer broadcasts."""
+    try:
+        uploads.check_version(version)
+        return JSONResponse({"arrived": await request.app.state.alignlab.receive(version, await request.body())})
+    except Refusal as refusal:
+        return JSONResponse({"error": refusal.message}, refusal.status)
+    except Exception as error:  # of vLLM's worker, whose errors arrive as texts
+        status = protocol.BROKE_OFF_STATUS if BROKE_OFF in str(error) else 422
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=status)
 
 
 @router.post(protocol.ROUTING_PATH)

@@ -9,9 +9,9 @@ import time
 
 from alignlab.network.credentials import checked_token
 from alignlab.rollout.vllm.inside.asgi import App, Receive, Refusal, Scope, Send, answer_refusal, bounded_body
-from alignlab.rollout.vllm.protocol import HEALTH_PATH, TOKEN_VARIABLE, WEIGHTS_PATH
+from alignlab.rollout.vllm.protocol import BROADCAST_PATH, HEALTH_PATH, TOKEN_VARIABLE, WEIGHTS_PATH
 
-_PATHS_IN_USE = ("/inference", WEIGHTS_PATH)
+_PATHS_IN_USE = ("/inference", WEIGHTS_PATH, BROADCAST_PATH)
 
 
 class TokenGuard:

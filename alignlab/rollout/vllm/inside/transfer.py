@@ -1,7 +1,8 @@
-"""vLLM's interface for weight transfer, with tensors passed in memory or by a file, and digests of what arrived.
+"""vLLM's interface for weight transfer, with tensors from memory, a file or a broadcast, and digests of what arrived.
 
 vLLM creates the transfer engine in its worker, and calls its start, update and finish. In the trainer's process,
-`offering` provides the tensors; on a server, whose worker is another process, a file does.
+`offering` provides the tensors; on a server, whose worker is another process, a file or a process group with the
+trainer does.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from alignlab.models.sync_digests import PendingDigests
+from alignlab.rollout.vllm import packed_weights
 from alignlab.rollout.vllm.inside import patches
 from alignlab.rollout.vllm.private_folders import require_private
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
+from alignlab.rollout.vllm.weight_group import Rendezvous, WeightGroup, join
 
 MEMORY = "memory:"
 FILE = "file:"
@@ -72,13 +75,36 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Key under which the tensors are offered."""
+    """Where the tensors come from: either of the two.
 
-    key: str
+    Attributes:
+        key: under which they are offered, or the path of a file.
+        broadcast: fields of a `Broadcast`.
+    """
+
+    key: str = ""
+    broadcast: dict[str, Any] | None = None
 
 
-class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads the tensors of a checkpoint from this process's memory, or from a file.
+@dataclass(frozen=True)
+class Broadcast:
+    """Tensors that a trainer broadcasts.
+
+    Attributes:
+        rendezvous: fields of a `Rendezvous`.
+        first_rank: rank of this vLLM's first worker in the group; the others follow.
+        buffer_bytes: limit of a buffer that several tensors share.
+        tensors: result of `shapes_to_json`.
+    """
+
+    rendezvous: dict[str, Any]
+    first_rank: int
+    buffer_bytes: int
+    tensors: list[Any]
+
+
+class OwnTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads the tensors of a checkpoint from this process's memory, a file, or a broadcast of the trainer's.
 
     Attributes:
         arrived: digests of every tensor that the model's loader took in the last update.
@@ -90,6 +116,7 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arrived = PendingDigests()
+        self._group: tuple[str, WeightGroup] | None = None  # by name
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Do nothing: there is no connection."""
@@ -102,7 +129,14 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load all tensors, and note their digests."""
-        self.model.load_weights(self._with_digests(named_tensors(update_info.key, self.device)))
+        if update_info.broadcast is None:
+            self.model.load_weights(self._with_digests(named_tensors(update_info.key, self.device)))
+            return
+        try:
+            self._receive(Broadcast(**update_info.broadcast))
+        except BaseException:
+            self.shutdown()  # the others would wait for this worker
+            raise
 
     def finish_weight_update(self) -> None:
         """Complete the load, and apply the patches."""
@@ -110,7 +144,27 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         patches.after_update(self.model)
 
     def shutdown(self) -> None:
-        """Do nothing: nothing is held between updates."""
+        """Leave the group of the last broadcast."""
+        if self._group is not None:
+            self._group[1].close()
+        self._group = None
+
+    def _receive(self, broadcast: Broadcast) -> None:
+        """Load the tensors that the trainer broadcasts."""
+        group = self._joined(Rendezvous(**broadcast.rendezvous), broadcast.first_rank)
+        shapes = packed_weights.shapes_from_json(broadcast.tensors)
+        stream = packed_weights.receive(shapes, group, buffer_bytes=broadcast.buffer_bytes)
+        self.model.load_weights(self._with_digests(stream))
+        for _ in stream:  # every worker takes part in the whole broadcast, whatever its loader takes
+            pass
+
+    def _joined(self, rendezvous: Rendezvous, first_rank: int) -> WeightGroup:
+        """Return the group of this name, which is joined unless this worker is in it."""
+        if self._group is None or self._group[0] != rendezvous.name:
+            self.shutdown()
+            group = join(rendezvous, first_rank + self.parallel_config.rank, self.device)
+            self._group = rendezvous.name, group
+        return self._group[1]
 
     def _with_digests(self, tensors: Named) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors, each digested when the loader takes it; a tensor that it never takes has no digest."""
@@ -122,4 +176,4 @@ class MemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 def register() -> None:
     """Register the engine with vLLM under `TRANSFER_BACKEND`; a second call does nothing."""
     if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, MemoryTransferEngine)
+        WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, OwnTransferEngine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,17 @@ import anyio
 from alignlab.errors import DiskError
 from alignlab.files.library_errors import writing
 from alignlab.rollout.vllm.inside.asgi import Refusal, Scope, declared_length
+from alignlab.rollout.vllm.packed_weights import shapes_from_json
 from alignlab.rollout.vllm.private_folders import PrivateFolder, temporary_folder
 from alignlab.rollout.vllm.protocol import is_weights_version, upload_deadline_s
+from alignlab.rollout.vllm.weight_group import Rendezvous
 
 FILE_NAME = "adapter_model.safetensors"
 """Name of an uploaded file; vLLM looks for it in an adapter's folder."""
 _SPARE_BYTES = 64 * 2**20
 _MAX_LAYERS, _MAX_NAME = 4096, 256
+_MAX_WORKERS, _MAX_BUFFER_BYTES = 2**16, 2**34
+_MAX_JOIN_S = 3600.0
 
 
 class Upload(Protocol):
@@ -87,6 +92,43 @@ async def _receive(request: Upload, path: Path, length: int) -> None:
             file.write(chunk)
     if num_missing:
         raise Refusal(400, f"the weights must have the {length:,} bytes that Content-Length says")
+
+
+def parse_broadcast(body: bytes, *, num_workers: int, max_bytes: int) -> dict[str, Any]:
+    """Return the announcement of a broadcast, the fields of a `transfer.Broadcast`.
+
+    Args:
+        num_workers: of this server.
+        max_bytes: largest size of all tensors together.
+
+    Raises:
+        Refusal: the body is no such announcement, or announces more than `max_bytes`.
+    """
+    try:
+        message: Any = json.loads(body)
+        rendezvous = Rendezvous(**message["rendezvous"])
+        first_rank, buffer_bytes = message["first_rank"], message["buffer_bytes"]
+        shapes = shapes_from_json(message["tensors"])
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        raise Refusal(400, f"the body must announce a broadcast: {type(error).__name__} {error}") from error
+    texts = (rendezvous.name, rendezvous.host, rendezvous.nccl_id)
+    if not all(isinstance(text, str) and len(text) <= _MAX_NAME for text in texts) or not rendezvous.name:
+        raise Refusal(400, f"name, host and nccl_id of the rendezvous must have at most {_MAX_NAME} characters")
+    limits = (
+        (rendezvous.port, 2**16), (rendezvous.world_size, _MAX_WORKERS), (first_rank, _MAX_WORKERS),
+        (buffer_bytes, _MAX_BUFFER_BYTES),
+    )  # fmt: skip
+    if not all(type(number) is int and 0 < number < limit for number, limit in limits):
+        raise Refusal(400, "port, world_size, first_rank and buffer_bytes must be whole numbers from 1, not huge")
+    if not isinstance(rendezvous.join_s, int | float) or not 0 < rendezvous.join_s <= _MAX_JOIN_S:
+        raise Refusal(400, f"join_s must be a number of seconds, at most {_MAX_JOIN_S:g}")
+    if first_rank + num_workers > rendezvous.world_size:
+        raise Refusal(400, f"the group must have room for this server's {num_workers} workers from rank {first_rank}")
+    size = sum(shape.num_bytes for shape in shapes)
+    if size > max_bytes:
+        raise Refusal(413, f"weights of this model have at most {max_bytes:,} bytes, and {size:,} are announced")
+    known = {"rendezvous": asdict(rendezvous), "tensors": message["tensors"]}
+    return known | {"first_rank": first_rank, "buffer_bytes": buffer_bytes}
 
 
 def parse_routing_question(body: bytes) -> tuple[str, list[int]]:

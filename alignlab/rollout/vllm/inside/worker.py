@@ -20,6 +20,7 @@ from alignlab.models.sync_digests import sync_digests
 from alignlab.rollout.vllm.inside.routing import RoutingRecorder
 from alignlab.rollout.vllm.inside.transfer import MEMORY, offered
 from alignlab.rollout.vllm.serialization import encode_routing
+from alignlab.rollout.vllm.weight_group import card_of
 
 
 class WorkerExtension:
@@ -28,11 +29,16 @@ class WorkerExtension:
     alignlab_recorder: RoutingRecorder
     weight_transfer_engine: Any
     model_runner: Any
+    device: torch.device
 
     def alignlab_arrived(self) -> dict[str, str]:
         """Return the digest of every tensor that the last weight update loaded, by name."""
         digests: dict[str, str] = self.weight_transfer_engine.arrived.read()
         return digests
+
+    def alignlab_card(self) -> str:
+        """Return the identity of this worker's GPU; an empty text on a CPU."""
+        return card_of(self.device)
 
     def alignlab_record_routing(self) -> None:
         """Record the experts chosen from now on."""
