@@ -58,8 +58,8 @@ def kept_bytes(shape: dict[str, Any], num_layers: int, *, checkpointing: bool) -
             model: Any = PolicyForCausalLM(PolicyConfig(**shape | {"num_hidden_layers": num_layers}))
         finally:
             torch.set_default_dtype(torch.float32)
-        rotary = model.model.rotary_emb  # made on the host, in float32
-        rotary.inv_freq = rotary.inv_freq.float().to("cuda")
+        for rotary in model.model.rotary_embs.values():  # made on the host, in float32
+            rotary.inv_freq = rotary.inv_freq.float().to("cuda")
         model = add_lora(model, LoraSettings(rank=16)).train()
         if checkpointing:
             causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -57,8 +57,11 @@ class RowGroup:
 class PagedBatch:
     """The tokens of one step and their slots in the cache: the `layout` that attention layers are given.
 
-    A layer that keeps keys and values calls `attend`; one that keeps other entries builds its attention on `update`.
+    A layer that keeps keys and values, or latents, calls `attend`; one that keeps other entries builds its attention on
+    `update`.
     """
+
+    keeps_latents = True
 
     def __init__(self, cache: PagedCache, slots: Tensor, groups: list[RowGroup]) -> None:
         self._cache = cache
@@ -86,22 +89,25 @@ class PagedBatch:
             }
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
-        *, scaling: float, sliding_window: int | None, softcap: float | None,
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None,
+        *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None = None,
     ) -> Tensor:
         """Cache `key` [1,K,N,D] and `value` [1,K,N,V], and attend with `query` [1,H,N,D] to all tokens up to each.
+
+        Args:
+            value: None for a layer that keeps latents; see `PagedLayout`.
 
         Returns:
             [1,N,H,V]
         """
-        flat = query[0].transpose(0, 1)
-        entries = {"key": key[0].transpose(0, 1), "value": value[0].transpose(0, 1)}
+        flat, spec = query[0].transpose(0, 1), self._cache.specs[layer_idx]
+        entries = spec.entries(key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
         outputs = []
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
             output = _attention(
-                group.queries(flat), cached["key"], cached["value"],
+                group.queries(flat), *spec.key_and_value(cached),
                 self._mask(index, sliding_window, flat.dtype, query.shape[1] // key.shape[1]),
-                scaling=scaling, softcap=softcap,
+                scaling=scaling, softcap=softcap, sinks=sinks,
             )
             outputs.append(group.unpadded(output))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
@@ -136,17 +142,19 @@ class PagedBatch:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of query [R,Q,H,D] to key [R,L,K,D] and value [R,L,K,V], [R,Q,H,V]; mask is [R,1,G*Q,L]."""
     narrow = query.shape[1] == 1 and key.shape[2] <= _MAX_BLOCK_DIAGONAL_HEADS
     if narrow and key.dtype == torch.bfloat16 and not key.is_cuda:
-        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
-    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
+        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def _folded_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Fold the G heads that share a kv head into G times as many queries of it, so that no key is repeated."""
     rows, count, heads, size = query.shape
@@ -155,17 +163,21 @@ def _folded_attention(
     folded = query.view(rows, count, kv_heads, shared, size).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, shared * count, size)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if softcap is None:
+    if softcap is None and sinks is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
-        scores = _capped(folded.float() @ key.float().transpose(-1, -2) * scaling, softcap)
-        output = (scores + mask).softmax(-1).to(value.dtype) @ value
+        exact = torch.promote_types(query.dtype, torch.float32)
+        scores = folded.to(exact) @ key.to(exact).transpose(-1, -2) * scaling
+        scores = (scores if softcap is None else _capped(scores, softcap)) + mask
+        of_query = None if sinks is None else sinks.view(1, kv_heads, shared, 1).expand(-1, -1, -1, count).flatten(2)
+        output = _softmax(scores, of_query).to(value.dtype) @ value
     output = output.view(rows, kv_heads, shared, count, -1).permute(0, 3, 1, 2, 4)
     return output.reshape(rows, count, heads, -1)
 
 
 def _block_diagonal_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query a row, all heads in one product: zeros stand for the keys of other heads.
 
@@ -179,9 +191,17 @@ def _block_diagonal_attention(
     scores = torch.bmm(spread.view(rows, heads, -1), key.flatten(2).transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         scores = _capped(scores, softcap)
-    weights = scores.add_(mask[:, 0, :1]).softmax(-1).to(value.dtype)
+    weights = _softmax(scores.add_(mask[:, 0, :1]), None if sinks is None else sinks[None]).to(value.dtype)
     mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, value.shape[3])
     return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, -1)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over the last dimension of scores [..., L]; sinks [...], if any, take their share of it."""
+    if sinks is None:
+        return scores.softmax(-1)
+    joined = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, joined), dim=-1).softmax(-1)[..., :-1]
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

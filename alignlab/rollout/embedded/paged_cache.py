@@ -25,6 +25,7 @@ class PagedCache:
         ConfigError: a layer keeps a state of each sequence, which cannot be cut into blocks of tokens.
 
     Attributes:
+        specs: as given.
         layers: [slots, numbers kept of a token] by layer and name.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
     """
@@ -40,6 +41,7 @@ class PagedCache:
         self.num_blocks = self._total_blocks = 0
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
+        self.specs = dict(specs)
         self._shapes = {layer_idx: dict(spec.per_token) for layer_idx, spec in specs.items()}
 
     @property

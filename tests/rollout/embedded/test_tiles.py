@@ -73,7 +73,7 @@ def test_the_compiled_kernel_of_a_cpu_equals_gathering(monkeypatch: pytest.Monke
             args: dict[str, Any] = dict(zip(names, tensors[-len(names) :], strict=True))
             if args["num_full"] is None:
                 args |= {"num_full": torch.zeros_like(args["num_partial"]), "full": torch.zeros_like(args["partial"])}
-            place_of_block: Any = tensors[5]
+            place_of_block: Any = tensors[6]
             for name in ("partial", "full"):
                 args[name] = F.pad(args[name], (0, len(place_of_block) - args[name].shape[3]))
             output: Tensor = compiled(*tensors[: -len(names)], *args.values())
