@@ -135,8 +135,8 @@ def _sink_gradient(sinks: Tensor | None, logsumexp: Tensor, delta: Tensor) -> Te
     """Return the gradient of sinks [H] from [K, N+1, G], each query's softmax and its sum(dO * O)."""
     if sinks is None:
         return None
-    weights = (sinks.to(logsumexp.dtype).view(len(logsumexp), 1, -1) - logsumexp).exp_()
-    return (weights * delta).sum(1).neg_().flatten().to(sinks.dtype)
+    weights = (sinks.to(logsumexp.dtype).view(len(logsumexp), 1, -1) - logsumexp[:, :-1]).exp_()
+    return (weights * delta[:, :-1]).sum(1).neg_().flatten().to(sinks.dtype)  # the padding's delta may be nan
 
 
 def _rows(x: Tensor, num_kv: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,10 +18,9 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -283,10 +282,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_packed_gets_its_own_attention_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    BloomForCausalLM(BloomConfig(vocab_size=48, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    config = MistralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention", "chunked_attention"]
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=torch.float32)
-    assert model.config._attn_implementation == "eager"
-    assert "BloomForCausalLM is computed on padded batches: BloomForCausalLM has an attention of its" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+    assert "ForCausalLM has layers of type chunked_attention, which cannot be packed" in caplog.text
     tokens = torch.tensor([3, 9, 4, 7])
     logprobs = Policy(model)(tokens, Segments.single(4), torch.arange(4) > 0).logprobs
     wanted = model(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
