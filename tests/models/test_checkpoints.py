@@ -18,9 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -282,14 +283,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_packed_gets_its_own_attention_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    config = MistralConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention", "chunked_attention"]
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Lfm2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention", "conv"], pad_token_id=0
     )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=torch.float32)
     assert model.config._attn_implementation == "sdpa"
-    assert "ForCausalLM has layers of type chunked_attention, which cannot be packed" in caplog.text
+    assert "Lfm2ForCausalLM has layers of type conv, which cannot be packed" in caplog.text
     tokens = torch.tensor([3, 9, 4, 7])
     logprobs = Policy(model)(tokens, Segments.single(4), torch.arange(4) > 0).logprobs
     wanted = model(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
