@@ -25,7 +25,10 @@ CPU = torch.device("cpu")
 HEADS, MAX_RUNNING = 4, 6
 LAYERS = {0: (2, 16, 16, None), 1: (1, 16, 32, 7), 2: (4, 32, 16, 40)}  # kv heads, key and value size, window
 WINDOWS = [None, 7, 40]
-SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()}
+LATENTS = {3: (48, 32, None)}  # size, columns that are the value, window
+SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()} | {
+    i: LayerCacheSpec.of_latent(size, columns, window=window) for i, (size, columns, window) in LATENTS.items()
+}
 Visit = Callable[[Step, TileStep, int], None]
 Compare = Callable[[Tensor, Tensor], None]
 
@@ -67,24 +70,31 @@ def entries(
 
 
 def attended(
-    batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None, dtype: torch.dtype
+    batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None, dtype: torch.dtype, *, has_sinks: bool = False
 ) -> list[Tensor]:
     """Attention of every layer, [N,H,V]."""
     outputs = []
+    sinks = torch.tensor([-1.0, 0.0, 0.5, 2.0], device=tokens.device) if has_sinks else None
     for layer, (kv, k, v, window) in LAYERS.items():
         query, key, value = (
             entries(tokens, positions, dtype, layer, heads, size, kind)
             for kind, (heads, size) in enumerate([(HEADS, k), (kv, k), (kv, v)])
         )
         outputs.append(
-            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap)[0]
+            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sinks)[0]
         )
+    for layer, (size, _, window) in LATENTS.items():
+        query, latent = (
+            entries(tokens, positions, dtype, layer, heads, size, kind) for kind, heads in enumerate([HEADS, 1])
+        )
+        options: dict[str, Any] = {"scaling": 0.4, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+        outputs.append(batch.attend(layer, query, latent, None, **options)[0])
     return outputs
 
 
 def compare_all_steps(
     *, block_size: int, prefill_tokens: int, softcap: float | None, most: int = 1000, device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32, compare: Compare = assert_close,
+    dtype: torch.dtype = torch.float32, compare: Compare = assert_close, has_sinks: bool = False,
 ) -> set[tuple[bool, bool]]:
     """Compute a schedule both ways, compare every token in every layer, and return the kinds of steps there were."""
     kinds = set()
@@ -99,8 +109,9 @@ def compare_all_steps(
                 cache.copy(torch.tensor(step.copies, device=device))
         kinds.add((tiles.rows is not None, tiles.chunks is not None))
         (twin, _), (ours, _) = plan_step(step.work, block_size).on(device), tiles.on(device)
-        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, softcap, dtype)
-        found = attended(TileBatch(in_place, ours), ours.tokens, ours.positions, softcap, dtype)
+        options: dict[str, Any] = {"softcap": softcap, "dtype": dtype, "has_sinks": has_sinks}
+        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, **options)
+        found = attended(TileBatch(in_place, ours), ours.tokens, ours.positions, **options)
         is_own = ours.slots < num_blocks * block_size
         places = {slot: index for index, slot in enumerate(twin.slots.tolist())}
         order = torch.tensor([places.pop(slot) for slot in ours.slots[is_own].tolist()], device=device)

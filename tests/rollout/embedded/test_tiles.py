@@ -25,7 +25,7 @@ from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.tile_plan import TileStep, size_class, visited_blocks
 from tests.gpu.flex_stand_in import dense_paged_flex, paged_stand_in, seen_slots, visited_slots
-from tests.rollout.embedded.schedules import LAYERS, compare_all_steps, walk
+from tests.rollout.embedded.schedules import LATENTS, LAYERS, SPECS, compare_all_steps, walk
 
 CPU = torch.device("cpu")
 
@@ -34,13 +34,16 @@ def score_mod(softcap: float | None) -> Any:
     return None if softcap is None else soft_capped(softcap)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("softcap", [None, 1.5], ids=["no soft-cap", "soft-cap"])
 @pytest.mark.parametrize(("block_size", "prefill_tokens"), [(16, 150), (128, 305), (4, 37)])
 def test_reading_in_place_equals_gathering(
-    block_size: int, prefill_tokens: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    block_size: int, prefill_tokens: int, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
-    kinds = compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=softcap)
+    kinds = compare_all_steps(
+        block_size=block_size, prefill_tokens=prefill_tokens, softcap=softcap, has_sinks=has_sinks
+    )
     assert kinds == {(False, True), (True, True), (True, False)}
 
 
@@ -52,7 +55,9 @@ def test_torchs_own_flex_attention_equals_gathering_by_the_masks_rule_alone(monk
         return partial(paged_flex._attend, block_size=block_size, scaling=scaling, score_mod=score_mod(softcap))
 
     monkeypatch.setattr(paged_flex, "_compiled_flex", uncompiled)
-    assert len(compare_all_steps(block_size=16, prefill_tokens=150, softcap=1.5, most=9)) == 3
+    for has_sinks in (False, True):
+        options: dict[str, Any] = {"softcap": 1.5, "most": 9, "has_sinks": has_sinks}
+        assert len(compare_all_steps(block_size=16, prefill_tokens=150, **options)) == 3
 
 
 @pytest.mark.slow
@@ -83,6 +88,7 @@ def test_the_compiled_kernel_of_a_cpu_equals_gathering(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(paged_flex, "_compiled_flex", attend)
     monkeypatch.delitem(LAYERS, 2)  # a kernel takes ten seconds to compile
+    monkeypatch.delitem(LATENTS, 3)
     with torch.inference_mode():
         kinds = compare_all_steps(block_size=128, prefill_tokens=200, softcap=1.5, most=2)
     assert kinds == {(False, True), (True, True)}
@@ -171,7 +177,7 @@ def test_rows_are_traced_once_for_each_size_class_and_tiles_twice(counter: Any) 
         with torch.inference_mode():
             compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=None)
     num_classes = 2  # 4 rows, and the 6 that run together
-    assert counter.frame_count <= len(LAYERS) * (num_classes + 2)
+    assert counter.frame_count <= len(SPECS) * (num_classes + 2)
     queries = [
         node.args[0].meta["example_value"].shape for graph in counter.graphs for node in graph.graph.nodes
         if node.target is torch.ops.higher_order.flex_attention
