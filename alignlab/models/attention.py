@@ -5,13 +5,15 @@ Shapes: B batch (1 where there is a layout), N tokens, H heads, K kv heads, D he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from alignlab.models.attention_layer import AttentionLayer
+from alignlab.models.attention_layer import AttentionLayer, eager_attention
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
 from alignlab.models.config_rules import require
@@ -82,8 +84,7 @@ class Attention(AttentionLayer):
             position_embeddings: of `rotary_size`; None in a layer without positions.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, gate = self.query_and_gate(hidden_states)
-        key = self.k_proj(hidden_states).view(heads)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
@@ -92,13 +93,21 @@ class Attention(AttentionLayer):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        output = output.reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(output if gate is None else output * gate.sigmoid()), weights
-
-    def query_and_gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return queries [B,N,H,D], and the logits [B,N,H*D] of a gate on the output, if the kind has one."""
-        return self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim), None
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class SlidingAttention(Attention):

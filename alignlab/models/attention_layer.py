@@ -1,19 +1,18 @@
 """The base of all kinds of attention: what a layer is asked for, whatever it computes.
 
 A kind is a subclass in a file of its own, named in `attention_kinds.ATTENTION_KINDS`. A config names a kind for each
-layer (`layer_types`), so that one model may mix them.
+layer (`layer_types`), so that one model may mix them. Each kind calls the attention function in its own `forward`:
+vLLM reads the source of that method, and puts its kernels there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import alignlab.models.layout  # noqa: F401  registers the attention function
 from alignlab.models.cache_spec import LayerCacheSpec
@@ -66,33 +65,6 @@ class AttentionLayer(nn.Module, ABC):
     @abstractmethod
     def cache_spec(self) -> LayerCacheSpec:
         """Return what the layer keeps of each token."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention by the function that the config names.
-
-        Args:
-            query, key, value: [B,H,N,D], [B,K,N,D], [B,K,N,V], positions already applied.
-
-        Returns:
-            Output [B,N,H,V], and weights if the function gives any.
-        """
-        function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.softcap,
-            s_aux=self.sinks,
-            **kwargs,
-        )
-        return output, weights
 
 
 def eager_attention(

@@ -181,7 +181,7 @@ class PolicyModel(PolicyPreTrainedModel):
             raise ConfigError(
                 f"attn_logit_softcapping is set, and attn_implementation is 'sdpa', which has no soft-cap; {fix}"
             )
-        if self.config.attention_sinks and name not in ("alignlab", "eager"):
+        if self.config.attention_sinks and name not in ("alignlab", "eager", "vllm"):
             raise ConfigError(f"attention_sinks is true, and attn_implementation is {name!r}, which has none; {fix}")
 
 

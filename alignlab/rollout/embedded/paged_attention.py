@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_cache import PagedCache
 
 _MAX_BLOCK_DIAGONAL_HEADS = 8
@@ -32,16 +33,19 @@ class RowGroup:
         padding: [R*Q] int64, the step's token that stands at each query; a short row repeats its last token. None if
             every row has Q tokens.
         unpadding: [end - start] int64, the place of each token among the R*Q queries; None if every row has Q tokens.
-        blocks: [R * L / block_size] int64, the blocks of each row; a short row is filled up with any block.
         positions: [R,Q] int64, position of each query in its sequence.
+        blocks: [R * L / block_size] int64, by the window of the layers, the blocks of each row from the first one that
+            it sees; a short row is filled up with any block.
+        first_keys: [R] int64, position of the first token in these blocks, by window; 0 for windows that it lacks.
     """
 
     start: int
     end: int
     padding: Tensor | None
     unpadding: Tensor | None
-    blocks: Tensor
     positions: Tensor
+    blocks: dict[Window, Tensor]
+    first_keys: dict[Window, Tensor]
 
     def queries(self, flat: Tensor) -> Tensor:
         """Return the group's queries, [N,H,D] -> [R,Q,H,D]."""
@@ -63,7 +67,7 @@ class PagedBatch:
 
     keeps_latents = True
 
-    def __init__(self, cache: PagedCache, slots: Tensor, groups: list[RowGroup]) -> None:
+    def __init__(self, cache: PagedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup]) -> None:
         self._cache = cache
         self._slots = slots
         self._groups = groups
@@ -78,13 +82,15 @@ class PagedBatch:
             entries: [N, ...] by name, of the shapes in the layer's cache spec.
 
         Yields:
-            The group, and its entries [R, L, ...] by name. They are overwritten when the next group is asked for.
+            The group, and its entries [R, L, ...] by name, of the tokens that the layer's window reaches. They are
+            overwritten when the next group is asked for.
         """
-        stored = self._cache.write(layer_idx, self._slots, entries)
+        window = self._cache.specs[layer_idx].window
+        stored = self._cache.write(layer_idx, self._slots[window], entries)
         for group in self._groups:
             rows = group.positions.shape[0]
             yield group, {
-                name: self._gather(name, tensor, group.blocks).view(rows, -1, *entries[name].shape[1:])
+                name: self._gather(name, tensor, group.blocks[window]).view(rows, -1, *entries[name].shape[1:])
                 for name, tensor in stored.items()
             }
 
@@ -101,12 +107,13 @@ class PagedBatch:
             [1,N,H,V]
         """
         flat, spec = query[0].transpose(0, 1), self._cache.specs[layer_idx]
+        assert sliding_window == spec.window, f"layer {layer_idx} has declared a window of {spec.window}"
         entries = spec.entries(key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
         outputs = []
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
             output = _attention(
                 group.queries(flat), *spec.key_and_value(cached),
-                self._mask(index, sliding_window, flat.dtype, query.shape[1] // key.shape[1]),
+                self._mask(index, spec.window, flat.dtype, query.shape[1] // key.shape[1]),
                 scaling=scaling, softcap=softcap, sinks=sinks,
             )
             outputs.append(group.unpadded(output))
@@ -129,8 +136,10 @@ class PagedBatch:
         if key not in self._masks:
             group = self._groups[index]
             positions = group.positions[:, None, :, None]
-            num_keys = group.blocks.shape[0] // positions.shape[0] * self._cache.block_size
+            num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
             keys = torch.arange(num_keys, device=positions.device)
+            if window in group.first_keys:
+                keys = group.first_keys[window][:, None, None, None] + keys
             visible = keys <= positions
             if window is not None:
                 visible &= keys > positions - window

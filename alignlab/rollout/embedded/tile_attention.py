@@ -39,7 +39,8 @@ class TileBatch:
         """
         spec = self._cache.specs[layer_idx]
         entries = spec.entries(key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
-        stored = self._cache.write(layer_idx, self._step.slots, entries)
+        assert sliding_window == spec.window, f"layer {layer_idx} has declared a window of {spec.window}"
+        stored = self._cache.write(layer_idx, self._step.slots[spec.window], entries)
         keys, values = spec.key_and_value(
             {name: tensor.view(-1, *entries[name].shape[1:]) for name, tensor in stored.items()}
         )
@@ -59,10 +60,11 @@ def _attention(
     *, block_size: int, scaling: float, softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:
     """Return the attention of a group's tokens [tokens,H,V], from the step's queries [N,H,D]; rows come first."""
-    num_tiles, num_queries = group.tiles.positions.shape
+    tiles = group.tiles[window]
+    num_tiles, num_queries = tiles.positions.shape
     queries = flat[:num_tiles] if group.padding is None else flat.index_select(0, group.padding)
     output = flex_paged_attention(
-        queries.view(num_tiles, num_queries, *flat.shape[1:]).transpose(1, 2), key, value, group.tiles,
+        queries.view(num_tiles, num_queries, *flat.shape[1:]).transpose(1, 2), key, value, tiles,
         group.visited[window], block_size=block_size, scaling=scaling, softcap=softcap, sinks=sinks,
     )
     padded = output.transpose(1, 2).flatten(0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
-from alignlab.rollout.embedded.block_manager import BlockManager
+from alignlab.rollout.embedded.block_pools import BlockPools
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
@@ -44,15 +44,15 @@ def walk(visit: Visit, *, block_size: int, prefill_tokens: int, most: int = 1000
     requests = [Request(p, SamplingParams(n=3, max_new_tokens=9), frozenset()) for p in [*prompts, prompts[1]]]
     sequences = [TokenSequence(r, 0, list(r.prompt.token_ids)) for r in requests for _ in range(r.sampling.n)]
     num_blocks = 2000 // block_size + 9
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size), root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens
-    )
+    pools = BlockPools(WINDOWS, block_size)
+    pools.grow(dict.fromkeys(WINDOWS, num_blocks))
+    scheduler = Scheduler(pools, root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens)
     scheduler.add(sequences)
     while scheduler.has_work and most > 0:
         most -= 1
         step = scheduler.schedule()
         visit(step, plan_tiles(
-            step.work, block_size=block_size, num_blocks=num_blocks, max_rows=MAX_RUNNING, windows=WINDOWS
+            step.work, block_size=block_size, num_blocks=dict.fromkeys(WINDOWS, num_blocks), max_rows=MAX_RUNNING
         ), num_blocks)  # fmt: skip
         for sequence, _ in scheduler.commit(step):
             sequence.append(rng.randrange(256), 0.0, 0.0, 0)
@@ -101,24 +101,25 @@ def compare_all_steps(
     gathered, in_place = PagedCache(SPECS, block_size), PagedCache(SPECS, block_size)
 
     def visit(step: Step, tiles: TileStep, num_blocks: int) -> None:
-        if not gathered.num_blocks:
-            gathered.resize(num_blocks)
-            in_place.resize(num_blocks, num_more=1)
-        if step.copies:
+        if not gathered.layers:
+            gathered.resize(dict.fromkeys(WINDOWS, num_blocks))
+            in_place.resize(dict.fromkeys(WINDOWS, num_blocks), num_more=1)
+        for window, pairs in step.copies.items():
             for cache in (gathered, in_place):
-                cache.copy(torch.tensor(step.copies, device=device))
+                cache.copy(window, torch.tensor(pairs, device=device))
         kinds.add((tiles.rows is not None, tiles.chunks is not None))
-        (twin, _), (ours, _) = plan_step(step.work, block_size).on(device), tiles.on(device)
+        (twin, _), (ours, _) = plan_step(step.work, block_size, WINDOWS).on(device), tiles.on(device)
         options: dict[str, Any] = {"softcap": softcap, "dtype": dtype, "has_sinks": has_sinks}
         expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, **options)
         found = attended(TileBatch(in_place, ours), ours.tokens, ours.positions, **options)
-        is_own = ours.slots < num_blocks * block_size
-        places = {slot: index for index, slot in enumerate(twin.slots.tolist())}
-        order = torch.tensor([places.pop(slot) for slot in ours.slots[is_own].tolist()], device=device)
+        our_slots, twin_slots = ours.slots[None], twin.slots[None]
+        is_own = our_slots < num_blocks * block_size
+        places = {slot: index for index, slot in enumerate(twin_slots.tolist())}
+        order = torch.tensor([places.pop(slot) for slot in our_slots[is_own].tolist()], device=device)
         assert not places
         for in_place_output, gathered_output in zip(found, expected, strict=True):
             compare(in_place_output[is_own], gathered_output[order])
-        assert torch.equal(ours.slots[ours.logit_tokens], twin.slots[twin.logit_tokens]), "in the order of the works"
+        assert torch.equal(our_slots[ours.logit_tokens], twin_slots[twin.logit_tokens]), "in the order of the works"
 
     walk(visit, block_size=block_size, prefill_tokens=prefill_tokens, most=most)
     return kinds

@@ -136,20 +136,21 @@ def test_listed_blocks_are_those_with_visible_keys(window: int | None) -> None:
 
 
 def test_steps_have_few_shapes_and_added_rows_lie_in_a_block_of_their_own() -> None:
-    shapes = set()
+    shapes: set[tuple[tuple[int, ...], int]] = set()
 
     def note(step: Step, tiles: TileStep, num_blocks: int) -> None:
-        added = tiles.slots >= num_blocks * 16
-        assert (tiles.slots[added] == num_blocks * 16).all()
+        nonlocal shapes
+        added = tiles.slots[None] >= num_blocks * 16
+        assert all((slots[added] == num_blocks * 16).all() for slots in tiles.slots.values())
         if tiles.rows is not None:
-            shapes.add((tuple(tiles.rows.tiles.positions.shape), tiles.rows.tiles.table.shape[1]))
+            shapes |= {(tuple(t.positions.shape), t.table.shape[1]) for t in tiles.rows.tiles.values()}
             num_rows = sum(work.count == 1 for work in step.work)
-            assert added.sum() == len(tiles.rows.tiles.positions) - num_rows
+            assert added.sum() == len(tiles.rows.tiles[None].positions) - num_rows
             assert not tiles.positions[added].any() and not tiles.tokens[added].any()
-            is_added = (tiles.rows.tiles.table == num_blocks).all(1)
+            is_added = (tiles.rows.tiles[None].table == num_blocks).all(1)
             assert is_added.sum() == added.sum(), "rows of nothing but this block"
         if tiles.chunks is not None:
-            assert tiles.chunks.tiles.positions.shape[1] == TILE
+            assert tiles.chunks.tiles[None].positions.shape[1] == TILE
 
     walk(note, block_size=16, prefill_tokens=150)
     assert shapes <= {((rows, 1), width) for rows in (4, 6) for width in (4, 16, 64)}
