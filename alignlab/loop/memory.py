@@ -27,7 +27,7 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:3], value.shape[3])
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         return out.transpose(1, 2)
@@ -36,8 +36,11 @@ class _Kept(torch.autograd.Function):
 class _ShapesAlone:
     """A layout whose attention has the shapes of packed attention; a `PagedLayout`."""
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Return [1,N,H,D] without values."""
+    keeps_latents = False
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Tensor:
+        """Return [1,N,H,V] without values."""
+        assert value is not None
         out: Tensor = _Kept.apply(query, key, value)
         return out
 

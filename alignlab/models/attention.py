@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query attention.
+"""Multi-head, grouped-query and multi-query attention, over all tokens or over a window.
 
 Shapes: B batch (1 where there is a layout), N tokens, H heads, K kv heads, D head size.
 """
@@ -6,62 +6,67 @@ Shapes: B batch (1 where there is a layout), N tokens, H heads, K kv heads, D he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import alignlab.models.layout  # noqa: F401  registers the attention function
+from alignlab.models.attention_layer import AttentionLayer, eager_attention
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
+from alignlab.models.config_rules import require
 from alignlab.models.layers import RMSNorm
 from alignlab.models.rope import Rotation, rotate
 
 
-def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, scaling: float, dropout: float = 0.0, softcap: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute attention step by step, as `attn_implementation="eager"` asks: ([B,N,H,D], weights [B,H,N,keys])."""
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights
+class Attention(AttentionLayer):
+    """Attention of H query heads to K key and value heads, each of which serves H / K of them.
 
-
-class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention with rotated positions."""
+    Reference: Ainslie et al. (2023), arXiv:2305.13245.
+    """
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.num_key_value_heads and config.head_dim and config.layer_types
-        self.config = config
-        self.layer_idx = layer_idx
+        assert config.num_key_value_heads and config.head_dim
+        super().__init__(config, layer_idx, query_size=config.head_dim, rotary_size=rotary_size(config))
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.softcap = config.attn_logit_softcapping
-        self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-        query_size = config.num_attention_heads * config.head_dim
+        output_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, self.query_rows(config), bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bool(config.attention_out_bias))
+        self.o_proj = nn.Linear(output_size, config.hidden_size, bias=bool(config.attention_out_bias))
         self.use_qk_norm = config.use_qk_norm
         if config.use_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    @classmethod
+    def check_config(cls, config: PolicyConfig) -> None:
+        """Raise a ConfigError if heads do not divide, or a part of a head cannot be rotated."""
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        assert kv_heads is not None and config.head_dim is not None
+        require(
+            kv_heads >= 1 and heads % kv_heads == 0,
+            f"num_attention_heads is {heads}, and must be a multiple of num_key_value_heads ({kv_heads}); "
+            f"use 1 or {heads}, or a divisor between",
+        )
+        factor = config.rotary_factor
+        require(0 < factor <= 1, f"partial_rotary_factor is {factor}, and must be in (0, 1]; leave it out for all")
+        size = config.head_dim * factor
+        require(
+            size % 2 == 0 and size > 0,
+            f"head_dim is {config.head_dim} and partial_rotary_factor {factor:g}, and their product, {size:g}, must be "
+            f"even for the rotation; use head_dim {config.head_dim + 1}, or another factor",
+        )
+
+    @classmethod
+    def query_rows(cls, config: PolicyConfig) -> int:
+        """Return the numbers that `q_proj` computes of a token."""
+        assert config.head_dim is not None
+        return config.num_attention_heads * config.head_dim
 
     def cache_spec(self) -> LayerCacheSpec:
         """Return what the layer keeps of a token: its rotated key and its value."""
@@ -70,16 +75,21 @@ class Attention(nn.Module):
         return LayerCacheSpec.of_heads(heads, self.head_dim, self.head_dim, window=self.sliding_window)
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Rotation, attention_mask: Tensor | None = None,
+        self, hidden_states: Tensor, position_embeddings: Rotation | None, attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return attention of hidden states [B,N,hidden size], and the weights, if the attention function gives any."""
+        """Return attention of hidden states [B,N,hidden size], and the weights, if the attention function gives any.
+
+        Args:
+            position_embeddings: of `rotary_size`; None in a layer without positions.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query, position_embeddings).transpose(1, 2)
-        key = rotate(key, position_embeddings).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -94,6 +104,24 @@ class Attention(nn.Module):
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
+            s_aux=self.sinks,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class SlidingAttention(Attention):
+    """Attention to the last `config.sliding_window` tokens, the token itself included."""
+
+    has_window: ClassVar[bool] = True
+
+    @classmethod
+    def make_mask(cls, config: PolicyConfig, **arguments: Any) -> Any:
+        """Return the mask of an ordinary padded batch, whose cache holds the window alone."""
+        return create_sliding_window_causal_mask(config=config, **arguments)
+
+
+def rotary_size(config: PolicyConfig) -> int:
+    """Return how many leading numbers of a head are rotated: `partial_rotary_factor` of it."""
+    assert config.head_dim is not None
+    return int(config.head_dim * config.rotary_factor)

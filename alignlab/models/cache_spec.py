@@ -26,11 +26,14 @@ class LayerCacheSpec:
         per_token: one entry for each token, such as key [K, D] and value [K, D].
         per_sequence: one entry for each sequence, such as a recurrent state [H, D, D].
         window: tokens that a later token reads, itself included; None reads all. Entries of earlier tokens may go.
+        value_columns: of a layer that keeps one "latent" [1, D] of each token: it is the key, and its first
+            `value_columns` numbers are the value. None for a layer that keeps a "key" and a "value".
     """
 
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     per_sequence: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     window: int | None = None
+    value_columns: int | None = None
 
     @classmethod
     def of_heads(cls, num_heads: int, key_dim: int, value_dim: int, *, window: int | None = None) -> LayerCacheSpec:
@@ -41,6 +44,25 @@ class LayerCacheSpec:
             key_dim, value_dim: size of each head, D.
         """
         return cls({"key": (num_heads, key_dim), "value": (num_heads, value_dim)}, window=window)
+
+    @classmethod
+    def of_latent(cls, size: int, value_columns: int, *, window: int | None = None) -> LayerCacheSpec:
+        """Return the spec of a layer that keeps `size` numbers of each token, the first of which are its value."""
+        return cls({"latent": (1, size)}, window=window, value_columns=value_columns)
+
+    def entries(self, key: Tensor, value: Tensor | None) -> dict[str, Tensor]:
+        """Return what is kept by its names: key [N,K,D] and value [N,K,V], or a latent [N,1,D] without a value."""
+        if self.value_columns is not None:
+            return {"latent": key}
+        assert value is not None
+        return {"key": key, "value": value}
+
+    def key_and_value(self, entries: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return keys [..., K, D] and values [..., K, V] of entries; those of a latent share its memory."""
+        if self.value_columns is None:
+            return entries["key"], entries["value"]
+        latent = entries["latent"]
+        return latent, latent[..., : self.value_columns]
 
     @property
     def token_numel(self) -> int:
@@ -80,16 +102,20 @@ def cache_specs(model: nn.Module) -> dict[int, LayerCacheSpec]:
 
 
 class _ShapeRecorder:
-    """A paged layout that caches nothing and notes the shapes that it is given."""
+    """A paged layout that caches nothing and notes the shapes that it is given; for models that keep keys and values.
+    """
+
+    keeps_latents = False
 
     def __init__(self) -> None:
         self.specs: dict[int, LayerCacheSpec] = {}
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
-        *, scaling: float, sliding_window: int | None, softcap: float | None,
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None,
+        *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None = None,
     ) -> Tensor:
         """Note a layer's shapes. One token attends to itself alone, so the result is its value in every query head."""
+        assert value is not None
         self.specs[layer_idx] = LayerCacheSpec.of_heads(
             key.shape[1], key.shape[3], value.shape[3], window=sliding_window
         )

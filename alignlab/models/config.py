@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from alignlab.errors import ConfigError
+from alignlab.models.config_rules import require as _require
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -20,12 +20,21 @@ class PolicyConfig(PreTrainedConfig):
     Attributes:
         num_key_value_heads: None is multi-head attention, 1 multi-query; numbers between are grouped-query.
         head_dim: None is hidden_size / num_attention_heads.
-        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options.
+        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options;
+            partial_rotary_factor is the part of each head that is rotated, its first numbers.
+        no_rope_layers: 1 for each layer that rotates by positions and 0 for each that does not, as Hugging Face has it;
+            None rotates in all.
         attention_bias: biases of the query, key and value projections.
         attention_out_bias: bias of the output projection; None follows `attention_bias`.
         use_qk_norm: RMSNorm of each head's queries and keys before the rotation, as in Qwen3.
-        layer_types: "full_attention" or "sliding_attention" for each layer; None is full everywhere.
+        layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
         sliding_window: tokens that a sliding layer sees, itself included.
+        attention_sinks: a learned logit of each head in the softmax, which takes a share and adds nothing.
+        q_lora_rank, kv_lora_rank: sizes of the latents of queries (None has none), and of keys and values, in layers
+            with latent attention.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: sizes of the parts of a latent layer's query head without and
+            with rotation, and of its value head.
+        rope_interleave: latent layers rotate pairs of neighbouring numbers, and not of halves; None is True.
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
@@ -40,6 +49,7 @@ class PolicyConfig(PreTrainedConfig):
 
     model_type = "alignlab_policy"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -65,6 +75,14 @@ class PolicyConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None
+    attention_sinks: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope_interleave: bool | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
     mlp_layer_types: list[str] | None = None
@@ -96,9 +114,23 @@ class PolicyConfig(PreTrainedConfig):
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
         kwargs.setdefault("attn_implementation", "alignlab")
         super().__post_init__(**kwargs)
-        _check_attention(self)
+        from alignlab.models.attention_rules import check_attention  # its classes are built of a config
+
+        check_attention(self)
         _check_layers(self)
         _check_experts(self)
+
+    def validate_layer_type(self) -> None:
+        """Accept the kinds that `transformers` does not know; `attention_rules` has checked them."""
+
+    def rotates(self, layer_idx: int) -> bool:
+        """Return whether a layer rotates queries and keys by their positions."""
+        return self.no_rope_layers is None or self.no_rope_layers[layer_idx] == 1
+
+    @property
+    def rotary_factor(self) -> float:
+        """Part of each head that is rotated, in layers that keep keys of heads."""
+        return (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -106,53 +138,16 @@ class PolicyConfig(PreTrainedConfig):
         return [index for index, kind in enumerate(self.mlp_layer_types or ()) if kind == "sparse"]
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _check_attention(config: PolicyConfig) -> None:
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rope = config.rope_parameters
-    assert kv_heads is not None and head_dim is not None and rope is not None
-    _require(
-        kv_heads >= 1 and heads % kv_heads == 0,
-        f"num_attention_heads is {heads}, and must be a multiple of num_key_value_heads ({kv_heads}); "
-        f"use 1 or {heads}, or a divisor between",
-    )
-    _require(head_dim % 2 == 0, f"head_dim is {head_dim}, and must be even for the rotation; use {head_dim + 1}")
-    _require(
-        rope["rope_type"] in ROPE_TYPES,
-        f"rope_type is {rope['rope_type']!r}, and must not depend on the batch; use one of {', '.join(ROPE_TYPES)}",
-    )
-    partial = rope.get("partial_rotary_factor", 1.0)
-    _require(partial == 1.0, f"partial_rotary_factor is {partial}, and all of a head is rotated; leave it out")
-    _require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r}, and must be silu (SwiGLU)")
-    dropout = config.attention_dropout
-    _require(0 <= dropout < 1, f"attention_dropout is {dropout}, and must be in [0, 1); use 0")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        cap = getattr(config, name)
-        _require(cap is None or cap > 0, f"{name} is {cap}, and must be positive; leave it out for no cap")
-
-
 def _check_layers(config: PolicyConfig) -> None:
-    allowed = {"layer_types": ("full_attention", "sliding_attention"), "mlp_layer_types": ("dense", "sparse")}
-    for name, kinds in allowed.items():
-        layers = getattr(config, name)
-        _require(
-            len(layers) == config.num_hidden_layers,
-            f"{name} has {len(layers)} entries, and must have one for each of the {config.num_hidden_layers} layers",
-        )
-        wrong = sorted(set(layers) - set(kinds))
-        _require(not wrong, f"{name} holds {', '.join(wrong)}; each entry must be {' or '.join(kinds)}")
-    window = config.sliding_window
-    sliding = "sliding_attention" in (config.layer_types or ())
+    _require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r}, and must be silu (SwiGLU)")
+    layers = config.mlp_layer_types or []
     _require(
-        (window is not None) == sliding,
-        f"sliding_window is {window}, and must be given exactly where layer_types holds sliding_attention; "
-        + ("give it" if sliding else "leave it out"),
+        len(layers) == config.num_hidden_layers,
+        f"mlp_layer_types has {len(layers)} entries, and must have one for each of the {config.num_hidden_layers} "
+        "layers",
     )
-    _require(window is None or window >= 1, f"sliding_window is {window}, and must be at least 1")
+    wrong = sorted(set(layers) - {"dense", "sparse"})
+    _require(not wrong, f"mlp_layer_types holds {', '.join(wrong)}; each entry must be dense or sparse")
 
 
 def _check_experts(config: PolicyConfig) -> None:

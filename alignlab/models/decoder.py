@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
+from alignlab.models.config import PolicyConfig
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.layout import ATTENTION, OTHER_ATTENTION, Layout, attention_calls
 from alignlab.types import Segments
@@ -135,6 +136,8 @@ def _check_architecture(lm: PreTrainedModel) -> None:
         raise ConfigError(
             f"{type(lm).__name__} has an attention of its own, which cannot be packed; {OTHER_ATTENTION}"
         )
+    if isinstance(lm.config, PolicyConfig):
+        return  # all its kinds of attention follow a layout
     kinds = set(getattr(lm.config.get_text_config(), "layer_types", None) or ())
     unknown = sorted(kinds - {"full_attention", "sliding_attention"})
     if unknown:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from alignlab.transfer import to_device
 from alignlab.types import Segments
@@ -31,7 +32,8 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-    *, scaling: float, sliding_window: int | None, softcap: float | None, flex: Callable[..., Tensor] | None = None,
+    *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None = None,
+    flex: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Return what `packed_attention` returns, by FlexAttention; its block mask is cached on `segments` by window.
 
@@ -49,11 +51,27 @@ def flex_packed_attention(
     if padding[-1]:
         query, key, value = (F.pad(x, padding) for x in (query, key, value))
     attend = flex or _compiled_flex(sliding_window is not None, softcap)
-    out = attend(
-        query, key, value, score_mod=None if softcap is None else soft_capped(softcap), block_mask=mask, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+    out = attend_with_sinks(
+        attend, query, key, value, sinks, score_mod=None if softcap is None else soft_capped(softcap), block_mask=mask,
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[:, :, :num_tokens].transpose(1, 2)
+
+
+def attend_with_sinks(
+    flex: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, **options: Any
+) -> Tensor:
+    """Return FlexAttention [B,H,N,V] of queries [B,H,N,D], whose softmax the sinks [H] have joined, if there are any.
+
+    A sink with logit s takes the share exp(s - lse') of the softmax, lse' being the logarithm of the sum with it: the
+    output is that without sinks, times sigmoid(lse - s).
+    """
+    if sinks is None:
+        out: Tensor = flex(query, key, value, **options)
+        return out
+    out, aux = flex(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    share = torch.sigmoid(aux.lse.float() - sinks.float()[:, None])
+    return (out * share[..., None]).to(out.dtype)
 
 
 @cache

@@ -33,13 +33,24 @@ OTHER_ATTENTION = (
 
 
 class PagedLayout(Protocol):
-    """A layout that caches keys and values of earlier tokens itself."""
+    """A layout that caches what layers keep of earlier tokens itself.
+
+    Attributes:
+        keeps_latents: layers with latent attention hand their latents over, and not the keys and values of all heads.
+    """
+
+    keeps_latents: bool
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
-        *, scaling: float, sliding_window: int | None, softcap: float | None,
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None,
+        *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None = None,
     ) -> Tensor:
-        """Return attention of `query` [1,H,N,D] to `key`, `value` [1,K,N,D] and to cached tokens: [1,N,H,D]."""
+        """Return attention of `query` [1,H,N,D] to `key` [1,K,N,D], `value` [1,K,N,V] and cached tokens: [1,N,H,V].
+
+        Args:
+            value: None for a layer that keeps latents: its cache spec says which numbers of the key are the value.
+            sinks: see `attention`.
+        """
         ...
 
 
@@ -47,36 +58,44 @@ Layout = Segments | PagedLayout
 _calls = threading.local()
 
 
+def keeps_latents(layout: Layout | None) -> bool:
+    """Return whether layers with latent attention hand their latents to a layout, to be cached."""
+    return layout is not None and not isinstance(layout, Segments) and layout.keeps_latents
+
+
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor | None, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    layout: Layout | None = None, **kwargs: Any,
+    s_aux: Tensor | None = None, layout: Layout | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention, with the arguments that `transformers` hands to an attention function.
 
     Args:
         module: the attention module; its `layer_idx` tells a paged layout which layer's cache to use.
-        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
+        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,V], positions already applied; no value where a paged layout is
+            given latents.
         attention_mask: read only where there is no layout.
         scaling: factor of the scores, before the cap.
         sliding_window: a token sees this many tokens, itself included; None sees all.
         softcap: scores become cap * tanh(score / cap).
+        s_aux: [H], attention sinks: a logit of each head that joins the softmax, uncapped, and adds nothing.
         layout: see the top of this module.
 
     Returns:
-        ([1,N,H,D], None); attention weights are never formed.
+        ([1,N,H,V], None); attention weights are never formed.
 
     Raises:
-        ConfigError: the model has attention sinks or position biases, or dropout with a layout.
+        ConfigError: the model has position biases, or dropout with a layout.
     """
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+    if kwargs.get("position_bias") is not None:
         raise ConfigError(
-            f"attention 'alignlab' knows neither attention sinks nor position biases, which {type(module).__name__} "
-            f"uses; {OTHER_ATTENTION}"
+            f"attention 'alignlab' has no position biases, which {type(module).__name__} uses; {OTHER_ATTENTION}"
         )
     if layout is None:
+        assert value is not None
         return _padded(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, **kwargs
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux,
+            **kwargs,
         ), None
     if dropout:
         raise ConfigError(
@@ -84,33 +103,38 @@ def attention(
             "alignlab.models.dropout.switch_off_dropout(model), as every trainer does"
         )
     _calls.count = attention_calls() + 1
+    options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if isinstance(layout, Segments):
-        return packed_attention(
-            query, key, value, layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
-        ), None
-    layer_idx = cast(int, module.layer_idx)
-    return layout.attend(
-        layer_idx, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
-    ), None
+        assert value is not None
+        return packed_attention(query, key, value, layout, **options), None
+    return layout.attend(cast(int, module.layer_idx), query, key, value, **options), None
 
 
 def _padded(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    *, scaling: float, dropout: float, softcap: float | None, **kwargs: Any,
+    *, scaling: float, dropout: float, softcap: float | None, sinks: Tensor | None, **kwargs: Any,
 ) -> Tensor:
     """Compute attention of an ordinary batch. The mask comes from `transformers`, and holds any sliding window."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         kwargs.pop("output_attentions", None)
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = softcap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * scaling / softcap)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(exact) @ key.to(exact).transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min  # with -inf, padded queries, which see no key, would become nan
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout, module.training)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    weights = nn.functional.dropout(weights.to(value.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2)
 
 

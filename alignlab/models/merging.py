@@ -68,6 +68,13 @@ def merged_module(wrapper: nn.Module) -> nn.Module:
     return _with_parameters(base, merged)
 
 
+def weight_with_adapters(layer: nn.Module) -> Tensor:
+    """Return the weight [out, in] by which a linear layer multiplies, any adapters on it merged in; not for gradients.
+    """
+    plain = merged_module(layer) if _is_wrapper(layer) else layer
+    return plain.get_parameter("weight").detach()
+
+
 def base_module(wrapper: nn.Module) -> nn.Module:
     """Return the module that the adapters were put on."""
     if isinstance(wrapper, AuxiliaryTrainingWrapper):

@@ -1,6 +1,7 @@
 """Attention over packed sequences, some of which share a prompt; the prompt's keys and values are never copied.
 
-Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size; b problems of M queries and S keys.
+Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size, V size of a value's head; b problems of
+M queries and S keys.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from alignlab.types import Segments
 
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-    *, scaling: float, sliding_window: int | None = None, softcap: float | None = None,
+    *, scaling: float, sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention of each token to its segment up to itself, and to all of its segment's prompt.
 
     Args:
-        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,D], positions already applied.
+        query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,V], positions already applied.
         segments: on the same device.
         scaling: factor of the scores, before the cap.
         sliding_window: a token sees this many tokens of its sequence, itself included; None sees all.
         softcap: scores become cap * tanh(score / cap).
+        sinks: [H], a logit of each head that joins the softmax, uncapped, and adds nothing to the output.
 
     Returns:
-        [1,N,H,D]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
+        [1,N,H,V]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
     """
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
     device = query.device.type
@@ -40,9 +42,10 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if device == "cuda":
         return flex_packed_attention(
-            query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+            query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
         )
-    return _BlockAttention.apply(query, key, value, attention_blocks(segments, sliding_window), scaling, softcap)
+    blocks = attention_blocks(segments, sliding_window)
+    return _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap)
 
 
 def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +65,7 @@ class _BlockAttention(torch.autograd.Function):
     Scores and softmax are float32; weights are rounded to the inputs' dtype for the products, as flash kernels do.
     With P the softmax over all blocks and delta = sum(dO * O), each block's part is exact on its own:
         dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K,  dK = dS^T Q    (Dao 2023, arXiv:2307.08691)
+    A sink s joins the softmax once, after the blocks, as one more key whose value is 0: ds = -sum exp(s - lse) delta.
 
     Inside, tensors are [K, N + 1, G, D] or [K, N + 1, D], their last token being the padding of the blocks.
     """
@@ -69,13 +73,14 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @_in_own_precision
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float, softcap: float | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, blocks: list[Block],
+        scaling: float, softcap: float | None,
     ) -> Tensor:
-        """Compute attention by the blocks of a plan: [1,K*G,N,D] and [1,K,N,D] -> [1,N,K*G,D]."""
+        """Compute attention by the blocks of a plan: [1,K*G,N,D], [1,K,N,D] and [1,K,N,V] -> [1,N,K*G,V]."""
         exact = torch.promote_types(query.dtype, torch.float32)
         num_kv = key.shape[1]
         q, k, v = _rows(query, num_kv, exact).mul_(scaling), _rows(key, num_kv, exact), _rows(value, num_kv)
-        out = query.new_empty(q.shape)
+        out = query.new_empty(*q.shape[:3], value.shape[3])
         top, total = q.new_empty(q.shape[:3]), q.new_empty(q.shape[:3])
         for block in blocks:
             scores = _hide(_scores(q, k, block, softcap), block)
@@ -85,9 +90,13 @@ class _BlockAttention(torch.autograd.Function):
             output = torch.bmm(_flat(weights.to(v.dtype)), _take(v, block.keys))
             _merge((out, top, total), block, (output, peak, mass))
         logsumexp = top.add_(total.log())
-        logsumexp[:, -1] = torch.inf  # no weight, and so no gradient, for padded queries
         out.div_(total[..., None])
-        ctx.save_for_backward(query, key, value, out, logsumexp)
+        if sinks is not None:
+            joined = torch.logaddexp(logsumexp, sinks.to(exact).view(num_kv, 1, -1))
+            out.mul_((logsumexp - joined).exp_()[..., None])
+            logsumexp = joined
+        logsumexp[:, -1] = torch.inf  # no weight, and so no gradient, for padded queries
+        ctx.save_for_backward(query, key, value, sinks, out, logsumexp)
         ctx.blocks, ctx.scaling, ctx.softcap = blocks, scaling, softcap
         return _heads(out, query.dtype).transpose(1, 2)
 
@@ -95,8 +104,8 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return gradients of query, key and value, in their layout and dtype, from that of the output."""
-        query, key, value, out, logsumexp = ctx.saved_tensors
+        """Return gradients of query, key, value and sinks, in their layout and dtype, from that of the output."""
+        query, key, value, sinks, out, logsumexp = ctx.saved_tensors
         exact, num_kv = logsumexp.dtype, key.shape[1]
         scaled_q, exact_k = _rows(query, num_kv, exact).mul_(ctx.scaling), _rows(key, num_kv, exact)
         q, k, v = _rows(query, num_kv), _rows(key, num_kv), _rows(value, num_kv)
@@ -118,7 +127,16 @@ class _BlockAttention(torch.autograd.Function):
             _add(grad_k, block.keys, torch.bmm(grad_scores.transpose(1, 2), _take(q, block.queries)))
         grad_q.mul_(ctx.scaling)
         grad_k.mul_(ctx.scaling)
-        return _heads(grad_q, query.dtype), _heads(grad_k, key.dtype), _heads(grad_v, value.dtype), None, None, None
+        grads = _heads(grad_q, query.dtype), _heads(grad_k, key.dtype), _heads(grad_v, value.dtype)
+        return *grads, _sink_gradient(sinks, logsumexp, delta), None, None, None
+
+
+def _sink_gradient(sinks: Tensor | None, logsumexp: Tensor, delta: Tensor) -> Tensor | None:
+    """Return the gradient of sinks [H] from [K, N+1, G], each query's softmax and its sum(dO * O)."""
+    if sinks is None:
+        return None
+    weights = (sinks.to(logsumexp.dtype).view(len(logsumexp), 1, -1) - logsumexp[:, :-1]).exp_()
+    return (weights * delta[:, :-1]).sum(1).neg_().flatten().to(sinks.dtype)  # the padding's delta may be nan
 
 
 def _rows(x: Tensor, num_kv: int, dtype: torch.dtype | None = None) -> Tensor:

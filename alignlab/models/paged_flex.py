@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from alignlab.models.flex_attention import BLOCK, Rule, soft_capped
+from alignlab.models.flex_attention import BLOCK, Rule, attend_with_sinks, soft_capped
 
 ScoreRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 TILE = BLOCK
@@ -60,7 +60,7 @@ class VisitedBlocks(NamedTuple):
 
 def flex_paged_attention(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, visited: VisitedBlocks,
-    *, block_size: int, scaling: float, softcap: float | None,
+    *, block_size: int, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Return attention of each query to the cached tokens of its sequence up to itself.
 
@@ -71,6 +71,7 @@ def flex_paged_attention(
         block_size: tokens in a block.
         scaling: factor of the scores, before the cap.
         softcap: scores become cap * tanh(score / cap).
+        sinks: [H], a logit of each head that joins the softmax, uncapped, and adds nothing to the output.
 
     Returns:
         [T,H,Q,V]
@@ -79,13 +80,14 @@ def flex_paged_attention(
         FailOnRecompileLimitHit: torch would compile more often than is ever needed.
     """
     attend = _compiled_flex(visited.first_seen is not None, softcap, block_size, scaling)
-    return attend(query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], *tiles, *visited)
+    return attend(query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], sinks, *tiles, *visited)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, table: Tensor, place_of_block: Tensor,
-    num_partial: Tensor, partial: Tensor, num_full: Tensor | None, full: Tensor | None, first_seen: Tensor | None,
-    *, block_size: int, scaling: float, score_mod: ScoreRule | None, flex: Callable[..., Tensor] = flex_attention,
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, positions: Tensor, table: Tensor,
+    place_of_block: Tensor, num_partial: Tensor, partial: Tensor, num_full: Tensor | None, full: Tensor | None,
+    first_seen: Tensor | None,
+    *, block_size: int, scaling: float, score_mod: ScoreRule | None, flex: Callable[..., Any] = flex_attention,
 ) -> Tensor:
     """Return [T,H,Q,V] of query [T,H,Q,D], key [1,K,S,D] and value [1,K,S,V]; the mask is made while this is compiled,
     so that the number of slots is none of the kernel's constants."""
@@ -98,8 +100,8 @@ def _attend(
     shared = query.shape[1] // key.shape[1]
     if query.shape[2] == 1 and shared & (shared - 1):
         options["BLOCK_M"] = 16  # the kernel for decoding takes powers of two alone, and the other computes 128 rows
-    return flex(
-        query, key, value, score_mod=score_mod, block_mask=mask, scale=scaling,
+    return attend_with_sinks(
+        flex, query, key, value, sinks, score_mod=score_mod, block_mask=mask, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,
     )
 

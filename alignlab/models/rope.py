@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,42 +15,74 @@ from alignlab.models.config import PolicyConfig
 Rotation = tuple[Tensor, Tensor]
 
 
-def rope_frequencies(config: PolicyConfig) -> tuple[Tensor, float]:
-    """Return inverse frequencies [head_dim / 2], float32, and the factor on cosine and sine (1 except for YaRN)."""
-    assert config.rope_parameters is not None and config.head_dim is not None
+def rope_frequencies(config: PolicyConfig, size: int) -> tuple[Tensor, float]:
+    """Return inverse frequencies [size / 2], float32, and the factor on cosine and sine (1 except for YaRN).
+
+    Args:
+        size: numbers of a head that are rotated.
+    """
+    assert config.rope_parameters is not None
     if config.rope_parameters["rope_type"] != "default":
-        return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+        sized = copy.copy(config)  # `transformers` reads the size from a config
+        sized.head_dim = size
+        sized.rope_parameters = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
+        return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](sized, torch.device("cpu"))
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
 
+def latent_scale(config: PolicyConfig) -> float:
+    """Return the factor on the scores of rotated latent attention under YaRN: (0.1 mscale_all_dim ln(factor) + 1)^2."""
+    rope = config.rope_parameters or {}
+    strength, factor = rope.get("mscale_all_dim", 0), rope.get("factor", 1.0)
+    return (0.1 * strength * math.log(factor) + 1.0) ** 2 if strength and factor > 1 else 1.0
+
+
 class RotaryEmbedding(nn.Module):
-    """Cosines and signed sines of the positions, once for all layers."""
+    """Cosines and signed sines of the positions, once for all layers that rotate as much of a head.
+
+    Args:
+        size: numbers of a head that are rotated.
+    """
 
     inv_freq: Tensor
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: PolicyConfig, size: int) -> None:
         super().__init__()
         self.config = config
-        inv_freq, self.attention_scaling = rope_frequencies(config)
+        self.size = size
+        inv_freq, self.attention_scaling = rope_frequencies(config, size)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """Move with the model, but stay float32: rounding to bfloat16 would change the frequencies."""
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
+            self.inv_freq = rope_frequencies(self.config, self.size)[0].to(self.inv_freq.device)
         return self
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation:
-        """Return (cosine, sine) [B, N, 1, D]; the sine's first half is negated, so that `rotate` needs no negation."""
+        """Return (cosine, sine) [B, N, 1, size]; the sine's first half is negated, so that `rotate` needs no negation.
+        """
         angles = (position_ids[..., None].float() * self.inv_freq).unsqueeze(-2)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Return heads [B, N, H, D] rotated by their positions: with halves (a, b), (a cos - b sin, b cos + a sin)."""
+    """Return heads [B, N, H, D] rotated by their positions: with halves (a, b), (a cos - b sin, b cos + a sin).
+
+    Only as many of a head's first numbers as the rotation has are rotated.
+    """
     cos, signed_sin = rotation
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), signed_sin)
+    size = cos.shape[-1]
+    rotated, rest = (heads, None) if size == heads.shape[-1] else heads.split([size, heads.shape[-1] - size], dim=-1)
+    rotated = torch.addcmul(rotated * cos, rotated.roll(size // 2, dims=-1), signed_sin)
+    return rotated if rest is None else torch.cat((rotated, rest), dim=-1)
+
+
+def deinterleaved(heads: Tensor) -> Tensor:
+    """Return heads [..., D] with the first numbers of all pairs of neighbours before the second ones, as `rotate` has
+    its pairs."""
+    return heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -23,18 +23,18 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention import Attention
+from alignlab.models.attention_kinds import ATTENTION_KINDS, make_attention
+from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import PolicyConfig
 from alignlab.models.layers import FeedForward, RMSNorm
 from alignlab.models.moe import Experts, SparseFeedForward
-from alignlab.models.rope import RotaryEmbedding, rope_frequencies
+from alignlab.models.rope import RotaryEmbedding, Rotation, rope_frequencies
 from alignlab.models.routers import TopKRouter
 from alignlab.models.routing import RoutingRecord
 
@@ -45,7 +45,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.mlp_layer_types is not None
-        self.self_attn = Attention(config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp: nn.Module
         if self.sparse:
@@ -55,8 +55,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, *, routing: RoutingRecord | None = None, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    def forward(
+        self, hidden_states: Tensor, *, rotations: dict[str, Rotation], routing: RoutingRecord | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        rotation = rotations.get(str(self.self_attn.rotary_size))
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings=rotation, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + (self.mlp(normed, routing) if self.sparse else self.mlp(normed))
@@ -76,19 +80,21 @@ class PolicyPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": Attention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": AttentionLayer}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "expert_load"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"mlp\.gate\.expert_load"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
-            init.copy_(module.inv_freq, rope_frequencies(self.config)[0])
+            init.copy_(module.inv_freq, rope_frequencies(self.config, module.size)[0])
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
         elif isinstance(module, TopKRouter):
             module.initialize()
+        elif isinstance(module, AttentionLayer) and module.sinks is not None:
+            init.normal_(module.sinks, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -104,7 +110,9 @@ class PolicyModel(PolicyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        attentions = [module for module in self.layers.modules() if isinstance(module, AttentionLayer)]
+        sizes = dict.fromkeys(attention.rotary_size for attention in attentions)
+        self.rotary_embs = nn.ModuleDict({str(size): RotaryEmbedding(config, size) for size in sizes if size})
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -133,10 +141,10 @@ class PolicyModel(PolicyPreTrainedModel):
             position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
         masks = self._masks(attention_mask, hidden_states, past_key_values, position_ids, kwargs.get("layout"))
         routing = self._begin_routing(routing)
-        rotation = self.rotary_emb(position_ids, hidden_states.dtype)
+        rotations = {size: rotary(position_ids, hidden_states.dtype) for size, rotary in self.rotary_embs.items()}
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
-                hidden_states, attention_mask=masks[kind], position_embeddings=rotation, position_ids=position_ids,
+                hidden_states, attention_mask=masks[kind], rotations=rotations, position_ids=position_ids,
                 past_key_values=past_key_values, use_cache=use_cache, routing=routing, **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -156,19 +164,25 @@ class PolicyModel(PolicyPreTrainedModel):
         """Return the mask of each type of layer; None with a layout. `generate` may have made them already."""
         if layout is not None or isinstance(mask, dict):
             return mask if isinstance(mask, dict) else dict.fromkeys(set(self.config.layer_types or ()), None)
-        if self.config.attn_logit_softcapping is not None and self.config._attn_implementation == "sdpa":
-            raise ConfigError(
-                "attn_logit_softcapping is set, and attn_implementation is 'sdpa', which has no soft-cap; "
-                "use 'alignlab' or 'eager'"
-            )
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        self._check_implementation(self.config._attn_implementation)
+        arguments = {
+            "inputs_embeds": hidden_states, "attention_mask": mask, "past_key_values": cache,
+            "position_ids": position_ids,
+        }
         return {
-            kind: makers[kind](
-                config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=cache,
-                position_ids=position_ids,
-            )
+            kind: ATTENTION_KINDS[kind].make_mask(self.config, **arguments)
             for kind in set(self.config.layer_types or ())
         }
+
+    def _check_implementation(self, name: str | None) -> None:
+        """Raise if the attention function of this name lacks what the config asks for."""
+        fix = "use 'alignlab' or 'eager'"
+        if self.config.attn_logit_softcapping is not None and name == "sdpa":
+            raise ConfigError(
+                f"attn_logit_softcapping is set, and attn_implementation is 'sdpa', which has no soft-cap; {fix}"
+            )
+        if self.config.attention_sinks and name not in ("alignlab", "eager", "vllm"):
+            raise ConfigError(f"attention_sinks is true, and attn_implementation is {name!r}, which has none; {fix}")
 
 
 class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):

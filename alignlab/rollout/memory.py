@@ -15,6 +15,7 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
+from alignlab.rollout.embedded.block_pools import pool_blocks
 
 _COPIES_FRAC = 0.1
 """Of a GPU's memory: what merged copies may take by default. A small model is bound by the number of kernels in a step,
@@ -67,12 +68,16 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    per_token = model_dtype(lm).itemsize * sum(spec.token_numel for spec in cache_specs(model).values())
+    itemsize, specs = model_dtype(lm).itemsize, cache_specs(model).values()
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
-        weights = sum(parameter.numel() for parameter in lm.parameters()) * model_dtype(lm).itemsize
-        return num_sequences * num_tokens * per_token + weights
-    block_size = block_size_for(settings.block_size, device)
-    cache = num_sequences * -(-num_tokens // block_size) * block_size * per_token
+        weights = sum(parameter.numel() for parameter in lm.parameters())
+        return itemsize * (num_sequences * num_tokens * sum(spec.token_numel for spec in specs) + weights)
+    size = block_size_for(settings.block_size, device)
+    lengths = [num_tokens] * num_sequences
+    cache = sum(
+        itemsize * spec.token_numel * size * pool_blocks(lengths, spec.window, settings.prefill_tokens, size)
+        for spec in specs
+    )
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 
 

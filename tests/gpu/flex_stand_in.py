@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.models import paged_flex
@@ -18,7 +19,8 @@ from alignlab.types import Segments
 def dense_flex(
     query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool
 ) -> Tensor:
-    """Return what FlexAttention returns, by a dense mask made from the block mask's rule. Without soft-caps."""
+    """Return what FlexAttention returns, by a dense mask made from the block mask's rule. Without soft-caps or sinks.
+    """
     assert score_mod is None
     queries, keys = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
     zero = torch.zeros((), dtype=torch.long, device=query.device)
@@ -47,17 +49,19 @@ def paged_stand_in(has_window: bool, softcap: float | None, block_size: int, sca
 
 def dense_paged_flex(
     query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool,
-    kernel_options: Any,
-) -> Tensor:
-    """Return what FlexAttention returns: query [T,H,Q,D], key [1,K,S,D], value [1,K,S,V] -> [T,H,Q,V]."""
+    kernel_options: Any, return_aux: AuxRequest | None = None,
+) -> Any:
+    """Return what FlexAttention returns: query [T,H,Q,D], key [1,K,S,D], value [1,K,S,V] -> [T,H,Q,V]; with it the
+    logarithm of the softmax's sums [T,H,Q], if that is asked for."""
     shared = query.shape[1] // key.shape[1]
     assert enable_gqa == (shared > 1)
     key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     scores = query.float() @ key.float().transpose(2, 3) * scale
     if score_mod is not None:
         scores = score_mod(scores, None, None, None, None)
-    weights = scores.masked_fill(~visited_slots(block_mask), -torch.inf).softmax(-1)
-    return weights.to(value.dtype) @ value
+    scores = scores.masked_fill(~visited_slots(block_mask), -torch.inf)
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return out if return_aux is None else (out, AuxOutput(lse=scores.logsumexp(-1)))
 
 
 def visited_slots(mask: Any) -> Tensor:

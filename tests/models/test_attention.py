@@ -116,7 +116,7 @@ def test_a_paged_layout_attends_layer_by_layer(llama, tokens):
     seen = []
 
     class Recorder:
-        def attend(self, layer_idx, query, key, value, *, scaling, sliding_window, softcap):
+        def attend(self, layer_idx, query, key, value, *, scaling, sliding_window, softcap, sinks):
             seen.append((layer_idx, query.shape, key.shape, round(scaling, 4), sliding_window, softcap))
             return torch.zeros_like(query).transpose(1, 2)
 
@@ -159,7 +159,7 @@ def test_other_kinds_of_layers_are_refused(llama, pack, tokens):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"s_aux": torch.ones(2)}, "attention sinks"),
+        ({"position_bias": torch.ones(2)}, "position biases"),
         ({"layout": Segments.single(3), "dropout": 0.1}, "attention_dropout is 0.1"),
     ],
 )

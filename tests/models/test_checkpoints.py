@@ -18,8 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -283,14 +283,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_packed_gets_its_own_attention_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    config = GptOssConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Lfm2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention", "conv"], pad_token_id=0
     )
-    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=torch.float32)
-    assert model.config._attn_implementation == "eager"
-    assert "GptOssForCausalLM is computed on padded batches: attention 'alignlab' knows neither" in caplog.text
+    assert model.config._attn_implementation == "sdpa"
+    assert "Lfm2ForCausalLM has layers of type conv, which cannot be packed" in caplog.text
     tokens = torch.tensor([3, 9, 4, 7])
     logprobs = Policy(model)(tokens, Segments.single(4), torch.arange(4) > 0).logprobs
     wanted = model(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]

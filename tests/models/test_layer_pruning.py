@@ -104,7 +104,7 @@ def test_a_tied_head_stays_tied_and_the_dtype_stays() -> None:
     student = student_from(random_model(SHAPE | {"tie_word_embeddings": True}).bfloat16(), [0])
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     assert student.dtype == torch.bfloat16
-    assert student.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert student.model.rotary_embs["8"].inv_freq.dtype == torch.float32
 
 
 def test_a_foreign_model_has_students_where_its_layers_are_one_list() -> None:

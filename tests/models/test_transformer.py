@@ -136,10 +136,10 @@ def test_the_norm_rounds_once_in_bfloat16() -> None:
 
 def test_rotation_turns_pairs_by_their_angle_and_keeps_relative_positions() -> None:
     config = PolicyConfig(**SHAPE, head_dim=8)
-    rope = RotaryEmbedding(config)
+    rope = RotaryEmbedding(config, 8)
     heads = torch.randn(1, 6, 2, 8)
     turned = rotate(heads, rope(torch.arange(6)[None], torch.float32))
-    angle = 5 * rope_frequencies(config)[0][1]
+    angle = 5 * rope_frequencies(config, 8)[0][1]
     first, second = heads[0, 5, 0, 1], heads[0, 5, 0, 5]
     torch.testing.assert_close(turned[0, 5, 0, 1], first * angle.cos() - second * angle.sin())
     torch.testing.assert_close(turned[0, 5, 0, 5], second * angle.cos() + first * angle.sin())
@@ -150,10 +150,10 @@ def test_rotation_turns_pairs_by_their_angle_and_keeps_relative_positions() -> N
 
 def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
     policy = model()
-    before = policy.model.rotary_emb.inv_freq.clone()
-    after = policy.bfloat16().model.rotary_emb.inv_freq
+    before = policy.model.rotary_embs["6"].inv_freq.clone()
+    after = policy.bfloat16().model.rotary_embs["6"].inv_freq
     assert after.dtype == torch.float32 and torch.equal(after, before)
-    assert "model.rotary_emb.inv_freq" not in policy.state_dict()
+    assert not any("inv_freq" in name for name in policy.state_dict())
 
 
 @pytest.mark.parametrize(

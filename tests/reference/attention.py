@@ -24,9 +24,9 @@ def visible(segments: Segments, window: int | None = None) -> Tensor:
 
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
-    *, scaling: float, sliding_window: int | None = None, softcap: float | None = None,
+    *, scaling: float, sliding_window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
-    """[1,H,N,D], [1,K,N,D], [1,K,N,D] -> [1,N,H,D] in float64."""
+    """[1,H,N,D], [1,K,N,D], [1,K,N,V], sinks [H] -> [1,N,H,V] in float64. A sink is one more key, whose value is 0."""
     query, key, value = query.double(), key.double(), value.double()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -34,4 +34,7 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible(segments, sliding_window), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+        value = torch.nn.functional.pad(value, (0, 0, 0, 1))
     return (scores.softmax(-1) @ value).transpose(1, 2)

@@ -61,7 +61,7 @@ _UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
     StrictDataclassError,
 )  # fmt: skip
-_ROPE_KEYS = ("rope_theta", "rope_scaling")
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 _SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 

@@ -35,7 +35,8 @@ _SHAPE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
     "attention_bias", "attention_out_bias", "attention_dropout", "use_qk_norm", "layer_types", "sliding_window",
-    "attn_logit_softcapping", "final_logit_softcapping", "mlp_layer_types",
+    "attn_logit_softcapping", "final_logit_softcapping", "mlp_layer_types", "no_rope_layers", "attention_sinks",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
 )
 _DENSE_SHAPE = ("intermediate_size", "mlp_bias")
 _SPARSE_SHAPE = (
@@ -182,6 +183,11 @@ def read_hub_config(hub: PreTrainedConfig) -> PolicyConfig | None:
     shared = {name: getattr(hub, name) for name in _SHARED}
     head_dim = getattr(hub, "head_dim", None) or hub.hidden_size // hub.num_attention_heads
     rope = dict(hub.rope_parameters)
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1:
+        raise ConfigError(
+            f"partial_rotary_factor is {partial}, and {hub.model_type} rotates all of a head; leave it out"
+        )
     return PolicyConfig(**shared, head_dim=head_dim, rope_parameters=rope, **family.to_policy(hub))
 
 

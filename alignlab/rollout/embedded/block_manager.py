@@ -122,6 +122,16 @@ class BlockManager:
             self._users[block] += 1
         return block
 
+    def knows(self, digest: bytes) -> bool:
+        """Return whether a block is published under `digest`."""
+        return digest in self._published
+
+    def take(self, digest: bytes) -> int:
+        """Return the block published under `digest`, which there must be, with a user more."""
+        block = self.find(digest)
+        assert block is not None, "nothing is published under this digest"
+        return block
+
     def forget_all(self) -> None:
         """Withdraw all published blocks; blocks in use stay in use."""
         for block in list(self._published.values()):

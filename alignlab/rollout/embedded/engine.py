@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,7 +18,8 @@ from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
-from alignlab.rollout.embedded.block_manager import BlockManager, block_size_for
+from alignlab.rollout.embedded.block_manager import block_size_for
+from alignlab.rollout.embedded.block_pools import BlockPools, Window, most_blocks, shared_out
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
@@ -81,7 +82,7 @@ class EmbeddedEngine:
         self._runner = Runner(
             model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs
         )
-        self._blocks = BlockManager(0, self._block_size)
+        self._blocks = BlockPools(self._runner.cache.windows, self._block_size)
         self._sampler = Sampler()
         self._in_use = threading.Lock()
         self._abandoned = False
@@ -173,7 +174,7 @@ class EmbeddedEngine:
         A cache that takes little of a GPU's memory stays, since recorded steps read it where it lies.
         """
         self._require_no_call()
-        if cache_may_stay(self._blocks.num_blocks * self._runner.block_bytes, self._runner.device):
+        if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._blocks.reset()
         else:
             self._free_cache()
@@ -242,27 +243,44 @@ class EmbeddedEngine:
         Raises:
             RolloutError: the longest sequence alone needs more.
         """
-        size, limit = self._block_size, self._block_limit()
-        longest = self._blocks.blocks_for(max((sequence.max_tokens for sequence in sequences), default=0))
-        if longest > limit:
+        size, chunk = self._block_size, self._settings.prefill_tokens
+        longest = max((sequence.max_tokens for sequence in sequences), default=0)
+        least = {window: most_blocks(longest, window, chunk, size) for window in self._blocks.managers}
+        needed = {
+            window: max(fewest, blocks_needed(
+                sequences, size, self._settings.max_running, share=self._share, window=window, chunk=chunk
+            ))
+            for window, fewest in least.items()
+        }  # fmt: skip
+        limits = self._block_limits(least, needed)
+        window = min(least, key=lambda window: limits[window] - least[window])
+        if least[window] > limits[window]:
             raise RolloutError(
-                f"the longest sequence needs {longest * size} tokens of cache, and half of the free memory holds "
-                f"{limit * size}; lower max_new_tokens or free memory"
+                f"the longest sequence needs {least[window] * size} tokens of cache, and half of the free memory holds "
+                f"{limits[window] * size}; lower max_new_tokens or free memory"
             )
-        needed = blocks_needed(sequences, size, self._settings.max_running, share=self._share)
-        num_blocks = min(needed, limit)
-        if num_blocks > self._blocks.num_blocks:
-            self._runner.resize(num_blocks)
+        sizes = {window: min(count, limits[window]) for window, count in needed.items()}
+        held = self._blocks.sizes
+        if any(sizes[window] > held[window] for window in sizes):
+            sizes = {window: max(count, held[window]) for window, count in sizes.items()}
+            self._runner.resize(sizes)
             self._blocks.reset()  # of published blocks too: their entries are gone
-            self._blocks.grow(num_blocks)
+            self._blocks.grow(sizes)
 
-    def _block_limit(self) -> int:
-        """Return the number of blocks that the settings, or half of the free memory, and the kernels allow."""
+    def _block_limits(self, least: Mapping[Window, int], needed: Mapping[Window, int]) -> dict[Window, int]:
+        """Return the number of blocks, by window, that the settings, or half of the free memory, and the kernels allow.
+
+        Args:
+            least: blocks that one sequence needs.
+            needed: blocks that all sequences need which run together.
+        """
+        most = self._runner.max_blocks
         if self._settings.cache_tokens is not None:
-            return min(self._blocks.blocks_for(self._settings.cache_tokens), self._runner.max_blocks)
+            return dict.fromkeys(least, min(self._blocks.blocks_for(self._settings.cache_tokens), most))
         device = self._runner.device
         free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        return min(self._blocks.num_blocks + free // 2 // self._runner.block_bytes, self._runner.max_blocks)
+        shares = shared_out(self._runner.cache_bytes + free // 2, self._runner.block_bytes, least, needed)
+        return {window: min(count, most) for window, count in shares.items()}
 
     @contextmanager
     def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
@@ -308,8 +326,8 @@ class EmbeddedEngine:
             raise _busy()
 
     def _free_cache(self) -> None:
-        self._blocks = BlockManager(0, self._block_size)
-        self._runner.resize(0)
+        self._blocks = BlockPools(self._runner.cache.windows, self._block_size)
+        self._runner.resize(self._blocks.sizes)
 
     def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
         """Choose the tokens of a step.

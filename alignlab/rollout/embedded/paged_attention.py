@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_cache import PagedCache
 
 _MAX_BLOCK_DIAGONAL_HEADS = 8
@@ -32,16 +33,19 @@ class RowGroup:
         padding: [R*Q] int64, the step's token that stands at each query; a short row repeats its last token. None if
             every row has Q tokens.
         unpadding: [end - start] int64, the place of each token among the R*Q queries; None if every row has Q tokens.
-        blocks: [R * L / block_size] int64, the blocks of each row; a short row is filled up with any block.
         positions: [R,Q] int64, position of each query in its sequence.
+        blocks: [R * L / block_size] int64, by the window of the layers, the blocks of each row from the first one that
+            it sees; a short row is filled up with any block.
+        first_keys: [R] int64, position of the first token in these blocks, by window; 0 for windows that it lacks.
     """
 
     start: int
     end: int
     padding: Tensor | None
     unpadding: Tensor | None
-    blocks: Tensor
     positions: Tensor
+    blocks: dict[Window, Tensor]
+    first_keys: dict[Window, Tensor]
 
     def queries(self, flat: Tensor) -> Tensor:
         """Return the group's queries, [N,H,D] -> [R,Q,H,D]."""
@@ -57,10 +61,13 @@ class RowGroup:
 class PagedBatch:
     """The tokens of one step and their slots in the cache: the `layout` that attention layers are given.
 
-    A layer that keeps keys and values calls `attend`; one that keeps other entries builds its attention on `update`.
+    A layer that keeps keys and values, or latents, calls `attend`; one that keeps other entries builds its attention on
+    `update`.
     """
 
-    def __init__(self, cache: PagedCache, slots: Tensor, groups: list[RowGroup]) -> None:
+    keeps_latents = True
+
+    def __init__(self, cache: PagedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup]) -> None:
         self._cache = cache
         self._slots = slots
         self._groups = groups
@@ -75,33 +82,39 @@ class PagedBatch:
             entries: [N, ...] by name, of the shapes in the layer's cache spec.
 
         Yields:
-            The group, and its entries [R, L, ...] by name. They are overwritten when the next group is asked for.
+            The group, and its entries [R, L, ...] by name, of the tokens that the layer's window reaches. They are
+            overwritten when the next group is asked for.
         """
-        stored = self._cache.write(layer_idx, self._slots, entries)
+        window = self._cache.specs[layer_idx].window
+        stored = self._cache.write(layer_idx, self._slots[window], entries)
         for group in self._groups:
             rows = group.positions.shape[0]
             yield group, {
-                name: self._gather(name, tensor, group.blocks).view(rows, -1, *entries[name].shape[1:])
+                name: self._gather(name, tensor, group.blocks[window]).view(rows, -1, *entries[name].shape[1:])
                 for name, tensor in stored.items()
             }
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor,
-        *, scaling: float, sliding_window: int | None, softcap: float | None,
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None,
+        *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None = None,
     ) -> Tensor:
         """Cache `key` [1,K,N,D] and `value` [1,K,N,V], and attend with `query` [1,H,N,D] to all tokens up to each.
+
+        Args:
+            value: None for a layer that keeps latents; see `PagedLayout`.
 
         Returns:
             [1,N,H,V]
         """
-        flat = query[0].transpose(0, 1)
-        entries = {"key": key[0].transpose(0, 1), "value": value[0].transpose(0, 1)}
+        flat, spec = query[0].transpose(0, 1), self._cache.specs[layer_idx]
+        assert sliding_window == spec.window, f"layer {layer_idx} has declared a window of {spec.window}"
+        entries = spec.entries(key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
         outputs = []
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
             output = _attention(
-                group.queries(flat), cached["key"], cached["value"],
-                self._mask(index, sliding_window, flat.dtype, query.shape[1] // key.shape[1]),
-                scaling=scaling, softcap=softcap,
+                group.queries(flat), *spec.key_and_value(cached),
+                self._mask(index, spec.window, flat.dtype, query.shape[1] // key.shape[1]),
+                scaling=scaling, softcap=softcap, sinks=sinks,
             )
             outputs.append(group.unpadded(output))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
@@ -123,8 +136,10 @@ class PagedBatch:
         if key not in self._masks:
             group = self._groups[index]
             positions = group.positions[:, None, :, None]
-            num_keys = group.blocks.shape[0] // positions.shape[0] * self._cache.block_size
+            num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
             keys = torch.arange(num_keys, device=positions.device)
+            if window in group.first_keys:
+                keys = group.first_keys[window][:, None, None, None] + keys
             visible = keys <= positions
             if window is not None:
                 visible &= keys > positions - window
@@ -136,17 +151,19 @@ class PagedBatch:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of query [R,Q,H,D] to key [R,L,K,D] and value [R,L,K,V], [R,Q,H,V]; mask is [R,1,G*Q,L]."""
     narrow = query.shape[1] == 1 and key.shape[2] <= _MAX_BLOCK_DIAGONAL_HEADS
     if narrow and key.dtype == torch.bfloat16 and not key.is_cuda:
-        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
-    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
+        return _block_diagonal_attention(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+    return _folded_attention(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def _folded_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Fold the G heads that share a kv head into G times as many queries of it, so that no key is repeated."""
     rows, count, heads, size = query.shape
@@ -155,17 +172,21 @@ def _folded_attention(
     folded = query.view(rows, count, kv_heads, shared, size).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, kv_heads, shared * count, size)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if softcap is None:
+    if softcap is None and sinks is None:
         output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
-        scores = _capped(folded.float() @ key.float().transpose(-1, -2) * scaling, softcap)
-        output = (scores + mask).softmax(-1).to(value.dtype) @ value
+        exact = torch.promote_types(query.dtype, torch.float32)
+        scores = folded.to(exact) @ key.to(exact).transpose(-1, -2) * scaling
+        scores = (scores if softcap is None else _capped(scores, softcap)) + mask
+        of_query = None if sinks is None else sinks.view(1, kv_heads, shared, 1).expand(-1, -1, -1, count).flatten(2)
+        output = _softmax(scores, of_query).to(value.dtype) @ value
     output = output.view(rows, kv_heads, shared, count, -1).permute(0, 3, 1, 2, 4)
     return output.reshape(rows, count, heads, -1)
 
 
 def _block_diagonal_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with one query a row, all heads in one product: zeros stand for the keys of other heads.
 
@@ -179,9 +200,17 @@ def _block_diagonal_attention(
     scores = torch.bmm(spread.view(rows, heads, -1), key.flatten(2).transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         scores = _capped(scores, softcap)
-    weights = scores.add_(mask[:, 0, :1]).softmax(-1).to(value.dtype)
+    weights = _softmax(scores.add_(mask[:, 0, :1]), None if sinks is None else sinks[None]).to(value.dtype)
     mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, value.shape[3])
     return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, -1)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over the last dimension of scores [..., L]; sinks [...], if any, take their share of it."""
+    if sinks is None:
+        return scores.softmax(-1)
+    joined = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, joined), dim=-1).softmax(-1)[..., :-1]
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

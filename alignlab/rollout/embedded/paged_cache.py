@@ -1,6 +1,7 @@
 """The paged cache: what every layer keeps of every token, in blocks of consecutive tokens.
 
-A slot is the place of one token in the cache: `block * block_size + position in the block`.
+A slot is the place of one token in the cache: `block * block_size + position in the block`. Layers of one window share
+their blocks' numbers, and so their slots; see `block_pools`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.rollout.embedded.block_pools import Window
 
 
 class PagedCache:
@@ -20,16 +22,22 @@ class PagedCache:
     Args:
         specs: shapes that each layer keeps of a token, by `layer_idx`.
         block_size: tokens in a block.
+        records_routing: expert choices of every token are kept beside what the layers keep.
 
     Raises:
         ConfigError: a layer keeps a state of each sequence, which cannot be cut into blocks of tokens.
 
     Attributes:
+        specs: as given.
+        windows: of the layers, each once; with None for the expert choices.
+        num_blocks: of sequences, by window.
         layers: [slots, numbers kept of a token] by layer and name.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
     """
 
-    def __init__(self, specs: Mapping[int, LayerCacheSpec], block_size: int) -> None:
+    def __init__(
+        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *, records_routing: bool = False
+    ) -> None:
         for layer_idx, spec in specs.items():
             if spec.per_sequence:
                 raise ConfigError(
@@ -37,33 +45,39 @@ class PagedCache:
                     "embedded engine caches entries of tokens alone; use rollout.engine: vllm"
                 )
         self.block_size = block_size
-        self.num_blocks = self._total_blocks = 0
+        self.specs = dict(specs)
+        records = (None,) if records_routing else ()
+        self.windows: tuple[Window, ...] = tuple(dict.fromkeys([*records, *(spec.window for spec in specs.values())]))
+        self.num_blocks = self._total_blocks = dict.fromkeys(self.windows, 0)
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
-        self._shapes = {layer_idx: dict(spec.per_token) for layer_idx, spec in specs.items()}
 
     @property
-    def block_numel(self) -> int:
-        """Numbers in one block, over all layers."""
-        return self.block_size * sum(math.prod(shape) for shapes in self._shapes.values() for shape in shapes.values())
+    def block_numel(self) -> dict[Window, int]:
+        """Numbers in one block, over all layers of a window, by window; expert choices are not counted."""
+        numel = dict.fromkeys(self.windows, 0)
+        for spec in self.specs.values():
+            numel[spec.window] += self.block_size * spec.token_numel
+        return numel
 
     @property
     def addressable_blocks(self) -> int:
         """Blocks with which every tensor of a layer, with one block more, has under 2^31 numbers."""
-        widest = max(math.prod(shape) for shapes in self._shapes.values() for shape in shapes.values())
+        widest = max(math.prod(shape) for spec in self.specs.values() for shape in spec.per_token.values())
         return (2**31 - 1) // (self.block_size * widest) - 1
 
-    def resize(self, num_blocks: int, *, num_more: int = 0) -> None:
+    def resize(self, num_blocks: Mapping[Window, int], *, num_more: int = 0) -> None:
         """Drop all entries, and have `num_blocks` blocks, which a layer allocates when it first writes.
 
         What is held is freed first: old and new blocks together may not fit in memory.
 
         Args:
-            num_blocks: blocks of sequences.
-            num_more: blocks after these that no sequence uses.
+            num_blocks: blocks of sequences, by window.
+            num_more: blocks after these, in each window, that no sequence uses.
         """
         self.layers, self.routing = {}, None
-        self.num_blocks, self._total_blocks = num_blocks, num_blocks + num_more
+        self.num_blocks = dict(num_blocks)
+        self._total_blocks = {window: count + num_more for window, count in num_blocks.items()}
 
     def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store a layer's entries of N tokens.
@@ -76,30 +90,32 @@ class PagedCache:
         Returns:
             The layer's whole tensors by name, [blocks, numbers of a block].
         """
-        shapes = {name: tuple(entry.shape[1:]) for name, entry in entries.items()}
-        assert shapes == self._shapes[layer_idx], f"layer {layer_idx} keeps {self._shapes[layer_idx]}, not {shapes}"
+        spec, shapes = self.specs[layer_idx], {name: tuple(entry.shape[1:]) for name, entry in entries.items()}
+        assert shapes == spec.per_token, f"layer {layer_idx} keeps {spec.per_token}, not {shapes}"
+        total_blocks = self._total_blocks[spec.window]
         tensors = self.layers.get(layer_idx)
         if tensors is None:
             # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
             tensors = self.layers[layer_idx] = {
-                name: entry.new_zeros(self._total_blocks * self.block_size, math.prod(entry.shape[1:]))
+                name: entry.new_zeros(total_blocks * self.block_size, math.prod(entry.shape[1:]))
                 for name, entry in entries.items()
             }
         for name, entry in entries.items():
             tensors[name].index_copy_(0, slots, entry.reshape(slots.shape[0], -1))
-        return {name: tensor.view(self._total_blocks, -1) for name, tensor in tensors.items()}
+        return {name: tensor.view(total_blocks, -1) for name, tensor in tensors.items()}
 
     def write_routing(self, slots: Tensor, choices: Tensor) -> None:
-        """Store the experts chosen for N tokens, [N, MoE layers, experts a token]."""
+        """Store the experts chosen for N tokens, [N, MoE layers, experts a token], at slots without a window."""
         if self.routing is None:
-            self.routing = choices.new_full((self._total_blocks * self.block_size, *choices.shape[1:]), -1)
+            self.routing = choices.new_full((self._total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
-    def copy(self, pairs: Tensor) -> None:
-        """Copy whole blocks, all at once: (source, target) of each copy, [copies, 2] int64."""
-        tensors = [tensor for layer in self.layers.values() for tensor in layer.values()]
-        tensors += [self.routing] if self.routing is not None else []
+    def copy(self, window: Window, pairs: Tensor) -> None:
+        """Copy whole blocks of the layers of a window, all at once: (source, target) of each, [copies, 2] int64."""
+        layers = [layer for layer_idx, layer in self.layers.items() if self.specs[layer_idx].window == window]
+        tensors = [tensor for layer in layers for tensor in layer.values()]
+        tensors += [self.routing] if window is None and self.routing is not None else []
         source, target = pairs.unbind(1)
         for tensor in tensors:
-            blocks = tensor.view(self._total_blocks, -1)
+            blocks = tensor.view(self._total_blocks[window], -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))

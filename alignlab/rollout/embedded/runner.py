@@ -6,7 +6,7 @@ On a GPU attention reads the cache in place, and decoding steps are replayed; el
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from alignlab.models.decoder import causal_lm, hidden_states, output_head
 from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.replays import Replays
@@ -68,15 +69,13 @@ class Runner:
     def __init__(
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool
     ) -> None:
-        specs = cache_specs(model)
-        self.cache = PagedCache(specs, block_size)
+        config = causal_lm(model).config
+        self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
+        self.cache = PagedCache(cache_specs(model), block_size, records_routing=self._sparse)
         self._model = model
         self._weights = weights
         self._max_running = max_running
-        self._windows = {spec.window for spec in specs.values()}
         self._replay = replay
-        config = causal_lm(model).config
-        self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
         self._replays: Replays | None = None
         self._rows: TileStep | None = None
 
@@ -85,9 +84,15 @@ class Runner:
         return output_head(self._model)[0].device
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block, over all layers."""
-        return self.cache.block_numel * output_head(self._model)[0].dtype.itemsize
+    def block_bytes(self) -> dict[Window, int]:
+        """Bytes of one block, over all layers of a window, by window."""
+        size = output_head(self._model)[0].dtype.itemsize
+        return {window: size * numel for window, numel in self.cache.block_numel.items()}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(size * self.cache.num_blocks[window] for window, size in self.block_bytes.items())
 
     @property
     def max_blocks(self) -> int:
@@ -99,9 +104,9 @@ class Runner:
         """Logits after a token."""
         return int(output_head(self._model)[0].shape[0])
 
-    def resize(self, num_blocks: int) -> None:
-        """Have a cache of `num_blocks` blocks, without entries."""
-        in_place = num_blocks > 0 and reads_in_place(self.device)
+    def resize(self, num_blocks: Mapping[Window, int]) -> None:
+        """Have a cache of `num_blocks` blocks, by window, without entries."""
+        in_place = any(num_blocks.values()) and reads_in_place(self.device)
         self.cache.resize(num_blocks, num_more=1 if in_place else 0)
         self._replays = None
 
@@ -125,18 +130,19 @@ class Runner:
             [M, hidden size], the final hidden states of the last `num_logits` tokens of each work, in order; and
             `others` on the device.
         """
-        others = [torch.tensor(step.copies, dtype=torch.int64).view(-1, 2), *others]
+        others = [*(torch.tensor(pairs, dtype=torch.int64) for pairs in step.copies.values()), *others]
         plan: StepTensors | TileStep
         if reads_in_place(self.device):
             tiles = plan_tiles(
                 step.work, block_size=self.cache.block_size, num_blocks=self.cache.num_blocks,
-                max_rows=self._max_running, windows=self._windows,
+                max_rows=self._max_running,
             )
-            plan, (copies, *moved) = tiles.on(self.device, others)
+            plan, moved = tiles.on(self.device, others)
         else:
-            plan, (copies, *moved) = plan_step(step.work, self.cache.block_size).on(self.device, others)
-        if step.copies:
-            self.cache.copy(copies)
+            steps = plan_step(step.work, self.cache.block_size, self.cache.windows)
+            plan, moved = steps.on(self.device, others)
+        for window in step.copies:
+            self.cache.copy(window, moved.pop(0))
         return self._computed(plan).index_select(0, plan.logit_tokens), moved
 
     def _computed(self, plan: StepTensors | TileStep) -> Tensor:
@@ -160,7 +166,7 @@ class Runner:
         extra = {} if routing is None else {"routing": routing}
         hidden = hidden_states(self._model, plan.tokens, plan.positions, layout, **extra)
         if routing is not None:
-            self.cache.write_routing(plan.slots, routing.stacked_choices())
+            self.cache.write_routing(plan.slots[None], routing.stacked_choices())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ class Runner:
         if self.cache.routing is None:
             return None
         stored = self.cache.routing.unflatten(0, (-1, self.cache.block_size))
-        blocks = torch.tensor(sequence.blocks, device=stored.device)
+        blocks = torch.tensor(sequence.tables[None], device=stored.device)
         computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
         record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)
         record[: len(computed)] = computed

@@ -9,10 +9,11 @@ its blocks; it waits at the head of the queue, and is computed again from its to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from alignlab.rollout.embedded.block_manager import BlockManager, chain_digest
+from alignlab.rollout.embedded.block_manager import chain_digest
+from alignlab.rollout.embedded.block_pools import BlockPools, Window, pool_blocks
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 
 
@@ -39,14 +40,17 @@ class Step:
 
     Attributes:
         work: the tokens to compute.
-        copies: (source, target) blocks to copy before.
+        copies: (source, target) blocks to copy before, by window.
     """
 
     work: list[Work] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: dict[Window, list[tuple[int, int]]] = field(default_factory=dict)
 
 
-def blocks_needed(sequences: Sequence[TokenSequence], block_size: int, max_running: int, *, share: bool) -> int:
+def blocks_needed(
+    sequences: Sequence[TokenSequence], block_size: int, max_running: int,
+    *, share: bool, window: Window = None, chunk: int = 0,
+) -> int:
     """Return the most blocks that `sequences` hold while up to `max_running` of them run together.
 
     Args:
@@ -54,7 +58,13 @@ def blocks_needed(sequences: Sequence[TokenSequence], block_size: int, max_runni
         block_size: tokens in a block.
         max_running: sequences that run together.
         share: True if sequences of one request share the full blocks of the prompt.
+        window: of the layers; None if they see all tokens.
+        chunk: tokens of prompts in one step, of all sequences together.
     """
+    if window is not None:
+        longest = sorted(sequence.max_tokens for sequence in sequences)[-max_running:]
+        bound = pool_blocks(longest, window, chunk, block_size)
+        return min(bound, blocks_needed(sequences, block_size, max_running, share=share))
     shared: dict[Request, int] = {}
     unshared = []
     for sequence in sequences:
@@ -67,7 +77,7 @@ class Scheduler:
     """The waiting and the running sequences of one call.
 
     Args:
-        manager: owner of the blocks.
+        pools: owners of the blocks.
         root: prefix of all digests; None shares nothing between sequences.
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
@@ -76,8 +86,8 @@ class Scheduler:
         num_preempted: sequences that had to free their blocks, so far.
     """
 
-    def __init__(self, manager: BlockManager, *, root: bytes | None, max_running: int, prefill_tokens: int) -> None:
-        self.manager = manager
+    def __init__(self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int) -> None:
+        self.pools = pools
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
         self.num_preempted = 0
@@ -100,7 +110,7 @@ class Scheduler:
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
             # A sequence that just freed its blocks would be admitted again at once, and take them back.
-            if self.num_preempted > num_preempted or not self._admit(self.waiting[0]):
+            if self.num_preempted > num_preempted or not self._admit(self.waiting[0], budget):
                 break
             sequence = self.running[-1]
             count = min(sequence.num_pending, budget)
@@ -139,7 +149,7 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             count = sequence.num_pending if sequence.num_pending == 1 else min(sequence.num_pending, budget)
-            if not self._make_room(sequence, step):
+            if not self._make_room(sequence, count, step):
                 break
             if count:
                 step.work.append(_work(sequence, count))
@@ -147,36 +157,56 @@ class Scheduler:
             index += 1
         return budget
 
-    def _make_room(self, sequence: TokenSequence, step: Step) -> bool:
-        """Allocate the blocks that `sequence` writes to next; return False if it was pre-empted itself."""
-        manager = self.manager
-        missing = manager.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
-        first = sequence.num_computed // manager.block_size
-        # A block that other sequences read is copied before the first write.
-        shared = first < len(sequence.blocks) and manager.users(sequence.blocks[first]) > 1
-        while manager.num_free < missing + shared:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-            shared = shared and manager.users(sequence.blocks[first]) > 1
-        if shared:
-            copy = manager.allocate()
-            step.copies.append((sequence.blocks[first], copy))
-            manager.release(sequence.blocks[first])
-            sequence.blocks[first] = copy
-        sequence.blocks += [manager.allocate() for _ in range(missing)]
+    def _make_room(self, sequence: TokenSequence, count: int, step: Step) -> bool:
+        """Allocate the blocks that the next `count` tokens are written to; return False if `sequence` was pre-empted.
+
+        Blocks that a window has left are released first.
+        """
+        self.pools.expire(sequence.tables, sequence.num_computed)
+        for window, manager in self.pools.managers.items():
+            while manager.num_free < self._missing(sequence, window, count) + self._is_shared(sequence, window):
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+        for window, manager in self.pools.managers.items():
+            table, missing = sequence.tables[window], self._missing(sequence, window, count)
+            if self._is_shared(sequence, window):
+                first = sequence.num_computed // manager.block_size
+                copy = manager.allocate()
+                step.copies.setdefault(window, []).append((table[first], copy))
+                manager.release(table[first])
+                table[first] = copy
+            table += [manager.allocate() for _ in range(missing)]
         return True
 
-    def _admit(self, sequence: TokenSequence) -> bool:
-        """Start the first waiting sequence; return False if there are not enough blocks for all its tokens."""
-        manager = self.manager
+    def _missing(self, sequence: TokenSequence, window: Window, count: int) -> int:
+        """Return how many blocks a sequence needs in a pool before its next `count` tokens.
+
+        Layers that see all tokens need the blocks of all tokens that there are at some time, and get them at once.
+        """
+        end = len(sequence.token_ids) if window is None else sequence.num_computed + count
+        return max(0, self.pools.blocks_for(end) - len(sequence.tables[window]))
+
+    def _is_shared(self, sequence: TokenSequence, window: Window) -> bool:
+        """Return whether the block that is written next is read by other sequences; it is copied before."""
+        first, table = sequence.num_computed // self.pools.block_size, sequence.tables[window]
+        return first < len(table) and self.pools.managers[window].users(table[first]) > 1
+
+    def _admit(self, sequence: TokenSequence, budget: int) -> bool:
+        """Start the first waiting sequence; return False if there are not enough blocks for its next tokens.
+
+        Args:
+            budget: tokens that it may compute in this step.
+        """
         self._find_prefix(sequence)
-        missing = manager.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
-        if manager.num_free < missing:
+        count = min(sequence.num_pending, budget)
+        missing = {window: self._missing(sequence, window, count) for window in self.pools.managers}
+        if any(manager.num_free < missing[window] for window, manager in self.pools.managers.items()):
             self._release(sequence)
             return False
-        sequence.blocks += [manager.allocate() for _ in range(missing)]
+        for window, manager in self.pools.managers.items():
+            sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
         self.running.append(self.waiting.popleft())
         if self._root is not None and self._computes_prompt(sequence):
             while self.waiting and _same_start(self.waiting[0], sequence):
@@ -186,7 +216,7 @@ class Scheduler:
     def _computes_prompt(self, sequence: TokenSequence) -> bool:
         """Return True if others of the request should wait for what this sequence is about to compute."""
         if sequence.scored_ids:  # of these, others share full blocks alone
-            return sequence.num_computed + self.manager.block_size <= sequence.first_logits
+            return sequence.num_computed + self.pools.block_size <= sequence.first_logits
         return not sequence.num_sampled
 
     def _fork(self, leader: TokenSequence) -> list[TokenSequence]:
@@ -194,14 +224,15 @@ class Scheduler:
 
         Followers with tokens of their own to score wait again instead, and find the prompt's full blocks by digest.
         """
-        places = min(self._max_running - len(self.running), self.manager.num_free, len(leader.followers))
+        num_free = min(manager.num_free for manager in self.pools.managers.values())
+        places = min(self._max_running - len(self.running), num_free, len(leader.followers))
         if leader.scored_ids:
             places = 0
         forks, still_waiting = leader.followers[:places], leader.followers[places:]
         leader.followers = []
         for fork in forks:
             fork.num_computed = leader.num_computed
-            fork.blocks = [self.manager.share(block) for block in leader.blocks]
+            fork.tables = self.pools.share(leader.tables)
             fork.digests = list(leader.digests)
         self.running += forks
         self.waiting.extendleft(reversed(still_waiting))
@@ -217,35 +248,36 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: TokenSequence) -> None:
-        for block in reversed(sequence.blocks):  # blocks of a prefix's beginning are reused after those of its end
-            self.manager.release(block)
-        sequence.blocks, sequence.digests, sequence.num_computed = [], [], 0
+        self.pools.release(sequence.tables)
+        sequence.tables, sequence.digests, sequence.num_computed = self.pools.empty_tables(), [], 0
 
     def _find_prefix(self, sequence: TokenSequence) -> None:
         """Share the published blocks that the sequence begins with, up to the first token that needs logits."""
-        size = self.manager.block_size
-        while self._root is not None and (len(sequence.blocks) + 1) * size <= sequence.first_logits:
-            digest = self._next_digest(sequence)
-            block = self.manager.find(digest)
-            if block is None:
-                break
-            sequence.digests.append(digest)
-            sequence.blocks.append(block)
-            sequence.num_computed += size
+        sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
+        sequence.num_computed = len(sequence.digests) * self.pools.block_size
+
+    def _digests(self, sequence: TokenSequence) -> Iterator[bytes]:
+        """Yield the digests of a sequence's full blocks before its first token that needs logits, if they are shared.
+        """
+        parent = self._root
+        for index in range(0 if parent is None else sequence.first_logits // self.pools.block_size):
+            assert parent is not None
+            parent = self._digest(sequence, index, parent)
+            yield parent
 
     def _publish(self, sequence: TokenSequence) -> None:
         """Publish full blocks, so that later sequences find them."""
-        size = self.manager.block_size
+        size = self.pools.block_size
         while self._root is not None and (len(sequence.digests) + 1) * size <= sequence.num_computed:
-            digest = self._next_digest(sequence)
-            self.manager.publish(sequence.blocks[len(sequence.digests)], digest)
+            count = len(sequence.digests)
+            digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
+            self.pools.publish(sequence.tables, count, digest)
             sequence.digests.append(digest)
 
-    def _next_digest(self, sequence: TokenSequence) -> bytes:
-        assert self._root is not None
-        size, count = self.manager.block_size, len(sequence.digests)
-        parent = sequence.digests[-1] if count else self._root
-        return chain_digest(parent, sequence.token_ids[count * size : (count + 1) * size])
+    def _digest(self, sequence: TokenSequence, index: int, parent: bytes) -> bytes:
+        """Return the digest of one block of a sequence; `parent` is that of the block before it."""
+        size = self.pools.block_size
+        return chain_digest(parent, sequence.token_ids[index * size : (index + 1) * size])
 
 
 def _work(sequence: TokenSequence, count: int) -> Work:

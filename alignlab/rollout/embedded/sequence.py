@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from alignlab.rollout.detokenizer import Detokenizer
+from alignlab.rollout.embedded.block_pools import Tables
 from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -31,7 +32,7 @@ class TokenSequence:
         token_ids: the tokens to compute: the prompt, then the sampled tokens, or the given ones except the last.
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
         num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
-        blocks: cache blocks, in order.
+        tables: cache blocks, in order, by the window of the layers that they belong to; see `block_pools`.
         digests: digests of the leading full blocks that were looked up or published.
         followers: sequences of the same request that wait until this one has computed the prompt.
         logprobs: log-prob of each sampled token under the distribution sampled from.
@@ -44,7 +45,7 @@ class TokenSequence:
     token_ids: list[int]
     scored_ids: tuple[int, ...] = ()
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    tables: Tables = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)
     followers: list[TokenSequence] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -5,7 +5,7 @@ Shapes: W works, N tokens, M tokens after which logits are computed, R rows of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alignlab.rollout.embedded.block_pools import EXPIRED, Window
 from alignlab.rollout.embedded.paged_attention import RowGroup
 from alignlab.rollout.embedded.scheduler import Work
 from alignlab.transfer import to_device
@@ -27,7 +28,7 @@ class StepTensors:
 
     tokens: Tensor
     positions: Tensor
-    slots: Tensor
+    slots: dict[Window, Tensor]
     logit_tokens: Tensor
     groups: list[RowGroup]
 
@@ -40,8 +41,9 @@ class GroupPlan:
     end: int
     padding: _Ints | None
     unpadding: _Ints | None
-    blocks: _Ints
     positions: _Ints
+    blocks: dict[Window, _Ints]
+    first_keys: dict[Window, _Ints]
 
 
 @dataclass(frozen=True)
@@ -49,49 +51,65 @@ class StepPlan:
     """A step on the host.
 
     Attributes:
-        tokens, positions, slots: [N], token ids, positions in their sequences, and places in the cache.
+        tokens, positions: [N], token ids, and positions in their sequences.
+        slots: [N], places in the cache, by the window of the layers.
         logit_tokens: [M], indices of the tokens after which logits are computed, in the order of the works given.
         groups: rows that attend together; they cover the tokens in order.
     """
 
     tokens: _Ints
     positions: _Ints
-    slots: _Ints
+    slots: dict[Window, _Ints]
     logit_tokens: _Ints
     groups: list[GroupPlan]
 
     def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
         """Return the step and other host tensors on `device`, moved by one copy."""
-        optional = [(g.padding, g.unpadding, g.blocks, g.positions) for g in self.groups]
-        arrays = [
-            self.tokens, self.positions, self.slots, self.logit_tokens,
-            *(array for array in chain(*optional) if array is not None),
-        ]
-        tensors = iter(to_device([*map(torch.from_numpy, arrays), *others], device))
-        tokens, positions, slots, logit_tokens = (next(tensors) for _ in range(4))
+        own = _leaves(self)
+        moved = iter(to_device([*map(torch.from_numpy, own), *others], device))
+        tokens, positions, logit_tokens = (next(moved) for _ in range(3))
+        slots = {window: next(moved) for window in self.slots}
         groups = [
             RowGroup(
                 group.start, group.end,
-                padding=None if group.padding is None else next(tensors),
-                unpadding=None if group.unpadding is None else next(tensors),
-                blocks=next(tensors), positions=next(tensors),
+                padding=None if group.padding is None else next(moved),
+                unpadding=None if group.unpadding is None else next(moved),
+                positions=next(moved),
+                blocks={window: next(moved) for window in group.blocks},
+                first_keys={window: next(moved) for window in group.first_keys},
             )
             for group in self.groups
         ]
-        return StepTensors(tokens, positions, slots, logit_tokens, groups), list(tensors)
+        return StepTensors(tokens, positions, slots, logit_tokens, groups), list(moved)
 
 
-def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
-    """Return the step that computes `work`; works of similar size lie together."""
+def _leaves(plan: StepPlan) -> list[_Ints]:
+    """Return the arrays of a plan, in the order in which `StepPlan.on` takes them back."""
+    arrays = [plan.tokens, plan.positions, plan.logit_tokens, *plan.slots.values()]
+    for group in plan.groups:
+        arrays += [array for array in (group.padding, group.unpadding) if array is not None]
+        arrays += [group.positions, *group.blocks.values(), *group.first_keys.values()]
+    return arrays
+
+
+def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,)) -> StepPlan:
+    """Return the step that computes `work`; works of similar size lie together.
+
+    Args:
+        work: tokens of sequences.
+        block_size: tokens in a block.
+        windows: of the layers, each once.
+    """
     order = sorted(range(len(work)), key=lambda index: _size_class(work[index]))
     ordered = [work[index] for index in order]
     counts = np.array([w.count for w in ordered])
     starts = np.array([w.start for w in ordered])
-    table = block_table(ordered, block_size)
+    tables = {window: block_table(ordered, block_size, window) for window in windows}
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(len(rows)) + (starts - (ends - counts))[rows]
-    slots = table[rows, positions // block_size] * block_size + positions % block_size
+    places, offsets = positions // block_size, positions % block_size
+    slots = {window: table[rows, places] * block_size + offsets for window, table in tables.items()}
     tokens = np.fromiter(
         chain.from_iterable(w.sequence.token_ids[w.start : w.start + w.count] for w in ordered), np.int64, len(rows)
     )
@@ -99,7 +117,8 @@ def plan_step(work: Sequence[Work], block_size: int) -> StepPlan:
     for _, members in groupby(ordered, key=_size_class):
         end = row + len(list(members))
         first = int(ends[row] - counts[row])
-        groups.append(_plan_group(counts[row:end], starts[row:end], table[row:end], first, block_size))
+        of_rows = {window: table[row:end] for window, table in tables.items()}
+        groups.append(_plan_group(counts[row:end], starts[row:end], of_rows, first, block_size))
         row = end
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = ends
@@ -117,32 +136,63 @@ def _size_class(work: Work) -> tuple[int, int]:
     return (work.count - 1).bit_length(), (work.start + work.count).bit_length() // 2
 
 
-def block_table(work: Sequence[Work], block_size: int) -> _Ints:
-    """Return the blocks that each work reads, [W, most blocks of a work], filled up with block 0."""
+def block_table(work: Sequence[Work], block_size: int, window: Window, filler: int = 0) -> _Ints:
+    """Return the blocks that each work reads in layers of a window, [W, most blocks of a work], the rest filled up.
+
+    Blocks that the window has left are the filler too.
+    """
     num_blocks = [-(-(w.start + w.count) // block_size) for w in work]
-    table = np.zeros((len(work), max(num_blocks)), np.int64)
+    table = np.full((len(work), max(num_blocks)), filler, np.int64)
     for row, (w, count) in enumerate(zip(work, num_blocks, strict=True)):
-        table[row, :count] = w.sequence.blocks[:count]
+        table[row, :count] = w.sequence.tables[window][:count]
+    if window is not None:
+        table[table == EXPIRED] = filler
     return table
 
 
-def _plan_group(counts: _Ints, starts: _Ints, table: _Ints, first: int, block_size: int) -> GroupPlan:
+def _plan_group(
+    counts: _Ints, starts: _Ints, tables: Mapping[Window, _Ints], first: int, block_size: int
+) -> GroupPlan:
     """Return the group of consecutive rows with these query counts, first positions and blocks.
 
     Args:
         counts, starts: [R].
-        table: [R, blocks].
+        tables: [R, blocks], by window.
         first: index of the group's first token in the step.
         block_size: tokens in a block.
     """
     num_queries = int(counts.max())
-    width = -(-int((starts + counts).max()) // block_size)
     offsets = np.minimum(np.arange(num_queries), counts[:, None] - 1)
     padding = unpadding = None
     if (counts < num_queries).any():
         padding = (first + np.cumsum(counts) - counts)[:, None] + offsets
         unpadding = np.flatnonzero(np.arange(num_queries) < counts[:, None])
         padding = padding.ravel()
+    blocks, first_keys = {}, {}
+    for window, table in tables.items():
+        blocks[window], first_blocks = _visible_blocks(table, starts, starts + counts, window, block_size)
+        if first_blocks is not None:
+            first_keys[window] = first_blocks * block_size
     return GroupPlan(
-        first, first + int(counts.sum()), padding, unpadding, table[:, :width].ravel(), starts[:, None] + offsets
+        first, first + int(counts.sum()), padding, unpadding, starts[:, None] + offsets, blocks, first_keys
     )
+
+
+def _visible_blocks(
+    table: _Ints, starts: _Ints, ends: _Ints, window: Window, block_size: int
+) -> tuple[_Ints, _Ints | None]:
+    """Return the blocks [R * blocks a row] that rows read, from the first one that their first token sees.
+
+    Args:
+        table: [R, blocks].
+        starts, ends: [R], positions of each row's first token, and after its last.
+
+    Returns:
+        The blocks; and the place of each row's first one [R], None if it is 0 for all.
+    """
+    last = -(-ends // block_size)
+    if window is None or not (first := np.maximum(starts - window + 1, 0) // block_size).any():
+        return table[:, : int(last.max())].ravel(), None
+    columns = first[:, None] + np.arange(int((last - first).max()))
+    columns = np.minimum(columns, table.shape[1] - 1)  # beyond a row's last block every key is hidden by its position
+    return np.take_along_axis(table, columns, axis=1).ravel(), first

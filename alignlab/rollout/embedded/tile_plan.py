@@ -10,7 +10,7 @@ a group as in `paged_flex`, with its W for the width of the tables.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from alignlab.models.paged_flex import TILE, Tiles, VisitedBlocks
+from alignlab.rollout.embedded.block_pools import Window, first_visible
 from alignlab.rollout.embedded.scheduler import Work
 from alignlab.rollout.embedded.step_plan import block_table, logit_tokens
 from alignlab.transfer import to_device
@@ -36,21 +37,22 @@ class TileGroup(NamedTuple):
         padding: [T*Q] int64, the step's token that stands at each query; a short tile repeats its last token. None for
             rows.
         unpadding: [tokens of the group] int64, the place of each token among the T*Q queries; None for rows.
-        tiles: the queries and their sequences' blocks.
-        visited: the blocks to visit, by the window of the layers.
+        tiles: the queries and their sequences' blocks, by the window of the layers.
+        visited: the blocks to visit, likewise.
     """
 
     padding: Tensor | None
     unpadding: Tensor | None
-    tiles: Tiles
-    visited: dict[int | None, VisitedBlocks]
+    tiles: dict[Window, Tiles]
+    visited: dict[Window, VisitedBlocks]
 
 
 class TileStep(NamedTuple):
     """A step, on the host or on a device.
 
     Attributes:
-        tokens, positions, slots: [N] int64, token ids, positions in their sequences, and places in the cache.
+        tokens, positions: [N] int64, token ids, and positions in their sequences.
+        slots: [N] int64, places in the cache, by the window of the layers.
         logit_tokens: [M] int64, indices of the tokens after which logits are computed, in the order of the works given.
         rows: the sequences that continue by one token, whose tokens come first; None if there are none.
         chunks: the other tokens; None if there are none.
@@ -58,7 +60,7 @@ class TileStep(NamedTuple):
 
     tokens: Tensor
     positions: Tensor
-    slots: Tensor
+    slots: dict[Window, Tensor]
     logit_tokens: Tensor
     rows: TileGroup | None
     chunks: TileGroup | None
@@ -90,30 +92,24 @@ def size_class(count: int, most: int | None = None) -> int:
 
 
 def plan_tiles(
-    work: Sequence[Work], *, block_size: int, num_blocks: int, max_rows: int, windows: Collection[int | None]
+    work: Sequence[Work], *, block_size: int, num_blocks: Mapping[Window, int], max_rows: int
 ) -> TileStep:
     """Return the step that computes `work`, on the host.
 
     Args:
         work: tokens of sequences.
         block_size: tokens in a block.
-        num_blocks: blocks that sequences use; one more, the last, is for added rows.
+        num_blocks: blocks that sequences use, by the window of the layers; one more, the last, is for added rows.
         max_rows: most sequences that run together.
-        windows: windows of the layers.
     """
     order = sorted(range(len(work)), key=lambda index: work[index].count > 1)
     ordered = [work[index] for index in order]
     counts, starts = (np.array([getattr(w, name) for w in ordered]) for name in ("count", "start"))
     num_rows = int((counts == 1).sum())
     added = size_class(num_rows, max_rows) - num_rows if num_rows else 0
-    table = _filled(block_table(ordered, block_size), num_blocks)
-    place_of_block = np.zeros(num_blocks + 1, np.int64)
-    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        used = -(-(start + count) // block_size)
-        place_of_block[table[row, :used]] = np.arange(used)
+    tables = {w: _table(ordered, block_size, w, count, num_rows, added) for w, count in num_blocks.items()}
     # The added rows, one token each, stand between the rows and the chunks.
     counts, starts = (np.insert(x, num_rows, np.full(added, value)) for x, value in ((counts, 1), (starts, 0)))
-    table = np.insert(table, num_rows, np.full((added, table.shape[1]), num_blocks), axis=0)
     ends = np.cumsum(counts)
     owners = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(len(owners)) + (starts - (ends - counts))[owners]
@@ -125,12 +121,32 @@ def plan_tiles(
     )
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = np.delete(ends, np.s_[num_rows : num_rows + added])
-    groups = _groups(counts, starts, ends, table, place_of_block, num_rows + added, block_size, windows)
+    places, offsets = positions // block_size, positions % block_size
+    slots = {w: torch.from_numpy(table[owners, places] * block_size + offsets) for w, (table, _) in tables.items()}
+    groups = _groups(counts, starts, ends, tables, num_rows + added, block_size)
     return TileStep(
-        torch.from_numpy(tokens), torch.from_numpy(positions),
-        torch.from_numpy(table[owners, positions // block_size] * block_size + positions % block_size),
+        torch.from_numpy(tokens), torch.from_numpy(positions), slots,
         torch.from_numpy(logit_tokens(work, ends_as_given)), *groups,
     )
+
+
+def _table(
+    work: Sequence[Work], block_size: int, window: Window, num_blocks: int, num_rows: int, added: int
+) -> tuple[_Ints, Tensor]:
+    """Return the blocks of works in layers of a window, [W + added, width], and the place of each block in its
+    sequences, [num_blocks + 1] int32.
+
+    Args:
+        num_blocks: blocks that sequences use; the one after them fills up.
+        num_rows, added: rows that are added stand after the first `num_rows`.
+    """
+    table = _filled(block_table(work, block_size, window, num_blocks), num_blocks)
+    place_of_block = np.zeros(num_blocks + 1, np.int64)
+    for row, w in enumerate(work):
+        first, end = first_visible(w.start, window, block_size), -(-(w.start + w.count) // block_size)
+        place_of_block[table[row, first:end]] = np.arange(first, end)
+    table = np.insert(table, num_rows, np.full((added, table.shape[1]), num_blocks), axis=0)
+    return table, _int32(place_of_block)
 
 
 def _filled(table: _Ints, filler: int) -> _Ints:
@@ -140,14 +156,14 @@ def _filled(table: _Ints, filler: int) -> _Ints:
 
 
 def _groups(
-    counts: _Ints, starts: _Ints, ends: _Ints, table: _Ints, place_of_block: _Ints, num_rows: int, block_size: int,
-    windows: Collection[int | None],
+    counts: _Ints, starts: _Ints, ends: _Ints, tables: Mapping[Window, tuple[_Ints, Tensor]], num_rows: int,
+    block_size: int,
 ) -> tuple[TileGroup | None, TileGroup | None]:
     """Return rows and chunks: the first `num_rows` works have one token each."""
-    places, rows, chunks = _int32(place_of_block), None, None
+    rows = chunks = None
     if num_rows:
-        first = starts[:num_rows, None]
-        rows = _group(first, table[:num_rows], places, block_size, windows, split=False)
+        of_rows = {window: (table[:num_rows], places) for window, (table, places) in tables.items()}
+        rows = _group(starts[:num_rows, None], of_rows, block_size, split=False)
     if num_rows < len(counts):
         long = slice(num_rows, None)
         num_tiles = -(-counts[long] // TILE)
@@ -158,7 +174,8 @@ def _groups(
         queries = np.minimum(np.arange(TILE), held[:, None] - 1)
         tokens = (ends - counts)[owner][:, None] + offset[:, None] + queries
         positions = (starts[owner] + offset)[:, None] + queries
-        chunks = _group(positions, table[owner], places, block_size, windows, split=True)
+        of_tiles = {window: (table[owner], places) for window, (table, places) in tables.items()}
+        chunks = _group(positions, of_tiles, block_size, split=True)
         chunks = chunks._replace(
             padding=torch.from_numpy(tokens.ravel()),
             unpadding=torch.from_numpy(np.flatnonzero(np.arange(TILE) < held[:, None])),
@@ -167,11 +184,12 @@ def _groups(
 
 
 def _group(
-    positions: _Ints, table: _Ints, places: Tensor, block_size: int, windows: Collection[int | None], *, split: bool
+    positions: _Ints, tables: Mapping[Window, tuple[_Ints, Tensor]], block_size: int, *, split: bool
 ) -> TileGroup:
-    """Return tiles with queries at rising `positions` [T,Q], the last ones repeated, and blocks `table` [T, width]."""
-    visited = {window: visited_blocks(positions, table, block_size, window, split=split) for window in windows}
-    return TileGroup(None, None, Tiles(_int32(positions), _int32(table), places), visited)
+    """Return tiles with queries at rising `positions` [T,Q], the last ones repeated, and blocks [T, width]."""
+    tiles = {w: Tiles(_int32(positions), _int32(table), places) for w, (table, places) in tables.items()}
+    visited = {w: visited_blocks(positions, table, block_size, w, split=split) for w, (table, _) in tables.items()}
+    return TileGroup(None, None, tiles, visited)
 
 
 def visited_blocks(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,15 @@ from alignlab.rollout.memory import merges_adapters
 from alignlab.rollout.policy_version import weights_stamp
 
 _PACKED_ROWS = 64  # a hint; packings for 1 to 512 rows were equally fast at all sizes
+
+
+@runtime_checkable
+class ReadsWeights(Protocol):
+    """A module that reads the weights of some of its layers, beside their forward pass."""
+
+    def layers_read_by_weight(self) -> list[nn.Module]:
+        """Return these layers, or what is wrapped around them."""
+        ...
 
 
 class PackedLinear(nn.Module):
@@ -57,6 +67,9 @@ class EngineWeights:
         self._packed_head: PackedLinear | None = None
         self._modules = list(model.modules())  # walking them takes longer than a token does
         self._policy_modules = set(self._modules)
+        readers = [module for module in self._modules if isinstance(module, ReadsWeights)]
+        # A packed layer has no weight that could be read.
+        self._read = {layer for reader in readers for layer in reader.layers_read_by_weight()}
         self._parameters = list(model.parameters())
         self._stamp: tuple[int, ...] = ()
         self.refresh()
@@ -71,7 +84,7 @@ class EngineWeights:
             copy = merged_module(layer) if layer in adapted else layer
             if copy not in self._policy_modules:
                 copy.training = False
-            if self._pack and layer is not head and type(copy) is nn.Linear:
+            if self._pack and layer is not head and type(copy) is nn.Linear and layer not in self._read:
                 copy = PackedLinear(copy.weight, copy.bias)
             self._copies.append((parent, name, layer, copy))
         if self._pack:
@@ -114,7 +127,8 @@ class EngineWeights:
         inside = {module for layer in adapted for module in layer.modules()}
         replaced = set(adapted) if self._merge else set()
         if self._pack:
-            replaced |= {module for module in self._modules if type(module) is nn.Linear} - inside - {head}
+            linear = {module for module in self._modules if type(module) is nn.Linear}
+            replaced |= linear - inside - self._read - {head}
         for parent in self._modules:
             yield from ((parent, name, child) for name, child in parent.named_children() if child in replaced)
 

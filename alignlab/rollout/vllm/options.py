@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from alignlab.config.rollout import VLLMServerSettings, VLLMSettings, max_staleness
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import has_adapters
+from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.models.served_attention import check_served
 from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
@@ -76,11 +78,14 @@ def engine_options(
 
 
 def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> None:
-    """Raise unless vLLM can spread and quantize a model as the settings ask, on the right device.
+    """Raise unless vLLM can compute a model's attention, and spread and quantize it as the settings ask.
 
     Raises:
-        ConfigError: `tensor_parallel` does not divide the attention heads, or a model in float32 is to be quantized.
+        ConfigError: vLLM does not know a kind of the model's attention, `tensor_parallel` does not divide the attention
+            heads, or a model in float32 is to be quantized.
     """
+    if isinstance(lm.config, PolicyConfig):
+        check_served(lm.config)
     heads, size = getattr(lm.config.get_text_config(), "num_attention_heads", None), settings.tensor_parallel
     if heads is not None and heads % size:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
-from alignlab.rollout.embedded.block_manager import BlockManager
+from alignlab.rollout.embedded.block_pools import BlockPools
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
@@ -25,7 +25,10 @@ CPU = torch.device("cpu")
 HEADS, MAX_RUNNING = 4, 6
 LAYERS = {0: (2, 16, 16, None), 1: (1, 16, 32, 7), 2: (4, 32, 16, 40)}  # kv heads, key and value size, window
 WINDOWS = [None, 7, 40]
-SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()}
+LATENTS = {3: (48, 32, None)}  # size, columns that are the value, window
+SPECS = {i: LayerCacheSpec.of_heads(kv, k, v, window=window) for i, (kv, k, v, window) in LAYERS.items()} | {
+    i: LayerCacheSpec.of_latent(size, columns, window=window) for i, (size, columns, window) in LATENTS.items()
+}
 Visit = Callable[[Step, TileStep, int], None]
 Compare = Callable[[Tensor, Tensor], None]
 
@@ -41,15 +44,15 @@ def walk(visit: Visit, *, block_size: int, prefill_tokens: int, most: int = 1000
     requests = [Request(p, SamplingParams(n=3, max_new_tokens=9), frozenset()) for p in [*prompts, prompts[1]]]
     sequences = [TokenSequence(r, 0, list(r.prompt.token_ids)) for r in requests for _ in range(r.sampling.n)]
     num_blocks = 2000 // block_size + 9
-    scheduler = Scheduler(
-        BlockManager(num_blocks, block_size), root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens
-    )
+    pools = BlockPools(WINDOWS, block_size)
+    pools.grow(dict.fromkeys(WINDOWS, num_blocks))
+    scheduler = Scheduler(pools, root=b"", max_running=MAX_RUNNING, prefill_tokens=prefill_tokens)
     scheduler.add(sequences)
     while scheduler.has_work and most > 0:
         most -= 1
         step = scheduler.schedule()
         visit(step, plan_tiles(
-            step.work, block_size=block_size, num_blocks=num_blocks, max_rows=MAX_RUNNING, windows=WINDOWS
+            step.work, block_size=block_size, num_blocks=dict.fromkeys(WINDOWS, num_blocks), max_rows=MAX_RUNNING
         ), num_blocks)  # fmt: skip
         for sequence, _ in scheduler.commit(step):
             sequence.append(rng.randrange(256), 0.0, 0.0, 0)
@@ -67,47 +70,56 @@ def entries(
 
 
 def attended(
-    batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None, dtype: torch.dtype
+    batch: Any, tokens: Tensor, positions: Tensor, softcap: float | None, dtype: torch.dtype, *, has_sinks: bool = False
 ) -> list[Tensor]:
     """Attention of every layer, [N,H,V]."""
     outputs = []
+    sinks = torch.tensor([-1.0, 0.0, 0.5, 2.0], device=tokens.device) if has_sinks else None
     for layer, (kv, k, v, window) in LAYERS.items():
         query, key, value = (
             entries(tokens, positions, dtype, layer, heads, size, kind)
             for kind, (heads, size) in enumerate([(HEADS, k), (kv, k), (kv, v)])
         )
         outputs.append(
-            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap)[0]
+            batch.attend(layer, query, key, value, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sinks)[0]
         )
+    for layer, (size, _, window) in LATENTS.items():
+        query, latent = (
+            entries(tokens, positions, dtype, layer, heads, size, kind) for kind, heads in enumerate([HEADS, 1])
+        )
+        options: dict[str, Any] = {"scaling": 0.4, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+        outputs.append(batch.attend(layer, query, latent, None, **options)[0])
     return outputs
 
 
 def compare_all_steps(
     *, block_size: int, prefill_tokens: int, softcap: float | None, most: int = 1000, device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32, compare: Compare = assert_close,
+    dtype: torch.dtype = torch.float32, compare: Compare = assert_close, has_sinks: bool = False,
 ) -> set[tuple[bool, bool]]:
     """Compute a schedule both ways, compare every token in every layer, and return the kinds of steps there were."""
     kinds = set()
     gathered, in_place = PagedCache(SPECS, block_size), PagedCache(SPECS, block_size)
 
     def visit(step: Step, tiles: TileStep, num_blocks: int) -> None:
-        if not gathered.num_blocks:
-            gathered.resize(num_blocks)
-            in_place.resize(num_blocks, num_more=1)
-        if step.copies:
+        if not gathered.layers:
+            gathered.resize(dict.fromkeys(WINDOWS, num_blocks))
+            in_place.resize(dict.fromkeys(WINDOWS, num_blocks), num_more=1)
+        for window, pairs in step.copies.items():
             for cache in (gathered, in_place):
-                cache.copy(torch.tensor(step.copies, device=device))
+                cache.copy(window, torch.tensor(pairs, device=device))
         kinds.add((tiles.rows is not None, tiles.chunks is not None))
-        (twin, _), (ours, _) = plan_step(step.work, block_size).on(device), tiles.on(device)
-        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, softcap, dtype)
-        found = attended(TileBatch(in_place, ours), ours.tokens, ours.positions, softcap, dtype)
-        is_own = ours.slots < num_blocks * block_size
-        places = {slot: index for index, slot in enumerate(twin.slots.tolist())}
-        order = torch.tensor([places.pop(slot) for slot in ours.slots[is_own].tolist()], device=device)
+        (twin, _), (ours, _) = plan_step(step.work, block_size, WINDOWS).on(device), tiles.on(device)
+        options: dict[str, Any] = {"softcap": softcap, "dtype": dtype, "has_sinks": has_sinks}
+        expected = attended(PagedBatch(gathered, twin.slots, twin.groups), twin.tokens, twin.positions, **options)
+        found = attended(TileBatch(in_place, ours), ours.tokens, ours.positions, **options)
+        our_slots, twin_slots = ours.slots[None], twin.slots[None]
+        is_own = our_slots < num_blocks * block_size
+        places = {slot: index for index, slot in enumerate(twin_slots.tolist())}
+        order = torch.tensor([places.pop(slot) for slot in our_slots[is_own].tolist()], device=device)
         assert not places
         for in_place_output, gathered_output in zip(found, expected, strict=True):
             compare(in_place_output[is_own], gathered_output[order])
-        assert torch.equal(ours.slots[ours.logit_tokens], twin.slots[twin.logit_tokens]), "in the order of the works"
+        assert torch.equal(our_slots[ours.logit_tokens], twin_slots[twin.logit_tokens]), "in the order of the works"
 
     walk(visit, block_size=block_size, prefill_tokens=prefill_tokens, most=most)
     return kinds

@@ -24,7 +24,7 @@ HEADS = 4
 KEYS_AND_VALUES = {0: (2, 8, 8), 1: (1, 16, 6), 2: (4, 4, 12)}  # kv heads, key size, value size of each layer
 LATENT = 3
 SPECS = {layer: LayerCacheSpec.of_heads(*sizes) for layer, sizes in KEYS_AND_VALUES.items()} | {
-    LATENT: LayerCacheSpec({"latent": (5,)}, window=7)
+    LATENT: LayerCacheSpec({"latent": (5,)})
 }
 STEPS = [  # tokens that each sequence computes in each step
     (5, 6, 1), (3, 0, 9), (1, 0, 1), (1, 0, 1), (1, 0, 7),
@@ -47,7 +47,7 @@ def sequences() -> list[TokenSequence]:
     prompts = make_prompts(*LENGTHS)
     sequences = [TokenSequence(Request(p, SamplingParams(), frozenset()), 0, list(p.token_ids)) for p in prompts]
     for sequence, blocks in zip(sequences, ([7, 2, 9], [1, 5], [4, 0, 8, 3, 6]), strict=True):
-        sequence.blocks = blocks
+        sequence.tables = {None: blocks}
     return sequences
 
 
@@ -61,7 +61,7 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[TokenSequence]) -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.resize(10)
+    cache.resize({None: 10})
     generator = torch.Generator().manual_seed(0)
     tensors = {
         (layer, index): [torch.randn(n, length, d, generator=generator) for n, d in ((HEADS, k), (kv, k), (kv, v))]
@@ -71,7 +71,7 @@ def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[Tok
     for works in steps_of(sequences):
         plan = plan_step(works, BLOCK).on(torch.device("cpu"))[0]
         batch = PagedBatch(cache, plan.slots, plan.groups)
-        order = sorted(works, key=lambda w: int((plan.slots == first_slot(w)).nonzero()))
+        order = sorted(works, key=lambda w: int((plan.slots[None] == first_slot(w)).nonzero()))
         for layer in KEYS_AND_VALUES:
             rows = [(sequences.index(w.sequence), slice(w.start, w.start + w.count)) for w in order]
             query, key, value = (
@@ -85,17 +85,17 @@ def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[Tok
 
 
 def first_slot(work: Work) -> int:
-    return work.sequence.blocks[work.start // BLOCK] * BLOCK + work.start % BLOCK
+    return work.sequence.tables[None][work.start // BLOCK] * BLOCK + work.start % BLOCK
 
 
 def test_a_layer_that_keeps_a_latent_reads_all_earlier_latents(sequences: list[TokenSequence]) -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.resize(10)
+    cache.resize({None: 10})
     latents = {id(s): torch.randn(len(s.token_ids), 5) for s in sequences}
     outputs: dict[int, list[Tensor]] = {id(s): [] for s in sequences}
     for works in steps_of(sequences):
         plan = plan_step(works, BLOCK).on(torch.device("cpu"))[0]
-        order = sorted(works, key=lambda w: int((plan.slots == first_slot(w)).nonzero()))
+        order = sorted(works, key=lambda w: int((plan.slots[None] == first_slot(w)).nonzero()))
         entries = torch.cat([latents[id(w.sequence)][w.start : w.start + w.count] for w in order])
         batch = PagedBatch(cache, plan.slots, plan.groups)
         means = torch.cat([mean(group, c["latent"]) for group, c in batch.update(LATENT, {"latent": entries})])
@@ -116,25 +116,27 @@ def mean(group: RowGroup, latents: Tensor) -> Tensor:
 
 
 def test_the_size_of_a_block_is_what_the_layers_declare() -> None:
-    assert PagedCache(SPECS, BLOCK).block_numel == BLOCK * (2 * 16 + 22 + 4 * 16 + 5)
+    assert PagedCache(SPECS, BLOCK).block_numel == {None: BLOCK * (2 * 16 + 22 + 4 * 16 + 5)}
+    windowed = SPECS | {9: LayerCacheSpec.of_heads(2, 3, 4, window=6)}
+    assert PagedCache(windowed, BLOCK).block_numel == {None: BLOCK * (2 * 16 + 22 + 4 * 16 + 5), 6: BLOCK * 14}
 
 
 def test_copying_moves_every_layer_and_resizing_drops_all_entries() -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.resize(5)
+    cache.resize({None: 5})
     latent, slots = torch.randn(BLOCK, 5), torch.arange(BLOCK, 2 * BLOCK)
     cache.write(LATENT, slots, {"latent": latent})
     cache.write(0, slots, {"key": torch.ones(BLOCK, 2, 8), "value": torch.ones(BLOCK, 2, 8)})
-    cache.copy(torch.tensor([(1, 4)]))
+    cache.copy(None, torch.tensor([(1, 4)]))
     assert torch.equal(cache.layers[LATENT]["latent"].view(5, BLOCK, 5)[4], latent)
     assert cache.layers[0]["value"].view(5, -1)[4].eq(1).all()
-    cache.resize(7)
-    assert (cache.num_blocks, cache.layers) == (7, {})
+    cache.resize({None: 7})
+    assert (cache.num_blocks, cache.layers) == ({None: 7}, {})
 
 
 def test_entries_of_another_shape_than_declared_are_our_mistake() -> None:
     cache = PagedCache(SPECS, BLOCK)
-    cache.resize(1)
+    cache.resize({None: 1})
     with pytest.raises(AssertionError, match=r"layer 3 keeps \{'latent': \(5,\)\}, not \{'latent': \(6,\)\}"):
         cache.write(LATENT, torch.arange(1), {"latent": torch.zeros(1, 6)})
 

@@ -25,7 +25,7 @@ from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.tile_plan import TileStep, size_class, visited_blocks
 from tests.gpu.flex_stand_in import dense_paged_flex, paged_stand_in, seen_slots, visited_slots
-from tests.rollout.embedded.schedules import LAYERS, compare_all_steps, walk
+from tests.rollout.embedded.schedules import LATENTS, LAYERS, SPECS, compare_all_steps, walk
 
 CPU = torch.device("cpu")
 
@@ -34,13 +34,16 @@ def score_mod(softcap: float | None) -> Any:
     return None if softcap is None else soft_capped(softcap)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("softcap", [None, 1.5], ids=["no soft-cap", "soft-cap"])
 @pytest.mark.parametrize(("block_size", "prefill_tokens"), [(16, 150), (128, 305), (4, 37)])
 def test_reading_in_place_equals_gathering(
-    block_size: int, prefill_tokens: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    block_size: int, prefill_tokens: int, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
-    kinds = compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=softcap)
+    kinds = compare_all_steps(
+        block_size=block_size, prefill_tokens=prefill_tokens, softcap=softcap, has_sinks=has_sinks
+    )
     assert kinds == {(False, True), (True, True), (True, False)}
 
 
@@ -52,7 +55,9 @@ def test_torchs_own_flex_attention_equals_gathering_by_the_masks_rule_alone(monk
         return partial(paged_flex._attend, block_size=block_size, scaling=scaling, score_mod=score_mod(softcap))
 
     monkeypatch.setattr(paged_flex, "_compiled_flex", uncompiled)
-    assert len(compare_all_steps(block_size=16, prefill_tokens=150, softcap=1.5, most=9)) == 3
+    for has_sinks in (False, True):
+        options: dict[str, Any] = {"softcap": 1.5, "most": 9, "has_sinks": has_sinks}
+        assert len(compare_all_steps(block_size=16, prefill_tokens=150, **options)) == 3
 
 
 @pytest.mark.slow
@@ -73,7 +78,7 @@ def test_the_compiled_kernel_of_a_cpu_equals_gathering(monkeypatch: pytest.Monke
             args: dict[str, Any] = dict(zip(names, tensors[-len(names) :], strict=True))
             if args["num_full"] is None:
                 args |= {"num_full": torch.zeros_like(args["num_partial"]), "full": torch.zeros_like(args["partial"])}
-            place_of_block: Any = tensors[5]
+            place_of_block: Any = tensors[6]
             for name in ("partial", "full"):
                 args[name] = F.pad(args[name], (0, len(place_of_block) - args[name].shape[3]))
             output: Tensor = compiled(*tensors[: -len(names)], *args.values())
@@ -83,6 +88,7 @@ def test_the_compiled_kernel_of_a_cpu_equals_gathering(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(paged_flex, "_compiled_flex", attend)
     monkeypatch.delitem(LAYERS, 2)  # a kernel takes ten seconds to compile
+    monkeypatch.delitem(LATENTS, 3)
     with torch.inference_mode():
         kinds = compare_all_steps(block_size=128, prefill_tokens=200, softcap=1.5, most=2)
     assert kinds == {(False, True), (True, True)}
@@ -130,20 +136,21 @@ def test_listed_blocks_are_those_with_visible_keys(window: int | None) -> None:
 
 
 def test_steps_have_few_shapes_and_added_rows_lie_in_a_block_of_their_own() -> None:
-    shapes = set()
+    shapes: set[tuple[tuple[int, ...], int]] = set()
 
     def note(step: Step, tiles: TileStep, num_blocks: int) -> None:
-        added = tiles.slots >= num_blocks * 16
-        assert (tiles.slots[added] == num_blocks * 16).all()
+        nonlocal shapes
+        added = tiles.slots[None] >= num_blocks * 16
+        assert all((slots[added] == num_blocks * 16).all() for slots in tiles.slots.values())
         if tiles.rows is not None:
-            shapes.add((tuple(tiles.rows.tiles.positions.shape), tiles.rows.tiles.table.shape[1]))
+            shapes |= {(tuple(t.positions.shape), t.table.shape[1]) for t in tiles.rows.tiles.values()}
             num_rows = sum(work.count == 1 for work in step.work)
-            assert added.sum() == len(tiles.rows.tiles.positions) - num_rows
+            assert added.sum() == len(tiles.rows.tiles[None].positions) - num_rows
             assert not tiles.positions[added].any() and not tiles.tokens[added].any()
-            is_added = (tiles.rows.tiles.table == num_blocks).all(1)
+            is_added = (tiles.rows.tiles[None].table == num_blocks).all(1)
             assert is_added.sum() == added.sum(), "rows of nothing but this block"
         if tiles.chunks is not None:
-            assert tiles.chunks.tiles.positions.shape[1] == TILE
+            assert tiles.chunks.tiles[None].positions.shape[1] == TILE
 
     walk(note, block_size=16, prefill_tokens=150)
     assert shapes <= {((rows, 1), width) for rows in (4, 6) for width in (4, 16, 64)}
@@ -171,7 +178,7 @@ def test_rows_are_traced_once_for_each_size_class_and_tiles_twice(counter: Any) 
         with torch.inference_mode():
             compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=None)
     num_classes = 2  # 4 rows, and the 6 that run together
-    assert counter.frame_count <= len(LAYERS) * (num_classes + 2)
+    assert counter.frame_count <= len(SPECS) * (num_classes + 2)
     queries = [
         node.args[0].meta["example_value"].shape for graph in counter.graphs for node in graph.graph.nodes
         if node.target is torch.ops.higher_order.flex_attention

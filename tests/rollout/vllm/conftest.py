@@ -42,6 +42,10 @@ OWN_DENSE = DENSE | {
     "use_qk_norm": True, "attention_bias": True, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0,
     "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6,
 }
+OWN_ATTENTION = DENSE | {
+    "use_qk_norm": True, "no_rope_layers": [1, 0], "attention_sinks": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 OWN_MOE = QWEN3_MOE | {
     "scoring_func": "sigmoid", "n_shared_experts": 1, "router_bias_update_rate": 0.01, "routed_scaling_factor": 1.5,
     "mlp_layer_types": ["dense", "sparse"],

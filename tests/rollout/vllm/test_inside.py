@@ -17,6 +17,7 @@ SHARED = {
     "alignlab.network.credentials",
     "alignlab.models.config",
     "alignlab.models.hub.checkpoints",
+    "alignlab.models.served_attention",
     "alignlab.models.sync_digests",
     "alignlab.models.transformer",
     "alignlab.rollout.vllm.packed_weights",

@@ -16,6 +16,7 @@ from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
 from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
 from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
 from alignlab.rollout.vllm.servers import ServerBackend
+from tests.models.attention_kinds import LATENT
 from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, make_model
 
 
@@ -41,6 +42,21 @@ def test_one_gpu_needs_no_option_and_several_are_vllms_workers(kind: Any) -> Non
 def test_heads_that_cannot_be_shared_out_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel is 3, and must divide the model's 2 .* one of 1, 2"):
         engine_options(VLLMSettings(tensor_parallel=3), make_model(DENSE), adapter_rank=0, on_cpu=True)
+
+
+@pytest.mark.parametrize("kind", [VLLMSettings, VLLMServerSettings])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["latent_attention", "full_attention"], **LATENT}, "layer_types holds latent_attention, and"),
+        ({"layer_types": ["gated_attention"] * 2}, "layer_types holds gated_attention, and vLLM serves full_attention"),
+        ({"layer_types": ["sliding_gated_attention"] * 2, "sliding_window": 6}, "holds sliding_gated_attention, and"),
+    ],
+    ids=["latent", "gated", "gated window"],
+)
+def test_attention_that_vllm_cannot_compute_is_refused(kind: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{message}.*; use rollout.engine: embedded"):
+        engine_options(kind(), make_model(DENSE | changes), adapter_rank=0, on_cpu=True)
 
 
 def test_an_adapter_is_merged_where_several_workers_would_hold_parts_of_it() -> None:

@@ -19,12 +19,15 @@ from alignlab.models.adapters import add_lora
 from alignlab.models.hub.checkpoints import save_model
 from alignlab.types import SamplingParams
 from tests.rollout.conftest import flat, full_logprobs, make_prompts
-from tests.rollout.vllm.conftest import DENSE, OWN_DENSE, OWN_MOE, QWEN3_MOE, TIED, make_model
+from tests.rollout.vllm.conftest import DENSE, OWN_ATTENTION, OWN_DENSE, OWN_MOE, QWEN3_MOE, TIED, make_model
 
 pytestmark = pytest.mark.vllm
 Make = Callable[..., Any]
 LIVE: list[Any] = []  # to the end of the process: vLLM's groups of ranks would go with the first engine that goes
-SHAPES = {"dense": DENSE, "tied": TIED, "moe": QWEN3_MOE, "own-dense": OWN_DENSE, "own-moe": OWN_MOE}
+SHAPES = {
+    "dense": DENSE, "tied": TIED, "moe": QWEN3_MOE, "own-dense": OWN_DENSE, "own-moe": OWN_MOE,
+    "own-attention": OWN_ATTENTION,
+}
 
 
 def shake(model: torch.nn.Module, std: float = 0.1) -> None:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 
 from alignlab.models.config import PolicyConfig
+from alignlab.models.served_attention import check_served
 from alignlab.models.transformer import PolicyModel
 
 
@@ -53,7 +54,12 @@ class ServedSparsePolicy(TransformersMoEForCausalLM):
 
 
 def _use_served_config(vllm_config: VllmConfig) -> None:
-    """Turn our config inside vLLM's into a `ServedConfig` of the same shape."""
+    """Turn our config inside vLLM's into a `ServedConfig` of the same shape.
+
+    Raises:
+        ConfigError: its attention is of a kind that vLLM cannot compute.
+    """
     config: Any = vllm_config.model_config.hf_config
+    check_served(config)
     if type(config) is PolicyConfig:
         config.__class__ = ServedConfig

@@ -1,0 +1,88 @@
+"""The base of all kinds of attention: what a layer is asked for, whatever it computes.
+
+A kind is a subclass in a file of its own, named in `attention_kinds.ATTENTION_KINDS`. A config names a kind for each
+layer (`layer_types`), so that one model may mix them. Each kind calls the attention function in its own `forward`:
+vLLM reads the source of that method, and puts its kernels there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+import alignlab.models.layout  # noqa: F401  registers the attention function
+from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.config import PolicyConfig
+
+
+class AttentionLayer(nn.Module, ABC):
+    """One layer's attention.
+
+    Args:
+        config: of the model.
+        layer_idx: number of the layer.
+        query_size: numbers of a query's head, whose products are scaled by 1 / sqrt(query_size).
+        rotary_size: numbers of a head that are rotated by positions, in the layers that rotate.
+
+    Attributes:
+        has_window: layers of this kind see the last `config.sliding_window` tokens alone.
+        rotary_size: as above; None in a layer without positions (`config.no_rope_layers`).
+        sinks: [heads], a logit of each head that takes a share of the softmax and adds nothing to the output, or None.
+    """
+
+    has_window: ClassVar[bool] = False
+
+    def __init__(self, config: PolicyConfig, layer_idx: int, *, query_size: int, rotary_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = query_size**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.softcap = config.attn_logit_softcapping
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if self.has_window else None
+        self.rotary_size = rotary_size if config.rotates(layer_idx) else None
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
+
+    @classmethod
+    @abstractmethod
+    def check_config(cls, config: PolicyConfig) -> None:
+        """Raise if a config cannot have layers of this kind.
+
+        Raises:
+            ConfigError: with the field, its value, and what to change.
+        """
+
+    @classmethod
+    def make_mask(cls, config: PolicyConfig, **arguments: Any) -> Any:
+        """Return the mask of an ordinary padded batch, from the arguments of `transformers`' `create_causal_mask`."""
+        return create_causal_mask(config=config, **arguments)
+
+    @abstractmethod
+    def cache_spec(self) -> LayerCacheSpec:
+        """Return what the layer keeps of each token."""
+
+
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float, dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention step by step, as `attn_implementation="eager"` asks: ([B,N,H,V], weights [B,H,N,keys])."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    exact = torch.promote_types(query.dtype, torch.float32)
+    if s_aux is None:
+        weights = nn.functional.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
+    else:
+        sinks = s_aux.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat((scores.to(exact), sinks), dim=-1).softmax(-1)[..., :-1].to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), weights

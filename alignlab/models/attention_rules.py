@@ -1,0 +1,79 @@
+"""Rules of a config's attention: of each kind that `layer_types` names, and of fields that only some kinds read."""
+
+from __future__ import annotations
+
+from alignlab.models.attention import Attention
+from alignlab.models.attention_kinds import ATTENTION_KINDS
+from alignlab.models.attention_layer import AttentionLayer
+from alignlab.models.config import ROPE_TYPES, PolicyConfig
+from alignlab.models.config_rules import require
+from alignlab.models.latent_attention import FIELDS, LatentAttention
+
+
+def check_attention(config: PolicyConfig) -> None:
+    """Raise if a config's attention is impossible.
+
+    Raises:
+        ConfigError: with the field, its value, and what to change.
+    """
+    _check_layer_types(config)
+    _check_rotation(config)
+    dropout = config.attention_dropout
+    require(0 <= dropout < 1, f"attention_dropout is {dropout}, and must be in [0, 1); use 0")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = getattr(config, name)
+        require(cap is None or cap > 0, f"{name} is {cap}, and must be positive; leave it out for no cap")
+    classes = _classes(config)
+    for kind in classes:
+        kind.check_config(config)
+    if not any(issubclass(kind, LatentAttention) for kind in classes):
+        for name in FIELDS:
+            value = getattr(config, name)
+            require(
+                value is None, f"{name} is {value}, but no layer is latent_attention; make one latent or leave it out"
+            )
+    factor = config.rotary_factor
+    require(
+        factor == 1 or any(issubclass(kind, Attention) for kind in classes),
+        f"partial_rotary_factor is {factor}, but all layers are latent_attention, whose qk_rope_head_dim says how much "
+        "of a head is rotated; leave it out",
+    )
+
+
+def _classes(config: PolicyConfig) -> list[type[AttentionLayer]]:
+    return [ATTENTION_KINDS[kind] for kind in dict.fromkeys(config.layer_types or ())]
+
+
+def _check_layer_types(config: PolicyConfig) -> None:
+    layers = config.layer_types or []
+    require(
+        len(layers) == config.num_hidden_layers,
+        f"layer_types has {len(layers)} entries, and must have one for each of the {config.num_hidden_layers} layers",
+    )
+    wrong = sorted(set(layers) - ATTENTION_KINDS.keys())
+    require(not wrong, f"layer_types holds {', '.join(wrong)}; each entry must be {' or '.join(ATTENTION_KINDS)}")
+    window, windowed = config.sliding_window, any(kind.has_window for kind in _classes(config))
+    names = " or ".join(name for name, kind in ATTENTION_KINDS.items() if kind.has_window)
+    require(
+        (window is not None) == windowed,
+        f"sliding_window is {window}, and must be given exactly where layer_types holds {names}; "
+        + ("give it" if windowed else "leave it out"),
+    )
+    require(window is None or window >= 1, f"sliding_window is {window}, and must be at least 1")
+
+
+def _check_rotation(config: PolicyConfig) -> None:
+    rope, rotated = config.rope_parameters, config.no_rope_layers
+    assert rope is not None
+    require(
+        rope["rope_type"] in ROPE_TYPES,
+        f"rope_type is {rope['rope_type']!r}, and must not depend on the batch; use one of {', '.join(ROPE_TYPES)}",
+    )
+    if rotated is None:
+        return
+    count = config.num_hidden_layers
+    require(
+        len(rotated) == count and all(value in (0, 1) for value in rotated),
+        f"no_rope_layers is {rotated}, and must hold a number for each of the {count} layers: 1 to rotate by "
+        "positions, 0 for none",
+    )

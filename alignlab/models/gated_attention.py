@@ -1,0 +1,82 @@
+"""Gated attention: a sigmoid gate on each number of the attention's output, computed from the same token.
+
+Shapes: B batch (1 where there is a layout), N tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from alignlab.models.attention import Attention
+from alignlab.models.attention_layer import eager_attention
+from alignlab.models.config import PolicyConfig
+from alignlab.models.rope import Rotation, rotate
+
+
+class GatedAttention(Attention):
+    """Grouped-query attention with output * sigmoid(W_g x) before the output projection.
+
+    Queries and gates are one projection, head by head: [D of the query, D of the gate]. So Qwen3-Next has them.
+
+    Reference: Qiu et al. (2025), arXiv:2505.06708.
+    """
+
+    @classmethod
+    def query_rows(cls, config: PolicyConfig) -> int:
+        """Return the numbers that `q_proj` computes of a token: its queries and their gates."""
+        return 2 * super().query_rows(config)
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Rotation | None, attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return attention of hidden states [B,N,hidden size], and the weights, if the attention function gives any.
+
+        Args:
+            position_embeddings: of `rotary_size`; None in a layer without positions.
+        """
+        shape = (*hidden_states.shape[:-1], -1)
+        query, gate = self.q_proj(hidden_states).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
+        key = self.k_proj(hidden_states).view(*shape, self.head_dim)
+        if self.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if position_embeddings is not None:
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, self.head_dim).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(shape) * gate.reshape(shape).sigmoid()), weights
+
+
+class SlidingGatedAttention(GatedAttention):
+    """Gated attention to the last `config.sliding_window` tokens, the token itself included."""
+
+    has_window: ClassVar[bool] = True
+
+    @classmethod
+    def make_mask(cls, config: PolicyConfig, **arguments: Any) -> Any:
+        """Return the mask of an ordinary padded batch, whose cache holds all tokens."""
+        assert config.sliding_window is not None
+        overlay = sliding_window_overlay(config.sliding_window)
+        return create_causal_mask(config=config, and_mask_function=overlay, **arguments)

@@ -1,0 +1,194 @@
+"""The blocks of a cache by the window of the layers that they belong to.
+
+Layers that see all tokens need the blocks of all tokens; layers with a window only those of the last ones. Each window
+has a pool of blocks of its own, and a sequence has a table of blocks in each pool. The blocks that a window has left
+are released, so that a pool holds what its layers may still read. A block that other sequences use stays theirs.
+
+A table has an entry for each block of the sequence, `EXPIRED` for those that were released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from alignlab.rollout.embedded.block_manager import BlockManager
+
+EXPIRED = -1
+Window = int | None
+Tables = dict[Window, list[int]]
+
+
+def first_visible(position: int, window: Window, block_size: int) -> int:
+    """Return the first block that a token at a position, or a later one, reads."""
+    return 0 if window is None else max(0, position - window + 1) // block_size
+
+
+def most_blocks(num_tokens: int, window: Window, chunk: int, block_size: int) -> int:
+    """Return the most blocks that one sequence holds in a pool.
+
+    Args:
+        num_tokens: of the sequence.
+        window: of the pool.
+        chunk: tokens that it computes in one step, at most.
+        block_size: tokens in a block.
+    """
+    every = -(-num_tokens // block_size)
+    return every if window is None else min(every, -(-(window - 1 + chunk) // block_size) + 1)
+
+
+def pool_blocks(lengths: Sequence[int], window: Window, chunk: int, block_size: int) -> int:
+    """Return the most blocks that sequences which run together hold in a pool, if they share none.
+
+    Args:
+        lengths: tokens of each.
+        window: of the pool.
+        chunk: tokens of prompts in one step, of all sequences together.
+        block_size: tokens in a block.
+    """
+    every = sum(-(-length // block_size) for length in lengths)
+    if window is None:
+        return every
+    # Each has the blocks of its window before a step, and the step's tokens may begin one block more in each.
+    of_windows = sum(most_blocks(length, window, 1, block_size) + 1 for length in lengths)
+    return min(every, of_windows + -(-chunk // block_size))
+
+
+def shared_out(
+    num_bytes: int, block_bytes: Mapping[Window, int], least: Mapping[Window, int], needed: Mapping[Window, int]
+) -> dict[Window, int]:
+    """Return how many blocks each pool may have so that all together take at most a number of bytes.
+
+    Each has the least that it needs; what is left is divided in proportion to what they need beyond. If all of it does
+    not suffice for the least, each pool has less in proportion.
+
+    Args:
+        num_bytes: for all pools.
+        block_bytes: bytes of one block, by window.
+        least, needed: blocks, by window; at least `least` are needed.
+    """
+    spare = num_bytes - sum(block_bytes[window] * count for window, count in least.items())
+    if spare < 0:
+        return {window: count * num_bytes // (num_bytes - spare) for window, count in least.items()}
+    beyond = sum(block_bytes[window] * (needed[window] - count) for window, count in least.items())
+    if beyond <= spare:
+        return dict(needed)
+    return {window: count + (needed[window] - count) * spare // beyond for window, count in least.items()}
+
+
+class BlockPools:
+    """A `BlockManager` for each window.
+
+    Args:
+        windows: of the layers; None for layers that see all tokens.
+        block_size: tokens in a block.
+
+    Attributes:
+        managers: by window.
+    """
+
+    def __init__(self, windows: Collection[Window], block_size: int) -> None:
+        self.block_size = block_size
+        self.managers: dict[Window, BlockManager] = {window: BlockManager(0, block_size) for window in windows}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all pools."""
+        return sum(manager.num_blocks for manager in self.managers.values())
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks of all pools."""
+        return sum(manager.num_free for manager in self.managers.values())
+
+    @property
+    def num_published(self) -> int:
+        """Blocks of all pools that can be found."""
+        return sum(manager.num_published for manager in self.managers.values())
+
+    @property
+    def sizes(self) -> dict[Window, int]:
+        """Blocks of each pool."""
+        return {window: manager.num_blocks for window, manager in self.managers.items()}
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of blocks that `num_tokens` tokens need."""
+        return -(-num_tokens // self.block_size)
+
+    def empty_tables(self) -> Tables:
+        """Return the tables of a sequence without blocks."""
+        return {window: [] for window in self.managers}
+
+    def grow(self, sizes: Mapping[Window, int]) -> None:
+        """Add free blocks up to these numbers."""
+        for window, manager in self.managers.items():
+            manager.grow(sizes[window])
+
+    def forget_all(self) -> None:
+        """Withdraw all published blocks; blocks in use stay in use."""
+        for manager in self.managers.values():
+            manager.forget_all()
+
+    def reset(self) -> None:
+        """Free all blocks, and withdraw all published ones."""
+        for manager in self.managers.values():
+            manager.reset()
+
+    def expire(self, tables: Tables, position: int) -> None:
+        """Release the blocks that no token from `position` on reads."""
+        for window, table in tables.items():
+            if window is not None:
+                end = min(first_visible(position, window, self.block_size), len(table))
+                start = end
+                while start > 0 and table[start - 1] != EXPIRED:
+                    start -= 1
+                for index in range(start, end):
+                    self.managers[window].release(table[index])
+                    table[index] = EXPIRED
+
+    def release(self, tables: Tables) -> None:
+        """Release all blocks of a sequence."""
+        for window, table in tables.items():
+            for block in reversed(table):  # blocks of a prefix's beginning are reused after those of its end
+                if block != EXPIRED:
+                    self.managers[window].release(block)
+
+    def share(self, tables: Tables) -> Tables:
+        """Return tables of the same blocks, each with a user more."""
+        return {
+            window: [block if block == EXPIRED else self.managers[window].share(block) for block in table]
+            for window, table in tables.items()
+        }
+
+    def publish(self, tables: Tables, index: int, digest: bytes) -> None:
+        """Publish the full blocks at one place of a sequence's tables under a digest."""
+        for window, table in tables.items():
+            if table[index] != EXPIRED:
+                self.managers[window].publish(table[index], digest)
+
+    def find(self, digests: Iterable[bytes]) -> tuple[list[bytes], Tables]:
+        """Find the most leading blocks after which a sequence can go on.
+
+        Pools of windows need not have the blocks that a token after them does not see.
+
+        Args:
+            digests: of the sequence's blocks; no more of them are asked for than can be found.
+
+        Returns:
+            The digests of these blocks, and their tables, with a user more of each block.
+        """
+        last_missing = dict.fromkeys(self.managers, -1)
+        known: list[bytes] = []
+        count = 0
+        for index, digest in enumerate(digests):
+            last_missing |= {w: index for w, manager in self.managers.items() if not manager.knows(digest)}
+            if last_missing.get(None, -1) >= 0:
+                break
+            known.append(digest)
+            next_token = (index + 1) * self.block_size
+            if all(last < first_visible(next_token, w, self.block_size) for w, last in last_missing.items()):
+                count = index + 1
+        tables: Tables = {}
+        for window, manager in self.managers.items():
+            first = first_visible(count * self.block_size, window, self.block_size)
+            tables[window] = [EXPIRED] * first + [manager.take(digest) for digest in known[first:count]]
+        return known[:count], tables

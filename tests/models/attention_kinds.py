@@ -1,0 +1,50 @@
+"""Tiny configs with layers of each kind of attention, and what a sequence is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from alignlab.models.config import PolicyConfig
+from alignlab.models.transformer import PolicyForCausalLM
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "max_position_embeddings": 128,
+}
+LATENT: dict[str, Any] = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}
+PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+WINDOWS: dict[str, Any] = {"sliding_window": 5, "attn_logit_softcapping": 3.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "latent": {"layer_types": ["latent_attention"] * 2, **LATENT, "q_lora_rank": 16},
+    "latent-plain-query": {"layer_types": ["latent_attention"] * 2, **LATENT, "rope_interleave": False},
+    "latent-without-positions": {"layer_types": ["latent_attention"] * 2, **LATENT, "no_rope_layers": [0, 0]},
+    "latent-sinks-soft-cap": {
+        "layer_types": ["latent_attention", "full_attention"], **LATENT, "attention_sinks": True,
+        "attn_logit_softcapping": 3.0,
+    },
+    "gated": {"layer_types": ["gated_attention"] * 2, "use_qk_norm": True, "attention_bias": True},
+    "gated-window": {"layer_types": ["sliding_gated_attention", "gated_attention"], **WINDOWS},
+    "partial-rotation": {"rope_parameters": PARTIAL, "use_qk_norm": True},
+    "no-positions": {"no_rope_layers": [1, 0]},
+    "sinks": {"attention_sinks": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    "all": {
+        "num_hidden_layers": 5, "layer_types": [
+            "full_attention", "sliding_attention", "gated_attention", "sliding_gated_attention", "latent_attention",
+        ], **LATENT, "q_lora_rank": 16, "attention_sinks": True, "no_rope_layers": [1, 1, 0, 1, 1],
+        "rope_parameters": PARTIAL, **WINDOWS,
+    },
+}  # fmt: skip
+
+
+def make_model(kind: str, *, vocab_size: int = 50, attention: str = "alignlab", **changes: Any) -> PolicyForCausalLM:
+    """Return a random model of a kind, in evaluation mode, whose norms, biases and sinks are not what they start as."""
+    torch.manual_seed(0)
+    config = PolicyConfig(**{**SHAPE, **KINDS[kind], "vocab_size": vocab_size, **changes})
+    config._attn_implementation = attention
+    model = PolicyForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return model.eval()
