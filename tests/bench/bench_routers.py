@@ -5,8 +5,8 @@
 8 sources, each a table that maps a token to the next one, 10 % of the tokens drawn at random instead; a sequence names
 its source in its first token. A decoder of 2 layers with 8 experts, 2 a token unless the router takes one, 64 wide, is
 trained by AdamW on 512 tokens a step, in two micro-batches. For each router: the held-out loss in nats a token, with
-the experts that it chooses in inference; the load of the busiest expert over the mean, in the last tenth of training and
-held out; the fraction of dropped choices held out; tokens trained on in a second of the process's time on one core.
+the experts that it chooses in inference; the load of the busiest expert over the mean, in the last tenth of training
+and held out; the fraction of dropped choices held out; tokens trained on in a second of the process's time on one core.
 `dense` has the width of two experts. Prints a table, and JSON last.
 """
 
