@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
@@ -22,7 +23,9 @@ from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.engine import make_engine
 from alignlab.types import Prompt, SamplingParams
 from tests.models.routers_cases import CAUSAL, ROUTERS
+from tests.ranks import ROOT, run_ranks
 from tests.trainers.conftest import SPARSE
+from tests.trainers.rank_routers import SHARDED, STRATEGIES
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case
 
@@ -192,3 +195,16 @@ def test_a_trainer_that_compares_log_probs_switches_exploring_off_and_sft_on(
     assert not any(router.explores for router in routers(model))
     make_case("sft", tmp_path / "sft", model, tokenizer)
     assert all(router.explores for router in routers(model))
+
+
+@pytest.mark.distributed
+def test_weights_spread_over_ranks_train_as_whole_ones(tmp_path: Path) -> None:
+    done = run_ranks(str(ROOT / "tests/trainers/rank_routers.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in SHARDED:
+        expected = load_file(tmp_path / name / "ddp" / "rank0.safetensors")
+        for strategy in STRATEGIES:
+            for rank in (0, 1):
+                weights = load_file(tmp_path / name / strategy / f"rank{rank}.safetensors")
+                for key, weight in expected.items():
+                    torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-6, msg=f"{name} {strategy}: {key}")
