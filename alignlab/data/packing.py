@@ -56,7 +56,8 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
 
     Returns:
         Packs with `rollout_logprobs`, and with `routing` if the completions have it: the rows of a shared prompt are
-        those that its first completion in the pack recorded.
+        those that its first completion in the pack recorded. Completions whose prompt was computed with other experts
+        dropped do not share it.
 
     Raises:
         DataError: a prompt has no tokens, so that nothing predicts a completion's first token.
@@ -73,7 +74,8 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
         branches = [_Branch(next_id + i, completion) for i, completion in enumerate(rollout.completions)]
         next_id += len(branches)
         filled = [branch for branch in branches if branch.num_tokens]
-        units += _units_of_group(group_id, rollout.prompt.token_ids, filled, budget, share_prefix)
+        for alike in _of_one_prompt_record(filled, len(rollout.prompt.token_ids)):
+            units += _units_of_group(group_id, rollout.prompt.token_ids, alike, budget, share_prefix)
     bins = balanced_bins([unit.num_tokens for unit in units], budget)
     return [_rollout_pack([units[i] for i in members], share_prefix) for members in bins]
 
@@ -152,6 +154,20 @@ def _emptiest_first(order: Sequence[int], sizes: Sequence[int], num_bins: int) -
         bins[place].append(i)
         loads[place] += sizes[i]
     return bins
+
+
+def _of_one_prompt_record(branches: Sequence[_Branch], prompt_tokens: int) -> list[list[_Branch]]:
+    """Return the branches in lists within which the prompt was computed with the same choices of experts dropped.
+
+    A prompt that an engine computes twice, in steps with other tokens, drops other choices (-2 or below) each time.
+    """
+    lists: dict[bytes, list[_Branch]] = {}
+    for branch in branches:
+        routing = branch.completion.routing
+        rows = None if routing is None else routing[:prompt_tokens]
+        drops = b"" if rows is None or not bool((rows < -1).any()) else rows.cpu().numpy().tobytes()
+        lists.setdefault(drops, []).append(branch)
+    return list(lists.values())
 
 
 def _units_of_group(

@@ -12,7 +12,7 @@ float32 (float64 stays float64), and returns one value a token or a sequence. Av
     reward_losses    bradley_terry, reward_centring, calibration of a reward model
     distillation     divergences between teacher and student, chunk by chunk
     reverse_kl       reverse KL to a teacher as advantages
-    moe_losses       load balance, router z-loss, router bias
+    moe_losses       load balance per expert, sequence and device, router z-loss, router bias, REINFORCE of routers
     shaping          overlong_penalty
     statistics       pass_at_k, and tests of the difference between two policies; numbers, no tensors
     precision        float32 inside, the exponent's limit

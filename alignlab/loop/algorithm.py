@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from alignlab.loop.loss_weights import LossWeights, token_mean
 from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.pack_logprobs import with_logprobs
 from alignlab.loop.reference import Reference
+from alignlab.models.routers.uses import compare_logprobs
 from alignlab.types import Experience, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ class Algorithm(ABC):
     Attributes:
         routing: experts that a mixture trains with: the rollout's, the trainer's before the update, or its routers'
             own choice ("none"); see `PolicyGradientConfig.routing_replay`.
+        trains_routing_policy: whether losses are of tokens, from which a router can learn by REINFORCE.
     """
+
+    trains_routing_policy: ClassVar[bool] = False
 
     routing: Literal["rollout", "trainer", "none"] = "rollout"
 
@@ -73,6 +77,9 @@ class Algorithm(ABC):
         prompts: Sequence[Prompt] | None = None,
     ) -> None:
         self.config, self.learner, self.reference = config, learner, reference
+        compare_logprobs(
+            learner.model, type(self).__name__, replays=self.routing != "none", per_token=self.trains_routing_policy
+        )
         self.ranks, self.rewards = learner.ranks, inputs.rewards
         self.prompts = inputs.prompts if prompts is None else prompts
 

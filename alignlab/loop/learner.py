@@ -38,8 +38,9 @@ from alignlab.models.exact_weights import held_part, model_dtype
 from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
-from alignlab.models.moe import expert_counts, forget_counts, move_biases, routers, take_loads
+from alignlab.models.moe import expert_counts, forget_counts, move_biases, of_experts, routers, take_loads
 from alignlab.models.pieces import Held, held, whole_shape
+from alignlab.models.routers.reinforce import policy_losses
 from alignlab.models.shards import is_spread
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, shapes_of, view_of, whole_tensors
 from alignlab.runs.tensor_groups import load_held, shape_of
@@ -294,7 +295,8 @@ class Learner:
             # Last exchange before the weights change: from here on no other rank can make this update fail.
             counts = self.ranks.sum(expert_counts(self.module.model)) if self.has_routers else None
             summed = {} if totals.is_empty else self._summed(sums)
-            measured = numbers(summed | ({} if counts is None else expert_load_metrics(counts)))
+            loads = {} if counts is None else expert_load_metrics(of_experts(self.module.model, counts))
+            measured = numbers(summed | loads)
             changed = self._step(packs, totals, counts)
             if changed is not None:
                 return changed | measured
@@ -316,6 +318,9 @@ class Learner:
                     router_loss = (output.router_loss * token_mean(pack, totals)).sum()
                     sums["router_loss"] += router_loss.detach()
                     total = total + router_loss
+                policy_loss = policy_losses(getattr(output, "routing_policy", None), losses, self.module.model)
+                if policy_loss is not None:
+                    total = total + (policy_loss * weights(pack, totals)).sum()
                 self.strategy.backward(total * self.loss_scale.factor if self.loss_scale.is_needed else total)
             for name, values in metrics.items():
                 sums[name] += (values.detach() * metric_weights(pack, totals)).sum()

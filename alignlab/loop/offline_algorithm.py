@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from alignlab.loop.learner import Learner
 from alignlab.loop.loss_weights import LossWeights, token_mean
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.policy import Policy
+from alignlab.models.routers.uses import compare_logprobs, let_explore
 from alignlab.types import Experience
 
 Item = TypeVar("Item", bound=HasSequences)
@@ -47,10 +48,20 @@ class OfflineAlgorithm(ABC, Generic[Item]):
         config: the trainer's section.
         inputs: model and tokenizer of the run.
         learner: default: one of a `Policy` of the model.
+
+    Attributes:
+        compares_logprobs: whether log-probs or rewards of several passes are compared, so that a mixture has to choose
+            the same experts in each.
     """
+
+    compares_logprobs: ClassVar[bool] = True
 
     def __init__(self, config: Any, inputs: OfflineInputs, learner: Learner | None = None) -> None:
         self.config, self.tokenizer = config, inputs.tokenizer
+        if self.compares_logprobs:
+            compare_logprobs(inputs.model, type(self).__name__, replays=False, per_token=False)
+        else:
+            let_explore(inputs.model)
         self.learner = learner or policy_learner(config, inputs)
         self.ranks = self.learner.ranks
 

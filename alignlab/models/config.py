@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from alignlab.models.config_rules import require as _require
+from alignlab.models.router_rules import check_router
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -39,10 +40,23 @@ class PolicyConfig(PreTrainedConfig):
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
         n_shared_experts: experts of `moe_intermediate_size` that compute every token.
-        scoring_func: "softmax" or "sigmoid" of the router's logits.
+        router_type: "topk", "noisy_topk", "hash", "base", "sinkhorn", "expert_choice" or "reinforce"; see `routers`.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus" of the router's logits.
+        topk_method: "greedy"; "group_limited_greedy" or "noaux_tc" take experts of each token's best groups alone,
+            whose score is that of their best expert, or the sum of their two best, bias included.
+        n_group: groups of consecutive experts, such as those of one device.
+        topk_group: groups that a token may use.
+        capacity_factor: an expert takes factor * tokens * num_experts_per_tok / num_experts tokens of a pass, and drops
+            others; None drops none.
+        capacity_priority: "order" or "score", which tokens come first.
         norm_topk_prob: gates of a token's experts sum to 1.
         routed_scaling_factor: multiplies the gates.
         router_aux_loss_coef, router_z_loss_coef: weights of each token's and layer's Switch balance loss and z-loss.
+        router_seq_aux_loss_coef, router_device_aux_loss_coef, router_comm_aux_loss_coef: weights of the losses that
+            balance each sequence, groups of experts, and the tokens sent to each group.
+        router_importance_loss_coef, router_load_loss_coef: weights of the losses of router_type noisy_topk.
+        router_reinforce_coef: weight of the policy loss of router_type reinforce.
+        router_sinkhorn_rounds: scalings of router_type sinkhorn.
         router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664); 0 has no bias.
         hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """
@@ -90,11 +104,24 @@ class PolicyConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     n_shared_experts: int = 0
+    router_type: str = "topk"
     scoring_func: str = "softmax"
+    topk_method: str = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    capacity_factor: float | int | None = None
+    capacity_priority: str = "order"
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 1.0
     router_aux_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
+    router_seq_aux_loss_coef: float | int = 0.0
+    router_device_aux_loss_coef: float | int = 0.0
+    router_comm_aux_loss_coef: float | int = 0.0
+    router_importance_loss_coef: float | int = 0.0
+    router_load_loss_coef: float | int = 0.0
+    router_reinforce_coef: float | int = 0.0
+    router_sinkhorn_rounds: int = 8
     router_bias_update_rate: float | int = 0.0
     hub_config: dict[str, Any] | None = None
 
@@ -137,6 +164,11 @@ class PolicyConfig(PreTrainedConfig):
         """Indices of the layers with experts, in order."""
         return [index for index, kind in enumerate(self.mlp_layer_types or ()) if kind == "sparse"]
 
+    @property
+    def drops_choices(self) -> bool:
+        """Whether a chosen expert may not compute a token, see `routers.coded`."""
+        return self.capacity_factor is not None or self.router_type == "expert_choice"
+
 
 def _check_layers(config: PolicyConfig) -> None:
     _require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r}, and must be silu (SwiGLU)")
@@ -172,10 +204,6 @@ def _check_experts(config: PolicyConfig) -> None:
             f"{name} is {width}, and must be a multiple of 8 where a layer is sparse, for the grouped product of the "
             f"experts; use {-(-width // 8) * 8}",
         )
-    _require(
-        config.scoring_func in ("softmax", "sigmoid"),
-        f"scoring_func is {config.scoring_func!r}, and must be softmax or sigmoid",
-    )
-    for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate", "n_shared_experts"):
-        value = getattr(config, name)
-        _require(value >= 0, f"{name} is {value}, and must not be negative; use 0 to turn it off")
+    shared = config.n_shared_experts
+    _require(shared >= 0, f"n_shared_experts is {shared}, and must not be negative; use 0 to turn it off")
+    check_router(config)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignlab.files.digests import as_json, digest_of_values, fast_digest, sha256_of_parts
 from alignlab.models.adapters import is_of_adapter
 from alignlab.models.decoder import causal_lm
+from alignlab.models.router_state import is_router_state
 from alignlab.models.weight_view import WeightView, view_of, whole_parameters, whole_tensors
 
 FINGERPRINT_VALUES = 16
@@ -92,7 +93,7 @@ def model_digest(model: nn.Module, weights: WeightView | None = None) -> str:
         weights: view of `model`; default: `view_of` it.
     """
     weights = weights or view_of(model)
-    names = (n for n in weights.names() if not is_of_adapter(model, n) and not n.endswith(".expert_load"))
+    names = (n for n in weights.names() if not is_of_adapter(model, n) and not is_router_state(n))
     digests = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor_digest(tensor)
         for name, tensor in whole_tensors(weights, names)

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignlab.models.config import PolicyConfig
+from alignlab.models.decoder import causal_lm
 from alignlab.models.layers import FeedForward
-from alignlab.models.routers import Router, make_router
+from alignlab.models.routers.expert_choice import tokens_per_expert
+from alignlab.models.routers.make import make_router
+from alignlab.models.routers.protocol import NOTHING_KNOWN, Router
 from alignlab.models.routing import RoutingRecord
 
 
@@ -35,6 +38,27 @@ class _Regroup(torch.autograd.Function):
         return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
 
 
+class _RegroupComputed(torch.autograd.Function):
+    """`_Regroup` where some rows are dropped: an index of len(rows) stands for a row of zeros, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return _with_zero_row(rows).index_select(0, order // copies if copies > 1 else order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        grad = _with_zero_row(grad).index_select(0, inverse)
+        return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
+
+
+def _with_zero_row(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
 class LowRank(NamedTuple):
     """A term that an adapter adds to a stacked weight: expert e has W_e + scale * up_e down_e.
 
@@ -52,13 +76,15 @@ class LowRank(NamedTuple):
 class Experts(nn.Module):
     """SwiGLU experts with stacked weights: gate_up_proj [E, 2I, H], down_proj [E, H, I].
 
-    Rows are sorted by expert, and each projection is one grouped product, so the counts never leave the device.
+    Rows are sorted by expert, and each projection is one grouped product, so the counts never leave the device. Rows of
+    dropped choices come last, in no group: what a grouped product writes there is undefined, and never read.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         assert config.moe_intermediate_size is not None
         self.num_experts = config.num_experts
+        self.config = config
         sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         self.gate_up_proj = nn.Parameter(torch.empty(sizes[0], 2 * sizes[1], sizes[2]))
         self.down_proj = nn.Parameter(torch.empty(sizes[0], sizes[2], sizes[1]))
@@ -70,20 +96,43 @@ class Experts(nn.Module):
 
         Args:
             hidden: [N, H].
-            topk_ids, topk_weights: [N, K].
+            topk_ids: [N, K], choices as in `routers.coded`.
+            topk_weights: [N, K], 0 where a choice is dropped.
             low_rank: an adapter's terms, by the name of the parameter that they are added to.
         """
         low_rank = low_rank or {}
         copies = topk_ids.shape[1]
-        sorted_ids, order = topk_ids.flatten().sort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        experts = torch.arange(self.num_experts, device=order.device)
-        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for the device
-        rows = _Regroup.apply(hidden, order, inverse, copies)
+        if self.config.drops_choices:
+            order, inverse, ends = self._computed_order(topk_ids)
+            regroup: Any = _RegroupComputed
+        else:
+            sorted_ids, order = topk_ids.flatten().sort(stable=True)
+            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            ends, regroup = self._ends(sorted_ids), _Regroup
+        rows = regroup.apply(hidden, order, inverse, copies)
         gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
         rows = _grouped(F.silu(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
-        outputs = _Regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
+        outputs = regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
+
+    def _ends(self, sorted_ids: Tensor) -> Tensor:
+        """Return where each expert's rows end, [E] int32."""
+        experts = torch.arange(self.num_experts, device=sorted_ids.device)
+        return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for the device
+
+    def _computed_order(self, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the order of the computed rows, each choice's place in it, and the ends of the experts' rows.
+
+        A dropped choice has the place after the last row.
+        """
+        flat = choices.flatten()
+        sorted_ids, order = torch.where(flat < 0, self.num_experts, flat).sort(stable=True)
+        if self.config.router_type == "expert_choice":  # so many rows are computed, and no others
+            chosen = self.config.num_experts_per_tok
+            room = tokens_per_expert(len(choices), num_experts=self.num_experts, num_chosen=chosen)
+            order = order[: self.num_experts * room]
+        inverse = torch.full_like(flat, len(order)).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return order, torch.where(flat < 0, len(order), inverse), self._ends(sorted_ids)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
@@ -121,8 +170,12 @@ class SparseFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor, routing: RoutingRecord | None = None) -> Tensor:
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        scores = self.gate(hidden)
-        choices = self.gate.choose(scores) if routing is None else routing.choose(self.moe_index, self.gate, scores)
+        tokens = NOTHING_KNOWN if routing is None else routing.tokens
+        scores = self.gate(hidden, tokens)
+        if routing is None:
+            choices = self.gate.choose(scores, tokens)
+        else:
+            choices = routing.choose(self.moe_index, self.gate, scores)
         output = self.experts(hidden, choices, self.gate.gates(scores, choices))
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden)
@@ -135,9 +188,17 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def expert_counts(model: nn.Module) -> Tensor:
-    """Return how often training passes chose each expert since the last `take_loads`: [L, E] int64; [0, 0] if dense."""
+    """Return how often training passes chose each expert since the last `take_loads`: [L, E] int64; [0, 0] if dense.
+
+    Where communication is balanced, D columns more say how many tokens were sent to each group of experts.
+    """
     counts = [router.counts() for router in routers(model)]
     return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+
+
+def of_experts(model: nn.Module, counts: Tensor) -> Tensor:
+    """Return the columns [L, E] of `expert_counts` that count experts."""
+    return counts[:, : causal_lm(model).config.num_experts]
 
 
 def forget_counts(model: nn.Module) -> None:
@@ -150,7 +211,7 @@ def take_loads(model: nn.Module, counts: Tensor) -> None:
     """Set the loads for the next optimizer step's balance loss, and the counts to zero; once a step.
 
     Args:
-        counts: [L, E], `expert_counts` summed over all ranks. A layer that counted nothing keeps its load.
+        counts: `expert_counts` summed over all ranks. A layer that counted nothing keeps its load.
     """
     for router, layer_counts in zip(routers(model), counts, strict=True):
         router.forget_counts()

@@ -15,6 +15,7 @@ from alignlab.errors import ConfigError
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.routers.protocol import RoutingPolicy
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.shards import shard_root
 from alignlab.types import Segments
@@ -31,6 +32,8 @@ class PolicyOutput(NamedTuple):
         routing: [N, L, K] int16, experts that were used; None for a model without experts of ours.
         routing_disagreement: [N] float32, fraction of the layers whose router differs from what was replayed; None
             without replay.
+        routing_policy: [N, L] each, of the experts from which the token was predicted; None without routers that are
+            learnt by REINFORCE, or in evaluation.
     """
 
     logprobs: Tensor
@@ -38,6 +41,7 @@ class PolicyOutput(NamedTuple):
     router_loss: Tensor | None
     routing: Tensor | None = None
     routing_disagreement: Tensor | None = None
+    routing_policy: RoutingPolicy | None = None
 
 
 class PackedModel(nn.Module):
@@ -160,8 +164,9 @@ class Policy(PackedModel):
 
 
 def at_masked(values: Tensor, segments: Segments, mask: Tensor) -> Tensor:
-    """Return values [M] of the masked tokens at their places in [N], and 0 elsewhere."""
-    return values.new_zeros(len(mask)).index_put((masked_tokens(mask, segments.predecessors).indices,), values)
+    """Return values [M, ...] of the masked tokens at their places in [N, ...], and 0 elsewhere."""
+    places = masked_tokens(mask, segments.predecessors).indices
+    return values.new_zeros(len(mask), *values.shape[1:]).index_put((places,), values)
 
 
 def masked_router_loss(record: RoutingRecord | None, mask: Tensor) -> Tensor | None:
@@ -186,4 +191,14 @@ def policy_output(
         masked_router_loss(record, mask),
         None if record is None else record.stacked_choices(),
         None if record is None else record.disagreement(),
+        _routing_policy(record, segments, mask),
     )
+
+
+def _routing_policy(record: RoutingRecord | None, segments: Segments, mask: Tensor) -> RoutingPolicy | None:
+    """Return what REINFORCE needs of the routing from which each masked token was predicted; None without it."""
+    policy = None if record is None else record.policy()
+    if policy is None:
+        return None
+    predecessors = masked_tokens(mask, segments.predecessors).predecessors
+    return RoutingPolicy(*(at_masked(values[predecessors], segments, mask) for values in policy))

@@ -35,8 +35,10 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.layers import FeedForward, RMSNorm
 from alignlab.models.moe import Experts, SparseFeedForward
 from alignlab.models.rope import RotaryEmbedding, Rotation, rope_frequencies
-from alignlab.models.routers import TopKRouter
+from alignlab.models.routers.topk import TopKRouter
+from alignlab.models.routers.uses import check_cached_pass
 from alignlab.models.routing import RoutingRecord
+from alignlab.types import Segments
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -81,8 +83,8 @@ class PolicyPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": AttentionLayer}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "expert_load"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"mlp\.gate\.expert_load"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "expert_load", "group_load"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"mlp\.gate\.(expert_load|group_load|noise_key)"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,7 +142,8 @@ class PolicyModel(PolicyPreTrainedModel):
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
         masks = self._masks(attention_mask, hidden_states, past_key_values, position_ids, kwargs.get("layout"))
-        routing = self._begin_routing(routing)
+        check_cached_pass(self.config, past_key_values)
+        routing = self._begin_routing(routing, input_ids, kwargs.get("layout"))
         rotations = {size: rotary(position_ids, hidden_states.dtype) for size, rotary in self.rotary_embs.items()}
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
@@ -149,13 +152,15 @@ class PolicyModel(PolicyPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _begin_routing(self, routing: RoutingRecord | None) -> RoutingRecord | None:
+    def _begin_routing(
+        self, routing: RoutingRecord | None, ids: Tensor | None, layout: Any
+    ) -> RoutingRecord | None:
         """Return the record of a forward pass; in training always one, from which activation checkpointing repeats."""
         counting = self.training and torch.is_grad_enabled() and bool(self.config.sparse_layers)
-        if routing is None and not counting:
+        if routing is None and not counting and self.config.router_type != "hash":
             return None
         routing = RoutingRecord() if routing is None else routing
-        routing.begin(counting=counting)
+        routing.begin(counting=counting, ids=ids, segments=layout if isinstance(layout, Segments) else None)
         return routing
 
     def _masks(

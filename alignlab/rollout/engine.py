@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings, VLLMSettings
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.export import Model
+from alignlab.models.routers.uses import check_rollouts
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.engine_choice import chosen_engine
 from alignlab.rollout.vllm.installation import require_vllm
@@ -88,6 +89,7 @@ def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: Engi
         ConfigError: vLLM is to run in this process, and is missing or of an untested version; or no server runs this
             model.
     """
+    check_rollouts(model)
     settings = chosen_engine(settings, model, causal_lm(model).device)
     if isinstance(settings, RolloutSettings):
         return EmbeddedEngine(model, tokenizer, settings)

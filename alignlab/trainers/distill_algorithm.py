@@ -23,6 +23,7 @@ from alignlab.loop.teacher_tokens import taught_pack, top_tokens
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.fingerprints import model_fingerprint
 from alignlab.models.policy import Policy
+from alignlab.models.routers.uses import check_policy_losses
 from alignlab.runs.teacher_cache import CachedTeacher, TeacherCache
 from alignlab.types import Experience
 
@@ -35,8 +36,10 @@ class Distill(OfflineAlgorithm[Example]):
     """
 
     config: DistillConfig
+    compares_logprobs = False
 
     def __init__(self, config: DistillConfig, inputs: OfflineInputs) -> None:
+        check_policy_losses(inputs.model, type(self).__name__)
         chunk_tokens = config.memory.logprob_chunk_tokens
         tokenizer = load_teacher_tokenizer(config.teacher)
         teacher = load_teacher(config.teacher, inputs.accelerator.device, chunk_tokens=chunk_tokens)

@@ -36,6 +36,8 @@ class PolicyGradientAlgorithm(Algorithm):
         objective: the loss, with the coefficient of the KL.
     """
 
+    trains_routing_policy = True
+
     def __init__(
         self,
         config: PolicyGradientSettings,
@@ -49,8 +51,8 @@ class PolicyGradientAlgorithm(Algorithm):
         forward = PolicyForward(config.sampling.temperature, entropy_grad=config.entropy_coef > 0)
         learner = policy_learner(config, inputs, policy, policy_steps=policy_steps, forward=forward)
         reference = Reference(learner) if self.objective.uses_reference else None
-        super().__init__(config, inputs, learner, reference=reference, prompts=prompts)
         self.routing = config.routing_replay
+        super().__init__(config, inputs, learner, reference=reference, prompts=prompts)
 
     def needs(self, step: int) -> frozenset[str]:
         """Return what the objective needs."""

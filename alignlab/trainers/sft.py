@@ -21,6 +21,7 @@ class SFT(OfflineAlgorithm[Example]):
     """Cross-entropy on the completion's tokens, averaged over all of a step."""
 
     config: SFTConfig
+    compares_logprobs = False
 
     def read(self, data: GivenData) -> Sequence[Example]:
         """Return the examples of rows with `prompt` and `completion` or `messages`, or examples made already."""

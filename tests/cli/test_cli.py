@@ -311,6 +311,24 @@ def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, ca
     assert "a student of" in capsys.readouterr().out
 
 
+def test_a_mixture_is_made_of_a_dense_model_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
+    model, output = str(run_file.parent / "model"), str(tmp_path / "mixture")
+    options = ["--experts", "4", "--experts-per-token", "2"]
+    assert main(["upcycle", model, output, *options]) == 0
+    assert "4 experts, 2 a token: " in capsys.readouterr().err
+    assert has_manifest(Path(output)) and find_damage(Path(output)) is None
+    assert main(["generate", model, "say red", "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["generate", output, "say red", "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["upcycle", model, output, *options]) == 2
+    assert "OUTPUT must be a new or empty folder" in capsys.readouterr().err
+    assert main(["upcycle", adapter, str(tmp_path / "other"), *options]) == 2
+    assert "merge it first" in capsys.readouterr().err
+    assert main(["upcycle", model, str(tmp_path / "other"), *options, "--slices", "2"]) == 2
+    assert "is of method virtual_groups" in capsys.readouterr().err
+
+
 def test_a_teacher_s_samples_are_data_for_fine_tuning(run_file, tmp_path, capsys):
     model, output = str(run_file.parent / "model"), tmp_path / "samples.jsonl"
     words = ["sample", model, "--config", str(run_file), "--output", str(output), "--num-samples", "500"]

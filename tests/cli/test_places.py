@@ -21,6 +21,7 @@ from alignlab.runs.folder import RunFolder, refuse_run
         (["eval", "--config=~/c.yaml", "--plot=~/p.png"], {"config": "c.yaml", "plot": "p.png"}),
         (["merge", "~/a", "~/out", "--model=~/m"], {"adapter": "a", "output": "out", "model": "m"}),
         (["student", "~/t", "~/out", "--num-layers", "1"], {"teacher": "t", "output": "out"}),
+        (["upcycle", "~/m", "~/out", "--experts=4", "--experts-per-token=2"], {"model": "m", "output": "out"}),
         (["sample", "~/m", "--config=~/c", "--output=~/o.jsonl"], {"model": "m", "config": "c", "output": "o.jsonl"}),
         (["judge", "~/c", "--pairs=~/p", "--write-examples=~/e"], {"config": "c", "pairs": "p", "write_examples": "e"}),
         (["train", "~/c"], {"config": "c"}),

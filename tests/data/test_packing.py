@@ -191,3 +191,16 @@ def test_examples_come_back_whole(sequences: list[list[int]], budget: int) -> No
     assert unpack(packs) == expected
     assert all(pack.num_tokens <= budget or len(pack.segments.lengths) == 1 for pack in packs)
     assert all(pack.rollout_logprobs is None for pack in packs)
+
+
+def test_completions_share_a_prompt_only_if_it_dropped_the_same_choices() -> None:
+    """-2 - expert is a dropped choice; a prompt that was computed twice has the experts of each time."""
+    first, other = torch.tensor([[[3]], [[-5]], [[0]]]), torch.tensor([[[3]], [[1]], [[-2]]])
+    records = [torch.cat([prompt, torch.full((2, 1, 1), 4)]).short() for prompt in (first, first, other, other.abs())]
+    done = tuple(completion([7, 8], record) for record in records)
+    [pack] = pack_rollouts([Rollout(Prompt((1, 2, 3), "p"), done)], budget=100)
+    assert pack.segments.lengths == (3, 2, 2, 3, 2, 3, 2)
+    assert pack.segments.prefixes == (-1, 0, 0, -1, 3, -1, 5)
+    assert pack.routing is not None
+    of_prompts = [pack.routing[start : start + 3, 0, 0].tolist() for start in (0, 7, 12)]
+    assert of_prompts == [[3, -5, 0], [3, 1, -2], [3, 1, 2]]

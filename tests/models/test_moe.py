@@ -15,7 +15,7 @@ from alignlab.models.moe import (
     move_biases,
     take_loads,
 )
-from alignlab.models.routers import Router, RouterScores
+from alignlab.models.routers.protocol import RoutedTokens, Router, RouterScores
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from tests.reference.moe import mixture, route
@@ -292,18 +292,18 @@ class EvenRouter(torch.nn.Module):
         self.num_experts, self.num_choices = num_experts, num_choices
         self.total = torch.zeros(num_experts, dtype=torch.int64)
 
-    def forward(self, hidden: Tensor) -> RouterScores:
+    def forward(self, hidden: Tensor, tokens: RoutedTokens) -> RouterScores:
         scores = hidden.new_zeros(len(hidden), self.num_experts)
         return RouterScores(scores, scores)
 
-    def choose(self, scores: RouterScores) -> Tensor:
+    def choose(self, scores: RouterScores, tokens: RoutedTokens) -> Tensor:
         first = torch.arange(len(scores.logits))[:, None]
         return (first + torch.arange(self.num_choices)) % self.num_experts
 
     def gates(self, scores: RouterScores, choices: Tensor) -> Tensor:
         return torch.full(choices.shape, 1 / self.num_choices)
 
-    def losses(self, scores: RouterScores) -> None:
+    def losses(self, scores: RouterScores, tokens: RoutedTokens) -> None:
         return None
 
     def count(self, choices: Tensor, counted: Tensor | None = None) -> None:

@@ -49,6 +49,7 @@ from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.hub.streaming import fill
 from alignlab.models.layout import ATTENTION
+from alignlab.models.router_state import is_router_state
 from alignlab.models.shards import without_shards
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightView, view_of, whole_module, whole_tensors
@@ -221,7 +222,7 @@ def _from_hub(
         kind: sorted(
             str(key)
             for key in report[f"{kind}_keys"]
-            if not (str(key).endswith(".expert_load") or (headless and str(key) == "score.weight"))
+            if not (is_router_state(str(key)) or (headless and str(key) == "score.weight"))
         )
         for kind in ("missing", "unexpected", "mismatched")
     }
@@ -280,7 +281,7 @@ def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
         model = PolicyForCausalLM(config)
     result = model.load_state_dict(hub.state_dict(), strict=False, assign=True)
     model.tie_weights()
-    missing = [key for key in result.missing_keys if not key.endswith(".expert_load")]
+    missing = [key for key in result.missing_keys if not is_router_state(key)]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"weights of {hub.config.name_or_path} do not fit its config: missing {missing[:4]}, "
@@ -372,7 +373,7 @@ def _as_family(model: PreTrainedModel, config: PreTrainedConfig, view: WeightVie
     config.dtype = model.dtype
     with no_init_weights(), init_empty_weights(include_buffers=False):
         twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    names = (name for name in view.names() if not name.endswith(".expert_load"))
+    names = (name for name in view.names() if not is_router_state(name))
     twin.load_state_dict(dict(whole_tensors(view, names)), assign=True)
     twin.tie_weights()
     twin.generation_config = model.generation_config

@@ -20,6 +20,7 @@ from alignlab.models.adapters import adapter_state
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.families import write_hub_config
 from alignlab.models.merging import base_parts, merged_parts, untie_config, unties
+from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import WeightView, shapes_of, view_of
 
@@ -103,7 +104,7 @@ def _named_as_written(model: Model, parts: Iterable[Mapping[str, Tensor]]) -> It
     for part in parts:
         tensors = {
             name: tensor for name, tensor in part.items()
-            if not name.endswith(".expert_load") and not (is_tied and name == "lm_head.weight")
+            if not is_router_state(name) and not (is_tied and name == "lm_head.weight")
         }
         yield from cast(dict[str, Tensor], revert_weight_conversion(written, tensors)).items()
 

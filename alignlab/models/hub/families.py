@@ -41,7 +41,7 @@ _SHAPE = (
 _DENSE_SHAPE = ("intermediate_size", "mlp_bias")
 _SPARSE_SHAPE = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
-    "norm_topk_prob", "routed_scaling_factor",
+    "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor",
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignlab.models.hub.host_copies import is_shared, shared_copies
 from alignlab.models.hub.weight_files import Piece, WeightFiles, plan_of
+from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
 
 
@@ -34,7 +35,7 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
         return False
     tied = _tied(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    optional = {name for name in wanted if name.endswith(".expert_load") and name not in files.shapes}
+    optional = {name for name in wanted if is_router_state(name) and name not in files.shapes}
     plan = plan_of(files, {name: tensor.shape for name, tensor in wanted.items() if name not in optional})
     if plan is None:
         return False

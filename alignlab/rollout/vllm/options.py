@@ -18,6 +18,7 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.models.routers.uses import check_vllm
 from alignlab.models.served_attention import check_served
 from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
@@ -44,6 +45,7 @@ def engine_options(
     """
     lm = causal_lm(model)
     check_model(lm, settings)
+    check_vllm(lm)
     check_quantization(settings)
     context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
