@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from alignlab.config.rollout import RolloutSettings, VLLMServerSettings, VLLMSet
 from alignlab.errors import ConfigError
 from alignlab.rollout.vllm import rank_groups
 from alignlab.rollout.vllm.rank_groups import check_groups, require_own_vllm
+from tests.evaluation import test_evaluation as evaluation
+from tests.evaluation.test_evaluation import ScriptedEngine
 from tests.loop.test_distributed import ROOT, torchrun
 from tests.rollout.vllm.conftest import INSTALLED, SMALL
 from tests.trainers.rank_engines import NUM_STEPS
@@ -122,3 +125,22 @@ def test_ranks_that_share_a_vllm_train_as_those_with_their_own(tmp_path: Path) -
             torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-4, msg=f"{name}: {key}")
         gaps = gaps_of(tmp_path, name)
         assert len(gaps) == NUM_STEPS and max(gaps) < 2e-5, (name, gaps)
+
+
+class RankWithoutProblems:
+    """The second of two ranks, which ends once it has computed its part."""
+
+    index, count = 1, 2
+
+    def gather_done(self, work: str, compute: Callable[[], Any]) -> list[Any]:
+        """Compute this rank's part, and leave the evaluation."""
+        assert compute() == []
+        raise InterruptedError
+
+
+def test_an_evaluations_rank_without_problems_generates_as_often_as_the_others() -> None:
+    with_problems, without = ScriptedEngine(), ScriptedEngine()
+    evaluation.run(with_problems, prompts=evaluation.problems({0: 4}))
+    with pytest.raises(InterruptedError):
+        evaluation.run(without, prompts=evaluation.problems({0: 4}), ranks=RankWithoutProblems())
+    assert without.asked == with_problems.asked and len(without.asked) == 2
