@@ -79,7 +79,8 @@ class _VLLMSettings(Frozen):
     eager: bool | None = None
     """Without compilation and CUDA graphs; default: on a CPU, where compiling pays after about 100,000 tokens."""
     tensor_parallel: int = Field(1, ge=1)
-    """GPUs (on a CPU: processes) over which one vLLM spreads the model; must divide its attention heads."""
+    """GPUs (on a CPU: processes) over which one vLLM spreads the model; must divide its attention heads. With engine
+    vllm on several ranks, each so many consecutive ranks share one vLLM; it must divide their number."""
     quantization: Recorded[Literal["fp8"] | None] = None
     """fp8: vLLM rounds weights to 8 bits whenever they are loaded, and activations as it computes: half of bfloat16's
     memory and traffic. Its probabilities are then not the policy's, which needs a `mismatch.correction`. Needs an

@@ -126,7 +126,7 @@ def evaluate(
 
     def measure_own() -> list[dict[str, Any]]:
         own = [prompts[row] for row in rows]
-        measured = _measured(engine, own, scorer, sampling, num_samples, seed, time_limit_s) if own else ()
+        measured = _measured(engine, own, scorer, sampling, num_samples, seed, time_limit_s)
         return [asdict(replace(of_problem, row=row)) for row, of_problem in zip(rows, measured, strict=True)]
 
     parts = [measure_own()] if ranks is None else ranks.gather_done("answering held-out problems", measure_own)
@@ -154,6 +154,8 @@ def _measured(
     greedy_sampling = sampling.model_copy(update={"temperature": 0.0})
     greedy = engine.generate(prompts, greedy_sampling.params(n=1, seed=seed))
     sampled = engine.generate(prompts, sampling.params(n=num_samples, seed=seed))
+    if not prompts:  # a rank without problems generates nevertheless: others may share its vLLM
+        return []
     greedy_values, sampled_values = (_values(rollouts, scorer, time_limit_s) for rollouts in (greedy, sampled))
     return list(map(_Measured.of, range(len(prompts)), greedy, sampled, greedy_values, sampled_values))
 

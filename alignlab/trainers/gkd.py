@@ -137,7 +137,7 @@ class MixedSampling:
         draw = random.Random(seed)
         by_student = [draw.random() < self._student_frac for _ in prompts]
         sampled = [prompt for prompt, is_sampled in zip(prompts, by_student, strict=True) if is_sampled]
-        rollouts = iter(self._source.sample(sampled, seed) if sampled else [])
+        rollouts = iter(self._source.sample(sampled, seed))  # also of none: ranks that share a vLLM sample together
         return [
             next(rollouts) if is_sampled else self._of_dataset(prompt)
             for prompt, is_sampled in zip(prompts, by_student, strict=True)

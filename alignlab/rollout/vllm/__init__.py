@@ -3,6 +3,7 @@
     verified_engine   the engine: sends weights, verifies them, generates
     backend           the protocol between the engine and vLLM
     in_process, sync  vLLM in this process, and how it takes over weights
+    rank_groups       ranks that share one vLLM in their processes
     sleep             its sleep between calls, which frees memory of a GPU
     servers           vLLM on servers
     pool, client      all servers as one; one server

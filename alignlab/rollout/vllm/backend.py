@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,8 +97,18 @@ class Backend(Protocol):
         first."""
         ...
 
+    def agreed(self) -> AbstractContextManager[None]:
+        """Return a context in which requests for `answers` are prepared.
+
+        Raises:
+            RolloutError: at its end, where ranks share a vLLM: the body raised on another of them.
+        """
+        ...
+
     def answers(self, requests: Sequence[Request], member: Any = None) -> list[Answer]:
         """Return one completion for each request, in order.
+
+        Ranks that share a vLLM call this together, also those without requests.
 
         Args:
             member: one of `members`, that alone may answer; default: any.

@@ -8,7 +8,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from alignlab.rollout.vllm.options import (
     sync_adapter_only,
 )
 from alignlab.rollout.vllm.policy_weights import PolicyWeights
-from alignlab.rollout.vllm.ranks import has_several_ranks
+from alignlab.rollout.vllm.rank_groups import RankGroup, check_groups, own_shared_memory, shares_vllm
+from alignlab.rollout.vllm.ranks import has_several_ranks, shared_random_name
 from alignlab.rollout.vllm.sleep import Sleep
 from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 
@@ -47,7 +48,7 @@ from alignlab.rollout.vllm.sync import AdapterSync, FullSync, WeightSync
 class InProcessBackend:
     """vLLM in this process, sharing the machine with the trainer; a `Backend` of one member, itself.
 
-    Each rank of a training has a vLLM of its own.
+    Each rank of a training has a vLLM of its own or, with `tensor_parallel` k, each k consecutive ranks share one.
 
     Args:
         model: policy, with or without LoRA.
@@ -55,13 +56,15 @@ class InProcessBackend:
         settings: vLLM's sizes, and how its weights are synced.
 
     Raises:
-        ConfigError: vLLM is missing or untested, the machine has too few GPUs, vLLM is to be in parts on several
-            ranks, cannot spread or quantize the model, or the adapter cannot be synced alone as the settings ask.
+        ConfigError: vLLM is missing or untested, the machine has too few GPUs, the ranks cannot share vLLMs as
+            `tensor_parallel` asks, vLLM cannot spread or quantize the model, or the adapter cannot be synced alone as
+            the settings ask.
     """
 
     _llm: LLM
     _sync: WeightSync
     _sleep: Sleep
+    _group: RankGroup | None
     first_rank_sends = False
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, settings: VLLMSettings) -> None:
@@ -75,8 +78,9 @@ class InProcessBackend:
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
         check_model(self._lm, settings)
-        _check_parts(settings)
-        if not self._on_cpu:
+        check_groups(settings)
+        self._shares_vllm, self._group = shares_vllm(settings), None
+        if not self._on_cpu and not self._shares_vllm:
             require_gpus(settings.tensor_parallel, torch.cuda.device_count())
         self._abandoned = threading.Event()
         self._num_puts = self._policy_version = 0
@@ -87,15 +91,20 @@ class InProcessBackend:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options = engine_options(self._settings, self._model, adapter_rank=self._adapter_rank, on_cpu=self._on_cpu)
         if has_several_ranks():
-            # vLLM then finds the trainer's processes, each of which is a model of its own to it.
+            # vLLM then finds the trainer's processes, each of which has one worker; `tensor_parallel` of them are one
+            # model to it.
             options["distributed_executor_backend"] = "external_launcher"
-        # Of a model in parts, each worker is a process of its own.
-        self._sync = AdapterSync() if self.adapter_only else FullSync(by_file=self._settings.tensor_parallel > 1)
+        if self._shares_vllm:
+            self._group = RankGroup(self._settings.tensor_parallel)
+        # In one process, each worker of a model in parts is a process of its own.
+        by_file = self._settings.tensor_parallel > 1 and not self._shares_vllm
+        self._sync = AdapterSync() if self.adapter_only else FullSync(by_file=by_file)
         with tempfile.TemporaryDirectory(prefix="alignlab-vllm-") as folder, _trainers_random_state_kept():
             write_base(self._model, Path(folder))  # of weights that are spread over ranks, by all together
             self._tokenizer.save_pretrained(folder)
             try:
-                self._llm = LLM(folder, enable_sleep_mode=self._sleeps, **options)
+                with own_shared_memory(shared_random_name()) if self._shares_vllm else nullcontext():
+                    self._llm = LLM(folder, enable_sleep_mode=self._sleeps, **options)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise ConfigError(
                     f"vLLM cannot run {type(self._lm).__name__}: {error}; use rollout.engine: embedded, or correct "
@@ -121,21 +130,31 @@ class InProcessBackend:
         """Return this vLLM."""
         return (self,)
 
+    def agreed(self) -> AbstractContextManager[None]:
+        """Return a context in which the ranks that share this vLLM prepare their requests."""
+        return nullcontext() if self._group is None else self._group.agreed()
+
     def answers(self, requests: Sequence[Request], member: InProcessBackend | None = None) -> list[Answer]:
         """Return one completion for each request, in order."""
-        prompts: list[Any] = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
-        params = [VLLMSamplingParams(**request.params) for request in requests]
+        everything, own = list(requests), slice(len(requests))
+        if self._group is not None:
+            everything, own = self._group.gathered(requests)
+        if not everything:
+            return []
+        prompts: list[Any] = [{"prompt_token_ids": list(request.token_ids)} for request in everything]
+        params = [VLLMSamplingParams(**request.params) for request in everything]
         self._wake()
         with _trainers_random_state_kept(), self._can_be_abandoned():
             outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._sync.lora_request)
-        return [self._answer(*pair) for pair in zip(outputs, self._routing(outputs), strict=True)]
+        pairs = list(zip(outputs, self._routing(outputs), strict=True))
+        return [self._answer(*pair) for pair in pairs[own]]
 
     def rest(self) -> None:
         """Put vLLM to sleep until the next call, where the settings say so."""
         self._sleep.begin()
 
     def abandon(self) -> None:
-        """Make the call in flight raise before its next step."""
+        """Make the call in flight raise before its next step or, where ranks share this vLLM, at its end."""
         self._abandoned.set()
 
     def close(self) -> None:
@@ -199,13 +218,15 @@ class InProcessBackend:
         self._abandoned.clear()
 
         def step_unless_abandoned() -> Any:
-            if self._abandoned.is_set():
+            if self._abandoned.is_set() and self._group is None:  # the others would wait for this rank's part
                 raise abandoned()
             return step()
 
         engine.step = step_unless_abandoned
         try:
             yield
+            if self._abandoned.is_set() and self._group is not None:
+                raise abandoned()
         except BaseException:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
@@ -239,16 +260,6 @@ class InProcessBackend:
             padded(record, len(request.prompt_token_ids) + len(request.outputs[0].token_ids))
             for request, record in zip(outputs, records, strict=True)
         ]
-
-
-def _check_parts(settings: VLLMSettings) -> None:
-    """Raise if each of several ranks would have a vLLM in parts, whose workers would look for each other's devices."""
-    if settings.tensor_parallel > 1 and has_several_ranks():
-        raise ConfigError(
-            f"rollout.tensor_parallel is {settings.tensor_parallel}, and must be 1 with rollout.engine vllm on several "
-            f"ranks ({torch.distributed.get_world_size()}), each of which has a vLLM of its own; use 1, start one "
-            "process, or use rollout.engine: vllm_server"
-        )
 
 
 @contextmanager

@@ -5,11 +5,12 @@ What they tell each other travels in the host's memory by gloo: by NCCL, a flag 
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +20,9 @@ from alignlab.rollout.vllm.weight_group import BroadcastBroken
 _LONGEST_UPDATE = timedelta(hours=24)
 """Limit on the wait for the first rank to send weights; not meant to act, as the ranks' watchdog ends a lost rank."""
 _FAILED, _AGAIN, _SUCCEEDED = range(3)
-_host_groups: dict[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup] = {}  # by the group of all ranks
+_Group = torch.distributed.ProcessGroup
+_host_groups: dict[_Group, _Group] = {}  # by the group of all ranks
+_neighbours: dict[tuple[_Group, int], _Group] = {}  # by the group of all ranks, and their number
 
 
 def this_rank() -> int:
@@ -64,11 +67,12 @@ def first_rank_first(meanwhile: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 @contextmanager
-def together(work: str) -> Iterator[None]:
+def together(work: str, group: _Group | None = None) -> Iterator[None]:
     """Run the body on all ranks at once; every rank enters it together.
 
     Args:
         work: what the body does, for the message.
+        group: the ranks, for tensors in the host's memory; default: all.
 
     Raises:
         RolloutError: the body raised on another rank.
@@ -78,18 +82,53 @@ def together(work: str) -> Iterator[None]:
         yield
         outcome = _SUCCEEDED
     finally:
-        outcome_of_all = _smallest_of_ranks(outcome)
+        outcome_of_all = _smallest_of_ranks(outcome, group)
     if outcome_of_all != _SUCCEEDED:
         raise RolloutError(f"another rank could not {work}; see its message")
 
 
-def largest_of_ranks(number: int) -> int:
-    """Return the largest of the ranks' numbers; every rank calls this together."""
+def largest_of_ranks(number: int, group: _Group | None = None) -> int:
+    """Return the largest of the ranks' numbers; every rank calls this together.
+
+    Args:
+        group: see `together`.
+    """
     if not torch.distributed.is_initialized():
         return number
     value = torch.tensor(number)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_host_group())
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group or _host_group())
     return int(value)
+
+
+def neighbours(size: int) -> _Group:
+    """Return the group of `size` consecutive ranks that this rank is in, for tensors in the host's memory.
+
+    The first call is collective over all ranks.
+    """
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if (world, size) not in _neighbours:
+        for first in range(0, torch.distributed.get_world_size(), size):
+            members = list(range(first, first + size))
+            group = torch.distributed.new_group(members, backend="gloo", timeout=_LONGEST_UPDATE)
+            if this_rank() in members:
+                _neighbours[world, size] = cast(_Group, group)
+    return _neighbours[world, size]
+
+
+def gather_json(value: Any, group: _Group) -> list[Any]:
+    """Return the value of each rank of a group, which JSON must hold exactly; all call this together."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    count = torch.distributed.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(content)]), group=group)
+    padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8)
+    padded[: len(content)] = content
+    contents = [torch.empty_like(padded) for _ in range(count)]
+    torch.distributed.all_gather(contents, padded, group=group)
+    return [
+        json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(contents, lengths, strict=True)
+    ]
 
 
 def shared_random_name() -> str:
@@ -100,12 +139,12 @@ def shared_random_name() -> str:
     return f"{int(number):016x}"
 
 
-def _smallest_of_ranks(number: int) -> int:
+def _smallest_of_ranks(number: int, group: _Group | None = None) -> int:
     """Return the smallest of the ranks' numbers; every rank calls this together."""
-    return -largest_of_ranks(-number)
+    return -largest_of_ranks(-number, group)
 
 
-def _host_group() -> torch.distributed.ProcessGroup:
+def _host_group() -> _Group:
     """Return a group of all ranks for tensors in the host's memory; the first call is collective."""
     world = torch.distributed.group.WORLD
     assert world is not None
@@ -113,5 +152,5 @@ def _host_group() -> torch.distributed.ProcessGroup:
         return world
     if world not in _host_groups:
         group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_UPDATE)
-        _host_groups[world] = cast(torch.distributed.ProcessGroup, group)
+        _host_groups[world] = cast(_Group, group)
     return _host_groups[world]

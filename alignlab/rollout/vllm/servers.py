@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -196,8 +196,14 @@ class ServerBackend:
         """Return the servers that are alive; on ranks but the first, none."""
         return self._pool.alive if this_rank() == 0 else []
 
+    def agreed(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: each rank asks the servers by itself."""
+        return nullcontext()
+
     def answers(self, requests: Sequence[Request], member: VLLMServer | None = None) -> list[Answer]:
         """Return one completion for each request, in order, from any server or from `member`."""
+        if not requests:
+            return []
         return self._pool.answers(requests) if member is None else self._pool.answers_of(member, requests)
 
     def rest(self) -> None:

@@ -113,16 +113,11 @@ class VerifiedEngine:
             RolloutError: a prompt leaves no room for a completion, a parameter is out of range, the last weight update
                 failed, or the policy's weights were changed since.
         """
-        if self._sync_error is not None:
-            raise RolloutError(
-                f"the rollout engine's weights are in doubt since an update that failed: {self._sync_error}; "
-                "update them before generating"
-            )
-        if not self._is_open:
-            raise RolloutError("the rollout engine was closed; update its weights before generating")
-        if not self._may_lag and self._present_version() != self._weights_version:
-            raise changed_weights(self.policy_version)
-        return self._generate(prompts, sampling, self._backend.answers)
+        with self._backend.agreed():
+            self._require_present_weights()
+            params = sampling_of_prompts(prompts, sampling)
+            requests = self._requests(prompts, params)
+        return self._rollouts(prompts, params, self._backend.answers(requests))
 
     def update_weights(self, policy_version: int) -> None:
         """Send the policy's present weights to vLLM, and verify them. All ranks call it together.
@@ -156,6 +151,17 @@ class VerifiedEngine:
         """Return the largest gap of the last canary, nats, vLLM's model runner, and the backend's figures."""
         gap = {} if self._last_gap is None else {"engine/canary_gap": self._last_gap.largest}
         return gap | self._model_runner | self._backend.metrics()
+
+    def _require_present_weights(self) -> None:
+        if self._sync_error is not None:
+            raise RolloutError(
+                f"the rollout engine's weights are in doubt since an update that failed: {self._sync_error}; "
+                "update them before generating"
+            )
+        if not self._is_open:
+            raise RolloutError("the rollout engine was closed; update its weights before generating")
+        if not self._may_lag and self._present_version() != self._weights_version:
+            raise changed_weights(self.policy_version)
 
     def _sync(self, policy_version: int) -> None:
         if not self._may_lag:  # otherwise requests in flight go on under the weights that a server has
@@ -247,25 +253,29 @@ class VerifiedEngine:
         ids = torch.randint(len(self._tokenizer), shape, generator=generator)
         prompts = [Prompt(tuple(row), "") for row in ids.tolist()]
         sampling = SamplingParams(max_new_tokens=settings.canary_new_tokens, ignore_eos=True, seed=_CANARY_SEED)
-        return self._generate(prompts, sampling, answers)
+        params = sampling_of_prompts(prompts, sampling)
+        return self._rollouts(prompts, params, answers(self._requests(prompts, params)))
 
     def _gate(self) -> float:
         """Return the largest difference of a canary's log-prob that is allowed, nats."""
         gate = self._settings.canary_gate
         return default_gate(model_dtype(self._lm), self._settings.quantization) if gate is None else gate
 
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams], answers: Answers
-    ) -> list[Rollout]:
-        params_of_prompts = sampling_of_prompts(prompts, sampling)
+    def _requests(self, prompts: Sequence[Prompt], params_of_prompts: Sequence[SamplingParams]) -> list[Request]:
+        """Return a request for each completion of each prompt."""
         config = self._lm.config.get_text_config()
         limits = length_limits(
             self._lm, self._settings.context_tokens, "rollout.context_tokens",
             shorten="shorten the prompt or lower max_new_tokens",
         )
         check_prompts(prompts, params_of_prompts, config.vocab_size, limits)
-        requests = make_requests(prompts, params_of_prompts, self._lm, self._tokenizer)
-        in_order = iter(answers(requests) if requests else ())
+        return make_requests(prompts, params_of_prompts, self._lm, self._tokenizer)
+
+    def _rollouts(
+        self, prompts: Sequence[Prompt], params_of_prompts: Sequence[SamplingParams], answers: Sequence[Answer]
+    ) -> list[Rollout]:
+        """Return the completions of each prompt, from the answers to their requests."""
+        in_order = iter(answers)
         rollouts = []
         for prompt, params in zip(prompts, params_of_prompts, strict=True):
             group = islice(in_order, params.n)

@@ -11,6 +11,7 @@ from alignlab.config.rlaif import LabelSettings, RevisionSettings
 from alignlab.loop.training_loop import TrainResult
 from alignlab.models.fingerprints import model_digest
 from alignlab.rollout.engine import RolloutEngine, make_engine
+from alignlab.rollout.vllm.rank_groups import require_own_vllm
 from alignlab.runs.journal import write_rows
 from alignlab.synthesis.prompt_journal import PromptJournal, Row
 from alignlab.trainers.rlaif.stage import StageContext, StageStopped
@@ -59,6 +60,7 @@ class SampledRows:
             CheckpointError: earlier rows were made with something else, are of other prompts or damaged.
         """
         settings = self._settings
+        require_own_vllm(settings.rollout, "sampling for RLAIF")
         self._context.accelerator.wait_for_everyone()
         self._journal.check_made_with(self._facts(policy))
         prompts = self._context.prompts[: settings.num_prompts]

@@ -13,6 +13,7 @@ from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora
 from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
+from alignlab.rollout.vllm import weight_broadcast
 from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
 from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
 from alignlab.rollout.vllm.servers import ServerBackend
@@ -65,6 +66,32 @@ def test_an_adapter_is_merged_where_several_workers_would_hold_parts_of_it() -> 
     assert not sync_adapter_only(VLLMSettings(tensor_parallel=2), policy, on_cpu=False)
     with pytest.raises(ConfigError, match=r"sync is .*adapter.* merged or auto with tensor_parallel 2"):
         VLLMSettings(tensor_parallel=2, sync="adapter")
+
+
+def test_weights_that_are_broadcast_are_merged_and_an_adapter_alone_is_refused() -> None:
+    policy = add_lora(make_model(DENSE), LoraSettings(rank=4))
+    assert sync_adapter_only(VLLMServerSettings(transfer="file"), policy, on_cpu=False)
+    assert not sync_adapter_only(VLLMServerSettings(transfer="broadcast"), policy, on_cpu=False)
+    with pytest.raises(ConfigError, match=r"transfer is .*broadcast.* auto or file with sync: adapter"):
+        VLLMServerSettings(transfer="broadcast", sync="adapter")
+
+
+@pytest.mark.parametrize(
+    ("transfer", "device", "card", "expected"),
+    [
+        ("auto", "cpu", "", False), ("file", "cpu", "", False), ("broadcast", "cpu", "", True),
+        ("auto", "cuda", "b", True), ("auto", "cuda", "a", False), ("file", "cuda", "b", False),
+        ("broadcast", "cuda", "b", True),
+    ],
+)  # fmt: skip
+def test_auto_broadcasts_between_gpus_of_their_own_and_else_sends_a_file(
+    transfer: Any, device: str, card: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_broadcast, "card_of", lambda device: "" if device.type == "cpu" else "a")
+    monkeypatch.setattr(weight_broadcast.importlib.util, "find_spec", lambda name: object())
+    abouts = {"http://0": {"device": device, "cards": [card]}}
+    settings = VLLMServerSettings(transfer=transfer)
+    assert weight_broadcast.uses_broadcast(settings, torch.device(device), abouts) == expected
 
 
 def test_fp8_is_an_option_of_vllm_on_a_gpu_that_has_it(gpu: Any) -> None:

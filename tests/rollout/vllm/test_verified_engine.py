@@ -69,6 +69,9 @@ class CopyBackend:
     def members(self) -> Sequence[CopyMember]:
         return self.copies
 
+    def agreed(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def answers(self, requests: Sequence[Request], member: CopyMember | None = None) -> list[Answer]:
         member = member or self.copies[0]
         if member.is_lost:
