@@ -40,6 +40,19 @@ def check_attention(config: PolicyConfig) -> None:
     )
 
 
+def drop_unread_fields(config: PolicyConfig) -> None:
+    """Reset the fields that no kind of layer of a config reads, as where its layers are a part of another's."""
+    classes = _classes(config)
+    if not any(kind.has_window for kind in classes):
+        config.sliding_window = None
+    if not any(issubclass(kind, LatentAttention) for kind in classes):
+        for name in FIELDS:
+            setattr(config, name, None)
+    if not any(issubclass(kind, Attention) for kind in classes) and config.rope_parameters is not None:
+        rope = config.rope_parameters
+        config.rope_parameters = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+
+
 def _classes(config: PolicyConfig) -> list[type[AttentionLayer]]:
     return [ATTENTION_KINDS[kind] for kind in dict.fromkeys(config.layer_types or ())]
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from alignlab.errors import ConfigError
+from alignlab.models.attention_rules import drop_unread_fields
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.families import FAMILIES
 from alignlab.models.weight_view import view_of, whole_tensors
@@ -129,8 +130,7 @@ def _check(layers: Sequence[int], count: int) -> None:
 def _keep_own_layers(config: PolicyConfig, layers: Sequence[int]) -> None:
     """Cut one of our configs, and the Hub's config in it, to the layers."""
     _keep_layers(config, layers)
-    if "sliding_attention" not in (config.layer_types or ()):
-        config.sliding_window = None
+    drop_unread_fields(config)
     if config.num_experts and not config.sparse_layers:
         config.num_experts = config.n_shared_experts = 0
         config.hub_config = None  # the student is of a dense family

@@ -16,6 +16,7 @@ from alignlab.rollout.embedded import sampling as sampling_module
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, Rollout, SamplingParams
 from tests.gpu.graph_stand_in import Rerun
+from tests.models.attention_kinds import KINDS as ATTENTION_KINDS
 from tests.trainers.conftest import DENSE, SPARSE
 
 MIXTURE = SPARSE | {"mlp_layer_types": None, "n_shared_experts": 1}
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "a sliding window and a soft-cap": (
         SLIDING | {"attn_logit_softcapping": 20.0}, torch.float32, {"temperature": 0.0},
     ),
+    "every kind of attention": (DENSE | ATTENTION_KINDS["all"], torch.float32, {"top_k": 20}),
     "mixture": (MIXTURE, torch.bfloat16, {"min_p": 0.01, "temperature": 0.8}),
 }
 

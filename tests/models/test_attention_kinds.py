@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.types import Segments
 from tests.models.attention_kinds import KINDS, LATENT, PARTIAL, SHAPE, make_model
 from tests.models.conftest import make_segments, packs
+from tests.models.kinds_table import ROWS, rows
 from tests.reference.attention import dense_attention
 
 
@@ -193,6 +195,12 @@ def test_a_config_is_read_back_and_no_hub_family_is_claimed(kind: str, tmp_path:
     tokens = torch.randint(0, 50, (1, 9))
     assert torch.equal(again(tokens).logits, policy(tokens).logits)
     assert write_hub_config(policy.config) is None
+
+
+def test_the_readme_has_the_figures_that_the_layers_declare() -> None:
+    text = (Path(__file__).parents[2] / "alignlab" / "models" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(rows()) in text, "python -m tests.models.kinds_table"
+    assert {row[0] for row in ROWS} == set(ATTENTION_KINDS)
 
 
 def test_the_table_names_every_kind() -> None:

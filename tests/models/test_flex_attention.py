@@ -92,26 +92,30 @@ def random_segments(rng: random.Random, scale: int) -> Segments:
 
 
 def attend(
-    segments: Segments, *, heads: int, kv_heads: int, size: int, grad: str, window: int | None, softcap: float | None
+    segments: Segments, *, heads: int, kv_heads: int, size: int, grad: str, window: int | None, softcap: float | None,
+    has_sinks: bool = False,
 ) -> None:
     """Attend as a layer does: `grad` is "none", "all", or "no key" for the first layer under an adapter."""
+    sinks = torch.randn(heads, requires_grad=grad == "all") if has_sinks else None
     q, k, v = (torch.randn(1, segments.num_tokens, n, size).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
     for tensor in {"none": [], "all": [q, k, v], "no key": [q, v]}[grad]:
         tensor.requires_grad_()
     with torch.set_grad_enabled(grad != "none"):
-        flex_packed_attention(q, k, v, segments, scaling=0.25, sliding_window=window, softcap=softcap)
+        flex_packed_attention(q, k, v, segments, scaling=0.25, sliding_window=window, softcap=softcap, sinks=sinks)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's tracer
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (64, None), (None, 30.0)])
 def test_packs_of_all_sizes_share_at_most_three_traces_of_a_configuration(
-    counter: Any, window: int | None, softcap: float | None
+    counter: Any, window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
     rng = random.Random(0)
     for number in range(50):
         segments = random_segments(rng, scale=rng.choice([1, 1, 4]))
         grad = ("none", "all", "no key")[number % 3]
-        attend(segments, heads=4, kv_heads=2, size=16, grad=grad, window=window, softcap=softcap)
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "has_sinks": has_sinks}
+        attend(segments, heads=4, kv_heads=2, size=16, grad=grad, **options)
     assert 1 <= counter.frame_count <= 3
 
 

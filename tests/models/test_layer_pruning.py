@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import load_model, new_model, save_model
 from alignlab.models.layer_pruning import chosen_layers, evenly_spaced, student_from
+from tests.models.attention_kinds import LATENT, PARTIAL
 from tests.models.test_parity import HUB
 
 TOKENS = torch.arange(3, 21).view(2, 9)
@@ -27,6 +28,12 @@ MIXED = SHAPE | {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
     "mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "router_bias_update_rate": 0.1, "sliding_window": 3,
     "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+}
+
+
+LATENTS = SHAPE | LATENT | {
+    "layer_types": ["latent_attention", "gated_attention", "latent_attention", "sliding_gated_attention"],
+    "sliding_window": 3, "no_rope_layers": [1, 0, 0, 1], "attention_sinks": True, "rope_parameters": PARTIAL,
 }
 
 
@@ -72,7 +79,7 @@ def test_a_student_is_its_teacher_s_family_and_computes_its_layers(
     torch.testing.assert_close(logits(load_model(str(tmp_path / "student"), dtype=torch.float32)), expected)
 
 
-@pytest.mark.parametrize("architecture", [SHAPE, SHAPE | {"tie_word_embeddings": True}, MIXED])
+@pytest.mark.parametrize("architecture", [SHAPE, SHAPE | {"tie_word_embeddings": True}, MIXED, LATENTS])
 def test_a_student_of_all_layers_is_its_teacher_exactly(architecture: dict[str, Any]) -> None:
     teacher = random_model(architecture)
     student = student_from(teacher, range(4))
@@ -152,3 +159,16 @@ def test_layers_that_cannot_be_found_or_chosen_are_refused() -> None:
 def test_evenly_spaced_layers_keep_both_ends(num_layers: int, count: int, expected: tuple[int, ...]) -> None:
     assert evenly_spaced(num_layers, count) == expected
     assert all(len(set(evenly_spaced(num_layers, n))) == n for n in range(1, num_layers + 1))
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2], [1, 3], [2, 3]])
+def test_fields_of_kinds_that_are_left_out_go_with_them(layers: list[int]) -> None:
+    teacher: Any = random_model(LATENTS)
+    student: Any = student_from(teacher, layers)
+    kinds = student.config.layer_types
+    assert (student.config.kv_lora_rank is not None) == ("latent_attention" in kinds)
+    assert (student.config.sliding_window is not None) == ("sliding_gated_attention" in kinds)
+    assert student.config.no_rope_layers == [teacher.config.no_rope_layers[index] for index in layers]
+    teacher.model.layers = nn.ModuleList([teacher.model.layers[index] for index in layers])
+    teacher.config.layer_types, teacher.config.num_hidden_layers = kinds, len(layers)
+    assert torch.equal(logits(student), logits(teacher))

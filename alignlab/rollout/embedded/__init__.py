@@ -4,6 +4,7 @@
     scheduler        chooses the tokens of each step
     sequence         the state of one completion
     block_manager    blocks of the cache: users, shared prefixes
+    block_pools      blocks of the layers by their window; those that it has left are released
     step_plan        the place of every token of a step
     tile_plan        the same on a GPU: rows, tiles, visited blocks, few shapes
     runner           the forward pass of a step

@@ -10,7 +10,9 @@ A table has an entry for each block of the sequence, `EXPIRED` for those that we
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.block_manager import BlockManager
 
 EXPIRED = -1
@@ -53,8 +55,20 @@ def pool_blocks(lengths: Sequence[int], window: Window, chunk: int, block_size: 
     return min(every, of_windows + -(-chunk // block_size))
 
 
+class PoolNeed(NamedTuple):
+    """Blocks that a pool needs.
+
+    Attributes:
+        least: for one sequence, the longest.
+        all: for all sequences that run together.
+    """
+
+    least: int
+    all: int
+
+
 def shared_out(
-    num_bytes: int, block_bytes: Mapping[Window, int], least: Mapping[Window, int], needed: Mapping[Window, int]
+    num_bytes: int, block_bytes: Mapping[Window, int], needs: Mapping[Window, PoolNeed]
 ) -> dict[Window, int]:
     """Return how many blocks each pool may have so that all together take at most a number of bytes.
 
@@ -64,15 +78,25 @@ def shared_out(
     Args:
         num_bytes: for all pools.
         block_bytes: bytes of one block, by window.
-        least, needed: blocks, by window; at least `least` are needed.
+        needs: by window.
     """
-    spare = num_bytes - sum(block_bytes[window] * count for window, count in least.items())
+    spare = num_bytes - sum(block_bytes[window] * need.least for window, need in needs.items())
     if spare < 0:
-        return {window: count * num_bytes // (num_bytes - spare) for window, count in least.items()}
-    beyond = sum(block_bytes[window] * (needed[window] - count) for window, count in least.items())
+        return {window: need.least * num_bytes // (num_bytes - spare) for window, need in needs.items()}
+    beyond = sum(block_bytes[window] * (need.all - need.least) for window, need in needs.items())
     if beyond <= spare:
-        return dict(needed)
-    return {window: count + (needed[window] - count) * spare // beyond for window, count in least.items()}
+        return {window: need.all for window, need in needs.items()}
+    return {window: need.least + (need.all - need.least) * spare // beyond for window, need in needs.items()}
+
+
+def check_room(needs: Mapping[Window, PoolNeed], limits: Mapping[Window, int], block_size: int) -> None:
+    """Raise a RolloutError if the longest sequence alone needs more blocks than the limits allow."""
+    for window, need in needs.items():
+        if need.least > limits[window]:
+            raise RolloutError(
+                f"the longest sequence needs {need.least * block_size} tokens of cache, and half of the free memory "
+                f"holds {limits[window] * block_size}; lower max_new_tokens or free memory"
+            )
 
 
 class BlockPools:

@@ -19,10 +19,10 @@ from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import block_size_for
-from alignlab.rollout.embedded.block_pools import BlockPools, Window, most_blocks, shared_out
+from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, check_room, shared_out
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
-from alignlab.rollout.embedded.scheduler import Scheduler, Step, blocks_needed
+from alignlab.rollout.embedded.scheduler import Scheduler, Step, pool_needs
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.memory import cache_may_stay
@@ -243,43 +243,27 @@ class EmbeddedEngine:
         Raises:
             RolloutError: the longest sequence alone needs more.
         """
-        size, chunk = self._block_size, self._settings.prefill_tokens
-        longest = max((sequence.max_tokens for sequence in sequences), default=0)
-        least = {window: most_blocks(longest, window, chunk, size) for window in self._blocks.managers}
-        needed = {
-            window: max(fewest, blocks_needed(
-                sequences, size, self._settings.max_running, share=self._share, window=window, chunk=chunk
-            ))
-            for window, fewest in least.items()
-        }  # fmt: skip
-        limits = self._block_limits(least, needed)
-        window = min(least, key=lambda window: limits[window] - least[window])
-        if least[window] > limits[window]:
-            raise RolloutError(
-                f"the longest sequence needs {least[window] * size} tokens of cache, and half of the free memory holds "
-                f"{limits[window] * size}; lower max_new_tokens or free memory"
-            )
-        sizes = {window: min(count, limits[window]) for window, count in needed.items()}
+        needs = pool_needs(
+            sequences, self._blocks.sizes, self._block_size, max_running=self._settings.max_running,
+            chunk=self._settings.prefill_tokens, share=self._share,
+        )
+        limits = self._block_limits(needs)
+        check_room(needs, limits, self._block_size)
         held = self._blocks.sizes
-        if any(sizes[window] > held[window] for window in sizes):
-            sizes = {window: max(count, held[window]) for window, count in sizes.items()}
+        sizes = {window: max(held[window], min(need.all, limits[window])) for window, need in needs.items()}
+        if sizes != held:
             self._runner.resize(sizes)
             self._blocks.reset()  # of published blocks too: their entries are gone
             self._blocks.grow(sizes)
 
-    def _block_limits(self, least: Mapping[Window, int], needed: Mapping[Window, int]) -> dict[Window, int]:
-        """Return the number of blocks, by window, that the settings, or half of the free memory, and the kernels allow.
-
-        Args:
-            least: blocks that one sequence needs.
-            needed: blocks that all sequences need which run together.
-        """
+    def _block_limits(self, needs: Mapping[Window, PoolNeed]) -> dict[Window, int]:
+        """Return how many blocks the settings, or half of the free memory, and the kernels allow, by window."""
         most = self._runner.max_blocks
         if self._settings.cache_tokens is not None:
-            return dict.fromkeys(least, min(self._blocks.blocks_for(self._settings.cache_tokens), most))
+            return dict.fromkeys(needs, min(self._blocks.blocks_for(self._settings.cache_tokens), most))
         device = self._runner.device
         free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        shares = shared_out(self._runner.cache_bytes + free // 2, self._runner.block_bytes, least, needed)
+        shares = shared_out(self._runner.cache_bytes + free // 2, self._runner.block_bytes, needs)
         return {window: min(count, most) for window, count in shares.items()}
 
     @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from alignlab.rollout.embedded.block_manager import chain_digest
-from alignlab.rollout.embedded.block_pools import BlockPools, Window, pool_blocks
+from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 
 
@@ -71,6 +71,20 @@ def blocks_needed(
         common = shared.setdefault(sequence.request, sequence.num_prompt // block_size if share else 0)
         unshared.append(-(-sequence.max_tokens // block_size) - common)
     return sum(sorted(unshared)[-max_running:]) + sum(sorted(shared.values())[-max_running:])
+
+
+def pool_needs(
+    sequences: Sequence[TokenSequence], windows: Iterable[Window], block_size: int,
+    *, max_running: int, chunk: int, share: bool,
+) -> dict[Window, PoolNeed]:
+    """Return the blocks that the sequences of a call need in each pool; arguments as in `blocks_needed`."""
+    longest = max((sequence.max_tokens for sequence in sequences), default=0)
+    needs = {}
+    for window in windows:
+        least = most_blocks(longest, window, chunk, block_size)
+        every = blocks_needed(sequences, block_size, max_running, share=share, window=window, chunk=chunk)
+        needs[window] = PoolNeed(least, max(least, every))
+    return needs
 
 
 class Scheduler:

@@ -14,6 +14,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import (
     EXPIRED,
     BlockPools,
+    PoolNeed,
     first_visible,
     most_blocks,
     pool_blocks,
@@ -93,14 +94,14 @@ def test_a_block_that_others_use_stays_theirs() -> None:
 
 
 def test_memory_is_shared_out_by_what_is_needed() -> None:
-    sizes, least, needed = {None: 10, 8: 30}, {None: 5, 8: 2}, {None: 50, 8: 20}
-    assert shared_out(10**6, sizes, least, needed) == needed
-    assert shared_out(110, sizes, least, needed) == least
-    part = shared_out(600, sizes, least, needed)
+    sizes, needs = {None: 10, 8: 30}, {None: PoolNeed(5, 50), 8: PoolNeed(2, 20)}
+    assert shared_out(10**6, sizes, needs) == {None: 50, 8: 20}
+    assert shared_out(110, sizes, needs) == {None: 5, 8: 2}
+    part = shared_out(600, sizes, needs)
     assert sum(sizes[window] * count for window, count in part.items()) <= 600
     assert part == {None: 5 + 45 * 490 // 990, 8: 2 + 18 * 490 // 990}
-    assert shared_out(55, sizes, least, needed) == {None: 2, 8: 1}
-    assert shared_out(123, {None: 7}, {None: 2}, {None: 99}) == {None: 17}, "one pool has all that fits"
+    assert shared_out(55, sizes, needs) == {None: 2, 8: 1}
+    assert shared_out(123, {None: 7}, {None: PoolNeed(2, 99)}) == {None: 17}, "one pool has all that fits"
 
 
 @pytest.mark.parametrize("changes", [MIXED, ALL_WINDOWS, ALL_WINDOWS | EXPERTS], ids=["mixed", "windows", "experts"])

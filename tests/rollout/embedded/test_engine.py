@@ -219,7 +219,7 @@ def test_prompts_that_cannot_fit_are_refused_before_work(
 
 def test_too_little_memory_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    monkeypatch.setattr(EmbeddedEngine, "_block_limit", lambda self: 2)
+    monkeypatch.setattr(EmbeddedEngine, "_block_limits", lambda self, needs: dict.fromkeys(needs, 2))
     with pytest.raises(RolloutError, match="needs 80 tokens of cache, and half of the free memory holds 32"):
         engine.generate(make_prompts(10), SamplingParams())
 

@@ -172,11 +172,14 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     paged_flex._compiled_flex.cache_clear()
 
 
-def test_rows_are_traced_once_for_each_size_class_and_tiles_twice(counter: Any) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_rows_are_traced_once_for_each_size_class_and_tiles_twice(counter: Any, has_sinks: bool) -> None:
     """Rows with their number as a constant, for the sake of torch's kernel for decoding; all other sizes may change."""
     for block_size, prefill_tokens in ((16, 150), (16, 40), (16, 999)):
         with torch.inference_mode():
-            compare_all_steps(block_size=block_size, prefill_tokens=prefill_tokens, softcap=None)
+            compare_all_steps(
+                block_size=block_size, prefill_tokens=prefill_tokens, softcap=None, has_sinks=has_sinks
+            )
     num_classes = 2  # 4 rows, and the 6 that run together
     assert counter.frame_count <= len(SPECS) * (num_classes + 2)
     queries = [
