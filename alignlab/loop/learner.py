@@ -40,6 +40,7 @@ from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, of_experts, routers, take_loads
 from alignlab.models.pieces import Held, held, whole_shape
+from alignlab.models.policy import PolicyOutput
 from alignlab.models.routers.reinforce import policy_losses
 from alignlab.models.shards import is_spread
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, shapes_of, view_of, whole_tensors
@@ -318,8 +319,8 @@ class Learner:
                     router_loss = (output.router_loss * token_mean(pack, totals)).sum()
                     sums["router_loss"] += router_loss.detach()
                     total = total + router_loss
-                policy_loss = policy_losses(getattr(output, "routing_policy", None), losses, self.module.model)
-                if policy_loss is not None:
+                if isinstance(output, PolicyOutput) and output.routing_policy is not None:
+                    policy_loss = policy_losses(output.routing_policy, losses, self.module.model)
                     total = total + (policy_loss * weights(pack, totals)).sum()
                 self.strategy.backward(total * self.loss_scale.factor if self.loss_scale.is_needed else total)
             for name, values in metrics.items():

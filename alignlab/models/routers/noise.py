@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.models.routers.protocol import RoutedTokens
+from alignlab.transfer import to_device
 
 # Odd constants of splitmix64 (Steele et al., 2014), as signed integers: products wrap around.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -51,7 +52,7 @@ def _parts(tokens: RoutedTokens, num_tokens: int, device: torch.device) -> list[
     if tokens.segments is None:
         return [torch.arange(num_tokens, device=device), *ids]
     segments = tokens.segments
-    groups = torch.tensor(segments.group_ids, device=device)[segments.segment_of_token]
+    groups = to_device([torch.tensor(segments.group_ids)], device)[0][segments.segment_of_token]
     return [groups, segments.sequence_of_token, segments.position_ids, *ids]
 
 

@@ -75,15 +75,13 @@ class ReinforceRouter(TopKRouter):
         self.noise_key.add_(1)
 
 
-def policy_losses(policy: RoutingPolicy | None, losses: Tensor, model: nn.Module) -> Tensor | None:
-    """Return the weighted REINFORCE losses [N] of a pass's routers; None where none are learnt so.
+def policy_losses(policy: RoutingPolicy, losses: Tensor, model: nn.Module) -> Tensor:
+    """Return the weighted REINFORCE losses [N] of a pass's routers.
 
     Args:
         policy: [N, L] each, of the experts from which each token was predicted.
         losses: [N], of each token, as they are minimised.
         model: whose config weighs the losses.
     """
-    if policy is None:
-        return None
-    coef = causal_lm(model).config.router_reinforce_coef
+    coef: float = causal_lm(model).config.router_reinforce_coef
     return coef * routing_policy_loss(losses, policy.logprobs, policy.baselines)
