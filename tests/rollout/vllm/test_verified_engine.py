@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -68,6 +68,9 @@ class CopyBackend:
 
     def members(self) -> Sequence[CopyMember]:
         return self.copies
+
+    def agreed(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def answers(self, requests: Sequence[Request], member: CopyMember | None = None) -> list[Answer]:
         member = member or self.copies[0]
