@@ -24,6 +24,7 @@ from alignlab.models.routers.topk import in_best_groups
 from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
 from tests.models.routers_cases import ROUTERS, SEGMENTS, layer, model, states, weight_gradients
+from tests.reference.moe import mixture
 from tests.reference.routers import (
     best_assignment,
     in_groups,
@@ -139,6 +140,27 @@ def test_a_router_drops_what_has_no_room_and_counts_it() -> None:
     expected = with_room(best.indices, best.values, 10, by_score=False)
     assert torch.equal(choices >= 0, expected) and torch.equal(experts_of(choices), best.indices)
     assert 0.2 < float((choices < 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("name", ["by_order", "by_score", "expert_choice"])
+def test_gradients_with_dropped_choices_equal_the_loop(name: str) -> None:
+    """A dropped choice adds nothing to any gradient; what grouped products leave in its rows is never read."""
+    module = layer(**ROUTERS[name])
+    x = torch.randn(30, 16, requires_grad=True)
+    scores = module.gate(x, NOTHING_KNOWN)
+    choices = module.gate.choose(scores, NOTHING_KNOWN)
+    gates = module.gate.gates(scores, choices)
+    assert (choices < 0).any()
+    experts = (module.experts.gate_up_proj, module.experts.down_proj)
+    reference = mixture(x, *experts, experts_of(choices), gates)
+    output = module(x)
+    torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+    weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+    inputs = [x, *experts, module.gate.weight]
+    ours = torch.autograd.grad((output * weight).sum(), inputs)
+    theirs = torch.autograd.grad((reference * weight).sum(), inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 # Noise.
