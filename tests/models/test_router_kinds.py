@@ -27,6 +27,7 @@ from tests.models.routers_cases import ROUTERS, SEGMENTS, layer, model, states, 
 from tests.reference.moe import mixture
 from tests.reference.routers import (
     best_assignment,
+    drawing_logprob,
     in_groups,
     sequence_balance,
     taken_by_experts,
@@ -372,6 +373,14 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     drawn = module.gate.choose(scores, TRAINS).flatten().bincount(minlength=6) / 20000
     torch.testing.assert_close(drawn, logits.softmax(0), rtol=0.0, atol=0.012)
     assert (module.gate.choose(scores, NOTHING_KNOWN) == 1).all()
+
+
+def test_the_policy_says_how_likely_the_choices_were_in_their_order() -> None:
+    module = layer(**ROUTERS["reinforce"])
+    scores = scores_of(module, 12, TRAINS)
+    choices = module.gate.choose(scores, TRAINS)
+    expected = [drawing_logprob(row, experts) for row, experts in zip(scores.logits, choices.tolist(), strict=True)]
+    torch.testing.assert_close(module.gate.policy(scores, choices).logprobs, torch.tensor(expected))
 
 
 def test_a_router_of_one_normalised_expert_is_learnt_by_reinforce_alone() -> None:
