@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.moe import SparseFeedForward
+from alignlab.models.routers.protocol import NOTHING_KNOWN, RoutedTokens, RouterScores
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.types import Segments
@@ -70,3 +71,12 @@ def weight_gradients(lm: torch.nn.Module, output: Tensor) -> dict[str, Tensor]:
     lm.zero_grad()
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in lm.named_parameters()}
+
+
+TRAINS = RoutedTokens(trains=True)
+
+
+def scores_of(module: Any, tokens: int = 40, routed: RoutedTokens = NOTHING_KNOWN) -> RouterScores:
+    """Scores of random hidden states."""
+    torch.manual_seed(2)
+    return module.gate(torch.randn(tokens, 16), routed)
