@@ -31,6 +31,7 @@ class Attention(AttentionLayer):
         assert config.num_key_value_heads and config.head_dim
         super().__init__(config, layer_idx, query_size=config.head_dim, rotary_size=rotary_size(config))
         self.head_dim = config.head_dim
+        self.unrotated_size = config.head_dim - rotary_size(config)
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         output_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -88,7 +89,8 @@ class Attention(AttentionLayer):
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
-            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+            query = rotate(query, position_embeddings, self.unrotated_size)
+            key = rotate(key, position_embeddings, self.unrotated_size)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:

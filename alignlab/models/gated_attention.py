@@ -47,7 +47,8 @@ class GatedAttention(Attention):
         if self.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
-            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+            query = rotate(query, position_embeddings, self.unrotated_size)
+            key = rotate(key, position_embeddings, self.unrotated_size)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(*shape, self.head_dim).transpose(1, 2)
         if past_key_values is not None:

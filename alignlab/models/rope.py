@@ -70,16 +70,18 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+def rotate(heads: Tensor, rotation: Rotation, rest: int = 0) -> Tensor:
     """Return heads [B, N, H, D] rotated by their positions: with halves (a, b), (a cos - b sin, b cos + a sin).
 
-    Only as many of a head's first numbers as the rotation has are rotated.
+    Args:
+        rest: so many of a head's last numbers stay as they are. Told, and not found by a comparison of shapes, in which
+            vLLM's tracing of the attention would end.
     """
     cos, signed_sin = rotation
-    size = cos.shape[-1]
-    rotated, rest = (heads, None) if size == heads.shape[-1] else heads.split([size, heads.shape[-1] - size], dim=-1)
-    rotated = torch.addcmul(rotated * cos, rotated.roll(size // 2, dims=-1), signed_sin)
-    return rotated if rest is None else torch.cat((rotated, rest), dim=-1)
+    if rest:
+        first, last = heads.split([heads.shape[-1] - rest, rest], dim=-1)
+        return torch.cat((rotate(first, rotation), last), dim=-1)
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), signed_sin)
 
 
 def deinterleaved(heads: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ def dense_flex(
 def as_on_a_gpu(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     *, scaling: float, sliding_window: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return `packed_attention` on the CPU by the operations that it has on a pretended GPU."""
     return flex_packed_attention(
         query, key, value, segments,
-        scaling=scaling, sliding_window=sliding_window, softcap=softcap, flex=dense_flex,
+        scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks, flex=dense_flex,
     )
 
 

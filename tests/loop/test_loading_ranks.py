@@ -22,7 +22,7 @@ _SHAPE: dict[str, Any] = {
     "head_dim": 64, "pad_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
 }  # fmt: skip
 
-_BESIDE_MIB = 70
+_BESIDE_MIB = 85
 """The two largest tensors, and what is imported on the way."""
 
 

@@ -31,7 +31,7 @@ def tokenizer() -> Any:
 def run(folder: Path, *runs: dict[str, Any]) -> None:
     """Train on two ranks, one run after another."""
     done = torchrun(str(ROOT / "tests/trainers/rank_engines.py"), str(folder), json.dumps(runs))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
 
 
 def weights_of_ranks(folder: Path, name: str) -> dict[str, torch.Tensor]:
