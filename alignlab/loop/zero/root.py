@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from alignlab.config.trainer import ShardingSettings
 from alignlab.loop.zero.engine_config import engine_config
 from alignlab.loop.zero.installation import load_deepspeed
 from alignlab.loop.zero.role_optimizers import RoleOptimizers
+from alignlab.models.decoder import causal_lm
 from alignlab.models.moe import SparseFeedForward
 from alignlab.models.pieces import whole_shape
 from alignlab.models.shards import empty_copy
@@ -51,7 +52,7 @@ class ZeroRoot:
 
     def __init__(self, model: nn.Module, settings: ShardingSettings, mesh: DeviceMesh, max_grad_norm: float) -> None:
         self.blueprint = empty_copy(model)
-        self.mesh = mesh
+        self.mesh, self._model = mesh, model
         self.settings, self._max_grad_norm = settings, max_grad_norm
         self.spreads_weights = settings.zero_stage == 3
         self._modules: list[nn.Module] = []
@@ -72,8 +73,34 @@ class ZeroRoot:
 
         The engine has a part in it where weights are spread, or gradients follow.
         """
+        if self.spreads_weights and not self.is_made:
+            return self._before_training(function)
         is_needed = self.is_made and (self.spreads_weights or torch.is_grad_enabled())
         return self._engine(function) if is_needed else function()
+
+    def _before_training(self, function: Callable[[], Any]) -> Any:
+        """Return what a function computes without an engine, such as the log-probs that a rollout engine is compared
+        with: the weights of a layer are gathered while it computes, and those outside of layers all the while."""
+        assert not torch.is_grad_enabled(), "training has not begun"
+        gathered: Any = self._deepspeed().zero.GatheredParameters
+        layers = causal_lm(self._model).get_decoder().layers
+        in_layers = {id(parameter) for parameter in layers.parameters()}
+        open_layers: list[Any] = []
+
+        def gather(layer: nn.Module, _: Any) -> None:
+            open_layers.append(gathered(list(layer.parameters())))
+            open_layers[-1].__enter__()
+
+        def release(*_: Any) -> None:
+            open_layers.pop().__exit__(None, None, None)
+
+        with ExitStack() as stack:
+            outside = [parameter for parameter in self._model.parameters() if id(parameter) not in in_layers]
+            stack.enter_context(gathered(outside))
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(gather).remove)
+                stack.callback(layer.register_forward_hook(release).remove)
+            return function()
 
     @property
     def is_made(self) -> bool:
