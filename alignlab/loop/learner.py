@@ -6,7 +6,6 @@ decides where the weights live.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,7 @@ from alignlab.loop.update_metrics import expert_load_metrics, not_finite, number
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
-from alignlab.models.dropout import switch_off_dropout
-from alignlab.models.empty import put_on
+from alignlab.models.dropout import without_dropout
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.exact_weights import held_part, model_dtype
 from alignlab.models.fingerprints import weights_fingerprint
@@ -46,8 +44,6 @@ from alignlab.models.shards import is_spread
 from alignlab.models.weight_view import HeldWeights, WeightView, parameter_names, shapes_of, view_of, whole_tensors
 from alignlab.runs.tensor_groups import load_held, shape_of
 from alignlab.types import Experience
-
-_log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(output of the module in training, pack) -> losses [K] and metrics [K]; K tokens, sequences or pairs of the pack."""
@@ -86,15 +82,12 @@ class Learner:
         self.module = module
         self.forward = forward or PolicyForward()
         self.has_routers = counts_experts and bool(routers(module.model))
-        _without_dropout(module.model)
+        without_dropout(module.model)
         if config.memory.gradient_checkpointing:
             options = {"use_reentrant": False}
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         with module.in_use():
             shard_weights(module, config, self.ranks)
-            tensors = (*module.parameters(), *module.buffers())
-            if self.is_spread and any(tensor.device.type != self.device.type for tensor in tensors):
-                put_on(module, self.device)  # a head, or a buffer, that was loaded on the host beside the weights
             self.optimizer = make_optimizer(module, config)
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
@@ -397,14 +390,3 @@ class Learner:
         take_loads(self.module.model, counts)
         if not self.has_adapters:  # a router's bias belongs to the base model, which an adapter does not change
             move_biases(self.module.model, counts)
-
-
-def _without_dropout(model: torch.nn.Module) -> None:
-    """Switch the model's own dropout off, with a warning."""
-    values = switch_off_dropout(model)
-    if values:
-        _log.warning(
-            "dropout of the model is switched off (%s): rollouts and the reference have none, and log-probs with it "
-            "would belong to another policy; for dropout in an adapter use lora.dropout",
-            ", ".join(f"{name} {value:g}" for name, value in values.items()),
-        )

@@ -56,14 +56,18 @@ def shard_weights(module: PackedModel, config: TrainerConfig, ranks: Ranks) -> N
     if is_empty(module):
         return
     check_sharding(settings, ranks.count)
-    if not settings.spreads_training or shard_root(module.model) is not None:
+    if not settings.spreads_training:
         return
-    if settings.zero_stage == 0:
-        check_equal(module, ranks)
-        shard(module.model, init_device_mesh(ranks.device.type, (ranks.count,)))
-        return
-    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
-    set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
+    if shard_root(module.model) is None:  # another role may have spread it
+        mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+        if settings.zero_stage == 0:
+            check_equal(module, ranks)
+            shard(module.model, mesh)
+        else:
+            set_root(module.model, ZeroRoot(module.model, settings, mesh, max_grad_norm))
+    tensors = (*module.parameters(), *module.buffers())
+    if settings.spreads_weights and any(tensor.device.type != ranks.device.type for tensor in tensors):
+        module.to(ranks.device)  # a head, or a buffer, that was loaded on the host beside the weights
 
 
 def _check_one_dtype(module: PackedModel, settings: ShardingSettings) -> None:

@@ -1,18 +1,20 @@
 """The base of all kinds of attention: what a layer is asked for, whatever it computes.
 
 A kind is a subclass in a file of its own, named in `attention_kinds.ATTENTION_KINDS`. A config names a kind for each
-layer (`layer_types`), so that one model may mix them. Each kind calls the attention function in its own `forward`:
-vLLM reads the source of that method, and puts its kernels there.
+layer (`layer_types`), so that one model may mix them. The kinds that vLLM serves call the attention function in their
+own `forward`: vLLM reads the source of that method, and puts its kernels there. The others call `attend`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import alignlab.models.layout  # noqa: F401  registers the attention function
 from alignlab.models.cache_spec import LayerCacheSpec
@@ -61,6 +63,17 @@ class AttentionLayer(nn.Module, ABC):
     def make_mask(cls, config: PolicyConfig, **arguments: Any) -> Any:
         """Return the mask of an ordinary padded batch, from the arguments of `transformers`' `create_causal_mask`."""
         return create_causal_mask(config=config, **arguments)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the config's attention function does: output [B,N,H,V], and the weights, if it gives any."""
+        function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = function(
+            self, query, key, value, attention_mask, dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling, sliding_window=self.sliding_window, softcap=self.softcap, s_aux=self.sinks, **kwargs,
+        )
+        return output, weights
 
     @abstractmethod
     def cache_spec(self) -> LayerCacheSpec:

@@ -6,6 +6,7 @@ none. An adapter's own dropout (`lora.dropout`) stays, and regularises the adapt
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -14,9 +15,21 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from alignlab.models.decoder import causal_lm
 
+_log = logging.getLogger(__name__)
 # attention_dropout, attn_pdrop, resid_pdrop, layerdrop, drop_path_rate; not those of heads that a policy lacks
 _NAME = re.compile(r"^(?!classifier|summary).*drop")
 _ADAPTERS = re.compile(r"(^|\.)lora_dropout(\.|$)")
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch a model's own dropout off for training, with a warning if it had any."""
+    rates = switch_off_dropout(model)
+    if rates:
+        _log.warning(
+            "dropout of the model is switched off (%s): rollouts and the reference have none, and log-probs with it "
+            "would belong to another policy; for dropout in an adapter use lora.dropout",
+            ", ".join(f"{name} {rate:g}" for name, rate in rates.items()),
+        )
 
 
 def switch_off_dropout(model: nn.Module) -> dict[str, float]:

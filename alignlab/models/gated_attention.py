@@ -5,16 +5,13 @@ Shapes: B batch (1 where there is a layout), N tokens, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignlab.models.attention import Attention
-from alignlab.models.attention_layer import eager_attention
 from alignlab.models.config import PolicyConfig
 from alignlab.models.rope import Rotation, rotate
 
@@ -53,20 +50,7 @@ class GatedAttention(Attention):
         value = self.v_proj(hidden_states).view(*shape, self.head_dim).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            softcap=self.softcap,
-            s_aux=self.sinks,
-            **kwargs,
-        )
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(shape) * gate.reshape(shape).sigmoid()), weights
 
 

@@ -11,15 +11,13 @@ without and with rotation, dv size of a value's head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from alignlab.models.attention_layer import AttentionLayer, eager_attention
+from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
 from alignlab.models.config_rules import require
@@ -107,21 +105,7 @@ class LatentAttention(AttentionLayer):
             if past_key_values is not None:
                 latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
             key, value = self._expanded(latent, key_rope)
-            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-            output, weights = attend(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                softcap=self.softcap,
-                s_aux=self.sinks,
-                layout=layout,
-                **kwargs,
-            )
+            output, weights = self.attend(query, key, value, attention_mask, layout=layout, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def _query(self, hidden_states: Tensor, rotation: Rotation | None) -> Tensor:

@@ -169,6 +169,11 @@ class SparseFeedForward(nn.Module):
         self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
 
     def forward(self, hidden_states: Tensor, routing: RoutingRecord | None = None) -> Tensor:
+        """Return the experts' outputs of hidden states [..., H], in their shape.
+
+        Args:
+            routing: choices to replay, and where those made are noted.
+        """
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens = NOTHING_KNOWN if routing is None else routing.tokens
         scores = self.gate(hidden, tokens)

@@ -61,6 +61,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, *, rotations: dict[str, Rotation], routing: RoutingRecord | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """Return hidden states [B,N,hidden size] after the layer.
+
+        Args:
+            rotations: by the number of a head's numbers that are rotated.
+        """
         rotation = rotations.get(str(self.self_attn.rotary_size))
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings=rotation, **kwargs)
         hidden_states = hidden_states + attended

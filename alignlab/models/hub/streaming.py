@@ -39,14 +39,10 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
     plan = plan_of(files, {name: tensor.shape for name, tensor in wanted.items() if name not in optional})
     if plan is None:
         return False
-    dtypes = {name: dtype if tensor.is_meta else tensor.dtype for name, tensor in wanted.items()}  # buffers keep theirs
-    mapped = {name for name in plan if device.type == "cpu" and files.can_map(plan[name], dtypes[name])}
-    for name in mapped:
-        _put(model, name, files.mapped(plan[name]))
-    rest = [name for name in plan if name not in mapped]
-    empty = {name: torch.empty(wanted[name].shape, dtype=dtypes[name], device="meta") for name in rest}
-    made = _made(files, plan, empty, device)
-    for name, values in shared_copies(empty, made).items() if rest and is_shared() else made:
+    # Parameters are on the meta device, and get the dtype; buffers have values, and keep theirs.
+    dtypes = {name: dtype if wanted[name].is_meta else wanted[name].dtype for name in plan}
+    empty = {name: torch.empty(wanted[name].shape, dtype=dtypes[name], device="meta") for name in plan}
+    for name, values in _values(files, plan, empty, device):
         _put(model, name, values)
     for name, buffer in model.named_buffers():
         if name not in plan:
@@ -58,6 +54,24 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
 def _tied(model: PolicyForCausalLM) -> set[str]:
     """Return the names of parameters that are another one's tensor."""
     return set(PolicyForCausalLM._tied_weights_keys) if model.config.tie_word_embeddings else set()
+
+
+def _values(
+    files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], empty: Mapping[str, Tensor], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of parameters and buffers: mapped, made once for a host, or made for this process.
+
+    Args:
+        empty: their shapes and dtypes.
+    """
+    rest = {}
+    for name, shape in empty.items():
+        if device.type == "cpu" and files.can_map(plan[name], shape.dtype):
+            yield name, files.mapped(plan[name])
+        else:
+            rest[name] = shape
+    made = _made(files, plan, rest, device)
+    yield from shared_copies(rest, made).items() if rest and is_shared() else made
 
 
 def _made(

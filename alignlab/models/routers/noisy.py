@@ -45,6 +45,7 @@ class NoisyTopKRouter(TopKRouter):
         init.copy_(self.noise_key, torch.randint(2**62, ()))
 
     def forward(self, hidden: Tensor, tokens: RoutedTokens) -> RouterScores:
+        """Return the scores of hidden states [N, H], in training with noise."""
         scores = super().forward(hidden, tokens)
         if not tokens.trains:
             return scores

@@ -133,6 +133,7 @@ class TopKRouter(nn.Module):
         return self.config.drops_choices
 
     def losses(self, scores: RouterScores, tokens: RoutedTokens) -> Tensor | None:
+        """Return the weighted balance losses and z-loss of each token, [N]; None where the config weighs none."""
         config = self.config
         total: Tensor | None = None
         if config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0:
