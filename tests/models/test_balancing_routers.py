@@ -112,6 +112,7 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.2, -0.3])
     scores = RouterScores(logits.expand(20000, 6), logits.softmax(0).expand(20000, 6))
     drawn = module.gate.choose(scores, TRAINS).flatten().bincount(minlength=6) / 20000
+    # Of 20,000 draws a frequency has a standard deviation of at most 0.0035; those of -logits are 0.3 away.
     torch.testing.assert_close(drawn, logits.softmax(0), rtol=0.0, atol=0.012)
     assert (module.gate.choose(scores, NOTHING_KNOWN) == 1).all()
 
