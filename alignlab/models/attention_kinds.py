@@ -1,29 +1,37 @@
-"""The kinds of attention that a config may name in `layer_types`, each with its class: the one table of them."""
+"""The kinds of layers that a config may name in `layer_types`, each with its class: the one table of them."""
 
 from __future__ import annotations
 
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
 from alignlab.models.attention import Attention, SlidingAttention
-from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import PolicyConfig
 from alignlab.models.gated_attention import GatedAttention, SlidingGatedAttention
 from alignlab.models.latent_attention import LatentAttention
+from alignlab.models.mixing_layer import MixingLayer
+from alignlab.models.recurrent.gated_deltanet import FusedGatedDeltaNet, GatedDeltaNet
+from alignlab.models.recurrent.generation_cache import RecurrentCacheLayer
+from alignlab.models.recurrent.kimi_delta import KimiDeltaAttention
+from alignlab.models.recurrent.layer import RecurrentLayer
 
-ATTENTION_KINDS: dict[str, type[AttentionLayer]] = {
+ATTENTION_KINDS: dict[str, type[MixingLayer]] = {
     "full_attention": Attention,
     "sliding_attention": SlidingAttention,
     "gated_attention": GatedAttention,
     "sliding_gated_attention": SlidingGatedAttention,
     "latent_attention": LatentAttention,
+    "gated_deltanet": GatedDeltaNet,
+    "fused_gated_deltanet": FusedGatedDeltaNet,
+    "kimi_delta_attention": KimiDeltaAttention,
 }
 
 
-def make_attention(config: PolicyConfig, layer_idx: int) -> AttentionLayer:
-    """Return the attention of a layer, of the kind that the config names."""
+def make_attention(config: PolicyConfig, layer_idx: int) -> MixingLayer:
+    """Return the layer that mixes the tokens, of the kind that the config names."""
     assert config.layer_types is not None
-    return ATTENTION_KINDS[config.layer_types[layer_idx]](config, layer_idx)  # type: ignore[call-arg]
+    return ATTENTION_KINDS[config.layer_types[layer_idx]](config, layer_idx)
 
 
-for kind in ATTENTION_KINDS:  # `generate` makes a cache by these names
-    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(kind, DynamicLayer)
+for name, kind in ATTENTION_KINDS.items():  # `generate` makes a cache by these names
+    cache_layer = RecurrentCacheLayer if issubclass(kind, RecurrentLayer) else DynamicLayer
+    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(name, cache_layer)

@@ -1,27 +1,26 @@
-"""The base of all kinds of attention: what a layer is asked for, whatever it computes.
+"""The base of all kinds of attention: layers whose queries meet the keys of earlier tokens.
 
-A kind is a subclass in a file of its own, named in `attention_kinds.ATTENTION_KINDS`. A config names a kind for each
-layer (`layer_types`), so that one model may mix them. The kinds that vLLM serves call the attention function in their
-own `forward`: vLLM reads the source of that method, and puts its kernels there. The others call `attend`.
+The kinds that vLLM serves call the attention function in their own `forward`: vLLM reads the source of that method, and
+puts its kernels there. The others call `attend`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import alignlab.models.layout  # noqa: F401  registers the attention function
-from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
+from alignlab.models.mixing_layer import MixingLayer
 
 
-class AttentionLayer(nn.Module, ABC):
+class AttentionLayer(MixingLayer):
     """One layer's attention.
 
     Args:
@@ -31,17 +30,12 @@ class AttentionLayer(nn.Module, ABC):
         rotary_size: numbers of a head that are rotated by positions, in the layers that rotate.
 
     Attributes:
-        has_window: layers of this kind see the last `config.sliding_window` tokens alone.
         rotary_size: as above; None in a layer without positions (`config.no_rope_layers`).
         sinks: [heads], a logit of each head that takes a share of the softmax and adds nothing to the output, or None.
     """
 
-    has_window: ClassVar[bool] = False
-
     def __init__(self, config: PolicyConfig, layer_idx: int, *, query_size: int, rotary_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
+        super().__init__(config, layer_idx)
         self.scaling = query_size**-0.5
         self.attention_dropout = config.attention_dropout
         self.softcap = config.attn_logit_softcapping
@@ -49,15 +43,6 @@ class AttentionLayer(nn.Module, ABC):
         self.sliding_window = config.sliding_window if self.has_window else None
         self.rotary_size = rotary_size if config.rotates(layer_idx) else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
-
-    @classmethod
-    @abstractmethod
-    def check_config(cls, config: PolicyConfig) -> None:
-        """Raise if a config cannot have layers of this kind.
-
-        Raises:
-            ConfigError: with the field, its value, and what to change.
-        """
 
     @classmethod
     def make_mask(cls, config: PolicyConfig, **arguments: Any) -> Any:
@@ -75,9 +60,10 @@ class AttentionLayer(nn.Module, ABC):
         )
         return output, weights
 
-    @abstractmethod
-    def cache_spec(self) -> LayerCacheSpec:
-        """Return what the layer keeps of each token."""
+    def initialize(self) -> None:
+        """Draw the sinks."""
+        if self.sinks is not None:
+            init.normal_(self.sinks, std=self.config.initializer_range)
 
 
 def eager_attention(

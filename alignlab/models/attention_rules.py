@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from alignlab.models import latent_attention
 from alignlab.models.attention import Attention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
-from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import ROPE_TYPES, PolicyConfig
 from alignlab.models.config_rules import require
-from alignlab.models.latent_attention import FIELDS, LatentAttention
+from alignlab.models.latent_attention import LatentAttention
+from alignlab.models.mixing_layer import MixingLayer
+from alignlab.models.recurrent import layer
+from alignlab.models.recurrent.layer import RecurrentLayer
 
 
 def check_attention(config: PolicyConfig) -> None:
@@ -26,17 +31,14 @@ def check_attention(config: PolicyConfig) -> None:
     classes = _classes(config)
     for kind in classes:
         kind.check_config(config)
-    if not any(issubclass(kind, LatentAttention) for kind in classes):
-        for name in FIELDS:
-            value = getattr(config, name)
-            require(
-                value is None, f"{name} is {value}, but no layer is latent_attention; make one latent or leave it out"
-            )
+    for name in _unread_fields(classes):
+        value, layers = getattr(config, name), "latent_attention" if name in latent_attention.FIELDS else "recurrent"
+        require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
     factor = config.rotary_factor
     require(
         factor == 1 or any(issubclass(kind, Attention) for kind in classes),
-        f"partial_rotary_factor is {factor}, but all layers are latent_attention, whose qk_rope_head_dim says how much "
-        "of a head is rotated; leave it out",
+        f"partial_rotary_factor is {factor}, but no layer rotates a part of its heads: of latent_attention, "
+        "qk_rope_head_dim says how much is rotated, and recurrent layers rotate nothing; leave it out",
     )
 
 
@@ -45,15 +47,22 @@ def drop_unread_fields(config: PolicyConfig) -> None:
     classes = _classes(config)
     if not any(kind.has_window for kind in classes):
         config.sliding_window = None
-    if not any(issubclass(kind, LatentAttention) for kind in classes):
-        for name in FIELDS:
-            setattr(config, name, None)
+    for name in _unread_fields(classes):
+        setattr(config, name, None)
     if not any(issubclass(kind, Attention) for kind in classes) and config.rope_parameters is not None:
         rope = config.rope_parameters
         config.rope_parameters = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
-def _classes(config: PolicyConfig) -> list[type[AttentionLayer]]:
+def _unread_fields(classes: Iterable[type[MixingLayer]]) -> list[str]:
+    """Return the fields that only kinds of layers read which are not among `classes`."""
+    owners = ((LatentAttention, latent_attention.FIELDS), (RecurrentLayer, layer.FIELDS))
+    return [
+        name for owner, fields in owners if not any(issubclass(kind, owner) for kind in classes) for name in fields
+    ]
+
+
+def _classes(config: PolicyConfig) -> list[type[MixingLayer]]:
     return [ATTENTION_KINDS[kind] for kind in dict.fromkeys(config.layer_types or ())]
 
 

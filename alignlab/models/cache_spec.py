@@ -1,13 +1,13 @@
 """What each layer keeps of the tokens before the present one: the engine's cache allocates by it.
 
-A layer's attention module says what it keeps. A layer with keys and values keeps two tensors of each token; one with
-latent attention would keep one of each token; one with linear attention, a state of each sequence whatever its length.
+A layer says what it keeps. A layer with keys and values keeps two tensors of each token, one with latent attention one
+of each token, and a recurrent layer a state of each sequence, whatever its length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -24,7 +24,8 @@ class LayerCacheSpec:
 
     Attributes:
         per_token: one entry for each token, such as key [K, D] and value [K, D].
-        per_sequence: one entry for each sequence, such as a recurrent state [H, D, D].
+        per_sequence: one entry for each sequence, such as a recurrent state [H, K, V].
+        float32_entries: names of those of `per_sequence` that are at least float32 whatever the model's dtype.
         window: tokens that a later token reads, itself included; None reads all. Entries of earlier tokens may go.
         value_columns: of a layer that keeps one "latent" [1, D] of each token: it is the key, and its first
             `value_columns` numbers are the value. None for a layer that keeps a "key" and a "value".
@@ -32,6 +33,7 @@ class LayerCacheSpec:
 
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     per_sequence: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    float32_entries: frozenset[str] = frozenset()
     window: int | None = None
     value_columns: int | None = None
 
@@ -69,15 +71,20 @@ class LayerCacheSpec:
         """Numbers kept of each token."""
         return sum(math.prod(shape) for shape in self.per_token.values())
 
-    @property
-    def sequence_numel(self) -> int:
-        """Numbers kept of each sequence, beside those of its tokens."""
-        return sum(math.prod(shape) for shape in self.per_sequence.values())
+    def sequence_entries(self, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Yield name, shape and dtype of what is kept of each sequence, by a model of a dtype."""
+        for name, shape in self.per_sequence.items():
+            exact = torch.promote_types(dtype, torch.float32)
+            yield name, shape, exact if name in self.float32_entries else dtype
+
+    def sequence_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes kept of each sequence, beside those of its tokens, by a model of a dtype."""
+        return sum(kept.itemsize * math.prod(shape) for _, shape, kept in self.sequence_entries(dtype))
 
 
 @runtime_checkable
 class Caching(Protocol):
-    """An attention module that says what it caches."""
+    """A layer that says what it caches."""
 
     layer_idx: int
 

@@ -36,6 +36,9 @@ class PolicyConfig(PreTrainedConfig):
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: sizes of the parts of a latent layer's query head without and
             with rotation, and of its value head.
         rope_interleave: latent layers rotate pairs of neighbouring numbers, and not of halves; None is True.
+        linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim: heads of recurrent
+            layers, and their sizes; value heads are divided among the key heads.
+        linear_conv_kernel_dim: tokens that the convolution of a recurrent layer reads, itself included.
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
@@ -97,6 +100,11 @@ class PolicyConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     rope_interleave: bool | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
     mlp_layer_types: list[str] | None = None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.evaluation_mode import evaluation_mode
-from alignlab.models.layout import ATTENTION, OTHER_ATTENTION, Layout, attention_calls
+from alignlab.models.layout import ATTENTION, OTHER_ATTENTION, Layout, layout_calls
 from alignlab.types import Segments
 
 
@@ -93,12 +93,12 @@ def hidden_states(
         return _padded_hidden_states(lm, tokens, layout, **kwargs)
     _check_architecture(lm)
     unused_mask = torch.empty((1, 1, 1, 1), device=tokens.device)  # 4-D masks are not touched by `transformers`
-    before = attention_calls()
+    before = layout_calls()
     output = lm.get_decoder()(
         input_ids=tokens[None], position_ids=position_ids[None], attention_mask=unused_mask, use_cache=False,
         layout=layout, **kwargs,
     )
-    _require_layout_used(lm, attention_calls() - before)
+    _require_layout_used(lm, layout_calls() - before)
     return output.last_hidden_state[0]
 
 

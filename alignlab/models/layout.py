@@ -5,6 +5,7 @@
 
     Segments       packed sequences, some of which share a prompt; in training   -> `packed_attention`
     PagedLayout    the rollout engine's batch over its cache                      -> `PagedLayout.attend`
+                   (layers that keep states of sequences: `recurrent.runs.StateLayout`)
     None           an ordinary padded batch, as in `model.generate()`             -> torch's own attention
 
 Shapes: N tokens, H heads, K kv heads, D head size.
@@ -102,7 +103,7 @@ def attention(
             f"attention_dropout is {dropout}, and packed attention has none; set it to 0, or call "
             "alignlab.models.dropout.switch_off_dropout(model), as every trainer does"
         )
-    _calls.count = attention_calls() + 1
+    count_call()
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if isinstance(layout, Segments):
         assert value is not None
@@ -138,8 +139,13 @@ def _padded(
     return (weights @ value).transpose(1, 2)
 
 
-def attention_calls() -> int:
-    """Return how often this thread has computed attention with a layout."""
+def count_call() -> None:
+    """Note that a layer has computed its tokens by a layout."""
+    _calls.count = layout_calls() + 1
+
+
+def layout_calls() -> int:
+    """Return how often a layer of this thread has computed its tokens by a layout."""
     return getattr(_calls, "count", 0)
 
 

@@ -6,8 +6,6 @@ M queries and S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from alignlab.models.attention_plan import Block, attention_blocks
 from alignlab.models.flex_attention import flex_packed_attention
+from alignlab.models.own_precision import in_own_precision
 from alignlab.types import Segments
 
 
@@ -48,17 +47,6 @@ def packed_attention(
     return _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap)
 
 
-def _in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Switch autocast off within a function, whose float32 it must not round."""
-
-    @wraps(function)
-    def wrapped(ctx: Any, first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(ctx, first, *args)
-
-    return wrapped
-
-
 class _BlockAttention(torch.autograd.Function):
     """Blocks merged by an online softmax; the backward pass computes each block's weights again.
 
@@ -71,7 +59,7 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    @_in_own_precision
+    @in_own_precision
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, blocks: list[Block],
         scaling: float, softcap: float | None,
@@ -102,7 +90,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_in_own_precision
+    @in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return gradients of query, key, value and sinks, in their layout and dtype, from that of the output."""
         query, key, value, sinks, out, logsumexp = ctx.saved_tensors

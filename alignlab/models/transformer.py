@@ -33,7 +33,9 @@ from alignlab.models.attention_kinds import ATTENTION_KINDS, make_attention
 from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import PolicyConfig
 from alignlab.models.layers import FeedForward, RMSNorm
+from alignlab.models.mixing_layer import MixingLayer
 from alignlab.models.moe import Experts, SparseFeedForward
+from alignlab.models.recurrent.convolution import ShortConvolution
 from alignlab.models.rope import RotaryEmbedding, Rotation, rope_frequencies
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.routers.uses import check_cached_pass
@@ -42,12 +44,14 @@ from alignlab.types import Segments
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm layer: attention and feed-forward, each added to the residual stream."""
+    """Pre-norm layer: attention, or what stands in its place, and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.mlp_layer_types is not None
-        self.self_attn = make_attention(config, layer_idx)
+        mixing = make_attention(config, layer_idx)
+        self._mixing_name = mixing.name_in_layer
+        self.add_module(mixing.name_in_layer, mixing)
         self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp: nn.Module
         if self.sparse:
@@ -66,8 +70,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         Args:
             rotations: by the number of a head's numbers that are rotated.
         """
-        rotation = rotations.get(str(self.self_attn.rotary_size))
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings=rotation, **kwargs)
+        mixing: MixingLayer = getattr(self, self._mixing_name)
+        rotation = rotations.get(str(mixing.rotary_size))
+        attended, _ = mixing(self.input_layernorm(hidden_states), position_embeddings=rotation, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + (self.mlp(normed, routing) if self.sparse else self.mlp(normed))
@@ -98,10 +103,10 @@ class PolicyPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
-        elif isinstance(module, TopKRouter):
+        elif isinstance(module, TopKRouter | MixingLayer):
             module.initialize()
-        elif isinstance(module, AttentionLayer) and module.sinks is not None:
-            init.normal_(module.sinks, std=self.config.initializer_range)
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -117,8 +122,7 @@ class PolicyModel(PolicyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        attentions = [module for module in self.layers.modules() if isinstance(module, AttentionLayer)]
-        sizes = dict.fromkeys(attention.rotary_size for attention in attentions)
+        sizes = dict.fromkeys(module.rotary_size for module in self.layers.modules() if isinstance(module, MixingLayer))
         self.rotary_embs = nn.ModuleDict({str(size): RotaryEmbedding(config, size) for size in sizes if size})
         self.gradient_checkpointing = False
         self.post_init()

@@ -16,6 +16,7 @@ from alignlab.models.exact_weights import model_dtype
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
+from alignlab.rollout.embedded.state_slots import slots_needed
 
 _COPIES_FRAC = 0.1
 """Of a GPU's memory: what merged copies may take by default. A small model is bound by the number of kernels in a step,
@@ -68,16 +69,18 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    itemsize, specs = model_dtype(lm).itemsize, cache_specs(model).values()
+    dtype, specs = model_dtype(lm), cache_specs(model).values()
+    itemsize, slot_bytes = dtype.itemsize, sum(spec.sequence_bytes(dtype) for spec in specs)
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
         weights = sum(parameter.numel() for parameter in lm.parameters())
-        return itemsize * (num_sequences * num_tokens * sum(spec.token_numel for spec in specs) + weights)
+        entries = num_sequences * num_tokens * sum(spec.token_numel for spec in specs)
+        return itemsize * (entries + weights) + num_sequences * slot_bytes
     size = block_size_for(settings.block_size, device)
     lengths = [num_tokens] * num_sequences
     cache = sum(
         itemsize * spec.token_numel * size * pool_blocks(lengths, spec.window, settings.prefill_tokens, size)
         for spec in specs
-    )
+    ) + slot_bytes * slots_needed(num_sequences, num_sequences)
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 
 

@@ -14,6 +14,11 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "max_position_embeddings": 128,
 }
 LATENT: dict[str, Any] = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}
+RECURRENT: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4, "initializer_range": 0.2,
+}  # fmt: skip
+KIMI: dict[str, Any] = {**RECURRENT, "linear_num_value_heads": 2, "linear_value_head_dim": 8}
 PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 WINDOWS: dict[str, Any] = {"sliding_window": 5, "attn_logit_softcapping": 3.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,22 +34,37 @@ KINDS: dict[str, dict[str, Any]] = {
     "partial-rotation": {"rope_parameters": PARTIAL, "use_qk_norm": True},
     "no-positions": {"no_rope_layers": [1, 0]},
     "sinks": {"attention_sinks": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    "gated-deltanet": {"layer_types": ["gated_deltanet"] * 2, **RECURRENT},
+    "fused-gated-deltanet": {"layer_types": ["fused_gated_deltanet"] * 2, **RECURRENT, "linear_conv_kernel_dim": 2},
+    "kimi-delta": {"layer_types": ["kimi_delta_attention"] * 2, **KIMI},
+    "qwen3-next": {
+        "num_hidden_layers": 4, "layer_types": ["fused_gated_deltanet"] * 3 + ["gated_attention"], **RECURRENT,
+        "use_qk_norm": True, "rope_parameters": PARTIAL,
+    },
+    "kimi-linear": {
+        "num_hidden_layers": 4, "layer_types": ["kimi_delta_attention"] * 3 + ["latent_attention"], **KIMI, **LATENT,
+        "no_rope_layers": [0, 0, 0, 0],
+    },
     "all": {
-        "num_hidden_layers": 5, "layer_types": [
+        "num_hidden_layers": 8, "layer_types": [
             "full_attention", "sliding_attention", "gated_attention", "sliding_gated_attention", "latent_attention",
-        ], **LATENT, "q_lora_rank": 16, "attention_sinks": True, "no_rope_layers": [1, 1, 0, 1, 1],
+            "gated_deltanet", "fused_gated_deltanet", "kimi_delta_attention",
+        ], **LATENT, "q_lora_rank": 16, **KIMI, "attention_sinks": True, "no_rope_layers": [1, 1, 0, 1, 1, 1, 1, 1],
         "rope_parameters": PARTIAL, **WINDOWS,
     },
 }  # fmt: skip
 
 
 def make_model(kind: str, *, vocab_size: int = 50, attention: str = "alignlab", **changes: Any) -> PolicyForCausalLM:
-    """Return a random model of a kind, in evaluation mode, whose norms, biases and sinks are not what they start as."""
+    """Return a random model of a kind, in evaluation mode, whose norms, biases and sinks are not what they start as.
+
+    The rates and biases of recurrent decays are what they start as, so that states last for some tokens.
+    """
     torch.manual_seed(0)
     config = PolicyConfig(**{**SHAPE, **KINDS[kind], "vocab_size": vocab_size, **changes})
     config._attn_implementation = attention
     model = PolicyForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 and not name.endswith(("A_log", "dt_bias")):
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model.eval()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alignlab.models.attention_kinds import make_attention
+from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
 
 # Kind, the paper, a model that has it, its shape.
@@ -35,6 +36,46 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
+_LINEAR = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
+# Of layers that keep a state of each sequence.
+RECURRENT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("gated_deltanet", "2412.06464", "Qwen3.5, its default sizes", {
+        "hidden_size": 4096, "num_attention_heads": 16, **_LINEAR, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    }),
+    ("fused_gated_deltanet", "2412.06464", "Qwen3-Next", {
+        "hidden_size": 2048, "num_attention_heads": 16, **_LINEAR, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    }),
+    ("kimi_delta_attention", "2510.26692", "Kimi Linear 48B-A3B", {
+        "hidden_size": 2304, "num_attention_heads": 32, **_LINEAR, "linear_num_key_heads": 32,
+        "linear_num_value_heads": 32,
+    }),
+)  # fmt: skip
+
+
+def _spec_of(kind: str, shape: dict[str, Any]) -> LayerCacheSpec:
+    with torch.device("meta"):
+        return make_attention(PolicyConfig(**shape, num_hidden_layers=1, layer_types=[kind]), 0).cache_spec()
+
+
+def recurrent_rows() -> list[str]:
+    """Return the lines of the table of layers that keep a state of each sequence."""
+    lines = [
+        "| kind | paper | a layer keeps of a sequence | for example | KiB in bfloat16 |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, paper, example, shape in RECURRENT_ROWS:
+        spec = _spec_of(kind, shape)
+        kept = [
+            f"{name} [{', '.join(map(str, size))}]{' in float32' if dtype == torch.float32 else ''}"
+            for name, size, dtype in spec.sequence_entries(torch.bfloat16)
+        ]
+        kib = spec.sequence_bytes(torch.bfloat16) // 1024
+        lines.append(f"| `{kind}` | arXiv:{paper} | {', '.join(kept)} | {example} | {kib:,} |")
+    return lines
+
+
 def rows() -> list[str]:
     """Return the lines of the table."""
     lines = [
@@ -42,8 +83,7 @@ def rows() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for kind, paper, example, shape in ROWS:
-        with torch.device("meta"):
-            spec = make_attention(PolicyConfig(**shape, num_hidden_layers=1, layer_types=[kind]), 0).cache_spec()
+        spec = _spec_of(kind, shape)
         kept = ", ".join(f"{name} [{', '.join(map(str, size))}]" for name, size in spec.per_token.items())
         if spec.value_columns is not None:
             kept += f", whose first {spec.value_columns} numbers are the value"
@@ -54,4 +94,4 @@ def rows() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    print("\n".join([*rows(), "", *recurrent_rows()]))

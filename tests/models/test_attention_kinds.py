@@ -25,7 +25,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.types import Segments
 from tests.models.attention_kinds import KINDS, LATENT, PARTIAL, SHAPE, make_model
 from tests.models.conftest import make_segments, packs
-from tests.models.kinds_table import ROWS, rows
+from tests.models.kinds_table import RECURRENT_ROWS, ROWS, recurrent_rows, rows
 from tests.reference.attention import dense_attention
 
 
@@ -171,7 +171,10 @@ def test_flex_attention_of_any_value_size_and_with_sinks_equals_the_dense_mask(
 def test_what_each_kind_keeps_of_a_token() -> None:
     heads, windowed = LayerCacheSpec.of_heads(2, 8, 8), LayerCacheSpec.of_heads(2, 8, 8, window=5)
     latent = LayerCacheSpec.of_latent(16, 12)
-    assert cache_specs(make_model("all")) == {0: heads, 1: windowed, 2: heads, 3: windowed, 4: latent}
+    kept = {"state": (2, 8, 8), "inputs": (3, 48)}
+    recurrent = LayerCacheSpec(per_sequence=kept, float32_entries=frozenset({"state"}))
+    specs = (heads, windowed, heads, windowed, latent, recurrent, recurrent, recurrent)
+    assert cache_specs(make_model("all")) == dict(enumerate(specs))
     assert (heads.token_numel, latent.token_numel, latent.value_columns) == (32, 16, 12)
 
 
@@ -184,6 +187,13 @@ def test_all_linear_adapts_every_projection_of_every_kind() -> None:
     assert {name.split("self_attn.")[1] for name in names if name.startswith("2.self_attn")} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
     }
+    in_deltanet = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
+    assert {name.split("linear_attn.")[1] for name in names if name.startswith("5.linear_attn")} == in_deltanet
+    in_kimi = {
+        "q_proj", "k_proj", "v_proj", "forget_gate.f_a_proj", "forget_gate.f_b_proj", "b_proj", "g_a_proj", "g_b_proj",
+        "o_proj",
+    }  # fmt: skip
+    assert {name.split("self_attn.")[1] for name in names if name.startswith("7.self_attn")} == in_kimi
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +210,8 @@ def test_a_config_is_read_back_and_no_hub_family_is_claimed(kind: str, tmp_path:
 def test_the_readme_has_the_figures_that_the_layers_declare() -> None:
     text = (Path(__file__).parents[2] / "alignlab" / "models" / "README.md").read_text(encoding="utf-8")
     assert "\n".join(rows()) in text, "python -m tests.models.kinds_table"
-    assert {row[0] for row in ROWS} == set(ATTENTION_KINDS)
+    assert "\n".join(recurrent_rows()) in text, "python -m tests.models.kinds_table"
+    assert {row[0] for row in (*ROWS, *RECURRENT_ROWS)} == set(ATTENTION_KINDS)
 
 
 def test_the_table_names_every_kind() -> None:
@@ -220,8 +231,8 @@ ALL_LATENT = {"layer_types": ["latent_attention"] * 2, **LATENT}
         ({**ALL_LATENT, "q_lora_rank": 0}, "q_lora_rank is 0, and must be at least 1"),
         ({**ALL_LATENT, "use_qk_norm": True}, "use_qk_norm is true, and must be false where a layer is latent"),
         ({**ALL_LATENT, "sliding_window": 4}, "sliding_window is 4, .* leave it out"),
-        ({**ALL_LATENT, "rope_parameters": PARTIAL}, "partial_rotary_factor is 0.5, but all layers are latent"),
-        ({"kv_lora_rank": 8}, "kv_lora_rank is 8, but no layer is latent_attention; make one latent or leave it out"),
+        ({**ALL_LATENT, "rope_parameters": PARTIAL}, "partial_rotary_factor is 0.5, but no layer rotates a part"),
+        ({"kv_lora_rank": 8}, "kv_lora_rank is 8, but no layer is latent_attention; make one so or leave it out"),
         ({"rope_interleave": False}, "rope_interleave is False, but no layer is latent_attention"),
         ({"rope_parameters": {**PARTIAL, "partial_rotary_factor": 1.5}}, r"partial_rotary_factor is 1.5, .* \(0, 1\]"),
         ({"rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.4}}, "head_dim is 8 and partial_rotary_factor 0.4"),

@@ -55,5 +55,5 @@ def test_a_model_with_another_attention_is_refused():
 
 def test_states_of_sequences_count_apart_from_tokens():
     spec = LayerCacheSpec({"latent": (6,)}, {"state": (2, 3, 3)})
-    assert (spec.token_numel, spec.sequence_numel) == (6, 18)
+    assert (spec.token_numel, spec.sequence_bytes(torch.bfloat16)) == (6, 36)
     assert causal_lm(make_policy()).config.num_hidden_layers == len(cache_specs(make_policy()))

@@ -122,6 +122,10 @@ class BlockManager:
             self._users[block] += 1
         return block
 
+    def is_published(self, block: int) -> bool:
+        """Return whether `block` can be found."""
+        return self._digests[block] is not None
+
     def knows(self, digest: bytes) -> bool:
         """Return whether a block is published under `digest`."""
         return digest in self._published

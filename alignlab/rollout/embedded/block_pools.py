@@ -9,7 +9,7 @@ A table has an entry for each block of the sequence, `EXPIRED` for those that we
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from alignlab.errors import RolloutError
@@ -189,13 +189,16 @@ class BlockPools:
             if table[index] != EXPIRED:
                 self.managers[window].publish(table[index], digest)
 
-    def find(self, digests: Iterable[bytes]) -> tuple[list[bytes], Tables]:
+    def find(
+        self, digests: Iterable[bytes], can_go_on: Callable[[bytes], bool] = lambda _: True
+    ) -> tuple[list[bytes], Tables]:
         """Find the most leading blocks after which a sequence can go on.
 
         Pools of windows need not have the blocks that a token after them does not see.
 
         Args:
             digests: of the sequence's blocks; no more of them are asked for than can be found.
+            can_go_on: whether what else a sequence needs is there after the block of a digest.
 
         Returns:
             The digests of these blocks, and their tables, with a user more of each block.
@@ -209,7 +212,8 @@ class BlockPools:
                 break
             known.append(digest)
             next_token = (index + 1) * self.block_size
-            if all(last < first_visible(next_token, w, self.block_size) for w, last in last_missing.items()):
+            seen = all(last < first_visible(next_token, w, self.block_size) for w, last in last_missing.items())
+            if seen and can_go_on(digest):
                 count = index + 1
         tables: Tables = {}
         for window, manager in self.managers.items():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +18,10 @@ from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import block_size_for
-from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, check_room, shared_out
+from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
-from alignlab.rollout.embedded.scheduler import Scheduler, Step, pool_needs
+from alignlab.rollout.embedded.scheduler import Scheduler, Step
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.memory import cache_may_stay
@@ -54,8 +53,8 @@ class EmbeddedEngine:
         share_prefixes: compute a common beginning of sequences once.
 
     Raises:
-        ConfigError: the model's attention is another, its layers cache what the engine cannot hold, an adapter cannot
-            be merged, or a GPU cannot read blocks of this size.
+        ConfigError: the model's attention is another, an adapter cannot be merged, or a GPU cannot read blocks of this
+            size.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, since the engine was made.
@@ -82,7 +81,7 @@ class EmbeddedEngine:
         self._runner = Runner(
             model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs
         )
-        self._blocks = BlockPools(self._runner.cache.windows, self._block_size)
+        self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
         self._in_use = threading.Lock()
         self._abandoned = False
@@ -165,7 +164,7 @@ class EmbeddedEngine:
         if self._copy is not None:
             copy_whole(self._policy, self._copy)
         self._weights.refresh()
-        self._blocks.forget_all()
+        self._space.forget_all()
         self.policy_version, self._closed = policy_version, False
 
     def rest(self) -> None:
@@ -175,9 +174,9 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
-            self._blocks.reset()
+            self._space.reset()
         else:
-            self._free_cache()
+            self._space.free()
 
     def abandon(self) -> None:
         """Make the call in flight raise a RolloutError before its next step; may be called from any thread."""
@@ -188,7 +187,7 @@ class EmbeddedEngine:
         self._closed = True
         self.abandon()
         if self._in_use.acquire(blocking=False):
-            self._free_cache()
+            self._space.free()
             self._weights.release()
             self._in_use.release()
 
@@ -237,35 +236,6 @@ class EmbeddedEngine:
         """Tokens that end the model's completions."""
         return end_token_ids(self._lm, self._tokenizer, SamplingParams())
 
-    def _reserve(self, sequences: Sequence[TokenSequence]) -> None:
-        """Allocate blocks for as many sequences as run together, within the limit.
-
-        Raises:
-            RolloutError: the longest sequence alone needs more.
-        """
-        needs = pool_needs(
-            sequences, self._blocks.sizes, self._block_size, max_running=self._settings.max_running,
-            chunk=self._settings.prefill_tokens, share=self._share,
-        )
-        limits = self._block_limits(needs)
-        check_room(needs, limits, self._block_size)
-        held = self._blocks.sizes
-        sizes = {window: max(held[window], min(need.all, limits[window])) for window, need in needs.items()}
-        if sizes != held:
-            self._runner.resize(sizes)
-            self._blocks.reset()  # of published blocks too: their entries are gone
-            self._blocks.grow(sizes)
-
-    def _block_limits(self, needs: Mapping[Window, PoolNeed]) -> dict[Window, int]:
-        """Return how many blocks the settings, or half of the free memory, and the kernels allow, by window."""
-        most = self._runner.max_blocks
-        if self._settings.cache_tokens is not None:
-            return dict.fromkeys(needs, min(self._blocks.blocks_for(self._settings.cache_tokens), most))
-        device = self._runner.device
-        free = _free_of_gpu(device) if device.type == "cuda" else psutil.virtual_memory().available
-        shares = shared_out(self._runner.cache_bytes + free // 2, self._runner.block_bytes, needs)
-        return {window: min(count, most) for window, count in shares.items()}
-
     @contextmanager
     def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
         """Hold the engine for one call; yield a scheduler with the sequences.
@@ -278,17 +248,18 @@ class EmbeddedEngine:
             raise _busy()
         self._abandoned = False
         scheduler = Scheduler(
-            self._blocks, root=str(self.policy_version).encode() if self._share else None,
+            self._space.blocks, root=str(self.policy_version).encode() if self._share else None,
             max_running=self._settings.max_running, prefill_tokens=self._settings.prefill_tokens,
+            states=self._space.states,
         )
         try:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)
-            self._reserve(sequences)
+            self._space.reserve(sequences)
             scheduler.add(sequences)
             yield scheduler
         except BaseException:
-            self._blocks.reset()  # an interrupt may leave any count half done
+            self._space.reset()  # an interrupt may leave any count half done
             raise
         finally:
             self.num_preempted += scheduler.num_preempted
@@ -308,10 +279,6 @@ class EmbeddedEngine:
     def _require_no_call(self) -> None:
         if self._in_use.locked():
             raise _busy()
-
-    def _free_cache(self) -> None:
-        self._blocks = BlockPools(self._runner.cache.windows, self._block_size)
-        self._runner.resize(self._blocks.sizes)
 
     def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
         """Choose the tokens of a step.
@@ -385,12 +352,6 @@ class EmbeddedEngine:
         end = self._completion(sequence, None).text[emitted:]
         if end:
             yield end
-
-
-def _free_of_gpu(device: torch.device) -> int:
-    """Return the bytes that can be allocated: what the GPU has free, and what torch holds without using it."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _busy() -> RolloutError:

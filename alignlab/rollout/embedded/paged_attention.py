@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 
 _MAX_BLOCK_DIAGONAL_HEADS = 8
 
@@ -58,16 +59,20 @@ class RowGroup:
         return flat if self.unpadding is None else flat.index_select(0, self.unpadding)
 
 
-class PagedBatch:
-    """The tokens of one step and their slots in the cache: the `layout` that attention layers are given.
+class PagedBatch(StateBatch):
+    """The tokens of one step and their slots in the cache: the `layout` that layers are given.
 
-    A layer that keeps keys and values, or latents, calls `attend`; one that keeps other entries builds its attention on
-    `update`.
+    A layer that keeps keys and values, or latents, calls `attend`; one that keeps other entries of tokens builds its
+    attention on `update`; one that keeps entries of sequences reads `states`.
     """
 
     keeps_latents = True
 
-    def __init__(self, cache: PagedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup]) -> None:
+    def __init__(
+        self, cache: PagedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup],
+        states: StepStates | None = None,
+    ) -> None:
+        super().__init__(states)
         self._cache = cache
         self._slots = slots
         self._groups = groups

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.rollout.embedded.block_pools import Window
 
@@ -20,16 +19,13 @@ class PagedCache:
     """Tensors by layer and name, allocated when a layer first writes, and the expert choices of every token.
 
     Args:
-        specs: shapes that each layer keeps of a token, by `layer_idx`.
+        specs: shapes that each layer keeps of a token, by `layer_idx`; layers that keep none are left out.
         block_size: tokens in a block.
         records_routing: expert choices of every token are kept beside what the layers keep.
 
-    Raises:
-        ConfigError: a layer keeps a state of each sequence, which cannot be cut into blocks of tokens.
-
     Attributes:
-        specs: as given.
-        windows: of the layers, each once; with None for the expert choices.
+        specs: of the layers that keep entries of tokens.
+        windows: of these layers, each once; with None for the expert choices, and where there is no such layer.
         num_blocks: of sequences, by window.
         layers: [slots, numbers kept of a token] by layer and name.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
@@ -38,16 +34,11 @@ class PagedCache:
     def __init__(
         self, specs: Mapping[int, LayerCacheSpec], block_size: int, *, records_routing: bool = False
     ) -> None:
-        for layer_idx, spec in specs.items():
-            if spec.per_sequence:
-                raise ConfigError(
-                    f"layer {layer_idx} keeps a state of each sequence ({', '.join(spec.per_sequence)}), and the "
-                    "embedded engine caches entries of tokens alone; use rollout.engine: vllm"
-                )
         self.block_size = block_size
-        self.specs = dict(specs)
-        records = (None,) if records_routing else ()
-        self.windows: tuple[Window, ...] = tuple(dict.fromkeys([*records, *(spec.window for spec in specs.values())]))
+        self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
+        records = (None,) if records_routing or not self.specs else ()
+        windows = [*records, *(spec.window for spec in self.specs.values())]
+        self.windows: tuple[Window, ...] = tuple(dict.fromkeys(windows))
         self.num_blocks = self._total_blocks = dict.fromkeys(self.windows, 0)
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
@@ -63,7 +54,8 @@ class PagedCache:
     @property
     def addressable_blocks(self) -> int:
         """Blocks with which every tensor of a layer, with one block more, has under 2^31 numbers."""
-        widest = max(math.prod(shape) for spec in self.specs.values() for shape in spec.per_token.values())
+        shapes = [shape for spec in self.specs.values() for shape in spec.per_token.values()]
+        widest = max((math.prod(shape) for shape in shapes), default=1)
         return (2**31 - 1) // (self.block_size * widest) - 1
 
     def resize(self, num_blocks: Mapping[Window, int], *, num_more: int = 0) -> None:

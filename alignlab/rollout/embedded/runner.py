@@ -23,6 +23,7 @@ from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
+from alignlab.rollout.embedded.state_cache import StateCache, StepStates
 from alignlab.rollout.embedded.step_plan import StepTensors, plan_step
 from alignlab.rollout.embedded.tile_attention import TileBatch
 from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles
@@ -59,11 +60,9 @@ class Runner:
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
 
-    Raises:
-        ConfigError: a layer of the model caches what the paged cache cannot hold.
-
     Attributes:
-        cache: the entries of all layers.
+        cache: what layers keep of tokens.
+        states: what layers keep of sequences.
     """
 
     def __init__(
@@ -71,7 +70,9 @@ class Runner:
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
-        self.cache = PagedCache(cache_specs(model), block_size, records_routing=self._sparse)
+        specs = cache_specs(model)
+        self.cache = PagedCache(specs, block_size, records_routing=self._sparse)
+        self.states = StateCache(specs, output_head(model)[0].dtype)
         self._model = model
         self._weights = weights
         self._max_running = max_running
@@ -91,8 +92,9 @@ class Runner:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(size * self.cache.num_blocks[window] for window, size in self.block_bytes.items())
+        """Bytes of all blocks, and of the slots of states."""
+        blocks = sum(size * self.cache.num_blocks[window] for window, size in self.block_bytes.items())
+        return blocks + self.states.slot_bytes * self.states.num_slots
 
     @property
     def max_blocks(self) -> int:
@@ -104,10 +106,11 @@ class Runner:
         """Logits after a token."""
         return int(output_head(self._model)[0].shape[0])
 
-    def resize(self, num_blocks: Mapping[Window, int]) -> None:
-        """Have a cache of `num_blocks` blocks, by window, without entries."""
+    def resize(self, num_blocks: Mapping[Window, int], num_slots: int) -> None:
+        """Have a cache of `num_blocks` blocks, by window, and `num_slots` slots of states, without entries."""
         in_place = any(num_blocks.values()) and reads_in_place(self.device)
         self.cache.resize(num_blocks, num_more=1 if in_place else 0)
+        self.states.resize(num_slots, num_more=1 if in_place else 0)
         self._replays = None
 
     def begin(self) -> None:
@@ -135,22 +138,29 @@ class Runner:
         if reads_in_place(self.device):
             tiles = plan_tiles(
                 step.work, block_size=self.cache.block_size, num_blocks=self.cache.num_blocks,
-                max_rows=self._max_running,
+                max_rows=self._max_running, num_slots=self.states.num_slots,
             )
             plan, moved = tiles.on(self.device, others)
+            lengths = tuple(work.count for work in step.work if work.count > 1)
         else:
             steps = plan_step(step.work, self.cache.block_size, self.cache.windows)
             plan, moved = steps.on(self.device, others)
+            lengths = steps.run_lengths
         for window in step.copies:
             self.cache.copy(window, moved.pop(0))
-        return self._computed(plan).index_select(0, plan.logit_tokens), moved
+        return self._computed(plan, lengths).index_select(0, plan.logit_tokens), moved
 
-    def _computed(self, plan: StepTensors | TileStep) -> Tensor:
-        """Return the final hidden states of a step's tokens, [N, hidden size]."""
+    def _computed(self, plan: StepTensors | TileStep, lengths: tuple[int, ...]) -> Tensor:
+        """Return the final hidden states of a step's tokens, [N, hidden size].
+
+        Args:
+            lengths: tokens of the works of more than one token, which come last.
+        """
         if isinstance(plan, StepTensors):
-            return self._forward(plan, PagedBatch(self.cache, plan.slots, plan.groups))
+            states = self._step_states(plan.state_slots, lengths)
+            return self._forward(plan, PagedBatch(self.cache, plan.slots, plan.groups, states))
         if self._replays is None or plan.chunks is not None:
-            return self._forward(plan, TileBatch(self.cache, plan))
+            return self._forward(plan, TileBatch(self.cache, plan, self._step_states(plan.state_slots, lengths)))
         # Logits are computed outside, of as many tokens as there are: their number has no size class.
         self._rows = plan._replace(logit_tokens=plan.logit_tokens[:0])
         return self._replays.run(self._rows.tensors())
@@ -159,7 +169,10 @@ class Runner:
         """Return the final hidden states of a decoding step that has the form of the present one, and these tensors."""
         assert self._rows is not None
         rows = self._rows.with_tensors(tensors)
-        return self._forward(rows, TileBatch(self.cache, rows))
+        return self._forward(rows, TileBatch(self.cache, rows, self._step_states(rows.state_slots, ())))
+
+    def _step_states(self, slots: Tensor | None, lengths: tuple[int, ...]) -> StepStates | None:
+        return None if slots is None else StepStates(self.states, slots, lengths)
 
     def _forward(self, plan: StepTensors | TileStep, layout: Layout) -> Tensor:
         routing = RoutingRecord() if self._sparse else None

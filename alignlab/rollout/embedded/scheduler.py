@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Work:
         count: number of tokens.
         num_logits: number of last tokens of the work after which logits are needed: 0 inside a prompt, 1 to sample the
             next token, more to get the log-probs of several given tokens at once.
+        states: slots of its state before and after; None where no layer keeps one.
     """
 
     sequence: TokenSequence
     start: int
     count: int
     num_logits: int
+    states: StateUse | None = None
 
 
 @dataclass
@@ -92,6 +95,7 @@ class Scheduler:
 
     Args:
         pools: owners of the blocks.
+        states: owners of the slots of states; None where no layer keeps one.
         root: prefix of all digests; None shares nothing between sequences.
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
@@ -100,8 +104,12 @@ class Scheduler:
         num_preempted: sequences that had to free their blocks, so far.
     """
 
-    def __init__(self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int,
+        states: StateSlots | None = None,
+    ) -> None:
         self.pools = pools
+        self._states = states
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
         self.num_preempted = 0
@@ -127,8 +135,8 @@ class Scheduler:
             if self.num_preempted > num_preempted or not self._admit(self.waiting[0], budget):
                 break
             sequence = self.running[-1]
-            count = min(sequence.num_pending, budget)
-            step.work.append(_work(sequence, count))
+            count = self._next_count(sequence, budget)
+            step.work.append(self._work(sequence, count))
             budget -= count
         assert step.work or not self.has_work, "the cache holds any one sequence, so something can always be computed"
         return step
@@ -162,11 +170,11 @@ class Scheduler:
         budget, index = self._prefill_tokens, 0
         while index < len(self.running):
             sequence = self.running[index]
-            count = sequence.num_pending if sequence.num_pending == 1 else min(sequence.num_pending, budget)
+            count = 1 if sequence.num_pending == 1 else self._next_count(sequence, budget)
             if not self._make_room(sequence, count, step):
                 break
             if count:
-                step.work.append(_work(sequence, count))
+                step.work.append(self._work(sequence, count))
             budget -= count if sequence.num_pending > 1 else 0
             index += 1
         return budget
@@ -183,6 +191,11 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return False
+        while not self._has_slot(sequence):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
         for window, manager in self.pools.managers.items():
             table, missing = sequence.tables[window], self._missing(sequence, window, count)
             if self._is_shared(sequence, window):
@@ -214,9 +227,10 @@ class Scheduler:
             budget: tokens that it may compute in this step.
         """
         self._find_prefix(sequence)
-        count = min(sequence.num_pending, budget)
+        count = self._next_count(sequence, budget)
         missing = {window: self._missing(sequence, window, count) for window in self.pools.managers}
-        if any(manager.num_free < missing[window] for window, manager in self.pools.managers.items()):
+        is_full = any(manager.num_free < missing[window] for window, manager in self.pools.managers.items())
+        if is_full or not self._has_slot(sequence):
             self._release(sequence)
             return False
         for window, manager in self.pools.managers.items():
@@ -239,6 +253,8 @@ class Scheduler:
         Followers with tokens of their own to score wait again instead, and find the prompt's full blocks by digest.
         """
         num_free = min(manager.num_free for manager in self.pools.managers.values())
+        if self._states is not None:
+            num_free = min(num_free, self._states.num_free)
         places = min(self._max_running - len(self.running), num_free, len(leader.followers))
         if leader.scored_ids:
             places = 0
@@ -248,6 +264,8 @@ class Scheduler:
             fork.num_computed = leader.num_computed
             fork.tables = self.pools.share(leader.tables)
             fork.digests = list(leader.digests)
+            if self._states is not None:
+                self._states.fork(leader, fork)
         self.running += forks
         self.waiting.extendleft(reversed(still_waiting))
         return forks
@@ -263,11 +281,21 @@ class Scheduler:
 
     def _release(self, sequence: TokenSequence) -> None:
         self.pools.release(sequence.tables)
+        if self._states is not None:
+            self._states.release(sequence)
         sequence.tables, sequence.digests, sequence.num_computed = self.pools.empty_tables(), [], 0
 
     def _find_prefix(self, sequence: TokenSequence) -> None:
-        """Share the published blocks that the sequence begins with, up to the first token that needs logits."""
-        sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
+        """Share the published blocks that the sequence begins with, up to the first token that needs logits.
+
+        Where layers keep states, up to the last block after which one was published.
+        """
+        if self._states is None:
+            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
+        else:
+            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence), self._states.knows)
+            if sequence.digests:
+                self._states.take(sequence, sequence.digests[-1])
         sequence.num_computed = len(sequence.digests) * self.pools.block_size
 
     def _digests(self, sequence: TokenSequence) -> Iterator[bytes]:
@@ -280,25 +308,40 @@ class Scheduler:
             yield parent
 
     def _publish(self, sequence: TokenSequence) -> None:
-        """Publish full blocks, so that later sequences find them."""
+        """Publish full blocks, so that later sequences find them, and the state after the last one that they share."""
         size = self.pools.block_size
         while self._root is not None and (len(sequence.digests) + 1) * size <= sequence.num_computed:
             count = len(sequence.digests)
             digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
             self.pools.publish(sequence.tables, count, digest)
             sequence.digests.append(digest)
+        if self._states is not None and sequence.digests and sequence.num_computed == self._last_shared(sequence):
+            self._states.publish(sequence, sequence.digests[-1])
+
+    def _last_shared(self, sequence: TokenSequence) -> int:
+        """Return the tokens in the full blocks of a sequence before its first token that needs logits."""
+        return sequence.first_logits // self.pools.block_size * self.pools.block_size
+
+    def _next_count(self, sequence: TokenSequence, budget: int) -> int:
+        """Return how many tokens of a sequence to compute next: states are kept at the end of the blocks it shares."""
+        count = min(sequence.num_pending, budget)
+        until = self._last_shared(sequence) - sequence.num_computed
+        return min(count, until) if self._states is not None and self._root is not None and until > 0 else count
+
+    def _has_slot(self, sequence: TokenSequence) -> bool:
+        """Return whether there is a slot for the state of a sequence after its next tokens."""
+        return self._states is None or self._states.num_free >= self._states.missing(sequence)
+
+    def _work(self, sequence: TokenSequence, count: int) -> Work:
+        """Return the work of the next `count` tokens of a sequence."""
+        start = sequence.num_computed
+        num_logits = max(0, start + count - max(start, sequence.first_logits))
+        return Work(sequence, start, count, num_logits, None if self._states is None else self._states.begin(sequence))
 
     def _digest(self, sequence: TokenSequence, index: int, parent: bytes) -> bytes:
         """Return the digest of one block of a sequence; `parent` is that of the block before it."""
         size = self.pools.block_size
         return chain_digest(parent, sequence.token_ids[index * size : (index + 1) * size])
-
-
-def _work(sequence: TokenSequence, count: int) -> Work:
-    """Return the work of the next `count` tokens of a sequence."""
-    start = sequence.num_computed
-    num_logits = max(0, start + count - max(start, sequence.first_logits))
-    return Work(sequence, start, count, num_logits)
 
 
 def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:

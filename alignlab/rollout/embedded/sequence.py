@@ -33,6 +33,7 @@ class TokenSequence:
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
         num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
         tables: cache blocks, in order, by the window of the layers that they belong to; see `block_pools`.
+        state: slot of what recurrent layers keep of it, see `state_slots`; None before its first token.
         digests: digests of the leading full blocks that were looked up or published.
         followers: sequences of the same request that wait until this one has computed the prompt.
         logprobs: log-prob of each sampled token under the distribution sampled from.
@@ -46,6 +47,7 @@ class TokenSequence:
     scored_ids: tuple[int, ...] = ()
     num_computed: int = 0
     tables: Tables = field(default_factory=dict)
+    state: int | None = None
     digests: list[bytes] = field(default_factory=list)
     followers: list[TokenSequence] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

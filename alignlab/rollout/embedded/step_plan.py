@@ -31,6 +31,8 @@ class StepTensors:
     slots: dict[Window, Tensor]
     logit_tokens: Tensor
     groups: list[RowGroup]
+    state_slots: Tensor | None
+    run_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class StepPlan:
         slots: [N], places in the cache, by the window of the layers.
         logit_tokens: [M], indices of the tokens after which logits are computed, in the order of the works given.
         groups: rows that attend together; they cover the tokens in order.
+        state_slots: [2,W], where states are read and written, in the order of the tokens; None without states.
+        run_lengths: tokens of the works of more than one token, which come last.
     """
 
     tokens: _Ints
@@ -62,6 +66,8 @@ class StepPlan:
     slots: dict[Window, _Ints]
     logit_tokens: _Ints
     groups: list[GroupPlan]
+    state_slots: _Ints | None
+    run_lengths: tuple[int, ...]
 
     def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
         """Return the step and other host tensors on `device`, moved by one copy."""
@@ -80,7 +86,9 @@ class StepPlan:
             )
             for group in self.groups
         ]
-        return StepTensors(tokens, positions, slots, logit_tokens, groups), list(moved)
+        state_slots = None if self.state_slots is None else next(moved)
+        step = StepTensors(tokens, positions, slots, logit_tokens, groups, state_slots, self.run_lengths)
+        return step, list(moved)
 
 
 def _leaves(plan: StepPlan) -> list[_Ints]:
@@ -89,7 +97,7 @@ def _leaves(plan: StepPlan) -> list[_Ints]:
     for group in plan.groups:
         arrays += [array for array in (group.padding, group.unpadding) if array is not None]
         arrays += [group.positions, *group.blocks.values(), *group.first_keys.values()]
-    return arrays
+    return arrays if plan.state_slots is None else [*arrays, plan.state_slots]
 
 
 def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,)) -> StepPlan:
@@ -122,7 +130,16 @@ def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window]
         row = end
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = ends
-    return StepPlan(tokens, positions, slots, logit_tokens(work, ends_as_given), groups)
+    return StepPlan(
+        tokens, positions, slots, logit_tokens(work, ends_as_given), groups, state_slots(ordered),
+        tuple(w.count for w in ordered if w.count > 1),
+    )
+
+
+def state_slots(work: Sequence[Work]) -> _Ints | None:
+    """Return the slots where the states of each work are read and written, [2,W]; None without states."""
+    uses = [w.states for w in work if w.states is not None]
+    return np.ascontiguousarray(np.array(uses).T) if uses else None
 
 
 def logit_tokens(work: Sequence[Work], ends: _Ints) -> _Ints:

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from alignlab.models.paged_flex import flex_paged_attention
 from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 from alignlab.rollout.embedded.tile_plan import TileGroup, TileStep
 
 
-class TileBatch:
-    """The tokens of one step and their slots in the cache: the `layout` that attention layers are given.
+class TileBatch(StateBatch):
+    """The tokens of one step and their slots in the cache: the `layout` that layers are given.
 
-    Layers keep keys and values, or latents; a layer that keeps other entries needs `PagedBatch.update`.
+    Layers keep keys and values, latents, or entries of sequences; a layer that keeps other entries of tokens needs
+    `PagedBatch.update`.
     """
 
     keeps_latents = True
 
-    def __init__(self, cache: PagedCache, step: TileStep) -> None:
+    def __init__(self, cache: PagedCache, step: TileStep, states: StepStates | None = None) -> None:
+        super().__init__(states)
         self._cache = cache
         self._step = step
 

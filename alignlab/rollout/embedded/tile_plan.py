@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from alignlab.models.paged_flex import TILE, Tiles, VisitedBlocks
 from alignlab.rollout.embedded.block_pools import Window, first_visible
 from alignlab.rollout.embedded.scheduler import Work
-from alignlab.rollout.embedded.step_plan import block_table, logit_tokens
+from alignlab.rollout.embedded.step_plan import block_table, logit_tokens, state_slots
 from alignlab.transfer import to_device
 
 _GROWTH = 4  # of size classes: matrix products of up to some hundred rows cost what reading the weights costs
@@ -56,6 +56,7 @@ class TileStep(NamedTuple):
         logit_tokens: [M] int64, indices of the tokens after which logits are computed, in the order of the works given.
         rows: the sequences that continue by one token, whose tokens come first; None if there are none.
         chunks: the other tokens; None if there are none.
+        state_slots: [2,W] int64, where states are read and written, with those of added rows; None without states.
     """
 
     tokens: Tensor
@@ -64,6 +65,7 @@ class TileStep(NamedTuple):
     logit_tokens: Tensor
     rows: TileGroup | None
     chunks: TileGroup | None
+    state_slots: Tensor | None
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in an order that equal shapes share."""
@@ -92,7 +94,7 @@ def size_class(count: int, most: int | None = None) -> int:
 
 
 def plan_tiles(
-    work: Sequence[Work], *, block_size: int, num_blocks: Mapping[Window, int], max_rows: int
+    work: Sequence[Work], *, block_size: int, num_blocks: Mapping[Window, int], max_rows: int, num_slots: int = 0
 ) -> TileStep:
     """Return the step that computes `work`, on the host.
 
@@ -101,6 +103,7 @@ def plan_tiles(
         block_size: tokens in a block.
         num_blocks: blocks that sequences use, by the window of the layers; one more, the last, is for added rows.
         max_rows: most sequences that run together.
+        num_slots: slots that sequences' states use; one more, the last, is for added rows.
     """
     order = sorted(range(len(work)), key=lambda index: work[index].count > 1)
     ordered = [work[index] for index in order]
@@ -127,7 +130,13 @@ def plan_tiles(
     return TileStep(
         torch.from_numpy(tokens), torch.from_numpy(positions), slots,
         torch.from_numpy(logit_tokens(work, ends_as_given)), *groups,
+        _filled_slots(state_slots(ordered), num_rows, added, num_slots),
     )
+
+
+def _filled_slots(slots: _Ints | None, num_rows: int, added: int, filler: int) -> Tensor | None:
+    """Return the slots [2,W] with those of rows that are added after the first `num_rows`."""
+    return None if slots is None else torch.from_numpy(np.insert(slots, [num_rows] * added, filler, axis=1))
 
 
 def _table(

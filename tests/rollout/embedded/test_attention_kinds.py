@@ -117,7 +117,8 @@ def test_the_cache_has_the_size_that_was_predicted(kind: str, make_engine: MakeE
     model, prompts = model_of(kind), make_prompts(10, 10)
     engine = make_engine(model, block_size=4)
     engine.generate(prompts, SamplingParams(max_new_tokens=7, ignore_eos=True))
-    tensors = [tensor for layer in engine._runner.cache.layers.values() for tensor in layer.values()]
+    caches = (engine._runner.cache, engine._runner.states)
+    tensors = [tensor for cache in caches for layer in cache.layers.values() for tensor in layer.values()]
     taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     settings = RolloutSettings(block_size=4)
     assert taken == engine_bytes(model, settings, torch.device("cpu"), num_sequences=2, num_tokens=17)

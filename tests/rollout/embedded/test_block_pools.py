@@ -115,7 +115,7 @@ def test_windows_hold_few_blocks_and_compute_what_the_full_forward_does(
     sampling = SamplingParams(n=3, max_new_tokens=25, ignore_eos=True, seed=1)
 
     def count(*_: int) -> None:
-        manager = engine._blocks.managers[WINDOW]
+        manager = engine._space.blocks.managers[WINDOW]
         held.append(manager.num_blocks - manager.num_free)
 
     rollouts = engine.generate(prompts, sampling, on_step=count)
@@ -131,7 +131,7 @@ def test_windows_hold_few_blocks_and_compute_what_the_full_forward_does(
     assert max(held) <= pool_blocks(lengths, WINDOW, schedule.get("prefill_tokens", 2048), 4)
     assert max(held[-5:]) <= 9 * (most_blocks(99, WINDOW, 1, 4) + 1), "at the end all sequences are being decoded"
     assert (engine.num_preempted > 0) == ("cache_tokens" in schedule)
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
     again = make_engine(model, block_size=4, share_prefixes=False).generate(prompts, sampling)
     assert [c.token_ids for c in flat(again)] == [c.token_ids for c in flat(rollouts)]
 

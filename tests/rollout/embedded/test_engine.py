@@ -16,7 +16,8 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
 from alignlab.models.adapters import add_lora
-from alignlab.rollout.embedded import engine as engine_module
+from alignlab.rollout.embedded import cache_space
+from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.types import Prompt, SamplingParams
@@ -87,7 +88,7 @@ def test_blocks_chunks_and_preemption_do_not_change_the_result(
         if one.routing is not None:
             assert other.routing is not None and torch.equal(one.routing, other.routing)
     assert (engine.num_preempted > 0) == ("cache" in schedule or schedule == "all at once")
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
 
 
 def test_other_requests_do_not_change_the_result(make_engine: MakeEngine) -> None:
@@ -147,7 +148,7 @@ def test_new_weights_drop_the_prefix_cache(make_engine: MakeEngine, llama: PreTr
         for weight in llama.parameters():
             weight.mul_(1.1)
     engine.update_weights(4)
-    assert engine._blocks.num_published == 0
+    assert engine._space.blocks.num_published == 0
     after = flat(engine.generate(prompts, sampling))[0]
     assert engine.num_computed == 2 * (20 + 4)
     assert after.token_ids == flat(make_engine().generate(prompts, sampling))[0].token_ids
@@ -219,7 +220,7 @@ def test_prompts_that_cannot_fit_are_refused_before_work(
 
 def test_too_little_memory_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    monkeypatch.setattr(EmbeddedEngine, "_block_limits", lambda self, needs: dict.fromkeys(needs, 2))
+    monkeypatch.setattr(CacheSpace, "_block_limits", lambda self, needs, slots: dict.fromkeys(needs, 2))
     with pytest.raises(RolloutError, match="needs 80 tokens of cache, and half of the free memory holds 32"):
         engine.generate(make_prompts(10), SamplingParams())
 
@@ -281,7 +282,7 @@ def test_an_interrupted_engine_is_usable(make_engine: MakeEngine) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, sampling, on_step=interrupt)
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
     assert [c.token_ids for c in flat(engine.generate(prompts, sampling))] == expected
 
 
@@ -306,20 +307,20 @@ def test_a_cache_that_grows_frees_the_old_one_before_it_allocates(
 def test_memory_that_torch_holds_without_using_it_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 7), ("memory_allocated", 4)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert engine_module._free_of_gpu(torch.device("cuda", 0)) == 13
+    assert cache_space._free_of_gpu(torch.device("cuda", 0)) == 13
 
 
 def test_the_cache_grows_and_rest_frees_it(make_engine: MakeEngine) -> None:
     engine = make_engine(block_size=4)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
     small = flat(engine.generate(make_prompts(8), sampling))[0]
-    computed, blocks = engine.num_computed, engine._blocks.num_blocks
+    computed, blocks = engine.num_computed, engine._space.blocks.num_blocks
     engine.generate(make_prompts(50, 40, seed=1), sampling)
-    assert engine._blocks.num_blocks > blocks
+    assert engine._space.blocks.num_blocks > blocks
     again = flat(engine.generate(make_prompts(8), sampling))[0]
     assert again.token_ids == small.token_ids
     engine.rest()
-    assert engine._blocks.num_blocks == 0 and not engine._runner.cache.layers
+    assert engine._space.blocks.num_blocks == 0 and not engine._runner.cache.layers
     computed = engine.num_computed
     assert flat(engine.generate(make_prompts(8), sampling))[0].token_ids == small.token_ids
     assert engine.num_computed == computed + 8 + 7
@@ -367,7 +368,7 @@ def test_abandon_from_another_thread_stops_the_call_at_its_next_step(make_engine
     with pytest.raises(RolloutError, match="generation was abandoned"):
         engine.generate(make_prompts(4), LONG, on_step=abandon_at_the_third_step)
     assert num_tokens == [2, 4, 6]
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
 
 
 def test_abandon_does_not_touch_later_calls(make_engine: MakeEngine) -> None:

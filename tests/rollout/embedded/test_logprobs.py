@@ -68,7 +68,7 @@ def test_scheduling_does_not_change_the_logprobs(
     expected = make_engine(dense).logprobs(random_rollouts())
     for one, other in zip(expected, engine.logprobs(random_rollouts()), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
 
 
 def test_a_completion_is_scored_in_one_step_and_its_prompt_once(

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.rollout.embedded.paged_attention import PagedBatch, RowGroup
 from alignlab.rollout.embedded.paged_cache import PagedCache
@@ -139,12 +138,6 @@ def test_entries_of_another_shape_than_declared_are_our_mistake() -> None:
     cache.resize({None: 1})
     with pytest.raises(AssertionError, match=r"layer 3 keeps \{'latent': \(5,\)\}, not \{'latent': \(6,\)\}"):
         cache.write(LATENT, torch.arange(1), {"latent": torch.zeros(1, 6)})
-
-
-def test_a_state_of_each_sequence_is_refused() -> None:
-    spec = LayerCacheSpec(per_sequence={"state": (2, 4, 4)})
-    with pytest.raises(ConfigError, match=r"layer 1 keeps a state of each sequence \(state\), .*; use rollout.engine"):
-        PagedCache({0: LayerCacheSpec.of_heads(1, 4, 4), 1: spec}, BLOCK)
 
 
 def test_a_model_whose_layers_differ_in_kv_heads(make_engine: MakeEngine, llama: PreTrainedModel) -> None:

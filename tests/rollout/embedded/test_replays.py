@@ -122,7 +122,8 @@ def test_a_small_cache_stays_while_the_policy_learns_with_the_steps_that_read_it
     num_recorded, num_replayed = len(replayed), sum(graph.times for graph in replayed)
     places = [tensor.data_ptr() for tensors in engine._runner.cache.layers.values() for tensor in tensors.values()]
     engine.rest()
-    assert engine._blocks.num_blocks and not engine._blocks.num_published, "blocks stay, and prefixes do not"
+    blocks = engine._space.blocks
+    assert blocks.num_blocks and not blocks.num_published, "blocks stay, and prefixes do not"
     with torch.no_grad():
         for weight in llama.parameters():
             weight.mul_(1.1)

@@ -135,7 +135,7 @@ def test_one_call_at_a_time(make_engine: MakeEngine) -> None:
             call()
     stream.close()  # type: ignore[attr-defined]
     engine.generate([prompt], SamplingParams())
-    assert engine._blocks.num_free == engine._blocks.num_blocks
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
 
 
 def test_the_policy_has_its_own_weights_between_pieces(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
