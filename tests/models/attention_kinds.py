@@ -16,7 +16,7 @@ SHAPE: dict[str, Any] = {
 LATENT: dict[str, Any] = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}
 RECURRENT: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
-    "linear_conv_kernel_dim": 4, "initializer_range": 0.2,
+    "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 KIMI: dict[str, Any] = {**RECURRENT, "linear_num_value_heads": 2, "linear_value_head_dim": 8}
 PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

@@ -61,7 +61,8 @@ def results(rule: Any, inputs: list[Tensor], segments: Segments, **options: Any)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs]
     loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
-    return [*outputs, *torch.autograd.grad(loss, inputs if start is None else [*inputs, start])]
+    grads = torch.autograd.grad(loss, inputs if start is None else [*inputs, start])
+    return [*(x.detach() for x in outputs), *grads]
 
 
 def assert_equal(ours: list[Tensor], exact: list[Tensor], tolerance: float = 1e-12) -> None:
@@ -154,7 +155,10 @@ def make_layer(kind: str, sizes: dict[str, Any]) -> Any:
     return make_attention(config, 0).double()
 
 
-HUB_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "layer_types": ["linear_attention"]}
+HUB_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "layer_types": ["linear_attention"],
+    "rms_norm_eps": 1e-6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 OF_HUB = {
     "gated_deltanet": (RECURRENT, lambda: Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(**HUB_SIZES, **RECURRENT), 0)),
     "fused_gated_deltanet": (RECURRENT, lambda: Qwen3NextGatedDeltaNet(Qwen3NextConfig(**HUB_SIZES, **RECURRENT), 0)),
@@ -183,7 +187,7 @@ def test_a_layer_is_that_of_transformers(kind: str) -> None:
             output = module(x)[0] if module is ours else module(x)
             names = [name for name, _ in theirs.named_parameters()]
             grads = torch.autograd.grad((output * weights).sum(), [x, *map(module.get_parameter, names)])
-            both.append([output, *grads])
+            both.append([output.detach(), *grads])
     assert_equal(*both)
 
 

@@ -83,7 +83,8 @@ def make_prompts(*lengths: int, seed: int = 0) -> list[Prompt]:
 def full_logprobs(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
     """log p of every next token [N,V] by one pass over the whole sequence."""
     with torch.no_grad():
-        return model(torch.tensor([list(token_ids)])).logits[0].float().log_softmax(-1)
+        logits = model(torch.tensor([list(token_ids)])).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def flat(rollouts: Sequence) -> list[Completion]:

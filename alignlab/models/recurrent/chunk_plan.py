@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignlab.transfer import to_device
 from alignlab.types import Segments
 
 MAX_CHUNK = 64
@@ -93,5 +94,6 @@ def _plan(segments: Segments, size: int) -> ChunkPlan:
     is_token = table.ravel() < segments.num_tokens
     places[table.ravel()[is_token]] = np.flatnonzero(is_token)
     arrays = (table, place[np.array(parents)[order]], np.array(owners)[order], places, place[np.array(last)])
-    on_device = [torch.from_numpy(array).to(segments.device) for array in arrays]
-    return ChunkPlan(*on_device[:3], tuple(zip([0, *ends[:-1]], ends, strict=True)), *on_device[3:])
+    on_device = to_device([torch.from_numpy(array) for array in arrays], segments.device)
+    tensors = dict(zip(("tokens", "parents", "segments", "places", "last"), on_device, strict=True))
+    return ChunkPlan(**tensors, ranks=tuple(zip([0, *ends[:-1]], ends, strict=True)))

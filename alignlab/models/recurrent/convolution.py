@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import initialization as init
 
+from alignlab.transfer import to_device
 from alignlab.types import Segments
 
 
@@ -102,22 +104,16 @@ def _stream(segments: Segments, kept: int) -> _Stream:
 
 def _make_stream(segments: Segments, kept: int) -> _Stream:
     count = segments.num_tokens
-    tokens: list[np.ndarray] = []
+    tokens: list[NDArray[np.int64]] = []
     places, ends = [], []
     at = 0
-    streams_of: list[np.ndarray] = []
-    for index, (start, length, prefix) in enumerate(
-        zip(segments.starts, segments.lengths, segments.prefixes, strict=True)
-    ):
-        if prefix >= 0:
-            before = streams_of[prefix][len(streams_of[prefix]) - kept :]
-        else:
-            before = count + index * kept + np.arange(kept)
+    rows = zip(segments.starts, segments.lengths, segments.prefixes, strict=True)
+    for index, (start, length, prefix) in enumerate(rows):
+        before = count + index * kept + np.arange(kept) if prefix < 0 else tokens[prefix][-kept:]
         stream = np.concatenate((before, np.arange(start, start + length)))
-        streams_of.append(stream)
         tokens.append(stream)
         places.append(at + np.arange(length))
         ends.append(at + len(stream) - kept + np.arange(kept))
         at += len(stream)
-    arrays = (np.concatenate(part) for part in (tokens, places, ends))
-    return _Stream(*(torch.from_numpy(array).to(segments.device) for array in arrays))
+    arrays = [torch.from_numpy(np.concatenate(part)) for part in (tokens, places, ends)]
+    return _Stream(*to_device(arrays, segments.device))

@@ -26,7 +26,7 @@ HYBRIDS = pytest.mark.parametrize("kind", ["gated-deltanet", "qwen3-next", "kimi
 
 
 def model_of(kind: str) -> PolicyForCausalLM:
-    return make_model(kind, vocab_size=VOCAB)
+    return make_model(kind, vocab_size=VOCAB, initializer_range=0.1)
 
 
 def sequence(*token_ids: int, n: int = 1) -> TokenSequence:
