@@ -27,12 +27,14 @@ class AttentionLayer(nn.Module, ABC):
     Args:
         config: of the model.
         layer_idx: number of the layer.
-        query_size: numbers of a query's head, whose products are scaled by 1 / sqrt(query_size).
+        query_size: numbers of a query's head, whose products are scaled by 1 / sqrt(query_size), or by
+            1 / sqrt(config.query_pre_attn_scalar) where that is given.
         rotary_size: numbers of a head that are rotated by positions, in the layers that rotate.
 
     Attributes:
         has_window: layers of this kind see the last `config.sliding_window` tokens alone.
         rotary_size: as above; None in a layer without positions (`config.no_rope_layers`).
+        local_rope: the layer rotates by `config.rope_local_base_freq`.
         sinks: [heads], a logit of each head that takes a share of the softmax and adds nothing to the output, or None.
     """
 
@@ -42,13 +44,22 @@ class AttentionLayer(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.scaling = query_size**-0.5
+        self.scaling = (config.query_pre_attn_scalar or query_size) ** -0.5
         self.attention_dropout = config.attention_dropout
         self.softcap = config.attn_logit_softcapping
         self.is_causal = True
         self.sliding_window = config.sliding_window if self.has_window else None
         self.rotary_size = rotary_size if config.rotates(layer_idx) else None
+        self.local_rope = self.has_window and config.rope_local_base_freq is not None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
+
+    @property
+    def rotation_key(self) -> str | None:
+        """Name of the rotation that the layer shares with those that rotate alike; None in a layer without positions.
+        """
+        if self.rotary_size is None:
+            return None
+        return f"{self.rotary_size}_local" if self.local_rope else str(self.rotary_size)
 
     @classmethod
     @abstractmethod
