@@ -17,7 +17,7 @@ from alignlab.models.attention_layer import AttentionLayer, eager_attention
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
 from alignlab.models.config_rules import require
-from alignlab.models.layers import RMSNorm
+from alignlab.models.layers import make_norm
 from alignlab.models.rope import Rotation, rotate
 
 
@@ -35,14 +35,21 @@ class Attention(AttentionLayer):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         output_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.query_rows(config), bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.fused = config.fused_projections
+        self.sizes = [self.query_rows(config), key_size, key_size]
+        if self.fused:
+            self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, self.sizes[0], bias=config.attention_bias)
+            self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(output_size, config.hidden_size, bias=bool(config.attention_out_bias))
         self.use_qk_norm = config.use_qk_norm
+        self.norms_all_heads = config.use_qk_norm and config.qk_norm_scope == "all_heads"
+        self.norms_each_head = config.use_qk_norm and not self.norms_all_heads
         if config.use_qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = make_norm(config, output_size if self.norms_all_heads else config.head_dim)
+            self.k_norm = make_norm(config, key_size if self.norms_all_heads else config.head_dim)
 
     @classmethod
     def check_config(cls, config: PolicyConfig) -> None:
@@ -85,14 +92,20 @@ class Attention(AttentionLayer):
             position_embeddings: of `rotary_size`; None in a layer without positions.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        if self.use_qk_norm:
+        if self.fused:
+            query, key, value = self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
+        else:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.norms_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(heads), key.view(heads)
+        if self.norms_each_head:
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             query = rotate(query, position_embeddings, self.unrotated_size)
             key = rotate(key, position_embeddings, self.unrotated_size)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        value = value.view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

@@ -26,22 +26,25 @@ class AttentionLayer(MixingLayer):
     Args:
         config: of the model.
         layer_idx: number of the layer.
-        query_size: numbers of a query's head, whose products are scaled by 1 / sqrt(query_size).
+        query_size: numbers of a query's head, whose products are scaled by 1 / sqrt(query_size), or by
+            1 / sqrt(config.query_pre_attn_scalar) where that is given.
         rotary_size: numbers of a head that are rotated by positions, in the layers that rotate.
 
     Attributes:
         rotary_size: as above; None in a layer without positions (`config.no_rope_layers`).
+        local_rope: the layer rotates by `config.rope_local_base_freq`.
         sinks: [heads], a logit of each head that takes a share of the softmax and adds nothing to the output, or None.
     """
 
     def __init__(self, config: PolicyConfig, layer_idx: int, *, query_size: int, rotary_size: int) -> None:
         super().__init__(config, layer_idx)
-        self.scaling = query_size**-0.5
+        self.scaling = (config.query_pre_attn_scalar or query_size) ** -0.5
         self.attention_dropout = config.attention_dropout
         self.softcap = config.attn_logit_softcapping
         self.is_causal = True
         self.sliding_window = config.sliding_window if self.has_window else None
         self.rotary_size = rotary_size if config.rotates(layer_idx) else None
+        self.local_rope = self.has_window and config.rope_local_base_freq is not None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
 
     @classmethod

@@ -34,6 +34,12 @@ def check_attention(config: PolicyConfig) -> None:
     for name in _unread_fields(classes):
         value, layers = getattr(config, name), "latent_attention" if name in latent_attention.FIELDS else "recurrent"
         require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
+    base, windowed = config.rope_local_base_freq, any(kind.has_window for kind in classes)
+    require(
+        base is None or (base > 0 and windowed),
+        f"rope_local_base_freq is {base}, and must be positive, and given only where layer_types holds a kind with a "
+        "window; leave it out",
+    )
     factor = config.rotary_factor
     require(
         factor == 1 or any(issubclass(kind, Attention) for kind in classes),
@@ -46,7 +52,7 @@ def drop_unread_fields(config: PolicyConfig) -> None:
     """Reset the fields that no kind of layer of a config reads, as where its layers are a part of another's."""
     classes = _classes(config)
     if not any(kind.has_window for kind in classes):
-        config.sliding_window = None
+        config.sliding_window = config.rope_local_base_freq = None
     for name in _unread_fields(classes):
         setattr(config, name, None)
     if not any(issubclass(kind, Attention) for kind in classes) and config.rope_parameters is not None:

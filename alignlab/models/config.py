@@ -23,11 +23,27 @@ class PolicyConfig(PreTrainedConfig):
         head_dim: None is hidden_size / num_attention_heads.
         rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options;
             partial_rotary_factor is the part of each head that is rotated, its first numbers.
+        rope_local_base_freq: rope_theta of layers with a window, which rotate by it unscaled, as in Gemma 3; None
+            rotates them as the others.
         no_rope_layers: 1 for each layer that rotates by positions and 0 for each that does not, as Hugging Face has it;
             None rotates in all.
         attention_bias: biases of the query, key and value projections.
         attention_out_bias: bias of the output projection; None follows `attention_bias`.
-        use_qk_norm: RMSNorm of each head's queries and keys before the rotation, as in Qwen3.
+        use_qk_norm: norm of the queries and keys before the rotation.
+        qk_norm_scope: "head" norms each head apart, as in Qwen3; "all_heads" norms all heads of a token together, as in
+            OLMo 2.
+        query_pre_attn_scalar: scores are divided by its square root; None is the size of a query's head.
+        norm_type: of all norms: "rmsnorm", "zero_centered_rmsnorm" (multiplies by 1 + weight, as in Gemma) or
+            "layernorm".
+        norm_position: "pre" norms what attention and feed-forward read; "post" what they give, before it is added to
+            the residual stream, as in OLMo 2; "sandwich" both, as in Gemma.
+        parallel_attn: attention and feed-forward read one norm of the layer's input, and both are added to it.
+        rms_norm_eps: epsilon of all norms, whatever their type.
+        hidden_act: "silu", "gelu", "gelu_pytorch_tanh" or "relu", of feed-forwards and experts.
+        mlp_gated: feed-forwards are gated (SwiGLU with silu); false is two matrices with the activation between.
+        fused_projections: queries, keys and values are one matrix, and a feed-forward's gate and up another, as in
+            Phi-3.
+        embedding_multiplier: of the embeddings, rounded to their dtype; None is 1.
         layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
         sliding_window: tokens that a sliding layer sees, itself included.
         attention_sinks: a learned logit of each head in the softmax, which takes a share and adds nothing.
@@ -39,6 +55,7 @@ class PolicyConfig(PreTrainedConfig):
         linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim: heads of recurrent
             layers, and their sizes; value heads are divided among the key heads.
         linear_conv_kernel_dim: tokens that the convolution of a recurrent layer reads, itself included.
+        latent_norm_eps: epsilon of the norms of latents; None is `rms_norm_eps`.
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
@@ -60,7 +77,9 @@ class PolicyConfig(PreTrainedConfig):
         router_importance_loss_coef, router_load_loss_coef: weights of the losses of router_type noisy_topk.
         router_reinforce_coef: weight of the policy loss of router_type reinforce.
         router_sinkhorn_rounds: scalings of router_type sinkhorn.
-        router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664); 0 has no bias.
+        router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664).
+        router_bias: experts have that bias even where its rate is 0, and it stays as it is; it is there under any rate.
+        router_in_fp32: router logits are computed in float32 whatever the model's dtype, as in DeepSeek-V3.
         hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """
 
@@ -90,6 +109,15 @@ class PolicyConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     use_qk_norm: bool = False
+    qk_norm_scope: str = "head"
+    query_pre_attn_scalar: float | int | None = None
+    norm_type: str = "rmsnorm"
+    norm_position: str = "pre"
+    parallel_attn: bool = False
+    mlp_gated: bool = True
+    fused_projections: bool = False
+    embedding_multiplier: float | int | None = None
+    rope_local_base_freq: float | int | None = None
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     no_rope_layers: list[int] | None = None
@@ -105,6 +133,7 @@ class PolicyConfig(PreTrainedConfig):
     linear_key_head_dim: int | None = None
     linear_value_head_dim: int | None = None
     linear_conv_kernel_dim: int | None = None
+    latent_norm_eps: float | int | None = None
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
     mlp_layer_types: list[str] | None = None
@@ -131,6 +160,8 @@ class PolicyConfig(PreTrainedConfig):
     router_reinforce_coef: float | int = 0.0
     router_sinkhorn_rounds: int = 8
     router_bias_update_rate: float | int = 0.0
+    router_bias: bool = False
+    router_in_fp32: bool = False
     hub_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -149,9 +180,11 @@ class PolicyConfig(PreTrainedConfig):
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
         kwargs.setdefault("attn_implementation", "alignlab")
         super().__post_init__(**kwargs)
-        from alignlab.models.attention_rules import check_attention  # its classes are built of a config
+        from alignlab.models.attention_rules import check_attention  # these classes are built of a config
+        from alignlab.models.block_rules import check_blocks
 
         check_attention(self)
+        check_blocks(self)
         _check_layers(self)
         _check_experts(self)
 
@@ -173,13 +206,17 @@ class PolicyConfig(PreTrainedConfig):
         return [index for index, kind in enumerate(self.mlp_layer_types or ()) if kind == "sparse"]
 
     @property
+    def has_router_bias(self) -> bool:
+        """Whether a bias that balances the experts is added to the scores that choose."""
+        return self.router_bias or self.router_bias_update_rate > 0
+
+    @property
     def drops_choices(self) -> bool:
         """Whether a chosen expert may not compute a token, see `routers.coded`."""
         return self.capacity_factor is not None or self.router_type == "expert_choice"
 
 
 def _check_layers(config: PolicyConfig) -> None:
-    _require(config.hidden_act == "silu", f"hidden_act is {config.hidden_act!r}, and must be silu (SwiGLU)")
     layers = config.mlp_layer_types or []
     _require(
         len(layers) == config.num_hidden_layers,

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, sliding_window_overla
 
 from alignlab.models.attention import Attention
 from alignlab.models.config import PolicyConfig
+from alignlab.models.config_rules import require
 from alignlab.models.rope import Rotation, rotate
 
 
@@ -23,6 +24,20 @@ class GatedAttention(Attention):
 
     Reference: Qiu et al. (2025), arXiv:2505.06708.
     """
+
+    @classmethod
+    def check_config(cls, config: PolicyConfig) -> None:
+        """Raise a ConfigError if heads do not divide, or a gate would be normed or fused with what it gates."""
+        super().check_config(config)
+        require(
+            config.qk_norm_scope == "head",
+            "qk_norm_scope is all_heads, and must be head where a layer is gated_attention, whose projection of "
+            "queries holds their gates head by head; leave it out",
+        )
+        require(
+            not config.fused_projections,
+            "fused_projections is true, and must be false where a layer is gated_attention; leave it out",
+        )
 
     @classmethod
     def query_rows(cls, config: PolicyConfig) -> int:

@@ -21,14 +21,14 @@ from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.config import PolicyConfig
 from alignlab.models.config_rules import require
-from alignlab.models.layers import RMSNorm
+from alignlab.models.layers import make_norm
 from alignlab.models.layout import Layout, attention, keeps_latents
 from alignlab.models.merging import weight_with_adapters
 from alignlab.models.rope import Rotation, deinterleaved, latent_scale, rotate
 
 SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 """Fields of a config that a model with latent attention must give."""
-FIELDS = ("q_lora_rank", *SIZES, "rope_interleave")
+FIELDS = ("q_lora_rank", *SIZES, "rope_interleave", "latent_norm_eps")
 """Fields of a config that mean something for latent attention alone."""
 
 
@@ -53,10 +53,10 @@ class LatentAttention(AttentionLayer):
             self.q_proj = nn.Linear(hidden, heads * (nope + rope), bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = make_norm(config, config.q_lora_rank, config.latent_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + rope, bias=config.attention_bias)
-        self.kv_a_layernorm = RMSNorm(rank, config.rms_norm_eps)
+        self.kv_a_layernorm = make_norm(config, rank, config.latent_norm_eps)
         self.kv_b_proj = nn.Linear(rank, heads * (nope + value), bias=False)
         self.o_proj = nn.Linear(heads * value, hidden, bias=bool(config.attention_out_bias))
 
@@ -77,6 +77,11 @@ class LatentAttention(AttentionLayer):
             not config.use_qk_norm,
             "use_qk_norm is true, and must be false where a layer is latent_attention, whose decoding never forms the "
             "keys of single heads, and which norms its latents; leave it out",
+        )
+        require(
+            not config.fused_projections,
+            "fused_projections is true, and must be false where a layer is latent_attention, which projects through "
+            "latents; leave it out",
         )
 
     def cache_spec(self) -> LayerCacheSpec:

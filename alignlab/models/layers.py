@@ -1,12 +1,21 @@
-"""The small layers that the decoder and its experts share: RMSNorm and the SwiGLU feed-forward."""
+"""The small layers that the decoder and its experts share: norms and feed-forwards, by the names that a config has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from alignlab.models.config import PolicyConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
+}  # fmt: skip
+"""By `hidden_act`."""
 
 _TORCH_IS_FASTER = 2**18  # elements: on a CPU torch's own norm wins on the few rows of a decoding step, not beyond
 
@@ -60,14 +69,86 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). Reference: Shazeer (2020), arXiv:2002.05202."""
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), float32 inside, rounded once; the weight starts at 0.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
+    Reference: Gemma Team (2024), arXiv:2408.00118, as its implementation has it.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # 1 + weight is not rounded to 16 bits, which would lose what the weight says near 0.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scale = 1.0 + self.weight.to(exact)
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or x.numel() > _TORCH_IS_FASTER):
+            return _CPUNorm.apply(x, scale, self.eps)
+        return F.rms_norm(x.to(exact), scale.shape, scale, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rmsnorm": RMSNorm, "zero_centered_rmsnorm": ZeroCenteredRMSNorm, "layernorm": nn.LayerNorm,
+}  # fmt: skip
+"""By `norm_type`; called with a size and an epsilon. LayerNorm has a bias: Ba et al. (2016), arXiv:1607.06450."""
+
+
+def make_norm(config: PolicyConfig, size: int, eps: float | None = None) -> nn.Module:
+    """Return a norm over `size` numbers, of the type that the config names.
+
+    Args:
+        eps: added to the mean of squares, or to the variance; default: `config.rms_norm_eps`.
+    """
+    return NORMS[config.norm_type](size, eps=config.rms_norm_eps if eps is None else eps)
+
+
+class FeedForward(nn.Module):
+    """A gated feed-forward, down(activation(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu, ReGLU with relu.
+
+    Reference: Shazeer (2020), arXiv:2002.05202.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedFeedForward(nn.Module):
+    """A gated feed-forward whose gate and up projections are one matrix, the gate's rows first, as Phi-3 has it."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class PlainFeedForward(nn.Module):
+    """A feed-forward of two matrices, down(activation(up(x))). Reference: Vaswani et al. (2017), arXiv:1706.03762."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def make_feed_forward(config: PolicyConfig) -> nn.Module:
+    """Return the feed-forward of a dense layer, of the kind that the config names."""
+    gated = FusedFeedForward if config.fused_projections else FeedForward
+    kind = gated if config.mlp_gated else PlainFeedForward
+    return kind(config.hidden_size, config.intermediate_size, activation=config.hidden_act, bias=config.mlp_bias)

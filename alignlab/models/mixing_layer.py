@@ -21,16 +21,26 @@ class MixingLayer(nn.Module, ABC):
         has_window: layers of this kind see the last `config.sliding_window` tokens alone.
         name_in_layer: name of the module in its decoder layer, as Hub checkpoints have it.
         rotary_size: numbers of a head that are rotated by positions; None in a layer without positions.
+        local_rope: the layer rotates by `config.rope_local_base_freq`.
     """
 
     has_window: ClassVar[bool] = False
     name_in_layer: ClassVar[str] = "self_attn"
     rotary_size: int | None
+    local_rope: bool = False
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+
+    @property
+    def rotation_key(self) -> str | None:
+        """Name of the rotation that the layer shares with those that rotate alike; None in a layer without positions.
+        """
+        if self.rotary_size is None:
+            return None
+        return f"{self.rotary_size}_local" if self.local_rope else str(self.rotary_size)
 
     @classmethod
     @abstractmethod

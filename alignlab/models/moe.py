@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
-from alignlab.models.layers import FeedForward
+from alignlab.models.layers import ACTIVATIONS, FeedForward
 from alignlab.models.routers.expert_choice import tokens_per_expert
 from alignlab.models.routers.make import make_router
 from alignlab.models.routers.protocol import NOTHING_KNOWN, Router
@@ -74,7 +74,7 @@ class LowRank(NamedTuple):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts with stacked weights: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+    """Gated experts with stacked weights: gate_up_proj [E, 2I, H], down_proj [E, H, I].
 
     Rows are sorted by expert, and each projection is one grouped product, so the counts never leave the device. Rows of
     dropped choices come last, in no group: what a grouped product writes there is undefined, and never read.
@@ -85,6 +85,7 @@ class Experts(nn.Module):
         assert config.moe_intermediate_size is not None
         self.num_experts = config.num_experts
         self.config = config
+        self.activation = ACTIVATIONS[config.hidden_act]
         sizes = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         self.gate_up_proj = nn.Parameter(torch.empty(sizes[0], 2 * sizes[1], sizes[2]))
         self.down_proj = nn.Parameter(torch.empty(sizes[0], sizes[2], sizes[1]))
@@ -111,7 +112,7 @@ class Experts(nn.Module):
             ends, regroup = self._ends(sorted_ids), _Regroup
         rows = regroup.apply(hidden, order, inverse, copies)
         gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
-        rows = _grouped(F.silu(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
+        rows = _grouped(self.activation(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
         outputs = regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
 
@@ -166,7 +167,9 @@ class SparseFeedForward(nn.Module):
         self.gate: Router = make_router(config)
         self.experts = Experts(config)
         shared = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
+        self.shared_experts = (
+            FeedForward(config.hidden_size, shared, activation=config.hidden_act) if shared else None
+        )
 
     def forward(self, hidden_states: Tensor, routing: RoutingRecord | None = None) -> Tensor:
         """Return the experts' outputs of hidden states [..., H], in their shape.

@@ -15,20 +15,29 @@ from alignlab.models.config import PolicyConfig
 Rotation = tuple[Tensor, Tensor]
 
 
-def rope_frequencies(config: PolicyConfig, size: int) -> tuple[Tensor, float]:
+def rope_frequencies(config: PolicyConfig, size: int, *, local: bool = False) -> tuple[Tensor, float]:
     """Return inverse frequencies [size / 2], float32, and the factor on cosine and sine (1 except for YaRN).
 
     Args:
         size: numbers of a head that are rotated.
+        local: of layers with a window, where they have a base of their own.
     """
     assert config.rope_parameters is not None
+    if local:
+        assert config.rope_local_base_freq is not None
+        return _default_frequencies(config.rope_local_base_freq, size), 1.0
     if config.rope_parameters["rope_type"] != "default":
         sized = copy.copy(config)  # `transformers` reads the size from a config
         sized.head_dim = size
         sized.rope_parameters = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
         return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](sized, torch.device("cpu"))
+    return _default_frequencies(config.rope_parameters["rope_theta"], size), 1.0
+
+
+def _default_frequencies(base: float, size: int) -> Tensor:
+    """Return base ** (-2 i / size) for i from 0 to size / 2 - 1, float32."""
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
-    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+    return 1.0 / (base**exponents)
 
 
 def latent_scale(config: PolicyConfig) -> float:
@@ -39,26 +48,32 @@ def latent_scale(config: PolicyConfig) -> float:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and signed sines of the positions, once for all layers that rotate as much of a head.
+    """Cosines and signed sines of the positions, once for all layers that rotate alike.
 
     Args:
         size: numbers of a head that are rotated.
+        local: see `rope_frequencies`.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, config: PolicyConfig, size: int) -> None:
+    def __init__(self, config: PolicyConfig, size: int, *, local: bool = False) -> None:
         super().__init__()
         self.config = config
         self.size = size
-        inv_freq, self.attention_scaling = rope_frequencies(config, size)
+        self.local = local
+        inv_freq, self.attention_scaling = rope_frequencies(config, size, local=local)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def frequencies(self) -> Tensor:
+        """Return the inverse frequencies [size / 2] that the config gives, float32."""
+        return rope_frequencies(self.config, self.size, local=self.local)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """Move with the model, but stay float32: rounding to bfloat16 would change the frequencies."""
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = rope_frequencies(self.config, self.size)[0].to(self.inv_freq.device)
+            self.inv_freq = self.frequencies().to(self.inv_freq.device)
         return self
 
     @torch.no_grad()

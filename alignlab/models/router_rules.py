@@ -114,6 +114,10 @@ def _check_balance(config: Any) -> None:
         f"router_bias_update_rate is {config.router_bias_update_rate}, and router_type {config.router_type} has no "
         "bias; use 0",
     )
+    _require(
+        not config.router_bias or config.router_type in _RANKED_BY_SCORE,
+        f"router_bias is true, and router_type {config.router_type} has no bias; leave it out",
+    )
 
 
 def _check_type(config: Any) -> None:

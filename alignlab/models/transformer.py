@@ -9,6 +9,7 @@ Shapes: B batch (1 where there is a layout), N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,20 +32,23 @@ from transformers.utils.output_capturing import capture_outputs
 from alignlab.errors import ConfigError
 from alignlab.models.attention_kinds import ATTENTION_KINDS, make_attention
 from alignlab.models.attention_layer import AttentionLayer
+from alignlab.models.blocks import NORM_PLACES, PARALLEL
 from alignlab.models.config import PolicyConfig
-from alignlab.models.layers import FeedForward, RMSNorm
+from alignlab.models.layers import ZeroCenteredRMSNorm, make_feed_forward, make_norm
 from alignlab.models.mixing_layer import MixingLayer
 from alignlab.models.moe import Experts, SparseFeedForward
 from alignlab.models.recurrent.convolution import ShortConvolution
-from alignlab.models.rope import RotaryEmbedding, Rotation, rope_frequencies
+from alignlab.models.rope import RotaryEmbedding, Rotation
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.routers.uses import check_cached_pass
 from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
 
+_SINGLE = torch.float32
+
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm layer: attention, or what stands in its place, and feed-forward, each added to the residual stream."""
+    """Attention or a recurrent layer, then feed-forward, each added to the residual stream; norms where the config says."""
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()
@@ -57,9 +61,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         if self.sparse:
             self.mlp = SparseFeedForward(config, config.sparse_layers.index(layer_idx))
         else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = make_feed_forward(config)
+        self.is_parallel = config.parallel_attn
+        self.norms = PARALLEL if self.is_parallel else NORM_PLACES[config.norm_position]
+        for name in filter(None, self.norms):
+            self.add_module(name, make_norm(config, config.hidden_size))
 
     def forward(
         self, hidden_states: Tensor, *, rotations: dict[str, Rotation], routing: RoutingRecord | None = None,
@@ -68,14 +74,24 @@ class DecoderLayer(GradientCheckpointingLayer):
         """Return hidden states [B,N,hidden size] after the layer.
 
         Args:
-            rotations: by the number of a head's numbers that are rotated.
+            rotations: by `MixingLayer.rotation_key`.
         """
         mixing: MixingLayer = getattr(self, self._mixing_name)
-        rotation = rotations.get(str(mixing.rotary_size))
-        attended, _ = mixing(self.input_layernorm(hidden_states), position_embeddings=rotation, **kwargs)
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + (self.mlp(normed, routing) if self.sparse else self.mlp(normed))
+        rotation = None if mixing.rotation_key is None else rotations[mixing.rotation_key]
+        normed = self._normed(self.norms.before_attention, hidden_states)
+        attended, _ = mixing(normed, position_embeddings=rotation, **kwargs)
+        if self.is_parallel:
+            return hidden_states + attended + self._fed_forward(normed, routing)
+        hidden_states = hidden_states + self._normed(self.norms.after_attention, attended)
+        fed = self._fed_forward(self._normed(self.norms.before_feed_forward, hidden_states), routing)
+        return hidden_states + self._normed(self.norms.after_feed_forward, fed)
+
+    def _normed(self, name: str | None, hidden_states: Tensor) -> Tensor:
+        """Return hidden states under the norm of a name; as they are where the layer has none in that place."""
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def _fed_forward(self, hidden_states: Tensor, routing: RoutingRecord | None) -> Tensor:
+        return self.mlp(hidden_states, routing) if self.sparse else self.mlp(hidden_states)
 
 
 class PolicyPreTrainedModel(PreTrainedModel):
@@ -99,7 +115,9 @@ class PolicyPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
-            init.copy_(module.inv_freq, rope_frequencies(self.config, module.size)[0])
+            init.copy_(module.inv_freq, module.frequencies())
+        elif isinstance(module, ZeroCenteredRMSNorm):
+            init.zeros_(module.weight)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
@@ -121,9 +139,12 @@ class PolicyModel(PolicyPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        sizes = dict.fromkeys(module.rotary_size for module in self.layers.modules() if isinstance(module, MixingLayer))
-        self.rotary_embs = nn.ModuleDict({str(size): RotaryEmbedding(config, size) for size in sizes if size})
+        self.norm = make_norm(config, config.hidden_size)
+        mixing = [module for module in self.layers.modules() if isinstance(module, MixingLayer)]
+        rotations = {str(m.rotation_key): (m.rotary_size, m.local_rope) for m in mixing if m.rotary_size}
+        self.rotary_embs = nn.ModuleDict(
+            {key: RotaryEmbedding(config, size, local=local) for key, (size, local) in rotations.items()}
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -138,13 +159,14 @@ class PolicyModel(PolicyPreTrainedModel):
 
         Args:
             input_ids, position_ids: [B,N]; B is 1 where there is a layout, whose own positions must be given.
+            inputs_embeds: [B,N,hidden size] instead of ids, multiplied already where the config has a multiplier.
             attention_mask: [B,N] padding, or a mask ready to use; not read where there is a layout.
             routing: expert choices to replay; the pass writes its choices and router losses into it.
             kwargs: go to the attention function; `layout` says how packed or paged tokens belong together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -160,6 +182,12 @@ class PolicyModel(PolicyPreTrainedModel):
                 past_key_values=past_key_values, use_cache=use_cache, routing=routing, **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embedded(self, input_ids: Tensor | None) -> Tensor:
+        """Return the embeddings of tokens, times `config.embedding_multiplier` rounded to their dtype."""
+        embedded: Tensor = self.embed_tokens(input_ids)
+        multiplier = self.config.embedding_multiplier
+        return embedded if multiplier is None else embedded * rounded_multiplier(multiplier, embedded.dtype)
 
     def _begin_routing(
         self, routing: RoutingRecord | None, ids: Tensor | None, layout: Any
@@ -197,6 +225,15 @@ class PolicyModel(PolicyPreTrainedModel):
             )
         if self.config.attention_sinks and name not in ("alignlab", "eager", "vllm"):
             raise ConfigError(f"attention_sinks is true, and attn_implementation is {name!r}, which has none; {fix}")
+
+
+@cache
+def rounded_multiplier(multiplier: float, dtype: torch.dtype) -> float:
+    """Return a multiplier of embeddings as the dtype holds it, rounded to float32 first.
+
+    In bfloat16, sqrt(3072) is 55.5: Gemma was trained with that number, and `transformers` multiplies by it.
+    """
+    return torch.tensor(multiplier, dtype=_SINGLE, device="cpu").to(dtype).item()
 
 
 class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):

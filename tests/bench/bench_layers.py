@@ -4,9 +4,9 @@
 
 Training: forward and backward pass of one layer, float32, hidden size 512, 8 heads of 64, of one sequence;
 milliseconds for 1,000 tokens, the least of the repeats. Decoding: a model of 8 such layers with a vocabulary of 1,000,
-all of one kind or 3 recurrent to 1 of attention, samples 32 tokens after prompts of these lengths, several rows at a time; tokens a
-second once the prompts are computed, the most of the repeats, and MiB that the cache takes for these rows. One thread.
-Kinds are measured in turn, each repeat. Prints two tables, and JSON last.
+all of one kind or 3 recurrent to 1 of attention, samples 32 tokens after prompts of these lengths, several rows at a
+time; tokens a second once the prompts are computed, the most of the repeats, and MiB that the cache takes for these
+rows. One thread. Kinds are measured in turn, each repeat. Prints two tables, and JSON last.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_a_student_is_its_teacher_s_family_and_computes_its_layers(
     name: str, layers: list[int], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(HUB[name]()).eval()
+    theirs = AutoModelForCausalLM.from_config(HUB[name](), attn_implementation="eager").eval()
     theirs.save_pretrained(tmp_path / "hub")
     teacher = load_model(str(tmp_path / "hub"), dtype=torch.float32)
     student = student_from(teacher, layers)
@@ -73,7 +73,7 @@ def test_a_student_is_its_teacher_s_family_and_computes_its_layers(
     dense = name == "qwen3-moe-mixed" and layers == [1]
     expected_type = "qwen3" if dense else theirs.config.model_type
     assert json.loads((tmp_path / "student/config.json").read_text())["model_type"] == expected_type
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student", attn_implementation="eager")
     assert (type(plain) is type(theirs) or dense) and plain.config.num_hidden_layers == len(layers)
     torch.testing.assert_close(logits(plain), expected)
     torch.testing.assert_close(logits(load_model(str(tmp_path / "student"), dtype=torch.float32)), expected)

@@ -163,7 +163,7 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
         ({"hidden_size": 26}, "give head_dim"),
         ({"head_dim": 7}, "must be even"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
-        ({"hidden_act": "gelu"}, "silu"),
+        ({"hidden_act": "relu2"}, "hidden_act is 'relu2', and must be silu or gelu"),
         ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ({"layer_types": ["full_attention", "linear", "full_attention"]}, "linear"),

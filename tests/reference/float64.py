@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -21,3 +22,16 @@ def really_float64() -> Iterator[None]:
     finally:
         names.float32 = names.float = single
         torch.Tensor.float = cast  # type: ignore[method-assign]
+
+
+def grouped_product(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    """Return `torch`'s grouped product, which does not take float64: rows [M, in] times the weight of their group.
+
+    Args:
+        rows: sorted by group.
+        weight: [E, in, out].
+        offs: [E], where each group's rows end.
+    """
+    ends = offs.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([rows[start:end] @ group for start, end, group in zip(starts, ends, weight, strict=True)])

@@ -12,8 +12,14 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -22,8 +28,9 @@ from transformers import (
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
-
-Fields = dict[str, Any]
+from alignlab.models.hub import deepseek_families as deepseek
+from alignlab.models.hub import dense_families as dense
+from alignlab.models.hub.family_fields import Fields, read_one_window, read_windows, whole_rotation
 
 _SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -37,12 +44,15 @@ _SHAPE = (
     "attention_bias", "attention_out_bias", "attention_dropout", "use_qk_norm", "layer_types", "sliding_window",
     "attn_logit_softcapping", "final_logit_softcapping", "mlp_layer_types", "no_rope_layers", "attention_sinks",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
+    "norm_type", "norm_position", "parallel_attn", "qk_norm_scope", "query_pre_attn_scalar", "embedding_multiplier",
+    "rope_local_base_freq", "latent_norm_eps", "fused_projections",
 )
-_DENSE_SHAPE = ("intermediate_size", "mlp_bias")
+_DENSE_SHAPE = ("intermediate_size", "mlp_bias", "mlp_gated")
 _SPARSE_SHAPE = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
-    "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor",
+    "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor", "router_in_fp32",
 )
+_GROUP_SHAPE = ("n_group", "topk_group")
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class Family:
 
     Attributes:
         config_class: its config in `transformers`.
-        to_policy: translates the family's config into fields of `PolicyConfig`, except those that all families share.
+        to_policy: translates the family's config into fields of `PolicyConfig`, except those that all families share,
+            unless they have another name or meaning there.
         to_hub: translates a `PolicyConfig` into fields of the family's config, likewise.
     """
 
@@ -68,13 +79,6 @@ def _write_llama(config: PolicyConfig) -> Fields:
     return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-def _windows(hub: Any) -> Fields:
-    return {
-        "layer_types": list(hub.layer_types),
-        "sliding_window": hub.sliding_window if "sliding_attention" in hub.layer_types else None,
-    }
-
-
 def _write_windows(config: PolicyConfig) -> Fields:
     return {
         "layer_types": config.layer_types,
@@ -85,20 +89,15 @@ def _write_windows(config: PolicyConfig) -> Fields:
 
 
 def _read_qwen2(hub: Any) -> Fields:
-    return {"attention_bias": True, "attention_out_bias": False, **_windows(hub)}
+    return {"attention_bias": True, "attention_out_bias": False, **read_windows(hub)}
 
 
 def _read_qwen3(hub: Any) -> Fields:
-    return {"attention_bias": hub.attention_bias, "use_qk_norm": True, **_windows(hub)}
+    return {"attention_bias": hub.attention_bias, "use_qk_norm": True, **read_windows(hub)}
 
 
 def _write_qwen3(config: PolicyConfig) -> Fields:
     return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, **_write_windows(config)}
-
-
-def _one_window(hub: Any) -> Fields:
-    kind = "full_attention" if hub.sliding_window is None else "sliding_attention"
-    return {"layer_types": [kind] * hub.num_hidden_layers, "sliding_window": hub.sliding_window}
 
 
 def _balance_coef(hub: Any) -> float:
@@ -114,7 +113,7 @@ def _read_mixtral(hub: Any) -> Fields:
         "num_experts_per_tok": hub.num_experts_per_tok,
         "moe_intermediate_size": hub.intermediate_size,
         "router_aux_loss_coef": _balance_coef(hub),
-        **_one_window(hub),
+        **read_one_window(hub),
     }
 
 
@@ -142,7 +141,7 @@ def _read_qwen3_moe(hub: Any) -> Fields:
         "moe_intermediate_size": hub.moe_intermediate_size,
         "norm_topk_prob": hub.norm_topk_prob,
         "router_aux_loss_coef": _balance_coef(hub),
-        **_one_window(hub),
+        **read_one_window(hub),
     }
 
 
@@ -168,6 +167,12 @@ FAMILIES = {
     "qwen3": Family(Qwen3Config, _read_qwen3, _write_qwen3),
     "mixtral": Family(MixtralConfig, _read_mixtral, _write_mixtral),
     "qwen3_moe": Family(Qwen3MoeConfig, _read_qwen3_moe, _write_qwen3_moe),
+    "gemma2": Family(Gemma2Config, dense.read_gemma2, dense.write_gemma2),
+    "gemma3_text": Family(Gemma3TextConfig, dense.read_gemma3, dense.write_gemma3),
+    "olmo2": Family(Olmo2Config, dense.read_olmo2, dense.write_olmo2),
+    "phi3": Family(Phi3Config, dense.read_phi3, dense.write_phi3),
+    "deepseek_v3": Family(DeepseekV3Config, deepseek.read_deepseek_v3, deepseek.write_deepseek_v3),
+    "deepseek_v2": Family(DeepseekV2Config, deepseek.read_deepseek_v2, deepseek.write_deepseek_v2),
 }
 
 
@@ -180,15 +185,12 @@ def read_hub_config(hub: PreTrainedConfig) -> PolicyConfig | None:
     family = FAMILIES.get(hub.model_type)
     if family is None:
         return None
-    shared = {name: getattr(hub, name) for name in _SHARED}
+    fields = family.to_policy(hub)
+    shared = {name: getattr(hub, name) for name in _SHARED if name not in fields}
+    if "rope_parameters" not in fields:
+        shared["rope_parameters"] = whole_rotation(hub, hub.rope_parameters)
     head_dim = getattr(hub, "head_dim", None) or hub.hidden_size // hub.num_attention_heads
-    rope = dict(hub.rope_parameters)
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if partial != 1:
-        raise ConfigError(
-            f"partial_rotary_factor is {partial}, and {hub.model_type} rotates all of a head; leave it out"
-        )
-    return PolicyConfig(**shared, head_dim=head_dim, rope_parameters=rope, **family.to_policy(hub))
+    return PolicyConfig(**{"head_dim": head_dim, **shared, **fields})
 
 
 def write_hub_config(config: PolicyConfig) -> PreTrainedConfig | None:
@@ -202,9 +204,9 @@ def write_hub_config(config: PolicyConfig) -> PreTrainedConfig | None:
         hub = _written(config, name, {**origin, **{field: getattr(config, field) for field in _TOKENS}})
         if hub is not None:
             return hub
-    shared = {field: getattr(config, field) for field in _SHARED}
-    shared["rope_parameters"] = dict(config.rope_parameters or {})
     for name, family in FAMILIES.items():
+        shared = {field: getattr(config, field) for field in _SHARED if hasattr(family.config_class, field)}
+        shared["rope_parameters"] = dict(config.rope_parameters or {})  # a config may write into it
         hub = _written(config, name, {**shared, **family.to_hub(config)})
         if hub is not None:
             return hub
@@ -225,7 +227,25 @@ def _shape(config: PolicyConfig) -> Fields:
     """Return the fields that decide which weights a model has and what it computes with them."""
     kinds = config.mlp_layer_types or ()
     names = _SHAPE + (_DENSE_SHAPE if "dense" in kinds else ()) + (_SPARSE_SHAPE if "sparse" in kinds else ())
+    if "sparse" in kinds and config.topk_method != "greedy":
+        names += _GROUP_SHAPE
     fields = {name: getattr(config, name) for name in names}
-    biased = "sparse" in kinds and config.router_bias_update_rate > 0
+    biased = "sparse" in kinds and config.has_router_bias
     shared_bias = config.n_shared_experts > 0 and config.mlp_bias
-    return {**fields, "router_bias": biased, "shared_bias": shared_bias}
+    return {**fields, **_meant(config), "router_bias": biased, "shared_bias": shared_bias}
+
+
+def _meant(config: PolicyConfig) -> Fields:
+    """Return what fields mean whose None, or any value, means the same as another value."""
+    is_latent = [kind == "latent_attention" for kind in config.layer_types or ()]
+    fields: Fields = {}
+    query_size = config.head_dim
+    if any(is_latent):
+        fields["rope_interleave"] = config.rope_interleave is not False
+        fields["latent_norm_eps"] = config.latent_norm_eps or config.rms_norm_eps
+    if all(is_latent):
+        query_size = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
+        fields |= {"head_dim": None, "num_key_value_heads": None}
+    if any(is_latent) == all(is_latent) and config.query_pre_attn_scalar == query_size:
+        fields["query_pre_attn_scalar"] = None
+    return fields

@@ -57,7 +57,7 @@ class TopKRouter(nn.Module):
         self.explores = True
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         self.register_buffer("expert_load", torch.full((config.num_experts,), 1 / config.num_experts))
-        biased = config.router_bias_update_rate > 0
+        biased = config.has_router_bias
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts) if biased else None)
         self.register_buffer("group_load", self._even_groups() if config.router_comm_aux_loss_coef > 0 else None)
         self._counts: Tensor | None = None
@@ -86,7 +86,10 @@ class TopKRouter(nn.Module):
         return self
 
     def forward(self, hidden: Tensor, tokens: RoutedTokens) -> RouterScores:
-        logits = F.linear(hidden, self.weight).float()
+        if self.config.router_in_fp32:
+            logits = F.linear(hidden.float(), self.weight.float())
+        else:
+            logits = F.linear(hidden, self.weight).float()
         return RouterScores(logits, self.scoring.scores(logits))
 
     @torch.no_grad()
