@@ -59,7 +59,9 @@ class PolicyConfig(PreTrainedConfig):
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
-        n_shared_experts: experts of `moe_intermediate_size` that compute every token.
+        n_shared_experts: experts that compute every token, each of `moe_intermediate_size` unless
+            `shared_expert_intermediate_size` is given, which is the size of all together.
+        shared_expert_gate: the shared experts' output is multiplied by the sigmoid of a number that each token has.
         router_type: "topk", "noisy_topk", "hash", "base", "sinkhorn", "expert_choice" or "reinforce"; see `routers`.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus" of the router's logits.
         topk_method: "greedy"; "group_limited_greedy" or "noaux_tc" take experts of each token's best groups alone,
@@ -141,6 +143,8 @@ class PolicyConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     n_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
     router_type: str = "topk"
     scoring_func: str = "softmax"
     topk_method: str = "greedy"
@@ -211,6 +215,12 @@ class PolicyConfig(PreTrainedConfig):
         return self.router_bias or self.router_bias_update_rate > 0
 
     @property
+    def shared_expert_size(self) -> int:
+        """Width of all shared experts together; 0 without."""
+        size = self.shared_expert_intermediate_size
+        return self.n_shared_experts * (self.moe_intermediate_size or 0) if size is None else size
+
+    @property
     def drops_choices(self) -> bool:
         """Whether a chosen expert may not compute a token, see `routers.coded`."""
         return self.capacity_factor is not None or self.router_type == "expert_choice"
@@ -251,4 +261,11 @@ def _check_experts(config: PolicyConfig) -> None:
         )
     shared = config.n_shared_experts
     _require(shared >= 0, f"n_shared_experts is {shared}, and must not be negative; use 0 to turn it off")
+    own = config.shared_expert_intermediate_size
+    _require(
+        (own is None and not config.shared_expert_gate) or shared > 0,
+        "shared_expert_intermediate_size or shared_expert_gate is given, but n_shared_experts is 0; use 1, or leave "
+        "them out",
+    )
+    _require(own is None or own >= 1, f"shared_expert_intermediate_size is {own}, and must be at least 1")
     check_router(config)

@@ -154,7 +154,7 @@ def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -
 
 
 class SparseFeedForward(nn.Module):
-    """Routed experts, and shared experts that compute every token.
+    """Routed experts, and shared experts that compute every token; they have the names of Qwen3-Next where gated.
 
     References: Shazeer et al. (2017), arXiv:1701.06538; fine-grained and shared experts: Dai et al. (2024),
     arXiv:2401.06066.
@@ -166,10 +166,11 @@ class SparseFeedForward(nn.Module):
         self.moe_index = moe_index
         self.gate: Router = make_router(config)
         self.experts = Experts(config)
-        shared = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = (
-            FeedForward(config.hidden_size, shared, activation=config.hidden_act) if shared else None
-        )
+        size, hidden = config.shared_expert_size, config.hidden_size
+        self._shared_name = "shared_expert" if config.shared_expert_gate else "shared_experts"
+        shared = FeedForward(hidden, size, activation=config.hidden_act) if size else None
+        self.add_module(self._shared_name, shared)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, hidden_states: Tensor, routing: RoutingRecord | None = None) -> Tensor:
         """Return the experts' outputs of hidden states [..., H], in their shape.
@@ -185,8 +186,11 @@ class SparseFeedForward(nn.Module):
         else:
             choices = routing.choose(self.moe_index, self.gate, scores)
         output = self.experts(hidden, choices, self.gate.gates(scores, choices))
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden)
+        shared = getattr(self, self._shared_name)
+        if self.shared_expert_gate is not None:
+            output = output + self.shared_expert_gate(hidden).sigmoid() * shared(hidden)
+        elif shared is not None:
+            output = output + shared(hidden)
         return output.view_as(hidden_states)
 
 

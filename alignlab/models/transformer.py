@@ -48,7 +48,8 @@ _SINGLE = torch.float32
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention or a recurrent layer, then feed-forward, each added to the residual stream; norms where the config says."""
+    """Attention or a recurrent layer, then feed-forward, each added to the residual stream, with norms by the config.
+    """
 
     def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    KimiLinearConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
@@ -49,6 +52,21 @@ LATENT: dict[str, Any] = {
     **SIZES, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 12, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_routed_experts": 8,
     "first_k_dense_replace": 1,
+}  # fmt: skip
+HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+LINEAR: dict[str, Any] = {
+    **SIZES, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4, "layer_types": HYBRID_LAYERS,
+}
+PARTIAL_ROPE = {
+    "rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+KIMI: dict[str, Any] = {
+    **SIZES, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 12, "moe_intermediate_size": 16, "linear_num_heads": 4, "linear_head_dim": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": HYBRID_LAYERS,
+    "max_position_embeddings": 4096,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
 HUB: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -91,6 +109,17 @@ HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "deepseek-v2-greedy": lambda: DeepseekV2Config(**LATENT, q_lora_rank=16, rms_norm_eps=1e-2),
     "phi3": lambda: Phi3Config(**SIZES),
+    "qwen3-next": lambda: Qwen3NextConfig(**LINEAR, **EXPERTS, shared_expert_intermediate_size=24),
+    "qwen3-next-mixed": lambda: Qwen3NextConfig(
+        **LINEAR, **EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[1],
+        attention_bias=True,
+    ),
+    "qwen3.5": lambda: Qwen3_5TextConfig(**LINEAR, rope_parameters=PARTIAL_ROPE),
+    "qwen3.5-tied": lambda: Qwen3_5TextConfig(**LINEAR, tie_word_embeddings=True),
+    "kimi-linear": lambda: KimiLinearConfig(**KIMI, n_group=1, topk_group=1),
+    "kimi-linear-groups": lambda: KimiLinearConfig(
+        **KIMI, n_group=4, topk_group=2, rms_norm_eps=1e-3, n_shared_experts=2, moe_renormalize=False
+    ),
     "phi3-window-partial-rotation": lambda: Phi3Config(
         **SIZES, sliding_window=5, rope_parameters={
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,

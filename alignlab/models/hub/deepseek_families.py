@@ -8,8 +8,8 @@ from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.family_fields import Fields, require_value
 
-_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_LATENT_EPS = 1e-6
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+LATENT_EPS = 1e-6
 """Epsilon of the norms of latents in both families, whatever `rms_norm_eps` is."""
 
 
@@ -87,12 +87,12 @@ def _read(hub: Any) -> Fields:
             f"n_shared_experts is {hub.n_shared_experts}, and {hub.model_type} is computed here with shared experts"
         )
     fields = {
-        **{name: getattr(hub, name) for name in _LATENT},
+        **{name: getattr(hub, name) for name in LATENT},
         "head_dim": hub.qk_rope_head_dim,
         "attention_bias": hub.attention_bias,
         "layer_types": ["latent_attention"] * hub.num_hidden_layers,
         "mlp_layer_types": ["dense"] * num_dense + ["sparse"] * num_sparse,
-        "latent_norm_eps": None if hub.rms_norm_eps == _LATENT_EPS else _LATENT_EPS,
+        "latent_norm_eps": None if hub.rms_norm_eps == LATENT_EPS else LATENT_EPS,
     }
     return fields | (_read_experts(hub) if num_sparse else {})
 
@@ -110,7 +110,7 @@ def _read_experts(hub: Any) -> Fields:
 
 def _write(config: PolicyConfig) -> Fields:
     layers = config.mlp_layer_types or []
-    sizes: Fields = {name: getattr(config, name) for name in _LATENT}
+    sizes: Fields = {name: getattr(config, name) for name in LATENT}
     fields: Fields = {
         "attention_bias": config.attention_bias,
         "num_key_value_heads": config.num_attention_heads,

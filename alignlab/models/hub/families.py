@@ -16,21 +16,25 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    KimiLinearConfig,
     LlamaConfig,
     MixtralConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub import deepseek_families as deepseek
 from alignlab.models.hub import dense_families as dense
-from alignlab.models.hub.family_fields import Fields, read_one_window, read_windows, whole_rotation
+from alignlab.models.hub import recurrent_families as recurrent
+from alignlab.models.hub.family_fields import Fields, balance_coef, read_one_window, read_windows, whole_rotation
 
 _SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -45,13 +49,16 @@ _SHAPE = (
     "attn_logit_softcapping", "final_logit_softcapping", "mlp_layer_types", "no_rope_layers", "attention_sinks",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
     "norm_type", "norm_position", "parallel_attn", "qk_norm_scope", "query_pre_attn_scalar", "embedding_multiplier",
-    "rope_local_base_freq", "latent_norm_eps", "fused_projections",
+    "rope_local_base_freq", "latent_norm_eps", "fused_projections", "linear_num_key_heads", "linear_num_value_heads",
+    "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
 )
 _DENSE_SHAPE = ("intermediate_size", "mlp_bias", "mlp_gated")
 _SPARSE_SHAPE = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
     "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor", "router_in_fp32",
+    "shared_expert_gate", "shared_expert_size",
 )
+_WITHOUT_ROTATION = ("gated_deltanet", "fused_gated_deltanet", "kimi_delta_attention")
 _GROUP_SHAPE = ("n_group", "topk_group")
 
 
@@ -100,11 +107,6 @@ def _write_qwen3(config: PolicyConfig) -> Fields:
     return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, **_write_windows(config)}
 
 
-def _balance_coef(hub: Any) -> float:
-    """Return the weight of the balance loss, which a Hub model trains with only if it outputs its router logits."""
-    return hub.router_aux_loss_coef if hub.output_router_logits else 0.0
-
-
 def _read_mixtral(hub: Any) -> Fields:
     if hub.router_jitter_noise:
         raise ConfigError(f"router_jitter_noise is {hub.router_jitter_noise}, and must be 0; routing is replayed")
@@ -112,7 +114,7 @@ def _read_mixtral(hub: Any) -> Fields:
         "num_experts": hub.num_local_experts,
         "num_experts_per_tok": hub.num_experts_per_tok,
         "moe_intermediate_size": hub.intermediate_size,
-        "router_aux_loss_coef": _balance_coef(hub),
+        "router_aux_loss_coef": balance_coef(hub),
         **read_one_window(hub),
     }
 
@@ -140,7 +142,7 @@ def _read_qwen3_moe(hub: Any) -> Fields:
         "num_experts_per_tok": hub.num_experts_per_tok,
         "moe_intermediate_size": hub.moe_intermediate_size,
         "norm_topk_prob": hub.norm_topk_prob,
-        "router_aux_loss_coef": _balance_coef(hub),
+        "router_aux_loss_coef": balance_coef(hub),
         **read_one_window(hub),
     }
 
@@ -173,6 +175,9 @@ FAMILIES = {
     "phi3": Family(Phi3Config, dense.read_phi3, dense.write_phi3),
     "deepseek_v3": Family(DeepseekV3Config, deepseek.read_deepseek_v3, deepseek.write_deepseek_v3),
     "deepseek_v2": Family(DeepseekV2Config, deepseek.read_deepseek_v2, deepseek.write_deepseek_v2),
+    "qwen3_next": Family(Qwen3NextConfig, recurrent.read_qwen3_next, recurrent.write_qwen3_next),
+    "qwen3_5_text": Family(Qwen3_5TextConfig, recurrent.read_qwen3_5, recurrent.write_qwen3_5),
+    "kimi_linear": Family(KimiLinearConfig, recurrent.read_kimi_linear, recurrent.write_kimi_linear),
 }
 
 
@@ -232,6 +237,8 @@ def _shape(config: PolicyConfig) -> Fields:
     fields = {name: getattr(config, name) for name in names}
     biased = "sparse" in kinds and config.has_router_bias
     shared_bias = config.n_shared_experts > 0 and config.mlp_bias
+    if all(kind in _WITHOUT_ROTATION or not config.rotates(i) for i, kind in enumerate(config.layer_types or ())):
+        fields |= {"rope_parameters": None, "no_rope_layers": None}
     return {**fields, **_meant(config), "router_bias": biased, "shared_bias": shared_bias}
 
 

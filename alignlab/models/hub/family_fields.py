@@ -36,6 +36,11 @@ def whole_rotation(hub: Any, rope: Fields) -> Fields:
     return dict(rope)
 
 
+def balance_coef(hub: Any) -> float:
+    """Return the weight of the balance loss, which a Hub model trains with only if it outputs its router logits."""
+    return hub.router_aux_loss_coef if hub.output_router_logits else 0.0
+
+
 def read_windows(hub: Any) -> Fields:
     """Return the kinds of layers that a Hub config lists, and their window, where a layer has one."""
     return {
