@@ -1,19 +1,36 @@
-"""The attention of our models that vLLM can compute: its own kernels take the place of the attention function there."""
+"""What of our models vLLM can compute: its own kernels take the place of the attention function there."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from alignlab.models.config import PolicyConfig
 from alignlab.models.config_rules import require
+from alignlab.models.hub.families import write_hub_config
 
 SERVED_KINDS = ("full_attention", "sliding_attention")
 """Kinds that vLLM knows by name, and caches keys and values for; rotation is computed by our layers there too."""
+SERVED_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "norm_type": ("rmsnorm",),  # vLLM would put its own in the place of another, without the 1 + weight
+    "norm_position": ("pre",),
+    "parallel_attn": (False,),
+    "hidden_act": ("silu",),
+    "mlp_gated": (True,),
+    "fused_projections": (False,),
+    "qk_norm_scope": ("head",),
+    "query_pre_attn_scalar": (None,),
+    "embedding_multiplier": (None,),
+    "rope_local_base_freq": (None,),
+}
+"""Values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
 
 
 def check_served(config: PolicyConfig) -> None:
-    """Raise if vLLM cannot compute a config's attention.
+    """Raise if vLLM cannot compute a config's attention or blocks.
 
     Raises:
-        ConfigError: a kind of layer is not known to vLLM.
+        ConfigError: a kind of layer is not known to vLLM; or no Hub family has the model's blocks, and our own layers
+            cannot compute them there.
     """
     others = sorted(set(config.layer_types or ()) - set(SERVED_KINDS))
     require(
@@ -21,3 +38,10 @@ def check_served(config: PolicyConfig) -> None:
         f"layer_types holds {', '.join(others)}, and vLLM serves {' and '.join(SERVED_KINDS)} of our models; "
         "use rollout.engine: embedded",
     )
+    unserved = [name for name, served in SERVED_BLOCKS.items() if getattr(config, name) not in served]
+    for name in unserved if unserved and write_hub_config(config) is None else ():
+        require(
+            False,
+            f"{name} is {getattr(config, name)}, which vLLM serves of models of a Hub family alone, and this model is "
+            f"of none; use {name}: {SERVED_BLOCKS[name][0]}, or rollout.engine: embedded",
+        )
