@@ -10,19 +10,19 @@ from alignlab.models.hub.families import write_hub_config
 
 SERVED_KINDS = ("full_attention", "sliding_attention")
 """Kinds that vLLM knows by name, and caches keys and values for; rotation is computed by our layers there too."""
-SERVED_BLOCKS: dict[str, tuple[Any, ...]] = {
-    "norm_type": ("rmsnorm",),  # vLLM would put its own in the place of another, without the 1 + weight
-    "norm_position": ("pre",),
-    "parallel_attn": (False,),
-    "hidden_act": ("silu",),
-    "mlp_gated": (True,),
-    "fused_projections": (False,),
-    "qk_norm_scope": ("head",),
-    "query_pre_attn_scalar": (None,),
-    "embedding_multiplier": (None,),
-    "rope_local_base_freq": (None,),
+SERVED_BLOCKS: dict[str, Any] = {
+    "norm_type": "rmsnorm",  # vLLM puts its own in the place of another, without the 1 + weight
+    "norm_position": "pre",
+    "parallel_attn": False,
+    "hidden_act": "silu",
+    "mlp_gated": True,
+    "fused_projections": False,
+    "qk_norm_scope": "head",
+    "query_pre_attn_scalar": None,
+    "embedding_multiplier": None,
+    "rope_local_base_freq": None,
 }
-"""Values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
+"""The values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
 
 
 def check_served(config: PolicyConfig) -> None:
@@ -38,10 +38,10 @@ def check_served(config: PolicyConfig) -> None:
         f"layer_types holds {', '.join(others)}, and vLLM serves {' and '.join(SERVED_KINDS)} of our models; "
         "use rollout.engine: embedded",
     )
-    unserved = [name for name, served in SERVED_BLOCKS.items() if getattr(config, name) not in served]
-    for name in unserved if unserved and write_hub_config(config) is None else ():
-        require(
-            False,
-            f"{name} is {getattr(config, name)}, which vLLM serves of models of a Hub family alone, and this model is "
-            f"of none; use {name}: {SERVED_BLOCKS[name][0]}, or rollout.engine: embedded",
-        )
+    unserved = [name for name, served in SERVED_BLOCKS.items() if getattr(config, name) != served]
+    require(
+        not unserved or write_hub_config(config) is not None,
+        f"{', '.join(f'{name} is {getattr(config, name)}' for name in unserved)}, which vLLM serves of models of a Hub "
+        "family alone, and this model is of none; use rollout.engine: embedded, or "
+        f"{', '.join(f'{name}: {SERVED_BLOCKS[name]}' for name in unserved)}",
+    )
