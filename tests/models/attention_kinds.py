@@ -1,4 +1,4 @@
-"""Tiny configs with layers of each kind of attention, and what a sequence is alone."""
+"""Tiny configs with layers of each kind of attention, and of each block."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.transformer import PolicyForCausalLM
+from tests.models.block_kinds import BLOCKS
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -52,6 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {
         ], **LATENT, "q_lora_rank": 16, **KIMI, "attention_sinks": True, "no_rope_layers": [1, 1, 0, 1, 1, 1, 1, 1],
         "rope_parameters": PARTIAL, **WINDOWS,
     },
+    **BLOCKS,
 }  # fmt: skip
 
 

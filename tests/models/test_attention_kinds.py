@@ -196,15 +196,20 @@ def test_all_linear_adapts_every_projection_of_every_kind() -> None:
     assert {name.split("self_attn.")[1] for name in names if name.startswith("7.self_attn")} == in_kimi
 
 
+HUB_FAMILIES = {"latent": "deepseek_v3", "latent-plain-query": "deepseek_v3", "norms-of-outputs": "olmo2"}
+"""Of the kinds that a family of the Hub has; all their layers are dense."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_is_read_back_and_no_hub_family_is_claimed(kind: str, tmp_path: Any) -> None:
+def test_a_config_is_read_back_and_stands_for_its_hub_family_alone(kind: str, tmp_path: Any) -> None:
     policy = make_model(kind)
     policy.save_pretrained(tmp_path)
     again = PolicyForCausalLM.from_pretrained(tmp_path).eval()
     assert again.config.layer_types == policy.config.layer_types
     tokens = torch.randint(0, 50, (1, 9))
     assert torch.equal(again(tokens).logits, policy(tokens).logits)
-    assert write_hub_config(policy.config) is None
+    hub = write_hub_config(policy.config)
+    assert (None if hub is None else hub.model_type) == HUB_FAMILIES.get(kind)
 
 
 def test_the_readme_has_the_figures_that_the_layers_declare() -> None:

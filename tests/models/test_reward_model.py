@@ -55,7 +55,13 @@ SHAPES = {
     "qwen3": (DENSE | {"use_qk_norm": True}, "Qwen3ForSequenceClassification"),
     "qwen3-moe": (SPARSE, "Qwen3MoeForSequenceClassification"),
     "no-family": (SPARSE | {"n_shared_experts": 1}, "PolicyForSequenceClassification"),
-}
+    "gemma3": (DENSE | {
+        "norm_type": "zero_centered_rmsnorm", "norm_position": "sandwich", "embedding_multiplier": 32**0.5,
+        "use_qk_norm": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_local_base_freq": 100.0, "tie_word_embeddings": True,
+    }, "Gemma3TextForSequenceClassification"),
+    "phi3": (DENSE | {"fused_projections": True}, "Phi3ForSequenceClassification"),
+}  # fmt: skip
 TINY = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20,
 }
@@ -118,7 +124,7 @@ def test_transformers_computes_the_same_from_the_saved_folder(
     torch.testing.assert_close(ours(load_reward_model(str(tmp_path))), found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3-moe", "phi3"])
 def test_peft_computes_the_same_from_a_saved_adapter(shape: str, tokenizer: Any, tmp_path: Path) -> None:
     save_model(new(SHAPES[shape][0], tokenizer), tmp_path / "base")
     base = load_model(str(tmp_path / "base"), dtype=torch.float32)

@@ -223,7 +223,7 @@ def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfi
     try:
         hub = FAMILIES[name].config_class(**fields)
         translated_back = read_hub_config(hub)
-    except (StrictDataclassError, ConfigError):
+    except (StrictDataclassError, ConfigError, KeyError):  # the last: of options of a rotation
         return None
     return hub if translated_back is not None and _shape(translated_back) == _shape(config) else None
 

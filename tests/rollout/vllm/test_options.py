@@ -60,6 +60,36 @@ def test_attention_that_vllm_cannot_compute_is_refused(kind: Any, changes: dict[
         engine_options(kind(), make_model(DENSE | changes), adapter_rank=0, on_cpu=True)
 
 
+GEMMA2: dict[str, Any] = {
+    "norm_type": "zero_centered_rmsnorm", "norm_position": "sandwich", "embedding_multiplier": 8.0,
+    "hidden_act": "gelu_pytorch_tanh",
+}  # of hidden size 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel_attn": True}, "parallel_attn is True, which .* embedded, or parallel_attn: False"),
+        ({**GEMMA2, "embedding_multiplier": 7.0}, "norm_type is zero_centered_rmsnorm, .* or norm_type: rmsnorm, norm_"),
+        (
+            {"hidden_act": "relu", "mlp_gated": False},
+            "hidden_act is relu, mlp_gated is False, which .* embedded, or hidden_act: silu, mlp_gated: True",
+        ),
+        ({"norm_position": "sandwich"}, "norm_position is sandwich, which .* embedded, or norm_position: pre"),
+        ({"query_pre_attn_scalar": 3}, "query_pre_attn_scalar is 3, which .* embedded, or query_pre_attn_scalar: None"),
+    ],
+    ids=["parallel", "norm", "feed-forward", "places", "scale"],
+)
+def test_blocks_that_vllm_cannot_compute_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine_options(VLLMSettings(), make_model(DENSE | changes), adapter_rank=0, on_cpu=True)
+
+
+@pytest.mark.parametrize("changes", [GEMMA2, {"fused_projections": True}, {"hidden_act": "gelu"}])
+def test_blocks_of_a_family_are_left_to_vllm_s_class_of_it(changes: dict[str, Any]) -> None:
+    assert engine_options(VLLMSettings(), make_model(DENSE | changes), adapter_rank=0, on_cpu=True)
+
+
 def test_an_adapter_is_merged_where_several_workers_would_hold_parts_of_it() -> None:
     policy = add_lora(make_model(DENSE), LoraSettings(rank=4))
     assert sync_adapter_only(VLLMSettings(), policy, on_cpu=False)
