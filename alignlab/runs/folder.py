@@ -218,7 +218,7 @@ class RunFolder(RunPaths):
         """Remove the temporary files of a killed start, and restore a result that it was about to replace."""
         for result in (self.adapter, self.model):
             recover_folder(result)
-        for folder in (self.path, self.checkpoints, self.rollouts):
+        for folder in (self.path, self.checkpoints, self.rollouts, self.models):
             for kind in (TEMPORARY, REPLACED, REMOVED):
                 for path in folder.glob(f".*.{kind}"):
                     remove(path)

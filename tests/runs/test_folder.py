@@ -386,7 +386,8 @@ def test_a_stage_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_start_are_removed_on_resume(tmp_path: Path) -> None:
     RunFolder(tmp_path, resume=False).close()
-    for name in (".model.tmp", "checkpoints/.step-00000004.tmp", "checkpoints/.step-00000002.removed"):
+    folders = (".model.tmp", "checkpoints/.step-00000004.tmp", "checkpoints/.step-00000002.removed")
+    for name in (*folders, "models/.step-00000002.removed"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "half").write_text("x")
     (tmp_path / "rollouts").mkdir()

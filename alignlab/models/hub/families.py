@@ -58,7 +58,7 @@ _SPARSE_SHAPE = (
     "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor", "router_in_fp32",
     "shared_expert_gate", "shared_expert_size",
 )
-_WITHOUT_ROTATION = ("gated_deltanet", "fused_gated_deltanet", "kimi_delta_attention")
+_RECURRENT = ("gated_deltanet", "fused_gated_deltanet", "kimi_delta_attention")
 _GROUP_SHAPE = ("n_group", "topk_group")
 
 
@@ -237,14 +237,15 @@ def _shape(config: PolicyConfig) -> Fields:
     fields = {name: getattr(config, name) for name in names}
     biased = "sparse" in kinds and config.has_router_bias
     shared_bias = config.n_shared_experts > 0 and config.mlp_bias
-    if all(kind in _WITHOUT_ROTATION or not config.rotates(i) for i, kind in enumerate(config.layer_types or ())):
+    if all(kind in _RECURRENT or not config.rotates(i) for i, kind in enumerate(config.layer_types or ())):
         fields |= {"rope_parameters": None, "no_rope_layers": None}
     return {**fields, **_meant(config), "router_bias": biased, "shared_bias": shared_bias}
 
 
 def _meant(config: PolicyConfig) -> Fields:
     """Return what fields mean whose None, or any value, means the same as another value."""
-    is_latent = [kind == "latent_attention" for kind in config.layer_types or ()]
+    attention = [kind for kind in config.layer_types or () if kind not in _RECURRENT]
+    is_latent = [kind == "latent_attention" for kind in attention]
     fields: Fields = {}
     query_size = config.head_dim
     if any(is_latent):
