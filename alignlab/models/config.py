@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from alignlab.models.config_rules import require as _require
-from alignlab.models.router_rules import check_router
+from alignlab.models.router_rules import check_no_router, check_router
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -242,6 +242,7 @@ def _check_experts(config: PolicyConfig) -> None:
     if not config.sparse_layers:
         _require(count == 0, f"num_experts is {count}, but no layer is sparse; make one sparse or leave it out")
         _require(not config.n_shared_experts, "n_shared_experts is given, but no layer is sparse; leave it out")
+        check_no_router(config)
         return
     _require(count >= 1, f"num_experts is {count}, and must be at least 1 where a layer is sparse; use 8")
     _require(

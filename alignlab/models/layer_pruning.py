@@ -20,6 +20,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.attention_rules import drop_unread_fields
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.families import FAMILIES
+from alignlab.models.router_rules import OF_SPARSE_LAYERS
 from alignlab.models.weight_view import view_of, whole_tensors
 
 _NUMBERS_OF_LAYERS = ("mlp_only_layers",)
@@ -133,6 +134,8 @@ def _keep_own_layers(config: PolicyConfig, layers: Sequence[int]) -> None:
     drop_unread_fields(config)
     if config.num_experts and not config.sparse_layers:
         config.num_experts = config.n_shared_experts = 0
+        for name in OF_SPARSE_LAYERS:
+            setattr(config, name, getattr(type(config), name))
         config.hub_config = None  # the student is of a dense family
     if config.hub_config is not None:
         fields = FAMILIES[config.hub_config["model_type"]].to_hub(config)

@@ -11,7 +11,7 @@ from torch import nn
 
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
-from alignlab.models.moe import Experts, SparseFeedForward
+from alignlab.models.moe import Experts
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.transformer import PolicyForCausalLM
 
@@ -77,5 +77,3 @@ def row(name: str, paper: str, sizes: ModelSizes) -> tuple[Any, ...]:
         f"{sizes.aspect_ratio:g}",
     )  # fmt: skip
 
-
-__all__ = ["COLUMNS", "ModelSizes", "SparseFeedForward", "model_sizes", "row"]

@@ -2,8 +2,8 @@
 
     preset_config("qwen3_next", vocab_size=512, hidden_size=128)
 
-The sizes of a preset follow from `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `intermediate_size`, which
-any preset may be given, as all other fields of `PolicyConfig`. They are small unless given.
+The sizes of a preset follow from `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `intermediate_size`,
+which any preset may be given, as all other fields of `PolicyConfig`. They are small unless given.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _kimi_linear(sizes: Fields) -> Fields:
     layers = pattern(("kimi_delta_attention",) * 3 + ("latent_attention",), count)
     experts = _experts(
         sizes, n_shared_experts=1, mlp_layer_types=["dense"] + ["sparse"] * (count - 1), scoring_func="sigmoid",
-        router_aux_loss_coef=0.0, router_bias_update_rate=0.001, topk_method="noaux_tc", n_group=1, topk_group=1, router_in_fp32=True,
+        router_aux_loss_coef=0.0, router_bias_update_rate=0.001, topk_method="noaux_tc", n_group=1, topk_group=1,
+        router_in_fp32=True,
     )
     fields = _latent(sizes) | _recurrent(sizes, "kimi_delta_attention", values=1) | experts
     return fields | {"q_lora_rank": None, "layer_types": layers, "no_rope_layers": [0] * count}
@@ -172,7 +173,8 @@ def _deepseek_v3(sizes: Fields) -> Fields:
     experts = _experts(
         sizes, n_shared_experts=1, mlp_layer_types=["dense"] + ["sparse"] * (sizes["num_hidden_layers"] - 1),
         scoring_func="sigmoid", topk_method="noaux_tc", n_group=4, topk_group=2, router_aux_loss_coef=0.0,
-        router_bias_update_rate=0.001, router_seq_aux_loss_coef=1e-4, routed_scaling_factor=2.5, router_in_fp32=True,
+        router_bias_update_rate=0.001, router_seq_aux_loss_coef=1e-4, routed_scaling_factor=2.5,
+        router_in_fp32=True,
     )
     return experts | _latent(sizes)
 
@@ -207,7 +209,7 @@ PRESETS: dict[str, Preset] = {
         "Kimi Delta Attention in all layers", "2510.26692",
         lambda sizes: _recurrent(sizes, "kimi_delta_attention", values=1),
     ),
-    "qwen3_next": Preset("3 Gated DeltaNet to 1 gated attention, experts, a gated shared one", "2505.09388", _qwen3_next),
+    "qwen3_next": Preset("3 Gated DeltaNet to 1 gated attention, a gated shared expert", "2412.06464", _qwen3_next),
     "kimi_linear": Preset("3 Kimi Delta Attention to 1 latent attention, experts", "2510.26692", _kimi_linear),
     "deepseek_v3": Preset("latent attention, experts in groups, balanced without a loss", "2412.19437", _deepseek_v3),
     "moe": Preset("experts, softmax top-k with Switch's balance loss", "2101.03961", _experts),

@@ -21,6 +21,24 @@ _BALANCE = (
 )
 
 
+OF_SPARSE_LAYERS = (
+    "router_type", "topk_method", "n_group", "topk_group", "capacity_factor", "shared_expert_intermediate_size",
+    "shared_expert_gate", *_NOT_NEGATIVE,
+)  # fmt: skip
+"""Fields that only sparse layers read."""
+
+
+def check_no_router(config: Any) -> None:
+    """Raise if a `PolicyConfig` without sparse layers has fields that they alone read.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    for name in OF_SPARSE_LAYERS:
+        value, unset = getattr(config, name), getattr(type(config), name)
+        _require(value == unset, f"{name} is {value!r}, but no layer is sparse; make one sparse or leave it out")
+
+
 def check_router(config: Any) -> None:
     """Raise unless the router fields of a `PolicyConfig` with sparse layers go together.
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from alignlab.errors import AlignlabError, CheckpointError, ConfigError
+from alignlab.models.architectures import architecture_fields
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import packing_problem, sees_later_tokens
 from alignlab.models.empty import loads_weights, put_on
@@ -62,8 +62,6 @@ _UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
     StrictDataclassError,
 )  # fmt: skip
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-_SET_ELSEWHERE = ("hub_config", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @waits_for_hub
@@ -298,16 +296,18 @@ def new_model(
     """Make a model with random weights from torch's global generator.
 
     Args:
-        architecture: fields of `PolicyConfig`; the vocabulary and the special tokens are the tokenizer's.
+        architecture: fields of `PolicyConfig`, with those of the `preset` that it names, if any; the vocabulary and the
+            special tokens are the tokenizer's.
 
     Raises:
-        ConfigError: a field is unknown, the combination is impossible, or the model larger than the memory.
+        ConfigError: a field or the preset is unknown, the combination is impossible, or the model larger than the
+            memory.
     """
-    _check_names(architecture)
-    check_architecture(architecture, vocab_size, dtype.itemsize)
+    fields = architecture_fields(architecture)
+    check_architecture(fields, vocab_size, dtype.itemsize)
     tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
-        config = PolicyConfig(**architecture, vocab_size=vocab_size, **tokens)
+        config = PolicyConfig(**fields, vocab_size=vocab_size, **tokens)
     except StrictDataclassError as error:
         raise ConfigError(f"model.architecture: {error}") from error
     config.dtype = dtype
@@ -316,17 +316,6 @@ def new_model(
     for key, value in tokens.items():
         setattr(model.generation_config, key, value)
     return model.eval()
-
-
-def _check_names(architecture: dict[str, Any]) -> None:
-    fields = [name for name in PolicyConfig.__annotations__ if name not in _SET_ELSEWHERE]
-    for name in architecture:
-        if name in _SET_ELSEWHERE:
-            raise ConfigError(f"model.architecture.{name} is set, and comes from the tokenizer; leave it out")
-        if name not in fields and name not in _ROPE_KEYS:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(fields)}"
-            raise ConfigError(f"model.architecture.{name} is not a field of PolicyConfig{hint}")
 
 
 def save_model(

@@ -25,12 +25,12 @@ def read_deepseek_v2(hub: Any) -> Fields:
     fields = _read(hub)
     if hub.mlp_bias and "sparse" in fields["mlp_layer_types"]:
         raise ConfigError("mlp_bias is true, and shared experts are computed here without biases")
-    groups = {}
-    if hub.topk_method == "group_limited_greedy":
-        groups = {"n_group": hub.n_group, "topk_group": hub.topk_group}
-    return {
-        **fields, **groups, "mlp_bias": hub.mlp_bias, "topk_method": hub.topk_method, "norm_topk_prob": False,
-    }  # fmt: skip
+    fields["mlp_bias"] = hub.mlp_bias
+    if "sparse" in fields["mlp_layer_types"]:
+        fields |= {"topk_method": hub.topk_method, "norm_topk_prob": False}
+        if hub.topk_method == "group_limited_greedy":
+            fields |= {"n_group": hub.n_group, "topk_group": hub.topk_group}
+    return fields
 
 
 def write_deepseek_v2(config: PolicyConfig) -> Fields:
@@ -50,16 +50,17 @@ def read_deepseek_v3(hub: Any) -> Fields:
     """
     require_value(hub, "scoring_func", "sigmoid")
     require_value(hub, "topk_method", "noaux_tc")
-    return {
-        **_read(hub),
-        "rope_interleave": bool(hub.rope_interleave),
-        "router_bias": True,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "n_group": hub.n_group,
-        "topk_group": hub.topk_group,
-        "norm_topk_prob": bool(hub.norm_topk_prob),
-    }
+    fields = _read(hub) | {"rope_interleave": bool(hub.rope_interleave)}
+    if "sparse" in fields["mlp_layer_types"]:
+        fields |= {
+            "router_bias": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "n_group": hub.n_group,
+            "topk_group": hub.topk_group,
+            "norm_topk_prob": bool(hub.norm_topk_prob),
+        }
+    return fields
 
 
 def write_deepseek_v3(config: PolicyConfig) -> Fields:
