@@ -22,6 +22,7 @@ from alignlab.loop.loss_weights import LossWeights, token_mean
 from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.pack_logprobs import with_logprobs
 from alignlab.loop.reference import Reference
+from alignlab.models.mtp import check_trains
 from alignlab.models.routers.uses import compare_logprobs
 from alignlab.types import Experience, Prompt, Rollout
 
@@ -61,9 +62,11 @@ class Algorithm(ABC):
         routing: experts that a mixture trains with: the rollout's, the trainer's before the update, or its routers'
             own choice ("none"); see `PolicyGradientConfig.routing_replay`.
         trains_routing_policy: whether losses are of tokens, from which a router can learn by REINFORCE.
+        trains_mtp: whether a layer for multi-token prediction is trained.
     """
 
     trains_routing_policy: ClassVar[bool] = False
+    trains_mtp: ClassVar[bool] = False
 
     routing: Literal["rollout", "trainer", "none"] = "rollout"
 
@@ -80,6 +83,7 @@ class Algorithm(ABC):
         compare_logprobs(
             learner.model, type(self).__name__, replays=self.routing != "none", per_token=self.trains_routing_policy
         )
+        check_trains(learner.model, type(self).__name__, trains_mtp=self.trains_mtp)
         self.ranks, self.rewards = learner.ranks, inputs.rewards
         self.prompts = inputs.prompts if prompts is None else prompts
 

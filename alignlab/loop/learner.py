@@ -308,10 +308,12 @@ class Learner:
                 losses, metrics = loss(output, pack)
                 total = (losses * weights(pack, totals)).sum()
                 sums["loss"] += total.detach()
-                if output.router_loss is not None:
-                    router_loss = (output.router_loss * token_mean(pack, totals)).sum()
-                    sums["router_loss"] += router_loss.detach()
-                    total = total + router_loss
+                for name in ("router_loss", "mtp_loss"):
+                    of_tokens = getattr(output, name, None)
+                    if of_tokens is not None:
+                        added = (of_tokens * token_mean(pack, totals)).sum()
+                        sums[name] += added.detach()
+                        total = total + added
                 if isinstance(output, PolicyOutput) and output.routing_policy is not None:
                     policy_loss = policy_losses(output.routing_policy, losses, self.module.model)
                     total = total + (policy_loss * weights(pack, totals)).sum()

@@ -23,6 +23,7 @@ from alignlab.loop.given_data import GivenData
 from alignlab.loop.learner import Learner
 from alignlab.loop.loss_weights import LossWeights, token_mean
 from alignlab.models.decoder import num_embeddings, num_positions
+from alignlab.models.mtp import check_trains
 from alignlab.models.policy import Policy
 from alignlab.models.routers.uses import compare_logprobs, let_explore
 from alignlab.types import Experience
@@ -52,12 +53,15 @@ class OfflineAlgorithm(ABC, Generic[Item]):
     Attributes:
         compares_logprobs: whether log-probs or rewards of several passes are compared, so that a mixture has to choose
             the same experts in each.
+        trains_mtp: whether a layer for multi-token prediction is trained.
     """
 
     compares_logprobs: ClassVar[bool] = True
+    trains_mtp: ClassVar[bool] = False
 
     def __init__(self, config: Any, inputs: OfflineInputs, learner: Learner | None = None) -> None:
         self.config, self.tokenizer = config, inputs.tokenizer
+        check_trains(inputs.model, type(self).__name__, trains_mtp=self.trains_mtp)
         if self.compares_logprobs:
             compare_logprobs(inputs.model, type(self).__name__, replays=False, per_token=False)
         else:

@@ -44,6 +44,9 @@ class PolicyConfig(PreTrainedConfig):
         fused_projections: queries, keys and values are one matrix, and a feed-forward's gate and up another, as in
             Phi-3.
         embedding_multiplier: of the embeddings, rounded to their dtype; None is 1.
+        num_mtp_layers: 1 has a layer that predicts the token after the next, see `mtp`; 0 has none.
+        mtp_loss_coef: weight of its loss.
+        mtp_detach: its loss trains that layer alone, and not the trunk, the embeddings and the head.
         layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
         sliding_window: tokens that a sliding layer sees, itself included.
         attention_sinks: a learned logit of each head in the softmax, which takes a share and adds nothing.
@@ -120,6 +123,9 @@ class PolicyConfig(PreTrainedConfig):
     fused_projections: bool = False
     embedding_multiplier: float | int | None = None
     rope_local_base_freq: float | int | None = None
+    num_mtp_layers: int = 0
+    mtp_loss_coef: float | int = 0.1
+    mtp_detach: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     no_rope_layers: list[int] | None = None

@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from alignlab.errors import ConfigError
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.mtp import mtp_losses
 from alignlab.models.routers.protocol import RoutingPolicy
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.shards import shard_root
@@ -34,6 +36,7 @@ class PolicyOutput(NamedTuple):
             without replay.
         routing_policy: [N, L] each, of the experts from which the token was predicted; None without routers that are
             learnt by REINFORCE, or in evaluation.
+        mtp_loss: [N] float32, weighted loss of multi-token prediction; None without it, and where nothing trains.
     """
 
     logprobs: Tensor
@@ -42,6 +45,7 @@ class PolicyOutput(NamedTuple):
     routing: Tensor | None = None
     routing_disagreement: Tensor | None = None
     routing_policy: RoutingPolicy | None = None
+    mtp_loss: Tensor | None = None
 
 
 class PackedModel(nn.Module):
@@ -153,14 +157,21 @@ class Policy(PackedModel):
         Raises:
             DataError, ConfigError: see `PackedModel.predicting_states`.
         """
-        hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
+        predecessors = masked_tokens(mask, segments.predecessors).predecessors
+        states, record = self.states(tokens, segments, counted=mask, routing=routing)
         weight, bias, softcap = output_head(self.model)
         logprobs, entropy = chunked_logprobs(
-            hidden, weight[: self.num_ids], tokens[masked_tokens(mask, segments.predecessors).indices],
+            states[predecessors], weight[: self.num_ids], tokens[masked_tokens(mask, segments.predecessors).indices],
             bias=None if bias is None else bias[: self.num_ids], temperature=temperature, softcap=softcap,
             chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
         )
-        return policy_output(logprobs, entropy, segments, mask, record)
+        output = policy_output(logprobs, entropy, segments, mask, record)
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        ahead = mtp_losses(
+            self.model, states, tokens, segments, mask, chunk_tokens=self.chunk_tokens, num_ids=self.num_ids
+        )
+        return output if ahead is None else output._replace(mtp_loss=at_masked(ahead, segments, mask))
 
 
 def at_masked(values: Tensor, segments: Segments, mask: Tensor) -> Tensor:

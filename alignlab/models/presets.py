@@ -209,6 +209,10 @@ PRESETS: dict[str, Preset] = {
         "Kimi Delta Attention in all layers", "2510.26692",
         lambda sizes: _recurrent(sizes, "kimi_delta_attention", values=1),
     ),
+    "mtp": Preset(
+        "a layer that predicts the token after the next", "2412.19437",
+        lambda sizes: _grouped(sizes) | {"num_mtp_layers": 1},
+    ),
     "qwen3_next": Preset("3 Gated DeltaNet to 1 gated attention, a gated shared expert", "2412.06464", _qwen3_next),
     "kimi_linear": Preset("3 Kimi Delta Attention to 1 latent attention, experts", "2510.26692", _kimi_linear),
     "deepseek_v3": Preset("latent attention, experts in groups, balanced without a loss", "2412.19437", _deepseek_v3),

@@ -21,8 +21,9 @@ SERVED_BLOCKS: dict[str, Any] = {
     "query_pre_attn_scalar": None,
     "embedding_multiplier": None,
     "rope_local_base_freq": None,
+    "num_mtp_layers": 0,
 }
-"""The values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
+"""Values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
 
 
 def check_served(config: PolicyConfig) -> None:

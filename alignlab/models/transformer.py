@@ -24,19 +24,19 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention_kinds import ATTENTION_KINDS, make_attention
+from alignlab.models.attention_kinds import ATTENTION_KINDS
 from alignlab.models.attention_layer import AttentionLayer
-from alignlab.models.blocks import NORM_PLACES, PARALLEL
 from alignlab.models.config import PolicyConfig
-from alignlab.models.layers import ZeroCenteredRMSNorm, make_feed_forward, make_norm
+from alignlab.models.decoder_layer import DecoderLayer
+from alignlab.models.layers import ZeroCenteredRMSNorm, make_norm
 from alignlab.models.mixing_layer import MixingLayer
-from alignlab.models.moe import Experts, SparseFeedForward
+from alignlab.models.moe import Experts
+from alignlab.models.mtp import MultiTokenPrediction
 from alignlab.models.recurrent.convolution import ShortConvolution
 from alignlab.models.rope import RotaryEmbedding, Rotation
 from alignlab.models.routers.topk import TopKRouter
@@ -45,54 +45,6 @@ from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
 
 _SINGLE = torch.float32
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    """Attention or a recurrent layer, then feed-forward, each added to the residual stream, with norms by the config.
-    """
-
-    def __init__(self, config: PolicyConfig, layer_idx: int) -> None:
-        super().__init__()
-        assert config.mlp_layer_types is not None
-        mixing = make_attention(config, layer_idx)
-        self._mixing_name = mixing.name_in_layer
-        self.add_module(mixing.name_in_layer, mixing)
-        self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        self.mlp: nn.Module
-        if self.sparse:
-            self.mlp = SparseFeedForward(config, config.sparse_layers.index(layer_idx))
-        else:
-            self.mlp = make_feed_forward(config)
-        self.is_parallel = config.parallel_attn
-        self.norms = PARALLEL if self.is_parallel else NORM_PLACES[config.norm_position]
-        for name in filter(None, self.norms):
-            self.add_module(name, make_norm(config, config.hidden_size))
-
-    def forward(
-        self, hidden_states: Tensor, *, rotations: dict[str, Rotation], routing: RoutingRecord | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Return hidden states [B,N,hidden size] after the layer.
-
-        Args:
-            rotations: by `MixingLayer.rotation_key`.
-        """
-        mixing: MixingLayer = getattr(self, self._mixing_name)
-        rotation = None if mixing.rotation_key is None else rotations[mixing.rotation_key]
-        normed = self._normed(self.norms.before_attention, hidden_states)
-        attended, _ = mixing(normed, position_embeddings=rotation, **kwargs)
-        if self.is_parallel:
-            return hidden_states + attended + self._fed_forward(normed, routing)
-        hidden_states = hidden_states + self._normed(self.norms.after_attention, attended)
-        fed = self._fed_forward(self._normed(self.norms.before_feed_forward, hidden_states), routing)
-        return hidden_states + self._normed(self.norms.after_feed_forward, fed)
-
-    def _normed(self, name: str | None, hidden_states: Tensor) -> Tensor:
-        """Return hidden states under the norm of a name; as they are where the layer has none in that place."""
-        return hidden_states if name is None else getattr(self, name)(hidden_states)
-
-    def _fed_forward(self, hidden_states: Tensor, routing: RoutingRecord | None) -> Tensor:
-        return self.mlp(hidden_states, routing) if self.sparse else self.mlp(hidden_states)
 
 
 class PolicyPreTrainedModel(PreTrainedModel):
@@ -167,7 +119,7 @@ class PolicyModel(PolicyPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        hidden_states = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embedded(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -176,7 +128,7 @@ class PolicyModel(PolicyPreTrainedModel):
         masks = self._masks(attention_mask, hidden_states, past_key_values, position_ids, kwargs.get("layout"))
         check_cached_pass(self.config, past_key_values)
         routing = self._begin_routing(routing, input_ids, kwargs.get("layout"))
-        rotations = {size: rotary(position_ids, hidden_states.dtype) for size, rotary in self.rotary_embs.items()}
+        rotations = self.rotations(position_ids, hidden_states.dtype)
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
                 hidden_states, attention_mask=masks[kind], rotations=rotations, position_ids=position_ids,
@@ -184,7 +136,11 @@ class PolicyModel(PolicyPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _embedded(self, input_ids: Tensor | None) -> Tensor:
+    def rotations(self, position_ids: Tensor, dtype: torch.dtype) -> dict[str, Rotation]:
+        """Return the rotations by positions [B,N] of all layers, by `MixingLayer.rotation_key`."""
+        return {key: rotary(position_ids, dtype) for key, rotary in self.rotary_embs.items()}
+
+    def embedded(self, input_ids: Tensor | None) -> Tensor:
         """Return the embeddings of tokens, times `config.embedding_multiplier` rounded to their dtype."""
         embedded: Tensor = self.embed_tokens(input_ids)
         multiplier = self.config.embedding_multiplier
@@ -247,6 +203,7 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
         self.model = PolicyModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MultiTokenPrediction(config) if config.num_mtp_layers else None
         self.post_init()
 
     @can_return_tuple

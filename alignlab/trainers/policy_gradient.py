@@ -37,6 +37,7 @@ class PolicyGradientAlgorithm(Algorithm):
     """
 
     trains_routing_policy = True
+    trains_mtp = True
 
     def __init__(
         self,

@@ -36,6 +36,8 @@ class PPO(PolicyGradientAlgorithm):
         critic_learner: the critic and its optimizer.
     """
 
+    trains_mtp = False  # a critic's copy of the layer would never learn
+
     config: PPOConfig
 
     def __init__(self, config: PPOConfig, inputs: OnlineInputs) -> None:

@@ -22,6 +22,7 @@ class SFT(OfflineAlgorithm[Example]):
 
     config: SFTConfig
     compares_logprobs = False
+    trains_mtp = True
 
     def read(self, data: GivenData) -> Sequence[Example]:
         """Return the examples of rows with `prompt` and `completion` or `messages`, or examples made already."""

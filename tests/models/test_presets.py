@@ -33,7 +33,7 @@ def test_a_model_of_a_preset_computes_packs_and_every_weight_learns(name: str) -
     hidden = hidden_states(model, tokens, segments.position_ids, segments)
     model.lm_head(hidden).log_softmax(-1)[:, 0].sum().backward()
     for key, parameter in model.named_parameters():
-        learns_elsewhere = "baseline" in key or "noise" in key  # of routers: from losses of their own
+        learns_elsewhere = "baseline" in key or "noise" in key or key.startswith("mtp.")  # from losses of their own
         assert learns_elsewhere or (parameter.grad is not None and parameter.grad.isfinite().all()), key
 
 
@@ -61,7 +61,7 @@ def test_a_preset_is_written_as_its_hub_family(name: str) -> None:
 def test_names_that_the_papers_are_known_by() -> None:
     names = {
         "mla", "gated_attention", "gated_deltanet", "kda", "gemma2", "gemma3", "qwen3_next", "kimi_linear",
-        "deepseek_v3", "parallel", "expert_choice", "hash", "base_assignment", "noisy_topk",
+        "deepseek_v3", "parallel", "expert_choice", "hash", "base_assignment", "noisy_topk", "mtp",
     }  # fmt: skip
     assert names <= set(PRESETS)
 
