@@ -28,7 +28,7 @@ NORM_PLACES = {
     ),
 }  # fmt: skip
 """By `norm_position`: pre-norm, Xiong et al. (2020), arXiv:2002.04745; norms of the outputs, OLMo Team (2024),
-arXiv:2501.00656, Sec. 3.1; both, Gemma Team (2024), arXiv:2408.00118."""
+arXiv:2501.00656; both, Gemma Team (2024), arXiv:2408.00118."""
 
 PARALLEL = NormPlaces(before_attention="input_layernorm")
 """One norm, which attention and feed-forward both read: Chowdhery et al. (2022), arXiv:2204.02311, Sec. 2."""

@@ -83,7 +83,7 @@ class PolicyConfig(PreTrainedConfig):
         router_reinforce_coef: weight of the policy loss of router_type reinforce.
         router_sinkhorn_rounds: scalings of router_type sinkhorn.
         router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664).
-        router_bias: experts have that bias even where its rate is 0, and it stays as it is; it is there under any rate.
+        router_bias: there is such a bias even where its rate is 0, and it stays as it is: that of a checkpoint.
         router_in_fp32: router logits are computed in float32 whatever the model's dtype, as in DeepSeek-V3.
         hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """

@@ -23,7 +23,7 @@ SERVED_BLOCKS: dict[str, Any] = {
     "rope_local_base_freq": None,
     "num_mtp_layers": 0,
 }
-"""Values of fields with which our own layers run inside vLLM. A model of a Hub family runs as vLLM's class of it."""
+"""Values of fields with which our own layers run inside vLLM; a model of a Hub family runs as vLLM's class of it."""
 
 
 def check_served(config: PolicyConfig) -> None:

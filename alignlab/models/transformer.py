@@ -44,7 +44,7 @@ from alignlab.models.routers.uses import check_cached_pass
 from alignlab.models.routing import RoutingRecord
 from alignlab.types import Segments
 
-_SINGLE = torch.float32
+_SINGLE = torch.float32  # in which `transformers` holds a multiplier of embeddings
 
 
 class PolicyPreTrainedModel(PreTrainedModel):

@@ -23,8 +23,10 @@ from transformers import (
 
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import load_model, new_model, save_model
+from alignlab.models.hub.export import checkpoint_shapes, streamed_tensors
 from alignlab.models.hub.families import FAMILIES, read_hub_config, write_hub_config
 from alignlab.models.transformer import PolicyForCausalLM
+from tests.models.test_checkpoints import hub_folder, weights
 from tests.models.test_parity import GEMMA, GEMMA3_ROPE, GROUPS, HUB, LATENT, SIZES, YARN, randomize
 
 TINY: dict[str, Any] = {
@@ -112,6 +114,16 @@ def test_a_config_comes_back_from_ours_without_the_hub_s(name: str) -> None:
     assert written is not None and written.model_type == hub.model_type
     again = read_hub_config(written)
     assert again is not None and again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_weights_in_memory_have_the_names_and_values_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """As an engine gets them, one layer at a time."""
+    hub_folder(name, tmp_path)
+    ours: Any = load_model(str(tmp_path), dtype=torch.float32)
+    streamed, saved = dict(streamed_tensors(ours)), weights(tmp_path)
+    assert streamed.keys() == saved.keys() == checkpoint_shapes(ours).keys()
+    assert all(torch.equal(streamed[key], saved[key]) for key in saved)
 
 
 LOCAL_ROPE = {**GEMMA3_ROPE, "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}

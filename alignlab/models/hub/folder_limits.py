@@ -142,5 +142,6 @@ def _num_weights(architecture: Mapping[str, Any], vocab_size: int) -> float:
 
     hidden = field("hidden_size")
     experts = field("num_experts")
-    mlp = 3 * hidden * (experts * field("moe_intermediate_size") if experts else field("intermediate_size"))
+    matrices = 3 if architecture.get("mlp_gated", True) else 2
+    mlp = matrices * hidden * (experts * field("moe_intermediate_size") if experts else field("intermediate_size"))
     return vocab_size * hidden + field("num_hidden_layers") * (2 * hidden * hidden + mlp)

@@ -70,7 +70,7 @@ GEMMA2: dict[str, Any] = {
     ("changes", "message"),
     [
         ({"parallel_attn": True}, "parallel_attn is True, which .* embedded, or parallel_attn: False"),
-        ({**GEMMA2, "embedding_multiplier": 7.0}, "norm_type is zero_centered_rmsnorm, .* or norm_type: rmsnorm, "),
+        ({**GEMMA2, "embedding_multiplier": 7.0}, "norm_type is zero_centered_rms.* or norm_type: rmsnorm, "),
         (
             {"hidden_act": "relu", "mlp_gated": False},
             "hidden_act is relu, mlp_gated is False, which .* embedded, or hidden_act: silu, mlp_gated: True",
