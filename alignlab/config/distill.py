@@ -40,6 +40,8 @@ class DistillConfig(TrainerConfig):
     """Of both distributions; the loss is multiplied by its square, so that the gradient keeps its size."""
     hard_label_weight: float = Field(0.0, ge=0, lt=1)
     """Weight of the cross-entropy of the completions themselves; the divergence has the remaining weight."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of each label of that cross-entropy that is spread evenly over the vocabulary (arXiv:1512.00567)."""
     top_k: int | None = Field(None, ge=1)
     """Number of the teacher's most probable tokens that are kept on disk, with the others as one: the teacher computes
     each example once, for this and later runs. None uses whole distributions, computed at each step."""
@@ -48,6 +50,9 @@ class DistillConfig(TrainerConfig):
     def _check(self) -> Self:
         because = "for offline distillation, which measures before and after training only"
         self.refuse_unread("eval_every_steps", because)
+        if self.hard_label_weight == 0:
+            because = "with hard_label_weight 0, where no label is learnt from"
+            self.refuse_unread("label_smoothing", because, "remove it, or use hard_label_weight 0.5")
         return self
 
     @property

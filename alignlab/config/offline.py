@@ -24,11 +24,14 @@ class SFTConfig(TrainerConfig):
     type: Literal["sft"] = "sft"
     num_sequences: Recorded[int] = Field(32, ge=1)
     """Examples a step, over all ranks."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of each label that is spread evenly over the vocabulary (arXiv:1512.00567); 0.1 is usual. Held-out loss is
+    of labels as they are."""
 
     @property
     def method(self) -> str:
         """Short description of the method, for reports."""
-        return "sft"
+        return f"sft{f' (label smoothing {self.label_smoothing:g})' if self.label_smoothing else ''}"
 
     @property
     def step(self) -> str:

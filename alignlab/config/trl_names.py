@@ -103,6 +103,7 @@ _ONLINE_DPO = {
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
+    "label_smoothing_factor": "label_smoothing",
     "eval_steps": "eval_every_steps",
     "padding_free": "not needed: nothing is padded",
     "eval_packing": "not needed: examples are always packed, without attending to each other",

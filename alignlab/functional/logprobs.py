@@ -95,53 +95,82 @@ def chunked_logprobs(
     Returns:
         (logprobs, entropy), both [M], nats, float32 (float64 for float64).
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
-    chunk_tokens = default_chunk_tokens(hidden.device.type) if chunk_tokens is None else chunk_tokens
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, and must be at least 1; 512 is usual")
-    options = _Options(temperature, softcap, chunk_tokens, num_gradients=2 if entropy_grad else 1)
-    head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
-        logprobs, entropy, _ = _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))
-        return logprobs, entropy
-    function = _TrainedHead if head_in_training else _FrozenHead
-    return function.apply(hidden, weight, bias, targets.long(), options)
+    check_temperature(temperature)
+    options = ScoreOptions(temperature, softcap, chunk_size(chunk_tokens, hidden), 2 if entropy_grad else 1)
+    logprobs, entropy, _ = differentiable(hidden, weight, bias, targets, options)
+    return logprobs, entropy
 
 
 @dataclass(frozen=True)
-class _Options:
-    """`num_gradients`: 0, 1 (of the log-probs), or 2 (of the entropy too)."""
+class ScoreOptions:
+    """The score is what is maximised: the log-prob of the target, or the cross-entropy with its sign changed.
+
+    `num_gradients`: 0, 1 (of the score), or 2 (of the entropy too).
+    """
 
     temperature: float
     softcap: float | None
     chunk_tokens: int
     num_gradients: int
+    label_smoothing: float = 0.0
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError unless logits can be divided by a temperature."""
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
+
+
+def chunk_size(given: int | None, hidden: Tensor) -> int:
+    """Return the tokens of a chunk: as given, or the default of the device."""
+    if given is not None and given < 1:
+        raise ValueError(f"chunk_tokens is {given}, and must be at least 1; 512 is usual")
+    return default_chunk_tokens(hidden.device.type) if given is None else given
+
+
+def differentiable(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return score, entropy and log-probs, each [M]; the score and, where asked for, the entropy carry a gradient."""
+    head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
+        return _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))[0]
+    function = _TrainedHead if head_in_training else _FrozenHead
+    outputs: tuple[Tensor, Tensor, Tensor] = function.apply(hidden, weight, bias, targets.long(), options)
+    return outputs
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The distributions of a block of tokens, with what their gradients need."""
 
-    logprobs: Float[Tensor, "R"]
+    score: Float[Tensor, "R"]
     entropy: Float[Tensor, "R"]
+    logprobs: Float[Tensor, "R"]
     probs: Float[Tensor, "R V"]
     log_probs: Float[Tensor, "R V"]
     slope: Float[Tensor, "R V"] | float
     """d z / d (product with the head)."""
 
-    def gradients(self, targets: Int[Tensor, "R"], count: int) -> list[Float[Tensor, "R V"]]:
-        """Return derivatives by the product with the head: of the log-probs, and of the entropy if `count` is 2.
+    def gradients(self, targets: Int[Tensor, "R"], options: ScoreOptions) -> list[Float[Tensor, "R V"]]:
+        """Return the `num_gradients` derivatives by the product with the head: of the score, and of the entropy.
 
         Overwrites `probs`.
         """
         derivatives = []
-        if count == 2:
+        if options.num_gradients == 2:
             derivatives.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
-        if count >= 1:
-            ones = self.probs.new_ones(len(targets), 1)
-            derivatives.insert(0, self.probs.neg_().scatter_add_(1, targets[:, None], ones).mul_(self.slope))
+        if options.num_gradients >= 1:
+            derivatives.insert(0, self._score_gradient(targets, options).mul_(self.slope))
         return derivatives
+
+    def _score_gradient(self, targets: Int[Tensor, "R"], options: ScoreOptions) -> Float[Tensor, "R V"]:
+        """Return the derivative of the score by the logits, in the memory of `probs`."""
+        label = self.probs.new_full((len(targets), 1), 1.0 - options.label_smoothing)
+        gradient = self.probs.neg_().scatter_add_(1, targets[:, None], label)
+        if options.label_smoothing:
+            gradient.add_(options.label_smoothing / gradient.shape[1])
+        return gradient
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -149,14 +178,13 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropy; save their derivatives by each hidden state."""
-        logprobs, entropy, by_hidden = _measure(hidden, weight, bias, targets, options)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score, entropy and log-probs; save the derivatives of the first ones by each hidden state."""
+        outputs, by_hidden = _measure(hidden, weight, bias, targets, options)
         ctx.save_for_backward(*by_hidden)
-        if options.num_gradients == 1:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(*outputs[options.num_gradients :])
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -172,15 +200,14 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropy; save the inputs."""
-        logprobs, entropy, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score, entropy and log-probs; save the inputs."""
+        outputs, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
         ctx.options = options
         ctx.save_for_backward(hidden, weight, bias, targets)
-        if options.num_gradients == 1:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(*outputs[options.num_gradients :])
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -194,7 +221,7 @@ class _TrainedHead(torch.autograd.Function):
         head = weight.to(hidden.dtype)
 
         def weighted(block: _Rows, tokens: slice) -> list[Tensor]:
-            first, *by_entropy = block.gradients(targets[tokens], ctx.options.num_gradients)
+            first, *by_entropy = block.gradients(targets[tokens], ctx.options)
             first.mul_(incoming[0][tokens, None])
             return [first.addcmul_(more, incoming[1][tokens, None]) for more in by_entropy] or [first]
 
@@ -223,22 +250,23 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def _measure(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return log-probs, entropy, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
-    logprobs = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
-    entropy = torch.empty_like(logprobs)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Return (score, entropy, log-probs), and the `num_gradients` derivatives of each token's by its hidden state,
+    [M, D]."""
+    score = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
+    entropy, logprobs = torch.empty_like(score), torch.empty_like(score)
     by_hidden = [torch.empty_like(hidden) for _ in range(options.num_gradients)]
     head = weight.to(hidden.dtype)
 
     def record(block: _Rows, tokens: slice) -> list[Tensor]:
-        logprobs[tokens], entropy[tokens] = block.logprobs, block.entropy
-        return block.gradients(targets[tokens], options.num_gradients)
+        score[tokens], entropy[tokens], logprobs[tokens] = block.score, block.entropy, block.logprobs
+        return block.gradients(targets[tokens], options)
 
     for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_outputs=len(by_hidden)):
         for out, gradient in zip(by_hidden, by_products, strict=True):
             out[chunk] = gradient @ head
-    return logprobs, entropy, by_hidden
+    return (score, entropy, logprobs), by_hidden
 
 
 def _chunks(
@@ -246,7 +274,7 @@ def _chunks(
     head: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    options: _Options,
+    options: ScoreOptions,
     visit: Callable[[_Rows, slice], list[Tensor]],
     *,
     num_outputs: int,
@@ -266,7 +294,7 @@ def _chunks(
         yield chunk, outputs
 
 
-def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: _Options) -> _Rows:
+def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: ScoreOptions) -> _Rows:
     """Return the softmax of a block's logits. May overwrite `products`, which the caller needs no longer."""
     # Not compiled: on a CPU a block's passes stay in the cache, and compiled ones are no faster, round differently, and
     # take half a minute to compile (tests/bench/README.md). On a GPU they would save memory traffic; unmeasured.
@@ -282,7 +310,14 @@ def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, optio
     probs.div_(total)
     log_probs = shifted.sub_(total.log())
     entropy = -torch.linalg.vecdot(probs, log_probs)
-    return _Rows(log_probs.gather(1, targets[:, None])[:, 0], entropy, probs, log_probs, slope)
+    logprobs = log_probs.gather(1, targets[:, None])[:, 0]
+    return _Rows(_score(logprobs, log_probs, options), entropy, logprobs, probs, log_probs, slope)
+
+
+def _score(logprobs: Tensor, log_probs: Tensor, options: ScoreOptions) -> Tensor:
+    """Return what is maximised of a block's tokens [R], from log-probs of the targets [R] and of all ids [R, V]."""
+    eps = options.label_smoothing
+    return (1.0 - eps) * logprobs + eps * log_probs.mean(dim=-1) if eps else logprobs
 
 
 def _finished(products: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

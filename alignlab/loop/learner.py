@@ -26,6 +26,7 @@ from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, toke
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import make_strategy, shard_weights
+from alignlab.loop.supervised import SupervisedOutput
 from alignlab.loop.update_metrics import expert_load_metrics, not_finite, numbers
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
@@ -312,7 +313,7 @@ class Learner:
                     router_loss = (output.router_loss * token_mean(pack, totals)).sum()
                     sums["router_loss"] += router_loss.detach()
                     total = total + router_loss
-                if isinstance(output, PolicyOutput) and output.routing_policy is not None:
+                if isinstance(output, PolicyOutput | SupervisedOutput) and output.routing_policy is not None:
                     policy_loss = policy_losses(output.routing_policy, losses, self.module.model)
                     total = total + (policy_loss * weights(pack, totals)).sum()
                 self.strategy.backward(total * self.loss_scale.factor if self.loss_scale.is_needed else total)

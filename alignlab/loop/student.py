@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.vocabulary import num_token_ids
+from alignlab.functional.cross_entropy import chunked_cross_entropy
 from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_divergence, chunked_divergence
-from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.loop.teacher import check_same_tokens, check_width, readable_tokens
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, num_embeddings, output_head
@@ -31,13 +31,15 @@ class Comparison:
         beta: see `functional.distillation.divergence`.
         temperature: of both distributions.
         width: ids that are compared, from 0 on.
-        labels: whether the log-probs of the tokens themselves are learnt from too.
+        labels: whether the cross-entropy of the tokens themselves is learnt from too.
+        label_smoothing: of that cross-entropy.
     """
 
     beta: float
     temperature: float
     width: int
     labels: bool = False
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,19 @@ class TaughtExperience(Experience):
 
 
 class StudentOutput(NamedTuple):
-    """`PolicyOutput` with a field `divergence`: [N] float32, from the teacher, nats; 0 where the mask is False."""
+    """`PolicyOutput`, whose log-probs have no gradient, with two fields [N] float32, 0 where the mask is False.
+
+    Attributes:
+        divergence: from the teacher, nats.
+        cross_entropy: of the tokens themselves, nats; with a gradient if `Comparison.labels`.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     router_loss: Tensor | None
     routing: Tensor | None
     divergence: Tensor
+    cross_entropy: Tensor
 
 
 TeacherSignal = TopTokens | tuple[Tensor, Head]
@@ -80,18 +88,20 @@ class Student(PackedModel):
         self, tokens: Tensor, segments: Segments, mask: Tensor, teacher_signal: TeacherSignal,
         *, temperature: float = 1.0, routing: Tensor | None = None,
     ) -> StudentOutput:
-        """Return log-prob, entropy and divergence of the masked tokens; see `Policy.forward`."""
+        """Return log-prob, entropy, divergence and cross-entropy of the masked tokens; see `Policy.forward`."""
         hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
         head = Head(*output_head(self.model))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.comparison.labels):
-            logprobs, entropy = chunked_logprobs(
+            loss, logprobs, entropy = chunked_cross_entropy(
                 hidden, head.weight, tokens[masked_tokens(mask, segments.predecessors).indices], bias=head.bias,
                 temperature=temperature, softcap=head.softcap, chunk_tokens=self.chunk_tokens,
+                label_smoothing=self.comparison.label_smoothing,
             )
         of_tokens = policy_output(logprobs, entropy, segments, mask, record)
         divergence = at_masked(self._divergence(hidden, head, teacher_signal), segments, mask)
         return StudentOutput(
-            of_tokens.logprobs, of_tokens.entropy, of_tokens.router_loss, of_tokens.routing, divergence
+            of_tokens.logprobs, of_tokens.entropy, of_tokens.router_loss, of_tokens.routing, divergence,
+            at_masked(loss, segments, mask),
         )
 
     def _divergence(self, hidden: Tensor, head: Head, teacher_signal: TeacherSignal) -> Tensor:

@@ -129,3 +129,9 @@ def whitened(sequences: list[list[float]], eps: float) -> list[list[float]]:
     mean = sum(tokens) / len(tokens)
     variance = sum((value - mean) ** 2 for value in tokens) / max(len(tokens) - 1, 1)
     return [[(value - mean) / math.sqrt(variance + eps) for value in sequence] for sequence in sequences]
+
+
+def smoothed_cross_entropy(logits: list[float], target: int, label_smoothing: float) -> float:
+    probs = softmax(logits)
+    label = [label_smoothing / len(logits) + (1 - label_smoothing) * (v == target) for v in range(len(logits))]
+    return -sum(q * math.log(p) for q, p in zip(label, probs, strict=True))

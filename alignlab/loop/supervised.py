@@ -1,0 +1,63 @@
+"""A language model that is taught given tokens: its output holds their cross-entropy beside what a policy's holds."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from alignlab.functional.cross_entropy import chunked_cross_entropy
+from alignlab.masked_tokens import masked_tokens
+from alignlab.models.decoder import output_head
+from alignlab.models.policy import PackedModel, at_masked, policy_output
+from alignlab.models.routers.protocol import RoutingPolicy
+from alignlab.types import Experience, Segments
+
+
+class SupervisedOutput(NamedTuple):
+    """`PolicyOutput`, whose log-probs have no gradient, with a field `cross_entropy`: [N] float32, which is learnt
+    from; 0 where the mask is False."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    router_loss: Tensor | None
+    routing: Tensor | None
+    routing_disagreement: Tensor | None
+    routing_policy: RoutingPolicy | None
+    cross_entropy: Tensor
+
+
+class SupervisedModel(PackedModel):
+    """A causal language model that answers with the cross-entropy of given tokens.
+
+    Args:
+        model: see `PackedModel`.
+        label_smoothing: see `chunked_cross_entropy`.
+        chunk_tokens: tokens whose logits exist at one time; default: by device.
+
+    Raises:
+        ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
+    """
+
+    def __init__(self, model: nn.Module, *, label_smoothing: float, chunk_tokens: int | None) -> None:
+        super().__init__(model)
+        output_head(model)
+        self.label_smoothing, self.chunk_tokens = label_smoothing, chunk_tokens
+
+    def forward(
+        self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
+    ) -> SupervisedOutput:
+        """Return cross-entropy, log-prob and entropy of the masked tokens; see `Policy.forward`."""
+        hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
+        weight, bias, softcap = output_head(self.model)
+        loss, logprobs, entropy = chunked_cross_entropy(
+            hidden, weight, tokens[masked_tokens(mask, segments.predecessors).indices], bias=bias, softcap=softcap,
+            label_smoothing=self.label_smoothing, chunk_tokens=self.chunk_tokens,
+        )
+        of_policy = policy_output(logprobs, entropy, segments, mask, record)
+        return SupervisedOutput(*of_policy, cross_entropy=at_masked(loss, segments, mask))
+
+
+def supervised_forward(module: nn.Module, pack: Experience) -> Any:
+    """Return the output of a `SupervisedModel` for a pack."""
+    return module(pack.tokens, pack.segments, pack.completion_mask, routing=pack.routing)
