@@ -42,6 +42,8 @@ class DistillConfig(TrainerConfig):
     """Weight of the cross-entropy of the completions themselves; the divergence has the remaining weight."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Part of each label of that cross-entropy that is spread evenly over the vocabulary (arXiv:1512.00567)."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the squared log of the denominator of the student's softmax (arXiv:2204.02311); 1e-4 is usual."""
     top_k: int | None = Field(None, ge=1)
     """Number of the teacher's most probable tokens that are kept on disk, with the others as one: the teacher computes
     each example once, for this and later runs. None uses whole distributions, computed at each step."""

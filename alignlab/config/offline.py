@@ -27,11 +27,16 @@ class SFTConfig(TrainerConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Part of each label that is spread evenly over the vocabulary (arXiv:1512.00567); 0.1 is usual. Held-out loss is
     of labels as they are."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator (arXiv:2204.02311), which keeps the logits from drifting
+    away; 1e-4 is usual."""
 
     @property
     def method(self) -> str:
         """Short description of the method, for reports."""
-        return f"sft{f' (label smoothing {self.label_smoothing:g})' if self.label_smoothing else ''}"
+        options = {"label smoothing": self.label_smoothing, "z-loss": self.z_loss_coef}
+        given = ", ".join(f"{name} {value:g}" for name, value in options.items() if value)
+        return f"sft ({given})" if given else "sft"
 
     @property
     def step(self) -> str:

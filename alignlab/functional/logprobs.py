@@ -13,7 +13,7 @@ Shapes: M tokens whose log-prob is wanted, D hidden, V vocabulary, C tokens of o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -97,13 +97,13 @@ def chunked_logprobs(
     """
     check_temperature(temperature)
     options = ScoreOptions(temperature, softcap, chunk_size(chunk_tokens, hidden), 2 if entropy_grad else 1)
-    logprobs, entropy, _ = differentiable(hidden, weight, bias, targets, options)
-    return logprobs, entropy
+    measured = differentiable(hidden, weight, bias, targets, options)
+    return measured.score, measured.entropy
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """The score is what is maximised: the log-prob of the target, or the cross-entropy with its sign changed.
+    """The score is what is maximised: the log-prob of the target, or the loss of `cross_entropy`, its sign changed.
 
     `num_gradients`: 0, 1 (of the score), or 2 (of the entropy too).
     """
@@ -112,7 +112,25 @@ class ScoreOptions:
     softcap: float | None
     chunk_tokens: int
     num_gradients: int
+    label_weight: float = 1.0
     label_smoothing: float = 0.0
+    z_loss_coef: float = 0.0
+
+
+class Measured(NamedTuple):
+    """Numbers of M tokens and their distributions, [M] each; the score and, where asked for, the entropy carry a
+    gradient.
+
+    Attributes:
+        score: see `ScoreOptions`.
+        entropy, logprobs: see `chunked_logprobs`.
+        log_normalizer: logsumexp of the logits z.
+    """
+
+    score: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    log_normalizer: Tensor
 
 
 def check_temperature(temperature: float) -> None:
@@ -130,23 +148,20 @@ def chunk_size(given: int | None, hidden: Tensor) -> int:
 
 def differentiable(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return score, entropy and log-probs, each [M]; the score and, where asked for, the entropy carry a gradient."""
+) -> Measured:
+    """Return what is measured of each target, without holding the logits of more than a chunk."""
     head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
         return _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))[0]
     function = _TrainedHead if head_in_training else _FrozenHead
-    outputs: tuple[Tensor, Tensor, Tensor] = function.apply(hidden, weight, bias, targets.long(), options)
-    return outputs
+    return Measured(*function.apply(hidden, weight, bias, targets.long(), options))
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The distributions of a block of tokens, with what their gradients need."""
 
-    score: Float[Tensor, "R"]
-    entropy: Float[Tensor, "R"]
-    logprobs: Float[Tensor, "R"]
+    measured: Measured
     probs: Float[Tensor, "R V"]
     log_probs: Float[Tensor, "R V"]
     slope: Float[Tensor, "R V"] | float
@@ -159,17 +174,23 @@ class _Rows:
         """
         derivatives = []
         if options.num_gradients == 2:
-            derivatives.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
+            surprise = self.log_probs + self.measured.entropy[:, None]
+            derivatives.append(surprise.mul_(self.probs).mul_(self.slope).neg_())
         if options.num_gradients >= 1:
             derivatives.insert(0, self._score_gradient(targets, options).mul_(self.slope))
         return derivatives
 
     def _score_gradient(self, targets: Int[Tensor, "R"], options: ScoreOptions) -> Float[Tensor, "R V"]:
-        """Return the derivative of the score by the logits, in the memory of `probs`."""
-        label = self.probs.new_full((len(targets), 1), 1.0 - options.label_smoothing)
-        gradient = self.probs.neg_().scatter_add_(1, targets[:, None], label)
-        if options.label_smoothing:
-            gradient.add_(options.label_smoothing / gradient.shape[1])
+        """Return the derivative of the score by the logits z, in the memory of `probs`."""
+        weight, eps = options.label_weight, options.label_smoothing
+        label = self.probs.new_full((len(targets), 1), weight * (1.0 - eps))
+        if weight == 1.0 and not options.z_loss_coef:
+            gradient = self.probs.neg_()
+        else:
+            gradient = self.probs.mul_(-(weight + 2.0 * options.z_loss_coef * self.measured.log_normalizer)[:, None])
+        gradient.scatter_add_(1, targets[:, None], label)
+        if eps:
+            gradient.add_(weight * eps / gradient.shape[1])
         return gradient
 
 
@@ -179,12 +200,12 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score, entropy and log-probs; save the derivatives of the first ones by each hidden state."""
+    ) -> tuple[Tensor, ...]:
+        """Return the fields of `Measured`; save the derivatives of the first ones by each hidden state."""
         outputs, by_hidden = _measure(hidden, weight, bias, targets, options)
         ctx.save_for_backward(*by_hidden)
         ctx.mark_non_differentiable(*outputs[options.num_gradients :])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -201,13 +222,13 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score, entropy and log-probs; save the inputs."""
+    ) -> tuple[Tensor, ...]:
+        """Return the fields of `Measured`; save the inputs."""
         outputs, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
         ctx.options = options
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.mark_non_differentiable(*outputs[options.num_gradients :])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -251,22 +272,22 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 def _measure(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Return (score, entropy, log-probs), and the `num_gradients` derivatives of each token's by its hidden state,
-    [M, D]."""
-    score = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
-    entropy, logprobs = torch.empty_like(score), torch.empty_like(score)
+) -> tuple[Measured, list[Tensor]]:
+    """Return what is measured, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
+    dtype = _statistics_dtype(hidden)
+    measured = Measured(*(hidden.new_empty(len(targets), dtype=dtype) for _ in Measured._fields))
     by_hidden = [torch.empty_like(hidden) for _ in range(options.num_gradients)]
     head = weight.to(hidden.dtype)
 
     def record(block: _Rows, tokens: slice) -> list[Tensor]:
-        score[tokens], entropy[tokens], logprobs[tokens] = block.score, block.entropy, block.logprobs
+        for values, of_block in zip(measured, block.measured, strict=True):
+            values[tokens] = of_block
         return block.gradients(targets[tokens], options)
 
     for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_outputs=len(by_hidden)):
         for out, gradient in zip(by_hidden, by_products, strict=True):
             out[chunk] = gradient @ head
-    return (score, entropy, logprobs), by_hidden
+    return measured, by_hidden
 
 
 def _chunks(
@@ -302,22 +323,30 @@ def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, optio
     slope: Tensor | float = 1.0 / options.temperature
     if options.softcap is not None:
         slope = (1.0 - (logits / options.softcap).square()).mul_(slope)
-    shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    largest = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(largest)
     if options.temperature != 1.0:
         shifted.div_(options.temperature)
     probs = shifted.exp()
     total = probs.sum(dim=-1, keepdim=True)
     probs.div_(total)
-    log_probs = shifted.sub_(total.log())
+    log_total = total.log()
+    log_probs = shifted.sub_(log_total)
     entropy = -torch.linalg.vecdot(probs, log_probs)
     logprobs = log_probs.gather(1, targets[:, None])[:, 0]
-    return _Rows(_score(logprobs, log_probs, options), entropy, logprobs, probs, log_probs, slope)
+    log_normalizer = largest[:, 0] / options.temperature + log_total[:, 0]
+    score = _score(logprobs, log_probs, log_normalizer, options)
+    return _Rows(Measured(score, entropy, logprobs, log_normalizer), probs, log_probs, slope)
 
 
-def _score(logprobs: Tensor, log_probs: Tensor, options: ScoreOptions) -> Tensor:
+def _score(logprobs: Tensor, log_probs: Tensor, log_normalizer: Tensor, options: ScoreOptions) -> Tensor:
     """Return what is maximised of a block's tokens [R], from log-probs of the targets [R] and of all ids [R, V]."""
-    eps = options.label_smoothing
-    return (1.0 - eps) * logprobs + eps * log_probs.mean(dim=-1) if eps else logprobs
+    eps, score = options.label_smoothing, logprobs
+    if eps:
+        score = (1.0 - eps) * logprobs + eps * log_probs.mean(dim=-1)
+    if options.z_loss_coef:
+        return options.label_weight * score - options.z_loss_coef * log_normalizer.square()
+    return options.label_weight * score
 
 
 def _finished(products: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

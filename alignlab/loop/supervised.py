@@ -1,4 +1,4 @@
-"""A language model that is taught given tokens: its output holds their cross-entropy beside what a policy's holds."""
+"""A language model that is taught given tokens: its output holds their loss beside what a policy's holds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from alignlab.types import Experience, Segments
 
 
 class SupervisedOutput(NamedTuple):
-    """`PolicyOutput`, whose log-probs have no gradient, with a field `cross_entropy`: [N] float32, which is learnt
-    from; 0 where the mask is False."""
+    """`PolicyOutput`, whose log-probs have no gradient, with two fields [N] float32, 0 where the mask is False.
+
+    Attributes:
+        label_loss: cross-entropy and z-loss, which are learnt from.
+        log_normalizer: log of the softmax's denominator.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -24,38 +28,44 @@ class SupervisedOutput(NamedTuple):
     routing: Tensor | None
     routing_disagreement: Tensor | None
     routing_policy: RoutingPolicy | None
-    cross_entropy: Tensor
+    label_loss: Tensor
+    log_normalizer: Tensor
 
 
 class SupervisedModel(PackedModel):
-    """A causal language model that answers with the cross-entropy of given tokens.
+    """A causal language model that answers with the loss of given tokens.
 
     Args:
         model: see `PackedModel`.
-        label_smoothing: see `chunked_cross_entropy`.
+        label_smoothing, z_loss_coef: see `chunked_cross_entropy`.
         chunk_tokens: tokens whose logits exist at one time; default: by device.
 
     Raises:
         ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
     """
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float, chunk_tokens: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, *, label_smoothing: float, z_loss_coef: float, chunk_tokens: int | None
+    ) -> None:
         super().__init__(model)
         output_head(model)
-        self.label_smoothing, self.chunk_tokens = label_smoothing, chunk_tokens
+        self.label_smoothing, self.z_loss_coef, self.chunk_tokens = label_smoothing, z_loss_coef, chunk_tokens
 
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor, *, routing: Tensor | None = None
     ) -> SupervisedOutput:
-        """Return cross-entropy, log-prob and entropy of the masked tokens; see `Policy.forward`."""
+        """Return loss, log-prob and entropy of the masked tokens; see `Policy.forward`."""
         hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
         weight, bias, softcap = output_head(self.model)
-        loss, logprobs, entropy = chunked_cross_entropy(
+        loss, logprobs, entropy, log_normalizer = chunked_cross_entropy(
             hidden, weight, tokens[masked_tokens(mask, segments.predecessors).indices], bias=bias, softcap=softcap,
-            label_smoothing=self.label_smoothing, chunk_tokens=self.chunk_tokens,
+            label_smoothing=self.label_smoothing, z_loss_coef=self.z_loss_coef, chunk_tokens=self.chunk_tokens,
         )
         of_policy = policy_output(logprobs, entropy, segments, mask, record)
-        return SupervisedOutput(*of_policy, cross_entropy=at_masked(loss, segments, mask))
+        return SupervisedOutput(
+            *of_policy, label_loss=at_masked(loss, segments, mask),
+            log_normalizer=at_masked(log_normalizer, segments, mask),
+        )
 
 
 def supervised_forward(module: nn.Module, pack: Experience) -> Any:

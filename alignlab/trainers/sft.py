@@ -25,7 +25,8 @@ class SFT(OfflineAlgorithm[Example]):
 
     def __init__(self, config: SFTConfig, inputs: OfflineInputs) -> None:
         module = SupervisedModel(
-            inputs.model, label_smoothing=config.label_smoothing, chunk_tokens=config.memory.logprob_chunk_tokens
+            inputs.model, label_smoothing=config.label_smoothing, z_loss_coef=config.z_loss_coef,
+            chunk_tokens=config.memory.logprob_chunk_tokens,
         )
         super().__init__(config, inputs, policy_learner(config, inputs, module, forward=supervised_forward))
 
@@ -38,11 +39,13 @@ class SFT(OfflineAlgorithm[Example]):
         return pack_examples([examples[i] for i in rows], budget=self.config.memory.tokens_per_microbatch)
 
     def loss(self, output: SupervisedOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the cross-entropy of each token [N]: -log p, unless labels are smoothed."""
+        """Return the loss of each token [N]: -log p, unless labels are smoothed or there is a z-loss."""
         metrics = {"entropy": output.entropy}
-        if self.config.label_smoothing:
+        if self.config.label_smoothing or self.config.z_loss_coef:
             metrics["cross_entropy"] = -output.logprobs  # of the labels as they are
-        return output.cross_entropy, metrics
+        if self.config.z_loss_coef:
+            metrics["log_normalizer"] = output.log_normalizer
+        return output.label_loss, metrics
 
     def evaluate(self, held_out: Sequence[Example]) -> LikelihoodResult:
         """Return the mean negative log-likelihood of held-out completions, nats a token."""

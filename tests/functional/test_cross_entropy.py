@@ -12,17 +12,26 @@ from alignlab.functional.cross_entropy import chunked_cross_entropy
 from tests.functional.test_logprobs import MODES, make_head
 from tests.reference import functional as twin
 
-LOSSES = [dict(label_smoothing=0.0), dict(label_smoothing=0.3)]
+LOSSES = [
+    dict(label_weight=1.0, label_smoothing=0.0, z_loss_coef=0.0),
+    dict(label_weight=1.0, label_smoothing=0.3, z_loss_coef=0.0),
+    dict(label_weight=1.0, label_smoothing=0.0, z_loss_coef=0.2),
+    dict(label_weight=0.0, label_smoothing=0.0, z_loss_coef=0.2),
+    dict(label_weight=0.4, label_smoothing=0.3, z_loss_coef=0.2),
+]
 
 
 def options_of(mode):
     return dict(temperature=mode["temperature"], softcap=mode["softcap"])
 
 
-def full_cross_entropy(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, label_smoothing=0.0):
+def full_cross_entropy(
+    hidden, weight, targets, *, label_weight, label_smoothing, z_loss_coef, bias=None, temperature=1.0, softcap=None
+):
     """The twin with all logits at once, for autograd to differentiate."""
     logits = logprobs.head_logits(hidden, weight, bias=bias, softcap=softcap) / temperature
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    labels = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return label_weight * labels + z_loss_coef * logits.logsumexp(-1).square()
 
 
 def test_smoothed_loss_of_one_token_by_hand():
@@ -42,6 +51,27 @@ def test_gradient_of_one_token_by_hand():
     assert hidden.grad.item() == pytest.approx(math.log(3.0) * (0.75 - 0.1))
 
 
+def test_z_loss_of_one_token_by_hand():
+    """Logits log 3 and 0: Z = 4, p = (3/4, 1/4), and d / dz = (1 + 2 c log 4) p - onehot."""
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[math.log(3.0)], [0.0]], dtype=torch.float64)
+    result = chunked_cross_entropy(hidden, weight, torch.tensor([1]), z_loss_coef=0.5)
+    assert result.loss.item() == pytest.approx(math.log(4.0) + 0.5 * math.log(4.0) ** 2)
+    assert result.log_normalizer.item() == pytest.approx(math.log(4.0))
+    result.loss.sum().backward()
+    assert hidden.grad.item() == pytest.approx(math.log(3.0) * (1 + math.log(4.0)) * 0.75)
+
+
+def test_z_loss_alone_pays_for_both_signs_of_log_z():
+    """Logits of -5 for two ids: log Z = log 2 - 5 < 0; the loss falls as the logits rise."""
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.full((2, 1), -5.0, dtype=torch.float64)
+    result = chunked_cross_entropy(hidden, weight, torch.tensor([1]), label_weight=0.0, z_loss_coef=1.0)
+    result.loss.sum().backward()
+    assert result.loss.item() == pytest.approx((math.log(2.0) - 5.0) ** 2)
+    assert hidden.grad.item() == pytest.approx(2 * (math.log(2.0) - 5.0) * -5.0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_equal_to_the_slow_twin(mode, loss):
@@ -50,7 +80,7 @@ def test_equal_to_the_slow_twin(mode, loss):
     ours = chunked_cross_entropy(hidden, weight, targets, bias=bias, chunk_tokens=3, **loss, **options_of(mode)).loss
     for i, target in enumerate(targets.tolist()):
         logits = logprobs.head_logits(hidden[i : i + 1], weight, bias=bias, softcap=mode["softcap"])[0]
-        expected = twin.smoothed_cross_entropy((logits / mode["temperature"]).tolist(), target, **loss)
+        expected = twin.label_loss((logits / mode["temperature"]).tolist(), target, **loss)
         assert ours[i].item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -129,13 +159,14 @@ def test_never_more_than_a_chunk_of_logits(head_in_training):
 def test_log_probs_and_entropy_carry_no_gradient():
     hidden, weight, _, targets = make_head()
     ours = chunked_cross_entropy(hidden.requires_grad_(), weight, targets, label_smoothing=0.1)
-    assert ours.loss.requires_grad and not ours.logprobs.requires_grad and not ours.entropy.requires_grad
+    assert [values.requires_grad for values in ours] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(label_smoothing=1.0), r"label_smoothing is 1\.0"), (dict(label_smoothing=-0.1), r"is -0\.1"),
+        (dict(z_loss_coef=-1.0), r"z_loss_coef is -1\.0"), (dict(label_weight=-1.0), r"label_weight is -1\.0"),
         (dict(temperature=0.0), "temperature is 0.0"), (dict(chunk_tokens=0), "chunk_tokens is 0"),
     ],
 )  # fmt: skip

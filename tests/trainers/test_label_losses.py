@@ -1,4 +1,4 @@
-"""Label smoothing in supervised fine-tuning and in distillation on fixed texts, by plain forward passes."""
+"""Label smoothing and z-loss in supervised fine-tuning and in distillation on fixed texts, by plain forward passes."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def plain_cross_entropy(model: Any, data: list[Example], label_smoothing: float)
     return torch.cat(parts).mean()
 
 
+def log_normalizers(model: Any, data: list[Example]) -> Tensor:
+    """Return log Z of the distribution of each taught token."""
+    return torch.cat([logits_of(model, example)[0].logsumexp(-1) for example in data])
+
+
 def step_of(trainer: Any, rows: range) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return metrics and gradients of an update that is not made."""
     gradients: dict[str, Tensor] = {}
@@ -61,12 +66,14 @@ def step_of(trainer: Any, rows: range) -> tuple[dict[str, float], dict[str, Tens
 
 
 @pytest.mark.parametrize("budget", [10, 4096])
-def test_fine_tuning_on_smoothed_labels_is_a_plain_loss_however_it_is_cut(budget: int, make: Make) -> None:
+def test_fine_tuning_is_a_plain_loss_however_it_is_cut(budget: int, make: Make) -> None:
     memory = {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 3}
-    trainer = make("sft", label_smoothing=0.2, memory=memory)
+    trainer = make("sft", label_smoothing=0.2, z_loss_coef=0.01, memory=memory)
     metrics, gradients = step_of(trainer, range(8))
     model = trainer.learner.model
-    expected = plain_cross_entropy(model, examples(8), 0.2)
+    log_z = log_normalizers(model, examples(8))
+    expected = plain_cross_entropy(model, examples(8), 0.2) + 0.01 * log_z.square().mean()
+    assert metrics["log_normalizer"] == pytest.approx(log_z.mean().item(), rel=1e-5)
     expected.backward()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["cross_entropy"] == pytest.approx(plain_cross_entropy(model, examples(8), 0.0).item(), rel=1e-5)
@@ -79,6 +86,23 @@ def test_fine_tuning_on_smoothed_labels_is_a_plain_loss_however_it_is_cut(budget
 def test_held_out_loss_is_of_labels_as_they_are(make: Make) -> None:
     plain, smoothed = (make("sft", folder=f"run{eps}", label_smoothing=eps).evaluate() for eps in (0.0, 0.5))
     assert plain == smoothed
+
+
+def test_z_loss_of_a_distillation_is_of_the_student(make: Make) -> None:
+    """Whatever the weight of the labels."""
+    for weight in (0.0, 0.5):
+        trainer = make("distill", folder=f"run{weight}", hard_label_weight=weight, z_loss_coef=0.01)
+        without = make("distill", folder=f"without{weight}", hard_label_weight=weight)
+        (metrics, gradients), (expected, _) = (step_of(each, range(8)) for each in (trainer, without))
+        log_z = log_normalizers(trainer.learner.model, examples(8))
+        assert metrics["loss"] - expected["loss"] == pytest.approx(0.01 * log_z.square().mean().item(), rel=1e-3)
+        assert metrics["log_normalizer"] == pytest.approx(log_z.mean().item(), rel=1e-5)
+        assert "log_normalizer" not in expected
+        plain_gradients = step_of(without, range(8))[1]
+        (0.01 * log_z.square().mean()).backward()
+        for name, gradient in gradients.items():
+            added = trainer.learner.model.get_parameter(name.removeprefix("model.")).grad
+            torch.testing.assert_close(gradient, plain_gradients[name] + added, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_hard_labels_of_a_distillation_are_smoothed(make: Make) -> None:
@@ -108,12 +132,13 @@ def test_a_router_that_learns_by_reinforce_learns_from_smoothed_labels(make: Mak
     assert not torch.allclose(gradients[0][name], gradients[1][name])
 
 
+@pytest.mark.parametrize("field", ["label_smoothing", "z_loss_coef"])
 @pytest.mark.parametrize(
     "config", [GRPOConfig, KTOConfig, RewardConfig, lambda **options: GKDConfig(teacher={"name": "t"}, **options)]
 )
-def test_trainers_without_labels_have_no_smoothing(config: Any) -> None:
-    with pytest.raises(ConfigError, match="label_smoothing"):
-        config(label_smoothing=0.1)
+def test_trainers_without_labels_have_neither(config: Any, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is not a setting"):
+        config(**{field: 0.1})
 
 
 def test_settings() -> None:
@@ -124,7 +149,11 @@ def test_settings() -> None:
         SFTConfig(label_smoothing_factor=0.1)
     with pytest.raises(ConfigError, match=r"label_smoothing is 0\.1, and must stay 0\.0 with hard_label_weight 0"):
         DistillConfig(teacher={"name": "t"}, label_smoothing=0.1)
+    with pytest.raises(ConfigError, match=r"z_loss_coef is -0\.1"):
+        SFTConfig(z_loss_coef=-0.1)
+    assert SFTConfig().method == "sft"
     assert SFTConfig(label_smoothing=0.1).method == "sft (label smoothing 0.1)"
+    assert SFTConfig(label_smoothing=0.1, z_loss_coef=1e-4).method == "sft (label smoothing 0.1, z-loss 0.0001)"
 
 
 def test_the_metrics_of_a_run_say_both(make: Make) -> None:
