@@ -94,6 +94,8 @@ def check_lines(config: RunConfig, *, device: str | None = None, num_ranks: int 
     yield from checked.preflight.beside.items()
     if checked.preflight.engine:
         yield "engine", f"{checked.preflight.engine} samples completions"
+    for line in checked.preflight.weight_decay:
+        yield "decay", line
     if checked.preflight.memory:
         yield "memory", _memory_line(config, checked.preflight.memory, device, num_ranks)
     for line in reward_lines(checked):

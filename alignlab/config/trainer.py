@@ -11,6 +11,9 @@ from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
 from alignlab.config.error_messages import BrokenRule
 from alignlab.files.home_folder import with_home
 
+WeightKind = Literal["matrices", "embeddings", "norms", "biases", "vectors"]
+"""Kind of a weight, see `loop.weight_decay`."""
+
 
 class OptimSettings(Frozen):
     """AdamW, its learning rate over the run, and the bounds of an update."""
@@ -22,11 +25,26 @@ class OptimSettings(Frozen):
     warmup_steps: int = Field(0, ge=0)
     """Steps (not updates) in which the learning rate rises to its full value."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled from the gradient (AdamW): at each update a weight loses this fraction, times the learning rate."""
+    weight_decay_on: tuple[WeightKind, ...] = ("matrices", "embeddings")
+    """Kinds of weights that decay: matrices (adapters too), embeddings (with a tied head), norms, biases, other
+    vectors. `alignlab check` shows how many weights are of which kind."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or skip the update and count it."""
+
+    @model_validator(mode="after")
+    def _check_weight_decay(self) -> Self:
+        kinds = self.weight_decay_on
+        if self.weight_decay == 0:
+            self.refuse_unread("weight_decay_on", "with weight_decay 0", "remove it, or use weight_decay 0.1")
+        if not kinds or len(set(kinds)) < len(kinds):
+            must = "name at least one kind, each once"
+            fix = "use weight_decay 0, or [matrices]" if not kinds else f"use {list(dict.fromkeys(kinds))}"
+            raise BrokenRule("weight_decay_on", list(kinds), must, fix)
+        return self
 
 
 class MemorySettings(Frozen):

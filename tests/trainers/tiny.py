@@ -109,9 +109,13 @@ CASES = {
     "sft": Case(
         SFTTrainer, configs.SFTConfig, {"num_sequences": 4}, lambda: examples(8), held_out=lambda: examples(3, seed=1)
     ),
-    "sft_label_losses": Case(
-        SFTTrainer, configs.SFTConfig, {"num_sequences": 4, "label_smoothing": 0.1, "z_loss_coef": 1e-2},
-        lambda: examples(8), lora=True,
+    "sft_options": Case(
+        SFTTrainer, configs.SFTConfig,
+        {
+            "num_sequences": 4, "label_smoothing": 0.1, "z_loss_coef": 1e-2,
+            "optim": {"weight_decay": 0.5, "weight_decay_on": ["embeddings", "norms"]},
+        },
+        lambda: examples(8),
     ),
     "dpo": Case(
         DPOTrainer, configs.DPOConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1)
