@@ -30,6 +30,7 @@ class DistillConfig(TrainerConfig):
 
     takes_rewards = "optional"
     measures = "accuracy"
+    evaluates_between = False
     type: Literal["distill"] = "distill"
     teacher: TeacherSettings
     num_sequences: Recorded[int] = Field(32, ge=1)

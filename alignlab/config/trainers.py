@@ -23,6 +23,7 @@ from alignlab.config.policy_gradient import GRPOConfig as GRPOConfig
 from alignlab.config.policy_gradient import PPOConfig as PPOConfig
 from alignlab.config.rlaif import RLAIFConfig as RLAIFConfig
 from alignlab.config.trainer import CheckpointSettings as CheckpointSettings
+from alignlab.config.trainer import EarlyStoppingSettings as EarlyStoppingSettings
 from alignlab.config.trainer import MemorySettings as MemorySettings
 from alignlab.config.trainer import OptimSettings as OptimSettings
 from alignlab.config.trainer import TrainerConfig as TrainerConfig

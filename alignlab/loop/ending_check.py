@@ -228,9 +228,14 @@ def needed_bytes(config: TrainerConfig, model: Model, checkpoint_bytes: int) -> 
 
 
 def num_checkpoints(config: TrainerConfig) -> int:
-    """Return the largest number of checkpoints on the disk at one time: those kept, and one that is being written."""
+    """Return the largest number of checkpoints on the disk at one time: those kept, with that of the best evaluation,
+    and one that is being written."""
     every = config.checkpoints.every_steps or config.num_steps
-    return min(-(-config.num_steps // every), config.checkpoints.keep + 1)
+    regular = min(-(-config.num_steps // every), config.checkpoints.keep + 1)
+    if config.early_stopping is None or config.eval_every_steps is None:
+        return regular
+    evaluations = -(-config.num_steps // config.eval_every_steps)  # each may be the best so far, and is saved then
+    return min(regular + evaluations, config.checkpoints.keep + 2)
 
 
 def _held_bytes(folder: Path) -> int:

@@ -117,6 +117,11 @@ CASES = {
         },
         lambda: examples(8),
     ),
+    "dpo_early_stopping": Case(
+        DPOTrainer, configs.DPOConfig,
+        {"num_pairs": 4, "eval_every_steps": 1, "early_stopping": {"metric": "loss", "patience": 2, "min_delta": 9.0}},
+        lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1),
+    ),
     "dpo": Case(
         DPOTrainer, configs.DPOConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1)
     ),
