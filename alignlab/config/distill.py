@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.config.base import Frozen, OnResume, Recorded, at_home
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.model import Dtype
+from alignlab.config.offline import AveragedConfig
 from alignlab.config.online import OnlineConfig, PolicyGradientConfig
-from alignlab.config.trainer import TrainerConfig
 
 
 class TeacherSettings(Frozen):
@@ -25,7 +25,7 @@ class TeacherSettings(Frozen):
     _at_home = field_validator("name")(at_home)
 
 
-class DistillConfig(TrainerConfig):
+class DistillConfig(AveragedConfig):
     """A student learns its teacher's distribution at each token of given completions (arXiv:1503.02531)."""
 
     takes_rewards = "optional"

@@ -171,6 +171,8 @@ class RunConfig(Frozen):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
         if self.warm_start is not None:
             self.refuse_unread("warm_start.trainer.output_dir", "for a warm start, which is in trainer.output_dir")
+            if self.warm_start.trainer.ema is not None:
+                self.warm_start.trainer.ema.check_sharding(self.trainer.sharding, "warm_start.trainer.ema")
             self._check_warm_start_numerics(self.warm_start.trainer.numerics)
 
     def _check_warm_start_numerics(self, given: NumericsSettings) -> None:

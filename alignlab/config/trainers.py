@@ -9,6 +9,7 @@ from alignlab.config.distill import GKDConfig as GKDConfig
 from alignlab.config.distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.distill import TeacherSettings as TeacherSettings
 from alignlab.config.offline import DPOConfig as DPOConfig
+from alignlab.config.offline import EMASettings as EMASettings
 from alignlab.config.offline import KTOConfig as KTOConfig
 from alignlab.config.offline import PairLossConfig as PairLossConfig
 from alignlab.config.offline import RewardConfig as RewardConfig

@@ -152,7 +152,9 @@ class EarlyStopping:
         metric = self.settings.metric
 
         def read(of_step: Mapping[str, Any] | None) -> Measurement | None:
-            return of_step and Measurement.of(of_step["step"], evaluation_from_json(of_step["result"]), metric)
+            if of_step is None:
+                return None
+            return Measurement.of(of_step["step"], evaluation_from_json(of_step["result"]), metric)
 
         self.best, self.latest, self.num_without = read(state["best"]), read(state["latest"]), state["num_without"]
 

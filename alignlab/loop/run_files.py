@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from alignlab.errors import CheckpointError
 from alignlab.evaluation.report import RunReport
 from alignlab.files.library_errors import writing
+from alignlab.loop.averaging import GROUP, average_for
 from alignlab.loop.early_stopping import best_line
 from alignlab.loop.exported_weights import replaced_weights
 from alignlab.loop.result import TrainResult
@@ -95,8 +96,10 @@ def _save_model(loop: TrainingLoop, folder: RunFolder, path: Path, work: str, *,
     with loop.agreed(work):
         if loop.is_main:
             folder.renew()
-            if step not in (None, loop.step):
+            if step is not None and step != loop.step:
                 weights = _weights_of_step(loop, folder, weights, step)
+            elif average := average_for(loop.learner, "export"):
+                weights = replaced_weights(loop.learner.module, weights, average.tensors)
             with published(path, run_id=folder.run_id) as unfinished:
                 loop.write_model(unfinished, view=weights)
 
@@ -109,7 +112,8 @@ def _weights_of_step(loop: TrainingLoop, folder: RunFolder, weights: WeightView,
         raise CheckpointError(
             f"{error}, or set early_stopping.export: last, since the run's model is to be that of step {step}"
         ) from None
-    return replaced_weights(loop.learner.module, weights, tensors["policy"])
+    average = tensors.get(GROUP, {}) if average_for(loop.learner, "export") else {}
+    return replaced_weights(loop.learner.module, weights, {**tensors["policy"], **average})
 
 
 def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:

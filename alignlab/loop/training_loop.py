@@ -20,6 +20,7 @@ from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.evaluation.learning_signal import SignalMonitor
 from alignlab.evaluation.report import write_report
 from alignlab.evaluation.results import Evaluation
+from alignlab.loop.averaging import Use, averaged
 from alignlab.loop.early_stopping import EarlyStopping, check_stopping
 from alignlab.loop.ending_check import check_ending, on_main_rank
 from alignlab.loop.learner import Learner
@@ -130,10 +131,8 @@ class TrainingLoop(ABC):
         return None
 
     def evaluate_at(self, step: int) -> bool:
-        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`.
-
-        After the last step it is evaluated in any case; where that may be the best one, before the model is chosen.
-        """
+        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`, and
+        after the last step where early stopping has to know it before the model is chosen."""
         every = self.config.eval_every_steps
         if step == self.config.num_steps:
             return self.has_held_out and self.stopping.settings is not None
@@ -257,8 +256,9 @@ class TrainingLoop(ABC):
         """Return a usage hint for the report; None means the `alignlab generate` command."""
         return None
 
-    def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
-        with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
+    def _evaluate(self, logger: MetricsLogger, use: Use = "evaluate") -> Evaluation | None:
+        evaluating = self.agreed(f"evaluating after step {self.step}")
+        with self.progress.phase("evaluate"), evaluating, averaged(self.learner, use):
             result = self.evaluate()
         with self.agreed(f"writing the evaluation after step {self.step}"):  # reached only if no rank failed
             if result is not None:
@@ -267,11 +267,10 @@ class TrainingLoop(ABC):
 
     def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
         """Return the evaluation of the run's model; early stopping has made it already."""
-        known = self.stopping.result_of(self.model_step)
-        if known is not None:
+        if known := self.stopping.result_of(self.model_step):
             return known
         try:
-            return self._evaluate(logger)
+            return self._evaluate(logger, "export")
         except Exception:
             self.progress.note(f"the evaluation failed; the trained model is in {path}")
             raise
@@ -373,6 +372,7 @@ class TrainingLoop(ABC):
             self.config, self.learner.model, self.tokenizer, self.config.output_dir,
             lambda path: self.write_model(path, weights=False, view=self.learner.shapes),
             trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
+            more_bytes=0 if self.learner.average is None else self.learner.average.num_bytes,
         )
 
     def write_model(self, path: Path, *, weights: bool = True, view: WeightView | None = None) -> None:

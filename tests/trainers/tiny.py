@@ -122,6 +122,14 @@ CASES = {
         {"num_pairs": 4, "eval_every_steps": 1, "early_stopping": {"metric": "loss", "patience": 2, "min_delta": 9.0}},
         lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1),
     ),
+    "reward_ema": Case(
+        RewardTrainer, configs.RewardConfig,
+        {
+            "num_pairs": 4, "ema": {"decay": 0.5}, "eval_every_steps": 1,
+            "early_stopping": {"metric": "loss", "patience": 2, "min_delta": 9.0},
+        },
+        lambda: pairs(8), held_out=lambda: pairs(3, seed=1),
+    ),
     "dpo": Case(
         DPOTrainer, configs.DPOConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1)
     ),
