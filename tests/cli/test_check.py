@@ -262,3 +262,13 @@ def test_check_says_which_weights_decay(
     assert "embeddings (1 tensors, 4,320 weights); none of norms (5 tensors, 80 weights)" in line
     assert main(["check", path, "trainer.optim.weight_decay=0"]) == 0
     assert "decay      no weight decays" in capsys.readouterr().out
+
+
+def test_check_predicts_the_memory_of_an_average(
+    write: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, and the weights again while they are set aside: 13,840 weights of 4 bytes, twice."""
+    monkeypatch.setattr("alignlab.cli.check._memory_line", lambda config, memory, *_: f"{dict(memory)}")
+    assert main(["check", write(rows_for("sft", "blue"), type="sft", ema={"decay": 0.9})]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert "'average of weights': 110720" in line
