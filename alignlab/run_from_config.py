@@ -65,6 +65,7 @@ class RunSummary:
             "interrupted": self.result.interrupted,
             "run": self.result.run_id,
             **self.result.verdict.to_json(),
+            **({} if self.result.stopping is None else self.result.stopping.to_json()),
             kind: str(self.result.model_path),
         }
 

@@ -33,6 +33,7 @@ SMALLER = {
     "weights": "take a smaller model, or model.dtype bfloat16; a reference may be on the host "
     "(trainer.memory.reference_on_host)",
     "gradients and optimizer": "train an adapter (model.lora)",
+    "average of weights": "leave trainer.ema out",
     "activations": "set trainer.memory.gradient_checkpointing to true, or lower trainer.memory.tokens_per_microbatch",
     "rollouts": "lower trainer.num_prompts or sampling.max_new_tokens, or use rollout.engine vllm_server on other GPUs",
 }
@@ -94,6 +95,8 @@ def check_lines(config: RunConfig, *, device: str | None = None, num_ranks: int 
     yield from checked.preflight.beside.items()
     if checked.preflight.engine:
         yield "engine", f"{checked.preflight.engine} samples completions"
+    for line in checked.preflight.weight_decay:
+        yield "decay", line
     if checked.preflight.memory:
         yield "memory", _memory_line(config, checked.preflight.memory, device, num_ranks)
     for line in reward_lines(checked):

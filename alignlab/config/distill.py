@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.config.base import Frozen, OnResume, Recorded, at_home
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.model import Dtype
+from alignlab.config.offline import AveragedConfig
 from alignlab.config.online import OnlineConfig, PolicyGradientConfig
-from alignlab.config.trainer import TrainerConfig
 
 
 class TeacherSettings(Frozen):
@@ -25,11 +25,12 @@ class TeacherSettings(Frozen):
     _at_home = field_validator("name")(at_home)
 
 
-class DistillConfig(TrainerConfig):
+class DistillConfig(AveragedConfig):
     """A student learns its teacher's distribution at each token of given completions (arXiv:1503.02531)."""
 
     takes_rewards = "optional"
     measures = "accuracy"
+    evaluates_between = False
     type: Literal["distill"] = "distill"
     teacher: TeacherSettings
     num_sequences: Recorded[int] = Field(32, ge=1)
@@ -40,6 +41,10 @@ class DistillConfig(TrainerConfig):
     """Of both distributions; the loss is multiplied by its square, so that the gradient keeps its size."""
     hard_label_weight: float = Field(0.0, ge=0, lt=1)
     """Weight of the cross-entropy of the completions themselves; the divergence has the remaining weight."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of each label of that cross-entropy that is spread evenly over the vocabulary (arXiv:1512.00567)."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the squared log of the denominator of the student's softmax (arXiv:2204.02311); 1e-4 is usual."""
     top_k: int | None = Field(None, ge=1)
     """Number of the teacher's most probable tokens that are kept on disk, with the others as one: the teacher computes
     each example once, for this and later runs. None uses whole distributions, computed at each step."""
@@ -48,6 +53,9 @@ class DistillConfig(TrainerConfig):
     def _check(self) -> Self:
         because = "for offline distillation, which measures before and after training only"
         self.refuse_unread("eval_every_steps", because)
+        if self.hard_label_weight == 0:
+            because = "with hard_label_weight 0, where no label is learnt from"
+            self.refuse_unread("label_smoothing", because, "remove it, or use hard_label_weight 0.5")
         return self
 
     @property

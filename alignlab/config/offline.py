@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
 from alignlab.config.error_messages import BrokenRule
-from alignlab.config.trainer import TrainerConfig
+from alignlab.config.trainer import ShardingSettings, TrainerConfig
 
 PreferenceLoss = Literal["sigmoid", "robust", "ipo", "ipo_mean", "hinge", "simpo", "orpo"]
 REFERENCE_FREE = ("simpo", "orpo")
@@ -16,7 +16,57 @@ REFERENCE_FREE = ("simpo", "orpo")
 READ_BY = {"label_smoothing": ("sigmoid", "robust"), "simpo_gamma": ("simpo",)}
 
 
-class SFTConfig(TrainerConfig):
+class EMASettings(Frozen):
+    """An exponential moving average of the weights, in float32, beside those in training."""
+
+    on_resume = OnResume.RECORDED
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Weight of the average so far at each optimizer update; it reaches back about 1 / (1 - decay) updates."""
+    evaluate: bool = True
+    """Evaluations between steps are of the average; otherwise of the weights in training."""
+    export: bool = True
+    """The run's model is the average, and so are models beside checkpoints; otherwise they are of the weights in
+    training. The evaluation after training is of the run's model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.evaluate or self.export):
+            raise BrokenRule("export", False, "be true where evaluate is false: nothing would read the average",
+                             "leave ema out")
+        return self
+
+    def check_sharding(self, sharding: ShardingSettings, name: str) -> None:
+        """Raise if the weights in training are spread over ranks, each of which would average its part alone.
+
+        Args:
+            name: of the section of this average.
+
+        Raises:
+            BrokenRule: with the strategies that there are.
+        """
+        if sharding.spreads_training:
+            must = f"be null with sharding.strategy {sharding.strategy}: an average is of weights that each rank has"
+            raise BrokenRule(name, "given", must, "use strategy: ddp, or leave ema out")
+
+
+class AveragedConfig(TrainerConfig):
+    """Settings of trainers whose evaluations and model may be an average of the weights."""
+
+    ema: Recorded[EMASettings | None] = None
+    """None keeps no average."""
+
+    @model_validator(mode="after")
+    def _check_average(self) -> Self:
+        if self.ema is None:
+            return self
+        self.ema.check_sharding(self.sharding, "ema")
+        if self.early_stopping is not None and self.ema.evaluate != self.ema.export:
+            must = f"be {str(self.ema.export).lower()} with early_stopping, which chooses the model that it evaluates"
+            raise BrokenRule("ema.evaluate", self.ema.evaluate, must, f"use {str(self.ema.export).lower()}")
+        return self
+
+
+class SFTConfig(AveragedConfig):
     """Supervised fine-tuning on prompt and completion; the loss is on the completion alone."""
 
     takes_rewards = "optional"
@@ -24,11 +74,19 @@ class SFTConfig(TrainerConfig):
     type: Literal["sft"] = "sft"
     num_sequences: Recorded[int] = Field(32, ge=1)
     """Examples a step, over all ranks."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of each label that is spread evenly over the vocabulary (arXiv:1512.00567); 0.1 is usual. Held-out loss is
+    of labels as they are."""
+    z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator (arXiv:2204.02311), which keeps the logits from drifting
+    away; 1e-4 is usual."""
 
     @property
     def method(self) -> str:
         """Short description of the method, for reports."""
-        return "sft"
+        options = {"label smoothing": self.label_smoothing, "z-loss": self.z_loss_coef}
+        given = ", ".join(f"{name} {value:g}" for name, value in options.items() if value)
+        return f"sft ({given})" if given else "sft"
 
     @property
     def step(self) -> str:
@@ -73,7 +131,7 @@ class PairLossConfig(Frozen):
         return self.loss not in REFERENCE_FREE
 
 
-class DPOConfig(PairLossConfig, TrainerConfig):
+class DPOConfig(PairLossConfig, AveragedConfig):
     """Learning from preferences directly, without a reward model (DPO, arXiv:2305.18290, and its family)."""
 
     measures = "preferences"
@@ -110,7 +168,7 @@ class DPOConfig(PairLossConfig, TrainerConfig):
         return f"{self.num_pairs} pairs a step"
 
 
-class KTOConfig(TrainerConfig):
+class KTOConfig(AveragedConfig):
     """Learning from single completions that are labelled good or bad (KTO, arXiv:2402.01306)."""
 
     measures = "labels"
@@ -138,7 +196,7 @@ class KTOConfig(TrainerConfig):
         return f"{self.num_sequences} completions a step"
 
 
-class RewardConfig(TrainerConfig):
+class RewardConfig(AveragedConfig):
     """A Bradley-Terry reward model, learnt from preferences (arXiv:2203.02155)."""
 
     measures = "preferences"

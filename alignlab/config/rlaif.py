@@ -32,6 +32,8 @@ _OF_THE_RUN = {
     "output_dir": "be left out: every stage is in a folder of its own in trainer.output_dir",
     "seed": "be left out: it is trainer.seed for every stage",
     "eval_every_steps": "be left out: held-out data is looked at before the first stage and after the last",
+    "early_stopping": "be left out: held-out data is looked at before the first stage and after the last",
+    "ema": "be left out: a stage goes on from the weights in training",
     "margin_column": "be left out: a judge gives a probability, and no margin",
     "probability_column": "be left out: the judge's labels are soft where the loss takes them",
 }

@@ -93,6 +93,7 @@ class WarmStart(Frozen):
     def _check(self) -> Self:
         if "{answer}" not in self.answer_template:
             raise BrokenRule("answer_template", self.answer_template, "contain {answer}", 'use "{answer}"')
+        self.refuse_unread("trainer.early_stopping", "in a warm start, where nothing is measured")
         self.refuse_unread("trainer.eval_every_steps", "in a warm start, where nothing is measured")
         return self
 
@@ -162,6 +163,7 @@ class RunConfig(Frozen):
         self._check_rewards()
         self._check_without_rewards()
         self._check_scorer()
+        self._check_early_stopping()
         return self
 
     def _check_warm_start(self) -> None:
@@ -169,6 +171,8 @@ class RunConfig(Frozen):
             raise BrokenRule("warm_start", "given", "be null before supervised fine-tuning", "remove it")
         if self.warm_start is not None:
             self.refuse_unread("warm_start.trainer.output_dir", "for a warm start, which is in trainer.output_dir")
+            if self.warm_start.trainer.ema is not None:
+                self.warm_start.trainer.ema.check_sharding(self.trainer.sharding, "warm_start.trainer.ema")
             self._check_warm_start_numerics(self.warm_start.trainer.numerics)
 
     def _check_warm_start_numerics(self, given: NumericsSettings) -> None:
@@ -234,6 +238,14 @@ class RunConfig(Frozen):
         if self.trainer.takes_rewards == "needed" and not self.rewards:
             must = "name at least one reward function for reinforcement learning"
             raise BrokenRule("rewards", [], must, "use [{name: reasoning_gym_answer}] for a task, or your own")
+
+    def _check_early_stopping(self) -> None:
+        """Python arguments are checked by the trainer, which knows its held-out data."""
+        if isinstance(self.trainer, RLAIFConfig) or self.trainer.early_stopping is None or self.measured_data:
+            return
+        must = "be given with trainer.early_stopping, which goes by held-out data"
+        fix = "give eval_data with what decides which answers are right, or remove early_stopping"
+        raise BrokenRule("eval_data", None, must, fix if self.trainer.measures == "accuracy" else "give eval_data")
 
     def _check_scorer(self) -> None:
         if self.eval_data is not None and self.trainer.measures == "accuracy" and not self.has_scorer:

@@ -7,9 +7,12 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
+from alignlab.config.base import Frozen, MayChange, OnResume, Recorded, Refused
 from alignlab.config.error_messages import BrokenRule
 from alignlab.files.home_folder import with_home
+
+WeightKind = Literal["matrices", "embeddings", "norms", "biases", "vectors"]
+"""Kind of a weight, see `loop.weight_decay`."""
 
 
 class OptimSettings(Frozen):
@@ -22,11 +25,26 @@ class OptimSettings(Frozen):
     warmup_steps: int = Field(0, ge=0)
     """Steps (not updates) in which the learning rate rises to its full value."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled from the gradient (AdamW): at each update a weight loses this fraction, times the learning rate."""
+    weight_decay_on: tuple[WeightKind, ...] = ("matrices", "embeddings")
+    """Kinds of weights that decay: matrices (adapters too), embeddings (with a tied head), norms, biases, other
+    vectors. `alignlab check` shows how many weights are of which kind."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or skip the update and count it."""
+
+    @model_validator(mode="after")
+    def _check_weight_decay(self) -> Self:
+        kinds = self.weight_decay_on
+        if self.weight_decay == 0:
+            self.refuse_unread("weight_decay_on", "with weight_decay 0", "remove it, or use weight_decay 0.1")
+        if not kinds or len(set(kinds)) < len(kinds):
+            must = "name at least one kind, each once"
+            fix = "use weight_decay 0, or [matrices]" if not kinds else f"use {list(dict.fromkeys(kinds))}"
+            raise BrokenRule("weight_decay_on", list(kinds), must, fix)
+        return self
 
 
 class MemorySettings(Frozen):
@@ -122,6 +140,34 @@ class ShardingSettings(Frozen):
         return self
 
 
+EVALUATED = {
+    "likelihood": ("loss",),
+    "preferences": ("loss", "accuracy"),
+    "labels": ("loss", "accuracy"),
+    "accuracy": ("greedy", "sampled"),
+}
+"""By what a trainer measures on held-out data: the metrics that early stopping may go by."""
+
+
+class EarlyStoppingSettings(Frozen):
+    """The end of a run whose held-out metric no longer improves, and the choice of its model.
+
+    Evaluations are those of `eval_every_steps`, and one after the last step; that before the first counts as none. The
+    checkpoint of the best one is kept.
+    """
+
+    on_resume = OnResume.RECORDED
+    metric: Refused[Literal["loss", "accuracy", "greedy", "sampled"]]
+    """loss falls, the others rise. sft: loss; dpo, kto and reward: loss or accuracy; trainers that are measured by
+    answers: greedy or sampled accuracy."""
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row without an improvement after which the run ends."""
+    min_delta: float = Field(0.0, ge=0)
+    """A metric improves if it is better than the best by more than this."""
+    export: Literal["best", "last"] = "best"
+    """The run's model, `model` or `adapter` in its folder: of the best evaluation, or of the last step."""
+
+
 class TrainerConfig(Frozen):
     """Settings that every trainer has."""
 
@@ -131,6 +177,8 @@ class TrainerConfig(Frozen):
     measures: ClassVar[Literal["accuracy", "preferences", "labels", "likelihood"]]
     """Metric of held-out data: accuracy of answers, how often the chosen completion leads, agreement with labels, or
     likelihood of completions."""
+    evaluates_between: ClassVar[bool] = True
+    """Whether held-out data is measured between steps too, and not before and after training alone."""
 
     output_dir: MayChange[Path] = Path("runs/alignlab")
     seed: int = Field(0, ge=0, lt=2**32)
@@ -138,6 +186,8 @@ class TrainerConfig(Frozen):
     """Batches of rollouts or of examples."""
     eval_every_steps: MayChange[int | None] = Field(None, ge=1)
     """Evaluate during training too; before and after is always done where there is evaluation data."""
+    early_stopping: Recorded[EarlyStoppingSettings | None] = None
+    """None trains to the last step. Needs `eval_every_steps` and held-out data."""
     optim: OptimSettings = OptimSettings()
     memory: MemorySettings = MemorySettings()
     numerics: NumericsSettings = NumericsSettings()
@@ -170,4 +220,20 @@ class TrainerConfig(Frozen):
         if warmup >= self.num_steps:
             must = f"be less than num_steps ({self.num_steps})"
             raise BrokenRule("optim.warmup_steps", warmup, must, f"use {self.num_steps // 10}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self) -> Self:
+        if self.early_stopping is None:
+            return self
+        if not self.evaluates_between:
+            must = "be null for a trainer that measures before and after training only"
+            raise BrokenRule("early_stopping", "given", must, "remove it")
+        metric, known = self.early_stopping.metric, EVALUATED[self.measures]
+        if metric not in known:
+            must = f"be {' or '.join(known)} for a trainer whose held-out data measures {self.measures}"
+            raise BrokenRule("early_stopping.metric", metric, must, f"use {known[0]}")
+        if self.eval_every_steps is None:
+            must = "be given with early_stopping, which goes by the evaluations between steps"
+            raise BrokenRule("eval_every_steps", None, must, f"use {max(1, self.num_steps // 10)}")
         return self

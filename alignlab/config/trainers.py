@@ -9,6 +9,7 @@ from alignlab.config.distill import GKDConfig as GKDConfig
 from alignlab.config.distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.distill import TeacherSettings as TeacherSettings
 from alignlab.config.offline import DPOConfig as DPOConfig
+from alignlab.config.offline import EMASettings as EMASettings
 from alignlab.config.offline import KTOConfig as KTOConfig
 from alignlab.config.offline import PairLossConfig as PairLossConfig
 from alignlab.config.offline import RewardConfig as RewardConfig
@@ -23,6 +24,7 @@ from alignlab.config.policy_gradient import GRPOConfig as GRPOConfig
 from alignlab.config.policy_gradient import PPOConfig as PPOConfig
 from alignlab.config.rlaif import RLAIFConfig as RLAIFConfig
 from alignlab.config.trainer import CheckpointSettings as CheckpointSettings
+from alignlab.config.trainer import EarlyStoppingSettings as EarlyStoppingSettings
 from alignlab.config.trainer import MemorySettings as MemorySettings
 from alignlab.config.trainer import OptimSettings as OptimSettings
 from alignlab.config.trainer import TrainerConfig as TrainerConfig

@@ -24,6 +24,10 @@ _SHARED = {
     "model_init_kwargs": "dtype and architecture of the section model",
     "eval_strategy": "eval_every_steps, where the trainer has it",
     "save_strategy": "checkpoints.every_steps",
+    "load_best_model_at_end": "early_stopping.export, where the trainer has it",
+    "metric_for_best_model": "early_stopping.metric, where the trainer has it",
+    "greater_is_better": "not needed: a loss improves by falling, an accuracy by rising",
+    "early_stopping_patience": "early_stopping.patience, where the trainer has it",
     "logging_strategy": "not needed: metrics.jsonl holds every step",
     "per_device_eval_batch_size": "not needed: memory is bounded by memory.tokens_per_microbatch, in evaluations too",
     "remove_unused_columns": "not needed: rewards receive all columns of the dataset",
@@ -103,6 +107,7 @@ _ONLINE_DPO = {
 _SFT = {
     "per_device_train_batch_size": "num_sequences, over all ranks",
     "packing": "not needed: examples are always packed, without attending to each other",
+    "label_smoothing_factor": "label_smoothing",
     "eval_steps": "eval_every_steps",
     "padding_free": "not needed: nothing is padded",
     "eval_packing": "not needed: examples are always packed, without attending to each other",

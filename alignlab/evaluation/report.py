@@ -40,6 +40,8 @@ class RunReport:
         summary: more entries for report.json.
         verdict: whether anything was learnt, and why not.
         run_id: id of the run, see `RunFolder`.
+        after_step: step of the weights that `after` is about; None for the last.
+        early_stopping: which step was best, and which one the model is of; None without early stopping.
     """
 
     title: str
@@ -55,6 +57,8 @@ class RunReport:
     summary: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
     run_id: str | None = None
+    after_step: int | None = None
+    early_stopping: str | None = None
 
     @property
     def command(self) -> str | None:
@@ -92,13 +96,15 @@ class RunReport:
 def write_report(run: RunFolder, report: RunReport, *, console: Console | None = None) -> None:
     """Write report.json and curves.png, and show the report on stderr."""
     console = console or Console(stderr=True)
-    results = ((0, report.before), (report.num_steps, report.after))
+    after_step = report.num_steps if report.after_step is None else report.after_step
+    results = ((0, report.before), (after_step, report.after))
     evaluations = {step: result.metrics() for step, result in results if result is not None}
     write_atomically(run.report_file, json.dumps(report.to_json(), indent=1) + "\n")
     is_drawn = _draw_curves(run, report.title, evaluations)
     _show_results(console, report)
     lines = [
         ("trained", f"{report.num_steps} steps in {report.train_seconds:.0f} s"),
+        ("early stopping", report.early_stopping),
         ("curves", run.curves_file if is_drawn else None),
         ("adapter", report.adapter),
         ("model", report.model),

@@ -3,6 +3,7 @@ float32 (float64 stays float64), and returns one value a token or a sequence. Av
 
     reduction        sums and means of sequences and steps; weights that turn a per-token loss into the step's loss
     logprobs         head_logits, chunked_logprobs: log-probs and entropy without the full logits
+    cross_entropy    chunked_cross_entropy: cross-entropy under smoothed labels, and z-loss
     kl               kl_k1, kl_k2, kl_k3, kl_loss, adapt_kl_coef
     advantages       group_normalized, group_centered, leave_one_out, batch_whitened, rewards_to_go, mixed_groups
     values           token_rewards, gae, value_loss, whitened, explained_variance

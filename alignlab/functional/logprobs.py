@@ -13,7 +13,7 @@ Shapes: M tokens whose log-prob is wanted, D hidden, V vocabulary, C tokens of o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -95,53 +95,103 @@ def chunked_logprobs(
     Returns:
         (logprobs, entropy), both [M], nats, float32 (float64 for float64).
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
-    chunk_tokens = default_chunk_tokens(hidden.device.type) if chunk_tokens is None else chunk_tokens
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, and must be at least 1; 512 is usual")
-    options = _Options(temperature, softcap, chunk_tokens, num_gradients=2 if entropy_grad else 1)
-    head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
-        logprobs, entropy, _ = _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))
-        return logprobs, entropy
-    function = _TrainedHead if head_in_training else _FrozenHead
-    return function.apply(hidden, weight, bias, targets.long(), options)
+    check_temperature(temperature)
+    options = ScoreOptions(temperature, softcap, chunk_size(chunk_tokens, hidden), 2 if entropy_grad else 1)
+    measured = differentiable(hidden, weight, bias, targets, options)
+    return measured.score, measured.entropy
 
 
 @dataclass(frozen=True)
-class _Options:
-    """`num_gradients`: 0, 1 (of the log-probs), or 2 (of the entropy too)."""
+class ScoreOptions:
+    """The score is what is maximised: the log-prob of the target, or the loss of `cross_entropy`, its sign changed.
+
+    `num_gradients`: 0, 1 (of the score), or 2 (of the entropy too).
+    """
 
     temperature: float
     softcap: float | None
     chunk_tokens: int
     num_gradients: int
+    label_weight: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss_coef: float = 0.0
+
+
+class Measured(NamedTuple):
+    """Numbers of M tokens and their distributions, [M] each; the score and, where asked for, the entropy carry a
+    gradient.
+
+    Attributes:
+        score: see `ScoreOptions`.
+        entropy, logprobs: see `chunked_logprobs`.
+        log_normalizer: logsumexp of the logits z.
+    """
+
+    score: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    log_normalizer: Tensor
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError unless logits can be divided by a temperature."""
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, and must be > 0: greedy sampling has no log-probs; use 1")
+
+
+def chunk_size(given: int | None, hidden: Tensor) -> int:
+    """Return the tokens of a chunk: as given, or the default of the device."""
+    if given is not None and given < 1:
+        raise ValueError(f"chunk_tokens is {given}, and must be at least 1; 512 is usual")
+    return default_chunk_tokens(hidden.device.type) if given is None else given
+
+
+def differentiable(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+) -> Measured:
+    """Return what is measured of each target, without holding the logits of more than a chunk."""
+    head_in_training = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (head_in_training or hidden.requires_grad):
+        return _measure(hidden, weight, bias, targets.long(), replace(options, num_gradients=0))[0]
+    function = _TrainedHead if head_in_training else _FrozenHead
+    return Measured(*function.apply(hidden, weight, bias, targets.long(), options))
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The distributions of a block of tokens, with what their gradients need."""
 
-    logprobs: Float[Tensor, "R"]
-    entropy: Float[Tensor, "R"]
+    measured: Measured
     probs: Float[Tensor, "R V"]
     log_probs: Float[Tensor, "R V"]
     slope: Float[Tensor, "R V"] | float
     """d z / d (product with the head)."""
 
-    def gradients(self, targets: Int[Tensor, "R"], count: int) -> list[Float[Tensor, "R V"]]:
-        """Return derivatives by the product with the head: of the log-probs, and of the entropy if `count` is 2.
+    def gradients(self, targets: Int[Tensor, "R"], options: ScoreOptions) -> list[Float[Tensor, "R V"]]:
+        """Return the `num_gradients` derivatives by the product with the head: of the score, and of the entropy.
 
         Overwrites `probs`.
         """
         derivatives = []
-        if count == 2:
-            derivatives.append((self.log_probs + self.entropy[:, None]).mul_(self.probs).mul_(self.slope).neg_())
-        if count >= 1:
-            ones = self.probs.new_ones(len(targets), 1)
-            derivatives.insert(0, self.probs.neg_().scatter_add_(1, targets[:, None], ones).mul_(self.slope))
+        if options.num_gradients == 2:
+            surprise = self.log_probs + self.measured.entropy[:, None]
+            derivatives.append(surprise.mul_(self.probs).mul_(self.slope).neg_())
+        if options.num_gradients >= 1:
+            derivatives.insert(0, self._score_gradient(targets, options).mul_(self.slope))
         return derivatives
+
+    def _score_gradient(self, targets: Int[Tensor, "R"], options: ScoreOptions) -> Float[Tensor, "R V"]:
+        """Return the derivative of the score by the logits z, in the memory of `probs`."""
+        weight, eps = options.label_weight, options.label_smoothing
+        label = self.probs.new_full((len(targets), 1), weight * (1.0 - eps))
+        if weight == 1.0 and not options.z_loss_coef:
+            gradient = self.probs.neg_()
+        else:
+            gradient = self.probs.mul_(-(weight + 2.0 * options.z_loss_coef * self.measured.log_normalizer)[:, None])
+        gradient.scatter_add_(1, targets[:, None], label)
+        if eps:
+            gradient.add_(weight * eps / gradient.shape[1])
+        return gradient
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -149,14 +199,13 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropy; save their derivatives by each hidden state."""
-        logprobs, entropy, by_hidden = _measure(hidden, weight, bias, targets, options)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, ...]:
+        """Return the fields of `Measured`; save the derivatives of the first ones by each hidden state."""
+        outputs, by_hidden = _measure(hidden, weight, bias, targets, options)
         ctx.save_for_backward(*by_hidden)
-        if options.num_gradients == 1:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(*outputs[options.num_gradients :])
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -172,15 +221,14 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probs and entropy; save the inputs."""
-        logprobs, entropy, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, ...]:
+        """Return the fields of `Measured`; save the inputs."""
+        outputs, _ = _measure(hidden, weight, bias, targets, replace(options, num_gradients=0))
         ctx.options = options
         ctx.save_for_backward(hidden, weight, bias, targets)
-        if options.num_gradients == 1:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(*outputs[options.num_gradients :])
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -194,7 +242,7 @@ class _TrainedHead(torch.autograd.Function):
         head = weight.to(hidden.dtype)
 
         def weighted(block: _Rows, tokens: slice) -> list[Tensor]:
-            first, *by_entropy = block.gradients(targets[tokens], ctx.options.num_gradients)
+            first, *by_entropy = block.gradients(targets[tokens], ctx.options)
             first.mul_(incoming[0][tokens, None])
             return [first.addcmul_(more, incoming[1][tokens, None]) for more in by_entropy] or [first]
 
@@ -223,22 +271,23 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def _measure(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return log-probs, entropy, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
-    logprobs = hidden.new_empty(len(targets), dtype=_statistics_dtype(hidden))
-    entropy = torch.empty_like(logprobs)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: ScoreOptions
+) -> tuple[Measured, list[Tensor]]:
+    """Return what is measured, and the `num_gradients` derivatives of each token's by its hidden state, [M, D]."""
+    dtype = _statistics_dtype(hidden)
+    measured = Measured(*(hidden.new_empty(len(targets), dtype=dtype) for _ in Measured._fields))
     by_hidden = [torch.empty_like(hidden) for _ in range(options.num_gradients)]
     head = weight.to(hidden.dtype)
 
     def record(block: _Rows, tokens: slice) -> list[Tensor]:
-        logprobs[tokens], entropy[tokens] = block.logprobs, block.entropy
-        return block.gradients(targets[tokens], options.num_gradients)
+        for values, of_block in zip(measured, block.measured, strict=True):
+            values[tokens] = of_block
+        return block.gradients(targets[tokens], options)
 
     for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_outputs=len(by_hidden)):
         for out, gradient in zip(by_hidden, by_products, strict=True):
             out[chunk] = gradient @ head
-    return logprobs, entropy, by_hidden
+    return measured, by_hidden
 
 
 def _chunks(
@@ -246,7 +295,7 @@ def _chunks(
     head: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    options: _Options,
+    options: ScoreOptions,
     visit: Callable[[_Rows, slice], list[Tensor]],
     *,
     num_outputs: int,
@@ -266,7 +315,7 @@ def _chunks(
         yield chunk, outputs
 
 
-def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: _Options) -> _Rows:
+def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, options: ScoreOptions) -> _Rows:
     """Return the softmax of a block's logits. May overwrite `products`, which the caller needs no longer."""
     # Not compiled: on a CPU a block's passes stay in the cache, and compiled ones are no faster, round differently, and
     # take half a minute to compile (tests/bench/README.md). On a GPU they would save memory traffic; unmeasured.
@@ -274,15 +323,30 @@ def _distributions(products: Tensor, targets: Tensor, bias: Tensor | None, optio
     slope: Tensor | float = 1.0 / options.temperature
     if options.softcap is not None:
         slope = (1.0 - (logits / options.softcap).square()).mul_(slope)
-    shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    largest = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(largest)
     if options.temperature != 1.0:
         shifted.div_(options.temperature)
     probs = shifted.exp()
     total = probs.sum(dim=-1, keepdim=True)
     probs.div_(total)
-    log_probs = shifted.sub_(total.log())
+    log_total = total.log()
+    log_probs = shifted.sub_(log_total)
     entropy = -torch.linalg.vecdot(probs, log_probs)
-    return _Rows(log_probs.gather(1, targets[:, None])[:, 0], entropy, probs, log_probs, slope)
+    logprobs = log_probs.gather(1, targets[:, None])[:, 0]
+    log_normalizer = largest[:, 0] / options.temperature + log_total[:, 0]
+    score = _score(logprobs, log_probs, log_normalizer, options)
+    return _Rows(Measured(score, entropy, logprobs, log_normalizer), probs, log_probs, slope)
+
+
+def _score(logprobs: Tensor, log_probs: Tensor, log_normalizer: Tensor, options: ScoreOptions) -> Tensor:
+    """Return what is maximised of a block's tokens [R], from log-probs of the targets [R] and of all ids [R, V]."""
+    eps, score = options.label_smoothing, logprobs
+    if eps:
+        score = (1.0 - eps) * logprobs + eps * log_probs.mean(dim=-1)
+    if options.z_loss_coef:
+        return options.label_weight * score - options.z_loss_coef * log_normalizer.square()
+    return options.label_weight * score
 
 
 def _finished(products: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:

@@ -40,7 +40,7 @@ GIB = 2**30
 
 def check_ending(
     config: TrainerConfig, model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path,
-    write: Callable[[Path], None], *, trained: Iterable[nn.Parameter] | None = None,
+    write: Callable[[Path], None], *, trained: Iterable[nn.Parameter] | None = None, more_bytes: int = 0,
 ) -> None:
     """Raise if the run could not end well: try all that its end needs, without writing the weights.
 
@@ -49,6 +49,7 @@ def check_ending(
         folder: folder of the run, which need not exist.
         write: writes the trained model and its tokenizer to a folder, without the weights.
         trained: all parameters in training, with those of a critic; default: the model's.
+        more_bytes: of a checkpoint, beside these weights and their optimizer's state.
 
     Raises:
         ConfigError: a tracker or matplotlib is missing, the folder cannot be written, or the disk has too little room.
@@ -56,7 +57,7 @@ def check_ending(
     """
     check_saving(config, model, tokenizer, write)
     trained = (p for p in model.parameters() if p.requires_grad) if trained is None else trained
-    check_disk(config, model, folder, sum(whole_bytes(p) + state_bytes(p) for p in trained))
+    check_disk(config, model, folder, sum(whole_bytes(p) + state_bytes(p) for p in trained) + more_bytes)
 
 
 def on_main_rank(check: Callable[[], None]) -> None:
@@ -228,9 +229,14 @@ def needed_bytes(config: TrainerConfig, model: Model, checkpoint_bytes: int) -> 
 
 
 def num_checkpoints(config: TrainerConfig) -> int:
-    """Return the largest number of checkpoints on the disk at one time: those kept, and one that is being written."""
+    """Return the largest number of checkpoints on the disk at one time: those kept, with that of the best evaluation,
+    and one that is being written."""
     every = config.checkpoints.every_steps or config.num_steps
-    return min(-(-config.num_steps // every), config.checkpoints.keep + 1)
+    regular = min(-(-config.num_steps // every), config.checkpoints.keep + 1)
+    if config.early_stopping is None or config.eval_every_steps is None:
+        return regular
+    evaluations = -(-config.num_steps // config.eval_every_steps)  # each may be the best so far, and is saved then
+    return min(regular + evaluations, config.checkpoints.keep + 2)
 
 
 def _held_bytes(folder: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from alignlab.types import Experience
 
@@ -42,3 +42,14 @@ def critic_forward(module: nn.Module, pack: Experience) -> Any:
 def reward_forward(module: nn.Module, pack: Experience) -> Any:
     """Return the rewards of a pack's sequences: `RewardOutput`."""
     return module(pack.tokens, pack.segments, pack.completion_mask)
+
+
+def model_losses(output: Any, weights: Tensor) -> dict[str, Tensor]:
+    """Return the weighted sums of the losses that a model adds of its own: of its routers, of multi-token prediction.
+
+    Args:
+        output: of a forward pass.
+        weights: of tokens, [N].
+    """
+    of_tokens = {name: getattr(output, name, None) for name in ("router_loss", "mtp_loss")}
+    return {name: (loss * weights).sum() for name, loss in of_tokens.items() if loss is not None}

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from alignlab.config.trainers import TrainerConfig
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import CheckpointError, NumericsError
-from alignlab.loop.forward import Forward, PolicyForward
+from alignlab.loop.averaging import GROUP, make_average
+from alignlab.loop.forward import Forward, PolicyForward, model_losses
 from alignlab.loop.loss_scale import LossScale
 from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, token_mean
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import make_strategy, shard_weights
+from alignlab.loop.supervised import SupervisedOutput
 from alignlab.loop.update_metrics import expert_load_metrics, not_finite, numbers
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
@@ -65,6 +67,7 @@ class Learner:
         num_skipped: updates left out because a gradient was not finite.
         num_empty: updates left out because there was no token to train on.
         num_changes: number of changes begun, of the weights or of router counts.
+        average: of the weights in training; None where the config asks for none.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Learner:
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
             keep_casts(module)
+        self.average = make_average(self.trained, self.optimizer, config)
         self.loss_scale = LossScale(model_dtype(module.model))
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0
@@ -136,14 +140,15 @@ class Learner:
             return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def tensors(self) -> dict[str, dict[str, Held]]:
-        """Return the trained weights and the optimizer's state, for a checkpoint; frozen weights are left out.
+        """Return the trained weights, their average and the optimizer's state, for a checkpoint, and no frozen weights.
 
         Of what is spread over ranks this rank has its piece alone.
         """
         trained = self.trained
         weights: dict[str, Held] = {name: held_part(weight) for name, weight in trained.items()}
         buffers = dict(whole_tensors(self.weights, self._saved_buffers()))
-        return {"policy": weights | buffers, "optimizer": self.strategy.state(trained)}
+        groups = {"policy": weights | buffers, "optimizer": self.strategy.state(trained)}
+        return groups if self.average is None else groups | self.average.groups(groups["policy"])
 
     @property
     def weights(self) -> WeightView:
@@ -212,6 +217,8 @@ class Learner:
             )
         self._load_weights(tensors["policy"])
         self.strategy.load_state(self.trained, tensors["optimizer"])
+        if self.average is not None:
+            self.average.load(tensors.get(GROUP))
         self._forget_unfinished_step()
         load_schedule_state(self.schedule, state["schedule"])
         self.num_skipped, self.num_empty = state["num_skipped"], state["num_empty"]
@@ -308,13 +315,10 @@ class Learner:
                 losses, metrics = loss(output, pack)
                 total = (losses * weights(pack, totals)).sum()
                 sums["loss"] += total.detach()
-                for name in ("router_loss", "mtp_loss"):
-                    of_tokens = getattr(output, name, None)
-                    if of_tokens is not None:
-                        added = (of_tokens * token_mean(pack, totals)).sum()
-                        sums[name] += added.detach()
-                        total = total + added
-                if isinstance(output, PolicyOutput) and output.routing_policy is not None:
+                for name, added in model_losses(output, token_mean(pack, totals)).items():
+                    sums[name] += added.detach()
+                    total = total + added
+                if isinstance(output, PolicyOutput | SupervisedOutput) and output.routing_policy is not None:
                     policy_loss = policy_losses(output.routing_policy, losses, self.module.model)
                     total = total + (policy_loss * weights(pack, totals)).sum()
                 self.strategy.backward(total * self.loss_scale.factor if self.loss_scale.is_needed else total)

@@ -70,6 +70,7 @@ def training_bytes(
     return {
         "weights": _weight_bytes(modules, whole, sharding),
         "gradients and optimizer": _gradient_and_state_bytes(trained, sharding),
+        **_average_bytes(learners),
         # A reference from the host scores while there are no activations of a training pass.
         "activations": max(*visiting, *(_activation_bytes(learner, memory) for learner in learners.values()), 0),
     }
@@ -100,6 +101,14 @@ def _gradient_and_state_bytes(trained: Sequence[nn.Parameter], sharding: Shardin
     gradients //= planned_ranks() if sharding.spreads_gradients else 1
     states //= planned_ranks() if sharding.spreads_training else 1
     return gradients + (states if sharding.offload == "none" else 0)
+
+
+def _average_bytes(learners: Mapping[str, Learner]) -> dict[str, int]:
+    """Return the bytes of averages of weights, with the weights that are set aside in an evaluation; none without."""
+    averages = [learner.average for learner in learners.values() if learner.average is not None]
+    kept = sum(average.num_bytes for average in averages)
+    aside = sum(_storage_bytes(learner.trained.values()) for learner in learners.values() if learner.average)
+    return {"average of weights": kept + aside} if averages else {}
 
 
 def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:

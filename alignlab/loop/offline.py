@@ -28,6 +28,7 @@ from alignlab.loop.inputs import Model, check_shares, resolve_model
 from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs
 from alignlab.loop.preflight import Preflight
 from alignlab.loop.training_loop import Callback, TrainingLoop
+from alignlab.loop.weight_decay import decay_lines
 from alignlab.runs.folder import RunFolder
 
 
@@ -113,7 +114,7 @@ class OfflineTrainer(TrainingLoop, metaclass=NamedArguments):
         """Return the examples and the models beside the policy."""
         return Preflight(
             self.train_examples, self.eval_examples, beside=self.algorithm.models_beside,
-            memory=self.predicted_memory(),
+            memory=self.predicted_memory(), weight_decay=decay_lines(self.learners),
         )
 
     @property

@@ -28,6 +28,7 @@ from alignlab.loop.reward_checks import signal_settings, stop_without_any_reward
 from alignlab.loop.rollout_metrics import StepMetrics
 from alignlab.loop.source import RolloutSource
 from alignlab.loop.training_loop import Callback, TrainingLoop
+from alignlab.loop.weight_decay import decay_lines
 from alignlab.rollout.engine import make_engine
 from alignlab.rollout.memory import engine_bytes, planned_device
 from alignlab.runs.folder import RunFolder
@@ -124,7 +125,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         """Return the prompts, the scorer and the models beside the policy."""
         return Preflight(
             self.source.prompts, self.held_out.prompts, self.held_out.scorer, self.algorithm.models_beside,
-            self.predicted_memory(), self.config.rollout.engine,
+            self.predicted_memory(), self.config.rollout.engine, decay_lines(self.learners),
         )
 
     @property

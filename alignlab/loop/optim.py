@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
 from alignlab.loop.master_weights import MasterAdamW, needs_master
-from alignlab.models.pieces import whole_shape
+from alignlab.loop.weight_decay import weight_kinds
 
 logger = logging.getLogger(__name__)
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -25,12 +25,13 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
 
     Those in 16 bits have float32 copies, see `master_weights`.
 
-    Weight decay applies to matrices, not to norms and biases (fewer than two dimensions). The fused kernel is used
-    where every parameter is on a device that has one.
+    Weight decay applies to the kinds of weights in `optim.weight_decay_on`, see `weight_decay`. The fused kernel is
+    used where every parameter is on a device that has one.
 
     Raises:
         ConfigError: nothing is trainable.
     """
+    kinds, settings = weight_kinds(model), config.optim
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ConfigError(
@@ -40,17 +41,18 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
     by_kind: dict[tuple[bool, bool, torch.dtype], list[nn.Parameter]] = {}
     for parameter in trained:
         # One kernel does not take tensors of which this rank holds a part together with whole ones, nor two dtypes.
-        kind = (len(whole_shape(parameter)) >= 2, isinstance(parameter, DTensor), parameter.dtype)
+        decays = kinds[parameter] in settings.weight_decay_on
+        kind = (decays, isinstance(parameter, DTensor), parameter.dtype)
         by_kind.setdefault(kind, []).append(parameter)
     has_copies = config.sharding.zero_stage > 0  # DeepSpeed's, in float32, which the optimizer gets to step
     make = MasterAdamW if any(map(needs_master, trained)) and not has_copies else torch.optim.AdamW
     optimizer = make(
         [
-            {"params": parameters, "weight_decay": config.optim.weight_decay if decays else 0.0}
+            {"params": parameters, "weight_decay": settings.weight_decay if decays else 0.0}
             for (decays, *_), parameters in by_kind.items()
         ],
-        lr=config.optim.learning_rate,
-        betas=(config.optim.adam_beta1, config.optim.adam_beta2),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
         fused=all(parameter.device.type in FUSED_DEVICES for parameter in trained),
     )
     optimizer.register_step_post_hook(_mark_written)

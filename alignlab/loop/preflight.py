@@ -33,6 +33,7 @@ class Preflight:
         beside: description of each model beside the policy, by its part, such as "teacher".
         memory: predicted bytes on the device of each rank, by part; empty where they are not known.
         engine: name of the engine that samples; empty where nothing samples.
+        weight_decay: description of what decays, of each model in training.
     """
 
     train: Sequence[Any]
@@ -41,6 +42,7 @@ class Preflight:
     beside: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
     engine: str = ""
+    weight_decay: Sequence[str] = ()
 
 
 class Samples(Protocol):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from alignlab.evaluation.learning_signal import Verdict
 from alignlab.evaluation.results import Evaluation
+from alignlab.loop.early_stopping import StoppingOutcome
+
+NOTHING_LEARNT = "nothing learnt"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class TrainResult:
         folder: folder of the run, with all its files.
         verdict: whether anything was learnt, with the reason and warnings.
         run_id: id of the run, which is in all its files.
+        model_step: step whose weights the saved model has; `num_steps`, unless early stopping chooses an earlier one.
+        stopping: what early stopping has decided; None without it, or where the run was interrupted.
     """
 
     num_steps: int
@@ -38,3 +43,12 @@ class TrainResult:
     folder: Path
     verdict: Verdict = field(default_factory=Verdict)
     run_id: str | None = None
+    model_step: int | None = None
+    stopping: StoppingOutcome | None = None
+
+    @property
+    def outcome(self) -> str:
+        """The outcome that the run's folder records."""
+        if self.interrupted:
+            return "interrupted"
+        return NOTHING_LEARNT if self.verdict.nothing_to_learn_from else "done"

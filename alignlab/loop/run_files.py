@@ -6,12 +6,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignlab.errors import CheckpointError
 from alignlab.evaluation.report import RunReport
 from alignlab.files.library_errors import writing
+from alignlab.loop.averaging import GROUP, average_for
+from alignlab.loop.early_stopping import best_line
+from alignlab.loop.exported_weights import replaced_weights
 from alignlab.loop.result import TrainResult
 from alignlab.loop.step_keeper import check_trained_weights
 from alignlab.models.hub.saving import published
-from alignlab.runs.checkpoint import Checkpoint, checkpoint_path, remove_old
+from alignlab.models.weight_view import WeightView
+from alignlab.runs.checkpoint import Checkpoint, checkpoint_path, load_step, remove_old
 from alignlab.runs.folder import RunFolder
 from alignlab.runs.metrics import MetricsLogger
 
@@ -52,9 +57,15 @@ def open_files(
 
 
 def save_trained_model(loop: TrainingLoop, folder: RunFolder) -> Path:
-    """Write the trained adapter or model into the run's folder, and return its path; every rank calls this together."""
+    """Write the trained adapter or model into the run's folder, and return its path; every rank calls this together.
+
+    Of a run that has ended it is that of the step that early stopping chooses.
+
+    Raises:
+        CheckpointError: the checkpoint of that step is gone or damaged.
+    """
     path = folder.adapter if loop.learner.has_adapters else folder.model
-    _save_model(loop, folder, path, "saving the trained model")
+    _save_model(loop, folder, path, "saving the trained model", step=loop.model_step)
     return path
 
 
@@ -67,7 +78,7 @@ def save_model_of_step(loop: TrainingLoop, folder: RunFolder) -> None:
     path = checkpoint_path(folder.models, loop.step)
     _save_model(loop, folder, path, f"saving the model of step {loop.step}")
     if loop.is_main:
-        remove_old(folder.models, loop.config.checkpoints.keep)
+        remove_old(folder.models, loop.config.checkpoints.keep, loop.stopping.kept_steps)
 
 
 def complete_models(loop: TrainingLoop, folder: RunFolder) -> None:
@@ -77,15 +88,32 @@ def complete_models(loop: TrainingLoop, folder: RunFolder) -> None:
         save_model_of_step(loop, folder)
 
 
-def _save_model(loop: TrainingLoop, folder: RunFolder, path: Path, work: str) -> None:
+def _save_model(loop: TrainingLoop, folder: RunFolder, path: Path, work: str, *, step: int | None = None) -> None:
+    """Write a model; `step` is that of its weights, by default the present one."""
     with loop.agreed(work):
         check_trained_weights(loop.learners, loop.step)
         weights = loop.learner.whole_weights()
     with loop.agreed(work):
         if loop.is_main:
             folder.renew()
+            if step is not None and step != loop.step:
+                weights = _weights_of_step(loop, folder, weights, step)
+            elif average := average_for(loop.learner, "export"):
+                weights = replaced_weights(loop.learner.module, weights, average.tensors)
             with published(path, run_id=folder.run_id) as unfinished:
                 loop.write_model(unfinished, view=weights)
+
+
+def _weights_of_step(loop: TrainingLoop, folder: RunFolder, weights: WeightView, step: int) -> WeightView:
+    """Return a view of the learner's weights with those of a checkpoint in place of what was trained."""
+    try:
+        tensors = load_step(folder.checkpoints, step, run_id=folder.run_id)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}, or set early_stopping.export: last, since the run's model is to be that of step {step}"
+        ) from None
+    average = tensors.get(GROUP, {}) if average_for(loop.learner, "export") else {}
+    return replaced_weights(loop.learner.module, weights, {**tensors["policy"], **average})
 
 
 def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:
@@ -104,5 +132,7 @@ def closing_report(loop: TrainingLoop, result: TrainResult) -> RunReport:
         usage_hint=loop.usage_hint(result.model_path),
         verdict=result.verdict,
         run_id=result.run_id,
-        summary=loop.identity.summary,
+        summary=loop.identity.summary | ({} if result.stopping is None else result.stopping.to_json()),
+        after_step=result.model_step,
+        early_stopping=None if result.stopping is None else best_line(result.stopping),
     )

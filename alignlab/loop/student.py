@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.vocabulary import num_token_ids
+from alignlab.functional.cross_entropy import chunked_cross_entropy
 from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_divergence, chunked_divergence
-from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.loop.teacher import check_same_tokens, check_width, readable_tokens
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, num_embeddings, output_head
@@ -31,13 +31,20 @@ class Comparison:
         beta: see `functional.distillation.divergence`.
         temperature: of both distributions.
         width: ids that are compared, from 0 on.
-        labels: whether the log-probs of the tokens themselves are learnt from too.
+        label_weight, label_smoothing, z_loss_coef: of the loss of the tokens themselves, see `chunked_cross_entropy`.
     """
 
     beta: float
     temperature: float
     width: int
-    labels: bool = False
+    label_weight: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss_coef: float = 0.0
+
+    @property
+    def has_label_loss(self) -> bool:
+        """Return whether the tokens themselves are learnt from, or their distributions drawn to log Z = 0."""
+        return self.label_weight > 0 or self.z_loss_coef > 0
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,21 @@ class TaughtExperience(Experience):
 
 
 class StudentOutput(NamedTuple):
-    """`PolicyOutput` with a field `divergence`: [N] float32, from the teacher, nats; 0 where the mask is False."""
+    """`PolicyOutput`, whose log-probs have no gradient, with three fields [N] float32, 0 where the mask is False.
+
+    Attributes:
+        divergence: from the teacher, nats.
+        label_loss: of the tokens themselves; with a gradient if `Comparison.has_label_loss`.
+        log_normalizer: log of the softmax's denominator.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     router_loss: Tensor | None
     routing: Tensor | None
     divergence: Tensor
+    label_loss: Tensor
+    log_normalizer: Tensor
 
 
 TeacherSignal = TopTokens | tuple[Tensor, Head]
@@ -80,18 +95,21 @@ class Student(PackedModel):
         self, tokens: Tensor, segments: Segments, mask: Tensor, teacher_signal: TeacherSignal,
         *, temperature: float = 1.0, routing: Tensor | None = None,
     ) -> StudentOutput:
-        """Return log-prob, entropy and divergence of the masked tokens; see `Policy.forward`."""
+        """Return log-prob, entropy, divergence and loss of the masked tokens; see `Policy.forward`."""
         hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
         head = Head(*output_head(self.model))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.comparison.labels):
-            logprobs, entropy = chunked_logprobs(
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.comparison.has_label_loss):
+            loss, logprobs, entropy, log_normalizer = chunked_cross_entropy(
                 hidden, head.weight, tokens[masked_tokens(mask, segments.predecessors).indices], bias=head.bias,
                 temperature=temperature, softcap=head.softcap, chunk_tokens=self.chunk_tokens,
+                label_weight=self.comparison.label_weight, label_smoothing=self.comparison.label_smoothing,
+                z_loss_coef=self.comparison.z_loss_coef,
             )
         of_tokens = policy_output(logprobs, entropy, segments, mask, record)
         divergence = at_masked(self._divergence(hidden, head, teacher_signal), segments, mask)
         return StudentOutput(
-            of_tokens.logprobs, of_tokens.entropy, of_tokens.router_loss, of_tokens.routing, divergence
+            of_tokens.logprobs, of_tokens.entropy, of_tokens.router_loss, of_tokens.routing, divergence,
+            at_masked(loss, segments, mask), at_masked(log_normalizer, segments, mask),
         )
 
     def _divergence(self, hidden: Tensor, head: Head, teacher_signal: TeacherSignal) -> Tensor:

@@ -20,6 +20,8 @@ from alignlab.errors import CheckpointError, NothingLearntError
 from alignlab.evaluation.learning_signal import SignalMonitor
 from alignlab.evaluation.report import write_report
 from alignlab.evaluation.results import Evaluation
+from alignlab.loop.averaging import Use, averaged
+from alignlab.loop.early_stopping import EarlyStopping, check_stopping
 from alignlab.loop.ending_check import check_ending, on_main_rank
 from alignlab.loop.learner import Learner
 from alignlab.loop.memory import training_bytes
@@ -28,7 +30,7 @@ from alignlab.loop.rank_agreement import RankAgreement
 from alignlab.loop.rank_watchdog import Position, tell_position, watched
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.restore import restore_newest
-from alignlab.loop.result import TrainResult
+from alignlab.loop.result import NOTHING_LEARNT, TrainResult
 from alignlab.loop.run_description import RunDescription
 from alignlab.loop.run_files import (
     closing_report,
@@ -66,6 +68,7 @@ class TrainingLoop(ABC):
         ranks: this process among the processes of the run.
         agreed: context of a block of work that ends on every rank if it fails on one.
         evaluation_due: whether held-out data still has to be evaluated after the last step.
+        stopping: the best evaluation so far, and whether the run has to end.
         run: title of the run, its config as text, and what it is a part of; see `describe_run`.
         keeper: saves the run's checkpoints; None outside of `train`.
         phase_seconds: seconds of each phase of the last step.
@@ -93,6 +96,7 @@ class TrainingLoop(ABC):
         self.train_seconds = 0.0
         self.before: Evaluation | None = None
         self.evaluation_due = False
+        self.stopping = EarlyStopping(config.early_stopping)
         self.agreed = RankAgreement(learner.accelerator)
         self.keeper: StepKeeper | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
@@ -127,9 +131,22 @@ class TrainingLoop(ABC):
         return None
 
     def evaluate_at(self, step: int) -> bool:
-        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`."""
+        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`, and
+        after the last step where early stopping has to know it before the model is chosen."""
         every = self.config.eval_every_steps
+        if step == self.config.num_steps:
+            return self.has_held_out and self.stopping.settings is not None
         return self.has_held_out and every is not None and step % every == 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether no step is left to do: the last one is done, or early stopping has ended the run."""
+        return self.step >= self.config.num_steps or self.stopping.ends_run
+
+    @property
+    def model_step(self) -> int:
+        """Return the step whose weights are the run's model: of an interrupted run, the present one."""
+        return self.stopping.model_step(self.step) if self.is_finished else self.step
 
     @property
     def has_held_out(self) -> bool:
@@ -198,10 +215,9 @@ class TrainingLoop(ABC):
             with self.agreed("writing the report"):
                 if self.is_main and not result.interrupted:
                     write_report(folder, closing_report(self, result))
-            outcome = _outcome(result)
-            folder.ended(outcome, self.step, logger.state())
+            folder.ended(result.outcome, self.step, logger.state())
         self.keeper = None  # with its copy of the weights
-        if outcome == "nothing learnt":
+        if result.outcome == NOTHING_LEARNT:
             raise NothingLearntError(f"{result.verdict.reason} ({result.model_path} holds unchanged weights)", result)
         return result
 
@@ -217,7 +233,10 @@ class TrainingLoop(ABC):
                 self.before = self._evaluate(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
-            interrupted = self.step < self.config.num_steps
+            interrupted = not self.is_finished
+            stopping = None if interrupted else self.stopping.outcome(self.step)
+            if stopping is not None and stopping.ended_run:
+                self.progress.note(self.stopping.line(stopping))
             path = save_trained_model(self, folder)  # before the evaluation, whose failure must not lose the model
             after = None if interrupted else self._evaluate_trained(logger, path)
             signal = (interrupt.signal or "another rank") if self.ranks.any(interrupt.requested) else None
@@ -225,7 +244,7 @@ class TrainingLoop(ABC):
             self.step, self.train_seconds, path, interrupted, signal, metrics, self.before, after,
             folder.path,
             self.signal.verdict(num_updates=self.learner.num_updates, num_skipped=self.learner.num_skipped),
-            folder.run_id,
+            folder.run_id, self.model_step, stopping,
         )
 
     def position(self) -> Position:
@@ -237,8 +256,9 @@ class TrainingLoop(ABC):
         """Return a usage hint for the report; None means the `alignlab generate` command."""
         return None
 
-    def _evaluate(self, logger: MetricsLogger) -> Evaluation | None:
-        with self.progress.phase("evaluate"), self.agreed(f"evaluating after step {self.step}"):
+    def _evaluate(self, logger: MetricsLogger, use: Use = "evaluate") -> Evaluation | None:
+        evaluating = self.agreed(f"evaluating after step {self.step}")
+        with self.progress.phase("evaluate"), evaluating, averaged(self.learner, use):
             result = self.evaluate()
         with self.agreed(f"writing the evaluation after step {self.step}"):  # reached only if no rank failed
             if result is not None:
@@ -246,8 +266,11 @@ class TrainingLoop(ABC):
         return result
 
     def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
+        """Return the evaluation of the run's model; early stopping has made it already."""
+        if known := self.stopping.result_of(self.model_step):
+            return known
         try:
-            return self._evaluate(logger)
+            return self._evaluate(logger, "export")
         except Exception:
             self.progress.note(f"the evaluation failed; the trained model is in {path}")
             raise
@@ -256,19 +279,18 @@ class TrainingLoop(ABC):
         """Do the steps until the last or an interrupt; return the metrics of the last step done."""
         metrics: dict[str, float] = {}
         self._evaluate_if_due(logger)  # it failed, or was cut short, before the run was resumed
-        while self.step < self.config.num_steps:
+        while not self.is_finished:
             metrics = self._step(keeper)
-            is_last = self.step == self.config.num_steps
-            self.evaluation_due = self.evaluate_at(self.step) and not is_last
             messages = self.signal.observe(metrics)
             keeper.mark()
+            self.evaluation_due = self.evaluate_at(self.step)
             with self.agreed(f"writing the metrics of step {self.step}"):
                 self._publish_metrics(logger, metrics, messages)
-            self._evaluate_if_due(logger)
+            is_best = self._evaluate_if_due(logger)
             is_stopped = self.ranks.any(interrupt.requested)
-            if is_stopped or is_last or self._save_at(self.step):
+            if is_stopped or is_best or self.is_finished or self._save_at(self.step):
                 self.save()
-            if is_stopped and not is_last:
+            if is_stopped and not self.is_finished:
                 sender = interrupt.signal or "another rank"
                 self.progress.note(f"stopped by {sender} after step {self.step}; go on with --resume")
                 break
@@ -297,10 +319,13 @@ class TrainingLoop(ABC):
             save_model_of_step(self, self.keeper.folder)
         return self.keeper.save()
 
-    def _evaluate_if_due(self, logger: MetricsLogger) -> None:
-        if self.evaluation_due:
-            self._evaluate(logger)
-            self.evaluation_due = False
+    def _evaluate_if_due(self, logger: MetricsLogger) -> bool:
+        """Return whether held-out data was evaluated and, by early stopping's metric, better than ever."""
+        if not self.evaluation_due:
+            return False
+        is_best = self.stopping.observe(self.step, self._evaluate(logger))
+        self.evaluation_due = False
+        return is_best
 
     def _publish_metrics(self, logger: MetricsLogger, metrics: Mapping[str, float], messages: Sequence[str]) -> None:
         """Give the metrics of the last step to the metrics file, the display and the callbacks."""
@@ -342,10 +367,12 @@ class TrainingLoop(ABC):
         Raises:
             ConfigError, CheckpointError: with what is missing.
         """
+        check_stopping(self.config, has_held_out=self.has_held_out)
         check_ending(
             self.config, self.learner.model, self.tokenizer, self.config.output_dir,
             lambda path: self.write_model(path, weights=False, view=self.learner.shapes),
             trained=(weight for learner in self.learners.values() for weight in learner.trained.values()),
+            more_bytes=0 if self.learner.average is None else self.learner.average.num_bytes,
         )
 
     def write_model(self, path: Path, *, weights: bool = True, view: WeightView | None = None) -> None:
@@ -370,10 +397,3 @@ class TrainingLoop(ABC):
         with self.progress.phase(name):
             yield
         self.phase_seconds[name] = time.perf_counter() - start
-
-
-def _outcome(result: TrainResult) -> str:
-    """Return the outcome that the run's folder records."""
-    if result.interrupted:
-        return "interrupted"
-    return "nothing learnt" if result.verdict.nothing_to_learn_from else "done"

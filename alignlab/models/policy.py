@@ -124,6 +124,22 @@ class PackedModel(nn.Module):
         return hidden[predecessors], record
 
 
+    def mtp_loss(
+        self, states: Tensor, tokens: Tensor, segments: Segments, mask: Tensor,
+        *, chunk_tokens: int | None, num_ids: int | None = None,
+    ) -> Tensor | None:
+        """Return the weighted loss of multi-token prediction [N], 0 where the mask is False; see `mtp.mtp_losses`.
+
+        None where the model has no layer for it, or the pass trains nothing.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        losses = mtp_losses(
+            self.model, states, tokens, segments, mask, chunk_tokens=chunk_tokens, num_ids=num_ids
+        )
+        return None if losses is None else at_masked(losses, segments, mask)
+
+
 class Policy(PackedModel):
     """A causal language model that answers with log-probs of given tokens.
 
@@ -165,13 +181,10 @@ class Policy(PackedModel):
             bias=None if bias is None else bias[: self.num_ids], temperature=temperature, softcap=softcap,
             chunk_tokens=self.chunk_tokens, entropy_grad=entropy_grad,
         )
-        output = policy_output(logprobs, entropy, segments, mask, record)
-        if not (self.training and torch.is_grad_enabled()):
-            return output
-        ahead = mtp_losses(
-            self.model, states, tokens, segments, mask, chunk_tokens=self.chunk_tokens, num_ids=self.num_ids
+        ahead = self.mtp_loss(
+            states, tokens, segments, mask, chunk_tokens=self.chunk_tokens, num_ids=self.num_ids
         )
-        return output if ahead is None else output._replace(mtp_loss=at_masked(ahead, segments, mask))
+        return policy_output(logprobs, entropy, segments, mask, record)._replace(mtp_loss=ahead)
 
 
 def at_masked(values: Tensor, segments: Segments, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def save_checkpoint(
     random: Sequence[RandomState] | None = None,
     run_id: str | None = None,
     parts: Sequence[Path] = (),
+    kept_steps: Collection[int] = (),
 ) -> Path:
     """Write the checkpoint of a step, on one rank alone, and return its folder.
 
@@ -100,6 +101,7 @@ def save_checkpoint(
         random: state of the random generators of each rank; default: of this process, as the only rank.
         run_id: id of the run, see `RunFolder`.
         parts: of other tensors, one for each rank; see `checkpoint_parts`.
+        kept_steps: steps whose checkpoints stay, beside the newest `keep`.
 
     Raises:
         DiskError: the checkpoint cannot be written; earlier ones stay.
@@ -125,7 +127,7 @@ def save_checkpoint(
         _write_json(temporary / STATE, state)
         write_manifest(temporary, run_id=run_id, name=MANIFEST, entries={"step": step, "world_size": len(random)})
         publish_folder(temporary, final)
-        remove_old(folder, keep)
+        remove_old(folder, keep, kept_steps)
     return final
 
 
@@ -157,15 +159,33 @@ def load_latest(
             "is intact"
         )
     manifest = read_manifest(newest, MANIFEST)
-    names = [name for name in manifest["files"] if name.endswith(".safetensors") and not name.startswith("random-")]
     return Checkpoint(
         path=newest,
         step=manifest["step"],
-        tensors=read_groups(newest, names),
+        tensors=_tensors_of(newest),
         state=json.loads((newest / STATE).read_text()),
         num_ranks=manifest["world_size"],
         random=_random_state(newest, rank) if manifest["world_size"] == world_size else None,
     )
+
+
+def load_step(folder: Path, step: int, *, run_id: str | None) -> Mapping[str, Mapping[str, Tensor]]:
+    """Return the tensors of the checkpoint of a step, verified; see `Checkpoint.tensors`.
+
+    Raises:
+        CheckpointError: it is gone, damaged, or of another run.
+    """
+    path = checkpoint_path(folder, step)
+    problem = find_problem(path, run_id) if path.exists() else f"{path} is gone"
+    if problem is not None:
+        raise CheckpointError(f"{problem}; put it back as it was")
+    return _tensors_of(path)
+
+
+def _tensors_of(checkpoint: Path) -> Mapping[str, Mapping[str, Tensor]]:
+    files = read_manifest(checkpoint, MANIFEST)["files"]
+    names = [name for name in files if name.endswith(".safetensors") and not name.startswith("random-")]
+    return read_groups(checkpoint, names)
 
 
 def _random_state(checkpoint: Path, rank: int) -> RandomState:
@@ -186,15 +206,18 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in paths if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def remove_old(folder: Path, keep: int) -> None:
+def remove_old(folder: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
     """Remove all but the newest `keep` checkpoints, and leftovers of an interrupted save or removal.
 
     Args:
         folder: the folder of all checkpoints of the run.
         keep: >= 1.
+        kept_steps: steps whose checkpoints stay too.
     """
+    kept = {checkpoint_path(folder, step) for step in kept_steps}
     for path in checkpoint_folders(folder)[:-keep]:
-        remove_folder(path)
+        if path not in kept:
+            remove_folder(path)
     for kind in (TEMPORARY, REMOVED):
         for path in folder.glob(f".{PREFIX}*.{kind}"):
             remove(path)

@@ -46,7 +46,10 @@ class Distill(OfflineAlgorithm[Example]):
         width = shared_width(teacher.model, tokenizer, inputs.model, inputs.tokenizer)
         if config.top_k is not None and config.top_k > width:
             raise ConfigError(f"top_k is {config.top_k}, and must be at most the tokenizer's {width} ids; use 64")
-        self.comparison = Comparison(config.beta, config.temperature, width, labels=config.hard_label_weight > 0)
+        self.comparison = Comparison(
+            config.beta, config.temperature, width, label_weight=config.hard_label_weight,
+            label_smoothing=config.label_smoothing, z_loss_coef=config.z_loss_coef,
+        )
         student = Student(inputs.model, self.comparison, chunk_tokens=chunk_tokens)
         self.forward = StudentForward(1.0, teacher)
         super().__init__(config, inputs, policy_learner(config, inputs, student, forward=self.forward))
@@ -98,10 +101,13 @@ class Distill(OfflineAlgorithm[Example]):
         return [taught_pack(pack, [rows[i] for i in pack.segments.sequence_ids], self._cached) for pack in packs]
 
     def loss(self, output: StudentOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return (1 - w) T^2 divergence - w log p of each token [N]: Hinton et al. (2015), Sec. 2."""
+        """Return (1 - w) T^2 divergence + w cross-entropy + z-loss of each token [N]: Hinton et al. (2015), Sec. 2."""
         weight, scale = self.config.hard_label_weight, self.config.temperature**2
         metrics = {"divergence": output.divergence, "entropy": output.entropy, "cross_entropy": -output.logprobs}
-        return (1 - weight) * scale * output.divergence - weight * output.logprobs, metrics
+        if self.config.z_loss_coef:
+            metrics["log_normalizer"] = output.log_normalizer
+        loss = (1 - weight) * scale * output.divergence
+        return loss + output.label_loss if self.comparison.has_label_loss else loss, metrics
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

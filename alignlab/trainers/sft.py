@@ -12,8 +12,8 @@ from alignlab.data.packing import pack_examples
 from alignlab.evaluation.results import LikelihoodResult
 from alignlab.loop.given_data import GivenData, resolve_examples
 from alignlab.loop.offline import OfflineTrainer
-from alignlab.loop.offline_algorithm import OfflineAlgorithm
-from alignlab.models.policy import PolicyOutput
+from alignlab.loop.offline_algorithm import OfflineAlgorithm, OfflineInputs, policy_learner
+from alignlab.loop.supervised import SupervisedModel, SupervisedOutput, supervised_forward
 from alignlab.types import Experience
 
 
@@ -24,6 +24,13 @@ class SFT(OfflineAlgorithm[Example]):
     compares_logprobs = False
     trains_mtp = True
 
+    def __init__(self, config: SFTConfig, inputs: OfflineInputs) -> None:
+        module = SupervisedModel(
+            inputs.model, label_smoothing=config.label_smoothing, z_loss_coef=config.z_loss_coef,
+            chunk_tokens=config.memory.logprob_chunk_tokens,
+        )
+        super().__init__(config, inputs, policy_learner(config, inputs, module, forward=supervised_forward))
+
     def read(self, data: GivenData) -> Sequence[Example]:
         """Return the examples of rows with `prompt` and `completion` or `messages`, or examples made already."""
         return resolve_examples(data, self.tokenizer)
@@ -32,9 +39,14 @@ class SFT(OfflineAlgorithm[Example]):
         """Return the packs of some examples, each a sequence of its own."""
         return pack_examples([examples[i] for i in rows], budget=self.config.memory.tokens_per_microbatch)
 
-    def loss(self, output: PolicyOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return -log p of each token [N]."""
-        return -output.logprobs, {"entropy": output.entropy}
+    def loss(self, output: SupervisedOutput, pack: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss of each token [N]: -log p, unless labels are smoothed or there is a z-loss."""
+        metrics = {"entropy": output.entropy}
+        if self.config.label_smoothing or self.config.z_loss_coef:
+            metrics["cross_entropy"] = -output.logprobs  # of the labels as they are
+        if self.config.z_loss_coef:
+            metrics["log_normalizer"] = output.log_normalizer
+        return output.label_loss, metrics
 
     def evaluate(self, held_out: Sequence[Example]) -> LikelihoodResult:
         """Return the mean negative log-likelihood of held-out completions, nats a token."""

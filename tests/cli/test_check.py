@@ -250,3 +250,25 @@ def test_check_of_an_architecture_of_transformers_own(
     assert main(["check", write(rows_for("sft", "blue"), settings, type=kind)]) == 0
     told = capsys.readouterr().out
     assert "ok: nothing was trained" in told and "GiB" not in told
+
+
+def test_check_says_which_weights_decay(
+    write: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(rows_for("sft", "blue"), type="sft", optim={"weight_decay": 0.1})
+    assert main(["check", path]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decay")]
+    assert line.split(maxsplit=1)[1].startswith("0.1 of matrices (15 tensors, 9,440 weights)")
+    assert "embeddings (1 tensors, 4,320 weights); none of norms (5 tensors, 80 weights)" in line
+    assert main(["check", path, "trainer.optim.weight_decay=0"]) == 0
+    assert "decay      no weight decays" in capsys.readouterr().out
+
+
+def test_check_predicts_the_memory_of_an_average(
+    write: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, and the weights again while they are set aside: 13,840 weights of 4 bytes, twice."""
+    monkeypatch.setattr("alignlab.cli.check._memory_line", lambda config, memory, *_: f"{dict(memory)}")
+    assert main(["check", write(rows_for("sft", "blue"), type="sft", ema={"decay": 0.9})]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert "'average of weights': 110720" in line

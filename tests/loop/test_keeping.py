@@ -246,7 +246,7 @@ def test_optimizer_state_that_is_not_finite_is_not_saved(sft: Make) -> None:
 
 def test_run_with_all_updates_skipped_ends_with_an_error(sft: Make) -> None:
     trainer = sft(optim={"on_nonfinite": "skip"})
-    trainer.algorithm.loss = lambda output, pack: (output.logprobs * float("nan"), {})
+    trainer.algorithm.loss = lambda output, pack: (output.label_loss * float("nan"), {})
     with pytest.raises(NothingLearntError, match="no gradient was finite, so that every update was skipped") as caught:
         trainer.train()
     assert caught.value.result.verdict.learnt is False

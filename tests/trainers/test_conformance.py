@@ -44,6 +44,12 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not OF_TIME.search(name)} for line in lines]
 
 
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the model or the adapter that a run has saved."""
+    [path] = [path for kind in ("model", "adapter") for path in (folder / kind).glob("*.safetensors")]
+    return load_file(path)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(name: str, make: Callable[..., Any]) -> None:
     def stop_after_two_steps(trainer: Any, step: int, metrics: Any) -> None:
@@ -62,6 +68,9 @@ def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(name: str, make: Ca
     folders = [Path(trainer.config.output_dir) for trainer in (resumed, whole)]
     resumed_metrics, whole_metrics = (metrics_of(folder) for folder in folders)
     assert resumed_metrics == whole_metrics
+    saved, expected_saved = (saved_weights(folder) for folder in folders)
+    assert saved.keys() == expected_saved.keys()
+    assert all(torch.equal(saved[key], expected_saved[key]) for key in expected_saved)
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
@@ -182,6 +191,10 @@ def test_two_ranks_have_the_weights_and_metrics_of_one(
     for key, weight in expected.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], weight, rtol=0, atol=1e-5, msg=key)
+    saved, expected_saved = saved_weights(folder / name), saved_weights(folder_alone)
+    assert saved.keys() == expected_saved.keys() and saved
+    for key, weight in expected_saved.items():
+        torch.testing.assert_close(saved[key], weight, rtol=0, atol=1e-5, msg=key)
     for step, step_of_one in zip(metrics_of(folder / name), metrics_of(folder_alone), strict=True):
         assert step == pytest.approx(step_of_one, rel=1e-3, abs=1e-5)
 

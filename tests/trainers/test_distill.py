@@ -329,6 +329,25 @@ def test_accuracy_is_measured(save_teacher: Make, make_distill: Make, rows: Any)
         make_distill(save_teacher(), options={"eval_dataset": rows})
 
 
+def test_the_accuracy_of_an_average_is_measured(save_teacher: Make, make_distill: Make, rows: Any) -> None:
+    """After training, by an engine that generates from the average of the weights."""
+    options = {
+        "eval_dataset": rows, "reward_funcs": [even_ids], "evaluation": EvaluationSettings(
+            num_problems=4, num_samples=4, sampled={"max_new_tokens": 6}
+        ),
+    }
+    teacher = save_teacher()
+    trainer = make_distill(teacher, options=options, ema={"decay": 0.9}, num_steps=8)
+    result = trainer.train()
+    of_weights = trainer.evaluate()
+    with torch.no_grad():
+        for name, parameter in trainer.learner.trained.items():
+            parameter.copy_(trainer.learner.average.tensors[name])
+    of_average = trainer.evaluate()
+    texts = [[problem.greedy for problem in each.samples] for each in (result.after, of_average, of_weights)]
+    assert result.after == of_average and texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize("make", ["make_distill", "make_gkd"])
 def test_teachers_that_do_not_fit(make: str, save_teacher: Make, request: pytest.FixtureRequest) -> None:
     build = request.getfixturevalue(make)

@@ -109,6 +109,27 @@ CASES = {
     "sft": Case(
         SFTTrainer, configs.SFTConfig, {"num_sequences": 4}, lambda: examples(8), held_out=lambda: examples(3, seed=1)
     ),
+    "sft_options": Case(
+        SFTTrainer, configs.SFTConfig,
+        {
+            "num_sequences": 4, "label_smoothing": 0.1, "z_loss_coef": 1e-2,
+            "optim": {"weight_decay": 0.5, "weight_decay_on": ["embeddings", "norms"]},
+        },
+        lambda: examples(8),
+    ),
+    "dpo_early_stopping": Case(
+        DPOTrainer, configs.DPOConfig,
+        {"num_pairs": 4, "eval_every_steps": 1, "early_stopping": {"metric": "loss", "patience": 2, "min_delta": 9.0}},
+        lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1),
+    ),
+    "reward_ema": Case(
+        RewardTrainer, configs.RewardConfig,
+        {
+            "num_pairs": 4, "ema": {"decay": 0.5}, "eval_every_steps": 1,
+            "early_stopping": {"metric": "loss", "patience": 2, "min_delta": 9.0},
+        },
+        lambda: pairs(8), held_out=lambda: pairs(3, seed=1),
+    ),
     "dpo": Case(
         DPOTrainer, configs.DPOConfig, {"num_pairs": 4}, lambda: pairs(8), lora=True, held_out=lambda: pairs(3, seed=1)
     ),

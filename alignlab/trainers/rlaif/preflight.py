@@ -8,6 +8,7 @@ from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import RLAIFConfig, stages_of
 from alignlab.loop.ending_check import check_ending, on_main_rank, writer_of
 from alignlab.loop.preflight import Preflight
+from alignlab.loop.weight_decay import describe_weight_decay
 from alignlab.models.adapters import add_lora
 from alignlab.scoring.judges.make_judge import describe
 from alignlab.trainers.rlaif.inputs import RLAIFInputs
@@ -33,4 +34,5 @@ def preflight_of(
     held_out, constitution = inputs.held_out, inputs.constitution
     principles = ", ".join(principle.name for principle in constitution.principles)
     beside = {"principles": f"{constitution.name}: {principles}", "judge": describe(config.judge)}
-    return Preflight(inputs.prompts, held_out.prompts, held_out.scorer, beside)
+    decay = [f"{stage.method}: {describe_weight_decay(model, stage.optim)}" for stage in stages_of(config)]
+    return Preflight(inputs.prompts, held_out.prompts, held_out.scorer, beside, weight_decay=decay)
