@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.hub.checkpoints import new_model
 from tests.curves import draw_no_curves
+from tests.models.attention_kinds import KIMI
 from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case
@@ -24,12 +25,17 @@ _SHARED = ("sft", "dpo", "grpo", "ppo", "ppo_critic_head")
 """Cases that the stages of ZeRO beside the third, which spreads most, are tried with."""
 _SPREAD = tuple(name for name, case in CASES.items() if "ema" not in case.settings)
 """Cases whose weights may be spread over ranks, which an average of them may not."""
+_HYBRID = ("sft_hybrid", "grpo_hybrid")
+"""Cases whose model has a recurrent layer, gated attention, and a layer for multi-token prediction."""
+HYBRID: dict[str, Any] = {
+    **DENSE, **KIMI, "layer_types": ["kimi_delta_attention", "gated_attention"], "num_mtp_layers": 1,
+}  # fmt: skip
 PLACES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "ddp": ({"strategy": "ddp"}, tuple(CASES)),
-    "fsdp2": ({"strategy": "fsdp2"}, _SPREAD),
+    "ddp": ({"strategy": "ddp"}, (*CASES, *_HYBRID)),
+    "fsdp2": ({"strategy": "fsdp2"}, (*_SPREAD, *_HYBRID)),
     "zero1": ({"strategy": "zero1"}, _SHARED),
     "zero2": ({"strategy": "zero2"}, _SHARED),
-    "zero3": ({"strategy": "zero3"}, _SPREAD),
+    "zero3": ({"strategy": "zero3"}, (*_SPREAD, *_HYBRID)),
     "zero2, states on the host": ({"strategy": "zero2", "offload": "optimizer"}, ("sft", "ppo")),
     "zero3, all on the host": ({"strategy": "zero3", "offload": "all"}, ("sft", "ppo", "grpo")),
 }
@@ -42,9 +48,10 @@ def train(name: str, folder: Path, place: str = "ddp") -> dict[str, torch.Tensor
     """Train a case, and return all that was trained."""
     tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
     torch.manual_seed(0)
-    model = new_model(DENSE, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+    architecture = HYBRID if name in _HYBRID else DENSE
+    model = new_model(architecture, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
     settings = {"memory": {"tokens_per_microbatch": 16}, "sharding": PLACES[place][0]}
-    trainer = make_case(name, folder / name, model, tokenizer, **settings)
+    trainer = make_case(name.removesuffix("_hybrid"), folder / name, model, tokenizer, **settings)
     if hasattr(trainer, "source"):
         sample_without_rank(trainer.source)
     for learner in trainer.learners.values():
