@@ -129,7 +129,7 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
         num_tokens: of the pack.
     """
     lm: Any = causal_lm(model)
-    if getattr(lm.config, "sparse_layers", None) and lm.dtype != torch.bfloat16:
+    if getattr(lm.config, "num_routers", 0) and lm.dtype != torch.bfloat16:
         # Without values, torch has grouped products in bfloat16 alone.
         size: int = lm.dtype.itemsize // torch.bfloat16.itemsize
         return size * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
@@ -143,7 +143,7 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
         return tensor
 
     tokens = torch.zeros(num_tokens, dtype=torch.long, device=lm.device)
-    options = {"routing": RoutingRecord()} if getattr(lm.config, "sparse_layers", None) else {}
+    options = {"routing": RoutingRecord()} if getattr(lm.config, "num_routers", 0) else {}
     lm.train()  # checkpointing is of training alone
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = hidden_states(model, tokens, tokens, _ShapesAlone(), **options)

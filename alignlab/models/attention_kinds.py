@@ -9,6 +9,7 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.gated_attention import GatedAttention, SlidingGatedAttention
 from alignlab.models.latent_attention import LatentAttention
 from alignlab.models.mixing_layer import MixingLayer
+from alignlab.models.mixture_of_heads import MixtureOfHeads
 from alignlab.models.recurrent.gated_deltanet import FusedGatedDeltaNet, GatedDeltaNet
 from alignlab.models.recurrent.generation_cache import RecurrentCacheLayer
 from alignlab.models.recurrent.kimi_delta import KimiDeltaAttention
@@ -20,6 +21,7 @@ ATTENTION_KINDS: dict[str, type[MixingLayer]] = {
     "gated_attention": GatedAttention,
     "sliding_gated_attention": SlidingGatedAttention,
     "latent_attention": LatentAttention,
+    "mixture_of_heads": MixtureOfHeads,
     "gated_deltanet": GatedDeltaNet,
     "fused_gated_deltanet": FusedGatedDeltaNet,
     "kimi_delta_attention": KimiDeltaAttention,

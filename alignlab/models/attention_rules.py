@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from alignlab.models import latent_attention
+from alignlab.models import latent_attention, mixture_of_heads
 from alignlab.models.attention import Attention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
 from alignlab.models.config import ROPE_TYPES, PolicyConfig
 from alignlab.models.config_rules import require
 from alignlab.models.latent_attention import LatentAttention
 from alignlab.models.mixing_layer import MixingLayer
+from alignlab.models.mixture_of_heads import MixtureOfHeads
 from alignlab.models.recurrent import layer
 from alignlab.models.recurrent.layer import RecurrentLayer
+
+_NAMES = {
+    **dict.fromkeys(latent_attention.FIELDS, "latent_attention"), **dict.fromkeys(layer.FIELDS, "recurrent"),
+    **dict.fromkeys(mixture_of_heads.FIELDS, "mixture_of_heads"),
+}  # fmt: skip
+"""What layers are called that alone read a field."""
 
 
 def check_attention(config: PolicyConfig) -> None:
@@ -32,7 +39,7 @@ def check_attention(config: PolicyConfig) -> None:
     for kind in classes:
         kind.check_config(config)
     for name in _unread_fields(classes):
-        value, layers = getattr(config, name), "latent_attention" if name in latent_attention.FIELDS else "recurrent"
+        value, layers = getattr(config, name), _NAMES[name]
         require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
     base, windowed = config.rope_local_base_freq, any(kind.has_window for kind in classes)
     require(
@@ -42,7 +49,7 @@ def check_attention(config: PolicyConfig) -> None:
     )
     factor = config.rotary_factor
     require(
-        factor == 1 or any(issubclass(kind, Attention) for kind in classes),
+        factor == 1 or any(issubclass(kind, Attention | MixtureOfHeads) for kind in classes),
         f"partial_rotary_factor is {factor}, but no layer rotates a part of its heads: of latent_attention, "
         "qk_rope_head_dim says how much is rotated, and recurrent layers rotate nothing; leave it out",
     )
@@ -62,7 +69,10 @@ def drop_unread_fields(config: PolicyConfig) -> None:
 
 def _unread_fields(classes: Iterable[type[MixingLayer]]) -> list[str]:
     """Return the fields that only kinds of layers read which are not among `classes`."""
-    owners = ((LatentAttention, latent_attention.FIELDS), (RecurrentLayer, layer.FIELDS))
+    owners = (
+        (LatentAttention, latent_attention.FIELDS), (RecurrentLayer, layer.FIELDS),
+        (MixtureOfHeads, mixture_of_heads.FIELDS),
+    )  # fmt: skip
     return [
         name for owner, fields in owners if not any(issubclass(kind, owner) for kind in classes) for name in fields
     ]

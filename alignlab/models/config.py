@@ -55,6 +55,8 @@ class PolicyConfig(PreTrainedConfig):
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: sizes of the parts of a latent layer's query head without and
             with rotation, and of its value head.
         rope_interleave: latent layers rotate pairs of neighbouring numbers, and not of halves; None is True.
+        num_attention_experts: heads that a layer of kind mixture_of_heads has; a token uses `num_attention_heads`.
+        attention_router_aux_loss_coef: weight of the Switch balance loss of these layers.
         linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim: heads of recurrent
             layers, and their sizes; value heads are divided among the key heads.
         linear_conv_kernel_dim: tokens that the convolution of a recurrent layer reads, itself included.
@@ -136,6 +138,8 @@ class PolicyConfig(PreTrainedConfig):
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     rope_interleave: bool | None = None
+    num_attention_experts: int | None = None
+    attention_router_aux_loss_coef: float | int | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
     linear_key_head_dim: int | None = None
@@ -219,6 +223,20 @@ class PolicyConfig(PreTrainedConfig):
     def has_router_bias(self) -> bool:
         """Whether a bias that balances the experts is added to the scores that choose."""
         return self.router_bias or self.router_bias_update_rate > 0
+
+    @property
+    def routed_attention(self) -> list[int]:
+        """Indices of the layers that route tokens to heads, in order."""
+        return [index for index, kind in enumerate(self.layer_types or ()) if kind == "mixture_of_heads"]
+
+    @property
+    def num_routers(self) -> int:
+        """Layers of a record of choices: those with experts, then those that route tokens to heads."""
+        return len(self.sparse_layers) + len(self.routed_attention)
+
+    def router_index(self, layer_idx: int) -> int:
+        """Return the place of a layer that routes tokens to heads in a record of choices."""
+        return len(self.sparse_layers) + self.routed_attention.index(layer_idx)
 
     @property
     def shared_expert_size(self) -> int:

@@ -55,6 +55,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         mixing: MixingLayer = getattr(self, self._mixing_name)
         rotation = None if mixing.rotation_key is None else rotations[mixing.rotation_key]
         normed = self._normed(self.norms.before_attention, hidden_states)
+        if mixing.routes:
+            kwargs["routing"] = routing
         attended, _ = mixing(normed, position_embeddings=rotation, **kwargs)
         if self.is_parallel:
             return hidden_states + attended + self._fed_forward(normed, routing)

@@ -19,12 +19,14 @@ class MixingLayer(nn.Module, ABC):
 
     Attributes:
         has_window: layers of this kind see the last `config.sliding_window` tokens alone.
+        routes: layers of this kind have a router, and are given the pass's `RoutingRecord` as `routing`.
         name_in_layer: name of the module in its decoder layer, as Hub checkpoints have it.
         rotary_size: numbers of a head that are rotated by positions; None in a layer without positions.
         local_rope: the layer rotates by `config.rope_local_base_freq`.
     """
 
     has_window: ClassVar[bool] = False
+    routes: ClassVar[bool] = False
     name_in_layer: ClassVar[str] = "self_attn"
     rotary_size: int | None
     local_rope: bool = False

@@ -11,6 +11,7 @@ from torch import nn
 
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
+from alignlab.models.mixture_of_heads import ExpertProjection
 from alignlab.models.moe import Experts
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.transformer import PolicyForCausalLM
@@ -60,6 +61,9 @@ def _active(module: nn.Module, config: PolicyConfig) -> int:
     if isinstance(module, Experts):
         chosen = config.num_experts_per_tok / config.num_experts
         return round(chosen * sum(weight.numel() for weight in module.parameters(recurse=False)))
+    if isinstance(module, ExpertProjection):
+        assert config.num_attention_experts is not None
+        return module.weight.numel() // config.num_attention_experts * config.num_attention_heads
     if isinstance(module, nn.Linear | TopKRouter):
         return sum(weight.numel() for weight in module.parameters(recurse=False))
     return 0

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
@@ -59,6 +60,44 @@ def _with_zero_row(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
+class ExpertOrder(NamedTuple):
+    """Choices sorted by expert.
+
+    Attributes:
+        order: [M*K] the choice at each sorted row.
+        inverse: [M*K] the sorted row of each choice.
+        ends: [E] int32, where each expert's rows end.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+    @property
+    def back(self) -> ExpertOrder:
+        """The order from sorted rows to choices."""
+        return ExpertOrder(self.inverse, self.order, self.ends)
+
+
+def expert_order(choices: Tensor, num_experts: int) -> ExpertOrder:
+    """Return the order of choices [M, K] of which none is dropped."""
+    sorted_ids, order = choices.flatten().sort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return ExpertOrder(order, inverse, _ends(sorted_ids, num_experts))
+
+
+def regroup(rows: Tensor, order: ExpertOrder, copies: int) -> Tensor:
+    """Return rows [M, ...] in an order of M * copies, each row `copies` times."""
+    moved: Tensor = _Regroup.apply(rows, order.order, order.inverse, copies)
+    return moved
+
+
+def _ends(sorted_ids: Tensor, num_experts: int) -> Tensor:
+    """Return where each expert's rows end, [E] int32."""
+    experts = torch.arange(num_experts, device=sorted_ids.device)
+    return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for the device
+
+
 class LowRank(NamedTuple):
     """A term that an adapter adds to a stacked weight: expert e has W_e + scale * up_e down_e.
 
@@ -105,21 +144,15 @@ class Experts(nn.Module):
         copies = topk_ids.shape[1]
         if self.config.drops_choices:
             order, inverse, ends = self._computed_order(topk_ids)
-            regroup: Any = _RegroupComputed
+            mover: Any = _RegroupComputed
         else:
-            sorted_ids, order = topk_ids.flatten().sort(stable=True)
-            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            ends, regroup = self._ends(sorted_ids), _Regroup
-        rows = regroup.apply(hidden, order, inverse, copies)
+            order, inverse, ends = expert_order(topk_ids, self.num_experts)
+            mover = _Regroup
+        rows = mover.apply(hidden, order, inverse, copies)
         gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
         rows = _grouped(self.activation(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
-        outputs = regroup.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
+        outputs = mover.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
-
-    def _ends(self, sorted_ids: Tensor) -> Tensor:
-        """Return where each expert's rows end, [E] int32."""
-        experts = torch.arange(self.num_experts, device=sorted_ids.device)
-        return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for the device
 
     def _computed_order(self, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the order of the computed rows, each choice's place in it, and the ends of the experts' rows.
@@ -133,7 +166,7 @@ class Experts(nn.Module):
             room = tokens_per_expert(len(choices), num_experts=self.num_experts, num_chosen=chosen)
             order = order[: self.num_experts * room]
         inverse = torch.full_like(flat, len(order)).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return order, torch.where(flat < 0, len(order), inverse), self._ends(sorted_ids)
+        return order, torch.where(flat < 0, len(order), inverse), _ends(sorted_ids, self.num_experts)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
@@ -195,22 +228,27 @@ class SparseFeedForward(nn.Module):
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """Return the routers of a model, in the order of its layers; none for a dense model."""
-    return [module.gate for module in model.modules() if isinstance(module, SparseFeedForward)]
+    """Return the routers of a model, in the order of a record's layers: of experts, then of heads; none if dense."""
+    modules = list(model.modules())
+    of_experts = [module.gate for module in modules if isinstance(module, SparseFeedForward)]
+    return of_experts + [module.gate for module in modules if getattr(module, "routes", False)]
 
 
 def expert_counts(model: nn.Module) -> Tensor:
     """Return how often training passes chose each expert since the last `take_loads`: [L, E] int64; [0, 0] if dense.
 
-    Where communication is balanced, D columns more say how many tokens were sent to each group of experts.
+    Where communication is balanced, D columns more say how many tokens were sent to each group of experts. A router of
+    fewer experts has zeros in its last columns.
     """
     counts = [router.counts() for router in routers(model)]
-    return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+    return pad_sequence(counts, batch_first=True) if counts else torch.zeros(0, 0, dtype=torch.int64)
 
 
 def of_experts(model: nn.Module, counts: Tensor) -> Tensor:
-    """Return the columns [L, E] of `expert_counts` that count experts."""
-    return counts[:, : causal_lm(model).config.num_experts]
+    """Return the part [L, E] of `expert_counts` that counts experts, or, in a model without, heads."""
+    config = causal_lm(model).config
+    num_layers = len(config.sparse_layers)
+    return counts[:num_layers, : config.num_experts] if num_layers else counts
 
 
 def forget_counts(model: nn.Module) -> None:
@@ -226,8 +264,9 @@ def take_loads(model: nn.Module, counts: Tensor) -> None:
         counts: `expert_counts` summed over all ranks. A layer that counted nothing keeps its load.
     """
     for router, layer_counts in zip(routers(model), counts, strict=True):
+        size = len(router.counts())
         router.forget_counts()
-        router.take_load(layer_counts)
+        router.take_load(layer_counts[:size])
 
 
 def move_biases(model: nn.Module, counts: Tensor) -> None:

@@ -96,7 +96,7 @@ class PackedModel(nn.Module):
             ConfigError: the model cannot be computed with this layout, or has no experts to replay.
         """
         lm = causal_lm(self.model)
-        if not getattr(lm.config, "sparse_layers", None):
+        if not getattr(lm.config, "num_routers", 0):
             if routing is not None:
                 raise ConfigError(
                     f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "

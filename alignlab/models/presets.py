@@ -179,6 +179,14 @@ def _deepseek_v3(sizes: Fields) -> Fields:
     return experts | _latent(sizes)
 
 
+def _mixture_of_heads(sizes: Fields) -> Fields:
+    heads, head = sizes["num_attention_heads"], -(-_head(sizes) // 8) * 8
+    return {
+        "layer_types": ["mixture_of_heads"] * sizes["num_hidden_layers"], "num_key_value_heads": 1, "head_dim": head,
+        "num_attention_experts": 2 * heads, "attention_router_aux_loss_coef": 0.01,
+    }  # fmt: skip
+
+
 def _sinks(sizes: Fields) -> Fields:
     layers = pattern(("sliding_attention", "full_attention"), sizes["num_hidden_layers"])
     window = sizes.get("sliding_window", WINDOW)
@@ -209,6 +217,7 @@ PRESETS: dict[str, Preset] = {
         "Kimi Delta Attention in all layers", "2510.26692",
         lambda sizes: _recurrent(sizes, "kimi_delta_attention", values=1),
     ),
+    "moa": Preset("each token takes half of the heads, by a router", "2210.05144", _mixture_of_heads),
     "mtp": Preset(
         "a layer that predicts the token after the next", "2412.19437",
         lambda sizes: _grouped(sizes) | {"num_mtp_layers": 1},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alignlab.models.routers.coded import experts_of
 from alignlab.models.routers.protocol import (
@@ -20,6 +21,9 @@ from alignlab.models.routers.protocol import (
     RoutingPolicy,
 )
 from alignlab.types import Segments
+
+NONE = -(2**15)
+"""In a record, where a layer chooses fewer than another; no expert, and not the -1 of a token without a record."""
 
 
 @dataclass(eq=False)
@@ -90,14 +94,19 @@ class RoutingRecord:
         choices = router.choose(scores, self.tokens)
         if self.replay is None:
             return choices
-        replayed = with_replay(choices, self.replay[:, layer])
+        replayed = with_replay(choices, self.replay[:, layer, : choices.shape[1]])
         own, used = (experts_of(of_tokens).sort(-1).values for of_tokens in (choices, replayed))
         self.differs[layer] = (own != used).any(-1)
         return replayed
 
     def stacked_choices(self) -> Tensor:
-        """Return all choices, [N, L, K] int16, on the model's device."""
-        return torch.stack([self.chosen[layer] for layer in sorted(self.chosen)], dim=1).to(torch.int16)
+        """Return all choices, [N, L, K] int16, on the model's device; layers of fewer are filled up with `NONE`."""
+        most = max(choices.shape[1] for choices in self.chosen.values())
+        filled = [
+            F.pad(self.chosen[layer], (0, most - self.chosen[layer].shape[1]), value=NONE)
+            for layer in sorted(self.chosen)
+        ]
+        return torch.stack(filled, dim=1).to(torch.int16)
 
     def disagreement(self) -> Tensor | None:
         """Return the fraction of layers whose router differs from the replayed choices, [N]; None without replay."""

@@ -35,6 +35,7 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder_layer import DecoderLayer
 from alignlab.models.layers import ZeroCenteredRMSNorm, make_norm
 from alignlab.models.mixing_layer import MixingLayer
+from alignlab.models.mixture_of_heads import ExpertProjection
 from alignlab.models.moe import Experts
 from alignlab.models.mtp import MultiTokenPrediction
 from alignlab.models.recurrent.convolution import ShortConvolution
@@ -78,6 +79,8 @@ class PolicyPreTrainedModel(PreTrainedModel):
             module.initialize()
         elif isinstance(module, ShortConvolution):
             module.reset_parameters()
+        elif isinstance(module, ExpertProjection):
+            module.initialize()
         else:
             super()._init_weights(module)
 
@@ -150,7 +153,7 @@ class PolicyModel(PolicyPreTrainedModel):
         self, routing: RoutingRecord | None, ids: Tensor | None, layout: Any
     ) -> RoutingRecord | None:
         """Return the record of a forward pass; in training always one, from which activation checkpointing repeats."""
-        counting = self.training and torch.is_grad_enabled() and bool(self.config.sparse_layers)
+        counting = self.training and torch.is_grad_enabled() and self.config.num_routers > 0
         if routing is None and not counting and self.config.router_type != "hash":
             return None
         routing = RoutingRecord() if routing is None else routing

@@ -93,7 +93,7 @@ class PolicyObjective:
         self.kl_coef = config.kl.coef
         self.uses_reference = config.kl.coef > 0 or config.kl.measure_every_steps is not None
         lm = causal_lm(policy.model)
-        is_mixture = bool(getattr(lm.config, "sparse_layers", None))
+        is_mixture = getattr(lm.config, "num_routers", 0) > 0
         if config.routing_replay != "rollout" and not is_mixture:
             raise ConfigError(
                 f"routing_replay is {config.routing_replay}, and {type(lm).__name__} has no experts of ours to "

@@ -35,6 +35,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "partial-rotation": {"rope_parameters": PARTIAL, "use_qk_norm": True},
     "no-positions": {"no_rope_layers": [1, 0]},
     "sinks": {"attention_sinks": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    "mixture-of-heads": {
+        "layer_types": ["mixture_of_heads"] * 2, "num_key_value_heads": 1, "num_attention_heads": 2,
+        "num_attention_experts": 6, "use_qk_norm": True, "attention_router_aux_loss_coef": 0.01,
+    },
+    "mixture-of-heads-and-experts": {
+        "num_hidden_layers": 3, "layer_types": ["mixture_of_heads", "full_attention", "gated_deltanet"], **RECURRENT,
+        "num_key_value_heads": 1, "num_attention_heads": 3, "num_attention_experts": 4, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "gated-deltanet": {"layer_types": ["gated_deltanet"] * 2, **RECURRENT},
     "fused-gated-deltanet": {"layer_types": ["fused_gated_deltanet"] * 2, **RECURRENT, "linear_conv_kernel_dim": 2},
     "kimi-delta": {"layer_types": ["kimi_delta_attention"] * 2, **KIMI},

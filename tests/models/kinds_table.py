@@ -29,6 +29,10 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
         "sliding_window": 4096,
     }),
+    ("mixture_of_heads", "2210.05144", "32 of 64 heads on the shape of Qwen3-8B", {
+        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 128,
+        "num_attention_experts": 64,
+    }),
     ("latent_attention", "2405.04434", "DeepSeek-V3", {
         "hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

@@ -61,7 +61,7 @@ def test_a_preset_is_written_as_its_hub_family(name: str) -> None:
 def test_names_that_the_papers_are_known_by() -> None:
     names = {
         "mla", "gated_attention", "gated_deltanet", "kda", "gemma2", "gemma3", "qwen3_next", "kimi_linear",
-        "deepseek_v3", "parallel", "expert_choice", "hash", "base_assignment", "noisy_topk", "mtp",
+        "deepseek_v3", "parallel", "expert_choice", "hash", "base_assignment", "noisy_topk", "mtp", "moa",
     }  # fmt: skip
     assert names <= set(PRESETS)
 

@@ -35,3 +35,19 @@ def grouped_product(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
     ends = offs.tolist()
     starts = [0, *ends[:-1]]
     return torch.cat([rows[start:end] @ group for start, end, group in zip(starts, ends, weight, strict=True)])
+
+
+@contextmanager
+def grouped_in_float64() -> Iterator[None]:
+    """Let grouped products take float64, which torch's refuse, by a product for each group."""
+    functional: Any = torch.nn.functional
+    own = functional.grouped_mm
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        return (grouped_product if rows.dtype == torch.float64 else own)(rows, weight, offs=offs)
+
+    functional.grouped_mm = product
+    try:
+        yield
+    finally:
+        functional.grouped_mm = own

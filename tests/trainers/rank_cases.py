@@ -26,9 +26,10 @@ _SHARED = ("sft", "dpo", "grpo", "ppo", "ppo_critic_head")
 _SPREAD = tuple(name for name, case in CASES.items() if "ema" not in case.settings)
 """Cases whose weights may be spread over ranks, which an average of them may not."""
 _HYBRID = ("sft_hybrid", "grpo_hybrid")
-"""Cases whose model has a recurrent layer, gated attention, and a layer for multi-token prediction."""
+"""Cases whose model has a recurrent layer, gated attention, a mixture of heads, and multi-token prediction."""
 HYBRID: dict[str, Any] = {
-    **DENSE, **KIMI, "layer_types": ["kimi_delta_attention", "gated_attention"], "num_mtp_layers": 1,
+    **DENSE, **KIMI, "num_hidden_layers": 3, "num_key_value_heads": 1, "num_attention_experts": 6, "num_mtp_layers": 1,
+    "layer_types": ["kimi_delta_attention", "mixture_of_heads", "gated_attention"],
 }  # fmt: skip
 PLACES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "ddp": ({"strategy": "ddp"}, (*CASES, *_HYBRID)),

@@ -45,7 +45,7 @@ def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
     lm = causal_lm(model)
     if not isinstance(lm, PolicyForCausalLM) or device.type != "cuda":
         return False
-    if not lm.config.sparse_layers:
+    if not lm.config.num_routers:
         return True
     return lm.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -69,7 +69,7 @@ class Runner:
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool
     ) -> None:
         config = causal_lm(model).config
-        self._sparse = isinstance(config, PolicyConfig) and bool(config.sparse_layers)
+        self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
         self.cache = PagedCache(specs, block_size, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from alignlab.rollout.embedded.weights import EngineWeights, PackedLinear
 from alignlab.rollout.memory import engine_bytes
 from alignlab.types import SamplingParams
 from tests.models.attention_kinds import KINDS, make_model
+from tests.reference.float64 import grouped_in_float64
 from tests.rollout.conftest import VOCAB, MakeEngine, flat, full_logprobs, make_prompts
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -26,6 +28,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "nothing shared": {"share_prefixes": False, "block_size": 5},
 }
 PAGED_KINDS = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def any_dtype() -> Iterator[None]:
+    """Experts are computed in float64 too."""
+    with grouped_in_float64():
+        yield
 
 
 def model_of(kind: str) -> PolicyForCausalLM:
