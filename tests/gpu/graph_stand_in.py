@@ -14,6 +14,8 @@ from alignlab.rollout.embedded import replays
 class Rerun:
     """Stands for a recorded graph: it reads the tensors that it was made with, and has one output.
 
+    Nothing is computed while it is recorded, as on a GPU: a step that writes states must not run twice.
+
     Attributes:
         made: all of them, in the order in which they were recorded.
     """
@@ -22,12 +24,13 @@ class Rerun:
 
     def __init__(self, work: Callable[[], Tensor], pool: Any) -> None:
         self._work, self.pool, self.times = work, pool, 0
-        self._output = work()
+        self._output: Tensor | None = None
         Rerun.made.append(self)
 
     def __call__(self) -> Tensor:
         self.times += 1
-        self._output.copy_(self._work())
+        output = self._work()
+        self._output = output if self._output is None else self._output.copy_(output)
         return self._output
 
 

@@ -51,6 +51,9 @@ def test_a_family_is_read_as_transformers_reads_it(
     states = [state_of(model) for model in (streamed, expected)]
     assert states[0].keys() == states[1].keys()
     for key, tensor in states[1].items():
+        if "kimi" in name and key.endswith("e_score_correction_bias"):  # transformers rounds it, in this family alone
+            assert states[0][key].dtype == torch.float32
+            states[0][key] = states[0][key].to(tensor.dtype)
         assert states[0][key].dtype == tensor.dtype and torch.equal(states[0][key], tensor), key
     assert [p.requires_grad for p in streamed.parameters()] == [p.requires_grad for p in expected.parameters()]
     assert streamed.config.to_dict() == expected.config.to_dict()

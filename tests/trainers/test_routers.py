@@ -158,7 +158,10 @@ def test_a_router_learns_by_reinforce_which_expert_has_the_lower_loss(
 
 
 REFUSED = [
-    *((case, "expert_choice", "expert_choice") for case in sorted(set(CASES) - {"sft", "distill", "distill_top_k"})),
+    *(
+        (case, "expert_choice", "expert_choice") for case in sorted(CASES)
+        if not case.startswith(("sft", "distill"))
+    ),
     *((case, "by_order", "capacity_factor is 0.75") for case in ("dpo", "kto", "reward", "online_dpo")),
     *((case, "reinforce", "router_type is reinforce") for case in ("dpo", "kto", "reward", "online_dpo", "distill")),
 ]

@@ -1,7 +1,7 @@
 """Weights of a checkpoint's safetensors, read slice by slice under our names: no tensor is in memory but the one read.
 
-transformers' names of a family differ from ours in the experts of a mixture alone: the files hold a matrix for each,
-and our parameters stack them, [E, out, in].
+transformers' names of a family differ from ours in the experts of a mixture: the files hold a matrix for each, and our
+parameters stack them, [E, out, in]. Kimi Linear's files have other names too, and its convolution in three parts.
 
 Shapes: E experts, I intermediate size.
 """
@@ -28,6 +28,9 @@ _MATRICES = (
     ("block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),  # Mixtral
 )
 """By the name of a mixture's block in the files: the matrices of an expert that lie below each other in ours."""
+_RENAMED = ((".mlp.", ".block_sparse_moe."), (".self_attn.forget_gate.", ".self_attn."))
+"""Parts of our names, and what files of Mixtral and Kimi Linear may have in their place."""
+_CONVOLUTION = ".self_attn.conv1d.weight"
 
 
 class Piece(NamedTuple):
@@ -35,8 +38,8 @@ class Piece(NamedTuple):
 
     Attributes:
         name: in the files.
-        expert: row of the parameter that it belongs to; None for a tensor that is the whole parameter.
-        rows: of the expert's matrix; None for all.
+        expert: row of the parameter that it belongs to; None for a tensor of the parameter itself.
+        rows: of the expert's matrix, or of the parameter; None for all.
     """
 
     name: str
@@ -69,9 +72,12 @@ class WeightFiles:
         """Return the tensors that make up a parameter or buffer of ours; None if the files do not hold it whole."""
         if name in self.shapes:
             return (Piece(name),) if self.shapes[name] == tuple(shape) else None
-        renamed = name.replace(".mlp.", ".block_sparse_moe.")
-        if self.shapes.get(renamed) == tuple(shape):
-            return (Piece(renamed),)
+        for ours, theirs in _RENAMED:
+            renamed = name.replace(ours, theirs)
+            if self.shapes.get(renamed) == tuple(shape):
+                return (Piece(renamed),)
+        if name.endswith(_CONVOLUTION):
+            return self._parts_below_each_other([name.replace(".conv1d.", f".{part}_conv1d.") for part in "qkv"], shape)
         stacked = _STACKED.fullmatch(name)
         if stacked is None:
             return None
@@ -81,6 +87,16 @@ class WeightFiles:
             if all(self.shapes.get(piece.name) == _part_shape(piece, shape) for piece in parts):
                 return parts
         return None
+
+    def _parts_below_each_other(self, names: list[str], shape: torch.Size) -> tuple[Piece, ...] | None:
+        """Return the tensors whose rows make up a parameter, in order; None if they do not."""
+        heights = [self.shapes.get(name, (0,))[0] for name in names]
+        if sum(heights) != shape[0] or any(self.shapes[name][1:] != tuple(shape[1:]) for name in names):
+            return None
+        ends = list(itertools.accumulate(heights))
+        return tuple(
+            Piece(name, rows=slice(end - height, end)) for name, height, end in zip(names, heights, ends, strict=True)
+        )
 
     def read(self, pieces: tuple[Piece, ...], out: Tensor, rows: slice = slice(None)) -> None:
         """Fill a tensor with rows of a parameter, cast to its dtype, on its device.
@@ -96,14 +112,19 @@ class WeightFiles:
         for path, of_file in itertools.groupby(pieces, key=lambda piece: self._file_of[piece.name]):
             with safe_open(path, "pt") as file:
                 for piece in of_file:
-                    if piece.expert is None:
+                    if piece.expert is None and piece.rows is not None:
+                        first, end = max(start, piece.rows.start), min(stop, piece.rows.stop)
+                        if first < end:
+                            part = file.get_slice(piece.name)[first - piece.rows.start : end - piece.rows.start]
+                            out[first - start : end - start].copy_(part)
+                    elif piece.expert is None:
                         out.copy_(file.get_slice(piece.name)[start:stop] if out.dim() else file.get_tensor(piece.name))
                     elif start <= piece.expert < stop:
                         out[piece.expert - start, piece.rows or slice(None)].copy_(file.get_tensor(piece.name))
 
     def can_map(self, pieces: tuple[Piece, ...], dtype: torch.dtype) -> bool:
         """Return whether a parameter lies in a file as it is: it is not put together, and has the dtype."""
-        return pieces[0].expert is None and self._kinds[pieces[0].name] == _KINDS.get(dtype)
+        return pieces[0].expert is None and pieces[0].rows is None and self._kinds[pieces[0].name] == _KINDS.get(dtype)
 
     def mapped(self, pieces: tuple[Piece, ...]) -> Tensor:
         """Return a parameter as it lies in a file, mapped into memory; see `can_map`."""
@@ -113,7 +134,9 @@ class WeightFiles:
 
     def _num_rows(self, pieces: tuple[Piece, ...]) -> int:
         last = pieces[-1]
-        return next(iter(self.shapes[last.name]), 1) if last.expert is None else last.expert + 1
+        if last.expert is not None:
+            return last.expert + 1
+        return next(iter(self.shapes[last.name]), 1) if last.rows is None else last.rows.stop
 
 
 def plan_of(files: WeightFiles, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Piece, ...]] | None:
