@@ -97,6 +97,11 @@ def _check_rotation(config: PolicyConfig) -> None:
         rope["rope_type"] in ROPE_TYPES,
         f"rope_type is {rope['rope_type']!r}, and must not depend on the batch; use one of {', '.join(ROPE_TYPES)}",
     )
+    theta = rope.get("rope_theta")
+    require(
+        isinstance(theta, int | float) and theta > 0,
+        f"rope_theta is {theta!r}, and must be a positive number; use 10000",
+    )
     if rotated is None:
         return
     count = config.num_hidden_layers

@@ -106,6 +106,15 @@ def test_an_architecture_may_name_a_preset() -> None:
     ("architecture", "message"),
     [
         ({"preset": "gemma4"}, "preset is 'gemma4', and there is none of this name; did you mean gemma3"),
+        ({"preset": ["mla"]}, "preset is \\['mla'\\], and there is none of this name"),
+        ({"preset": "kda", "hidden_size": "large"}, "hidden_size is 'large', and must be a whole number of at least 1"),
+        ({"preset": "kda", "hidden_size": 0}, "hidden_size is 0, and must be a whole number of at least 1; use 64"),
+        ({"preset": "gqa", "num_attention_heads": 0}, "num_attention_heads is 0, and must be a whole number"),
+        ({"preset": "gqa", "head_dim": -8}, "head_dim is -8, and must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and must be a whole number of at least 1; use 8"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, and must be a whole number"),
+        ({"preset": "gqa", "rope_theta": "long"}, "rope_theta is 'long', and must be a positive number; use 10000"),
+        ({"preset": "gqa", "use_qk_norm": 5}, "use_qk_norm"),
         ({"preset": "x"}, "there is none of this name; known are base_assignment, "),
         ({"preset": "mla", "layer_kinds": []}, "layer_kinds is not a field of PolicyConfig; did you mean layer_types"),
         ({"preset": "mla", "use_qk_norm": True}, "use_qk_norm is true, and must be false where a layer is latent"),
@@ -119,3 +128,8 @@ def test_an_architecture_may_name_a_preset() -> None:
 def test_pieces_that_exclude_each_other_are_named(architecture: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         new_model(architecture, vocab_size=30)
+
+
+def test_a_field_of_another_type_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)preset gqa: .*use_qk_norm"):
+        preset_config("gqa", vocab_size=30, use_qk_norm=5)
