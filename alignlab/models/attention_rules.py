@@ -14,6 +14,12 @@ from alignlab.models.mixing_layer import MixingLayer
 from alignlab.models.recurrent import layer
 from alignlab.models.recurrent.layer import RecurrentLayer
 
+_OF_ATTENTION = (
+    "use_qk_norm", "attention_sinks", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_bias",
+    "attention_out_bias",
+)  # fmt: skip
+"""Fields that recurrent layers do not read."""
+
 
 def check_attention(config: PolicyConfig) -> None:
     """Raise if a config's attention is impossible.
@@ -34,6 +40,9 @@ def check_attention(config: PolicyConfig) -> None:
     for name in _unread_fields(classes):
         value, layers = getattr(config, name), "latent_attention" if name in latent_attention.FIELDS else "recurrent"
         require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
+    for name in _OF_ATTENTION if _is_recurrent(classes) else ():
+        value = getattr(config, name)
+        require(not value, f"{name} is {value}, but all layers are recurrent, which have none; leave it out")
     base, windowed = config.rope_local_base_freq, any(kind.has_window for kind in classes)
     require(
         base is None or (base > 0 and windowed),
@@ -55,6 +64,8 @@ def drop_unread_fields(config: PolicyConfig) -> None:
         config.sliding_window = config.rope_local_base_freq = None
     for name in _unread_fields(classes):
         setattr(config, name, None)
+    for name in (*_OF_ATTENTION, "qk_norm_scope") if _is_recurrent(classes) else ():
+        setattr(config, name, False if name == "attention_out_bias" else getattr(type(config), name))
     if not any(issubclass(kind, Attention) for kind in classes) and config.rope_parameters is not None:
         rope = config.rope_parameters
         config.rope_parameters = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
@@ -66,6 +77,10 @@ def _unread_fields(classes: Iterable[type[MixingLayer]]) -> list[str]:
     return [
         name for owner, fields in owners if not any(issubclass(kind, owner) for kind in classes) for name in fields
     ]
+
+
+def _is_recurrent(classes: Iterable[type[MixingLayer]]) -> bool:
+    return all(issubclass(kind, RecurrentLayer) for kind in classes)
 
 
 def _classes(config: PolicyConfig) -> list[type[MixingLayer]]:
