@@ -16,7 +16,7 @@ from alignlab.models.recurrent.layer import RecurrentLayer
 
 _OF_ATTENTION = (
     "use_qk_norm", "attention_sinks", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_bias",
-    "attention_out_bias",
+    "attention_out_bias", "attention_dropout",
 )  # fmt: skip
 """Fields that recurrent layers do not read."""
 

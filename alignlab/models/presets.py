@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
-from alignlab.models.config_rules import require_size
+from alignlab.models.config_rules import require, require_size
 
 Fields = dict[str, Any]
 
@@ -92,7 +92,16 @@ def preset_config(name: str, *, vocab_size: int, **changes: Any) -> PolicyConfig
 
 
 def pattern(kinds: Sequence[str], num_layers: int) -> list[str]:
-    """Return the kinds of layers, again and again, with the last kind in the last layer."""
+    """Return the kinds of layers, again and again, with the last kind in the last layer.
+
+    Raises:
+        ConfigError: there is one layer.
+    """
+    require(
+        num_layers >= 2,
+        f"num_hidden_layers is {num_layers}, and must be at least 2 in a preset that has layers of {kinds[0]} and of "
+        f"{kinds[-1]}; use {len(kinds)}",
+    )
     layers = [kinds[index % len(kinds)] for index in range(num_layers)]
     return [*layers[:-1], kinds[-1]]
 

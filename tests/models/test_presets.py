@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import hidden_states
-from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.hub.checkpoints import load_model, new_model, save_model
 from alignlab.models.hub.families import write_hub_config
 from alignlab.models.model_sizes import model_sizes
 from alignlab.models.presets import PRESETS, pattern, preset_config, preset_names
@@ -58,6 +59,17 @@ def test_a_preset_is_written_as_its_hub_family(name: str) -> None:
     assert (None if hub is None else hub.model_type) == FAMILIES.get(name)
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_preset_with_a_tied_head_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = new_model({"preset": name, "tie_word_embeddings": True}, vocab_size=50)
+    save_model(model, tmp_path / "model")
+    again = load_model(str(tmp_path / "model"), dtype=torch.float32)
+    ids = torch.arange(9)[None]
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
 def test_names_that_the_papers_are_known_by() -> None:
     names = {
         "mla", "gated_attention", "gated_deltanet", "kda", "gemma2", "gemma3", "qwen3_next", "kimi_linear",
@@ -68,7 +80,7 @@ def test_names_that_the_papers_are_known_by() -> None:
 
 def test_a_pattern_ends_with_its_last_kind() -> None:
     assert pattern("aab", 6) == ["a", "a", "b", "a", "a", "b"]
-    assert pattern("aab", 5) == ["a", "a", "b", "a", "b"] and pattern("aab", 1) == ["b"]
+    assert pattern("aab", 5) == ["a", "a", "b", "a", "b"]
 
 
 def test_sizes_of_a_mixture_by_hand() -> None:
@@ -113,6 +125,8 @@ def test_an_architecture_may_name_a_preset() -> None:
         ({"preset": "gqa", "head_dim": -8}, "head_dim is -8, and must be a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and must be a whole number of at least 1; use 8"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, and must be a whole number"),
+        ({"preset": "gemma3", "num_hidden_layers": 1}, "num_hidden_layers is 1, and must be at least 2 in a preset that"),
+        ({"preset": "kda", "attention_dropout": 0.1}, "attention_dropout is 0.1, but all layers are recurrent"),
         ({"preset": "kda", "attention_sinks": True}, "attention_sinks is True, but all layers are recurrent, which have"),
         ({"preset": "kda", "use_qk_norm": True}, "use_qk_norm is True, but all layers are recurrent"),
         ({"preset": "kda", "attn_logit_softcapping": 9.0}, "attn_logit_softcapping is 9.0, but all layers are rec"),

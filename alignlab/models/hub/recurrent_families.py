@@ -125,6 +125,7 @@ def read_kimi_linear(hub: Any) -> Fields:
         "rope_parameters": None,
         "head_dim": hub.qk_rope_head_dim,
         "attention_bias": "latent_attention" in layers and hub.attention_bias,
+        "tie_word_embeddings": False,  # whatever the config says: the class in `transformers` ties nothing
         "mlp_layer_types": list(hub.mlp_layer_types),
     }
     if "latent_attention" in layers:
