@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.config.loader import apply_override
 
     words = [word for word in (args.preset, args.output, *args.overrides) if word is not None]
-    names, changes = [word for word in words if "=" not in word], {}
+    names = [word for word in words if "=" not in word]
+    changes: dict[str, Any] = {}
     for word in words:
         if "=" in word:
             apply_override(changes, word)

@@ -196,7 +196,10 @@ def test_all_linear_adapts_every_projection_of_every_kind() -> None:
     assert {name.split("self_attn.")[1] for name in names if name.startswith("7.self_attn")} == in_kimi
 
 
-HUB_FAMILIES = {"latent": "deepseek_v3", "latent-plain-query": "deepseek_v3", "norms-of-outputs": "olmo2"}
+HUB_FAMILIES = {
+    "latent": "deepseek_v3", "latent-plain-query": "deepseek_v3", "norms-of-outputs": "olmo2",
+    "latent-without-positions": "kimi_linear", "kimi-delta": "kimi_linear", "kimi-linear": "kimi_linear",
+}  # fmt: skip
 """Of the kinds that a family of the Hub has; all their layers are dense."""
 
 
