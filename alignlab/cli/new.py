@@ -40,11 +40,16 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.config.loader import apply_override
 
     words = [word for word in (args.preset, args.output, *args.overrides) if word is not None]
-    names, changes = [word for word in words if "=" not in word], {}
+    names = [word for word in words if "=" not in word]
+    changes: dict[str, Any] = {}
     for word in words:
         if "=" in word:
             apply_override(changes, word)
+    if "preset" in changes:
+        raise ConfigError(f"preset={changes['preset']} is given, and the preset is named by PRESET; leave it out")
     if args.list:
+        if names:
+            raise ConfigError(f"{names[0]} is given with --list, which shows all presets; leave one of the two out")
         _show(changes)
         return 0
     if len(names) != 2 or args.tokenizer is None:
@@ -60,10 +65,12 @@ def _show(changes: dict[str, Any]) -> None:
     from rich.table import Table
 
     from alignlab.models.architectures import architecture_fields
+    from alignlab.models.config_rules import require_size
     from alignlab.models.model_sizes import COLUMNS, model_sizes, row
     from alignlab.models.presets import PRESETS, preset_config, preset_names
 
     vocab_size = changes.pop("vocab_size", LISTED_VOCAB)
+    require_size("vocab_size", vocab_size, LISTED_VOCAB)
     changes = architecture_fields(changes)
     table = Table(title=f"presets, vocabulary {vocab_size:,}", title_justify="left")
     for column in COLUMNS:

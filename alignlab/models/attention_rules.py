@@ -20,6 +20,11 @@ _NAMES = {
     **dict.fromkeys(mixture_of_heads.FIELDS, "mixture_of_heads"),
 }  # fmt: skip
 """What layers are called that alone read a field."""
+_OF_ATTENTION = (
+    "use_qk_norm", "attention_sinks", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_bias",
+    "attention_out_bias", "attention_dropout",
+)  # fmt: skip
+"""Fields that recurrent layers do not read."""
 
 
 def check_attention(config: PolicyConfig) -> None:
@@ -41,6 +46,9 @@ def check_attention(config: PolicyConfig) -> None:
     for name in _unread_fields(classes):
         value, layers = getattr(config, name), _NAMES[name]
         require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
+    for name in _OF_ATTENTION if _is_recurrent(classes) else ():
+        value = getattr(config, name)
+        require(not value, f"{name} is {value}, but all layers are recurrent, which have none; leave it out")
     base, windowed = config.rope_local_base_freq, any(kind.has_window for kind in classes)
     require(
         base is None or (base > 0 and windowed),
@@ -62,6 +70,8 @@ def drop_unread_fields(config: PolicyConfig) -> None:
         config.sliding_window = config.rope_local_base_freq = None
     for name in _unread_fields(classes):
         setattr(config, name, None)
+    for name in (*_OF_ATTENTION, "qk_norm_scope") if _is_recurrent(classes) else ():
+        setattr(config, name, False if name == "attention_out_bias" else getattr(type(config), name))
     if not any(issubclass(kind, Attention) for kind in classes) and config.rope_parameters is not None:
         rope = config.rope_parameters
         config.rope_parameters = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
@@ -76,6 +86,10 @@ def _unread_fields(classes: Iterable[type[MixingLayer]]) -> list[str]:
     return [
         name for owner, fields in owners if not any(issubclass(kind, owner) for kind in classes) for name in fields
     ]
+
+
+def _is_recurrent(classes: Iterable[type[MixingLayer]]) -> bool:
+    return all(issubclass(kind, RecurrentLayer) for kind in classes)
 
 
 def _classes(config: PolicyConfig) -> list[type[MixingLayer]]:
@@ -106,6 +120,11 @@ def _check_rotation(config: PolicyConfig) -> None:
     require(
         rope["rope_type"] in ROPE_TYPES,
         f"rope_type is {rope['rope_type']!r}, and must not depend on the batch; use one of {', '.join(ROPE_TYPES)}",
+    )
+    theta = rope.get("rope_theta")
+    require(
+        isinstance(theta, int | float) and theta > 0,
+        f"rope_theta is {theta!r}, and must be a positive number; use 10000",
     )
     if rotated is None:
         return

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from alignlab.models.config_rules import require as _require
+from alignlab.models.config_rules import require_size
 from alignlab.models.router_rules import check_no_router, check_router
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -179,6 +180,8 @@ class PolicyConfig(PreTrainedConfig):
     hub_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            require_size(name, getattr(self, name), getattr(type(self), name))
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         _require(
             self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,

@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
+from alignlab.models.config_rules import require, require_size
 
 Fields = dict[str, Any]
 
@@ -55,14 +58,18 @@ def preset_fields(name: str, **changes: Any) -> Fields:
         changes: fields that are other than the preset has them.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such preset, or a size is none.
     """
-    preset = PRESETS.get(name)
+    preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         near = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(preset_names())}"
         raise ConfigError(f"preset is {name!r}, and there is none of this name; {hint}")
     sizes = SIZES | changes
+    for size, default in SIZES.items():
+        require_size(size, sizes[size], default)
+    if sizes.get("head_dim") is not None:
+        require_size("head_dim", sizes["head_dim"], 16)
     return {**SIZES, **preset.fields(sizes), **changes}
 
 
@@ -75,13 +82,26 @@ def preset_config(name: str, *, vocab_size: int, **changes: Any) -> PolicyConfig
         changes: fields that are other than the preset has them.
 
     Raises:
-        ConfigError: there is no such preset, or its pieces and the changes exclude each other.
+        ConfigError: there is no such preset, a field has a value of another type, or the preset's pieces and the
+            changes exclude each other.
     """
-    return PolicyConfig(**preset_fields(name, **changes), vocab_size=vocab_size)
+    try:
+        return PolicyConfig(**preset_fields(name, **changes), vocab_size=vocab_size)
+    except StrictDataclassError as error:
+        raise ConfigError(f"preset {name}: {error}") from error
 
 
 def pattern(kinds: Sequence[str], num_layers: int) -> list[str]:
-    """Return the kinds of layers, again and again, with the last kind in the last layer."""
+    """Return the kinds of layers, again and again, with the last kind in the last layer.
+
+    Raises:
+        ConfigError: there is one layer.
+    """
+    require(
+        num_layers >= 2,
+        f"num_hidden_layers is {num_layers}, and must be at least 2 in a preset that has layers of {kinds[0]} and of "
+        f"{kinds[-1]}; use {len(kinds)}",
+    )
     layers = [kinds[index % len(kinds)] for index in range(num_layers)]
     return [*layers[:-1], kinds[-1]]
 

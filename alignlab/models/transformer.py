@@ -39,6 +39,7 @@ from alignlab.models.mixture_of_heads import ExpertProjection
 from alignlab.models.moe import Experts
 from alignlab.models.mtp import MultiTokenPrediction
 from alignlab.models.recurrent.convolution import ShortConvolution
+from alignlab.models.recurrent.layer import RecurrentLayer
 from alignlab.models.rope import RotaryEmbedding, Rotation
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.routers.uses import check_cached_pass
@@ -207,6 +208,8 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPrediction(config) if config.num_mtp_layers else None
+        # `generate` refuses by it to guess tokens ahead: a state cannot be taken back to an earlier token.
+        self._is_stateful = any(isinstance(module, RecurrentLayer) for module in self.modules())
         self.post_init()
 
     @can_return_tuple

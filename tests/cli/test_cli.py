@@ -695,3 +695,24 @@ def test_eval_refuses_a_plot_that_cannot_be(run_file, words, message, capsys):
 def test_check_notes_a_combination_that_is_hardly_meant(run_file, capsys):
     assert main(["check", str(run_file), "trainer.recipe=gspo", "trainer.reduction=token_mean"]) == 0
     assert "note       reduction is token_mean with surrogate gspo_clip" in capsys.readouterr().out
+
+
+def test_a_model_of_a_preset_is_written_with_a_tokenizer(run_file, tmp_path, capsys):
+    tokenizer, output = str(run_file.parent / "model"), str(tmp_path / "new")
+    options = [output, "--tokenizer", tokenizer, "hidden_size=16", "num_hidden_layers=2"]
+    assert main(["new", "kda", *options, "preset=mla"]) == 2
+    assert "preset=mla is given, and the preset is named by PRESET; leave it out" in capsys.readouterr().err
+    assert main(["new", "kda", *options]) == 0
+    assert has_manifest(Path(output)) and find_damage(Path(output)) is None
+    assert main(["generate", output, "say red", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_list_of_presets_takes_fields_and_no_preset(capsys):
+    assert main(["new", "--list", "hidden_size=48", "n_group=3"]) == 0
+    shown = capsys.readouterr()
+    assert "arXiv:2510.26692" not in shown.out and "kda: n_group is 3, but no layer is sparse" in shown.err
+    assert main(["new", "kda", "--list"]) == 2
+    assert "kda is given with --list, which shows all presets" in capsys.readouterr().err
+    assert main(["new", "--list", "preset=kda"]) == 2
+    assert main(["new", "--list", "vocab_size=many"]) == 2
+    assert "vocab_size is 'many', and must be a whole number of at least 1" in capsys.readouterr().err

