@@ -144,7 +144,7 @@ def _resolve_tokenizer(
 def _warn_of_slow_products(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
     """Warn where a GPU has no grouped kernel for a mixture in its dtype."""
     lm = causal_lm(model)
-    if device.type == "cuda" and lm.dtype != torch.bfloat16 and getattr(lm.config, "num_routers", 0):
+    if device.type == "cuda" and lm.dtype != torch.bfloat16 and bool(getattr(lm.config, "num_routers", 0)):
         logger.warning(
             "the model is a mixture of experts in %s, for which torch has no grouped kernel: a GPU computes a product "
             "for each expert, and the host waits for the experts' counts in each layer; bfloat16 has one (model.dtype)",

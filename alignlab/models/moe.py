@@ -6,7 +6,7 @@ Shapes: N tokens, H hidden size, E experts, K experts a token, I intermediate si
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,7 @@ def routers(model: nn.Module) -> list[Router]:
     """Return the routers of a model, in the order of a record's layers: of experts, then of heads; none if dense."""
     modules = list(model.modules())
     of_experts = [module.gate for module in modules if isinstance(module, SparseFeedForward)]
-    return of_experts + [module.gate for module in modules if getattr(module, "routes", False)]
+    return of_experts + [cast(Router, module.gate) for module in modules if getattr(module, "routes", False)]
 
 
 def expert_counts(model: nn.Module) -> Tensor:
