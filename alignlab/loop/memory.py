@@ -13,7 +13,9 @@ from alignlab.config.trainer import MemorySettings, ShardingSettings
 from alignlab.functional.logprobs import block_rows, default_chunk_tokens
 from alignlab.loop.learner import Learner
 from alignlab.loop.master_weights import needs_master, state_bytes
+from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.recurrent.runs import Entries, Runs
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.memory import planned_device, planned_ranks
@@ -34,9 +36,28 @@ class _Kept(torch.autograd.Function):
 
 
 class _ShapesAlone:
-    """A layout whose attention has the shapes of packed attention; a `PagedLayout`."""
+    """A `PagedLayout` whose attention has the shapes of packed attention; recurrent layers compute one sequence.
+
+    Args:
+        model: without weights.
+        num_tokens: of the pack.
+    """
 
     keeps_latents = False
+
+    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+        lm = causal_lm(model)
+        self._model, self._dtype = model, lm.dtype
+        self.runs = Runs(0, (num_tokens,), lm.device)
+
+    def states(self, layer_idx: int) -> dict[str, Tensor]:
+        """Return the entries of one sequence, without values."""
+        entries = cache_specs(self._model)[layer_idx].sequence_entries(self._dtype)
+        device = self.runs.device
+        return {name: torch.zeros(1, *shape, dtype=dtype, device=device) for name, shape, dtype in entries}
+
+    def keep_states(self, layer_idx: int, entries: Entries) -> None:
+        """Keep nothing: no step follows."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Tensor:
         """Return [1,N,H,V] without values."""
@@ -146,7 +167,7 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
     options = {"routing": RoutingRecord()} if getattr(lm.config, "num_routers", 0) else {}
     lm.train()  # checkpointing is of training alone
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = hidden_states(model, tokens, tokens, _ShapesAlone(), **options)
+        output = hidden_states(model, tokens, tokens, _ShapesAlone(model, num_tokens), **options)
     assert output.shape[0] == num_tokens
     return _storage_bytes(kept.values())
 

@@ -15,6 +15,8 @@ def in_own_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapped(ctx: Any, first: Tensor, *args: Any) -> Any:
+        if first.is_meta:  # nothing is computed, and autocast does not know the device
+            return function(ctx, first, *args)
         with torch.autocast(first.device.type, enabled=False):
             return function(ctx, first, *args)
 

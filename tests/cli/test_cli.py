@@ -311,6 +311,17 @@ def test_a_student_is_written_with_its_tokenizer(run_file, adapter, tmp_path, ca
     assert "a student of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", ["qwen3_next", "kimi_linear", "moa", "mtp"])
+def test_a_preset_is_checked_trained_and_used(preset, run_file, tmp_path, capsys):
+    """From nothing but a config, through the prediction of memory, the engine and the saved model."""
+    model = f"model={{architecture: {{preset: {preset}, hidden_size: 32}}, tokenizer: {run_file.parent / 'model'}}}"
+    overrides = [model, "trainer.num_steps=1", f"trainer.output_dir={tmp_path / 'run'}"]
+    assert main(["check", str(run_file), *overrides]) == 0
+    assert main(["train", str(run_file), *overrides]) == 0
+    trained = json.loads(capsys.readouterr().out.splitlines()[-1])["model"]
+    assert main(["generate", trained, "say red", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+
+
 def test_a_mixture_is_made_of_a_dense_model_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
     model, output = str(run_file.parent / "model"), str(tmp_path / "mixture")
     options = ["--experts", "4", "--experts-per-token", "2"]

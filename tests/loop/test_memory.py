@@ -19,12 +19,15 @@ from alignlab.loop.learner import Learner
 from alignlab.loop.memory import kept_bytes, training_bytes
 from alignlab.models.adapters import add_lora
 from alignlab.models.config import PolicyConfig
-from alignlab.models.decoder import causal_lm
+from alignlab.models.decoder import causal_lm, hidden_states
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import load_model, new_model
 from alignlab.models.policy import Policy
+from alignlab.models.presets import preset_config, preset_names
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.memory import engine_bytes, merges_adapters, predicted_for
+from alignlab.types import Segments
+from tests.models.attention_kinds import make_model
 from tests.trainers.conftest import DENSE, SPARSE
 from tests.trainers.tiny import prompts, save_teacher
 
@@ -61,6 +64,30 @@ def test_models_of_real_sizes_keep_what_fake_tensors_keep(shape: dict[str, Any],
     with init_empty_weights():
         model: Any = PolicyForCausalLM(PolicyConfig(**shape, vocab_size=1000)).to(torch.bfloat16)
     assert 0.8 * gigabytes < kept_bytes(add_lora(model, LoraSettings(rank=16)), 4096) / 1e9 < 1.1 * gigabytes
+
+
+@pytest.mark.parametrize("kind", ["gated-deltanet", "kimi-delta"])
+def test_recurrent_layers_keep_what_is_predicted(kind: str) -> None:
+    """Beside norms, of which the fast one of a CPU keeps less, and what packing keeps once of a sequence."""
+    model, kept = make_model(kind), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    tokens = torch.zeros(256, dtype=torch.int64)
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model.train(), tokens, torch.arange(256), Segments.single(256))
+    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    assert 0.85 < kept_bytes(model.to("meta"), 256) / measured < 1.3
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_activations_of_every_preset_are_predicted(name: str) -> None:
+    with init_empty_weights(include_buffers=True):
+        model = PolicyForCausalLM(preset_config(name, vocab_size=50)).to(torch.bfloat16)
+    assert kept_bytes(model, 256) > 256 * 2 * 64 * 4  # at least a hidden state for each layer
 
 
 def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
