@@ -12,10 +12,10 @@ from accelerate import Accelerator
 
 from alignlab.config.trainer import ShardingSettings
 from alignlab.files.library_errors import writing
+from alignlab.files.private_folders import temporary_folder
 from alignlab.loop.rank_agreement import RankAgreement
 from alignlab.loop.ranks import Ranks
 from alignlab.models.hub.host_copies import made_once
-from alignlab.rollout.vllm.private_folders import temporary_folder
 
 
 class HostRanks:

@@ -26,7 +26,6 @@ Shared with the code inside vLLM:
     serialization     weights and expert choices as bytes
     packed_weights    tensors in buffers, as they are broadcast
     weight_group      the process group of a broadcast
-    private_folders   folders for weights in memory
 
     inside            code that vLLM loads into its own processes
 """

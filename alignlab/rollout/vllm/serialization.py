@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignlab.files.library_errors import writing
+from alignlab.files.private_folders import temporary_folder
 from alignlab.files.tensor_files import write_streamed
-from alignlab.rollout.vllm.private_folders import temporary_folder
 
 _ADAPTER_CONFIG = "adapter_config"
 _MAX_CONFIG_CHARACTERS = 2**20

@@ -20,7 +20,8 @@ import anyio
 import pytest
 
 from alignlab.errors import ConfigError, DiskError, RolloutError
-from alignlab.rollout.vllm import private_folders
+from alignlab.files import private_folders
+from alignlab.files.private_folders import PrivateFolder, require_private, temporary_folder
 from alignlab.rollout.vllm.inside import asgi, uploads
 from alignlab.rollout.vllm.inside.asgi import MAX_NESTING, Refusal, Scope, nested_too_deeply
 from alignlab.rollout.vllm.inside.token_guard import TokenGuard
@@ -30,7 +31,6 @@ from alignlab.rollout.vllm.inside.uploads import (
     parse_routing_question,
     receive_upload,
 )
-from alignlab.rollout.vllm.private_folders import PrivateFolder, require_private, temporary_folder
 from alignlab.rollout.vllm.protocol import TOKEN_VARIABLE
 from alignlab.rollout.vllm.serialization import adapter_config
 
@@ -366,7 +366,7 @@ def test_an_invalid_config_of_an_adapter_is_an_error(config: str, tmp_path: Path
 
 
 def test_only_folders_of_dead_processes_are_removed(place: Path) -> None:
-    script = "import pathlib, sys; from alignlab.rollout.vllm.private_folders import PrivateFolder; " \
+    script = "import pathlib, sys; from alignlab.files.private_folders import PrivateFolder; " \
         "folder = PrivateFolder(pathlib.Path(sys.argv[1])); print(folder.name, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", script, str(place)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

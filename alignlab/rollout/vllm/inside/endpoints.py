@@ -30,6 +30,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.platforms import current_platform
 
+from alignlab.files.private_folders import PrivateFolder
 from alignlab.models.sync_digests import algorithm_on
 from alignlab.rollout.vllm import protocol
 from alignlab.rollout.vllm.inside import uploads
@@ -37,7 +38,6 @@ from alignlab.rollout.vllm.inside.asgi import Refusal
 from alignlab.rollout.vllm.inside.connections import use_bounded_connections
 from alignlab.rollout.vllm.inside.token_guard import TokenGuard
 from alignlab.rollout.vllm.inside.transfer import FILE
-from alignlab.rollout.vllm.private_folders import PrivateFolder
 from alignlab.rollout.vllm.serialization import adapter_config
 from alignlab.rollout.vllm.weight_group import BROKE_OFF
 

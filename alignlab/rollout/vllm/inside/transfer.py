@@ -24,10 +24,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from alignlab.files.private_folders import require_private
 from alignlab.models.sync_digests import PendingDigests
 from alignlab.rollout.vllm import packed_weights
 from alignlab.rollout.vllm.inside import patches
-from alignlab.rollout.vllm.private_folders import require_private
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 from alignlab.rollout.vllm.weight_group import Rendezvous, WeightGroup, join
 

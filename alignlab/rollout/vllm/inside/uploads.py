@@ -12,9 +12,9 @@ import anyio
 
 from alignlab.errors import DiskError
 from alignlab.files.library_errors import writing
+from alignlab.files.private_folders import PrivateFolder, temporary_folder
 from alignlab.rollout.vllm.inside.asgi import Refusal, Scope, declared_length
 from alignlab.rollout.vllm.packed_weights import shapes_from_json
-from alignlab.rollout.vllm.private_folders import PrivateFolder, temporary_folder
 from alignlab.rollout.vllm.protocol import is_weights_version, upload_deadline_s
 from alignlab.rollout.vllm.weight_group import Rendezvous
 
