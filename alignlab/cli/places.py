@@ -9,7 +9,7 @@ from pathlib import Path
 from alignlab.errors import ConfigError
 from alignlab.files.home_folder import with_home
 
-_PATHS = ("adapter", "config", "model", "output", "pairs", "plot", "teacher", "write_examples")
+_PATHS = ("adapter", "config", "data", "model", "output", "pairs", "plot", "teacher", "write_examples")
 
 
 def expand_home(args: argparse.Namespace) -> None:

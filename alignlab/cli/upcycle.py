@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from alignlab.cli.made_models import add_dtype, load_whole, num_parameters, save_whole
 from alignlab.cli.places import new_folder
-from alignlab.cli.policy import is_adapter
-from alignlab.errors import ConfigError
 
 FIX = "they come from the dense model: take another checkpoint"
 NAME = "upcycle"
@@ -37,42 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers with experts, counted from 0")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the routers and of what is drawn")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the saved weights"
-    )
+    add_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the dense model, make the mixture, save it."""
     output = new_folder(args.output)
-    from alignlab.runs.folder import refuse_run
-
-    refuse_run(args.model, "MODEL")
-    if is_adapter(args.model):
-        raise ConfigError(f"MODEL must be a model, and {args.model} is an adapter; merge it first: alignlab merge")
+    dense, tokenizer = load_whole(args.model, "MODEL", args.dtype)
 
     import torch
 
-    from alignlab.models.finite import check_finite
-    from alignlab.models.hub.checkpoints import load_model, load_tokenizer, save_model
-    from alignlab.models.hub.saving import published
     from alignlab.models.upcycling import upcycled
 
-    tokenizer = load_tokenizer(args.model)
-    dense = load_model(args.model, dtype=getattr(torch, args.dtype))
     torch.manual_seed(args.seed)
     mixture = upcycled(
         dense, num_experts=args.experts, num_experts_per_tok=args.experts_per_token, method=args.method,
         slices=args.slices, drop_frac=args.drop_frac, layers=args.layers,
     )
-    check_finite(mixture.state_dict().items(), "the mixture's weights", fix=FIX)
-    with published(output) as unfinished:
-        save_model(mixture, unfinished)
-        tokenizer.save_pretrained(unfinished)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (mixture, dense)]
+    save_whole(mixture, tokenizer, output, "the mixture's weights", fix=FIX)
     print(
-        f"alignlab upcycle: wrote {output}, {args.experts} experts, {args.experts_per_token} a token: {sizes[0]:,} "
-        f"parameters from {sizes[1]:,}",
+        f"alignlab upcycle: wrote {output}, {args.experts} experts, {args.experts_per_token} a token: "
+        f"{num_parameters(mixture):,} parameters from {num_parameters(dense):,}",
         file=sys.stderr,
     )
     return 0

@@ -32,6 +32,8 @@ class OptimSettings(Frozen):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    keep_zeros: Refused[bool] = False
+    """Weights of matrices that are zero at first stay zero, as those that `alignlab prune` made so."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or skip the update and count it."""
 
@@ -220,6 +222,13 @@ class TrainerConfig(Frozen):
         if warmup >= self.num_steps:
             must = f"be less than num_steps ({self.num_steps})"
             raise BrokenRule("optim.warmup_steps", warmup, must, f"use {self.num_steps // 10}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keep_zeros(self) -> Self:
+        if self.optim.keep_zeros and self.sharding.spreads_training:
+            must = f"be false with sharding.strategy {self.sharding.strategy}: zeros are kept where weights are whole"
+            raise BrokenRule("optim.keep_zeros", True, must, "use strategy: ddp")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from alignlab.config.trainers import TrainerConfig
 from alignlab.errors import ConfigError
+from alignlab.loop.kept_zeros import keep_zeros
 from alignlab.loop.master_weights import MasterAdamW, needs_master
 from alignlab.loop.weight_decay import weight_kinds
 
@@ -29,7 +30,7 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
     used where every parameter is on a device that has one.
 
     Raises:
-        ConfigError: nothing is trainable.
+        ConfigError: nothing is trainable, or see `keep_zeros`.
     """
     kinds, settings = weight_kinds(model), config.optim
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -38,6 +39,8 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
             "training needs at least one parameter with requires_grad, and the model has 0; "
             "set model.lora, or unfreeze the weights to be trained"
         )
+    if settings.keep_zeros:
+        keep_zeros(model, [parameter for parameter in trained if kinds[parameter] == "matrices"])
     by_kind: dict[tuple[bool, bool, torch.dtype], list[nn.Parameter]] = {}
     for parameter in trained:
         # One kernel does not take tensors of which this rank holds a part together with whole ones, nor two dtypes.

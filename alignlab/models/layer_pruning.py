@@ -76,7 +76,7 @@ def student_from(teacher: PreTrainedModel | PeftModel, layers: Sequence[int]) ->
     """
     if isinstance(teacher, PeftModel):
         raise ConfigError("the teacher is an adapter on a model, and layers are a model's; merge it: alignlab merge")
-    prefix, count = _layers_of(teacher)
+    prefix, count = list_of_layers(teacher)
     _check(layers, count)
     config = copy.deepcopy(teacher.config)
     if isinstance(config, PolicyConfig):
@@ -101,7 +101,7 @@ def student_from(teacher: PreTrainedModel | PeftModel, layers: Sequence[int]) ->
     return model
 
 
-def _layers_of(model: PreTrainedModel) -> tuple[str, int]:
+def list_of_layers(model: PreTrainedModel) -> tuple[str, int]:
     """Return the prefix of the layers' names, and the number of layers."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [

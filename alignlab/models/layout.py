@@ -14,6 +14,8 @@ Shapes: N tokens, H heads, K kv heads, D head size.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -142,6 +144,16 @@ def _padded(
 def count_call() -> None:
     """Note that a layer has computed its tokens by a layout."""
     _calls.count = layout_calls() + 1
+
+
+@contextmanager
+def computed_beforehand() -> Iterator[None]:
+    """Leave calls in the block out of the count, of a layer that is computed once more than the model's pass needs."""
+    before = layout_calls()
+    try:
+        yield
+    finally:
+        _calls.count = before
 
 
 def layout_calls() -> int:

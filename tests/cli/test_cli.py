@@ -322,6 +322,36 @@ def test_a_preset_is_checked_trained_and_used(preset, run_file, tmp_path, capsys
     assert main(["generate", trained, "say red", "--max-new-tokens", "3", "--temperature", "0"]) == 0
 
 
+def test_a_pruned_model_and_a_narrow_student_are_measured_on_rows(run_file, tmp_path, capsys):
+    model, rows = str(run_file.parent / "model"), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "say red ", "completion": f"red {i}"}) + "\n" for i in range(40)))
+    measured = ["--data", str(rows), "--calibration-tokens", "256"]
+    half = [str(tmp_path / "half"), "--method", "wanda", "--pattern", "2:4"]
+    assert main(["prune", model, *half, *measured]) == 0
+    assert "are zero (50.0%)" in capsys.readouterr().err
+    assert main(["student", model, str(tmp_path / "narrow"), "--intermediate-size", "8", *measured]) == 0
+    assert "8 neurons, " in capsys.readouterr().err
+    for made in ("half", "narrow"):
+        assert find_damage(tmp_path / made) is None
+        assert main(["generate", str(tmp_path / made), "say red", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    other = str(tmp_path / "other")
+    for words, message in [
+        (["prune", model, other, "--sparsity", "1"], "--sparsity is 1.0, and must be between 0 and 1"),
+        (["prune", model, other, "--pattern", "4:4"], "--pattern is 4:4, and must be N:M"),
+        (["prune", model, other, "--pattern", "2:4", "--method", "wanda"], "--data is missing"),
+        (["prune", model, other, "--sparsity", "0.5", *measured], "--data is not read by magnitude"),
+        (["prune", model, other, "--pattern", "2:4", "--method", "wanda", *measured[:2]], "must have 1,024 tokens"),
+        (["student", model, other], "a student has less than its teacher"),
+        (["student", model, other, "--hidden-size", "8"], "there is no --data"),
+        (["student", model, other, "--layers", "0", *measured], "none is cut"),
+        (["student", model, other, "--hidden-size", "8", *measured[:3], "9"], "and must be at least 64"),
+    ]:
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert not Path(other).exists()
+
+
 def test_a_mixture_is_made_of_a_dense_model_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
     model, output = str(run_file.parent / "model"), str(tmp_path / "mixture")
     options = ["--experts", "4", "--experts-per-token", "2"]

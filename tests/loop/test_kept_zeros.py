@@ -1,0 +1,60 @@
+"""Zeros of a pruned model through a training: kept where asked, and by every trainer's optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.config.trainers import SFTConfig
+from alignlab.data.tokenizer_training import train_tokenizer
+from alignlab.errors import ConfigError
+from alignlab.loop.optim import make_optimizer
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.pruning.masks import choice
+from alignlab.models.pruning.sparsity import prune_by_magnitude
+from tests.trainers.conftest import DENSE
+from tests.trainers.tiny import make_case
+
+
+def pruned(vocab_size: int, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = new_model(DENSE, vocab_size=vocab_size, pad_token_id=0, eos_token_id=1)
+    prune_by_magnitude(model, choice(dropped=0.5, pattern=None, by_row=False))
+    return model.to(dtype)
+
+
+def zeros_of(model: Any) -> dict[str, Tensor]:
+    return {name: weight.detach() == 0 for name, weight in model.named_parameters() if "_proj" in name}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("case", "dtype"), [("sft", torch.float32), ("grpo", torch.float32), ("sft", torch.bfloat16)])
+def test_zeros_stay_where_asked_and_everything_else_learns(
+    case: str, dtype: torch.dtype, kept: bool, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    model = pruned(len(tokenizer), dtype)
+    before, zeros = {name: p.detach().clone() for name, p in model.named_parameters()}, zeros_of(model)
+    make_case(
+        case, tmp_path / "run", model, tokenizer, optim={"keep_zeros": kept, "weight_decay": 0.1, "learning_rate": 0.1}
+    ).train()
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() != before[name]
+        assert moved.any(), name
+        if name in zeros:
+            assert bool(moved[zeros[name]].any()) is not kept, name
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim.keep_zeros is .*are kept where weights are whole.*use strategy: ddp"):
+        SFTConfig(optim={"keep_zeros": True}, sharding={"strategy": "zero1"})
+    whole = new_model(DENSE, vocab_size=300)
+    with pytest.raises(ConfigError, match="no weight of the model is zero; make one by `alignlab prune`"):
+        make_optimizer(whole, SFTConfig(optim={"keep_zeros": True}))
+    tokenizer = train_tokenizer(["abc abd ab ba 123"], vocab_size=262)
+    with pytest.raises(ConfigError, match="must be false for an adapter"):
+        make_case("kto", tmp_path / "run", pruned(len(tokenizer)), tokenizer, optim={"keep_zeros": True})
