@@ -14,7 +14,21 @@ import sys
 from collections.abc import Sequence
 
 import alignlab
-from alignlab.cli import check, evaluate, generate, judge, merge, new, prune, sample, serve, student, train, upcycle
+from alignlab.cli import (
+    check,
+    evaluate,
+    generate,
+    judge,
+    merge,
+    new,
+    prune,
+    quantize,
+    sample,
+    serve,
+    student,
+    train,
+    upcycle,
+)
 from alignlab.cli.ending import ExitStatus
 from alignlab.cli.places import expand_home
 from alignlab.cli.process_end import end_despite_threads
@@ -23,7 +37,7 @@ from alignlab.errors import ConfigError
 from alignlab.files.library_errors import named, reason
 from alignlab.runs.interrupt import interrupted_by_sigterm
 
-COMMANDS = (train, check, evaluate, generate, merge, sample, new, student, prune, upcycle, judge, serve)
+COMMANDS = (train, check, evaluate, generate, merge, sample, new, student, prune, upcycle, quantize, judge, serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

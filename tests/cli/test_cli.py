@@ -352,6 +352,23 @@ def test_a_pruned_model_and_a_narrow_student_are_measured_on_rows(run_file, tmp_
     assert not Path(other).exists()
 
 
+def test_a_model_is_quantized_for_serving(run_file, adapter, tmp_path, capsys):
+    pytest.importorskip("compressed_tensors")
+    model, output = str(run_file.parent / "model"), str(tmp_path / "int8")
+    assert main(["quantize", model, output, "--scheme", "int8"]) == 0
+    assert "rounding moved the weights by 0." in capsys.readouterr().err
+    assert find_damage(Path(output)) is None and (Path(output) / "tokenizer.json").exists()
+    assert main(["generate", output, "say red"]) == 2
+    assert "quantiz" in capsys.readouterr().err
+    other = str(tmp_path / "other")
+    assert main(["quantize", model, other, "--scheme", "int8", "--group-size", "8"]) == 2
+    assert "must be left out for int8" in capsys.readouterr().err
+    assert main(["quantize", model, other, "--scheme", "int4", "--group-size", "7"]) == 2
+    assert "must divide the inputs" in capsys.readouterr().err
+    assert main(["quantize", adapter, other, "--scheme", "fp8"]) == 2
+    assert "merge it first" in capsys.readouterr().err
+
+
 def test_a_mixture_is_made_of_a_dense_model_with_its_tokenizer(run_file, adapter, tmp_path, capsys):
     model, output = str(run_file.parent / "model"), str(tmp_path / "mixture")
     options = ["--experts", "4", "--experts-per-token", "2"]

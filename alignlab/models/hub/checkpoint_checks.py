@@ -37,7 +37,7 @@ def check_checkpoint(name: str) -> None:
         return _check_base(path)
     with named_errors(f"{name} cannot be loaded", NO_CHECKPOINT):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    refuse_encoder_decoder(name, config)
+    refuse_other_models(name, config)
 
 
 def _check_base(path: str) -> None:
@@ -60,8 +60,15 @@ def _check_files(name: str, files: list[Path]) -> None:
             raise CheckpointError(f"{file} is damaged: {error}; copy or save it again") from error
 
 
-def refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
-    """Raise a CheckpointError if a config is not of a decoder alone."""
+def refuse_other_models(name: str, config: PreTrainedConfig) -> None:
+    """Raise a CheckpointError if a config is not of a decoder alone, or of quantized weights."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise CheckpointError(
+            f"{name} is quantized ({method}), and must have weights of 16 or 32 bits; use the checkpoint that it was "
+            "made of, or serve it as it is: vllm serve"
+        )
     if config.is_encoder_decoder:
         raise CheckpointError(
             f"{name} is an encoder-decoder ({config.model_type}), and must be a decoder alone, whose prompt and "

@@ -39,7 +39,7 @@ from alignlab.models.hub.adapter_files import (
     with_empty_adapter,
     with_saved_adapter,
 )
-from alignlab.models.hub.checkpoint_checks import NO_CHECKPOINT, check_checkpoint, refuse_encoder_decoder
+from alignlab.models.hub.checkpoint_checks import NO_CHECKPOINT, check_checkpoint, refuse_other_models
 from alignlab.models.hub.download_limits import waits_for_hub
 from alignlab.models.hub.families import read_hub_config, write_hub_config
 from alignlab.models.hub.folder_limits import check_architecture
@@ -237,7 +237,7 @@ def _takes_attention(path: str) -> bool:
     """Return True if the architecture looks up its attention function by name."""
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
-        refuse_encoder_decoder(path, config)
+        refuse_other_models(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
     except CheckpointError:
