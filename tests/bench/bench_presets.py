@@ -5,9 +5,9 @@
 A model of 4 layers, hidden size 64, learns sums and differences of three digits (configs/grpo_tiny_moe_cpu.yaml with
 an easier task, half of the prompts and a lower learning rate) by a warm start of SFT and then by GRPO. A line for each
 preset: the fraction of held-out problems answered right, greedy and sampled, before and after GRPO; the mean reward of
-the first and last ten steps; the largest gap between engine and trainer, |log-prob|, a mean over a step's tokens; tokens
-sampled and trained on in a second, in the fastest tenth of the steps; bytes of cache a token and KiB of state a sequence
-in bfloat16. `expert_choice` generates nothing and is not here.
+the first and last ten steps; the largest gap between engine and trainer, |log-prob|, a mean over a step's tokens;
+tokens sampled and trained on in a second, in the fastest tenth of the steps; bytes of cache a token and KiB of state a
+sequence in bfloat16. `expert_choice` generates nothing and is not here.
 """
 
 from __future__ import annotations
