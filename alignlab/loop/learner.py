@@ -62,6 +62,7 @@ class Learner:
         total_updates: optimizer steps of the whole run, for the schedule.
         updates_per_step: optimizer steps of one step of the run, for the schedule's warm-up.
         counts_experts: whether this learner counts and balances the experts of the module's MoE routers.
+        compares_logprobs: whether log-probs of several passes are compared, which rules out all of the model's dropout.
 
     Attributes:
         num_skipped: updates left out because a gradient was not finite.
@@ -80,12 +81,13 @@ class Learner:
         total_updates: int,
         updates_per_step: int = 1,
         counts_experts: bool = True,
+        compares_logprobs: bool = True,
     ) -> None:
         self.config, self.accelerator, self.ranks = config, accelerator, Ranks(accelerator)
         self.module = module
         self.forward = forward or PolicyForward()
         self.has_routers = counts_experts and bool(routers(module.model))
-        without_dropout(module.model)
+        without_dropout(module.model, keeps_residual=not compares_logprobs)
         if config.memory.gradient_checkpointing:
             options = {"use_reentrant": False}
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

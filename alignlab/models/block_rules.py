@@ -30,6 +30,8 @@ def check_blocks(config: PolicyConfig) -> None:
             value is None or (math.isfinite(value) and value > 0),
             f"{name} is {value}, and must be a positive number; leave it out for what other models do",
         )
+    dropout = config.residual_dropout
+    require(0 <= dropout < 1, f"residual_dropout is {dropout}, and must be in [0, 1); use 0")
     require(
         not config.parallel_attn or config.norm_position == "pre",
         f"parallel_attn is true with norm_position {config.norm_position}, and attention and feed-forward that run in "

@@ -39,6 +39,8 @@ class PolicyConfig(PreTrainedConfig):
         norm_position: "pre" norms what attention and feed-forward read; "post" what they give, before it is added to
             the residual stream, as in OLMo 2; "sandwich" both, as in Gemma.
         parallel_attn: attention and feed-forward read one norm of the layer's input, and both are added to it.
+        residual_dropout: part of what attention and feed-forward give that is dropped before it is added to the
+            residual stream, in trainers that compare no log-probs, see `dropout`.
         rms_norm_eps: epsilon of all norms, whatever their type.
         hidden_act: "silu", "gelu", "gelu_pytorch_tanh" or "relu", of feed-forwards and experts.
         mlp_gated: feed-forwards are gated (SwiGLU with silu); false is two matrices with the activation between.
@@ -122,6 +124,7 @@ class PolicyConfig(PreTrainedConfig):
     norm_type: str = "rmsnorm"
     norm_position: str = "pre"
     parallel_attn: bool = False
+    residual_dropout: float | int = 0.0
     mlp_gated: bool = True
     fused_projections: bool = False
     embedding_multiplier: float | int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignlab.models.attention_kinds import make_attention
@@ -38,6 +39,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             self.mlp = SparseFeedForward(config, config.sparse_layers.index(layer_idx))
         else:
             self.mlp = make_feed_forward(config)
+        self.residual_dropout = config.residual_dropout
         self.is_parallel = config.parallel_attn
         self.norms = PARALLEL if self.is_parallel else NORM_PLACES[config.norm_position]
         for name in filter(None, self.norms):
@@ -59,14 +61,18 @@ class DecoderLayer(GradientCheckpointingLayer):
             kwargs["routing"] = routing
         attended, _ = mixing(normed, position_embeddings=rotation, **kwargs)
         if self.is_parallel:
-            return hidden_states + attended + self._fed_forward(normed, routing)
-        hidden_states = hidden_states + self._normed(self.norms.after_attention, attended)
+            return hidden_states + self._dropped(attended) + self._dropped(self._fed_forward(normed, routing))
+        hidden_states = hidden_states + self._dropped(self._normed(self.norms.after_attention, attended))
         fed = self._fed_forward(self._normed(self.norms.before_feed_forward, hidden_states), routing)
-        return hidden_states + self._normed(self.norms.after_feed_forward, fed)
+        return hidden_states + self._dropped(self._normed(self.norms.after_feed_forward, fed))
 
     def _normed(self, name: str | None, hidden_states: Tensor) -> Tensor:
         """Return hidden states under the norm of a name; as they are where the layer has none in that place."""
         return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def _dropped(self, added: Tensor) -> Tensor:
+        """Return what is added to the residual stream, in training without the part that is dropped."""
+        return F.dropout(added, self.residual_dropout, self.training)
 
     def _fed_forward(self, hidden_states: Tensor, routing: RoutingRecord | None) -> Tensor:
         return self.mlp(hidden_states, routing) if self.sparse else self.mlp(hidden_states)

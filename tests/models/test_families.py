@@ -139,7 +139,7 @@ UNKNOWN: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "local rope": (
         lambda: Gemma3TextConfig(**GEMMA, rope_parameters=LOCAL_ROPE), "rope_type of sliding_attention is 'linear'"
     ),
-    "dropout": (lambda: Phi3Config(**SIZES, resid_pdrop=0.1), "resid_pdrop is 0.1, and phi3 is computed here with 0.0"),
+    "dropout": (lambda: Phi3Config(**SIZES, embd_pdrop=0.1), "embd_pdrop is 0.1, and phi3 is computed here with 0.0"),
     "longrope": (lambda: Phi3Config(**SIZES, rope_parameters=LONG_ROPE), "rope_type is 'longrope'"),
     "scores": (lambda: DeepseekV3Config(**V3, scoring_func="softmax"), "scoring_func is softmax"),
     "alternating": (lambda: DeepseekV3Config(**V3, moe_layer_freq=2), "moe_layer_freq is 2, and deepseek_v3"),

@@ -104,16 +104,17 @@ def read_phi3(hub: Any) -> Fields:
     """Return the fields of a `PolicyConfig` that stand for a `Phi3Config`, those of Phi-4 too.
 
     Raises:
-        ConfigError: the residual stream or the embeddings have dropout.
+        ConfigError: the embeddings have dropout.
     """
-    require_value(hub, "resid_pdrop", 0.0)
     require_value(hub, "embd_pdrop", 0.0)
     rope = dict(hub.rope_parameters)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
-    return {"fused_projections": True, "rope_parameters": rope, **read_one_window(hub)}
+    return {
+        "fused_projections": True, "residual_dropout": hub.resid_pdrop, "rope_parameters": rope, **read_one_window(hub),
+    }  # fmt: skip
 
 
 def write_phi3(config: PolicyConfig) -> Fields:
     """Return the fields of a `Phi3Config` that stand for ours."""
-    return {"sliding_window": config.sliding_window}
+    return {"sliding_window": config.sliding_window, "resid_pdrop": config.residual_dropout}
