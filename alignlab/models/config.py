@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from alignlab.models.config_rules import require as _require
 from alignlab.models.config_rules import require_size
+from alignlab.models.layer_sharing import check_sharing
 from alignlab.models.router_rules import check_no_router, check_router
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -51,6 +52,8 @@ class PolicyConfig(PreTrainedConfig):
         mtp_loss_coef: weight of its loss.
         mtp_detach: its loss trains that layer alone, and not the trunk, the embeddings and the head.
         layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
+        shared_layers: for each layer the block of weights that it computes with, counted from 0, such as [0, 0, 1, 1];
+            None gives each layer its own. See `layer_sharing`.
         sliding_window: tokens that a sliding layer sees, itself included.
         attention_sinks: a learned logit of each head in the softmax, which takes a share and adds nothing.
         q_lora_rank, kv_lora_rank: sizes of the latents of queries (None has none), and of keys and values, in layers
@@ -133,6 +136,7 @@ class PolicyConfig(PreTrainedConfig):
     mtp_loss_coef: float | int = 0.1
     mtp_detach: bool = False
     layer_types: list[str] | None = None
+    shared_layers: list[int] | None = None
     sliding_window: int | None = None
     no_rope_layers: list[int] | None = None
     attention_sinks: bool = False
@@ -198,6 +202,8 @@ class PolicyConfig(PreTrainedConfig):
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        if self.shared_layers == list(range(self.num_hidden_layers)):
+            self.shared_layers = None
         kwargs.setdefault("attn_implementation", "alignlab")
         super().__post_init__(**kwargs)
         from alignlab.models.attention_rules import check_attention  # these classes are built of a config
@@ -207,6 +213,7 @@ class PolicyConfig(PreTrainedConfig):
         check_blocks(self)
         _check_layers(self)
         _check_experts(self)
+        check_sharing(self)
 
     def validate_layer_type(self) -> None:
         """Accept the kinds that `transformers` does not know; `attention_rules` has checked them."""
@@ -214,6 +221,11 @@ class PolicyConfig(PreTrainedConfig):
     def rotates(self, layer_idx: int) -> bool:
         """Return whether a layer rotates queries and keys by their positions."""
         return self.no_rope_layers is None or self.no_rope_layers[layer_idx] == 1
+
+    @property
+    def layer_blocks(self) -> list[int]:
+        """Block of weights that each layer computes with; several layers may have one, see `layer_sharing`."""
+        return list(range(self.num_hidden_layers)) if self.shared_layers is None else self.shared_layers
 
     @property
     def rotary_factor(self) -> float:

@@ -23,7 +23,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     Args:
         config: of the model.
-        layer_idx: number of the layer, which says its kinds of attention and feed-forward.
+        layer_idx: number of the layer, which says its kinds of attention and feed-forward; of the first one where
+            several share its weights.
         is_dense: the feed-forward has no experts, whatever the config says of the layer.
     """
 
@@ -47,14 +48,17 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: Tensor, *, rotations: dict[str, Rotation], routing: RoutingRecord | None = None,
-        **kwargs: Any,
+        layer_idx: int | None = None, **kwargs: Any,
     ) -> Tensor:
         """Return hidden states [B,N,hidden size] after the layer.
 
         Args:
             rotations: by `MixingLayer.rotation_key`.
+            layer_idx: number of the layer that is computed, where several share the weights.
         """
         mixing: MixingLayer = getattr(self, self._mixing_name)
+        if layer_idx is not None:  # a checkpointed layer sets it again, so that a recomputation is of the same layer
+            mixing.layer_idx = layer_idx
         rotation = None if mixing.rotation_key is None else rotations[mixing.rotation_key]
         normed = self._normed(self.norms.before_attention, hidden_states)
         if mixing.routes:

@@ -238,6 +238,10 @@ PRESETS: dict[str, Preset] = {
         lambda sizes: _recurrent(sizes, "kimi_delta_attention", values=1),
     ),
     "moa": Preset("each token takes half of the heads, by a router", "2210.05144", _mixture_of_heads),
+    "shared_layers": Preset(
+        "each two neighbouring layers share their weights", "2402.14905",
+        lambda sizes: _grouped(sizes) | {"shared_layers": [i // 2 for i in range(sizes["num_hidden_layers"])]},
+    ),
     "mtp": Preset(
         "a layer that predicts the token after the next", "2412.19437",
         lambda sizes: _grouped(sizes) | {"num_mtp_layers": 1},

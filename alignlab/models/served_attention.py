@@ -14,6 +14,7 @@ SERVED_BLOCKS: dict[str, Any] = {
     "norm_type": "rmsnorm",  # vLLM puts its own in the place of another, without the 1 + weight
     "norm_position": "pre",
     "parallel_attn": False,
+    "shared_layers": None,
     "hidden_act": "silu",
     "mlp_gated": True,
     "fused_projections": False,

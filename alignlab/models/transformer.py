@@ -95,7 +95,8 @@ class PolicyModel(PolicyPreTrainedModel):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        blocks = config.layer_blocks
+        self.layers = nn.ModuleList([DecoderLayer(config, blocks.index(block)) for block in range(max(blocks) + 1)])
         self.norm = make_norm(config, config.hidden_size)
         mixing = [module for module in self.layers.modules() if isinstance(module, MixingLayer)]
         rotations = {str(m.rotation_key): (m.rotary_size, m.local_rope) for m in mixing if m.rotary_size}
@@ -133,10 +134,12 @@ class PolicyModel(PolicyPreTrainedModel):
         check_cached_pass(self.config, past_key_values)
         routing = self._begin_routing(routing, input_ids, kwargs.get("layout"))
         rotations = self.rotations(position_ids, hidden_states.dtype)
-        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
-            hidden_states = layer(
+        blocks, kinds = self.config.layer_blocks, self.config.layer_types or ()
+        for index, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            hidden_states = self.layers[block](
                 hidden_states, attention_mask=masks[kind], rotations=rotations, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, routing=routing, **kwargs,
+                past_key_values=past_key_values, use_cache=use_cache, routing=routing,
+                layer_idx=None if self.config.shared_layers is None else index, **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 

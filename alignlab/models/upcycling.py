@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
+from alignlab.models.layer_sharing import refuse_sharing
 from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import view_of, whole_tensors
@@ -65,6 +66,7 @@ def upcycled(
             f"a mixture is made of a dense model of a family that alignlab knows, and this is {type(dense).__name__}"
             f"{' with experts' if isinstance(dense, PolicyForCausalLM) else ''}; use a model such as Qwen3 or Llama"
         )
+    refuse_sharing(dense.config, what="experts of a layer are made of its own feed-forward")
     chosen = range(dense.config.num_hidden_layers) if layers is None else layers
     _check(dense, method, slices, drop_frac, chosen, num_experts, num_experts_per_tok)
     config = _sparse_config(

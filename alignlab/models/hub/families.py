@@ -50,7 +50,7 @@ _SHAPE = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
     "norm_type", "norm_position", "parallel_attn", "qk_norm_scope", "query_pre_attn_scalar", "embedding_multiplier",
     "rope_local_base_freq", "latent_norm_eps", "fused_projections", "linear_num_key_heads", "linear_num_value_heads",
-    "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_mtp_layers",
+    "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_mtp_layers", "shared_layers",
 )
 _DENSE_SHAPE = ("intermediate_size", "mlp_bias", "mlp_gated")
 _SPARSE_SHAPE = (
