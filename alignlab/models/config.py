@@ -70,6 +70,10 @@ class PolicyConfig(PreTrainedConfig):
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
+        expert_bias: experts have biases, and the layout of gpt-oss, see `moe.BiasedExperts`.
+        swiglu_limit: the gates of routed experts are cut off above it, and what they multiply on both sides, as in
+            gpt-oss, see `layers.clamped_swiglu`; None computes `hidden_act`.
+        swiglu_alpha: factor of the sigmoid there.
         n_shared_experts: experts that compute every token, each of `moe_intermediate_size` unless
             `shared_expert_intermediate_size` is given, which is the size of all together.
         shared_expert_gate: the shared experts' output is multiplied by the sigmoid of a number that each token has.
@@ -92,6 +96,7 @@ class PolicyConfig(PreTrainedConfig):
         router_sinkhorn_rounds: scalings of router_type sinkhorn.
         router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664).
         router_bias: there is such a bias even where its rate is 0, and it stays as it is: that of a checkpoint.
+        router_linear_bias: the router's product has a bias, which is trained, as in gpt-oss.
         router_in_fp32: router logits are computed in float32 whatever the model's dtype, as in DeepSeek-V3.
         hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """
@@ -160,6 +165,9 @@ class PolicyConfig(PreTrainedConfig):
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
+    expert_bias: bool = False
+    swiglu_limit: float | int | None = None
+    swiglu_alpha: float | int = 1.702
     n_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
@@ -183,6 +191,7 @@ class PolicyConfig(PreTrainedConfig):
     router_sinkhorn_rounds: int = 8
     router_bias_update_rate: float | int = 0.0
     router_bias: bool = False
+    router_linear_bias: bool = False
     router_in_fp32: bool = False
     hub_config: dict[str, Any] | None = None
 

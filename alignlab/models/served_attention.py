@@ -23,6 +23,9 @@ SERVED_BLOCKS: dict[str, Any] = {
     "embedding_multiplier": None,
     "rope_local_base_freq": None,
     "num_mtp_layers": 0,
+    "expert_bias": False,
+    "router_linear_bias": False,
+    "swiglu_limit": None,
 }
 """Values of fields with which our own layers run inside vLLM; a model of a Hub family runs as vLLM's class of it."""
 

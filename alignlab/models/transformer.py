@@ -36,7 +36,7 @@ from alignlab.models.decoder_layer import DecoderLayer
 from alignlab.models.layers import ZeroCenteredRMSNorm, make_norm
 from alignlab.models.mixing_layer import MixingLayer
 from alignlab.models.mixture_of_heads import ExpertProjection
-from alignlab.models.moe import Experts
+from alignlab.models.moe import BiasedExperts, Experts
 from alignlab.models.mtp import MultiTokenPrediction
 from alignlab.models.recurrent.convolution import ShortConvolution
 from alignlab.models.recurrent.layer import RecurrentLayer
@@ -65,7 +65,7 @@ class PolicyPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": AttentionLayer}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "expert_load", "group_load"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"mlp\.gate\.(expert_load|group_load|noise_key)"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"mlp\.(gate|router)\.(expert_load|group_load|noise_key)"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,6 +76,9 @@ class PolicyPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
+            if isinstance(module, BiasedExperts):
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
         elif isinstance(module, TopKRouter | MixingLayer):
             module.initialize()
         elif isinstance(module, ShortConvolution):

@@ -131,6 +131,13 @@ def _check_gates(config: PolicyConfig) -> None:
     kind, chosen = config.router_type, config.num_experts_per_tok
     if kind not in _NEW_ROUTERS:
         raise ConfigError(f"router_type is {kind}, and {_ALIKE}; use {' or '.join(_NEW_ROUTERS)}")
+    for name in ("expert_bias", "router_linear_bias", "swiglu_limit"):
+        value, unset = getattr(config, name), getattr(type(config), name)
+        if value != unset:
+            raise ConfigError(
+                f"{name} is {str(value).lower()}, and experts begin as copies of a feed-forward that has none; leave "
+                "it out"
+            )
     sums_to_one = config.norm_topk_prob or (config.scoring_func == "softmax" and chosen == config.num_experts)
     if not sums_to_one:
         raise ConfigError(

@@ -209,8 +209,9 @@ def test_all_linear_adapts_every_projection_of_every_kind() -> None:
 HUB_FAMILIES = {
     "latent": "deepseek_v3", "latent-plain-query": "deepseek_v3", "norms-of-outputs": "olmo2",
     "latent-without-positions": "kimi_linear", "kimi-delta": "kimi_linear", "kimi-linear": "kimi_linear",
+    "biased-experts": "gpt_oss",
 }  # fmt: skip
-"""Of the kinds that a family of the Hub has; all their layers are dense."""
+"""Of the kinds that a family of the Hub has."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

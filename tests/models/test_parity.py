@@ -14,6 +14,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     KimiLinearConfig,
     LlamaConfig,
     MixtralConfig,
@@ -53,6 +54,9 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 12, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_routed_experts": 8,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    **SIZES, "head_dim": 12, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2,
+}
 HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 LINEAR: dict[str, Any] = {
     **SIZES, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
@@ -96,6 +100,10 @@ HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma3": lambda: Gemma3TextConfig(
         **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=GEMMA3_ROPE
+    ),
+    "gpt-oss": lambda: GptOssConfig(**GPT_OSS, rope_parameters={**YARN, "truncate": False}, swiglu_limit=1.5),
+    "gpt-oss-one-kind-no-biases": lambda: GptOssConfig(
+        **GPT_OSS, attention_bias=False, layer_types=["full_attention"] * 3, swiglu_limit=0.9, swiglu_alpha=0.7
     ),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "olmo2-biases-yarn": lambda: Olmo2Config(**SIZES, attention_bias=True, rope_parameters=YARN),
@@ -157,7 +165,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 CASES = [(name, attention) for name in HUB for attention in ("alignlab", "eager", "sdpa")]
 
 
-@pytest.mark.parametrize(("name", "attention"), [case for case in CASES if case != ("gemma2", "sdpa")])
+NOT_IN_SDPA = ("gemma2", "gpt-oss", "gpt-oss-one-kind-no-biases")
+"""With soft-caps or sinks."""
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [case for case in CASES if case not in [(name, "sdpa") for name in NOT_IN_SDPA]]
+)
 def test_logits(name: str, attention: str) -> None:
     theirs, ours = pair(name, attention)
     tokens = torch.randint(3, 61, (2, 40))

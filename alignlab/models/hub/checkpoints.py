@@ -39,7 +39,12 @@ from alignlab.models.hub.adapter_files import (
     with_empty_adapter,
     with_saved_adapter,
 )
-from alignlab.models.hub.checkpoint_checks import NO_CHECKPOINT, check_checkpoint, refuse_encoder_decoder
+from alignlab.models.hub.checkpoint_checks import (
+    NO_CHECKPOINT,
+    check_checkpoint,
+    refuse_encoder_decoder,
+    refuse_quantized,
+)
 from alignlab.models.hub.download_limits import waits_for_hub
 from alignlab.models.hub.families import read_hub_config, write_hub_config
 from alignlab.models.hub.folder_limits import check_architecture
@@ -98,6 +103,7 @@ def _streamed(path: str, dtype: torch.dtype, device: torch.device) -> PolicyForC
     """
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        refuse_quantized(path, config)
         if not isinstance(config, PolicyConfig) and read_hub_config(config) is None:
             return None
         folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=list(_FILES))
@@ -238,6 +244,7 @@ def _takes_attention(path: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
         refuse_encoder_decoder(path, config)
+        refuse_quantized(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
     except CheckpointError:
