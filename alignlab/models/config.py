@@ -13,7 +13,7 @@ from alignlab.models.config_rules import require_size
 from alignlab.models.layer_sharing import check_sharing
 from alignlab.models.router_rules import check_no_router, check_router
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @strict
@@ -23,7 +23,8 @@ class PolicyConfig(PreTrainedConfig):
     Attributes:
         num_key_value_heads: None is multi-head attention, 1 multi-query; numbers between are grouped-query.
         head_dim: None is hidden_size / num_attention_heads.
-        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options;
+        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn,
+            longrope), its options;
             partial_rotary_factor is the part of each head that is rotated, its first numbers.
         rope_local_base_freq: rope_theta of layers with a window, which rotate by it unscaled, as in Gemma 3; None
             rotates them as the others.

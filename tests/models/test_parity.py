@@ -72,6 +72,10 @@ KIMI: dict[str, Any] = {
     "num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": HYBRID_LAYERS,
     "max_position_embeddings": 4096,
 }  # fmt: skip
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 9.0],
+    "partial_rotary_factor": 0.75,
+}  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
 HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -117,6 +121,9 @@ HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "deepseek-v2-greedy": lambda: DeepseekV2Config(**LATENT, q_lora_rank=16, rms_norm_eps=1e-2),
     "phi3": lambda: Phi3Config(**SIZES),
+    "phi3-longrope": lambda: Phi3Config(
+        **SIZES, max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=LONG_ROPE
+    ),
     "qwen3-next": lambda: Qwen3NextConfig(**LINEAR, **EXPERTS, shared_expert_intermediate_size=24),
     "qwen3-next-mixed": lambda: Qwen3NextConfig(
         **LINEAR, **EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[1],

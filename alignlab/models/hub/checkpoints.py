@@ -279,6 +279,11 @@ def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
         return hub
     if config is None:
         return hub
+    if config.max_position_embeddings < hub.config.max_position_embeddings:
+        _log.warning(
+            "%s takes sequences of up to %d tokens here: LongRoPE's factors for longer ones would depend on the batch",
+            hub.config.name_or_path or type(hub).__name__, config.max_position_embeddings,
+        )  # fmt: skip
     config.hub_config = hub.config.to_diff_dict()
     config.dtype = hub.dtype
     config.name_or_path = hub.config.name_or_path
