@@ -29,7 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention_kinds import ATTENTION_KINDS
+from alignlab.models.attention_kinds import ATTENTION_KINDS, check_cache
 from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder_layer import DecoderLayer
@@ -217,6 +217,12 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
         # `generate` refuses by it to guess tokens ahead: a state cannot be taken back to an earlier token.
         self._is_stateful = any(isinstance(module, RecurrentLayer) for module in self.modules())
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the cache of `generate`; refuse one that has no place for what a kind of layer keeps."""
+        check_cache(self.config, generation_config.cache_implementation)
+        prepare: Any = GenerationMixin._prepare_cache_for_generation
+        return prepare(self, generation_config, *args, **kwargs)
 
     @can_return_tuple
     def forward(
