@@ -50,6 +50,7 @@ class PolicyConfig(PreTrainedConfig):
             Phi-3.
         embedding_multiplier: of the embeddings, rounded to their dtype; None is 1.
         num_mtp_layers: 1 has a layer that predicts the token after the next, see `mtp`; 0 has none.
+        mtp_mlp_layer_type: its feed-forward is "dense", or "sparse" with experts, as in DeepSeek-V3.
         mtp_loss_coef: weight of its loss.
         mtp_detach: its loss trains that layer alone, and not the trunk, the embeddings and the head.
         layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
@@ -139,6 +140,7 @@ class PolicyConfig(PreTrainedConfig):
     embedding_multiplier: float | int | None = None
     rope_local_base_freq: float | int | None = None
     num_mtp_layers: int = 0
+    mtp_mlp_layer_type: str = "dense"
     mtp_loss_coef: float | int = 0.1
     mtp_detach: bool = False
     layer_types: list[str] | None = None

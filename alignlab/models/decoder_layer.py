@@ -25,19 +25,20 @@ class DecoderLayer(GradientCheckpointingLayer):
         config: of the model.
         layer_idx: number of the layer, which says its kinds of attention and feed-forward; of the first one where
             several share its weights.
-        is_dense: the feed-forward has no experts, whatever the config says of the layer.
+        is_mtp: the layer is one for multi-token prediction, whose feed-forward the config names apart; no record holds
+            its choices of experts.
     """
 
-    def __init__(self, config: PolicyConfig, layer_idx: int, *, is_dense: bool = False) -> None:
+    def __init__(self, config: PolicyConfig, layer_idx: int, *, is_mtp: bool = False) -> None:
         super().__init__()
         assert config.mlp_layer_types is not None
         mixing = make_attention(config, layer_idx)
         self._mixing_name = mixing.name_in_layer
         self.add_module(mixing.name_in_layer, mixing)
-        self.sparse = config.mlp_layer_types[layer_idx] == "sparse" and not is_dense
+        self.sparse = (config.mtp_mlp_layer_type if is_mtp else config.mlp_layer_types[layer_idx]) == "sparse"
         self.mlp: nn.Module
         if self.sparse:
-            self.mlp = SparseFeedForward(config, config.sparse_layers.index(layer_idx))
+            self.mlp = SparseFeedForward(config, None if is_mtp else config.sparse_layers.index(layer_idx))
         else:
             self.mlp = make_feed_forward(config)
         self.residual_dropout = config.residual_dropout

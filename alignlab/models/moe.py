@@ -244,11 +244,15 @@ class SparseFeedForward(nn.Module):
     """Routed experts, and shared experts that compute every token; they have the names of Qwen3-Next where gated, and a
     router with a bias has that of gpt-oss.
 
+    Args:
+        config: of the model.
+        moe_index: place of the layer in a record of choices; None for one that no record holds.
+
     References: Shazeer et al. (2017), arXiv:1701.06538; fine-grained and shared experts: Dai et al. (2024),
     arXiv:2401.06066.
     """
 
-    def __init__(self, config: PolicyConfig, moe_index: int) -> None:
+    def __init__(self, config: PolicyConfig, moe_index: int | None) -> None:
         super().__init__()
         assert config.moe_intermediate_size is not None
         self.moe_index = moe_index
@@ -276,7 +280,10 @@ class SparseFeedForward(nn.Module):
         tokens = NOTHING_KNOWN if routing is None else routing.tokens
         router = self.chooser
         scores = router(hidden, tokens)
-        choices = router.choose(scores, tokens) if routing is None else routing.choose(self.moe_index, router, scores)
+        if routing is None or self.moe_index is None:
+            choices = router.choose(scores, tokens)
+        else:
+            choices = routing.choose(self.moe_index, router, scores)
         output = self.experts(hidden, choices, router.gates(scores, choices))
         shared = getattr(self, self._shared_name)
         if self.shared_expert_gate is not None:
@@ -289,7 +296,8 @@ class SparseFeedForward(nn.Module):
 def routers(model: nn.Module) -> list[Router]:
     """Return the routers of a model, in the order of a record's layers: of experts, then of heads; none if dense."""
     modules = list(model.modules())
-    of_experts = [module.chooser for module in modules if isinstance(module, SparseFeedForward)]
+    sparse = [module for module in modules if isinstance(module, SparseFeedForward)]
+    of_experts = [module.chooser for module in sparse if module.moe_index is not None]
     return of_experts + [cast(Router, module.gate) for module in modules if getattr(module, "routes", False)]
 
 

@@ -266,7 +266,11 @@ def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfi
         translated_back = read_hub_config(hub)
     except (StrictDataclassError, ConfigError, KeyError):  # the last: of options of a rotation
         return None
-    return hub if translated_back is not None and _shape(translated_back) == _shape(config) else None
+    if translated_back is None:
+        return None
+    if name == "deepseek_v3" and config.mtp_mlp_layer_type == "sparse":  # a config does not say what its files hold
+        translated_back.num_mtp_layers = config.num_mtp_layers
+    return hub if _shape(translated_back) == _shape(config) else None
 
 
 def _shape(config: PolicyConfig) -> Fields:
