@@ -129,7 +129,7 @@ def _train_from_warm_start(config: RunConfig, settings: WarmStart, *, resume: bo
     if warm.interrupted or warm.signal:  # a signal in the last step of the warm start, too
         return RunSummary(_task(config.data), replace(warm, interrupted=True), trains_adapter=False)
     with _loading(config) as device:
-        model = load_model(str(warm.model_path), dtype=model_dtype(config.model), device=device)
+        model = load_model(str(warm.model_path), dtype=model_dtype(config.model), device=device, mtp=config.model.mtp)
     return _train(config, model, tokenizer, resume=resume and holds_run(folder))
 
 

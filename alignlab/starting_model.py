@@ -67,7 +67,7 @@ def make_model(
         return _new_model(settings, tokenizer, dtype)
     if settings.student is not None:
         return _student_of(load_model(settings.name, dtype=dtype), settings)
-    return load_model(settings.name, dtype=dtype, device=device)
+    return load_model(settings.name, dtype=dtype, device=device, mtp=settings.mtp)
 
 
 def _new_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:

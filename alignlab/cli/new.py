@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="whose vocabulary the model has: a Hub id, a folder, a packaged model"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the weights; default: 0")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the saved weights"
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the saved weights; default: float32"
     )
 
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         if names:
             raise ConfigError(f"{names[0]} is given with --list, which shows all presets; leave one of the two out")
+        _refuse_with_list(args)
         _show(changes)
         return 0
     if len(names) != 2 or args.tokenizer is None:
@@ -58,6 +59,17 @@ def run(args: argparse.Namespace) -> int:
         )
     _make(names[0], names[1], changes, args)
     return 0
+
+
+def _refuse_with_list(args: argparse.Namespace) -> None:
+    """Raise if an option of a model is given, where none is made."""
+    for name in ("tokenizer", "seed", "dtype"):
+        value = getattr(args, name)
+        if value is not None:
+            raise ConfigError(
+                f"--{name} is {value}, and --list makes no model that has one; leave it out (vocab_size=N shows "
+                "presets of another vocabulary)"
+            )
 
 
 def _show(changes: dict[str, Any]) -> None:
@@ -101,9 +113,10 @@ def _make(preset: str, output: str, changes: dict[str, Any], args: argparse.Name
     from alignlab.models.hub.saving import published
 
     tokenizer = load_tokenizer(args.tokenizer)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed or 0)
+    dtype = getattr(torch, args.dtype or "float32")
     model = new_model(
-        {"preset": preset, **changes}, vocab_size=num_token_ids(tokenizer), dtype=getattr(torch, args.dtype),
+        {"preset": preset, **changes}, vocab_size=num_token_ids(tokenizer), dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )
     with published(folder) as unfinished:

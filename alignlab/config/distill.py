@@ -6,10 +6,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from alignlab.config.averaging import AveragedConfig
 from alignlab.config.base import Frozen, OnResume, Recorded, at_home
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.model import Dtype
-from alignlab.config.offline import AveragedConfig
 from alignlab.config.online import OnlineConfig, PolicyGradientConfig
 
 

@@ -86,6 +86,9 @@ class ModelSettings(Frozen):
     """None trains all weights."""
     student: StudentSettings | None = None
     """Begin with some layers of `name` only."""
+    mtp: bool = False
+    """Load the layer for multi-token prediction that the files of a DeepSeek-V3 hold, to be trained by itself beside
+    the policy (SFT, GRPO, on-policy distillation) and written back. Otherwise it is left out."""
 
     _at_home = field_validator("name", "tokenizer")(at_home)
 
@@ -103,7 +106,18 @@ class ModelSettings(Frozen):
             raise BrokenRule("tokenizer", "a training", must, "remove it to use the model's own")
         if self.student is not None:
             self._check_student()
+        if self.mtp:
+            self._check_mtp()
         return self
+
+    def _check_mtp(self) -> None:
+        for name, must in (
+            ("architecture", "be false for a new model, whose architecture has num_mtp_layers"),
+            ("student", "be false with student, which is made of layers of the decoder"),
+            ("lora", "be false with lora, whose adapter is saved for a base without that layer"),
+        ):
+            if getattr(self, name) is not None:
+                raise BrokenRule("mtp", True, must, f"remove it, or {name}")
 
     def _check_student(self) -> None:
         if self.name is None:

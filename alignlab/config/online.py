@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from alignlab.config.averaging import AveragedConfig
 from alignlab.config.base import Frozen, MayChange, OnResume, Recorded
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.offline import PairLossConfig
@@ -19,7 +20,6 @@ from alignlab.config.rollout import (
     max_staleness,
     quantization,
 )
-from alignlab.config.trainer import TrainerConfig
 from alignlab.config.trl_names import TRL_CORRECTIONS
 
 MISMATCH_BOUNDS: dict[str, tuple[float | None, float | None]] = {
@@ -40,7 +40,7 @@ UNREAD_BY: dict[Surrogate, tuple[str, ...]] = {
 }
 
 
-class OnlineConfig(TrainerConfig):
+class OnlineConfig(AveragedConfig):
     """Settings of every trainer that learns from its own rollouts."""
 
     takes_rewards: ClassVar[Literal["needed", "optional", "none"]] = "needed"
@@ -74,6 +74,15 @@ class OnlineConfig(TrainerConfig):
             multiples = [n for n in (prompts // parts * parts, (prompts // parts + 1) * parts) if n]
             fix = f"use {' or '.join(map(str, multiples))}"
             raise BrokenRule("num_prompts", prompts, f"be a multiple of num_minibatches ({parts})", fix)
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluated_average(self) -> Self:
+        """An evaluation of the average has the engine sample from it."""
+        staleness = max_staleness(self.rollout)
+        if self.ema is not None and self.ema.evaluate and staleness:
+            must = f"be false with rollout.max_staleness {staleness}: rollouts that are sampled ahead would be its own"
+            raise BrokenRule("ema.evaluate", True, must, "use false, or rollout.max_staleness 0")
         return self
 
     @model_validator(mode="after")

@@ -4,12 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from alignlab.config.averaging import EMASettings as EMASettings
 from alignlab.config.distill import DistillConfig as DistillConfig
 from alignlab.config.distill import GKDConfig as GKDConfig
 from alignlab.config.distill import OnPolicyDistillConfig as OnPolicyDistillConfig
 from alignlab.config.distill import TeacherSettings as TeacherSettings
 from alignlab.config.offline import DPOConfig as DPOConfig
-from alignlab.config.offline import EMASettings as EMASettings
 from alignlab.config.offline import KTOConfig as KTOConfig
 from alignlab.config.offline import PairLossConfig as PairLossConfig
 from alignlab.config.offline import RewardConfig as RewardConfig

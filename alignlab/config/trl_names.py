@@ -31,7 +31,7 @@ _SHARED = {
     "logging_strategy": "not needed: metrics.jsonl holds every step",
     "per_device_eval_batch_size": "not needed: memory is bounded by memory.tokens_per_microbatch, in evaluations too",
     "remove_unused_columns": "not needed: rewards receive all columns of the dataset",
-    "disable_dropout": "not needed: dropout of the model is always off, and that of an adapter is lora.dropout",
+    "disable_dropout": "not needed: dropout of the model is off, but for residual_dropout in SFT; see lora.dropout",
     "dataset_num_proc": "not needed: rows are read once, in one process",
     "trust_remote_code": "not offered: code from a checkpoint is never run",
     "pad_to_multiple_of": "not needed: nothing is padded",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.offline import AveragedConfig, EMASettings
+from alignlab.config.averaging import AveragedConfig, EMASettings
 from alignlab.config.trainer import TrainerConfig
 from alignlab.errors import CheckpointError
 from alignlab.models.pieces import Held, mark_written

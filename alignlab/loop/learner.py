@@ -62,12 +62,14 @@ class Learner:
         total_updates: optimizer steps of the whole run, for the schedule.
         updates_per_step: optimizer steps of one step of the run, for the schedule's warm-up.
         counts_experts: whether this learner counts and balances the experts of the module's MoE routers.
+        compares_logprobs: whether log-probs of several passes are compared, which rules out all of the model's dropout.
+        is_exported: whether the run's model is what this learner trains, and not a critic, of which no average is kept.
 
     Attributes:
         num_skipped: updates left out because a gradient was not finite.
         num_empty: updates left out because there was no token to train on.
         num_changes: number of changes begun, of the weights or of router counts.
-        average: of the weights in training; None where the config asks for none.
+        average: of the weights in training; None where the config asks for none, or nothing is exported.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class Learner:
         total_updates: int,
         updates_per_step: int = 1,
         counts_experts: bool = True,
+        compares_logprobs: bool = True,
+        is_exported: bool = True,
     ) -> None:
         self.config, self.accelerator, self.ranks = config, accelerator, Ranks(accelerator)
         self.module = module
         self.forward = forward or PolicyForward()
         self.has_routers = counts_experts and bool(routers(module.model))
-        without_dropout(module.model)
+        without_dropout(module.model, keeps_residual=not compares_logprobs)
         if config.memory.gradient_checkpointing:
             options = {"use_reentrant": False}
             causal_lm(module.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -95,7 +99,7 @@ class Learner:
             self.strategy = make_strategy(module, self.optimizer, accelerator)
         if not self.is_spread:  # gathered weights are new ones in each pass
             keep_casts(module)
-        self.average = make_average(self.trained, self.optimizer, config)
+        self.average = make_average(self.trained, self.optimizer, config) if is_exported else None
         self.loss_scale = LossScale(model_dtype(module.model))
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
         self.num_skipped = 0

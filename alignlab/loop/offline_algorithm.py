@@ -52,7 +52,7 @@ class OfflineAlgorithm(ABC, Generic[Item]):
 
     Attributes:
         compares_logprobs: whether log-probs or rewards of several passes are compared, so that a mixture has to choose
-            the same experts in each.
+            the same experts in each, and nothing is dropped from the residual stream.
         trains_mtp: whether a layer for multi-token prediction is trained.
     """
 

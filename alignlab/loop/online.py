@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -19,6 +19,7 @@ from alignlab.evaluation.learning_signal import SignalMonitor
 from alignlab.evaluation.results import EvaluationResult
 from alignlab.loop.algorithm import Algorithm, minibatch_slices
 from alignlab.loop.arguments import NamedArguments, check_callbacks, check_config
+from alignlab.loop.averaging import Use, average_for, averaged
 from alignlab.loop.given_data import DatasetLike
 from alignlab.loop.inputs import Model, Reward
 from alignlab.loop.online_inputs import bind_reward_models, resolve_online_inputs
@@ -189,6 +190,15 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
     def evaluate(self) -> EvaluationResult | None:
         """Return greedy and sampled accuracy on the held-out prompts."""
         return self.held_out.evaluate(self.source.opened_engine(), self.ranks, seed=self.config.seed)
+
+    @contextmanager
+    def evaluated_weights(self, use: Use) -> Iterator[None]:
+        """Have the engine sample from the average of the weights within this context, if that is wanted for the use."""
+        if not self.has_held_out or average_for(self.learner, use) is None:
+            yield
+            return
+        with self.source.sampling_from(averaged(self.learner, use)):
+            yield
 
     def open(self, stack: ExitStack, folder: RunFolder, resume_step: int | None) -> None:
         """Open the store of rollouts."""

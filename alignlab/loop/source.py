@@ -6,7 +6,8 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from alignlab.config.rollout import max_staleness
@@ -104,6 +105,20 @@ class RolloutSource:
         """Have the engine take over the policy's present weights as version `policy_version`."""
         self.engine.update_weights(policy_version)
         self._is_closed = False
+
+    @contextmanager
+    def sampling_from(self, weights: AbstractContextManager[None]) -> Iterator[None]:
+        """Have the engine sample from other weights of the policy within this context, and from the present ones after.
+
+        If what is done within fails, the engine keeps the other weights: the run has failed, and closes the engine.
+
+        Args:
+            weights: a context in which the policy has these weights.
+        """
+        with weights:
+            self.update_weights(self.engine.policy_version + 1)
+            yield
+        self.update_weights(self.engine.policy_version + 1)
 
     def opened_engine(self) -> RolloutEngine:
         """Return the engine; if the end of a training has closed it, it takes over the present weights first."""

@@ -130,6 +130,10 @@ class TrainingLoop(ABC):
         """Return an evaluation on held-out data; None without such data."""
         return None
 
+    def evaluated_weights(self, use: Use) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `evaluate` measures the average of the weights, if that is wanted for the use."""
+        return averaged(self.learner, use)
+
     def evaluate_at(self, step: int) -> bool:
         """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`, and
         after the last step where early stopping has to know it before the model is chosen."""
@@ -258,7 +262,7 @@ class TrainingLoop(ABC):
 
     def _evaluate(self, logger: MetricsLogger, use: Use = "evaluate") -> Evaluation | None:
         evaluating = self.agreed(f"evaluating after step {self.step}")
-        with self.progress.phase("evaluate"), evaluating, averaged(self.learner, use):
+        with self.progress.phase("evaluate"), evaluating, self.evaluated_weights(use):
             result = self.evaluate()
         with self.agreed(f"writing the evaluation after step {self.step}"):  # reached only if no rank failed
             if result is not None:

@@ -126,6 +126,8 @@ def _check_rotation(config: PolicyConfig) -> None:
         isinstance(theta, int | float) and theta > 0,
         f"rope_theta is {theta!r}, and must be a positive number; use 10000",
     )
+    if rope["rope_type"] == "longrope":
+        _check_longrope(config)
     if rotated is None:
         return
     count = config.num_hidden_layers
@@ -133,4 +135,17 @@ def _check_rotation(config: PolicyConfig) -> None:
         len(rotated) == count and all(value in (0, 1) for value in rotated),
         f"no_rope_layers is {rotated}, and must hold a number for each of the {count} layers: 1 to rotate by "
         "positions, 0 for none",
+    )
+
+
+def _check_longrope(config: PolicyConfig) -> None:
+    rope = config.rope_parameters or {}
+    missing = [n for n in ("short_factor", "original_max_position_embeddings", "factor") if rope.get(n) is None]
+    require(not missing, f"rope_type is longrope, and {' and '.join(missing)} must be given in rope_parameters")
+    limit, positions = rope["original_max_position_embeddings"], config.max_position_embeddings
+    require(
+        positions <= limit,
+        f"max_position_embeddings is {positions}, and must be at most original_max_position_embeddings ({limit}) with "
+        "rope_type longrope, whose factors for longer sequences would depend on the batch; use "
+        f"max_position_embeddings: {limit}",
     )

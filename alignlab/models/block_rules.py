@@ -30,6 +30,8 @@ def check_blocks(config: PolicyConfig) -> None:
             value is None or (math.isfinite(value) and value > 0),
             f"{name} is {value}, and must be a positive number; leave it out for what other models do",
         )
+    dropout = config.residual_dropout
+    require(0 <= dropout < 1, f"residual_dropout is {dropout}, and must be in [0, 1); use 0")
     require(
         not config.parallel_attn or config.norm_position == "pre",
         f"parallel_attn is true with norm_position {config.norm_position}, and attention and feed-forward that run in "
@@ -43,10 +45,17 @@ def check_blocks(config: PolicyConfig) -> None:
         config.num_mtp_layers in (0, 1),
         f"num_mtp_layers is {config.num_mtp_layers}, and must be 0 or 1: one token beyond the next is predicted",
     )
+    kind, last_is_sparse = config.mtp_mlp_layer_type, config.num_hidden_layers - 1 in config.sparse_layers
+    require(kind in ("dense", "sparse"), f"mtp_mlp_layer_type is {kind!r}, and must be dense or sparse")
+    require(
+        kind == "dense" or (last_is_sparse and config.router_type == "topk"),
+        "mtp_mlp_layer_type is sparse, and must be dense where the last layer has no experts, or router_type is not "
+        "topk; use dense",
+    )
     coef = config.mtp_loss_coef
     require(coef > 0 and math.isfinite(coef), f"mtp_loss_coef is {coef}, and must be positive; use 0.1")
     if not config.num_mtp_layers:
-        for name in ("mtp_loss_coef", "mtp_detach"):
+        for name in ("mtp_loss_coef", "mtp_detach", "mtp_mlp_layer_type"):
             value, unset = getattr(config, name), getattr(type(config), name)
             fix = "use num_mtp_layers: 1, or leave it out"
             require(value == unset, f"{name} is {value}, and num_mtp_layers is 0; {fix}")

@@ -13,7 +13,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states
 from alignlab.models.evaluation_mode import evaluation_mode
 
@@ -103,9 +105,17 @@ def cache_specs(model: nn.Module) -> dict[int, LayerCacheSpec]:
         ConfigError: the model's attention is not "alignlab", or its layers cannot be computed with a layout.
     """
     lm = causal_lm(model)
-    declared = {module.layer_idx: module.cache_spec() for module in lm.modules() if isinstance(module, Caching)}
-    specs = declared or _measured(lm)
+    specs = _declared(lm) or _measured(lm)
     return dict(sorted(specs.items()))
+
+
+def _declared(lm: PreTrainedModel) -> dict[int, LayerCacheSpec]:
+    """Return what layers declare; each that shares its weights with others has a cache of its own."""
+    if not isinstance(lm.config, PolicyConfig) or lm.config.shared_layers is None:
+        return {module.layer_idx: module.cache_spec() for module in lm.modules() if isinstance(module, Caching)}
+    layers = lm.get_decoder().layers
+    of_blocks = [next(m.cache_spec() for m in layer.modules() if isinstance(m, Caching)) for layer in layers]
+    return {index: of_blocks[block] for index, block in enumerate(lm.config.layer_blocks)}
 
 
 class _ShapeRecorder:

@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 
 from alignlab.models.config_rules import require as _require
 from alignlab.models.config_rules import require_size
+from alignlab.models.layer_sharing import check_sharing
 from alignlab.models.router_rules import check_no_router, check_router
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @strict
@@ -22,7 +23,8 @@ class PolicyConfig(PreTrainedConfig):
     Attributes:
         num_key_value_heads: None is multi-head attention, 1 multi-query; numbers between are grouped-query.
         head_dim: None is hidden_size / num_attention_heads.
-        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn), its options;
+        rope_parameters: Hugging Face's dictionary: rope_theta, rope_type (default, linear, llama3, yarn,
+            longrope), its options;
             partial_rotary_factor is the part of each head that is rotated, its first numbers.
         rope_local_base_freq: rope_theta of layers with a window, which rotate by it unscaled, as in Gemma 3; None
             rotates them as the others.
@@ -39,6 +41,8 @@ class PolicyConfig(PreTrainedConfig):
         norm_position: "pre" norms what attention and feed-forward read; "post" what they give, before it is added to
             the residual stream, as in OLMo 2; "sandwich" both, as in Gemma.
         parallel_attn: attention and feed-forward read one norm of the layer's input, and both are added to it.
+        residual_dropout: part of what attention and feed-forward give that is dropped before it is added to the
+            residual stream, in trainers that compare no log-probs, see `dropout`.
         rms_norm_eps: epsilon of all norms, whatever their type.
         hidden_act: "silu", "gelu", "gelu_pytorch_tanh" or "relu", of feed-forwards and experts.
         mlp_gated: feed-forwards are gated (SwiGLU with silu); false is two matrices with the activation between.
@@ -46,9 +50,12 @@ class PolicyConfig(PreTrainedConfig):
             Phi-3.
         embedding_multiplier: of the embeddings, rounded to their dtype; None is 1.
         num_mtp_layers: 1 has a layer that predicts the token after the next, see `mtp`; 0 has none.
+        mtp_mlp_layer_type: its feed-forward is "dense", or "sparse" with experts, as in DeepSeek-V3.
         mtp_loss_coef: weight of its loss.
         mtp_detach: its loss trains that layer alone, and not the trunk, the embeddings and the head.
         layer_types: kind of attention of each layer, see `attention_kinds`; None is "full_attention" everywhere.
+        shared_layers: for each layer the block of weights that it computes with, counted from 0, such as [0, 0, 1, 1];
+            None gives each layer its own. See `layer_sharing`.
         sliding_window: tokens that a sliding layer sees, itself included.
         attention_sinks: a learned logit of each head in the softmax, which takes a share and adds nothing.
         q_lora_rank, kv_lora_rank: sizes of the latents of queries (None has none), and of keys and values, in layers
@@ -65,6 +72,10 @@ class PolicyConfig(PreTrainedConfig):
         attn_logit_softcapping, final_logit_softcapping: logits become cap * tanh(logits / cap).
         mlp_layer_types: "dense" or "sparse" for each layer; None is sparse everywhere if there are experts.
         num_experts: routed experts of a sparse layer; 0 is a dense model.
+        expert_bias: experts have biases, and the layout of gpt-oss, see `moe.BiasedExperts`.
+        swiglu_limit: the gates of routed experts are cut off above it, and what they multiply on both sides, as in
+            gpt-oss, see `layers.clamped_swiglu`; None computes `hidden_act`.
+        swiglu_alpha: factor of the sigmoid there.
         n_shared_experts: experts that compute every token, each of `moe_intermediate_size` unless
             `shared_expert_intermediate_size` is given, which is the size of all together.
         shared_expert_gate: the shared experts' output is multiplied by the sigmoid of a number that each token has.
@@ -87,6 +98,7 @@ class PolicyConfig(PreTrainedConfig):
         router_sinkhorn_rounds: scalings of router_type sinkhorn.
         router_bias_update_rate: step of the auxiliary-loss-free balancing bias (arXiv:2408.15664).
         router_bias: there is such a bias even where its rate is 0, and it stays as it is: that of a checkpoint.
+        router_linear_bias: the router's product has a bias, which is trained, as in gpt-oss.
         router_in_fp32: router logits are computed in float32 whatever the model's dtype, as in DeepSeek-V3.
         hub_config: config.json of the Hub checkpoint that this was made from; saving writes it back.
     """
@@ -122,14 +134,17 @@ class PolicyConfig(PreTrainedConfig):
     norm_type: str = "rmsnorm"
     norm_position: str = "pre"
     parallel_attn: bool = False
+    residual_dropout: float | int = 0.0
     mlp_gated: bool = True
     fused_projections: bool = False
     embedding_multiplier: float | int | None = None
     rope_local_base_freq: float | int | None = None
     num_mtp_layers: int = 0
+    mtp_mlp_layer_type: str = "dense"
     mtp_loss_coef: float | int = 0.1
     mtp_detach: bool = False
     layer_types: list[str] | None = None
+    shared_layers: list[int] | None = None
     sliding_window: int | None = None
     no_rope_layers: list[int] | None = None
     attention_sinks: bool = False
@@ -153,6 +168,9 @@ class PolicyConfig(PreTrainedConfig):
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
+    expert_bias: bool = False
+    swiglu_limit: float | int | None = None
+    swiglu_alpha: float | int = 1.702
     n_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
@@ -176,6 +194,7 @@ class PolicyConfig(PreTrainedConfig):
     router_sinkhorn_rounds: int = 8
     router_bias_update_rate: float | int = 0.0
     router_bias: bool = False
+    router_linear_bias: bool = False
     router_in_fp32: bool = False
     hub_config: dict[str, Any] | None = None
 
@@ -195,6 +214,8 @@ class PolicyConfig(PreTrainedConfig):
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        if self.shared_layers == list(range(self.num_hidden_layers)):
+            self.shared_layers = None
         kwargs.setdefault("attn_implementation", "alignlab")
         super().__post_init__(**kwargs)
         from alignlab.models.attention_rules import check_attention  # these classes are built of a config
@@ -204,6 +225,7 @@ class PolicyConfig(PreTrainedConfig):
         check_blocks(self)
         _check_layers(self)
         _check_experts(self)
+        check_sharing(self)
 
     def validate_layer_type(self) -> None:
         """Accept the kinds that `transformers` does not know; `attention_rules` has checked them."""
@@ -211,6 +233,11 @@ class PolicyConfig(PreTrainedConfig):
     def rotates(self, layer_idx: int) -> bool:
         """Return whether a layer rotates queries and keys by their positions."""
         return self.no_rope_layers is None or self.no_rope_layers[layer_idx] == 1
+
+    @property
+    def layer_blocks(self) -> list[int]:
+        """Block of weights that each layer computes with; several layers may have one, see `layer_sharing`."""
+        return list(range(self.num_hidden_layers)) if self.shared_layers is None else self.shared_layers
 
     @property
     def rotary_factor(self) -> float:

@@ -20,6 +20,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.attention_rules import drop_unread_fields
 from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.families import FAMILIES
+from alignlab.models.layer_sharing import refuse_sharing
 from alignlab.models.router_rules import OF_SPARSE_LAYERS
 from alignlab.models.weight_view import view_of, whole_tensors
 
@@ -72,10 +73,12 @@ def student_from(teacher: PreTrainedModel | PeftModel, layers: Sequence[int]) ->
         layers: indices of the teacher's layers, ascending, at least one.
 
     Raises:
-        ConfigError: there are no such layers, the teacher's list of layers is not found, or the teacher has an adapter.
+        ConfigError: there are no such layers, the teacher's list of layers is not found, its layers share weights, or
+            the teacher has an adapter.
     """
     if isinstance(teacher, PeftModel):
         raise ConfigError("the teacher is an adapter on a model, and layers are a model's; merge it: alignlab merge")
+    refuse_sharing(teacher.config, what="a student is made of single layers")
     prefix, count = list_of_layers(teacher)
     _check(layers, count)
     config = copy.deepcopy(teacher.config)

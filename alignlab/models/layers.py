@@ -103,6 +103,15 @@ def make_norm(config: PolicyConfig, size: int, eps: float | None = None) -> nn.M
     return NORMS[config.norm_type](size, eps=config.rms_norm_eps if eps is None else eps)
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, *, limit: float, alpha: float) -> Tensor:
+    """Return g sigmoid(alpha g) (u + 1) with g = min(gate, limit) and u = up cut to [-limit, limit], elementwise.
+
+    Reference: OpenAI (2025), gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925, Sec. 2.2.
+    """
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
 class FeedForward(nn.Module):
     """A gated feed-forward, down(activation(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu, ReGLU with relu.
 

@@ -20,6 +20,8 @@ class MixingLayer(nn.Module, ABC):
     Attributes:
         has_window: layers of this kind see the last `config.sliding_window` tokens alone.
         routes: layers of this kind have a router, and are given the pass's `RoutingRecord` as `routing`.
+        layer_idx: number of the layer, by which caches keep what it computes; where layers share their weights, that of
+            the layer in computation.
         name_in_layer: name of the module in its decoder layer, as Hub checkpoints have it.
         rotary_size: numbers of a head that are rotated by positions; None in a layer without positions.
         local_rope: the layer rotates by `config.rope_local_base_freq`.

@@ -160,6 +160,6 @@ def _config_of_router(config: PolicyConfig) -> PolicyConfig:
         "router_comm_aux_loss_coef", "router_importance_loss_coef", "router_load_loss_coef", "router_reinforce_coef",
     ):
         setattr(view, name, 0.0)
-    view.router_bias = False
+    view.router_bias = view.router_linear_bias = False
     view.router_aux_loss_coef = config.attention_router_aux_loss_coef or 0.0
     return view

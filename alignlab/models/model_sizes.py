@@ -23,7 +23,8 @@ class ModelSizes:
 
     Attributes:
         parameters: numbers in all weights; a tied head counts once.
-        active_parameters: those that multiply a token, the embeddings left out, and the head included.
+        active_parameters: those that multiply a token, the embeddings left out, and the head included; those of layers
+            that share weights once.
         flops_per_token: of the products with weights in a forward pass; attention's own products, which grow with the
             context, are not in it.
         cache_bytes_per_token: kept of each token in bfloat16, if none has left a window.
@@ -45,11 +46,13 @@ def model_sizes(config: PolicyConfig) -> ModelSizes:
         model = PolicyForCausalLM(config)
     model.tie_weights()
     active = sum(_active(module, config) for module in model.modules())
+    of_blocks = [sum(_active(module, config) for module in layer.modules()) for layer in model.model.layers]
+    repeated = sum(of_blocks[block] for block in config.layer_blocks) - sum(of_blocks)
     specs = cache_specs(model).values()
     return ModelSizes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         active_parameters=active,
-        flops_per_token=2 * active,
+        flops_per_token=2 * (active + repeated),
         cache_bytes_per_token=2 * sum(spec.token_numel for spec in specs),
         state_bytes=sum(spec.sequence_bytes(torch.bfloat16) for spec in specs),
         aspect_ratio=config.hidden_size / config.num_hidden_layers,

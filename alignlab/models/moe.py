@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
-from alignlab.models.layers import ACTIVATIONS, FeedForward
+from alignlab.models.layers import ACTIVATIONS, FeedForward, clamped_swiglu
 from alignlab.models.routers.expert_choice import tokens_per_expert
 from alignlab.models.routers.make import make_router
 from alignlab.models.routers.protocol import NOTHING_KNOWN, Router
@@ -149,10 +149,25 @@ class Experts(nn.Module):
             order, inverse, ends = expert_order(topk_ids, self.num_experts)
             mover = _Regroup
         rows = mover.apply(hidden, order, inverse, copies)
-        gate, up = _grouped(rows, self.gate_up_proj, ends, low_rank.get("gate_up_proj")).chunk(2, dim=-1)
-        rows = _grouped(self.activation(gate) * up, self.down_proj, ends, low_rank.get("down_proj"))
+        gate, up = self._gate_and_up(rows, ends, low_rank.get("gate_up_proj"))
+        rows = self._down(self._activated(gate, up), ends, low_rank.get("down_proj"))
         outputs = mover.apply(rows, inverse, order, 1).unflatten(0, (-1, copies))
         return (outputs * topk_weights.to(outputs.dtype).unsqueeze(-1)).sum(1)
+
+    def _gate_and_up(self, rows: Tensor, ends: Tensor, term: LowRank | None) -> tuple[Tensor, Tensor]:
+        """Return the first projections [M, I] of rows [M, H], sorted by expert."""
+        gate, up = _grouped(rows, self.gate_up_proj, ends, term).chunk(2, dim=-1)
+        return gate, up
+
+    def _down(self, rows: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
+        """Return the last projection [M, H] of rows [M, I], sorted by expert."""
+        return _grouped(rows, self.down_proj, ends, term)
+
+    def _activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        limit = self.config.swiglu_limit
+        if limit is None:
+            return self.activation(gate) * up
+        return clamped_swiglu(gate, up, limit=limit, alpha=self.config.swiglu_alpha)
 
     def _computed_order(self, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the order of the computed rows, each choice's place in it, and the ends of the experts' rows.
@@ -167,6 +182,45 @@ class Experts(nn.Module):
             order = order[: self.num_experts * room]
         inverse = torch.full_like(flat, len(order)).scatter_(0, order, torch.arange(len(order), device=order.device))
         return order, torch.where(flat < 0, len(order), inverse), _ends(sorted_ids, self.num_experts)
+
+
+class BiasedExperts(Experts):
+    """Experts with biases, whose matrices lie as gpt-oss has them: transposed, the columns of gate and up in turn.
+
+    Attributes:
+        gate_up_proj, down_proj: [E, H, 2I] and [E, I, H].
+        gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
+    """
+
+    gate_up_proj_bias: nn.Parameter
+    down_proj_bias: nn.Parameter
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        for name in ("gate_up_proj", "down_proj"):
+            count, out, width = self.get_parameter(name).shape
+            setattr(self, name, nn.Parameter(torch.empty(count, width, out)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(count, out)))
+
+    def _gate_and_up(self, rows: Tensor, ends: Tensor, term: LowRank | None) -> tuple[Tensor, Tensor]:
+        both = _grouped(rows, self.gate_up_proj.transpose(1, 2), ends, term)
+        both = both + _grouped_bias(rows, self.gate_up_proj_bias, ends)
+        return both[..., ::2], both[..., 1::2]
+
+    def _down(self, rows: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
+        return _grouped(rows, self.down_proj.transpose(1, 2), ends, term) + _grouped_bias(
+            rows, self.down_proj_bias, ends
+        )
+
+
+def _grouped_bias(rows: Tensor, bias: Tensor, ends: Tensor) -> Tensor:
+    """Return the bias [E, out] of each row's expert -> [M, out], for rows sorted by expert.
+
+    As a product with ones, whose gradient sums rows in a fixed order; an index's would not on a GPU.
+    """
+    width = 16 // rows.element_size()  # a grouped product reads rows of 16 bytes
+    ones = F.pad(rows.new_ones(len(rows), 1), (0, width - 1))
+    return F.grouped_mm(ones, F.pad(bias[:, None], (0, 0, 0, width - 1)), offs=ends)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -> Tensor:
@@ -187,23 +241,34 @@ def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, term: LowRank | None) -
 
 
 class SparseFeedForward(nn.Module):
-    """Routed experts, and shared experts that compute every token; they have the names of Qwen3-Next where gated.
+    """Routed experts, and shared experts that compute every token; they have the names of Qwen3-Next where gated, and a
+    router with a bias has that of gpt-oss.
+
+    Args:
+        config: of the model.
+        moe_index: place of the layer in a record of choices; None for one that no record holds.
 
     References: Shazeer et al. (2017), arXiv:1701.06538; fine-grained and shared experts: Dai et al. (2024),
     arXiv:2401.06066.
     """
 
-    def __init__(self, config: PolicyConfig, moe_index: int) -> None:
+    def __init__(self, config: PolicyConfig, moe_index: int | None) -> None:
         super().__init__()
         assert config.moe_intermediate_size is not None
         self.moe_index = moe_index
-        self.gate: Router = make_router(config)
-        self.experts = Experts(config)
+        self._router_name = "router" if config.router_linear_bias else "gate"
+        self.add_module(self._router_name, make_router(config))
+        self.experts = BiasedExperts(config) if config.expert_bias else Experts(config)
         size, hidden = config.shared_expert_size, config.hidden_size
         self._shared_name = "shared_expert" if config.shared_expert_gate else "shared_experts"
         shared = FeedForward(hidden, size, activation=config.hidden_act) if size else None
         self.add_module(self._shared_name, shared)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if config.shared_expert_gate else None
+
+    @property
+    def chooser(self) -> Router:
+        """The router."""
+        return cast(Router, getattr(self, self._router_name))
 
     def forward(self, hidden_states: Tensor, routing: RoutingRecord | None = None) -> Tensor:
         """Return the experts' outputs of hidden states [..., H], in their shape.
@@ -213,12 +278,13 @@ class SparseFeedForward(nn.Module):
         """
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens = NOTHING_KNOWN if routing is None else routing.tokens
-        scores = self.gate(hidden, tokens)
-        if routing is None:
-            choices = self.gate.choose(scores, tokens)
+        router = self.chooser
+        scores = router(hidden, tokens)
+        if routing is None or self.moe_index is None:
+            choices = router.choose(scores, tokens)
         else:
-            choices = routing.choose(self.moe_index, self.gate, scores)
-        output = self.experts(hidden, choices, self.gate.gates(scores, choices))
+            choices = routing.choose(self.moe_index, router, scores)
+        output = self.experts(hidden, choices, router.gates(scores, choices))
         shared = getattr(self, self._shared_name)
         if self.shared_expert_gate is not None:
             output = output + self.shared_expert_gate(hidden).sigmoid() * shared(hidden)
@@ -230,7 +296,8 @@ class SparseFeedForward(nn.Module):
 def routers(model: nn.Module) -> list[Router]:
     """Return the routers of a model, in the order of a record's layers: of experts, then of heads; none if dense."""
     modules = list(model.modules())
-    of_experts = [module.gate for module in modules if isinstance(module, SparseFeedForward)]
+    sparse = [module for module in modules if isinstance(module, SparseFeedForward)]
+    of_experts = [module.chooser for module in sparse if module.moe_index is not None]
     return of_experts + [cast(Router, module.gate) for module in modules if getattr(module, "routes", False)]
 
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 class MultiTokenPrediction(nn.Module):
-    """A layer of the last layer's kind, with a dense feed-forward, on the trunk's states and the next embeddings.
+    """A layer of the last layer's kind, on the trunk's states and the next embeddings.
+
+    Where it has experts, its router chooses by itself: nothing is recorded, counted or balanced.
 
     Reference: DeepSeek-AI (2024), arXiv:2412.19437, Section 2.2, at depth 1; names of weights as `MtpLayer` of
     `transformers` has them.
@@ -41,7 +43,7 @@ class MultiTokenPrediction(nn.Module):
         size = config.hidden_size
         self.enorm, self.hnorm = make_norm(config, size), make_norm(config, size)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
-        self.mtp_block = DecoderLayer(config, config.num_hidden_layers - 1, is_dense=True)
+        self.mtp_block = DecoderLayer(config, config.num_hidden_layers - 1, is_mtp=True)
         self.post_norm = make_norm(config, size)
 
     def forward(self, states: Tensor, embeddings: Tensor, stream: Stream, trunk: PolicyModel) -> Tensor:

@@ -213,6 +213,16 @@ def _sinks(sizes: Fields) -> Fields:
     return _grouped(sizes) | {"layer_types": layers, "sliding_window": window, "attention_sinks": True}
 
 
+def _gpt_oss(sizes: Fields) -> Fields:
+    rope = {
+        "rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    return _experts(sizes, expert_bias=True, router_linear_bias=True, swiglu_limit=7.0) | _sinks(sizes) | {
+        "attention_bias": True, "rope_parameters": rope, "max_position_embeddings": 131_072,
+    }  # fmt: skip
+
+
 PRESETS: dict[str, Preset] = {
     "gqa": Preset("grouped-query attention, pre-norm, SwiGLU", "2305.13245", _grouped),
     "olmo2": Preset(
@@ -225,6 +235,9 @@ PRESETS: dict[str, Preset] = {
     "gemma2": Preset("windows 1:1, soft-caps, GeGLU, four norms a layer", "2408.00118", _gemma2),
     "gemma3": Preset("windows 5:1 with a rotation of their own, GeGLU, four norms a layer", "2503.19786", _gemma3),
     "sinks": Preset("attention sinks, windows 1:1", "2508.10925", _sinks),
+    "gpt_oss": Preset(
+        "attention sinks, windows 1:1, experts and routers with biases, clamped SwiGLU", "2508.10925", _gpt_oss
+    ),
     "mla": Preset("multi-head latent attention", "2405.04434", _latent),
     "gated_attention": Preset(
         "a gate on each number of attention's output", "2505.06708",
@@ -238,6 +251,10 @@ PRESETS: dict[str, Preset] = {
         lambda sizes: _recurrent(sizes, "kimi_delta_attention", values=1),
     ),
     "moa": Preset("each token takes half of the heads, by a router", "2210.05144", _mixture_of_heads),
+    "shared_layers": Preset(
+        "each two neighbouring layers share their weights", "2402.14905",
+        lambda sizes: _grouped(sizes) | {"shared_layers": [i // 2 for i in range(sizes["num_hidden_layers"])]},
+    ),
     "mtp": Preset(
         "a layer that predicts the token after the next", "2412.19437",
         lambda sizes: _grouped(sizes) | {"num_mtp_layers": 1},

@@ -1,4 +1,10 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with the scalings of Llama 3 and YaRN."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with the scalings of Llama 3, YaRN and LongRoPE.
+
+LongRoPE (Ding et al. 2024, arXiv:2402.13753) has two lists of factors: for sequences of up to
+`original_max_position_embeddings` tokens, and for longer ones. Here the short ones hold, and a model takes no longer
+sequences: `transformers` takes the list by the longest sequence of a batch, so that a token's log-prob would depend on
+its neighbours, and keys in a cache would have other rotations than those that follow.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rope_frequencies(config: PolicyConfig, size: int, *, local: bool = False) -> tuple[Tensor, float]:
-    """Return inverse frequencies [size / 2], float32, and the factor on cosine and sine (1 except for YaRN).
+    """Return inverse frequencies [size / 2], float32, and the factor on cosine and sine (1 but for YaRN and LongRoPE).
 
     Args:
         size: numbers of a head that are rotated.
@@ -30,7 +36,8 @@ def rope_frequencies(config: PolicyConfig, size: int, *, local: bool = False) ->
         sized = copy.copy(config)  # `transformers` reads the size from a config
         sized.head_dim = size
         sized.rope_parameters = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
-        return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](sized, torch.device("cpu"))
+        with torch.device("cpu"):  # also where a model without weights is made
+            return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](sized, torch.device("cpu"))
     return _default_frequencies(config.rope_parameters["rope_theta"], size), 1.0
 
 

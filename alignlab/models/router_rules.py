@@ -22,8 +22,10 @@ _BALANCE = (
 
 
 OF_SPARSE_LAYERS = (
-    "router_type", "topk_method", "n_group", "topk_group", "capacity_factor", "shared_expert_intermediate_size",
-    "shared_expert_gate", *_NOT_NEGATIVE,
+    "router_type", "scoring_func", "topk_method", "n_group", "topk_group", "capacity_factor", "capacity_priority",
+    "norm_topk_prob", "routed_scaling_factor", "router_sinkhorn_rounds", "router_bias", "router_linear_bias",
+    "router_in_fp32", "num_experts_per_tok", "moe_intermediate_size", "expert_bias", "swiglu_limit", "swiglu_alpha",
+    "shared_expert_intermediate_size", "shared_expert_gate", *_NOT_NEGATIVE,
 )  # fmt: skip
 """Fields that only sparse layers read."""
 
@@ -58,6 +60,7 @@ def check_router(config: Any) -> None:
     _check_capacity(config)
     _check_balance(config)
     _check_type(config)
+    _check_clamp(config)
 
 
 def _check_groups(config: Any) -> None:
@@ -138,6 +141,20 @@ def _check_balance(config: Any) -> None:
     )
 
 
+def _check_clamp(config: Any) -> None:
+    limit, alpha, unset = config.swiglu_limit, config.swiglu_alpha, type(config).swiglu_alpha
+    _require(limit is None or limit > 0, f"swiglu_limit is {limit}, and must be above 0; use 7, or leave it out")
+    _require(
+        limit is not None or alpha == unset,
+        f"swiglu_alpha is {alpha}, and swiglu_limit is not given, without which experts compute hidden_act; give it, "
+        "or leave swiglu_alpha out",
+    )
+    _require(
+        limit is None or config.hidden_act == "silu",
+        f"swiglu_limit is {limit}, which is of SwiGLU, and hidden_act is {config.hidden_act}; use silu",
+    )
+
+
 def _check_type(config: Any) -> None:
     kind = config.router_type
     for name in ("router_importance_loss_coef", "router_load_loss_coef"):
@@ -149,6 +166,10 @@ def _check_type(config: Any) -> None:
         (config.router_reinforce_coef > 0) == (kind == "reinforce"),
         f"router_reinforce_coef is {config.router_reinforce_coef}, and must be above 0 exactly where router_type is "
         f"reinforce; use {0.01 if kind == 'reinforce' else 0}",
+    )
+    _require(
+        not config.router_linear_bias or kind in ("topk", "sinkhorn"),
+        f"router_linear_bias is true, and router_type {kind} is defined without a bias; leave it out",
     )
     softmax = ("noisy_topk", "expert_choice", "reinforce")
     needed = "sigmoid" if kind == "base" else "softmax"

@@ -14,6 +14,7 @@ SERVED_BLOCKS: dict[str, Any] = {
     "norm_type": "rmsnorm",  # vLLM puts its own in the place of another, without the 1 + weight
     "norm_position": "pre",
     "parallel_attn": False,
+    "shared_layers": None,
     "hidden_act": "silu",
     "mlp_gated": True,
     "fused_projections": False,
@@ -21,7 +22,9 @@ SERVED_BLOCKS: dict[str, Any] = {
     "query_pre_attn_scalar": None,
     "embedding_multiplier": None,
     "rope_local_base_freq": None,
-    "num_mtp_layers": 0,
+    "expert_bias": False,
+    "router_linear_bias": False,
+    "swiglu_limit": None,
 }
 """Values of fields with which our own layers run inside vLLM; a model of a Hub family runs as vLLM's class of it."""
 
@@ -33,6 +36,11 @@ def check_served(config: PolicyConfig) -> None:
         ConfigError: a kind of layer is not known to vLLM; or no Hub family has the model's blocks, and our own layers
             cannot compute them there.
     """
+    require(
+        config.num_mtp_layers == 0,
+        f"num_mtp_layers is {config.num_mtp_layers}, and vLLM holds no such layer, so that its weights could not be "
+        "verified; use rollout.engine: embedded, or a model without that layer",
+    )
     others = sorted(set(config.layer_types or ()) - set(SERVED_KINDS))
     require(
         not others,

@@ -29,14 +29,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from alignlab.errors import ConfigError
-from alignlab.models.attention_kinds import ATTENTION_KINDS
+from alignlab.models.attention_kinds import ATTENTION_KINDS, check_cache
 from alignlab.models.attention_layer import AttentionLayer
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder_layer import DecoderLayer
 from alignlab.models.layers import ZeroCenteredRMSNorm, make_norm
 from alignlab.models.mixing_layer import MixingLayer
 from alignlab.models.mixture_of_heads import ExpertProjection
-from alignlab.models.moe import Experts
+from alignlab.models.moe import BiasedExperts, Experts
 from alignlab.models.mtp import MultiTokenPrediction
 from alignlab.models.recurrent.convolution import ShortConvolution
 from alignlab.models.recurrent.layer import RecurrentLayer
@@ -65,7 +65,7 @@ class PolicyPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DecoderLayer, "attentions": AttentionLayer}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "expert_load", "group_load"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"mlp\.gate\.(expert_load|group_load|noise_key)"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"mlp\.(gate|router)\.(expert_load|group_load|noise_key)"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,6 +76,9 @@ class PolicyPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
+            if isinstance(module, BiasedExperts):
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
         elif isinstance(module, TopKRouter | MixingLayer):
             module.initialize()
         elif isinstance(module, ShortConvolution):
@@ -95,7 +98,8 @@ class PolicyModel(PolicyPreTrainedModel):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        blocks = config.layer_blocks
+        self.layers = nn.ModuleList([DecoderLayer(config, blocks.index(block)) for block in range(max(blocks) + 1)])
         self.norm = make_norm(config, config.hidden_size)
         mixing = [module for module in self.layers.modules() if isinstance(module, MixingLayer)]
         rotations = {str(m.rotation_key): (m.rotary_size, m.local_rope) for m in mixing if m.rotary_size}
@@ -133,10 +137,12 @@ class PolicyModel(PolicyPreTrainedModel):
         check_cached_pass(self.config, past_key_values)
         routing = self._begin_routing(routing, input_ids, kwargs.get("layout"))
         rotations = self.rotations(position_ids, hidden_states.dtype)
-        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
-            hidden_states = layer(
+        blocks, kinds = self.config.layer_blocks, self.config.layer_types or ()
+        for index, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            hidden_states = self.layers[block](
                 hidden_states, attention_mask=masks[kind], rotations=rotations, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, routing=routing, **kwargs,
+                past_key_values=past_key_values, use_cache=use_cache, routing=routing,
+                layer_idx=None if self.config.shared_layers is None else index, **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -211,6 +217,12 @@ class PolicyForCausalLM(PolicyPreTrainedModel, GenerationMixin):
         # `generate` refuses by it to guess tokens ahead: a state cannot be taken back to an earlier token.
         self._is_stateful = any(isinstance(module, RecurrentLayer) for module in self.modules())
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the cache of `generate`; refuse one that has no place for what a kind of layer keeps."""
+        check_cache(self.config, generation_config.cache_implementation)
+        prepare: Any = GenerationMixin._prepare_cache_for_generation
+        return prepare(self, generation_config, *args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
+from alignlab.models.layer_sharing import refuse_sharing
 from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.models.weight_view import view_of, whole_tensors
@@ -65,6 +66,7 @@ def upcycled(
             f"a mixture is made of a dense model of a family that alignlab knows, and this is {type(dense).__name__}"
             f"{' with experts' if isinstance(dense, PolicyForCausalLM) else ''}; use a model such as Qwen3 or Llama"
         )
+    refuse_sharing(dense.config, what="experts of a layer are made of its own feed-forward")
     chosen = range(dense.config.num_hidden_layers) if layers is None else layers
     _check(dense, method, slices, drop_frac, chosen, num_experts, num_experts_per_tok)
     config = _sparse_config(
@@ -129,6 +131,13 @@ def _check_gates(config: PolicyConfig) -> None:
     kind, chosen = config.router_type, config.num_experts_per_tok
     if kind not in _NEW_ROUTERS:
         raise ConfigError(f"router_type is {kind}, and {_ALIKE}; use {' or '.join(_NEW_ROUTERS)}")
+    for name in ("expert_bias", "router_linear_bias", "swiglu_limit"):
+        value, unset = getattr(config, name), getattr(type(config), name)
+        if value != unset:
+            raise ConfigError(
+                f"{name} is {str(value).lower()}, and experts begin as copies of a feed-forward that has none; leave "
+                "it out"
+            )
     sums_to_one = config.norm_topk_prob or (config.scoring_func == "softmax" and chosen == config.num_experts)
     if not sums_to_one:
         raise ConfigError(

@@ -52,7 +52,8 @@ class Distill(OfflineAlgorithm[Example]):
         )
         student = Student(inputs.model, self.comparison, chunk_tokens=chunk_tokens)
         self.forward = StudentForward(1.0, teacher)
-        super().__init__(config, inputs, policy_learner(config, inputs, student, forward=self.forward))
+        options = {"forward": self.forward, "compares_logprobs": self.compares_logprobs}
+        super().__init__(config, inputs, policy_learner(config, inputs, student, **options))
         self._fingerprint = model_fingerprint(teacher.model)
         self._cached: CachedTeacher | None = None
 

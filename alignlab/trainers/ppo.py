@@ -50,6 +50,7 @@ class PPO(PolicyGradientAlgorithm):
             critic,
             forward=critic_forward,
             counts_experts=False,  # a mixture's routers are the policy's
+            is_exported=False,
         )
 
     @property

@@ -29,7 +29,8 @@ class SFT(OfflineAlgorithm[Example]):
             inputs.model, label_smoothing=config.label_smoothing, z_loss_coef=config.z_loss_coef,
             chunk_tokens=config.memory.logprob_chunk_tokens,
         )
-        super().__init__(config, inputs, policy_learner(config, inputs, module, forward=supervised_forward))
+        options = {"forward": supervised_forward, "compares_logprobs": self.compares_logprobs}
+        super().__init__(config, inputs, policy_learner(config, inputs, module, **options))
 
     def read(self, data: GivenData) -> Sequence[Example]:
         """Return the examples of rows with `prompt` and `completion` or `messages`, or examples made already."""

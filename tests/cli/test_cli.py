@@ -359,7 +359,7 @@ def test_a_model_is_quantized_for_serving(run_file, adapter, tmp_path, capsys):
     assert "rounding moved the weights by 0." in capsys.readouterr().err
     assert find_damage(Path(output)) is None and (Path(output) / "tokenizer.json").exists()
     assert main(["generate", output, "say red"]) == 2
-    assert "quantiz" in capsys.readouterr().err
+    assert "quantised" in capsys.readouterr().err
     other = str(tmp_path / "other")
     assert main(["quantize", model, other, "--scheme", "int8", "--group-size", "8"]) == 2
     assert "must be left out for int8" in capsys.readouterr().err
@@ -771,6 +771,9 @@ def test_a_list_of_presets_takes_fields_and_no_preset(capsys):
     assert "arXiv:2510.26692" not in shown.out and "kda: n_group is 3, but no layer is sparse" in shown.err
     assert main(["new", "kda", "--list"]) == 2
     assert "kda is given with --list, which shows all presets" in capsys.readouterr().err
+    for option, value in (("--tokenizer", "smollm2"), ("--seed", "0"), ("--dtype", "bfloat16")):
+        assert main(["new", "--list", option, value]) == 2
+        assert f"{option} is {value}, and --list makes no model that has one; leave it out" in capsys.readouterr().err
     assert main(["new", "--list", "preset=kda"]) == 2
     assert main(["new", "--list", "vocab_size=many"]) == 2
     assert "vocab_size is 'many', and must be a whole number of at least 1" in capsys.readouterr().err

@@ -25,6 +25,8 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "dense": (DENSE, torch.float32, None),
     "tied": (DENSE | {"tie_word_embeddings": True}, torch.float32, None),
     "mixture": (SPARSE, torch.float32, None),
+    "shared layers": (DENSE | {"num_hidden_layers": 4, "shared_layers": [0, 0, 1, 0]}, torch.float32, None),
+    "adapter on shared layers": (DENSE | {"shared_layers": [0, 0]}, torch.float32, LoraSettings(rank=4)),
     "all in bfloat16": (DENSE, torch.bfloat16, None),
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
@@ -35,6 +37,10 @@ CHANGES = {
     ],
     "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero3")],
     "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero3", "fsdp2")],
+    "shared layers": [
+        ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero3"),
+    ],
+    "adapter on shared layers": [("ddp", "ddp"), ("zero3", "fsdp2")],
     "all in bfloat16": [
         ("ddp", "ddp"), ("ddp", "fsdp2"), ("ddp", "zero1"), ("zero2", "zero2"), ("fsdp2", "zero3"), ("zero3", "ddp"),
     ],

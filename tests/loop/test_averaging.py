@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from alignlab.config.averaging import EMASettings
 from alignlab.config.model import LoraSettings
-from alignlab.config.offline import EMASettings
 from alignlab.config.run import RunConfig
 from alignlab.config.trainers import GRPOConfig, RLAIFConfig, SFTConfig
 from alignlab.errors import CheckpointError, ConfigError
@@ -287,8 +287,10 @@ def test_settings(tmp_path: Path) -> None:
             SFTConfig(ema={}, sharding={"strategy": strategy})
     with pytest.raises(ConfigError, match=r"ema\.evaluate is False, and must be true with early_stopping"):
         SFTConfig(ema={"evaluate": False}, eval_every_steps=1, early_stopping={"metric": "loss"})
-    with pytest.raises(ConfigError, match="ema is not a setting"):
-        GRPOConfig(ema={})
+    server = {"engine": "vllm_server", "max_staleness": 2}
+    assert GRPOConfig(ema={"evaluate": False}, rollout=server).ema is not None
+    with pytest.raises(ConfigError, match=r"ema\.evaluate is True, and must be false with rollout\.max_staleness 2"):
+        GRPOConfig(ema={}, rollout=server)
     with pytest.raises(ConfigError, match=r"policy\.ema is .*a stage goes on from the weights in training"):
         RLAIFConfig(
             path="dpo", constitution="c.yaml", judge={"backend": "model", "name": "j"},

@@ -44,6 +44,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "num_attention_heads": 3, "num_attention_experts": 4, "num_experts": 5,
         "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
+    "biased-experts": {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "attention_sinks": True,
+        "attention_bias": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "expert_bias": True, "router_linear_bias": True, "swiglu_limit": 1.5, "swiglu_alpha": 1.3,
+    },
+    "shared-layers": {
+        "num_hidden_layers": 4, "shared_layers": [0, 1, 0, 1], "use_qk_norm": True, "attention_sinks": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5,
+    },
+    "shared-recurrent-and-latent": {
+        "num_hidden_layers": 4, "shared_layers": [0, 0, 1, 1], **RECURRENT, **LATENT,
+        "layer_types": ["gated_deltanet"] * 2 + ["latent_attention"] * 2,
+    },
     "gated-deltanet": {"layer_types": ["gated_deltanet"] * 2, **RECURRENT},
     "fused-gated-deltanet": {"layer_types": ["fused_gated_deltanet"] * 2, **RECURRENT, "linear_conv_kernel_dim": 2},
     "kimi-delta": {"layer_types": ["kimi_delta_attention"] * 2, **KIMI},

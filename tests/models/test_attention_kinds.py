@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import GenerationConfig
 
 from alignlab.config.model import LoraSettings
 from alignlab.errors import ConfigError
@@ -209,8 +210,9 @@ def test_all_linear_adapts_every_projection_of_every_kind() -> None:
 HUB_FAMILIES = {
     "latent": "deepseek_v3", "latent-plain-query": "deepseek_v3", "norms-of-outputs": "olmo2",
     "latent-without-positions": "kimi_linear", "kimi-delta": "kimi_linear", "kimi-linear": "kimi_linear",
+    "biased-experts": "gpt_oss",
 }  # fmt: skip
-"""Of the kinds that a family of the Hub has; all their layers are dense."""
+"""Of the kinds that a family of the Hub has."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,3 +272,19 @@ def test_impossible_combinations_are_refused(changes: dict[str, Any], message: s
 def test_sinks_are_refused_by_an_attention_that_has_none(attention: str) -> None:
     with pytest.raises(ConfigError, match=f"attention_sinks is true, and attn_implementation is '{attention}'"):
         make_model("sinks", attention=attention)(torch.randint(0, 50, (1, 4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_a_static_cache_is_right_or_refused_by_name(kind: str) -> None:
+    model, tokens = make_model(kind), torch.arange(3, 12)[None]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    others = set(model.config.layer_types) - {"full_attention", "sliding_attention"}
+    if not others:
+        static = model.generate(tokens, **options, cache_implementation="static")
+        assert torch.equal(static, model.generate(tokens, **options))
+        return
+    message = f"cache_implementation is static, and there is no static cache for .*{min(others)}"
+    with pytest.raises(ConfigError, match=message):
+        model.generate(tokens, **options, cache_implementation="static")
+    with pytest.raises(ConfigError, match=message):
+        model.generate(tokens, GenerationConfig(**options, cache_implementation="static"))

@@ -127,7 +127,10 @@ def test_weights_in_memory_have_the_names_and_values_of_the_checkpoint(name: str
 
 
 LOCAL_ROPE = {**GEMMA3_ROPE, "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}
-LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+LLAMA_LONG_ROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4, "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 V3: dict[str, Any] = {**LATENT, **GROUPS}
 UNKNOWN: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "rope type": (lambda: LlamaConfig(**SIZES, rope_parameters={**YARN, "rope_type": "dynamic"}), "rope_type is"),
@@ -139,8 +142,11 @@ UNKNOWN: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "local rope": (
         lambda: Gemma3TextConfig(**GEMMA, rope_parameters=LOCAL_ROPE), "rope_type of sliding_attention is 'linear'"
     ),
-    "dropout": (lambda: Phi3Config(**SIZES, resid_pdrop=0.1), "resid_pdrop is 0.1, and phi3 is computed here with 0.0"),
-    "longrope": (lambda: Phi3Config(**SIZES, rope_parameters=LONG_ROPE), "rope_type is 'longrope'"),
+    "dropout": (lambda: Phi3Config(**SIZES, embd_pdrop=0.1), "embd_pdrop is 0.1, and phi3 is computed here with 0.0"),
+    "longrope": (
+        lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA_LONG_ROPE, max_position_embeddings=256),
+        "max_position_embeddings is 256, and must be at most original_max_position_embeddings \\(64\\) with",
+    ),
     "scores": (lambda: DeepseekV3Config(**V3, scoring_func="softmax"), "scoring_func is softmax"),
     "alternating": (lambda: DeepseekV3Config(**V3, moe_layer_freq=2), "moe_layer_freq is 2, and deepseek_v3"),
     "not shared": (lambda: DeepseekV3Config(**V3, n_shared_experts=0), "n_shared_experts is 0, and deepse"),

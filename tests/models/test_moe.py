@@ -279,7 +279,7 @@ def test_a_record_serves_one_pass() -> None:
 
 
 def test_dense_models_have_no_counts() -> None:
-    dense = model(num_experts=0, mlp_layer_types=None)
+    dense = model(num_experts=0, moe_intermediate_size=None, mlp_layer_types=None)
     assert expert_counts(dense).shape == (0, 0)
     take_loads(dense, expert_counts(dense))
 

@@ -14,6 +14,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     KimiLinearConfig,
     LlamaConfig,
     MixtralConfig,
@@ -53,6 +54,9 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 12, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_routed_experts": 8,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    **SIZES, "head_dim": 12, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2,
+}
 HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 LINEAR: dict[str, Any] = {
     **SIZES, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
@@ -67,6 +71,10 @@ KIMI: dict[str, Any] = {
     "v_head_dim": 12, "moe_intermediate_size": 16, "linear_num_heads": 4, "linear_head_dim": 8,
     "num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": HYBRID_LAYERS,
     "max_position_embeddings": 4096,
+}  # fmt: skip
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 9.0],
+    "partial_rotary_factor": 0.75,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
 HUB: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -97,6 +105,10 @@ HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(
         **GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=GEMMA3_ROPE
     ),
+    "gpt-oss": lambda: GptOssConfig(**GPT_OSS, rope_parameters={**YARN, "truncate": False}, swiglu_limit=1.5),
+    "gpt-oss-one-kind-no-biases": lambda: GptOssConfig(
+        **GPT_OSS, attention_bias=False, layer_types=["full_attention"] * 3, swiglu_limit=0.9, swiglu_alpha=0.7
+    ),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "olmo2-biases-yarn": lambda: Olmo2Config(**SIZES, attention_bias=True, rope_parameters=YARN),
     "deepseek-v3": lambda: DeepseekV3Config(**LATENT, **GROUPS, q_lora_rank=16),
@@ -109,6 +121,9 @@ HUB: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "deepseek-v2-greedy": lambda: DeepseekV2Config(**LATENT, q_lora_rank=16, rms_norm_eps=1e-2),
     "phi3": lambda: Phi3Config(**SIZES),
+    "phi3-longrope": lambda: Phi3Config(
+        **SIZES, max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=LONG_ROPE
+    ),
     "qwen3-next": lambda: Qwen3NextConfig(**LINEAR, **EXPERTS, shared_expert_intermediate_size=24),
     "qwen3-next-mixed": lambda: Qwen3NextConfig(
         **LINEAR, **EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[1],
@@ -157,7 +172,13 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 CASES = [(name, attention) for name in HUB for attention in ("alignlab", "eager", "sdpa")]
 
 
-@pytest.mark.parametrize(("name", "attention"), [case for case in CASES if case != ("gemma2", "sdpa")])
+NOT_IN_SDPA = ("gemma2", "gpt-oss", "gpt-oss-one-kind-no-biases")
+"""With soft-caps or sinks."""
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [case for case in CASES if case not in [(name, "sdpa") for name in NOT_IN_SDPA]]
+)
 def test_logits(name: str, attention: str) -> None:
     theirs, ours = pair(name, attention)
     tokens = torch.randint(3, 61, (2, 40))

@@ -21,7 +21,7 @@ from tests.models.conftest import make_segments
 FAMILIES = {
     "gqa": "llama", "gemma2": "gemma2", "gemma3": "gemma3_text", "olmo2": "olmo2", "mla": "deepseek_v3",
     "deepseek_v3": "deepseek_v3", "moe": "mixtral", "qwen3_next": "qwen3_next", "kimi_linear": "kimi_linear",
-    "kda": "kimi_linear",
+    "kda": "kimi_linear", "gpt_oss": "gpt_oss",
 }  # fmt: skip
 
 

@@ -158,6 +158,9 @@ CASES = {
         PPOTrainer, configs.PPOConfig, ROLLOUTS | {"critic": CRITIC | {"form": "head"}, "num_minibatches": 2},
         lambda: prompts(8), (even_ids,), lora=True,
     ),
+    "grpo_ema": Case(
+        GRPOTrainer, configs.GRPOConfig, ROLLOUTS | {"ema": {"decay": 0.5}}, lambda: prompts(8), (even_ids,), lora=True
+    ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
     ),

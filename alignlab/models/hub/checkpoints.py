@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,20 +38,26 @@ from alignlab.models.hub.adapter_files import (
     with_empty_adapter,
     with_saved_adapter,
 )
-from alignlab.models.hub.checkpoint_checks import NO_CHECKPOINT, check_checkpoint, refuse_other_models
+from alignlab.models.hub.checkpoint_checks import (
+    NO_CHECKPOINT,
+    check_checkpoint,
+    refuse_encoder_decoder,
+    refuse_quantized,
+)
 from alignlab.models.hub.download_limits import waits_for_hub
 from alignlab.models.hub.families import read_hub_config, write_hub_config
 from alignlab.models.hub.folder_limits import check_architecture
 from alignlab.models.hub.generation_defaults import check_generation_file, writable_generation_config
 from alignlab.models.hub.intact import check_folder, named_errors
+from alignlab.models.hub.mtp_files import FAMILY, add_layer, is_behind_layers, refuse_mtp
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.hub.streaming import fill
+from alignlab.models.hub.written_models import as_family, as_own_class, with_mtp_layer
 from alignlab.models.layout import ATTENTION
 from alignlab.models.router_state import is_router_state
-from alignlab.models.shards import without_shards
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.models.weight_view import WeightView, view_of, whole_module, whole_tensors
+from alignlab.models.weight_view import WeightView, view_of
 
 _log = logging.getLogger(__name__)
 _OPTIONS = {"trust_remote_code": False}
@@ -65,39 +70,46 @@ _UNREADABLE = (
 
 
 @waits_for_hub
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+def load_model(
+    name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", mtp: bool = False
+) -> PreTrainedModel | PeftModel:
     """Load the model of a checkpoint, in evaluation mode, with attention "alignlab".
 
     Known Hub families and our own shapes become a `PolicyForCausalLM`; any other architecture is `transformers`' own.
 
     Args:
         name: a Hub id, a local folder, or a packaged model. The folder of an adapter gives its base with it on top.
+        mtp: with the layer for multi-token prediction that the files of DeepSeek-V3 hold, see `mtp_files`.
 
     Raises:
-        CheckpointError: it cannot be found, is damaged, has no safetensors, or needs code of its own.
+        CheckpointError: it cannot be found, is damaged, has no safetensors, or needs code of its own; or has no layer
+            for multi-token prediction.
     """
     if not loads_weights():
-        return _without_weights(name, dtype)
+        return _without_weights(name, dtype, mtp=mtp)
     path = resolve_checkpoint(name)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an adapter names its base, and is found from anywhere
         check_folder(path)
     if is_adapter(path):
+        refuse_mtp(mtp, f"{name} is an adapter")
         refuse_other_tasks(path)
         return with_saved_adapter(_base_model(path, dtype, device), path)
-    model: Any = _streamed(path, dtype, torch.device(device))
+    model: Any = _streamed(path, dtype, torch.device(device), mtp)
     if model is None:
         model = _adopted(_from_hub(name, path, dtype))
+        refuse_mtp(mtp, f"{name} is a {type(model).__name__} whose files are read by transformers")
     return _with_its_attention(model.to(device).eval())
 
 
-def _streamed(path: str, dtype: torch.dtype, device: torch.device) -> PolicyForCausalLM | None:
+def _streamed(path: str, dtype: torch.dtype, device: torch.device, mtp: bool) -> PolicyForCausalLM | None:
     """Load a checkpoint as ours tensor by tensor; None if its family, or a tensor of its files, is unknown here.
 
     What cannot be read is left to transformers too, whose reasons are named errors.
     """
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
+        refuse_quantized(path, config)
         if not isinstance(config, PolicyConfig) and read_hub_config(config) is None:
             return None
         folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=list(_FILES))
@@ -108,6 +120,8 @@ def _streamed(path: str, dtype: torch.dtype, device: torch.device) -> PolicyForC
             model = _adopted(hub)
     except (*_UNREADABLE, AlignlabError):
         return None
+    if mtp:
+        add_layer(model, folder)
     if not isinstance(model, PolicyForCausalLM) or not fill(model, Path(folder), dtype=dtype, device=device):
         return None
     model.config.dtype = dtype
@@ -116,7 +130,7 @@ def _streamed(path: str, dtype: torch.dtype, device: torch.device) -> PolicyForC
     return model
 
 
-def _without_weights(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def _without_weights(name: str, dtype: torch.dtype, *, mtp: bool) -> PreTrainedModel | PeftModel:
     """Return what `load_model` does, on the meta device.
 
     Whether tokens of an architecture that is `transformers`' own can be packed shows in a forward pass alone, and is
@@ -124,6 +138,8 @@ def _without_weights(name: str, dtype: torch.dtype) -> PreTrainedModel | PeftMod
     """
     path: str = resolve_checkpoint(name)
     model: Any = empty_model(name).eval()
+    if mtp:
+        add_layer(model, path)
     model.to(dtype)
     if not isinstance(model, PolicyForCausalLM) and _takes_attention(base_of(path) if is_adapter(path) else path):
         model.set_attn_implementation(ATTENTION)
@@ -220,7 +236,10 @@ def _from_hub(
         kind: sorted(
             str(key)
             for key in report[f"{kind}_keys"]
-            if not (is_router_state(str(key)) or (headless and str(key) == "score.weight"))
+            if not (
+                is_router_state(str(key)) or (headless and str(key) == "score.weight")
+                or (model.config.model_type == FAMILY and is_behind_layers(str(key), model.config.num_hidden_layers))
+            )
         )
         for kind in ("missing", "unexpected", "mismatched")
     }
@@ -237,7 +256,8 @@ def _takes_attention(path: str) -> bool:
     """Return True if the architecture looks up its attention function by name."""
     try:
         config = AutoConfig.from_pretrained(path, **_OPTIONS)
-        refuse_other_models(path, config)
+        refuse_encoder_decoder(path, config)
+        refuse_quantized(path, config)
         architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return bool(architecture._supports_attention_backend)
     except CheckpointError:
@@ -272,6 +292,11 @@ def _adopted(hub: PreTrainedModel) -> PreTrainedModel:
         return hub
     if config is None:
         return hub
+    if config.max_position_embeddings < hub.config.max_position_embeddings:
+        _log.warning(
+            "%s takes sequences of up to %d tokens here: LongRoPE's factors for longer ones would depend on the batch",
+            hub.config.name_or_path or type(hub).__name__, config.max_position_embeddings,
+        )  # fmt: skip
     config.hub_config = hub.config.to_diff_dict()
     config.dtype = hub.dtype
     config.name_or_path = hub.config.name_or_path
@@ -344,29 +369,13 @@ def save_model(
     view = view or view_of(model)
     hub = write_hub_config(model.config) if isinstance(model, PolicyForCausalLM) else None
     try:
-        written = _as_own_class(model, view) if hub is None else _as_family(model, hub, view)
+        written = as_own_class(model, view) if hub is None else as_family(model, hub, view)
     except RuntimeError as error:  # tensors that the family does not have, such as a registered buffer
         raise unsaveable(type(model).__name__, error) from error
-    written.save_pretrained(folder) if weights else save_without_weights(written, folder)
-
-
-def _as_own_class(model: PreTrainedModel, view: WeightView) -> PreTrainedModel:
-    """Return a copy of the model that holds whole tensors, with tied ones tied again."""
-    twin: Any = whole_module(without_shards(model), view)
-    twin.tie_weights()
-    return cast(PreTrainedModel, twin)
-
-
-def _as_family(model: PreTrainedModel, config: PreTrainedConfig, view: WeightView) -> PreTrainedModel:
-    """Return a model of the Hub family's class over the same tensors."""
-    config.dtype = model.dtype
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    names = (name for name in view.names() if not is_router_state(name))
-    twin.load_state_dict(dict(whole_tensors(view, names)), assign=True)
-    twin.tie_weights()
-    twin.generation_config = model.generation_config
-    return twin
+    if weights:
+        written.save_pretrained(folder, state_dict=with_mtp_layer(model, written, view))
+    else:
+        save_without_weights(written, folder)
 
 
 @waits_for_hub

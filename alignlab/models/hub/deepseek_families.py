@@ -69,7 +69,7 @@ def write_deepseek_v3(config: PolicyConfig) -> Fields:
         **_write(config),
         "rope_interleave": config.rope_interleave is not False,
         "norm_topk_prob": config.norm_topk_prob,
-        "num_mtp_layers": 0,
+        "num_mtp_layers": config.num_mtp_layers,
     }
 
 

@@ -103,17 +103,30 @@ def write_olmo2(config: PolicyConfig) -> Fields:
 def read_phi3(hub: Any) -> Fields:
     """Return the fields of a `PolicyConfig` that stand for a `Phi3Config`, those of Phi-4 too.
 
+    Under LongRoPE, sequences have at most `original_max_position_embeddings` tokens, see `rope`.
+
     Raises:
-        ConfigError: the residual stream or the embeddings have dropout.
+        ConfigError: the embeddings have dropout.
     """
-    require_value(hub, "resid_pdrop", 0.0)
     require_value(hub, "embd_pdrop", 0.0)
     rope = dict(hub.rope_parameters)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
-    return {"fused_projections": True, "rope_parameters": rope, **read_one_window(hub)}
+    fields = {"fused_projections": True, "residual_dropout": hub.resid_pdrop, **read_one_window(hub)}
+    if rope["rope_type"] == "longrope":
+        limit = rope["original_max_position_embeddings"]
+        rope["factor"] = rope.get("factor") or hub.max_position_embeddings / limit
+        fields["max_position_embeddings"] = min(hub.max_position_embeddings, limit)
+    return {**fields, "rope_parameters": rope}
 
 
 def write_phi3(config: PolicyConfig) -> Fields:
     """Return the fields of a `Phi3Config` that stand for ours."""
-    return {"sliding_window": config.sliding_window}
+    rope = config.rope_parameters or {}
+    fields: Fields = {"sliding_window": config.sliding_window, "resid_pdrop": config.residual_dropout}
+    if rope.get("rope_type") == "longrope":
+        limit = rope["original_max_position_embeddings"]
+        fields |= {
+            "original_max_position_embeddings": limit, "max_position_embeddings": round(rope["factor"] * limit)
+        }  # fmt: skip
+    return fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model_state_dict
@@ -19,6 +19,7 @@ from alignlab.files.tensor_files import write_streamed
 from alignlab.models.adapters import adapter_state
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.families import write_hub_config
+from alignlab.models.hub.mtp_files import FAMILY, written_tensors
 from alignlab.models.merging import base_parts, merged_parts, untie_config, unties
 from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
@@ -101,9 +102,12 @@ def _named_as_written(model: Model, parts: Iterable[Mapping[str, Tensor]]) -> It
     lm = causal_lm(model)
     written = _written_as(lm)
     is_tied = lm.config.get_text_config().tie_word_embeddings and not unties(model)
+    config: Any = lm.config
+    holds_mtp = written.config.model_type == FAMILY and lm is not written and config.num_mtp_layers > 0
     for part in parts:
+        items = written_tensors(config, part.items()) if holds_mtp else part.items()
         tensors = {
-            name: tensor for name, tensor in part.items()
+            name: tensor for name, tensor in items
             if not is_router_state(name) and not (is_tied and name == "lm_head.weight")
         }
         yield from cast(dict[str, Tensor], revert_weight_conversion(written, tensors)).items()

@@ -16,6 +16,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     KimiLinearConfig,
     LlamaConfig,
     MixtralConfig,
@@ -34,7 +35,14 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.hub import deepseek_families as deepseek
 from alignlab.models.hub import dense_families as dense
 from alignlab.models.hub import recurrent_families as recurrent
-from alignlab.models.hub.family_fields import Fields, balance_coef, read_one_window, read_windows, whole_rotation
+from alignlab.models.hub.family_fields import (
+    Fields,
+    balance_coef,
+    read_one_window,
+    read_windows,
+    require_value,
+    whole_rotation,
+)
 
 _SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -50,16 +58,17 @@ _SHAPE = (
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
     "norm_type", "norm_position", "parallel_attn", "qk_norm_scope", "query_pre_attn_scalar", "embedding_multiplier",
     "rope_local_base_freq", "latent_norm_eps", "fused_projections", "linear_num_key_heads", "linear_num_value_heads",
-    "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_mtp_layers",
+    "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_mtp_layers", "shared_layers",
 )
 _DENSE_SHAPE = ("intermediate_size", "mlp_bias", "mlp_gated")
 _SPARSE_SHAPE = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
     "norm_topk_prob", "routed_scaling_factor", "router_type", "topk_method", "capacity_factor", "router_in_fp32",
-    "shared_expert_gate", "shared_expert_size",
+    "shared_expert_gate", "shared_expert_size", "expert_bias", "router_linear_bias", "swiglu_limit", "swiglu_alpha",
 )
 _RECURRENT = ("gated_deltanet", "fused_gated_deltanet", "kimi_delta_attention")
 _GROUP_SHAPE = ("n_group", "topk_group")
+_UNREAD_WINDOW = 128  # of gpt-oss where no layer has one: `transformers` makes the mask all the same
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,37 @@ def _write_qwen3_moe(config: PolicyConfig) -> Fields:
     }
 
 
+def _read_gpt_oss(hub: Any) -> Fields:
+    require_value(hub, "hidden_act", "silu")
+    return {
+        "attention_bias": hub.attention_bias,
+        "attention_sinks": True,
+        "num_experts": hub.num_local_experts,
+        "num_experts_per_tok": hub.num_experts_per_tok,
+        "moe_intermediate_size": hub.intermediate_size,
+        "router_aux_loss_coef": balance_coef(hub),
+        "router_linear_bias": True,
+        "expert_bias": True,
+        "swiglu_limit": hub.swiglu_limit,
+        "swiglu_alpha": hub.swiglu_alpha,
+        **read_windows(hub),
+    }
+
+
+def _write_gpt_oss(config: PolicyConfig) -> Fields:
+    return {
+        "head_dim": config.head_dim,
+        "attention_bias": config.attention_bias,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "intermediate_size": config.moe_intermediate_size,
+        "swiglu_limit": config.swiglu_limit,
+        "swiglu_alpha": config.swiglu_alpha,
+        "layer_types": config.layer_types,
+        "sliding_window": config.sliding_window or _UNREAD_WINDOW,
+    }
+
+
 FAMILIES = {
     "llama": Family(LlamaConfig, _read_llama, _write_llama),
     "qwen2": Family(Qwen2Config, _read_qwen2, _write_windows),
@@ -171,6 +211,7 @@ FAMILIES = {
     "qwen3_moe": Family(Qwen3MoeConfig, _read_qwen3_moe, _write_qwen3_moe),
     "gemma2": Family(Gemma2Config, dense.read_gemma2, dense.write_gemma2),
     "gemma3_text": Family(Gemma3TextConfig, dense.read_gemma3, dense.write_gemma3),
+    "gpt_oss": Family(GptOssConfig, _read_gpt_oss, _write_gpt_oss),
     "olmo2": Family(Olmo2Config, dense.read_olmo2, dense.write_olmo2),
     "phi3": Family(Phi3Config, dense.read_phi3, dense.write_phi3),
     "deepseek_v3": Family(DeepseekV3Config, deepseek.read_deepseek_v3, deepseek.write_deepseek_v3),
@@ -225,7 +266,11 @@ def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfi
         translated_back = read_hub_config(hub)
     except (StrictDataclassError, ConfigError, KeyError):  # the last: of options of a rotation
         return None
-    return hub if translated_back is not None and _shape(translated_back) == _shape(config) else None
+    if translated_back is None:
+        return None
+    if name == "deepseek_v3" and config.mtp_mlp_layer_type == "sparse":  # a config does not say what its files hold
+        translated_back.num_mtp_layers = config.num_mtp_layers
+    return hub if _shape(translated_back) == _shape(config) else None
 
 
 def _shape(config: PolicyConfig) -> Fields:

@@ -144,4 +144,6 @@ def _num_weights(architecture: Mapping[str, Any], vocab_size: int) -> float:
     experts = field("num_experts")
     matrices = 3 if architecture.get("mlp_gated", True) else 2
     mlp = matrices * hidden * (experts * field("moe_intermediate_size") if experts else field("intermediate_size"))
-    return vocab_size * hidden + field("num_hidden_layers") * (2 * hidden * hidden + mlp)
+    blocks = architecture.get("shared_layers")
+    layers = len({str(block) for block in blocks}) if isinstance(blocks, list) else field("num_hidden_layers")
+    return vocab_size * hidden + layers * (2 * hidden * hidden + mlp)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from alignlab.models.config import PolicyConfig
 from alignlab.models.hub.host_copies import is_shared, shared_copies
+from alignlab.models.hub.mtp_files import check_copies, copies, file_name, is_behind_layers, is_of_family
 from alignlab.models.hub.weight_files import Piece, WeightFiles, plan_of
 from alignlab.models.router_state import is_router_state
 from alignlab.models.transformer import PolicyForCausalLM
+
+_log = logging.getLogger(__name__)
 
 
 def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: torch.device) -> bool:
@@ -36,9 +41,22 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
     tied = _tied(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     optional = {name for name in wanted if is_router_state(name) and name not in files.shapes}
-    plan = plan_of(files, {name: tensor.shape for name, tensor in wanted.items() if name not in optional})
-    if plan is None:
+    is_family = is_of_family(model.config)
+    names = {name: file_name(name, model.config) if is_family else name for name in wanted if name not in optional}
+    of_files = plan_of(
+        files, {named: wanted[name].shape for name, named in names.items()}, may_remain=_unread(model.config)
+    )
+    if of_files is None:
         return False
+    plan = {name: of_files[named] for name, named in names.items()}
+    read = {piece.name for pieces in plan.values() for piece in pieces}
+    if is_family and not model.config.num_mtp_layers and files.shapes.keys() - read:
+        _log.warning(
+            "the layer for multi-token prediction in %s is left out, as model.mtp says, and will not be written back",
+            folder,
+        )
+    if is_family and model.config.num_mtp_layers:
+        check_copies(files, model.config)
     # Parameters are on the meta device, and get the dtype; buffers have values, and keep theirs.
     dtypes = {name: dtype if wanted[name].is_meta else wanted[name].dtype for name in plan}
     empty = {name: torch.empty(wanted[name].shape, dtype=dtypes[name], device="meta") for name in plan}
@@ -49,6 +67,15 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
             _put(model, name, buffer.to(device))
     model.tie_weights()
     return True
+
+
+def _unread(config: PolicyConfig) -> Callable[[str], bool]:
+    """Return which tensors of the files are not read: a layer for multi-token prediction, or its copies alone."""
+    if not is_of_family(config):
+        return lambda _: False
+    if config.num_mtp_layers:
+        return copies(config).__contains__
+    return lambda name: is_behind_layers(name, config.num_hidden_layers)
 
 
 def _tied(model: PolicyForCausalLM) -> set[str]:

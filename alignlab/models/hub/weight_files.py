@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,11 +139,14 @@ class WeightFiles:
         return next(iter(self.shapes[last.name]), 1) if last.rows is None else last.rows.stop
 
 
-def plan_of(files: WeightFiles, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Piece, ...]] | None:
+def plan_of(
+    files: WeightFiles, shapes: Mapping[str, torch.Size], *, may_remain: Callable[[str], bool] = lambda _: False
+) -> dict[str, tuple[Piece, ...]] | None:
     """Return the pieces of each parameter and buffer; None if a tensor is missing, superfluous or of another shape.
 
     Args:
         shapes: by our names.
+        may_remain: whether a tensor of the files, by its name, may be left unread.
     """
     plan: dict[str, tuple[Piece, ...]] = {}
     for name, shape in shapes.items():
@@ -152,7 +155,7 @@ def plan_of(files: WeightFiles, shapes: Mapping[str, torch.Size]) -> dict[str, t
             return None
         plan[name] = pieces
     used = {piece.name for pieces in plan.values() for piece in pieces}
-    return plan if used == set(files.shapes) else None
+    return plan if all(may_remain(name) for name in files.shapes.keys() - used) else None
 
 
 def _files(folder: Path) -> list[Path]:

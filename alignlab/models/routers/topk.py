@@ -36,6 +36,7 @@ class TopKRouter(nn.Module):
     methods.
 
     Attributes:
+        bias: [E], of the product that gives the logits; None without.
         scoring: how logits become scores and gates, by `scoring_func`.
         e_score_correction_bias: [E], added to the scores that choose, never to the gates; None without such balancing.
             Wang et al. (2024), arXiv:2408.15664.
@@ -56,6 +57,7 @@ class TopKRouter(nn.Module):
         self.scoring = SCORINGS[config.scoring_func]
         self.explores = True
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_linear_bias else None
         self.register_buffer("expert_load", torch.full((config.num_experts,), 1 / config.num_experts))
         biased = config.has_router_bias
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts) if biased else None)
@@ -70,6 +72,8 @@ class TopKRouter(nn.Module):
     def initialize(self) -> None:
         """Set weight, loads and bias to what a new model starts with."""
         init.normal_(self.weight, std=self.config.initializer_range)
+        if self.bias is not None:
+            init.zeros_(self.bias)
         init.constant_(self.expert_load, 1 / self.config.num_experts)
         if self.e_score_correction_bias is not None:
             init.zeros_(self.e_score_correction_bias)
@@ -87,9 +91,10 @@ class TopKRouter(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: RoutedTokens) -> RouterScores:
         if self.config.router_in_fp32:
-            logits = F.linear(hidden.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(hidden.float(), self.weight.float(), bias)
         else:
-            logits = F.linear(hidden, self.weight).float()
+            logits = F.linear(hidden, self.weight, self.bias).float()
         return RouterScores(logits, self.scoring.scores(logits))
 
     @torch.no_grad()
