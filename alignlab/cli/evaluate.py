@@ -28,6 +28,7 @@ from alignlab.cli.policy import (
     resolved_dtype,
     sampling_settings,
 )
+from alignlab.cli.strategies import add_strategy_arguments, measure_models
 from alignlab.errors import AlignlabError, ConfigError, DataError, RolloutError
 
 if TYPE_CHECKING:
@@ -87,24 +88,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = "show the completions of N problems; with several models, of N problems on which they differ"
     parser.add_argument("--show", type=int, metavar="N", default=0, help=shown)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
+    add_strategy_arguments(parser)
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     check_arguments(args)
+    config = default = None
     if args.config is not None:
         from alignlab.config.loader import load_config
 
         config = load_config(args.config, args.set)
         plan, default = plan_of_config(config, args), config.model.name
     else:
-        plan, default = plan_of_task(args), None
+        plan = plan_of_task(args)
     candidates = candidates_of(args.models, args.adapter, default)
     for candidate in candidates:
         if not candidate.is_as_given:
             print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
-    if len(candidates) > 1:
+    if args.strategy:
+        measure_models(plan, config, candidates, args)
+    elif len(candidates) > 1:
         compare(plan, candidates, args)
     else:
         evaluate_one(plan, candidates[0], args)
@@ -115,7 +120,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that would be ignored or misunderstood."""
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
         raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
-    if args.plot is not None and len(args.models) < 2:
+    if args.pool is not None and not args.strategy:
+        raise ConfigError(f"--pool is {args.pool}, and keeps the samples of strategies; add --strategy majority")
+    if args.show and args.strategy:
+        raise ConfigError("--show shows completions of the plain evaluation; leave it out, or leave out --strategy")
+    if args.plot is not None and len(args.models) < 2 and not args.strategy:
         raise ConfigError("--plot draws several models side by side; give at least two MODELs, or leave it out")
     if args.plot is not None and not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
         raise ConfigError(f"--plot must be a .png file in a folder that exists, and is {args.plot}; correct it")

@@ -1,0 +1,125 @@
+"""The share of votes as a confidence, calibrated by a temperature that is fitted on held-out problems."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.config.strategies import Calibrated
+from alignlab.errors import ConfigError
+from alignlab.evaluation.strategies.figures import DIGITS
+from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.functional.calibration import Bin, expected_calibration_error, fit_temperature, reliability
+
+NUM_RESAMPLES = 500
+MIN_HALF = 2
+
+
+@dataclass(frozen=True)
+class CalibrationError:
+    """An expected calibration error, its 95 % interval over problems, and the bins of the reliability diagram."""
+
+    value: float
+    low: float
+    high: float
+    bins: tuple[Bin, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers, and the bins that are not empty."""
+        rows = [
+            {"low": b.low, "high": b.high, "count": b.count, "confidence": round(b.confidence, DIGITS),
+             "right": round(b.right, DIGITS)}
+            for b in self.bins if b.count
+        ]  # fmt: skip
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{name: round(number, DIGITS) for name, number in numbers.items()}, "bins": rows}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and the errors on other data than it was fitted on.
+
+    Attributes:
+        temperature: confidence becomes sigmoid(logit(confidence) / temperature).
+        num_fitted, num_measured: problems (or tokens) of either part.
+        before, after: errors without the temperature, and with it.
+    """
+
+    temperature: float
+    num_fitted: int
+    num_measured: int
+    before: CalibrationError
+    after: CalibrationError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the calibration as JSON."""
+        return {
+            "temperature": round(self.temperature, DIGITS), "num_fitted": self.num_fitted,
+            "num_measured": self.num_measured, "error_before": self.before.to_json(),
+            "error_after": self.after.to_json(),
+        }  # fmt: skip
+
+
+def check_halves(settings: Calibrated, num_problems: int) -> None:
+    """Raise if there are no problems to fit or to measure on.
+
+    Raises:
+        ConfigError: one of the two parts has fewer than two problems.
+    """
+    num_fitted = round(settings.held_out_frac * num_problems)
+    smaller = min(num_fitted, num_problems - num_fitted)
+    if smaller < MIN_HALF:
+        raise ConfigError(
+            f"--strategy calibrated: held_out_frac is {settings.held_out_frac}, and must leave at least {MIN_HALF} of "
+            f"{num_problems} problems to fit the temperature on and {MIN_HALF} to measure the error on; give more "
+            "problems, or another fraction"
+        )
+
+
+def calibrate_votes(problems: Sequence[GradedProblem], settings: Calibrated, seed: int) -> Calibration:
+    """Fit the temperature of vote shares on some problems, and measure the errors on the others.
+
+    The confidence in the leading answer is (its votes + 1/2) / (samples + 1), never 0 or 1.
+    """
+    check_halves(settings, len(problems))
+    shares = [leading_share(problem) for problem in problems]
+    order = random.Random(seed).sample(range(len(problems)), len(problems))
+    num_fitted = round(settings.held_out_frac * len(problems))
+    fitted, measured = ([shares[row] for row in rows] for rows in (order[:num_fitted], order[num_fitted:]))
+    temperature = fit_temperature(*_logits(fitted))
+    logits, right = _logits(measured)
+    before, after = (
+        calibration_error(torch.sigmoid(logits / by), right, settings.bins, seed) for by in (1.0, temperature)
+    )
+    return Calibration(temperature, len(fitted), len(measured), before, after)
+
+
+def leading_share(problem: GradedProblem) -> tuple[float, float]:
+    """Return the confidence in a problem's leading answer, and its worth; of several leading ones, the mean."""
+    votes = problem.votes()
+    most = max((count for count, _ in votes), default=0)
+    worths = [worth for count, worth in votes if count == most]
+    return (most + 0.5) / (problem.num_samples + 1), sum(worths) / len(worths) if worths else 0.0
+
+
+def calibration_error(confidence: Tensor, right: Tensor, num_bins: int, seed: int) -> CalibrationError:
+    """Return the expected calibration error with its bootstrap interval over the items."""
+    bins = reliability(confidence, right, num_bins=num_bins)
+    generator, n = torch.Generator().manual_seed(seed), len(confidence)
+    errors = []
+    for _ in range(NUM_RESAMPLES):
+        drawn = torch.randint(n, (n,), generator=generator)
+        errors.append(expected_calibration_error(reliability(confidence[drawn], right[drawn], num_bins=num_bins)))
+    errors.sort()
+    cut = int(NUM_RESAMPLES * 0.025)
+    return CalibrationError(expected_calibration_error(bins), errors[cut], errors[-1 - cut], tuple(bins))
+
+
+def _logits(shares: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    confidence, right = torch.tensor(shares, dtype=torch.float64).T
+    return torch.logit(confidence), right
