@@ -84,7 +84,7 @@ class Confidence(_Strategy):
 
 
 class Budget(_Strategy):
-    """Budget forcing: thinking is cut at a number of tokens, and drawn out by "Wait", before the answer is asked for."""
+    """Budget forcing: thinking is cut at a number of tokens, or drawn out by "Wait"; then the answer is asked for."""
 
     budgets: tuple[int, ...] = Field(min_length=1)
     """Tokens of thinking, one figure each."""

@@ -1,6 +1,7 @@
 """Calibration: whether a confidence is the rate of being right; and the temperature that brings it nearer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import exp, log
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
-_BISECTIONS = 60
+_MAX_EVALUATIONS, _TOLERANCE = 60, 1e-5
 
 
 class Bin(NamedTuple):
@@ -66,29 +67,61 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float:
     return sum(of_bin.count * abs(of_bin.right - of_bin.confidence) for of_bin in bins) / total
 
 
-def fit_temperature(logits: Float[Tensor, "N"], right: Float[Tensor, "N"]) -> float:
+def fit_temperature(logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"]) -> float:
     """Return the temperature T > 0 that makes what was right likeliest.
 
-        minimise over T: -sum right log sigmoid(z / T) + (1 - right) log sigmoid(-z / T)
-
-    In 1 / T the loss is convex: its slope, sum (sigmoid(z / T) - right) z, is brought to 0 by bisection.
+        minimise over T: -sum over n, c of targets_nc log softmax(z_n / T)_c
 
     Args:
-        logits: log(confidence / (1 - confidence)), finite; N >= 1.
-        right: see `reliability`.
+        logits: z, unnormalised log-probs of C classes; -inf for a class that an item does not have.
+        targets: probabilities of the right class, such as 1 for it; each row sums to 1. N >= 1.
 
     Returns:
-        Between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; one of the two where the loss falls beyond it, such as where
-        confidence says nothing about being right.
+        See `solve_temperature`.
 
-    Reference: Guo et al. (2017), arXiv:1706.04599, Sec. 4.2.
+    Reference: Guo et al. (2017), arXiv:1706.04599, Sec. 4.2, Eq. 9.
     """
     if not len(logits):
         raise ValueError("there are no logits to calibrate on, and must be at least 1; give held-out data")
-    z, y = logits.double(), right.double()
-    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
-        slope = float(((torch.sigmoid(z * middle) - y) * z).sum())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return 1 / (low * high) ** 0.5
+    has_class = logits > -torch.inf
+    z = logits.double().where(has_class, 0.0)
+    right = (targets.double() * z).sum()
+
+    def slope(inverse: float) -> float:
+        probabilities = torch.softmax((z * inverse).where(has_class, -torch.inf), dim=1)
+        return float((probabilities * z).sum() - right)
+
+    return solve_temperature(slope)
+
+
+def solve_temperature(slope: Callable[[float], float]) -> float:
+    """Return the temperature at which the loss of `fit_temperature` is smallest, to a relative 1e-4.
+
+    In b = 1 / T the loss is convex. Its slope, sum over n of (mean of z under softmax(b z) - z of the right class), is
+    brought to 0 by false position in log b (the Illinois rule), which needs few evaluations.
+
+    Args:
+        slope: of the loss by b, at b.
+
+    Returns:
+        Between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; one of the two where the loss falls beyond it, such as where
+        all that was likeliest was right.
+    """
+    low, high = -log(MAX_TEMPERATURE), -log(MIN_TEMPERATURE)
+    at_low, at_high = slope(exp(low)), slope(exp(high))
+    if at_low >= 0 or at_high <= 0:
+        return MAX_TEMPERATURE if at_low >= 0 else MIN_TEMPERATURE
+    last = 0
+    for _ in range(_MAX_EVALUATIONS):
+        middle = low - at_low * (high - low) / (at_high - at_low)
+        if not low < middle < high:
+            break
+        at_middle = slope(exp(middle))
+        if at_middle == 0 or high - low < _TOLERANCE:
+            break
+        # The end that stays twice counts half, or it would stay for ever.
+        if at_middle < 0:
+            low, at_low, at_high, last = middle, at_middle, at_high / (2 if last < 0 else 1), -1
+        else:
+            high, at_high, at_low, last = middle, at_middle, at_low / (2 if last > 0 else 1), 1
+    return exp(-middle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Calibration:
     """A temperature, and the errors on other data than it was fitted on.
 
     Attributes:
-        temperature: confidence becomes sigmoid(logit(confidence) / temperature).
+        temperature: that divides the log-probs.
         num_fitted, num_measured: problems (or tokens) of either part.
         before, after: errors without the temperature, and with it.
     """
@@ -82,29 +83,42 @@ def check_halves(settings: Calibrated, num_problems: int) -> None:
 
 
 def calibrate_votes(problems: Sequence[GradedProblem], settings: Calibrated, seed: int) -> Calibration:
-    """Fit the temperature of vote shares on some problems, and measure the errors on the others.
+    """Fit the temperature of the shares of votes on some problems, and measure the errors on the others.
 
-    The confidence in the leading answer is (its votes + 1/2) / (samples + 1), never 0 or 1.
+    The confidence is the probability of the leading answer, see `vote_logits`.
     """
     check_halves(settings, len(problems))
-    shares = [leading_share(problem) for problem in problems]
     order = random.Random(seed).sample(range(len(problems)), len(problems))
     num_fitted = round(settings.held_out_frac * len(problems))
-    fitted, measured = ([shares[row] for row in rows] for rows in (order[:num_fitted], order[num_fitted:]))
-    temperature = fit_temperature(*_logits(fitted))
-    logits, right = _logits(measured)
+    width = max(len(problem.votes()) for problem in problems) + 1
+    fitted, measured = (
+        [vote_logits(problems[row], width) for row in rows] for rows in (order[:num_fitted], order[num_fitted:])
+    )
+    fitted_logits, worths = map(torch.stack, zip(*fitted, strict=True))
+    temperature = fit_temperature(fitted_logits, worths / worths.sum(dim=1, keepdim=True))
+    logits, worths = map(torch.stack, zip(*measured, strict=True))
+    leading = logits[:, :-1].argmax(dim=1, keepdim=True)  # of several, the first to appear
+    right = worths.gather(1, leading)[:, 0]
     before, after = (
-        calibration_error(torch.sigmoid(logits / by), right, settings.bins, seed) for by in (1.0, temperature)
+        calibration_error(torch.softmax(logits / by, dim=1).gather(1, leading)[:, 0], right, settings.bins, seed)
+        for by in (1.0, temperature)
     )
     return Calibration(temperature, len(fitted), len(measured), before, after)
 
 
-def leading_share(problem: GradedProblem) -> tuple[float, float]:
-    """Return the confidence in a problem's leading answer, and its worth; of several leading ones, the mean."""
-    votes = problem.votes()
-    most = max((count for count, _ in votes), default=0)
-    worths = [worth for count, worth in votes if count == most]
-    return (most + 0.5) / (problem.num_samples + 1), sum(worths) / len(worths) if worths else 0.0
+def vote_logits(problem: GradedProblem, width: int) -> tuple[Tensor, Tensor]:
+    """Return the log of each answer's votes, and the answer's worth, both [width].
+
+    The last place stands for all that no sample says. Its votes are the samples without an answer, and a half; it is
+    worth 1 where no sample is right.
+    """
+    logits = torch.full((width,), -math.inf, dtype=torch.float64)
+    worths = torch.zeros(width, dtype=torch.float64)
+    for place, (count, worth) in enumerate(problem.votes()):
+        logits[place], worths[place] = math.log(count), worth
+    logits[-1] = math.log(problem.answers.count(None) + 0.5)
+    worths[-1] = max(0.0, 1 - float(worths.sum()))
+    return logits, worths
 
 
 def calibration_error(confidence: Tensor, right: Tensor, num_bins: int, seed: int) -> CalibrationError:
@@ -119,7 +133,3 @@ def calibration_error(confidence: Tensor, right: Tensor, num_bins: int, seed: in
     cut = int(NUM_RESAMPLES * 0.025)
     return CalibrationError(expected_calibration_error(bins), errors[cut], errors[-1 - cut], tuple(bins))
 
-
-def _logits(shares: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    confidence, right = torch.tensor(shares, dtype=torch.float64).T
-    return torch.logit(confidence), right

@@ -1,7 +1,8 @@
 """Confidence-weighted votes with early stop, replayed on a pool.
 
-Reference: Fu et al. (2025), DeepConf, arXiv:2508.15260, Sec. 3 and Alg. 2. The paper's confidence of a token is the mean
-log-prob of its likeliest alternatives; engines report the log-prob of the sampled token alone, and it is used here.
+Reference: Fu et al. (2025), DeepConf, arXiv:2508.15260, Sec. 3 and Alg. 2. The paper's confidence of a token is the
+negative mean log-prob of the likeliest tokens there, which is large where one of them has nearly all the probability.
+Engines report the log-prob of the sampled token alone, and that is used here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.strategies import LOGPROB
@@ -27,6 +26,7 @@ class GradedProblem:
     """A problem and its n samples.
 
     Attributes:
+        row: of the problem in the pool.
         right: 1 for a sample that the scorer values at exactly 1, else 0.
         answers: number of each sample's answer, from 0 in the order of appearance; None for a sample that states none,
             and everywhere if answers are not read.
@@ -36,6 +36,7 @@ class GradedProblem:
         logprobs: log-probs of these tokens under the model, nats.
     """
 
+    row: int
     right: tuple[float, ...]
     answers: tuple[int | None, ...]
     scores: Mapping[str, tuple[float, ...]]
@@ -121,7 +122,7 @@ def grade(
     named = {"": scorer, **(rewards or {})}
     values = {name: _values(pool.rollouts, reward, time_limit_s) for name, reward in named.items()}
     graded = [
-        _graded(rollout, {name: of_reward[row] for name, of_reward in values.items()}, reader)
+        _graded(row, rollout, {name: of_reward[row] for name, of_reward in values.items()}, reader)
         for row, rollout in enumerate(pool.rollouts)
         if None not in values[""][row]
     ]
@@ -134,7 +135,7 @@ def grade(
 
 
 def _graded(
-    rollout: Rollout, values: Mapping[str, Sequence[float | None]], reader: AnswerReader | None
+    row: int, rollout: Rollout, values: Mapping[str, Sequence[float | None]], reader: AnswerReader | None
 ) -> GradedProblem:
     texts = [completion.text for completion in rollout.completions]
     logprobs = tuple(sampled_logprobs(completion) for completion in rollout.completions)
@@ -143,6 +144,7 @@ def _graded(
         for name, of_reward in values.items() if name
     }  # fmt: skip
     return GradedProblem(
+        row=row,
         right=tuple(float(value == RIGHT) for value in values[""]),
         answers=(None,) * len(texts) if reader is None else reader.numbers(texts),
         scores={**scores, LOGPROB: tuple(fmean(of_one) if of_one else -math.inf for of_one in logprobs)},
@@ -172,12 +174,3 @@ def _values(
         runner.close()
     return [rollout.reward_parts[reward.name] for rollout in scored]
 
-
-def as_facts(**facts: Any) -> dict[str, Any]:
-    """Return facts of a pool as JSON."""
-    return {name: as_plain(value) for name, value in facts.items()}
-
-
-def as_plain(value: Any) -> Any:
-    """Return settings as a dict; anything else unchanged."""
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

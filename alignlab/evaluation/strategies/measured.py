@@ -58,13 +58,11 @@ def powers_of_two(num_samples: int) -> tuple[int, ...]:
     return (*(2**i for i in range(num_samples.bit_length()) if 2**i < num_samples), num_samples)
 
 
-def check_strategies(
-    strategies: Sequence[Strategy], ks: Sequence[int], *, num_samples: int, num_problems: int
-) -> None:
-    """Raise if a strategy cannot be measured on a pool, before it is drawn.
+def check_samples(strategies: Sequence[Strategy], ks: Sequence[int], *, num_samples: int) -> None:
+    """Raise if a pool of this size is too small for a strategy.
 
     Raises:
-        ConfigError: a k is over the pool's size, or there are too few samples or problems.
+        ConfigError: a k is over the pool's size, or too small for where a strategy begins.
     """
     out_of_range = [k for k in ks if not 1 <= k <= num_samples]
     if out_of_range:
@@ -73,14 +71,25 @@ def check_strategies(
             "--num-samples, or lower k"
         )
     for strategy in strategies:
-        name = f"--strategy {name_of(strategy)}"
         first = strategy.start if isinstance(strategy, Adaptive) else 1
         if max(ks) < first:
-            raise ConfigError(f"{name}: start is {first}, and must be at most the largest k ({max(ks)}); lower it")
+            raise ConfigError(
+                f"--strategy adaptive: start is {first}, and must be at most the largest k ({max(ks)}); lower it, or "
+                "raise --num-samples"
+            )
+
+
+def check_problems(strategies: Sequence[Strategy], num_problems: int) -> None:
+    """Raise if a strategy that learns on a part of the problems has too few.
+
+    Raises:
+        ConfigError: with the number that it needs.
+    """
+    for strategy in strategies:
         if isinstance(strategy, Adaptive) and num_problems < MIN_PROBLEMS:
             raise ConfigError(
-                f"{name} learns on one half of the problems and is measured on the other, and needs at least "
-                f"{MIN_PROBLEMS}, not {num_problems}; give more"
+                f"--strategy {name_of(strategy)} learns on one half of the problems and is measured on the other, and "
+                f"needs at least {MIN_PROBLEMS}, not {num_problems}; give more"
             )
         if isinstance(strategy, Calibrated):
             check_halves(strategy, num_problems)
@@ -94,11 +103,12 @@ def measure_strategies(
     Args:
         name: of the model.
         problems: the graded pool, with answers read and rewards scored as the strategies need.
-        strategies: see `check_strategies`; those that sample by themselves (budget, augment) are left out.
+        strategies: those that sample by themselves (budget, augment) are left out.
         ks: numbers of samples.
         seed: of random subsets and orders.
     """
-    check_strategies(strategies, ks, num_samples=problems[0].num_samples, num_problems=len(problems))
+    check_samples(strategies, ks, num_samples=problems[0].num_samples)
+    check_problems(strategies, len(problems))
     figures = oracle(problems, ks)
     calibrations = []
     for strategy in strategies:

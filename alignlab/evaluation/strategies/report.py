@@ -89,14 +89,16 @@ def plot_strategies(measured: Sequence[MeasuredStrategies], png: Path, *, title:
             figures = sorted(of_model.of(strategy), key=lambda figure: figure.tokens)
             tokens, colour = [figure.tokens for figure in figures], colours.get(strategy, "black")
             label = strategy if len(measured) == 1 else f"{of_model.name}: {strategy}"
-            axis.plot(
-                tokens, [figure.accuracy for figure in figures], _STYLES[number % len(_STYLES)], marker=".",
-                color=colour, label=label,
-            )
+            heights = [figure.accuracy for figure in figures]
             bounds = [figure.interval for figure in figures]
-            axis.fill_between(
-                tokens, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.08, linewidth=0
+            below = [max(0.0, height - low) for height, (low, _) in zip(heights, bounds, strict=True)]
+            above = [max(0.0, high - height) for height, (_, high) in zip(heights, bounds, strict=True)]
+            bars = axis.errorbar(
+                tokens, heights, yerr=(below, above), fmt=_STYLES[number % len(_STYLES)], marker=".", color=colour,
+                label=label, elinewidth=0.8, capsize=2,
             )
+            for bar in (*bars.lines[1], *bars.lines[2]):
+                bar.set_alpha(0.4)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="sampled tokens a problem", ylabel="fraction right, 95 % interval", ylim=(-0.02, 1.02), title=title)
     axis.grid(alpha=0.3)
