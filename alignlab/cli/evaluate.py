@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignlab.cli.candidates import Candidate, candidates_of
+from alignlab.cli.perplexity import add_perplexity_arguments, check_perplexity_arguments, measure_texts
 from alignlab.cli.policy import (
     add_policy_arguments,
     add_sampling_arguments,
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="CONFIG", help="config of a run, whose evaluation is done")
     source.add_argument("--task", metavar="NAME", help="a reasoning_gym task, such as chain_sum")
+    source.add_argument("--perplexity", metavar="FILE", help="texts, or rows of text, or of prompt and completion")
     add_policy_arguments(parser)
     parser.add_argument(
         "--set", metavar="key=value", action="append", default=[], help="override of a setting; repeatable"
@@ -89,12 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=int, metavar="N", default=0, help=shown)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
     add_strategy_arguments(parser)
+    add_perplexity_arguments(parser)
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     check_arguments(args)
+    if args.perplexity is not None:
+        measure_texts(named_candidates(args, None), args)
+        return 0
     config = default = None
     if args.config is not None:
         from alignlab.config.loader import load_config
@@ -103,10 +109,7 @@ def run(args: argparse.Namespace) -> int:
         plan, default = plan_of_config(config, args), config.model.name
     else:
         plan = plan_of_task(args)
-    candidates = candidates_of(args.models, args.adapter, default)
-    for candidate in candidates:
-        if not candidate.is_as_given:
-            print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
+    candidates = named_candidates(args, default)
     if args.strategy:
         measure_models(plan, config, candidates, args)
     elif len(candidates) > 1:
@@ -116,15 +119,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def named_candidates(args: argparse.Namespace, default: str | None) -> list[Candidate]:
+    """Return the models, and print the folders of those that were named by a run's."""
+    candidates = candidates_of(args.models, args.adapter, default)
+    for candidate in candidates:
+        if not candidate.is_as_given:
+            print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
+    return candidates
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that would be ignored or misunderstood."""
+    check_perplexity_arguments(args)
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
         raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
     if args.pool is not None and not args.strategy:
         raise ConfigError(f"--pool is {args.pool}, and keeps the samples of strategies; add --strategy majority")
     if args.show and args.strategy:
         raise ConfigError("--show shows completions of the plain evaluation; leave it out, or leave out --strategy")
-    if args.plot is not None and len(args.models) < 2 and not args.strategy:
+    if args.plot is not None and len(args.models) < 2 and not (args.strategy or args.perplexity):
         raise ConfigError("--plot draws several models side by side; give at least two MODELs, or leave it out")
     if args.plot is not None and not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
         raise ConfigError(f"--plot must be a .png file in a folder that exists, and is {args.plot}; correct it")

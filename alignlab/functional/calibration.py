@@ -17,13 +17,13 @@ class Bin(NamedTuple):
 
     Attributes:
         low, high: its bounds; the last one includes 1.
-        count: number of confidences in it.
+        size: number of confidences in it.
         confidence, right: their means; 0 where there are none.
     """
 
     low: float
     high: float
-    count: int
+    size: int
     confidence: float
     right: float
 
@@ -61,10 +61,10 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float:
 
     Reference: Guo et al. (2017), arXiv:1706.04599, Eq. 3.
     """
-    total = sum(of_bin.count for of_bin in bins)
+    total = sum(of_bin.size for of_bin in bins)
     if total == 0:
         raise ValueError("the bins hold no confidence, and must hold at least 1; give some")
-    return sum(of_bin.count * abs(of_bin.right - of_bin.confidence) for of_bin in bins) / total
+    return sum(of_bin.size * abs(of_bin.right - of_bin.confidence) for of_bin in bins) / total
 
 
 def fit_temperature(logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"]) -> float:

@@ -61,26 +61,28 @@ def ratio_interval(
 
     Args:
         numerators, denominators: one each an item, such as the nats and the tokens of a document; at least one item,
-            and denominators above 0.
+            and denominators of at least 0, not all 0.
         num_resamples: >= 1.
         level: coverage, in (0, 1).
         seed: of the resampling; the same gives the same bounds.
 
     Returns:
-        (low, high): the percentiles (1 - level) / 2 and (1 + level) / 2.
+        (low, high): the percentiles (1 - level) / 2 and (1 + level) / 2; infinity where too many resamples have
+        denominators of 0 alone.
 
     Reference: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", ch. 13.
     """
     check_level(level)
-    if not numerators or min(denominators) <= 0:
-        raise ValueError("there must be at least one item, and each denominator must be above 0")
+    if not numerators or min(denominators) < 0 or sum(denominators) == 0:
+        raise ValueError("there must be at least one item, and denominators must be at least 0, not all 0")
     above = torch.tensor(numerators, dtype=torch.float64)
     below = torch.tensor(denominators, dtype=torch.float64)
     generator, n = torch.Generator().manual_seed(seed), len(above)
     ratios: list[float] = []
     for start in range(0, num_resamples, _DRAWN_TOGETHER):
         drawn = torch.randint(n, (min(_DRAWN_TOGETHER, num_resamples - start), n), generator=generator)
-        ratios += (above[drawn].sum(1) / below[drawn].sum(1)).tolist()
+        sums = below[drawn].sum(1)
+        ratios += torch.where(sums > 0, above[drawn].sum(1) / sums, torch.inf).tolist()
     ratios.sort()
     cut = int(num_resamples * (1 - level) / 2)
     return ratios[cut], ratios[-1 - cut]

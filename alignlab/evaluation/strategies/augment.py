@@ -56,8 +56,8 @@ def same_rows(prompts: Sequence[Prompt], problems: Sequence[Prompt], template: s
     missing = [problem.index for problem in problems if problem.index not in by_index]
     if missing:
         raise DataError(
-            f"the form {template!r:.80} of the prompt leaves out row {missing[0]}, which has no room in it; shorten it, or "
-            "raise data.max_prompt_tokens"
+            f"the form {template!r:.80} of the prompt leaves out row {missing[0]}, which has no room in it; shorten "
+            "it, or raise data.max_prompt_tokens"
         )
     return [by_index[problem.index] for problem in problems]
 

@@ -65,7 +65,7 @@ class Trace:
     def completion(self, tokenizer: PreTrainedTokenizerBase) -> Completion:
         """Return the trace as a completion."""
         return Completion.of(
-            self.token_ids, tokenizer.decode(self.token_ids, skip_special_tokens=True), logprobs=self.logprobs,
+            self.token_ids, str(tokenizer.decode(self.token_ids, skip_special_tokens=True)), logprobs=self.logprobs,
             raw_logprobs=self.raw_logprobs if self.has_raw else None, finish_reason="stop" if self.ended else "length",
             writers=self.writers,
         )
@@ -147,7 +147,7 @@ class BudgetForcing:
         A token that holds text in front of the stop string too is replaced by the tokens of that text.
         """
         written = trace.token_ids[start:]
-        text = self._tokenizer.decode(written)
+        text = str(self._tokenizer.decode(written))
         places = [text.find(end) for end in stop if end in text]
         if not places:
             trace.cut(len(trace.token_ids) - 1)

@@ -33,9 +33,9 @@ class CalibrationError:
     def to_json(self) -> dict[str, Any]:
         """Return the numbers, and the bins that are not empty."""
         rows = [
-            {"low": b.low, "high": b.high, "count": b.count, "confidence": round(b.confidence, DIGITS),
+            {"low": b.low, "high": b.high, "size": b.size, "confidence": round(b.confidence, DIGITS),
              "right": round(b.right, DIGITS)}
-            for b in self.bins if b.count
+            for b in self.bins if b.size
         ]  # fmt: skip
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {**{name: round(number, DIGITS) for name, number in numbers.items()}, "bins": rows}

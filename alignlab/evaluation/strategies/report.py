@@ -79,7 +79,7 @@ def plot_strategies(measured: Sequence[MeasuredStrategies], png: Path, *, title:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
 
-    drawing = Drawing(figsize=(8.4, 5.2), layout="constrained")
+    drawing = Drawing(figsize=(10, 5.2), layout="constrained")
     FigureCanvasAgg(drawing)
     axis = drawing.add_subplot()
     names = list(dict.fromkeys(figure.strategy for of_model in measured for figure in of_model.figures))
@@ -102,6 +102,6 @@ def plot_strategies(measured: Sequence[MeasuredStrategies], png: Path, *, title:
     axis.set_xscale("log", base=2)
     axis.set(xlabel="sampled tokens a problem", ylabel="fraction right, 95 % interval", ylim=(-0.02, 1.02), title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="best")
+    drawing.legend(fontsize=8, loc="outside right upper")
     with replacing(png) as temporary:
         drawing.savefig(temporary, dpi=110, format="png")
