@@ -145,12 +145,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> None:
     """Measure the accuracy of one policy, and print it."""
+    from alignlab.evaluation.accuracy_intervals import accuracy_intervals
+
     with _naming(candidate):
         result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
     show(result, args.show)
     numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
     label = {"name": candidate.name} if candidate.labelled else {}
-    print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result)}))
+    intervals = {name: [round(bound, 4) for bound in bounds] for name, bounds in accuracy_intervals(result).items()}
+    print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result), "intervals": intervals}))
 
 
 @contextmanager
@@ -375,13 +378,16 @@ def check_scorer_accepts_reference(scorer: LoadedReward, prompt: Prompt, tokeniz
 
 def show(result: EvaluationResult, num_problems: int) -> None:
     """Print the metrics, and some completions, on standard error."""
+    from alignlab.evaluation.accuracy_intervals import accuracy_intervals
     from alignlab.evaluation.tables import describe_judged
 
+    intervals = accuracy_intervals(result)
     for problem in result.samples[:num_problems]:
         mark = {True: "right", False: "wrong", None: "not judged"}[problem.greedy_correct]
         lines = [f"problem: {problem.prompt}", f"  answer: {problem.answer}", f"  greedy ({mark}): {problem.greedy}"]
         print("\n".join([*lines, *(f"  sampled: {text}" for text in problem.sampled)]), file=sys.stderr)
-    print(f"{describe_judged(result)} problems, {result.num_samples} samples each", file=sys.stderr)
+    print(f"{describe_judged(result)} problems, {result.num_samples} samples each; 95 % intervals", file=sys.stderr)
     for name, value in result.metrics().items():
         if name != "eval/num_judged":
-            print(f"  {name.removeprefix('eval/'):15} {value:.3f}", file=sys.stderr)
+            low, high = intervals[name.removeprefix("eval/")]
+            print(f"  {name.removeprefix('eval/'):15} {value:.3f}  {low:.2f}..{high:.2f}", file=sys.stderr)

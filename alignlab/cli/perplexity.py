@@ -123,10 +123,15 @@ def report(measured: dict[str, TextLikelihood], facts: dict[str, object], args: 
     """Print the table on standard error, JSON on standard output, and draw the reliability diagram."""
     from rich.console import Console
 
+    from alignlab.evaluation.likelihood.measure import difference
     from alignlab.evaluation.likelihood.report import likelihood_table, plot_reliability
 
-    Console(stderr=True, width=max(120, Console().width)).print(likelihood_table(measured))
-    models = [{"name": name, **result.to_json()} for name, result in measured.items()]
+    Console(stderr=True).print(likelihood_table(measured))
+    first = next(iter(measured.values()))
+    models = []
+    for name, result in measured.items():
+        change = difference(first, result)
+        models.append({"name": name, **result.to_json(), "difference_bits_per_byte": change and change.to_json()})
     print(json.dumps({"texts": args.perplexity, **facts, "models": models}), flush=True)
     if args.plot is not None:
         plot_reliability(measured, args.plot)

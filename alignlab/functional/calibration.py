@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import exp, log
+from statistics import NormalDist, stdev
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,21 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float:
     if total == 0:
         raise ValueError("the bins hold no confidence, and must hold at least 1; give some")
     return sum(of_bin.size * abs(of_bin.right - of_bin.confidence) for of_bin in bins) / total
+
+
+def error_interval(error: float, resampled: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a calibration error, from its values on resampled items.
+
+    The error of a resample is larger on average, by the noise in each bin, so that percentiles may leave the error
+    itself out. The interval is the normal one, error +- z times the standard deviation over resamples, within [0, 1].
+
+    Args:
+        error: of all items.
+        resampled: errors of at least two resamples.
+        level: coverage, in (0, 1); z is the normal quantile of (1 + level) / 2.
+    """
+    half = NormalDist().inv_cdf((1 + level) / 2) * stdev(resampled)
+    return max(0.0, error - half), min(1.0, error + half)
 
 
 def fit_temperature(logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"]) -> float:

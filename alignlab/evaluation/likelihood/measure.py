@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from alignlab.evaluation.likelihood.texts import ScoredText, Window
-from alignlab.functional.calibration import Bin, solve_temperature
+from alignlab.functional.calibration import Bin, error_interval, solve_temperature
 from alignlab.functional.distillation import Head, log_distribution
 from alignlab.functional.intervals import ratio_interval
 from alignlab.functional.logprobs import default_chunk_tokens, head_logits
@@ -89,6 +89,7 @@ class TextLikelihood:
         reliability: of the likeliest next token.
         temperature: fitted on other texts; None without any.
         tempered, tempered_token: reliability and perplexity by token with that temperature.
+        units: nats, tokens and bytes of each text or window that is resampled.
     """
 
     token: Interval
@@ -104,6 +105,7 @@ class TextLikelihood:
     temperature: float | None = None
     tempered: Reliability | None = None
     tempered_token: Interval | None = None
+    units: tuple[tuple[float, float, float], ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON; an infinite one as null."""
@@ -245,7 +247,25 @@ class _Units:
             reliability=_reliability(self.bins, seed), temperature=temperature,
             tempered=None if temperature is None else _reliability(self.tempered_bins, seed),
             tempered_token=None if temperature is None else _ratio(self.tempered_nats, self.tokens, seed).map(_exp),
+            units=tuple(zip(self.nats.tolist(), self.tokens.tolist(), sizes.tolist(), strict=True)),
         )
+
+
+def difference(first: TextLikelihood, second: TextLikelihood) -> Interval | None:
+    """Return how many bits a byte the second model needs more than the first, with the paired bootstrap's interval.
+
+    None for the first itself, and where the two read other units: windows of different tokenizers.
+    """
+    pairs = list(zip(first.units, second.units, strict=False))
+    is_same = len(first.units) == len(second.units) and first.resampled == second.resampled
+    if first is second or not is_same or (first.resampled == "windows" and any(a[1] != b[1] for a, b in pairs)):
+        return None
+    nats = [b[0] - a[0] for a, b in pairs]
+    sizes = [a[2] for a, _ in pairs]
+    if sum(sizes) == 0:
+        return None
+    low, high = ratio_interval(nats, sizes)
+    return Interval(sum(nats) / sum(sizes), low, high).map(lambda value: value / math.log(2))
 
 
 def _ratio(nats: Tensor, sizes: Tensor, seed: int) -> Interval:
@@ -260,15 +280,15 @@ def _ratio(nats: Tensor, sizes: Tensor, seed: int) -> Interval:
 def _reliability(sums: Tensor, seed: int) -> Reliability:
     """Return the calibration error of units' sums [U, bins, 3], with its bootstrap interval over the units."""
     generator = torch.Generator().manual_seed(seed)
-    errors = sorted(
+    errors = [
         _error(sums[torch.randint(len(sums), (len(sums),), generator=generator)].sum(0)) for _ in range(NUM_RESAMPLES)
-    )
-    cut = int(NUM_RESAMPLES * 0.025)
+    ]
     bins = tuple(
         Bin(i / NUM_BINS, (i + 1) / NUM_BINS, int(size), confidence / max(1.0, size), right / max(1.0, size))
         for i, (size, confidence, right) in enumerate(sums.sum(0).tolist())
     )
-    return Reliability(Interval(_error(sums.sum(0)), errors[cut], errors[-1 - cut]), bins)
+    error = _error(sums.sum(0))
+    return Reliability(Interval(error, *error_interval(error, errors)), bins)
 
 
 def _error(sums: Tensor) -> float:

@@ -9,45 +9,53 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from alignlab.evaluation.likelihood.measure import Interval, Reliability, TextLikelihood
+from alignlab.evaluation.likelihood.measure import Interval, Reliability, TextLikelihood, difference
 from alignlab.files.atomic_files import replacing
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def likelihood_table(measured: Mapping[str, TextLikelihood]) -> Table:
-    """Return a table of one row a model, with each figure's interval under it.
+    """Return a table of one column a model, with each figure's interval.
 
     Args:
         measured: by the name of the model.
     """
-    first = next(iter(measured.values()))
+    results = list(measured.values())
+    first = results[0]
     caption = (
-        f"Under a figure: its 95 % interval, by resampling {first.resampled}. Perplexity by token depends on the "
-        "tokenizer; by word and by byte it does not. ECE: calibration error of the likeliest next token; with "
-        "temperature T, fitted on the held-out texts."
+        f"Beside a figure: its 95 % interval, by resampling {first.resampled}. Perplexity by token depends on the "
+        "tokenizer; by word and by byte it does not. Calibration error: of the likeliest next token."
     )
     table = Table(
         title=f"{first.num_texts} texts, {first.num_words} words, {first.num_bytes} bytes", caption=Text(caption),
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )
-    table.add_column("model", overflow="fold", min_width=8)
-    columns = ["tokens", "by token", "by word", "by byte", "bits/byte", "ECE"]
+    table.add_column("")
+    for name in measured:
+        table.add_column(Text(name, overflow="fold"), justify="right")
+    table.add_row("tokens", *(str(result.num_tokens) for result in results))
+    figures: dict[str, list[Interval | None]] = {
+        "perplexity by token": [result.token for result in results],
+        "perplexity by word": [result.word for result in results],
+        "perplexity by byte": [result.byte for result in results],
+        "bits a byte": [result.bits_per_byte for result in results],
+        f"  less those of {next(iter(measured))}": [difference(first, result) for result in results],
+        "calibration error": [result.reliability.error for result in results],
+    }
     if first.temperature is not None:
-        columns += ["T", "by token, T", "ECE, T"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, result in measured.items():
-        figures = (result.token, result.word, result.byte, result.bits_per_byte, result.reliability.error)
-        cells = [str(result.num_tokens), *map(_cell, figures)]
-        if result.temperature is not None and result.tempered is not None and result.tempered_token is not None:
-            cells += [f"{result.temperature:.3f}", _cell(result.tempered_token), _cell(result.tempered.error)]
-        table.add_row(Text(name), *cells)
+        figures["with the temperature: by token"] = [result.tempered_token for result in results]
+        figures["  calibration error"] = [result.tempered and result.tempered.error for result in results]
+    for name, row in figures.items():
+        if any(figure is not None for figure in row):
+            table.add_row(Text(name), *map(_cell, row))
+    if first.temperature is not None:
+        table.add_row("temperature", *(f"{result.temperature:.3f}" for result in results))
     return table
 
 
-def _cell(figure: Interval) -> str:
-    return f"{figure.value:.4g}\n{figure.low:.4g}..{figure.high:.4g}"
+def _cell(figure: Interval | None) -> str:
+    return "" if figure is None else f"{figure.value:.4g}  {figure.low:.4g}..{figure.high:.4g}"
 
 
 def plot_reliability(measured: Mapping[str, TextLikelihood], png: Path) -> None:

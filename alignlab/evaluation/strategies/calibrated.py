@@ -15,7 +15,13 @@ from alignlab.config.strategies import Calibrated
 from alignlab.errors import ConfigError
 from alignlab.evaluation.strategies.figures import DIGITS
 from alignlab.evaluation.strategies.graded import GradedProblem
-from alignlab.functional.calibration import Bin, expected_calibration_error, fit_temperature, reliability
+from alignlab.functional.calibration import (
+    Bin,
+    error_interval,
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+)
 
 NUM_RESAMPLES = 500
 MIN_HALF = 2
@@ -129,7 +135,6 @@ def calibration_error(confidence: Tensor, right: Tensor, num_bins: int, seed: in
     for _ in range(NUM_RESAMPLES):
         drawn = torch.randint(n, (n,), generator=generator)
         errors.append(expected_calibration_error(reliability(confidence[drawn], right[drawn], num_bins=num_bins)))
-    errors.sort()
-    cut = int(NUM_RESAMPLES * 0.025)
-    return CalibrationError(expected_calibration_error(bins), errors[cut], errors[-1 - cut], tuple(bins))
+    error = expected_calibration_error(bins)
+    return CalibrationError(error, *error_interval(error, errors), tuple(bins))
 
