@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from alignlab.cli.evaluate import Plan
     from alignlab.config.run import RunConfig
-    from alignlab.config.strategies import Budget, Strategy
     from alignlab.evaluation.strategies.graded import AnswerReader, GradedProblem
     from alignlab.evaluation.strategies.measured import MeasuredStrategies
     from alignlab.evaluation.strategies.pool import Pool
+    from alignlab.evaluation.strategies.settings import Budget, Strategy
     from alignlab.rollout.engine import RolloutEngine
     from alignlab.scoring.loading import LoadedReward
     from alignlab.types import Prompt, Rollout
@@ -114,9 +114,9 @@ def prepare(
     Raises:
         ConfigError: a strategy is unknown, a setting out of range, a reward or a file missing.
     """
-    from alignlab.config.strategies import Augment, parse_strategy
     from alignlab.evaluation.strategies.augment import read_templates
     from alignlab.evaluation.strategies.measured import check_samples, powers_of_two
+    from alignlab.evaluation.strategies.settings import Augment, parse_strategy
 
     strategies = [parse_strategy(word) for word in args.strategy]
     repeated = next((word for word in args.strategy if args.strategy.count(word) > 1), None)
@@ -159,10 +159,10 @@ def prompts_of(work: Work, candidates: Sequence[Candidate]) -> list[ModelPrompts
         AlignlabError: a model cannot be given the problems, or there are too few for a strategy.
     """
     from alignlab.cli.evaluate import same_problems
-    from alignlab.config.strategies import Budget
     from alignlab.evaluation.strategies.augment import same_rows
     from alignlab.evaluation.strategies.budget import most_new_tokens
     from alignlab.evaluation.strategies.measured import check_problems
+    from alignlab.evaluation.strategies.settings import Budget
 
     plan, scorer = work.plan, work.judges.scorer
     lengths = [most_new_tokens(strategy) for strategy in work.strategies if isinstance(strategy, Budget)]
@@ -203,9 +203,9 @@ def load_judges(plan: Plan, config: RunConfig | None, strategies: Sequence[Strat
     Raises:
         ConfigError: one cannot be loaded, or votes are to be counted and the scorer does not say how answers are read.
     """
-    from alignlab.config.strategies import LOGPROB
     from alignlab.evaluation.evaluate import require_scorer
     from alignlab.evaluation.strategies.graded import AnswerReader
+    from alignlab.evaluation.strategies.settings import LOGPROB
     from alignlab.scoring.loading import load_reward
 
     scorer = load_reward(plan.scorer)
@@ -224,7 +224,7 @@ def load_named(name: str, config: RunConfig | None) -> LoadedReward:
     """
     from alignlab.cli.judge import judge_of
     from alignlab.config.rewards import RewardSettings
-    from alignlab.config.strategies import JUDGE
+    from alignlab.evaluation.strategies.settings import JUDGE
     from alignlab.scoring.judges.judge_rewards import RatingReward
     from alignlab.scoring.loading import LoadedReward, load_reward
 
@@ -239,10 +239,10 @@ def load_named(name: str, config: RunConfig | None) -> LoadedReward:
 
 def measure_model(work: Work, candidate: Candidate, prompts: ModelPrompts) -> MeasuredStrategies:
     """Return one model's figures."""
-    from alignlab.config.strategies import Augment, Budget
     from alignlab.evaluation.strategies.augment import augment, joined
     from alignlab.evaluation.strategies.budget import budget_figure
     from alignlab.evaluation.strategies.measured import measure_strategies
+    from alignlab.evaluation.strategies.settings import Augment, Budget
 
     sampler = Sampler(work, candidate)
     try:

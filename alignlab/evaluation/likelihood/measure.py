@@ -32,7 +32,7 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Interval(NamedTuple):
-    """A figure and the bounds of its 95 % interval."""
+    """A figure and the bounds of its 95 % interval; nan where a single text or window says nothing about them."""
 
     value: float
     low: float
@@ -42,9 +42,10 @@ class Interval(NamedTuple):
         """Return the figures under an increasing function."""
         return Interval(*map(function, self))
 
-    def to_json(self) -> dict[str, float]:
-        """Return the rounded numbers, by name."""
-        return {name: round(value, DIGITS) for name, value in self._asdict().items()}
+    def to_json(self) -> dict[str, float | None]:
+        """Return the rounded numbers, by name; None for those that are not finite."""
+        rounded = {name: round(value, DIGITS) for name, value in self._asdict().items()}
+        return {name: value if math.isfinite(value) else None for name, value in rounded.items()}
 
 
 class TokenStatistics(NamedTuple):
@@ -108,17 +109,16 @@ class TextLikelihood:
     units: tuple[tuple[float, float, float], ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON; an infinite one as null."""
-        entries = {
+        """Return the figures as JSON."""
+        entries: dict[str, Interval | Reliability | None] = {
             "token_perplexity": self.token, "word_perplexity": self.word, "byte_perplexity": self.byte,
             "bits_per_byte": self.bits_per_byte, "token_perplexity_tempered": self.tempered_token,
             "calibration": self.reliability, "calibration_tempered": self.tempered,
         }  # fmt: skip
         sizes = {name: getattr(self, name) for name in ("num_texts", "num_tokens", "num_words", "num_bytes")}
         numbers = {name: value.to_json() for name, value in entries.items() if value is not None}
-        finite = {name: {k: None if v == math.inf else v for k, v in of.items()} for name, of in numbers.items()}
         temperature = {} if self.temperature is None else {"temperature": round(self.temperature, DIGITS)}
-        return {**sizes, "resampled": self.resampled, **temperature, **finite}
+        return {**sizes, "resampled": self.resampled, **temperature, **numbers}
 
 
 class LikelihoodMeter:
@@ -257,7 +257,7 @@ def difference(first: TextLikelihood, second: TextLikelihood) -> Interval | None
     None for the first itself, and where the two read other units: windows of different tokenizers.
     """
     pairs = list(zip(first.units, second.units, strict=False))
-    is_same = len(first.units) == len(second.units) and first.resampled == second.resampled
+    is_same = len(first.units) == len(second.units) > 1 and first.resampled == second.resampled
     if first is second or not is_same or (first.resampled == "windows" and any(a[1] != b[1] for a, b in pairs)):
         return None
     nats = [b[0] - a[0] for a, b in pairs]
@@ -273,8 +273,10 @@ def _ratio(nats: Tensor, sizes: Tensor, seed: int) -> Interval:
     total = float(sizes.sum())
     if total == 0:
         return Interval(math.inf, math.inf, math.inf)
-    low, high = ratio_interval(nats.tolist(), sizes.tolist(), seed=seed)
-    return Interval(float(nats.sum()) / total, low, high)
+    value = float(nats.sum()) / total
+    if len(nats) == 1:
+        return Interval(value, math.nan, math.nan)
+    return Interval(value, *ratio_interval(nats.tolist(), sizes.tolist(), seed=seed))
 
 
 def _reliability(sums: Tensor, seed: int) -> Reliability:
@@ -288,7 +290,8 @@ def _reliability(sums: Tensor, seed: int) -> Reliability:
         for i, (size, confidence, right) in enumerate(sums.sum(0).tolist())
     )
     error = _error(sums.sum(0))
-    return Reliability(Interval(error, *error_interval(error, errors)), bins)
+    bounds = error_interval(error, errors) if len(sums) > 1 else (math.nan, math.nan)
+    return Reliability(Interval(error, *bounds), bins)
 
 
 def _error(sums: Tensor) -> float:
@@ -297,7 +300,7 @@ def _error(sums: Tensor) -> float:
 
 
 def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < _LARGEST_EXPONENT else math.inf
+    return math.inf if nats >= _LARGEST_EXPONENT else math.exp(nats)
 
 
 def _chunks(hidden: Tensor) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def likelihood_table(measured: Mapping[str, TextLikelihood]) -> Table:
     }
     if first.temperature is not None:
         figures["with the temperature: by token"] = [result.tempered_token for result in results]
-        figures["  calibration error"] = [result.tempered and result.tempered.error for result in results]
+        figures["  calibration error"] = [None if r.tempered is None else r.tempered.error for r in results]
     for name, row in figures.items():
         if any(figure is not None for figure in row):
             table.add_row(Text(name), *map(_cell, row))
@@ -55,7 +56,9 @@ def likelihood_table(measured: Mapping[str, TextLikelihood]) -> Table:
 
 
 def _cell(figure: Interval | None) -> str:
-    return "" if figure is None else f"{figure.value:.4g}  {figure.low:.4g}..{figure.high:.4g}"
+    if figure is None:
+        return ""
+    return f"{figure.value:.4g}" + ("" if math.isnan(figure.low) else f"  {figure.low:.4g}..{figure.high:.4g}")
 
 
 def plot_reliability(measured: Mapping[str, TextLikelihood], png: Path) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from alignlab.config.strategies import Adaptive
 from alignlab.evaluation.strategies.figures import Figure, estimate_of
 from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import Adaptive
 
 MIN_PROBLEMS = 4
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from alignlab.config.strategies import Augment
 from alignlab.errors import ConfigError, DataError
 from alignlab.evaluation.strategies.figures import MAX_SUBSETS, Estimate, Figure, estimate_of
 from alignlab.evaluation.strategies.graded import GradedProblem
 from alignlab.evaluation.strategies.pool import Pool
+from alignlab.evaluation.strategies.settings import Augment
 from alignlab.evaluation.strategies.voting import tokens_of, weighted_value
 from alignlab.files.input_files import MAX_SETTINGS_BYTES, read_limited
 from alignlab.types import Prompt, Rollout

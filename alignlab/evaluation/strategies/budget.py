@@ -14,9 +14,9 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.config.rollout import SamplingSettings
-from alignlab.config.strategies import Budget
 from alignlab.evaluation.strategies.figures import Estimate, Figure
 from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import Budget
 from alignlab.rollout.engine import RolloutEngine
 from alignlab.types import Completion, Prompt, Rollout, Writer
 

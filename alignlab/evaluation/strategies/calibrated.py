@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.config.strategies import Calibrated
 from alignlab.errors import ConfigError
 from alignlab.evaluation.strategies.figures import DIGITS
 from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import Calibrated
 from alignlab.functional.calibration import (
     Bin,
     error_interval,

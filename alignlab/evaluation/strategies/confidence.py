@@ -14,9 +14,9 @@ from itertools import accumulate
 from math import ceil, exp, inf
 from statistics import fmean
 
-from alignlab.config.strategies import Confidence
 from alignlab.evaluation.strategies.figures import Figure, estimate_of
 from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import Confidence
 from alignlab.evaluation.strategies.voting import weighted_value
 
 SHUFFLES = 32
@@ -56,24 +56,24 @@ def confidence(
     """
     generator = random.Random(seed)
     replays = [
-        [_replay(problem, generator.sample(range(problem.num_samples), max(ks)), settings) for _ in range(SHUFFLES)]
+        [replay(problem, generator.sample(range(problem.num_samples), max(ks)), settings) for _ in range(SHUFFLES)]
         for problem in problems
     ]
     figures = []
     for k in ks:
-        estimates = [estimate_of([replay[k - 1][0] for replay in of_problem]) for of_problem in replays]
-        tokens = fmean(fmean(replay[k - 1][1] for replay in of_problem) for of_problem in replays)
+        estimates = [estimate_of([outcomes[k - 1][0] for outcomes in of_problem]) for of_problem in replays]
+        tokens = fmean(fmean(outcomes[k - 1][1] for outcomes in of_problem) for of_problem in replays)
         figures.append(Figure.of("confidence", k, estimates, tokens))
     return figures
 
 
-def _replay(problem: GradedProblem, order: Sequence[int], settings: Confidence) -> list[tuple[float, int]]:
+def replay(problem: GradedProblem, order: Sequence[int], settings: Confidence) -> list[tuple[float, int]]:
     """Return (worth of the answer, tokens) after each number of samples of an order."""
     lowest = [min(window_means(problem.logprobs[sample], settings.window)) for sample in order]
     threshold = threshold_of(lowest[: settings.warmup], settings.keep_frac)
     voters: list[int] = []
     weights: list[float] = []
-    tokens, replay = 0, list[tuple[float, int]]()
+    tokens, outcomes = 0, list[tuple[float, int]]()
     for count, (sample, least) in enumerate(zip(order, lowest, strict=True), start=1):
         cut = None
         if count > settings.warmup:
@@ -82,10 +82,10 @@ def _replay(problem: GradedProblem, order: Sequence[int], settings: Confidence) 
         if cut is None:
             voters.append(sample)
             weights.append(exp(least))
-        replay.append((weighted_value(problem, voters, weights), tokens))
+        outcomes.append((weighted_value(problem, voters, weights), tokens))
         if count >= settings.warmup and _leading_share(problem, voters, weights) >= settings.consensus:
             break
-    return replay + replay[-1:] * (len(order) - len(replay))
+    return outcomes + outcomes[-1:] * (len(order) - len(outcomes))
 
 
 def _leading_share(problem: GradedProblem, voters: Sequence[int], weights: Sequence[float]) -> float:

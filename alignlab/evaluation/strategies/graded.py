@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from alignlab.config.rewards import RewardLimits
-from alignlab.config.strategies import LOGPROB
 from alignlab.errors import ConfigError, RewardError
 from alignlab.evaluation.strategies.pool import Pool
+from alignlab.evaluation.strategies.settings import LOGPROB
 from alignlab.scoring.loading import LoadedReward
 from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Completion, Rollout

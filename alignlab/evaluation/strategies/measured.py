@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignlab.config.strategies import (
+from alignlab.errors import ConfigError
+from alignlab.evaluation.strategies.adaptive import MIN_PROBLEMS, adaptive
+from alignlab.evaluation.strategies.calibrated import Calibration, calibrate_votes, check_halves
+from alignlab.evaluation.strategies.confidence import confidence
+from alignlab.evaluation.strategies.figures import Figure
+from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import (
     Adaptive,
     BestOfN,
     Calibrated,
@@ -16,12 +22,6 @@ from alignlab.config.strategies import (
     Weighted,
     name_of,
 )
-from alignlab.errors import ConfigError
-from alignlab.evaluation.strategies.adaptive import MIN_PROBLEMS, adaptive
-from alignlab.evaluation.strategies.calibrated import Calibration, calibrate_votes, check_halves
-from alignlab.evaluation.strategies.confidence import confidence
-from alignlab.evaluation.strategies.figures import Figure
-from alignlab.evaluation.strategies.graded import GradedProblem
 from alignlab.evaluation.strategies.voting import best_of_n, majority, oracle, weighted
 
 

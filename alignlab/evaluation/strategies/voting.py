@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from alignlab.config.strategies import LOGPROB
 from alignlab.evaluation.strategies.figures import Estimate, Figure, over_subsets
 from alignlab.evaluation.strategies.graded import GradedProblem
+from alignlab.evaluation.strategies.settings import LOGPROB
 from alignlab.functional.estimation import pass_at_k
 from alignlab.functional.scaling import best_at_k, majority_at_k
 

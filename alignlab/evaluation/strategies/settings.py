@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, OnResume, at_home
+from alignlab.config.base import Frozen, at_home
 from alignlab.config.error_messages import BrokenRule
 from alignlab.errors import ConfigError
 from alignlab.files.input_files import parse_yaml
@@ -26,7 +26,6 @@ _OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
 class _Strategy(Frozen):
     """A way to spend samples on a problem."""
 
-    on_resume = OnResume.MAY_CHANGE
     counts_votes: ClassVar[bool] = False
     """True if answers are read and compared."""
 
