@@ -19,7 +19,7 @@ from alignlab.files.digests import fast_digest, fast_digest_of_file, sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from alignlab.cli.evaluate import Plan
+    from alignlab.cli.evaluation_plan import Plan
     from alignlab.config.run import RunConfig
     from alignlab.evaluation.strategies.graded import AnswerReader, GradedProblem
     from alignlab.evaluation.strategies.measured import MeasuredStrategies
@@ -59,12 +59,12 @@ class Judges:
     rewards: Mapping[str, LoadedReward]
     reader: AnswerReader | None
 
-    def grade(self, pool: Pool, plan: Plan) -> list[GradedProblem]:
-        """Return the graded problems of a pool."""
+    def grade(self, pool: Pool, plan: Plan, *, by_rewards: bool = False) -> list[GradedProblem]:
+        """Return the graded problems of a pool; `by_rewards`: with the scores of the rewards."""
         from alignlab.evaluation.strategies.graded import grade
 
         return grade(
-            pool, self.scorer, rewards=self.rewards, reader=self.reader,
+            pool, self.scorer, rewards=self.rewards if by_rewards else {}, reader=self.reader,
             time_limit_s=plan.evaluation.scorer_time_limit_s,
         )
 
@@ -123,6 +123,8 @@ def prepare(
     if repeated is not None:
         raise ConfigError(f"--strategy {repeated} is given twice; leave one out")
     num_samples = plan.evaluation.num_samples
+    if plan.sampling.temperature == 0:
+        raise ConfigError("--temperature is 0, and must be above 0: all samples of a pool would be equal; use 1")
     ks = tuple(sorted(set(args.pass_at or powers_of_two(num_samples))))
     check_samples(strategies, ks, num_samples=num_samples)
     templates = {
@@ -246,7 +248,7 @@ def measure_model(work: Work, candidate: Candidate, prompts: ModelPrompts) -> Me
 
     sampler = Sampler(work, candidate)
     try:
-        problems = work.judges.grade(sampler.pool(prompts.plain), work.plan)
+        problems = work.judges.grade(sampler.pool(prompts.plain), work.plan, by_rewards=True)
         measured = measure_strategies(candidate.name, problems, work.strategies, work.ks, seed=work.plan.seed)
         figures = list(measured.figures)
         for place, strategy in enumerate(work.strategies):

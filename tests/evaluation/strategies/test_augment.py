@@ -54,7 +54,7 @@ def test_wrong_forms_are_refused(tmp_path, text, message):
 def test_forms_are_lines_and_a_missing_file_is_named(tmp_path):
     (tmp_path / "forms.txt").write_text("{prompt}\n\nQ: {prompt}\\nA:\n")
     assert read_templates(Augment(templates=tmp_path / "forms.txt"), 2) == ["{prompt}", "Q: {prompt}\nA:"]
-    with pytest.raises(ConfigError, match="none.txt cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.txt cannot be read"):
         read_templates(Augment(templates=tmp_path / "none.txt"), 2)
 
 
