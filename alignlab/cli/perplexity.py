@@ -84,8 +84,8 @@ def texts_of(candidate: Candidate, args: argparse.Namespace) -> tuple[list[Score
     from alignlab.models.hub.checkpoints import empty_model, load_tokenizer
 
     try:
-        width, stride = window_and_stride(args, num_positions(empty_model(candidate.model)))
-        check_windows(width, stride, num_positions(empty_model(candidate.model)))
+        positions = num_positions(empty_model(candidate.model))
+        check_windows(*window_and_stride(args, positions), positions)
         tokenizer = load_tokenizer(tokenizer_source(candidate.model, candidate.adapter))
         held_out = [] if args.calibrate is None else read_texts(args.calibrate, tokenizer)
         return read_texts(args.perplexity, tokenizer), held_out

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.candidates import Candidate
-from alignlab.cli.policy import load_policy, resolved_dtype
+from alignlab.cli.policy import resolved_dtype
+from alignlab.cli.pools import Sampler
 from alignlab.errors import ConfigError
-from alignlab.files.digests import fast_digest, fast_digest_of_file, sha256_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
     from alignlab.cli.evaluation_plan import Plan
     from alignlab.config.run import RunConfig
     from alignlab.evaluation.strategies.graded import AnswerReader, GradedProblem
     from alignlab.evaluation.strategies.measured import MeasuredStrategies
     from alignlab.evaluation.strategies.pool import Pool
-    from alignlab.evaluation.strategies.settings import Budget, Strategy
-    from alignlab.rollout.engine import RolloutEngine
+    from alignlab.evaluation.strategies.settings import Strategy
     from alignlab.scoring.loading import LoadedReward
-    from alignlab.types import Prompt, Rollout
-
-Draw = Callable[["RolloutEngine", "PreTrainedTokenizerBase", Sequence["Prompt"]], Sequence["Rollout"]]
+    from alignlab.types import Prompt
 
 
 def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,14 +202,22 @@ def load_judges(plan: Plan, config: RunConfig | None, strategies: Sequence[Strat
     """
     from alignlab.evaluation.evaluate import require_scorer
     from alignlab.evaluation.strategies.graded import AnswerReader
-    from alignlab.evaluation.strategies.settings import LOGPROB
+    from alignlab.evaluation.strategies.settings import LOGPROB, Weighted
     from alignlab.scoring.loading import load_reward
+    from alignlab.scoring.reward_model import ModelReward
 
     scorer = load_reward(plan.scorer)
     require_scorer(scorer)
     reader = AnswerReader(scorer) if any(strategy.counts_votes for strategy in strategies) else None
     names = dict.fromkeys(strategy.reward_name for strategy in strategies)
     rewards = {name: load_named(name, config) for name in names if name not in (None, LOGPROB)}
+    plain = [strategy.weight for strategy in strategies if isinstance(strategy, Weighted) and strategy.link == "value"]
+    unfit = [name for name in plain if name in rewards and isinstance(rewards[name].function, ModelReward)]
+    if unfit:
+        raise ConfigError(
+            f"--strategy weighted: weight is the reward model {unfit[0]}, whose scores may be below 0, and weights "
+            "must not be; add link=sigmoid"
+        )
     return Judges(scorer, rewards, reader)
 
 
@@ -246,7 +249,7 @@ def measure_model(work: Work, candidate: Candidate, prompts: ModelPrompts) -> Me
     from alignlab.evaluation.strategies.measured import measure_strategies
     from alignlab.evaluation.strategies.settings import Augment, Budget
 
-    sampler = Sampler(work, candidate)
+    sampler = Sampler(work.plan, candidate, work.dtype, work.folder)
     try:
         problems = work.judges.grade(sampler.pool(prompts.plain), work.plan, by_rewards=True)
         measured = measure_strategies(candidate.name, problems, work.strategies, work.ks, seed=work.plan.seed)
@@ -268,94 +271,6 @@ def measure_model(work: Work, candidate: Candidate, prompts: ModelPrompts) -> Me
         return replace(measured, figures=tuple(figures))
     finally:
         sampler.close()
-
-
-class Sampler:
-    """Draws pools from one model, which is loaded when samples are missing.
-
-    Args:
-        work: the settings of the sampling.
-        candidate: the model.
-    """
-
-    def __init__(self, work: Work, candidate: Candidate) -> None:
-        self._work, self._candidate = work, candidate
-        self._engine: RolloutEngine | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._weights = {
-            name: weights_digest(place)
-            for name, place in (("model", candidate.model), ("adapter", candidate.adapter)) if place is not None
-        }  # fmt: skip
-
-    def pool(self, prompts: Sequence[Prompt], *, form: str | None = None, num_samples: int | None = None) -> Pool:
-        """Return plain samples of prompts; `form` is the template that they are rendered with, if any."""
-        plan = self._work.plan
-        count = num_samples or plan.evaluation.num_samples
-        return self._pool(
-            prompts, "samples" if form is None else f"form-{sha256_of(form)[:12]}",
-            lambda engine, _, batch: engine.generate(batch, plan.sampling.params(n=count, seed=plan.seed)),
-            form=form, num_samples=count,
-        )  # fmt: skip
-
-    def budget_pool(self, prompts: Sequence[Prompt], strategy: Budget, budget: int) -> Pool:
-        """Return traces of a budget of thinking."""
-        from alignlab.evaluation.strategies.budget import BudgetForcing
-
-        plan = self._work.plan
-        settings = strategy.model_copy(update={"budgets": (budget,)})
-        return self._pool(
-            prompts, f"budget-{sha256_of(settings.model_dump_json())[:12]}",
-            lambda engine, tokenizer, batch: BudgetForcing(
-                engine, tokenizer, plan.sampling, settings, plan.seed
-            ).generate(batch, budget),
-            budget=settings,
-        )
-
-    def _pool(self, prompts: Sequence[Prompt], name: str, draw: Draw, **how: Any) -> Pool:
-        from alignlab.evaluation.strategies.pool import draw_pool
-
-        work, plan = self._work, self._work.plan
-        facts = as_facts(
-            **self._weights, dtype=work.dtype, sampling=plan.sampling, seed=plan.seed, engine=plan.rollout.engine, **how
-        )
-        file = None if work.folder is None else work.folder / folder_name(self._candidate.name) / f"{name}.jsonl"
-        return draw_pool(prompts, facts, lambda batch: draw(*self._loaded(), batch), file)
-
-    def _loaded(self) -> tuple[RolloutEngine, PreTrainedTokenizerBase]:
-        from alignlab.rollout.engine import make_engine
-
-        if self._engine is None or self._tokenizer is None:
-            candidate = self._candidate
-            print(f"{candidate.name}: sampling, {self._work.dtype}", file=sys.stderr, flush=True)
-            policy, self._tokenizer = load_policy(candidate.model, candidate.adapter, self._work.dtype)
-            self._engine = make_engine(policy, self._tokenizer, self._work.plan.rollout)
-        return self._engine, self._tokenizer
-
-    def close(self) -> None:
-        """Free the model and the engine."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-
-def as_facts(**facts: Any) -> dict[str, Any]:
-    """Return what samples depend on as JSON; facts that are None are left out."""
-    return {
-        name: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-        for name, value in facts.items() if value is not None
-    }  # fmt: skip
-
-
-def weights_digest(place: str) -> dict[str, str]:
-    """Return the place of a model or an adapter, and a digest of the files of a local one."""
-    files = [file for end in ("*.safetensors", "*config.json") for file in sorted(Path(place).glob(end))]
-    digests = fast_digest(f"{file.name} {fast_digest_of_file(file)}\n" for file in files)
-    return {"place": place} | ({"files": digests} if files else {})
-
-
-def folder_name(name: str) -> str:
-    """Return a model's name as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "model"
 
 
 def report(

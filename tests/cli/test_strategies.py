@@ -90,10 +90,35 @@ def test_a_pool_gives_every_strategy_and_is_not_drawn_again(folder, tmp_path, ca
     assert ks["budget"] == [2, 4] and model["calibration"][0]["num_measured"] == 3
     assert (tmp_path / "plot.png").exists() and "6 problems, a pool of 4 samples each" in err
     assert len(list((tmp_path / "pool").rglob("*.jsonl"))) == 1 + 2 + 2
-    monkeypatch.setattr("alignlab.cli.strategies.load_policy", lambda *words: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("alignlab.cli.pools.load_policy", lambda *words: pytest.fail("a model was loaded"))
     again, _ = evaluated(capsys, *words)
     assert again == result
     assert "whose seed differ" in refused(capsys, *words, "--seed", "5")
+
+
+@pytest.fixture
+def reward_model(folder, tmp_path) -> str:
+    """A random reward model with the policy's tokenizer."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from alignlab.models.hub.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "model"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward_model")
+    tokenizer.save_pretrained(tmp_path / "reward_model")
+    return str(tmp_path / "reward_model")
+
+
+def test_a_reward_model_chooses_and_its_sigmoid_weighs(folder, reward_model, capsys):
+    words = ["--config", str(folder / "run.yaml"), "--strategy", f"best_of_n:reward={reward_model}"]
+    result, _ = evaluated(capsys, *words, "--strategy", f"weighted:weight={reward_model},link=sigmoid")
+    names = [figure["strategy"] for figure in result["models"][0]["figures"]]
+    assert names == [*["oracle"] * 3, *[f"best_of_n {reward_model}"] * 3, *[f"weighted {reward_model}"] * 3]
+    assert "add link=sigmoid" in refused(capsys, *words, "--strategy", f"weighted:weight={reward_model}")
 
 
 def test_two_models_are_compared(folder, capsys):
@@ -128,7 +153,7 @@ def test_two_models_are_compared(folder, capsys):
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch, words, message):
-    monkeypatch.setattr("alignlab.cli.strategies.load_policy", lambda *words: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("alignlab.cli.pools.load_policy", lambda *words: pytest.fail("a model was loaded"))
     filled = [word.replace("{folder}", str(folder)) for word in words]
     assert message in refused(capsys, "--config", str(folder / "run.yaml"), *filled)
 

@@ -89,7 +89,7 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> ScoredTe
             "the tokenizer must have a beginning-of-text token or an end token to put before a text, and has neither; "
             "set bos_token"
         )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # windows are for texts of any length
     if not ids:
         raise DataError(f"{name} must have a token to measure, and is empty; fill it, or remove it")
     return ScoredText((first, *ids), (False, *(True for _ in ids)), len(text.encode()), len(text.split()))

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -19,6 +19,8 @@ from alignlab.scoring.runner import RewardRunner
 from alignlab.types import Completion, Rollout
 
 RIGHT = 1.0
+SAMPLES_A_CALL = 4096
+"""Samples from which on a reward is called again, so that its time limit does not grow with the pool."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,31 @@ class AnswerReader:
                 f"{reward.name}.read_answer = a function from a completion's text to its answer, or None (in a thread, "
                 "not run_in: process)"
             )
+        self._name = reward.name
         self._read: Callable[..., str | None] = read
         self._same: Callable[[str, str], bool] | None = getattr(reward.function, "same_answer", None)
         parameters = inspect.signature(read).parameters
         self._options = {name: value for name, value in reward.options.items() if name in parameters}
 
     def read(self, text: str) -> str | None:
-        """Return the answer in a completion's text; None where it states none."""
-        return self._read(text, **self._options)
+        """Return the answer in a completion's text; None where it states none.
+
+        Raises:
+            RewardError: the function fails, or returns something else.
+        """
+        try:
+            answer = self._read(text, **self._options)
+        except Exception as error:  # the function is the reward author's code
+            raise RewardError(
+                f"{self._name}.read_answer must return an answer or None, and failed on {text!r:.200}: "
+                f"{type(error).__name__}: {error}; correct it"
+            ) from error
+        if not isinstance(answer, str | None):
+            raise RewardError(
+                f"{self._name}.read_answer must return a text or None, and returned {type(answer).__name__} for "
+                f"{text!r:.200}; write str(answer)"
+            )
+        return answer
 
     def numbers(self, texts: Sequence[str]) -> tuple[int | None, ...]:
         """Return a number for each completion's answer, the same for equal answers; None where it states none."""
@@ -114,7 +133,7 @@ def grade(
         scorer: the reward whose value 1 means a right answer.
         rewards: further rewards, by the name that strategies call them.
         reader: reads the answers; None if no strategy counts votes.
-        time_limit_s: limit of one call of a reward on all samples.
+        time_limit_s: limit of one call of a reward, on about `SAMPLES_A_CALL` samples.
 
     Raises:
         RewardError: a call fails, or the scorer applies to no problem.
@@ -166,7 +185,7 @@ def _values(
     """Return a reward's values of each problem's samples."""
     runner = RewardRunner([reward], RewardLimits(time_limit_s=time_limit_s, max_failures=0))
     try:
-        scored = runner.score(rollouts)
+        scored = [rollout for part in _calls(rollouts) for rollout in runner.score(part)]
         runner.metrics()  # a reward that prints is named in the log
     except RewardError as error:
         raise RewardError(f"a reward that strategies choose by must not fail: {error}") from error
@@ -174,3 +193,14 @@ def _values(
         runner.close()
     return [rollout.reward_parts[reward.name] for rollout in scored]
 
+
+def _calls(rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
+    """Yield the problems whose samples are scored in one call."""
+    part: list[Rollout] = []
+    for rollout in rollouts:
+        part.append(rollout)
+        if sum(len(of_part.completions) for of_part in part) >= SAMPLES_A_CALL:
+            yield part
+            part = []
+    if part:
+        yield part

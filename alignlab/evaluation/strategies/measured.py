@@ -117,7 +117,7 @@ def measure_strategies(
         elif isinstance(strategy, BestOfN):
             figures += best_of_n(problems, ks, strategy.reward)
         elif isinstance(strategy, Weighted):
-            figures += weighted(problems, ks, strategy.weight, seed)
+            figures += weighted(problems, ks, strategy, seed)
         elif isinstance(strategy, Confidence):
             figures += confidence(problems, ks, strategy, seed)
         elif isinstance(strategy, Adaptive):

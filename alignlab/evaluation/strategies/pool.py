@@ -7,7 +7,7 @@ with a digest of itself. Drawing that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,12 @@ def draw_pool(prompts: Sequence[Prompt], facts: Mapping[str, Any], draw: Draw, p
     journal = None if path is None else Journal(path)
     if journal is not None and not journal.rows:
         journal.append([{FACTS: dict(facts)}])
-    missing = [row for row in range(len(prompts)) if row not in rollouts]
-    for rows in _batches([prompts[row] for row in missing]):
-        drawn = draw([prompts[missing[row]] for row in rows])
+    for rows in _batches(prompts, done=rollouts.keys()):
+        drawn = zip(rows, draw([prompts[row] for row in rows]), strict=True)
+        new = {row: rollout for row, rollout in drawn if row not in rollouts}
         if journal is not None:
-            journal.append([_line(missing[row], rollout) for row, rollout in zip(rows, drawn, strict=True)])
-        rollouts |= {missing[row]: rollout for row, rollout in zip(rows, drawn, strict=True)}
+            journal.append([_line(row, rollout) for row, rollout in new.items()])
+        rollouts |= new
     return Pool(facts, tuple(rollouts[row] for row in range(len(prompts))))
 
 
@@ -131,14 +131,19 @@ def _rollout(row: Mapping[str, Any], prompts: Sequence[Prompt], path: Path) -> R
     return Rollout(prompt, tuple(_completion(values) for values in row["completions"]))
 
 
-def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Yield the indices of the prompts that are drawn together; equal prompts are."""
+def _batches(prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[list[int]]:
+    """Yield the rows of the prompts that are drawn together, until none is missing.
+
+    Equal prompts are drawn together, those among them that are done too: an engine numbers their samples, so that each
+    has a seed of its own.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt.token_ids, []).append(index)
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt.token_ids, []).append(row)
+    missing = [rows for rows in groups.values() if not all(row in done for row in rows)]
     batch: list[int] = []
-    for group in groups.values():
-        batch += group
+    for rows in missing:
+        batch += rows
         if len(batch) >= PROMPTS_AT_ONCE:
             yield batch
             batch = []

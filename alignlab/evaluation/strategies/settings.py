@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -58,8 +58,10 @@ class Weighted(_Strategy):
 
     counts_votes = True
     weight: str = Field(LOGPROB, min_length=1)
-    """As `reward` of best_of_n. A reward counts as it is, above 0; `logprob` as the mean probability of a token,
-    exp(mean log-prob)."""
+    """As `reward` of best_of_n; `logprob` counts as exp(mean log-prob)."""
+    link: Literal["value", "sigmoid"] = "value"
+    """From a reward to a weight: its value, which must then be at least 0; or its sigmoid, for the score of a reward
+    model, whose zero is arbitrary."""
 
     @property
     def reward_name(self) -> str | None:

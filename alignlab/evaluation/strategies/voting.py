@@ -7,13 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from alignlab.errors import RewardError
 from alignlab.evaluation.strategies.figures import Estimate, Figure, over_subsets
 from alignlab.evaluation.strategies.graded import GradedProblem
-from alignlab.evaluation.strategies.settings import LOGPROB
+from alignlab.evaluation.strategies.settings import LOGPROB, Weighted
 from alignlab.functional.estimation import pass_at_k
 from alignlab.functional.scaling import best_at_k, majority_at_k
 
 ORACLE = "oracle"
+_MAX_SCORE = 500.0  # of a sigmoid; beyond it the exponential overflows
 
 
 def oracle(problems: Sequence[GradedProblem], ks: Sequence[int]) -> list[Figure]:
@@ -55,26 +57,42 @@ def best_of_n(problems: Sequence[GradedProblem], ks: Sequence[int], reward: str)
     ]  # fmt: skip
 
 
-def weighted(problems: Sequence[GradedProblem], ks: Sequence[int], weight: str, seed: int) -> list[Figure]:
-    """Return the accuracy of votes weighted by a reward or by mean log-probs, over subsets of the pool."""
+def weighted(problems: Sequence[GradedProblem], ks: Sequence[int], settings: Weighted, seed: int) -> list[Figure]:
+    """Return the accuracy of votes weighted by a reward or by mean log-probs, over subsets of the pool.
+
+    Raises:
+        RewardError: a reward that is a weight as it is has a value below 0.
+    """
 
     def estimate(problem: GradedProblem, k: int) -> Estimate:
-        weights = weights_of(problem, weight)
+        weights = weights_of(problem, settings)
         return over_subsets(
             problem.num_samples, k, lambda subset: weighted_value(problem, subset, [weights[i] for i in subset]),
             seed=seed,
         )
 
-    return [
-        Figure.of(f"weighted {weight}", k, [estimate(problem, k) for problem in problems], tokens_of(problems, k))
-        for k in ks
-    ]
+    name = f"weighted {settings.weight}"
+    return [Figure.of(name, k, [estimate(problem, k) for problem in problems], tokens_of(problems, k)) for k in ks]
 
 
-def weights_of(problem: GradedProblem, weight: str) -> list[float]:
-    """Return the weight of each sample's vote: exp(mean log-prob), or a reward's value where it is above 0."""
-    scores = problem.scores[weight]
-    return [math.exp(score) for score in scores] if weight == LOGPROB else [max(0.0, score) for score in scores]
+def weights_of(problem: GradedProblem, settings: Weighted) -> list[float]:
+    """Return the weight of each sample's vote; 0 for one without a score.
+
+    Raises:
+        RewardError: see `weighted`.
+    """
+    scores = problem.scores[settings.weight]
+    if settings.weight == LOGPROB:
+        return [math.exp(score) for score in scores]
+    if settings.link == "sigmoid":
+        return [1 / (1 + math.exp(-max(score, -_MAX_SCORE))) if score > -math.inf else 0.0 for score in scores]
+    negative = next((score for score in scores if -math.inf < score < 0), None)
+    if negative is not None:
+        raise RewardError(
+            f"a weight of votes must be at least 0, and the reward {settings.weight} gave {negative:g}; use "
+            f"--strategy weighted:weight={settings.weight},link=sigmoid, or best_of_n"
+        )
+    return [max(0.0, score) for score in scores]
 
 
 def weighted_value(problem: GradedProblem, samples: Sequence[int], weights: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from alignlab.errors import ConfigError, RewardError
+from alignlab.evaluation.strategies import graded
 from alignlab.evaluation.strategies.graded import AnswerReader, grade, sampled_logprobs
 from alignlab.evaluation.strategies.pool import Pool
 from alignlab.scoring.loading import LoadedReward
@@ -88,6 +89,28 @@ def test_votes_without_a_way_to_read_answers_are_refused():
 
     with pytest.raises(ConfigError, match=r"mute has no attribute read_answer; use math_answer.*mute.read_answer = "):
         AnswerReader(LoadedReward("mute", mute))
+
+
+@pytest.mark.parametrize(("read", "message"), [(lambda text: text[9], "IndexError"), (len, "returned int for")])
+def test_a_reader_that_fails_is_named(read, message):
+    def mine(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    mine.read_answer = read  # type: ignore[attr-defined]
+    with pytest.raises(RewardError, match=f"mine.read_answer must return.*{message}"):
+        AnswerReader(LoadedReward("mine", mine)).numbers(["abc"])
+
+
+def test_a_large_pool_is_scored_in_several_calls(monkeypatch):
+    calls = []
+
+    def counting(completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        return [float(text == "4") for text in completions]
+
+    monkeypatch.setattr(graded, "SAMPLES_A_CALL", 3)
+    of_all = grade(pool(*[("4", ["4", "5"])] * 5), LoadedReward("counting", counting))
+    assert calls == [4, 4, 2] and [problem.right for problem in of_all] == [(1.0, 0.0)] * 5
 
 
 def test_a_reward_that_fails_is_an_error_and_no_low_score():

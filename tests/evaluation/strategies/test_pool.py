@@ -70,6 +70,16 @@ def test_equal_prompts_are_drawn_together(monkeypatch):
     assert drawer.calls == [[0, 3], [1, 2]] and [r.prompt.index for r in drawn.rollouts] == [0, 1, 2, 3]
 
 
+def test_an_equal_prompt_that_comes_later_is_drawn_with_the_first(tmp_path):
+    first, second = prompts(2)
+    later = replace(second, token_ids=first.token_ids)
+    drawer, path = Drawer(), tmp_path / "p.jsonl"
+    before = draw_pool([first], FACTS, drawer, path)
+    after = draw_pool([first, later], FACTS, drawer, path)
+    assert drawer.calls == [[0], [0, 1]], "its samples go on where those of the first end"
+    assert after.rollouts[0] == before.rollouts[0] and read_pool(path, [first, later]) == after
+
+
 def test_fewer_problems_read_the_beginning_and_more_draw_the_rest(tmp_path):
     drawer, path = Drawer(), tmp_path / "p.jsonl"
     draw_pool(prompts(3), FACTS, drawer, path)

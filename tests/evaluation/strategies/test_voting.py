@@ -6,8 +6,17 @@ from statistics import fmean
 
 import pytest
 
+from alignlab.errors import RewardError
 from alignlab.evaluation.strategies.figures import Estimate, Figure, over_subsets
-from alignlab.evaluation.strategies.voting import best_of_n, majority, oracle, weighted, weighted_value
+from alignlab.evaluation.strategies.settings import Weighted
+from alignlab.evaluation.strategies.voting import (
+    best_of_n,
+    majority,
+    oracle,
+    weighted,
+    weighted_value,
+    weights_of,
+)
 from alignlab.functional.intervals import mean_interval
 
 # Four samples: answer 0 twice and right, answer 1 once, none once.
@@ -34,17 +43,28 @@ def test_the_best_by_a_reward_whose_best_is_wrong(problem):
 def test_equal_weights_vote_as_the_majority(problem):
     of_one = problem(ANSWERS, RIGHT, fair=[1.0] * 4)
     for k in range(1, 5):
-        assert weighted([of_one], [k], "fair", 0)[0].values == pytest.approx(majority([of_one], [k])[0].values)
+        [by_weight], [by_count] = weighted([of_one], [k], Weighted(weight="fair"), 0), majority([of_one], [k])
+        assert by_weight.values == pytest.approx(by_count.values)
 
 
-def test_weights_decide_and_a_reward_below_0_does_not_vote_against(problem):
+def test_weights_decide(problem):
     heavy = problem(ANSWERS, RIGHT, judge=[0.1, 0.9, 0.2, 5.0])
-    assert weighted([heavy], [4], "judge", 0)[0].values == (0.0,)  # 0.3 against 0.9; the silent sample has no vote
-    negative = problem(ANSWERS, RIGHT, judge=[0.1, -0.9, 0.2, 0.0])
-    assert weighted([negative], [4], "judge", 0)[0].values == (1.0,)
+    # 0.3 against 0.9; the silent sample has no vote.
+    assert weighted([heavy], [4], Weighted(weight="judge"), 0)[0].values == (0.0,)
+    unscored = problem(ANSWERS, RIGHT, judge=[0.1, -math.inf, 0.0, 0.0])
+    assert weighted([unscored], [4], Weighted(weight="judge"), 0)[0].values == (1.0,)
     # exp(-1) + exp(-1) against exp(-0.1): 0.74 < 0.90
     by_logprob = problem(ANSWERS, RIGHT, logprobs=[[-1.0], [-0.1], [-1.0], [-0.1]])
-    assert weighted([by_logprob], [4], "logprob", 0)[0].values == (0.0,)
+    assert weighted([by_logprob], [4], Weighted(), 0)[0].values == (0.0,)
+
+
+def test_scores_below_0_are_no_weights_and_their_sigmoids_are(problem):
+    negative = problem(ANSWERS, RIGHT, judge=[-2.0, 0.0, -2.0, 0.0])
+    with pytest.raises(RewardError, match=r"must be at least 0, and the reward judge gave -2; .*link=sigmoid"):
+        weighted([negative], [4], Weighted(weight="judge"), 0)
+    # 2 sigmoid(-2) = 0.24 against sigmoid(0) = 0.5
+    assert weighted([negative], [4], Weighted(weight="judge", link="sigmoid"), 0)[0].values == (0.0,)
+    assert weights_of(problem([0], [1.0], judge=[-1e9]), Weighted(weight="judge", link="sigmoid"))[0] < 1e-100
 
 
 def test_equal_sums_share_and_no_votes_are_worth_nothing(problem):
