@@ -7,10 +7,18 @@ from typing import Any
 
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer, in_digits
 from alignlab_rewards.answers.options import check_switch
+from alignlab_rewards.answers.votes import reads_answers
 
 from alignlab.types import Text, message_text
 
 
+def read_answer(completion: str, *, ignore_case: bool = False) -> str | None:
+    """Return the whole text as votes count it: without white space around it; None for an empty one."""
+    text = completion.strip()
+    return (text.casefold() if ignore_case else text) or None
+
+
+@reads_answers(read_answer)
 def exact_match(
     *, completions: Sequence[Text], answer: Sequence[Any], ignore_case: bool = False, **columns: Any
 ) -> list[float | None]:

@@ -7,13 +7,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignlab_rewards.answers.columns import ExpectedAnswer, expected_answer
+from alignlab_rewards.answers.extraction import statements
+from alignlab_rewards.answers.forms import is_mathematics
 from alignlab_rewards.answers.options import check_choice, check_number
+from alignlab_rewards.answers.reading import read_answer as reading_of
 from alignlab_rewards.answers.thinking import Thinking, after_thinking
-from alignlab_rewards.answers.verdict import Expectation, is_right
+from alignlab_rewards.answers.verdict import MAX_READINGS, Expectation, is_right
+from alignlab_rewards.answers.votes import reads_answers
 
 from alignlab.types import Text, message_text
 
 
+def read_answer(completion: str, *, thinking: Thinking = "auto") -> str | None:
+    """Return the first reading of a place that states an answer which is mathematics; where none is, the first of all.
+
+    None where no place states an answer.
+    """
+    readings = [
+        (reading, statement.prose)
+        for statement in statements(after_thinking(completion, thinking) or "")
+        for reading in statement.texts[:MAX_READINGS]
+    ]
+    formal = (text for text, prose in readings if is_mathematics(reading_of(text, prose=prose)))
+    return next(formal, readings[0][0] if readings else None)
+
+
+def same_answer(answer: str, other: str) -> bool:
+    """Return True where the reward would take one answer as right with the other one expected."""
+    gold = expected_answer(other, reward="math_answer")
+    return answer == other or (gold is not None and is_right(_expectation(gold, 0.0), answer))
+
+
+@reads_answers(read_answer, same_answer)
 def math_answer(
     *,
     completions: Sequence[Text],

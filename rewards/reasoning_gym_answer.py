@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from alignlab_rewards.answers.columns import expected_answer, plain_number
 from alignlab_rewards.answers.options import check_choice
+from alignlab_rewards.answers.votes import reads_answers
 
 from alignlab.types import Text, message_text
 
@@ -19,6 +20,14 @@ _NUMBER = re.compile(rf"(?:(?<![\w.)\]])[-+−])?(?<![\w.])(?:{_INTEGER}(?:\.[0-
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
+def read_answer(completion: str, *, extract: str = "last_number") -> str | None:
+    """Return the extracted answer as votes count it, numbers by value: 7.0 is 7, and 1,000 is 1000."""
+    answer = extract_answer(completion, extract)
+    number = None if answer is None else plain_number(answer)
+    return answer if number is None else str(number)
+
+
+@reads_answers(read_answer)
 def reasoning_gym_answer(
     *,
     prompts: Sequence[Text],

@@ -1,12 +1,34 @@
 """Measure the accuracy of a model, or of several side by side, on held-out problems.
 
-Accuracy is reported greedy, sampled, and as pass@k by the unbiased estimator. The problems are a config's evaluation
-data, or those of a reasoning_gym task that training never sees. The last line of standard output is the result as JSON.
+Accuracy is reported greedy, sampled, and as pass@k by the unbiased estimator, each with its 95 % interval. The problems
+are a config's evaluation data, or those of a reasoning_gym task that training never sees. The last line of standard
+output is the result as JSON.
 
 A MODEL is a Hub id, a packaged model, or the folder of a model, an adapter or a run; LABEL=MODEL gives it a name.
 Several models are loaded one after the other, in one dtype, and get the same problems and seeds, each rendered by its
 own tokenizer. Each is compared with the first; statistical tests over the problems show which differences exceed
 chance. Ctrl-C reports what is measured by then.
+
+--strategy asks what more samples are worth. --num-samples samples of each problem are drawn once (and kept by --pool),
+and accuracy is computed for --pass-at of them, with an oracle line (pass@k) and the sampled tokens as the cost:
+
+  majority                       the answer that most samples give, as the scorer's read_answer reads it
+  weighted:weight=NAME           votes weighted by a reward, or by the model's own log-probs (logprob, the default)
+  best_of_n:reward=NAME          the best sample by a reward plug-in, a reward model's folder, judge, or logprob
+  confidence:window=16           weighted votes; unsure samples, and sampling itself, are stopped early (DeepConf)
+  adaptive:start=4               more samples for problems on whose first samples the answers disagree
+  calibrated:held_out_frac=0.5   the share of votes as a confidence: temperature, calibration error before and after
+  budget:budgets=[64,256],waits=1,end=</think>   thinking that is cut, or drawn out by "Wait" (budget forcing)
+  augment:templates=forms.txt    votes over several forms of the prompt, a line each with {prompt} in it
+
+  alignlab eval before=smollm2-135m-instruct after=runs/mine --config configs/grpo_smollm2_cpu.yaml --num-samples 32
+      --strategy majority --strategy best_of_n:reward=logprob --pool runs/pools --plot scaling.png
+  alignlab eval smollm2-135m-instruct --task chain_sum --num-samples 8 --strategy 'budget:budgets=[32,128],waits=2'
+
+--perplexity FILE measures the likelihood of given texts, by token, word and byte, and the next token's calibration:
+
+  alignlab eval before=smollm2-135m-instruct after=runs/mine --perplexity book.txt --window 1024 --stride 512
+  alignlab eval smollm2-135m-instruct --perplexity rows.jsonl --calibrate held_out.jsonl --plot reliability.png
 """
 
 from __future__ import annotations
@@ -18,25 +40,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from alignlab.cli.candidates import Candidate, candidates_of
+from alignlab.cli.evaluation_plan import Plan, plan_of_config, plan_of_task
+from alignlab.cli.perplexity import add_perplexity_arguments, check_perplexity_arguments, measure_texts
 from alignlab.cli.policy import (
     add_policy_arguments,
     add_sampling_arguments,
     load_policy,
     resolved_dtype,
-    sampling_settings,
 )
+from alignlab.cli.strategies import add_strategy_arguments, measure_models
 from alignlab.errors import AlignlabError, ConfigError, DataError, RolloutError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from alignlab.config.data import DataSettings
-    from alignlab.config.rewards import RewardSettings
-    from alignlab.config.rollout import EngineSettings, SamplingSettings
-    from alignlab.config.run import EvaluationSettings, RunConfig
     from alignlab.evaluation.comparison import MeasuredPolicy
     from alignlab.evaluation.results import EvaluationResult
     from alignlab.models.hub.export import Model
@@ -51,28 +71,13 @@ EXAMPLE = (
 )
 
 
-class Plan(NamedTuple):
-    """The problems of an evaluation, and its settings."""
-
-    data: DataSettings
-    scorer: RewardSettings
-    sampling: SamplingSettings
-    rollout: EngineSettings
-    evaluation: EvaluationSettings
-    seed: int
-
-    @property
-    def task(self) -> str:
-        """Name of the problems."""
-        return self.data.task or str(self.data.path)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("models", metavar="MODEL", nargs="*", help="default: the config's model, or the adapter's base")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="CONFIG", help="config of a run, whose evaluation is done")
     source.add_argument("--task", metavar="NAME", help="a reasoning_gym task, such as chain_sum")
+    source.add_argument("--perplexity", metavar="FILE", help="texts, or rows of text, or of prompt and completion")
     add_policy_arguments(parser)
     parser.add_argument(
         "--set", metavar="key=value", action="append", default=[], help="override of a setting; repeatable"
@@ -82,40 +87,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extract", choices=ways, help="for --task: part of the text that is the answer")
     parser.add_argument("--num-problems", type=int, metavar="N", help="number of problems; default: all")
     parser.add_argument("--num-samples", type=int, metavar="N", help="sampled completions a problem")
-    parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="values of k for pass@k")
+    parser.add_argument("--pass-at", type=int, metavar="K", nargs="+", help="values of k for pass@k and strategies")
     parser.add_argument("--seed", type=int, help="seed of the sampled completions")
     shown = "show the completions of N problems; with several models, of N problems on which they differ"
     parser.add_argument("--show", type=int, metavar="N", default=0, help=shown)
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
+    add_strategy_arguments(parser)
+    add_perplexity_arguments(parser)
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     check_arguments(args)
+    if args.perplexity is not None:
+        measure_texts(named_candidates(args, None), args)
+        return 0
+    config = default = None
     if args.config is not None:
         from alignlab.config.loader import load_config
 
         config = load_config(args.config, args.set)
         plan, default = plan_of_config(config, args), config.model.name
     else:
-        plan, default = plan_of_task(args), None
-    candidates = candidates_of(args.models, args.adapter, default)
-    for candidate in candidates:
-        if not candidate.is_as_given:
-            print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
-    if len(candidates) > 1:
+        plan = plan_of_task(args)
+    candidates = named_candidates(args, default)
+    if args.strategy:
+        measure_models(plan, config, candidates, args)
+    elif len(candidates) > 1:
         compare(plan, candidates, args)
     else:
         evaluate_one(plan, candidates[0], args)
     return 0
 
 
+def named_candidates(args: argparse.Namespace, default: str | None) -> list[Candidate]:
+    """Return the models, and print the folders of those that were named by a run's."""
+    candidates = candidates_of(args.models, args.adapter, default)
+    for candidate in candidates:
+        if not candidate.is_as_given:
+            print(f"{candidate.name}: {candidate.model}", file=sys.stderr)
+    return candidates
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that would be ignored or misunderstood."""
+    check_perplexity_arguments(args)
     if args.config is not None and (args.system_prompt is not None or args.extract is not None):
         raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
-    if args.plot is not None and len(args.models) < 2:
+    if args.pool is not None and not args.strategy:
+        raise ConfigError(f"--pool is {args.pool}, and keeps the samples of strategies; add --strategy majority")
+    if args.show and args.strategy:
+        raise ConfigError("--show shows completions of the plain evaluation; leave it out, or leave out --strategy")
+    if args.plot is not None and len(args.models) < 2 and not (args.strategy or args.perplexity):
         raise ConfigError("--plot draws several models side by side; give at least two MODELs, or leave it out")
     if args.plot is not None and not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
         raise ConfigError(f"--plot must be a .png file in a folder that exists, and is {args.plot}; correct it")
@@ -123,12 +147,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def evaluate_one(plan: Plan, candidate: Candidate, args: argparse.Namespace) -> None:
     """Measure the accuracy of one policy, and print it."""
+    from alignlab.evaluation.accuracy_intervals import accuracy_intervals
+
     with _naming(candidate):
         result = evaluate_policy(plan, candidate.model, candidate.adapter, args.dtype)
     show(result, args.show)
     numbers = {name.removeprefix("eval/"): round(value, 4) for name, value in result.metrics().items()}
     label = {"name": candidate.name} if candidate.labelled else {}
-    print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result)}))
+    intervals = {name: [round(bound, 4) for bound in bounds] for name, bounds in accuracy_intervals(result).items()}
+    print(json.dumps({"task": plan.task, **label, **numbers, **sizes(result), "intervals": intervals}))
 
 
 @contextmanager
@@ -229,63 +256,6 @@ def sizes(result: EvaluationResult) -> dict[str, int]:
     return {"num_problems": result.num_problems, "num_samples": result.num_samples}
 
 
-def plan_of_config(config: RunConfig, args: argparse.Namespace) -> Plan:
-    """Return the evaluation of a run's config, with the command line's changes."""
-    from alignlab.config.rollout import RolloutSettings, SamplingSettings
-
-    refuse_preferences(config, args.config)
-    data = config.evaluation_data
-    if data is None:
-        raise ConfigError(f"{args.config} has no evaluation data; set eval_data, or use --set eval_data.path=FILE")
-    if config.scorer is None:
-        raise ConfigError(f"{args.config} has nothing that scores; use --set evaluation.scorer=NAME")
-    online = config.online_stage
-    rollout = online.rollout if online else RolloutSettings()
-    base = online.sampling.model_copy(update={"temperature": 1.0}) if online else SamplingSettings()
-    sampling = sampling_settings(args, **dict(config.evaluation.sampled or base))
-    seed = config.trainer.seed if args.seed is None else args.seed
-    return Plan(data, config.scorer, sampling, rollout, _changed(config.evaluation, args), seed)
-
-
-def refuse_preferences(config: RunConfig, path: str) -> None:
-    """Raise if a config's data are preferences, to which no answer is correct or wrong.
-
-    Raises:
-        ConfigError: with what to use instead.
-    """
-    if config.trainer.measures != "preferences":
-        return
-    task = config.data.task or "NAME"
-    raise ConfigError(
-        f"{path} is of trainer {config.trainer.type}, whose held-out data are preferences, and eval counts correct "
-        "answers; alignlab train measures how often the chosen completion leads, before and after, and writes it into "
-        f"{config.trainer.output_dir / 'report.json'}. To count correct answers, use --task {task}, or --config "
-        "of a run with rewards"
-    )
-
-
-def plan_of_task(args: argparse.Namespace) -> Plan:
-    """Return the evaluation of a reasoning_gym task, on the questions that training never sees."""
-    from alignlab.config.data import DataSettings
-    from alignlab.config.rewards import RewardSettings
-    from alignlab.config.rollout import RolloutSettings
-    from alignlab.config.run import EvaluationSettings
-
-    if args.set:
-        raise ConfigError(f"--set changes a config's settings, and there is no --config; remove --set {args.set[0]}")
-    data = DataSettings(task=args.task, split="eval", size=args.num_problems, system_prompt=args.system_prompt)
-    scorer = RewardSettings(name="reasoning_gym_answer", options={"extract": args.extract} if args.extract else {})
-    evaluation = _changed(EvaluationSettings(), args)
-    return Plan(data, scorer, sampling_settings(args), RolloutSettings(), evaluation, args.seed or 0)
-
-
-def _changed(evaluation: EvaluationSettings, args: argparse.Namespace) -> EvaluationSettings:
-    """Return the settings with --num-problems, --num-samples and --pass-at, validated again."""
-    flags = {"num_problems": args.num_problems, "num_samples": args.num_samples, "pass_at": args.pass_at}
-    changes: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    return type(evaluation)(**{**dict(evaluation), **changes})
-
-
 def evaluate_policy(plan: Plan, model: str, adapter: str | None, dtype: str) -> EvaluationResult:
     """Load a policy, its problems and its scorer, and measure it."""
     from alignlab.scoring.loading import load_reward
@@ -353,13 +323,16 @@ def check_scorer_accepts_reference(scorer: LoadedReward, prompt: Prompt, tokeniz
 
 def show(result: EvaluationResult, num_problems: int) -> None:
     """Print the metrics, and some completions, on standard error."""
+    from alignlab.evaluation.accuracy_intervals import accuracy_intervals
     from alignlab.evaluation.tables import describe_judged
 
+    intervals = accuracy_intervals(result)
     for problem in result.samples[:num_problems]:
         mark = {True: "right", False: "wrong", None: "not judged"}[problem.greedy_correct]
         lines = [f"problem: {problem.prompt}", f"  answer: {problem.answer}", f"  greedy ({mark}): {problem.greedy}"]
         print("\n".join([*lines, *(f"  sampled: {text}" for text in problem.sampled)]), file=sys.stderr)
-    print(f"{describe_judged(result)} problems, {result.num_samples} samples each", file=sys.stderr)
+    print(f"{describe_judged(result)} problems, {result.num_samples} samples each; 95 % intervals", file=sys.stderr)
     for name, value in result.metrics().items():
         if name != "eval/num_judged":
-            print(f"  {name.removeprefix('eval/'):15} {value:.3f}", file=sys.stderr)
+            low, high = intervals[name.removeprefix("eval/")]
+            print(f"  {name.removeprefix('eval/'):15} {value:.3f}  {low:.2f}..{high:.2f}", file=sys.stderr)

@@ -9,7 +9,10 @@ from pathlib import Path
 from alignlab.errors import ConfigError
 from alignlab.files.home_folder import with_home
 
-_PATHS = ("adapter", "config", "data", "model", "output", "pairs", "plot", "teacher", "write_examples")
+_PATHS = (
+    "adapter", "calibrate", "config", "data", "model", "output", "pairs", "perplexity", "plot", "pool", "teacher",
+    "write_examples",
+)  # fmt: skip
 
 
 def expand_home(args: argparse.Namespace) -> None:

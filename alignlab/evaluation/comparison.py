@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.errors import RewardError
+from alignlab.evaluation.accuracy_intervals import accuracy_intervals
 from alignlab.evaluation.results import EvaluatedProblem, EvaluationResult
 from alignlab.evaluation.tables import completions_table, describe_judged, spaced_indices
 from alignlab.files.atomic_files import replacing
@@ -146,6 +147,10 @@ def comparison_json(policies: Sequence[MeasuredPolicy]) -> list[dict[str, Any]]:
                 "name": policy.name,
                 "model": policy.model,
                 **{name.removeprefix("eval/"): value and round(value, DIGITS) for name, value in numbers.items()},
+                "intervals": {
+                    name: [round(bound, DIGITS) for bound in bounds]
+                    for name, bounds in accuracy_intervals(policy.result).items()
+                },
                 "num_parameters": policy.num_parameters,
                 "difference": change and change.to_json(),
             }
@@ -168,7 +173,8 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
     first = policies[0].result
     passes = [k for k in first.pass_at if k > 1]
     caption = (
-        f"Under an accuracy: its difference from {policies[0].name}, and the difference's {LEVEL:.0%} interval. "
+        f"Under an accuracy of {policies[0].name}: its {LEVEL:.0%} interval; of others: the difference from "
+        f"{policies[0].name}, and the difference's interval. "
         f"* exceeds chance, p < {1 - LEVEL:.2f}, each by itself. Greedy: exact McNemar test; sampled: sign flips, "
         "bootstrap interval, both over problems."
     )
@@ -180,11 +186,11 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
     for column in ("greedy", "sampled", *(f"pass@{k}" for k in passes), "strict", "tokens", "weights"):
         table.add_column(column, justify="right", no_wrap=True)
     for policy, change in zip(policies, differences(policies), strict=True):
-        result = policy.result
+        result, intervals = policy.result, accuracy_intervals(policy.result)
         table.add_row(
             Text(policy.name),
-            _accuracy(result.greedy, None if change is None else change.greedy),
-            _accuracy(result.sampled, None if change is None else change.sampled),
+            _accuracy(result.greedy, None if change is None else change.greedy, intervals.get("greedy")),
+            _accuracy(result.sampled, None if change is None else change.sampled, intervals.get("sampled")),
             *(_number(result.pass_at[k], ".3f") for k in passes),
             _number(result.strict_greedy, ".3f"),
             _number(result.sampled_tokens, ".1f"),
@@ -193,11 +199,12 @@ def comparison_table(policies: Sequence[MeasuredPolicy]) -> Table:
     return table
 
 
-def _accuracy(value: float, change: Change | None) -> Text:
-    """Return a cell of the table: the accuracy, its difference from the first, and the interval."""
+def _accuracy(value: float, change: Change | None, interval: tuple[float, float] | None) -> Text:
+    """Return a cell of the table: the accuracy, its difference from the first, and the difference's interval; of the
+    first, the accuracy's own interval."""
     text = Text(f"{value:.3f}")
     if change is None:
-        return text
+        return text if interval is None else text.append(f"\n{interval[0]:.2f}..{interval[1]:.2f}", style="dim")
     style = ("green" if change.value > 0 else "red") if change.exceeds_chance else ""
     text.append(f"\n{change.value:+.3f}{'*' if change.exceeds_chance else ''}", style=style)
     return text.append(f"\n{change.low:+.2f}..{change.high:+.2f}", style="dim")

@@ -25,7 +25,7 @@ from alignlab_rewards.answers.text import (
 )
 
 BINARY_TOLERANCE = 1e-12  # relative; a column of binary fractions is not more exact
-_MAX_READINGS = 60
+MAX_READINGS = 60
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _judge_words(expected: Expectation, reading: str, prose: bool) -> bool | Non
 def _first_verdict(
     judge: Callable[[Expectation, str, bool], bool | None], expected: Expectation, statement: Statement
 ) -> bool | None:
-    verdicts = (judge(expected, reading, statement.prose) for reading in statement.texts[:_MAX_READINGS])
+    verdicts = (judge(expected, reading, statement.prose) for reading in statement.texts[:MAX_READINGS])
     return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
@@ -148,7 +148,7 @@ def _ends_with(expected: Expectation, statement: Statement) -> bool:
 def _states_verdict(expected: Expectation, completion: str) -> bool:
     """Compare yes, no, true or false with the last sentence that says one of them."""
     for statement in statements(completion):
-        for reading in statement.texts[:_MAX_READINGS]:
+        for reading in statement.texts[:MAX_READINGS]:
             if same_text(expected.text, reading):
                 return True
             verdict = leading_verdict(reading)
