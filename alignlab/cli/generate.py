@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.config.data import RenderSettings
+    from alignlab.config.rollout import SamplingSettings
     from alignlab.types import Prompt
 
 NAME = "generate"
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
     add_policy_arguments(parser)
     add_sampling_arguments(parser)
+    parser.add_argument("--begin-with", metavar="TEXT", help="text that every completion begins with")
     parser.add_argument("--seed", type=int, help="seed of the sampling; the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
@@ -67,11 +69,25 @@ def run(args: argparse.Namespace) -> int:
         **template_settings(args),
     ).named(SettingNames("the prompt", _flag))
     prompt = rendered(args.prompt, settings, tokenizer)
+    if args.begin_with is not None:
+        sampling = beginning_with(args.begin_with, sampling, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
     for text in engine.stream(prompt, sampling.params(n=1, seed=args.seed)):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def beginning_with(text: str, sampling: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
+    """Return settings under which a completion begins with a text.
+
+    Raises:
+        ConfigError: the text has no tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"--begin-with is {text!r}, and must have a token; leave it out")
+    return sampling.model_copy(update={"forced_tokens": dict(enumerate(ids))})
 
 
 def rendered(text: str, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,17 @@ def test_generate_refuses_a_prompt_in_terms_of_its_flags(words, told, run_file, 
 def test_generate_refuses_bytes_that_are_no_text(capsys):
     assert main(["generate", "no-model-is-loaded", "ab\udce9"]) == 2
     assert "PROMPT must be text, and has bytes that are none" in capsys.readouterr().err
+
+
+def test_generate_takes_the_beginning_and_the_form_of_the_text(run_file, capsys):
+    model = str(run_file.parent / "model")
+    words = ["--seed", "3", "--max-new-tokens", "9", "--dtype", "float32"]
+    assert main(["generate", model, "say red", *words, "--begin-with", "so: "]) == 0
+    assert capsys.readouterr().out.startswith("so: ")
+    assert main(["generate", model, "say red", *words, "--regex", "[0-9]{2}-[a-c]"]) == 0
+    assert re.fullmatch("[0-9]{2}-[a-c]\n", capsys.readouterr().out)
+    assert main(["generate", model, "say red", *words, "--regex", "[0-9"]) == 2
+    assert "unclosed character class" in capsys.readouterr().err
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, capsys):

@@ -16,14 +16,17 @@ from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
+from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
+from alignlab.rollout.embedded.places import Place
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.rollout.grammars import grammar_of
 from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
 from alignlab.rollout.requests import (
@@ -202,7 +205,10 @@ class EmbeddedEngine:
         check_prompts(prompts, sampling, self._vocab_size, limits)
         sequences: list[TokenSequence] = []
         for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
-            request = Request(prompt, params, end_token_ids(self._lm, self._tokenizer, params))
+            ends = end_token_ids(self._lm, self._tokenizer, params)
+            phrases = banned_phrases(params.banned_words, self._tokenizer)
+            grammar = grammar_of(params, self._tokenizer, self._vocab_size, ends)
+            request = Request(prompt, params, ends, phrases, grammar)
             sequences += [
                 TokenSequence(
                     request, key, list(prompt.token_ids),
@@ -305,13 +311,14 @@ class EmbeddedEngine:
         sequences = [sequence for sequence, _ in outputs]
         # Forks sample from the logits of one prompt.
         rows = torch.tensor([rows.start for _, rows in outputs])
-        inputs = self._sampler.inputs(sequences, self._runner.vocab_size)
+        places = [Place(sequence, len(sequence.token_ids)) for sequence in sequences]
+        inputs = self._sampler.inputs(places, self._runner.vocab_size)
         hidden, (rows, *inputs) = self._runner.hidden(step, [rows, *inputs])
         logits = self._runner.logits(hidden)
         if len(rows) > logits.shape[0]:
             logits = logits.index_select(0, rows)
-        self._sampler.append_tokens(logits, sequences, inputs, self.policy_version)
-        for sequence in sequences:
+        for sequence, draw in zip(sequences, self._sampler.draw(logits, places, inputs), strict=True):
+            sequence.append(*draw, self.policy_version)
             if sequence.finish_reason is not None:
                 routing[sequence] = self._runner.routing(sequence)
                 scheduler.finish(sequence)

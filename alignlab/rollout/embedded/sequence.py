@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from alignlab.rollout.detokenizer import Detokenizer
 from alignlab.rollout.embedded.block_pools import Tables
+from alignlab.rollout.grammars import Grammar, GrammarState
 from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -16,11 +16,15 @@ class Request:
 
     Attributes:
         end_token_ids: tokens that end a completion; none may be sampled before `sampling.min_new_tokens`.
+        banned_phrases: tokens of `sampling.banned_words`; the last of a phrase must not follow the others.
+        grammar: what every completion must match; None for any text.
     """
 
     prompt: Prompt
     sampling: SamplingParams
     end_token_ids: frozenset[int]
+    banned_phrases: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(eq=False)
@@ -39,6 +43,7 @@ class TokenSequence:
         logprobs: log-prob of each sampled token under the distribution sampled from.
         raw_logprobs: log-prob of each sampled or scored token under the model's own distribution.
         text_end: where a stop string begins in the text.
+        grammar: the completion's place in the grammar of its request.
     """
 
     request: Request
@@ -56,6 +61,11 @@ class TokenSequence:
     finish_reason: FinishReason | None = None
     detokenizer: Detokenizer | None = None
     text_end: int | None = None
+    grammar: GrammarState | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.grammar is not None:
+            self.grammar = self.request.grammar.begin()
 
     @property
     def num_prompt(self) -> int:
@@ -83,16 +93,6 @@ class TokenSequence:
     @property
     def sampled_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
-
-    @property
-    def penalised_ids(self) -> Collection[int]:
-        """Distinct tokens that the repetition penalty applies to."""
-        return set(self.token_ids) if self.request.sampling.repetition_penalty != 1 else ()
-
-    @property
-    def banned_ids(self) -> Collection[int]:
-        """Tokens that must not be sampled next, because the completion would be too short."""
-        return self.request.end_token_ids if self.num_sampled < self.request.sampling.min_new_tokens else ()
 
     def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> None:
         """Add a sampled token, and set `finish_reason` if the token ends the completion."""
