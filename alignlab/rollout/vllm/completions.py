@@ -100,7 +100,17 @@ def make_requests(
 def make_completion(
     answer: Answer, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams, lm: PreTrainedModel
 ) -> Completion:
-    """Return the answer as a completion, with its text."""
+    """Return the answer as a completion, with its text.
+
+    Raises:
+        RolloutError: vLLM gave up on the request.
+    """
+    if answer.finish_reason not in _FINISH:
+        raise RolloutError(
+            f"vLLM ended a completion with {answer.finish_reason!r} after {len(answer.token_ids)} tokens, and must "
+            "complete it; see vLLM's log, and for a regex or json_schema that it cannot compile use rollout.engine: "
+            "embedded"
+        )
     text = decode(tokenizer, answer.token_ids, end_token_ids(lm, tokenizer, SamplingParams()))
     if answer.stop_text is not None and answer.stop_text in text:  # a stop string with an end token is not in the text
         text = text[: text.rfind(answer.stop_text)]

@@ -15,7 +15,7 @@ from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.embedded import sampling as fast
 from alignlab.rollout.embedded.controls import Controls, most_typical, packed_bits
 from alignlab.rollout.requests import check_prompts
-from alignlab.rollout.vllm.completions import make_completion, make_requests
+from alignlab.rollout.vllm.completions import Answer, make_completion, make_requests
 from alignlab.types import Completion, SamplingParams
 from tests.reference import sampling as slow
 from tests.rollout.conftest import END, VOCAB, MakeEngine, flat, full_logprobs, make_prompts
@@ -190,8 +190,6 @@ def test_logprobs_under_a_control_are_not_taken_for_the_models_own(
     name: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     values: dict[str, Any] = {"logit_bias": ((1, 1.0),), "banned_words": ("x",), "regex": "a"}
-    from alignlab.rollout.vllm.completions import Answer
-
     answer = Answer((97, END), (-1.0, -2.0), "stop", None, (0, 0), None)
 
     def completion(sampling: SamplingParams) -> Completion:
@@ -199,6 +197,12 @@ def test_logprobs_under_a_control_are_not_taken_for_the_models_own(
 
     assert completion(SamplingParams()).raw_logprobs == (-1.0, -2.0)
     assert completion(SamplingParams(**{name: values.get(name, 0.5)})).raw_logprobs is None
+
+
+def test_a_request_that_vllm_gave_up_is_named(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    answer = Answer((97,), (-1.0,), "error", None, (0,), None)
+    with pytest.raises(RolloutError, match="vLLM ended a completion with 'error' after 1 tokens"):
+        make_completion(answer, tokenizer, SamplingParams(regex="a"), llama)
 
 
 def test_full_logprobs_is_unchanged_by_controls(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
