@@ -9,6 +9,7 @@ import argparse
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cli.beams import add_beam_arguments, beam_params, print_beams
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
 from alignlab.errors import ConfigError, DataError
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--begin-with", metavar="TEXT", help="text that every completion begins with")
+    add_beam_arguments(parser)
     parser.add_argument("--seed", type=int, help="seed of the sampling; the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write one completion as it is generated."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
+    beams = beam_params(args, max_new_tokens=sampling.max_new_tokens)
 
     from alignlab.config.data import RenderSettings, SettingNames
     from alignlab.config.rollout import RolloutSettings
@@ -72,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if args.begin_with is not None:
         sampling = beginning_with(args.begin_with, sampling, tokenizer)
     engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
+    if beams is not None:
+        print_beams(engine.beam_search([prompt], beams)[0])
+        return 0
     for text in engine.stream(prompt, sampling.params(n=1, seed=args.seed)):
         print(text, end="", flush=True)
     print(flush=True)

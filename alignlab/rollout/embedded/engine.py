@@ -18,6 +18,8 @@ from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.detokenizer import Detokenizer, decode
+from alignlab.rollout.embedded.beam_search import PromptBeams, advance
+from alignlab.rollout.embedded.beams import BeamParams, BeamResult, beam_sampling, too_many_beams
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.places import Place
@@ -134,6 +136,39 @@ class EmbeddedEngine:
         sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer, self._end_ids)
         return self._stream(sequence, sequence.detokenizer)
 
+    def beam_search(self, prompts: Sequence[Prompt], params: BeamParams) -> list[BeamResult]:
+        """Return the best completions of each prompt that a beam search finds, in the order of `prompts`.
+
+        Raises:
+            RolloutError: as `generate`, or the cache does not hold the beams of one prompt.
+        """
+        sampling = beam_sampling(params, self._settings.max_running)
+        roots = self._sequences(prompts, [sampling] * len(prompts))
+        results: list[BeamResult] = []
+        while len(results) < len(roots):
+            chosen = roots[len(results) : len(results) + self._settings.max_running // params.num_beams]
+            while not self._space.holds(chosen * params.num_beams):
+                if len(chosen) == 1:
+                    raise too_many_beams(params, len(chosen[0].token_ids))
+                chosen = chosen[: len(chosen) // 2]
+            results += self._searched(chosen, params)
+        return results
+
+    @torch.inference_mode()
+    def _searched(self, roots: Sequence[TokenSequence], params: BeamParams) -> list[BeamResult]:
+        """Search the beams of some prompts together."""
+        with self._running(roots, num_forks=params.num_beams) as scheduler, self._weights.in_use():
+            self._runner.begin()
+            searches = [
+                PromptBeams(root, params, scheduler, self._runner.routing, self.policy_version) for root in roots
+            ]
+            while scheduler.has_work:
+                step, outputs = self._next_step(scheduler)
+                hidden, _ = self._runner.hidden(step)
+                if outputs:
+                    advance(searches, self._runner.logits(hidden), outputs)
+        return [search.result(self._completion) for search in searches]
+
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Return the log-probs of given completions under the present weights, without sampling.
 
@@ -243,8 +278,8 @@ class EmbeddedEngine:
         return end_token_ids(self._lm, self._tokenizer, SamplingParams())
 
     @contextmanager
-    def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
-        """Hold the engine for one call; yield a scheduler with the sequences.
+    def _running(self, sequences: Sequence[TokenSequence], *, num_forks: int = 1) -> Iterator[Scheduler]:
+        """Hold the engine for one call; yield a scheduler with the sequences, each of which may become `num_forks`.
 
         Raises:
             RolloutError: another call is in flight, the weights were changed, or the cache is too small.
@@ -261,7 +296,7 @@ class EmbeddedEngine:
         try:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)
-            self._space.reserve(sequences)
+            self._space.reserve([*sequences] * num_forks)
             scheduler.add(sequences)
             yield scheduler
         except BaseException:

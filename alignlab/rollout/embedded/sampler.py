@@ -86,7 +86,7 @@ class Sampler:
             sampled = _on_host(draw())
         draws = []
         for place, token, logprob, raw_logprob, _ in zip(places, *sampled, strict=True):
-            _require_number(raw_logprob, place.end)
+            require_number(raw_logprob, place.end)
             _require_choice(logprob, place)
             draws.append(Draw(int(token), logprob, raw_logprob))
         return draws
@@ -120,7 +120,7 @@ def record_logprobs(
     logprobs = torch.cat(blocks).tolist()
     for sequence, rows in outputs:
         for logprob in logprobs[rows]:
-            _require_number(logprob, sequence.num_computed)
+            require_number(logprob, sequence.num_computed)
         sequence.raw_logprobs += logprobs[rows]
 
 
@@ -141,7 +141,10 @@ def _require_choice(logprob: float, place: Place) -> None:
         )
 
 
-def _require_number(logprob: float, num_tokens: int) -> None:
+def require_number(logprob: float, num_tokens: int) -> None:
+    """Raises:
+    RolloutError: a log-prob after so many tokens is no number.
+    """
     if logprob != logprob:
         raise RolloutError(
             f"the model's logits must be finite, and after {num_tokens} tokens they are not; check the "

@@ -165,6 +165,15 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
 
+    def fork(self, leader: TokenSequence, fork: TokenSequence) -> None:
+        """Start a sequence on the blocks of a running one that has the same tokens."""
+        fork.num_computed = leader.num_computed
+        fork.tables = self.pools.share(leader.tables)
+        fork.digests = list(leader.digests)
+        if self._states is not None:
+            self._states.fork(leader, fork)
+        self.running.append(fork)
+
     def _continue_running(self, step: Step) -> int:
         """Schedule the next token or chunk of every running sequence; return the rest of the budget."""
         budget, index = self._prefill_tokens, 0
@@ -261,12 +270,7 @@ class Scheduler:
         forks, still_waiting = leader.followers[:places], leader.followers[places:]
         leader.followers = []
         for fork in forks:
-            fork.num_computed = leader.num_computed
-            fork.tables = self.pools.share(leader.tables)
-            fork.digests = list(leader.digests)
-            if self._states is not None:
-                self._states.fork(leader, fork)
-        self.running += forks
+            self.fork(leader, fork)
         self.waiting.extendleft(reversed(still_waiting))
         return forks
 
