@@ -19,7 +19,7 @@ _FLAGS: dict[str, tuple[str, type, str]] = {
     "num_groups": ("--beam-groups", int, "with --beams: groups of beams that write different texts"),
     "diversity": ("--diversity", float, "with --beam-groups: nats that a token costs which another group took"),
 }
-_SAMPLING = ("stop", "banned_words", "logit_bias", "regex", "json_schema", "begin_with", "seed")
+_SAMPLING = ("stop", "banned_words", "logit_bias", "regex", "json_schema", "begin_with", "seed", "speculate")
 
 
 def add_beam_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.config.data import RenderSettings
-    from alignlab.config.rollout import SamplingSettings
+    from alignlab.config.rollout import SamplingSettings, SpeculationSettings
     from alignlab.types import Prompt
 
 NAME = "generate"
@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--begin-with", metavar="TEXT", help="text that every completion begins with")
     add_beam_arguments(parser)
+    parser.add_argument(
+        "--speculate", metavar="WITH",
+        help="guess tokens to be faster, with the same text: ngram, what followed before, or a smaller model of the "
+        "same tokenizer",
+    )
     parser.add_argument("--seed", type=int, help="seed of the sampling; the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = rendered(args.prompt, settings, tokenizer)
     if args.begin_with is not None:
         sampling = beginning_with(args.begin_with, sampling, tokenizer)
-    engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
+    engine = EmbeddedEngine(model, tokenizer, RolloutSettings(speculation=speculation_of(args.speculate)))
     if beams is not None:
         print_beams(engine.beam_search([prompt], beams)[0])
         return 0
@@ -82,6 +87,15 @@ def run(args: argparse.Namespace) -> int:
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def speculation_of(source: str | None) -> SpeculationSettings | None:
+    """Return the settings of --speculate."""
+    from alignlab.config.rollout import DraftModelSettings, NgramSettings
+
+    if source is None:
+        return None
+    return NgramSettings() if source == "ngram" else DraftModelSettings(model=source)
 
 
 def beginning_with(text: str, sampling: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:

@@ -58,6 +58,43 @@ class SamplingSettings(Frozen):
         return SamplingParams(n=n, seed=seed, **self.model_dump() | pairs)
 
 
+class _SpeculationSettings(Frozen):
+    """Drafts of the next tokens, which the policy checks several at a time. Completions are the same without."""
+
+    on_resume = OnResume.MAY_CHANGE
+    num_drafts: int = Field(4, ge=1, le=64)
+    """Tokens of a draft."""
+    always: bool = False
+    """Draft at every step. Default: where it is measured to be faster, which is tried now and then."""
+
+
+class NgramSettings(_SpeculationSettings):
+    """Drafts from the prompt, the completion so far and those of its group: what followed the same tokens before."""
+
+    type: Literal["ngram"] = "ngram"
+    min_match: int = Field(2, ge=1)
+    """Tokens that must have stood before."""
+    max_match: int = Field(4, ge=1)
+    """Tokens that are looked for first; the longest match is continued."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_match > self.max_match:
+            raise BrokenRule("min_match", self.min_match, f"be at most max_match ({self.max_match})", "lower it")
+        return self
+
+
+class DraftModelSettings(_SpeculationSettings):
+    """Drafts by a smaller model of the same tokenizer."""
+
+    type: Literal["model"] = "model"
+    model: str
+    """Hub id, folder or packaged model."""
+
+
+SpeculationSettings = Annotated[NgramSettings | DraftModelSettings, Field(discriminator="type")]
+
+
 class RolloutSettings(Frozen):
     """The embedded engine."""
 
@@ -80,6 +117,8 @@ class RolloutSettings(Frozen):
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
+    speculation: SpeculationSettings | None = None
+    """Guess tokens, and check several in one step; pays for few sequences at once."""
 
 
 class _VLLMSettings(Frozen):

@@ -257,6 +257,9 @@ def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, cap
     assert first.endswith("\n")
     assert main(["generate", model, "say red", *words]) == 0
     assert capsys.readouterr().out == first
+    for drafts in ("ngram", model):
+        assert main(["generate", model, "say red", *words, "--speculate", drafts]) == 0
+        assert capsys.readouterr().out == first
     assert main(["generate", model, "--adapter", adapter, "say red", *words]) == 0
 
 

@@ -46,7 +46,7 @@ class CacheSpace:
         """
         needs = pool_needs(
             sequences, self.blocks.sizes, self._block_size, max_running=self._settings.max_running,
-            chunk=self._settings.prefill_tokens, share=self._share,
+            chunk=self._chunk, share=self._share,
         )
         num_slots = self._num_slots(sequences)
         limits = self._block_limits(needs, num_slots)
@@ -67,8 +67,8 @@ class CacheSpace:
             RolloutError: not even one slot for states has room.
         """
         needs = pool_needs(
-            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences),
-            chunk=self._settings.prefill_tokens, share=self._share,
+            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences), chunk=self._chunk,
+            share=self._share,
         )
         num_slots = self._num_slots(sequences)
         num_requests = len({id(sequence.request) for sequence in sequences}) if self._share else 0
@@ -93,6 +93,13 @@ class CacheSpace:
         self.blocks = BlockPools(self._runner.cache.windows, self._block_size)
         self.states = None if self.states is None else StateSlots()
         self._runner.resize(self.blocks.sizes, 0)
+
+    @property
+    def _chunk(self) -> int:
+        """Most tokens of prompts and drafts in one step."""
+        speculation = self._settings.speculation
+        drafts = 0 if speculation is None else speculation.num_drafts * self._settings.max_running
+        return self._settings.prefill_tokens + drafts
 
     @property
     def _held_slots(self) -> int:

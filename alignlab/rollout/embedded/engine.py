@@ -16,19 +16,18 @@ from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
-from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.beam_search import PromptBeams, advance
 from alignlab.rollout.embedded.beams import BeamParams, BeamResult, beam_sampling, too_many_beams
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
-from alignlab.rollout.embedded.places import Place
 from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.sequence import Request, TokenSequence, make_request
+from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.embedded.weights import EngineWeights
-from alignlab.rollout.grammars import grammar_of
 from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
 from alignlab.rollout.requests import (
@@ -88,6 +87,7 @@ class EmbeddedEngine:
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
+        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size)
         self._in_use = threading.Lock()
         self._abandoned = False
         self._closed = False
@@ -111,7 +111,7 @@ class EmbeddedEngine:
         params = sampling_of_prompts(prompts, sampling)
         sequences = self._sequences(prompts, params)
         routing: dict[TokenSequence, Tensor | None] = {}
-        with self._running(sequences) as scheduler, self._weights.in_use():
+        with self._running(sequences, samples=True) as scheduler, self._weights.in_use():
             self._runner.begin()
             num_tokens = 0
             while scheduler.has_work:
@@ -230,8 +230,8 @@ class EmbeddedEngine:
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, so far."""
-        return {"engine/preempted": float(self.num_preempted)}
+        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
+        return {"engine/preempted": float(self.num_preempted)} | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
@@ -240,10 +240,7 @@ class EmbeddedEngine:
         check_prompts(prompts, sampling, self._vocab_size, limits)
         sequences: list[TokenSequence] = []
         for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
-            ends = end_token_ids(self._lm, self._tokenizer, params)
-            phrases = banned_phrases(params.banned_words, self._tokenizer)
-            grammar = grammar_of(params, self._tokenizer, self._vocab_size, ends)
-            request = Request(prompt, params, ends, phrases, grammar)
+            request = make_request(prompt, params, self._lm, self._tokenizer)
             sequences += [
                 TokenSequence(
                     request, key, list(prompt.token_ids),
@@ -278,7 +275,9 @@ class EmbeddedEngine:
         return end_token_ids(self._lm, self._tokenizer, SamplingParams())
 
     @contextmanager
-    def _running(self, sequences: Sequence[TokenSequence], *, num_forks: int = 1) -> Iterator[Scheduler]:
+    def _running(
+        self, sequences: Sequence[TokenSequence], *, num_forks: int = 1, samples: bool = False
+    ) -> Iterator[Scheduler]:
         """Hold the engine for one call; yield a scheduler with the sequences, each of which may become `num_forks`.
 
         Raises:
@@ -297,6 +296,8 @@ class EmbeddedEngine:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)
             self._space.reserve([*sequences] * num_forks)
+            if samples:
+                self._speculation.begin(sequences)
             scheduler.add(sequences)
             yield scheduler
         except BaseException:
@@ -304,6 +305,7 @@ class EmbeddedEngine:
             raise
         finally:
             self.num_preempted += scheduler.num_preempted
+            self._speculation.end()
             self._sampler = Sampler()
             self._in_use.release()
             if self._closed:
@@ -339,25 +341,16 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
         """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
+        self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
-        if not outputs:
-            self._runner.hidden(step)
-            return 0
-        sequences = [sequence for sequence, _ in outputs]
-        # Forks sample from the logits of one prompt.
-        rows = torch.tensor([rows.start for _, rows in outputs])
-        places = [Place(sequence, len(sequence.token_ids)) for sequence in sequences]
-        inputs = self._sampler.inputs(places, self._runner.vocab_size)
-        hidden, (rows, *inputs) = self._runner.hidden(step, [rows, *inputs])
-        logits = self._runner.logits(hidden)
-        if len(rows) > logits.shape[0]:
-            logits = logits.index_select(0, rows)
-        for sequence, draw in zip(sequences, self._sampler.draw(logits, places, inputs), strict=True):
-            sequence.append(*draw, self.policy_version)
+        num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
+        num_kept = sample_outputs(step, outputs, self._runner, self._sampler, self.policy_version)
+        self._speculation.record(step, num_drafts, num_kept)
+        for sequence, _ in outputs:
             if sequence.finish_reason is not None:
                 routing[sequence] = self._runner.routing(sequence)
                 scheduler.finish(sequence)
-        return len(sequences)
+        return len(outputs) + num_kept
 
     @torch.inference_mode()
     def _score_step(self, scheduler: Scheduler) -> None:
@@ -381,7 +374,7 @@ class EmbeddedEngine:
         """Yield the text of `sequence` while it is sampled, holding back what may become a stop string."""
         held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
         emitted = 0
-        with self._running([sequence]) as scheduler:
+        with self._running([sequence], samples=True) as scheduler:
             with self._weights.in_use():
                 self._runner.begin()
             while scheduler.has_work:

@@ -14,6 +14,12 @@ from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.types import SamplingParams
 
 
+def places_of(sequence: TokenSequence) -> list[Place]:
+    """Return the places that are sampled next: after each token from the last one that is certain on."""
+    end = len(sequence.token_ids)
+    return [Place(sequence, end - sequence.num_drafts + number) for number in range(1 + sequence.num_drafts)]
+
+
 class Place(NamedTuple):
     """The place after the first `end` tokens of a sequence."""
 
