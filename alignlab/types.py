@@ -69,7 +69,18 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability, in (0, 1].
         min_p: drop tokens less likely than this fraction of the likeliest, in [0, 1).
+        typical_p: keep the tokens whose surprise is nearest to the entropy, with at least this probability, in (0, 1];
+            of what the others left.
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen before; 1 is off.
+        presence_penalty: taken off the logits of the completion's tokens so far, once each; 0 is off.
+        frequency_penalty: taken off the logits of the completion's tokens so far, as often as they came; 0 is off.
+        logit_bias: (token id, number that is added to its logit), before all else.
+        banned_token_ids: tokens that are never sampled.
+        banned_words: texts whose tokens, with and without a space before, are never completed. The same text by other
+            tokens may still be written.
+        forced_tokens: (number of a token of the completion from 0 on, the token id that it must be).
+        regex: pattern that the whole completion must match, up to its end token; needs the extra `structured`.
+        json_schema: JSON schema, as JSON, that the whole completion must fit; needs the extra `structured`.
         max_new_tokens: largest number of tokens of a completion, >= 1.
         min_new_tokens: stop tokens and the end of sequence cannot be sampled before this many tokens.
         stop: strings that end a completion; the text is cut before them, the tokens are kept.
@@ -84,7 +95,16 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    banned_words: tuple[str, ...] = ()
+    forced_tokens: tuple[tuple[int, int], ...] = ()
+    regex: str | None = None
+    json_schema: str | None = None
     max_new_tokens: int = 64
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import argparse
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cli.beams import add_beam_arguments, beam_params, print_beams
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
 from alignlab.errors import ConfigError, DataError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.config.data import RenderSettings
+    from alignlab.config.rollout import SamplingSettings, SpeculationSettings
     from alignlab.types import Prompt
 
 NAME = "generate"
@@ -31,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
     add_policy_arguments(parser)
     add_sampling_arguments(parser)
+    parser.add_argument("--begin-with", metavar="TEXT", help="text that every completion begins with")
+    add_beam_arguments(parser)
+    parser.add_argument(
+        "--speculate", metavar="WITH",
+        help="guess tokens to be faster, with the same text: ngram, what followed before, or a smaller model of the "
+        "same tokenizer",
+    )
     parser.add_argument("--seed", type=int, help="seed of the sampling; the same seed gives the same text")
     parser.add_argument("--system-prompt", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--prompt-template", metavar="TEXT", help="text with {prompt} in it, put around the prompt")
@@ -47,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write one completion as it is generated."""
     sampling = sampling_settings(args, max_new_tokens=MAX_NEW_TOKENS)
+    beams = beam_params(args, max_new_tokens=sampling.max_new_tokens)
 
     from alignlab.config.data import RenderSettings, SettingNames
     from alignlab.config.rollout import RolloutSettings
@@ -67,11 +77,37 @@ def run(args: argparse.Namespace) -> int:
         **template_settings(args),
     ).named(SettingNames("the prompt", _flag))
     prompt = rendered(args.prompt, settings, tokenizer)
-    engine = EmbeddedEngine(model, tokenizer, RolloutSettings())
+    if args.begin_with is not None:
+        sampling = beginning_with(args.begin_with, sampling, tokenizer)
+    engine = EmbeddedEngine(model, tokenizer, RolloutSettings(speculation=speculation_of(args.speculate)))
+    if beams is not None:
+        print_beams(engine.beam_search([prompt], beams)[0])
+        return 0
     for text in engine.stream(prompt, sampling.params(n=1, seed=args.seed)):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def speculation_of(source: str | None) -> SpeculationSettings | None:
+    """Return the settings of --speculate."""
+    from alignlab.config.rollout import DraftModelSettings, NgramSettings
+
+    if source is None:
+        return None
+    return NgramSettings() if source == "ngram" else DraftModelSettings(model=source)
+
+
+def beginning_with(text: str, sampling: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
+    """Return settings under which a completion begins with a text.
+
+    Raises:
+        ConfigError: the text has no tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"--begin-with is {text!r}, and must have a token; leave it out")
+    return sampling.model_copy(update={"forced_tokens": dict(enumerate(ids))})
 
 
 def rendered(text: str, settings: RenderSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:

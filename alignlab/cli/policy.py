@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignlab.errors import CheckpointError
+from alignlab.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,9 +23,13 @@ SAMPLING_FLAGS = {
     "top_k": (int, "sample from the k most probable tokens; 0: from all"),
     "top_p": (float, "sample from the smallest set of tokens with this total probability"),
     "min_p": (float, "drop tokens below this fraction of the highest probability"),
+    "typical_p": (float, "sample from the tokens of about the expected surprise, with this total probability"),
     "repetition_penalty": (float, "above 1: makes earlier tokens less probable"),
+    "presence_penalty": (float, "taken off the logits of tokens that the completion has"),
+    "frequency_penalty": (float, "taken off the logits of the completion's tokens, as often as they came"),
     "max_new_tokens": (int, "largest length of the completion"),
 }
+_TEXT_FLAGS = ("stop", "banned_words", "regex")
 
 
 def is_adapter(folder: str) -> bool:
@@ -42,18 +46,64 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of SamplingSettings, and --stop."""
+    """Add the flags of SamplingSettings."""
     for name, (kind, text) in SAMPLING_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends a completion; repeatable")
+    parser.add_argument(
+        "--ban", metavar="WORD", action="append", dest="banned_words",
+        help="a word that is not written, by the tokens that it has alone and after a space; repeatable",
+    )
+    parser.add_argument(
+        "--logit-bias", metavar="ID=X", action="append",
+        help="number that is added to the logit of a token id, such as 198=-3 or 28=2.5; repeatable",
+    )
+    parser.add_argument("--regex", metavar="PATTERN", help="pattern that the whole text must match, such as '[0-9]+'")
+    parser.add_argument(
+        "--json-schema", metavar="SCHEMA",
+        help="JSON schema that the text must fit, as JSON or a file of it; the prompt should ask for JSON all the same",
+    )
 
 
 def sampling_settings(args: argparse.Namespace, **defaults: Any) -> SamplingSettings:
     """Return the sampling of the flags; `defaults` for flags that are left out."""
     from alignlab.config.rollout import SamplingSettings
 
-    flags = {name: getattr(args, name) for name in (*SAMPLING_FLAGS, "stop") if getattr(args, name) is not None}
+    flags = {name: getattr(args, name) for name in (*SAMPLING_FLAGS, *_TEXT_FLAGS) if getattr(args, name) is not None}
+    if args.logit_bias is not None:
+        flags["logit_bias"] = dict(map(_bias, args.logit_bias))
+    if args.json_schema is not None:
+        flags["json_schema"] = _schema(args.json_schema)
     return SamplingSettings(**{**defaults, **flags})
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """Return a token and what is added to its logit, from ID=X.
+
+    Raises:
+        ConfigError: the text is of another form.
+    """
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ConfigError(f"--logit-bias is {text!r}, and must be ID=X, such as 198=-3; correct it") from None
+
+
+def _schema(text: str) -> str:
+    """Return a JSON schema, given as JSON or as the path of a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
+    if text.lstrip().startswith("{"):
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--json-schema is {text!r}, and must be JSON that begins with {{, or a file of it: {error}; correct it"
+        ) from None
 
 
 def tokenizer_source(model: str, adapter: str | None) -> str:

@@ -12,6 +12,7 @@ from alignlab.config.error_messages import BrokenRule
 from alignlab.config.offline import PairLossConfig
 from alignlab.config.rewards import RewardLimits
 from alignlab.config.rollout import (
+    CONTROLS,
     MAX_VLLM_TEMPERATURE,
     RolloutEngineSettings,
     RolloutSettings,
@@ -94,6 +95,16 @@ class OnlineConfig(AveragedConfig):
         if engine != "embedded" and temperature > MAX_VLLM_TEMPERATURE:
             must = f"be at most {MAX_VLLM_TEMPERATURE:g} with rollout.engine {engine}: vLLM samples no hotter"
             raise BrokenRule("sampling.temperature", temperature, must, "lower it, or use rollout.engine: embedded")
+        return self
+
+    @model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        """The loss is of the policy's own distribution: for a token that was forced its ratio means nothing."""
+        for name in CONTROLS:
+            value = getattr(self.sampling, name)
+            if value:
+                must = "be left out of a training on rollouts: the trainer's log-probs are of the policy without it"
+                raise BrokenRule(f"sampling.{name}", value, must, "remove it, or reward the format instead")
         return self
 
     @model_validator(mode="after")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
+CONTROLS = ("logit_bias", "banned_token_ids", "banned_words", "forced_tokens", "regex", "json_schema")
+"""Sampling settings that forbid tokens of the policy, or bring in some that it would hardly write."""
 
 
 class SamplingSettings(Frozen):
@@ -21,10 +24,26 @@ class SamplingSettings(Frozen):
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    banned_token_ids: tuple[int, ...] = ()
+    banned_words: tuple[str, ...] = ()
+    forced_tokens: dict[int, int] = {}
+    """Token id by its number in the completion, from 0 on."""
+    regex: str | None = None
+    json_schema: str | None = None
+    """As JSON, or as a mapping."""
     max_new_tokens: int = Field(64, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     stop: tuple[str, ...] = ()
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _as_json(cls, schema: Any) -> Any:
+        return json.dumps(schema) if isinstance(schema, dict | bool) else schema
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -35,7 +54,45 @@ class SamplingSettings(Frozen):
 
     def params(self, *, n: int, seed: int | None) -> SamplingParams:
         """Return the engine's parameters for `n` completions a prompt."""
-        return SamplingParams(n=n, seed=seed, **self.model_dump())
+        pairs = {name: tuple(sorted(getattr(self, name).items())) for name in ("logit_bias", "forced_tokens")}
+        return SamplingParams(n=n, seed=seed, **self.model_dump() | pairs)
+
+
+class _SpeculationSettings(Frozen):
+    """Drafts of the next tokens, which the policy checks several at a time. Completions are the same without."""
+
+    on_resume = OnResume.MAY_CHANGE
+    num_drafts: int = Field(4, ge=1, le=64)
+    """Tokens of a draft."""
+    always: bool = False
+    """Draft at every step. Default: where it is measured to be faster, which is tried now and then."""
+
+
+class NgramSettings(_SpeculationSettings):
+    """Drafts from the prompt, the completion so far and those of its group: what followed the same tokens before."""
+
+    type: Literal["ngram"] = "ngram"
+    min_match: int = Field(2, ge=1)
+    """Tokens that must have stood before."""
+    max_match: int = Field(4, ge=1)
+    """Tokens that are looked for first; the longest match is continued."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_match > self.max_match:
+            raise BrokenRule("min_match", self.min_match, f"be at most max_match ({self.max_match})", "lower it")
+        return self
+
+
+class DraftModelSettings(_SpeculationSettings):
+    """Drafts by a smaller model of the same tokenizer."""
+
+    type: Literal["model"] = "model"
+    model: str
+    """Hub id, folder or packaged model."""
+
+
+SpeculationSettings = Annotated[NgramSettings | DraftModelSettings, Field(discriminator="type")]
 
 
 class RolloutSettings(Frozen):
@@ -60,6 +117,8 @@ class RolloutSettings(Frozen):
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
+    speculation: SpeculationSettings | None = None
+    """Guess tokens, and check several in one step; pays for few sequences at once."""
 
 
 class _VLLMSettings(Frozen):

@@ -19,7 +19,10 @@ from alignlab.scoring.loading import LoadedReward
 from alignlab.types import Prompt
 
 logger = logging.getLogger(__name__)
-TRUNCATES = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+TRUNCATES = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "min_new_tokens": 0,
+}  # fmt: skip
 """Sampling settings that truncate or change the policy's distribution, with the values that leave it unchanged."""
 
 

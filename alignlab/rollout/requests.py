@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.decoding_rules import check_controls
 from alignlab.rollout.embedded.sampling import check_sampling, stream_key
 from alignlab.types import Prompt, Rollout, SamplingParams
 
@@ -61,7 +62,8 @@ def length_limits(lm: PreTrainedModel, max_tokens: int | None, setting: str, *, 
 def check_prompts(
     prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], vocab_size: int, limits: Sequence[LengthLimit]
 ) -> None:
-    """Raise if a prompt is empty, holds an unknown token, or leaves no room for its completion.
+    """Raise if a prompt is empty, holds an unknown token, or leaves no room for its completion, or its parameters
+    contradict the vocabulary or each other.
 
     Args:
         prompts: the prompts.
@@ -70,8 +72,10 @@ def check_prompts(
         limits: limits of prompt and completion together.
 
     Raises:
-        RolloutError: with the prompt's number.
+        RolloutError: with the prompt's number, or the parameter's name.
     """
+    for params in set(sampling):
+        check_controls(params, vocab_size)
     for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
         check_token_ids(f"prompt {number}", prompt.token_ids, vocab_size)
         length = len(prompt.token_ids)

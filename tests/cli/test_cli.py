@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,34 @@ def test_generate_refuses_bytes_that_are_no_text(capsys):
     assert "PROMPT must be text, and has bytes that are none" in capsys.readouterr().err
 
 
+def test_generate_takes_the_beginning_and_the_form_of_the_text(run_file, capsys):
+    model = str(run_file.parent / "model")
+    words = ["--seed", "3", "--max-new-tokens", "9", "--dtype", "float32"]
+    assert main(["generate", model, "say red", *words, "--begin-with", "so: "]) == 0
+    assert capsys.readouterr().out.startswith("so: ")
+    assert main(["generate", model, "say red", *words, "--regex", "[0-9]{2}-[a-c]"]) == 0
+    assert re.fullmatch("[0-9]{2}-[a-c]\n", capsys.readouterr().out)
+    assert main(["generate", model, "say red", *words, "--regex", "[0-9"]) == 2
+    assert "unclosed character class" in capsys.readouterr().err
+
+
+def test_generate_searches_beams(run_file, capsys):
+    words = ["generate", str(run_file.parent / "model"), "say red", "--max-new-tokens", "4", "--dtype", "float32"]
+    assert main([*words, "--beams", "3"]) == 0
+    best = capsys.readouterr().out
+    assert main([*words, "--beams", "3", "--best", "3", "--length-penalty", "1"]) == 0
+    rows = re.findall(r"^ *(-\d+\.\d{3})  ", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 3 and sorted(rows, key=float, reverse=True) == rows and best.endswith("\n")
+    for wrong, told in (
+        (["--best", "2"], "--best is 2, and needs --beams"),
+        (["--beams", "2", "--temperature", "0"], "--temperature is 0.0, and --beams samples nothing"),
+        (["--beams", "2", "--ban", "red"], "--ban is ['red'], and --beams samples nothing"),
+        (["--beams", "2", "--beam-groups", "2"], "beams.diversity is 0.0, and must be over 0"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, capsys):
     model = str(run_file.parent / "model")
     words = ["--seed", "3", "--max-new-tokens", "6", "--dtype", "float32"]
@@ -228,6 +257,9 @@ def test_generate_streams_the_same_text_for_the_same_seed(run_file, adapter, cap
     assert first.endswith("\n")
     assert main(["generate", model, "say red", *words]) == 0
     assert capsys.readouterr().out == first
+    for drafts in ("ngram", model):
+        assert main(["generate", model, "say red", *words, "--speculate", drafts]) == 0
+        assert capsys.readouterr().out == first
     assert main(["generate", model, "--adapter", adapter, "say red", *words]) == 0
 
 

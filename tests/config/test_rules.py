@@ -135,6 +135,10 @@ def test_the_engine_chooses_its_settings():
 
 
 def test_greedy_rollouts_are_refused():
+    wrong = {"logit_bias": {3: 1.0}, "banned_words": ["red"], "forced_tokens": {0: 4}, "regex": "a", "json_schema": {}}
+    for name, value in wrong.items():
+        message = grpo_message(sampling={name: value})
+        assert f"sampling.{name} is" in message and "be left out of a training on rollouts" in message
     assert "greedy completions of a prompt are identical" in grpo_message(sampling={"temperature": 0})
 
 

@@ -11,15 +11,24 @@ _MASK = (1 << 64) - 1
 
 
 def distribution(
-    logits: Sequence[float], sampling: SamplingParams, *, seen: Collection[int] = (), banned: Collection[int] = ()
+    logits: Sequence[float], sampling: SamplingParams, *, seen: Collection[int] = (), banned: Collection[int] = (),
+    written: Sequence[int] = (), allowed: Collection[int] | None = None,
 ) -> list[float]:
-    """Probability of each token of one row."""
+    """Probability of each token of one row, after the tokens `written` of its completion."""
     values = list(logits)
+    for token, bias in sampling.logit_bias:
+        values[token] += bias
     for token in seen:
         penalty = sampling.repetition_penalty
         values[token] = values[token] / penalty if values[token] > 0 else values[token] * penalty
+    for token in set(written):
+        values[token] -= sampling.presence_penalty
+    for token in written:
+        values[token] -= sampling.frequency_penalty
     for token in banned:
         values[token] = -math.inf
+    if allowed is not None:
+        values = [value if token in allowed else -math.inf for token, value in enumerate(values)]
     if sampling.temperature == 0:
         best = values.index(max(values))
         return [float(token == best) for token in range(len(values))]
@@ -34,7 +43,20 @@ def distribution(
                 kept, mass = p, mass + p
         probs = [p if p >= kept else 0.0 for p in probs]
     floor = sampling.min_p * max(probs)
-    return _normalised([p if p >= floor else 0.0 for p in probs])
+    return _typical(_normalised([p if p >= floor else 0.0 for p in probs]), sampling.typical_p)
+
+
+def _typical(probs: Sequence[float], mass: float) -> list[float]:
+    """Keep the tokens whose surprise is nearest to the entropy, ties included."""
+    if mass == 1:
+        return list(probs)
+    entropy = -math.fsum(p * math.log(p) for p in probs if p > 0)
+    distances = [abs(-math.log(p) - entropy) if p > 0 else math.inf for p in probs]
+    last, kept = 0.0, 0.0
+    for distance, p in sorted(zip(distances, probs, strict=True)):
+        if kept < mass:
+            last, kept = distance, kept + p
+    return _normalised([p if d <= last + 1e-6 else 0.0 for d, p in zip(distances, probs, strict=True)])
 
 
 def _normalised(weights: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ NEEDS_VLLM = pytest.mark.skipif(not INSTALLED, reason="needs vLLM")
 SHAPED = {
     "plain": {}, "cold": {"temperature": 0.6}, "hot": {"temperature": 1.7}, "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.7}, "min_p": {"min_p": 0.2}, "penalty": {"repetition_penalty": 1.6},
+    "bias": {"logit_bias": ((65, 5.0), (66, -3.0))},
+    "charges": {"presence_penalty": 1.5, "frequency_penalty": 0.5},
     "all": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
 }
 
@@ -76,12 +79,33 @@ def test_logprobs_are_of_the_distribution_sampled_from(kind: str, engine: Any, m
                 zip(rows, completion.token_ids, completion.logprobs, strict=True)
             ):
                 seen = set(token_ids[: start + i]) if sampling.repetition_penalty != 1 else ()
-                expected = slow.distribution(row.tolist(), sampling, seen=seen)[token]
+                expected = slow.distribution(
+                    row.tolist(), sampling, seen=seen, written=completion.token_ids[:i]
+                )[token]
                 # The penalty is of logits, and log-probs differ from them by a constant that it does not commute with.
                 if sampling.repetition_penalty == 1:
                     assert logprob == pytest.approx(float(torch.tensor(expected).log()), abs=2e-5)
                 if completion.raw_logprobs is not None:
                     assert completion.raw_logprobs[i] == pytest.approx(float(row[token]), abs=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")  # vLLM's call of xgrammar
+def test_a_grammar_is_kept_and_logprobs_are_of_what_it_allows(engine: Any, model: PreTrainedModel) -> None:
+    sampling = SamplingParams(n=6, seed=3, max_new_tokens=9, regex="[a-e]{3}")
+    for rollout in engine.generate(make_prompts(6), sampling):
+        for completion in rollout.completions:
+            assert re.fullmatch("[a-e]{3}", completion.text) and completion.token_ids[3:] == (END,)
+            rows = full_logprobs(model, (*rollout.prompt.token_ids, *completion.token_ids))[5:8]
+            expected = rows[:, 97:102].log_softmax(-1).gather(1, torch.tensor(completion.token_ids[:3])[:, None] - 97)
+            assert completion.logprobs[:3] == pytest.approx(expected[:, 0].tolist(), abs=2e-5)
+
+
+def test_banned_words_are_not_written(engine: Any) -> None:
+    bias = tuple((token, 30.0) for token in (97, 98, 99))
+    sampling = SamplingParams(n=8, max_new_tokens=12, seed=1, logit_bias=bias, ignore_eos=True)
+    assert any("ab" in c.text for c in flat(engine.generate(make_prompts(4), sampling)))
+    banned = flat(engine.generate(make_prompts(4), replace(sampling, banned_words=("ab",))))
+    assert not any("ab" in c.text for c in banned) and any("b" in c.text for c in banned)
 
 
 def test_plain_sampling_knows_the_models_own_logprobs(engine: Any) -> None:

@@ -46,7 +46,7 @@ class CacheSpace:
         """
         needs = pool_needs(
             sequences, self.blocks.sizes, self._block_size, max_running=self._settings.max_running,
-            chunk=self._settings.prefill_tokens, share=self._share,
+            chunk=self._chunk, share=self._share,
         )
         num_slots = self._num_slots(sequences)
         limits = self._block_limits(needs, num_slots)
@@ -59,6 +59,22 @@ class CacheSpace:
             self.blocks.grow(sizes)
             if self.states is not None:
                 self.states.grow(num_slots)
+
+    def holds(self, sequences: Sequence[TokenSequence]) -> bool:
+        """Return whether the limits allow blocks and slots for all these sequences at once.
+
+        Raises:
+            RolloutError: not even one slot for states has room.
+        """
+        needs = pool_needs(
+            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences), chunk=self._chunk,
+            share=self._share,
+        )
+        num_slots = self._num_slots(sequences)
+        num_requests = len({id(sequence.request) for sequence in sequences}) if self._share else 0
+        limits = self._block_limits(needs, num_slots)
+        has_slots = self.states is None or num_slots >= slots_needed(len(sequences), num_requests)
+        return has_slots and all(need.all <= limits[window] for window, need in needs.items())
 
     def forget_all(self) -> None:
         """Withdraw all that can be found again; what is in use stays in use."""
@@ -77,6 +93,13 @@ class CacheSpace:
         self.blocks = BlockPools(self._runner.cache.windows, self._block_size)
         self.states = None if self.states is None else StateSlots()
         self._runner.resize(self.blocks.sizes, 0)
+
+    @property
+    def _chunk(self) -> int:
+        """Most tokens of prompts and drafts in one step."""
+        speculation = self._settings.speculation
+        drafts = 0 if speculation is None else speculation.num_drafts * self._settings.max_running
+        return self._settings.prefill_tokens + drafts
 
     @property
     def _held_slots(self) -> int:

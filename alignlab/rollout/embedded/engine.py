@@ -17,12 +17,16 @@ from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
+from alignlab.rollout.embedded.beam_search import PromptBeams, advance
+from alignlab.rollout.embedded.beams import BeamParams, BeamResult, beam_sampling, too_many_beams
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.sequence import Request, TokenSequence, make_request
+from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
@@ -83,6 +87,7 @@ class EmbeddedEngine:
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
+        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size)
         self._in_use = threading.Lock()
         self._abandoned = False
         self._closed = False
@@ -106,7 +111,7 @@ class EmbeddedEngine:
         params = sampling_of_prompts(prompts, sampling)
         sequences = self._sequences(prompts, params)
         routing: dict[TokenSequence, Tensor | None] = {}
-        with self._running(sequences) as scheduler, self._weights.in_use():
+        with self._running(sequences, samples=True) as scheduler, self._weights.in_use():
             self._runner.begin()
             num_tokens = 0
             while scheduler.has_work:
@@ -130,6 +135,39 @@ class EmbeddedEngine:
         [sequence] = self._sequences([prompt], sampling_of_prompts([prompt], sampling))
         sequence.detokenizer = sequence.detokenizer or Detokenizer(self._tokenizer, self._end_ids)
         return self._stream(sequence, sequence.detokenizer)
+
+    def beam_search(self, prompts: Sequence[Prompt], params: BeamParams) -> list[BeamResult]:
+        """Return the best completions of each prompt that a beam search finds, in the order of `prompts`.
+
+        Raises:
+            RolloutError: as `generate`, or the cache does not hold the beams of one prompt.
+        """
+        sampling = beam_sampling(params, self._settings.max_running)
+        roots = self._sequences(prompts, [sampling] * len(prompts))
+        results: list[BeamResult] = []
+        while len(results) < len(roots):
+            chosen = roots[len(results) : len(results) + self._settings.max_running // params.num_beams]
+            while not self._space.holds(chosen * params.num_beams):
+                if len(chosen) == 1:
+                    raise too_many_beams(params, len(chosen[0].token_ids))
+                chosen = chosen[: len(chosen) // 2]
+            results += self._searched(chosen, params)
+        return results
+
+    @torch.inference_mode()
+    def _searched(self, roots: Sequence[TokenSequence], params: BeamParams) -> list[BeamResult]:
+        """Search the beams of some prompts together."""
+        with self._running(roots, num_forks=params.num_beams) as scheduler, self._weights.in_use():
+            self._runner.begin()
+            searches = [
+                PromptBeams(root, params, scheduler, self._runner.routing, self.policy_version) for root in roots
+            ]
+            while scheduler.has_work:
+                step, outputs = self._next_step(scheduler)
+                hidden, _ = self._runner.hidden(step)
+                if outputs:
+                    advance(searches, self._runner.logits(hidden), outputs)
+        return [search.result(self._completion) for search in searches]
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Return the log-probs of given completions under the present weights, without sampling.
@@ -192,8 +230,8 @@ class EmbeddedEngine:
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, so far."""
-        return {"engine/preempted": float(self.num_preempted)}
+        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
+        return {"engine/preempted": float(self.num_preempted)} | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
@@ -202,7 +240,7 @@ class EmbeddedEngine:
         check_prompts(prompts, sampling, self._vocab_size, limits)
         sequences: list[TokenSequence] = []
         for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
-            request = Request(prompt, params, end_token_ids(self._lm, self._tokenizer, params))
+            request = make_request(prompt, params, self._lm, self._tokenizer)
             sequences += [
                 TokenSequence(
                     request, key, list(prompt.token_ids),
@@ -237,8 +275,10 @@ class EmbeddedEngine:
         return end_token_ids(self._lm, self._tokenizer, SamplingParams())
 
     @contextmanager
-    def _running(self, sequences: Sequence[TokenSequence]) -> Iterator[Scheduler]:
-        """Hold the engine for one call; yield a scheduler with the sequences.
+    def _running(
+        self, sequences: Sequence[TokenSequence], *, num_forks: int = 1, samples: bool = False
+    ) -> Iterator[Scheduler]:
+        """Hold the engine for one call; yield a scheduler with the sequences, each of which may become `num_forks`.
 
         Raises:
             RolloutError: another call is in flight, the weights were changed, or the cache is too small.
@@ -255,7 +295,9 @@ class EmbeddedEngine:
         try:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)
-            self._space.reserve(sequences)
+            self._space.reserve([*sequences] * num_forks)
+            if samples:
+                self._speculation.begin(sequences)
             scheduler.add(sequences)
             yield scheduler
         except BaseException:
@@ -263,6 +305,7 @@ class EmbeddedEngine:
             raise
         finally:
             self.num_preempted += scheduler.num_preempted
+            self._speculation.end()
             self._sampler = Sampler()
             self._in_use.release()
             if self._closed:
@@ -298,24 +341,16 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
         """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
+        self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
-        if not outputs:
-            self._runner.hidden(step)
-            return 0
-        sequences = [sequence for sequence, _ in outputs]
-        # Forks sample from the logits of one prompt.
-        rows = torch.tensor([rows.start for _, rows in outputs])
-        inputs = self._sampler.inputs(sequences, self._runner.vocab_size)
-        hidden, (rows, *inputs) = self._runner.hidden(step, [rows, *inputs])
-        logits = self._runner.logits(hidden)
-        if len(rows) > logits.shape[0]:
-            logits = logits.index_select(0, rows)
-        self._sampler.append_tokens(logits, sequences, inputs, self.policy_version)
-        for sequence in sequences:
+        num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
+        num_kept = sample_outputs(step, outputs, self._runner, self._sampler, self.policy_version)
+        self._speculation.record(step, num_drafts, num_kept)
+        for sequence, _ in outputs:
             if sequence.finish_reason is not None:
                 routing[sequence] = self._runner.routing(sequence)
                 scheduler.finish(sequence)
-        return len(sequences)
+        return len(outputs) + num_kept
 
     @torch.inference_mode()
     def _score_step(self, scheduler: Scheduler) -> None:
@@ -339,7 +374,7 @@ class EmbeddedEngine:
         """Yield the text of `sequence` while it is sampled, holding back what may become a stop string."""
         held_back = max((len(stop) for stop in sequence.request.sampling.stop), default=1) - 1
         emitted = 0
-        with self._running([sequence]) as scheduler:
+        with self._running([sequence], samples=True) as scheduler:
             with self._weights.in_use():
                 self._runner.begin()
             while scheduler.has_work:

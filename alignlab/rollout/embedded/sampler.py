@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.controls import Controls
+from alignlab.rollout.embedded.places import Place
 from alignlab.rollout.embedded.sampling import Sampled, SamplingTable, sample, token_logprobs
 from alignlab.rollout.embedded.sequence import TokenSequence
 
+_NUM_COLUMNS = 2
+"""Tensors of `SamplingTable.columns`."""
 _ROWS = 256
 """Rows whose logits are computed together when given tokens are scored: those of a whole step may not fit in memory."""
+
+
+class Draw(NamedTuple):
+    """A sampled token, with its log-prob under the distribution sampled from and under the model's own."""
+
+    token: int
+    logprob: float
+    raw_logprob: float
 
 
 class Sampler:
@@ -26,45 +40,56 @@ class Sampler:
     def __init__(self) -> None:
         self._sequences: list[TokenSequence] = []
         self._table: SamplingTable | None = None
+        self._has_columns = True
 
-    def inputs(self, sequences: list[TokenSequence], vocab_size: int) -> list[Tensor]:
-        """Return the host tensors that `append_tokens` takes on the device for these sequences."""
+    def inputs(self, places: Sequence[Place], vocab_size: int) -> list[Tensor]:
+        """Return the host tensors that `draw` takes on the device for these places."""
         tensors = [
-            torch.tensor([s.num_sampled for s in sequences]),
-            _pairs([s.penalised_ids for s in sequences]),
-            _pairs([s.banned_ids for s in sequences]),
+            torch.tensor([place.number for place in places]),
+            _pairs([place.penalised_ids for place in places]),
+            _pairs([place.banned_ids for place in places]),
         ]
-        if self._table is None or self._sequences != sequences:
+        sequences = [place.sequence for place in places]
+        self._has_columns = self._table is None or self._sequences != sequences
+        if self._has_columns:
             params, keys = [s.request.sampling for s in sequences], [s.key for s in sequences]
             tensors += SamplingTable.columns(params, keys, vocab_size)
-        return tensors
+        controls = Controls.build(
+            [dict(place.sampling.logit_bias) for place in places], [place.charges for place in places],
+            [place.allowed(vocab_size) for place in places],
+        )
+        return tensors if controls is None else [*tensors, *controls.tensors()]
 
-    def append_tokens(
-        self, logits: Tensor, sequences: list[TokenSequence], inputs: Sequence[Tensor], policy_version: int
-    ) -> None:
-        """Sample the next token of each sequence from its row of `logits` [B,V], and append it.
+    def draw(self, logits: Tensor, places: Sequence[Place], inputs: Sequence[Tensor]) -> list[Draw]:
+        """Sample the token of each place from its row of `logits` [B,V].
 
         Args:
             inputs: of the method `inputs`, on the device.
 
         Raises:
-            RolloutError: the logits of a sequence are not finite.
+            RolloutError: the logits after a sequence are not finite, or nothing that its request allows may follow.
         """
-        positions, penalised, banned, *columns = inputs
-        if columns:
-            params = [s.request.sampling for s in sequences]
-            self._sequences, self._table = sequences, SamplingTable.of_columns(params, columns, logits.shape[1])
+        positions, penalised, banned, *others = inputs
+        if self._has_columns:
+            columns, others = others[:_NUM_COLUMNS], others[_NUM_COLUMNS:]
+            self._sequences = [place.sequence for place in places]
+            params = [place.sampling for place in places]
+            self._table = SamplingTable.of_columns(params, columns, logits.shape[1])
         assert self._table is not None
         draw = partial(
             sample, logits, self._table, positions,
             penalised=penalised if len(penalised) else None, banned=banned if len(banned) else None,
+            controls=Controls(*others) if others else None,
         )
         sampled = _on_host(draw(num_likeliest=self._table.num_likeliest))
         if not all(sampled[3]):  # seldom: a nucleus of more than `num_likeliest` tokens
             sampled = _on_host(draw())
-        for sequence, token, logprob, raw_logprob, _ in zip(sequences, *sampled, strict=True):
-            _require_number(raw_logprob, sequence)
-            sequence.append(int(token), logprob, raw_logprob, policy_version)
+        draws = []
+        for place, token, logprob, raw_logprob, _ in zip(places, *sampled, strict=True):
+            require_number(raw_logprob, place.end)
+            _require_choice(logprob, place)
+            draws.append(Draw(int(token), logprob, raw_logprob))
+        return draws
 
 
 def _on_host(sampled: Sampled) -> list[list[float]]:
@@ -95,7 +120,7 @@ def record_logprobs(
     logprobs = torch.cat(blocks).tolist()
     for sequence, rows in outputs:
         for logprob in logprobs[rows]:
-            _require_number(logprob, sequence)
+            require_number(logprob, sequence.num_computed)
         sequence.raw_logprobs += logprobs[rows]
 
 
@@ -108,10 +133,21 @@ def scored_targets(outputs: Sequence[tuple[TokenSequence, slice]]) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64)
 
 
-def _require_number(logprob: float, sequence: TokenSequence) -> None:
+def _require_choice(logprob: float, place: Place) -> None:
+    if not isfinite(logprob):
+        raise RolloutError(
+            f"after {place.number} tokens of a completion, banned_words, banned_token_ids and logit_bias leave no "
+            "token that may follow; ban fewer"
+        )
+
+
+def require_number(logprob: float, num_tokens: int) -> None:
+    """Raises:
+    RolloutError: a log-prob after so many tokens is no number.
+    """
     if logprob != logprob:
         raise RolloutError(
-            f"the model's logits must be finite, and after {sequence.num_computed} tokens they are not; check the "
+            f"the model's logits must be finite, and after {num_tokens} tokens they are not; check the "
             "weights, or use float32"
         )
 

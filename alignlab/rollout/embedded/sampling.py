@@ -4,9 +4,9 @@ Shapes: B rows, V vocabulary. A token is drawn by a race of exponential times. T
 key and the token's position alone, so that the same logits give the same tokens in any batch. On a CPU the logits are
 the same too; a GPU chooses its kernels by the size of the batch, which may round them differently.
 
-Order of the steps: repetition penalty, banned tokens, temperature, top-k, top-p (of the tokens that top-k left), min-p.
-Tokens that tie with the least likely one that is left stay too, so that no step depends on the order of equal logits.
-`truncation` finds the floors under the probabilities.
+Order of the steps: the changes of `controls`, temperature, top-k, top-p (of the tokens that top-k left), min-p, typical
+sampling (of what those left). Tokens that tie with the least likely one that is left stay too, so that no step depends
+on the order of equal logits. `truncation` finds the floors under the probabilities.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.controls import Controls, added, most_typical, only, penalised_repetition, without
 from alignlab.rollout.embedded.truncation import at_least, floor_by_bisection, floors_among
 from alignlab.transfer import to_device
 from alignlab.types import SamplingParams
@@ -46,7 +48,10 @@ def check_sampling(sampling: SamplingParams) -> None:
         "top_k": (sampling.top_k >= 0, "be at least 0; 0 keeps all tokens"),
         "top_p": (0 < sampling.top_p <= 1, "be over 0 and at most 1; 1 keeps all tokens"),
         "min_p": (0 <= sampling.min_p < 1, "be at least 0 and under 1; 0 keeps all tokens"),
+        "typical_p": (0 < sampling.typical_p <= 1, "be over 0 and at most 1; 1 keeps all tokens"),
         "repetition_penalty": (sampling.repetition_penalty > 0, "be over 0; 1 is off"),
+        "presence_penalty": (isfinite(sampling.presence_penalty), "be finite; 0 is off"),
+        "frequency_penalty": (isfinite(sampling.frequency_penalty), "be finite; 0 is off"),
         "max_new_tokens": (sampling.max_new_tokens >= 1, "be at least 1"),
         "min_new_tokens": (
             0 <= sampling.min_new_tokens <= sampling.max_new_tokens, f"be from 0 to {sampling.max_new_tokens=}"
@@ -112,7 +117,7 @@ class SamplingTable:
     Attributes, [B]:
         keys: from `stream_key`.
         greedy: True for rows at temperature 0.
-        temperature, top_p, min_p, penalty: float32; the temperature of greedy rows is 1.
+        temperature, top_p, min_p, penalty, typical_p: float32; the temperature of greedy rows is 1.
         top_k: float32; size of the vocabulary for rows without top-k.
 
     Attributes:
@@ -127,6 +132,7 @@ class SamplingTable:
     top_p: Tensor
     min_p: Tensor
     penalty: Tensor
+    typical_p: Tensor
     any_greedy: bool
     all_greedy: bool
     any_temperature: bool
@@ -134,6 +140,7 @@ class SamplingTable:
     any_top_p: bool
     any_min_p: bool
     any_penalty: bool
+    any_typical: bool
     num_likeliest: int | None
 
     @classmethod
@@ -145,9 +152,12 @@ class SamplingTable:
 
     @staticmethod
     def columns(rows: Sequence[SamplingParams], keys: Sequence[int], vocab_size: int) -> list[Tensor]:
-        """Return the host tensors that `of_columns` takes on the device: [5,B] float32 and [B] int64."""
+        """Return the host tensors that `of_columns` takes on the device: [6,B] float32 and [B] int64."""
         values = [
-            (r.temperature, min(r.top_k or vocab_size, vocab_size), r.top_p, r.min_p, r.repetition_penalty)
+            (
+                r.temperature, min(r.top_k or vocab_size, vocab_size), r.top_p, r.min_p, r.repetition_penalty,
+                r.typical_p,
+            )
             for r in rows
         ]
         return [torch.tensor(values, dtype=torch.float32).T.contiguous(), torch.tensor(keys, dtype=torch.int64)]
@@ -161,11 +171,12 @@ class SamplingTable:
         return cls(
             keys=row_keys, greedy=greedy,
             temperature=torch.where(greedy, 1.0, floats[0]), top_k=floats[1], top_p=floats[2], min_p=floats[3],
-            penalty=floats[4], any_greedy=len(sampled) < len(rows), all_greedy=not sampled,
+            penalty=floats[4], typical_p=floats[5], any_greedy=len(sampled) < len(rows), all_greedy=not sampled,
             any_temperature=any(r.temperature != 1 for r in sampled),
             any_top_k=any(0 < r.top_k < vocab_size for r in sampled),
             any_top_p=any(r.top_p < 1 for r in sampled), any_min_p=any(r.min_p > 0 for r in sampled),
             any_penalty=any(r.repetition_penalty != 1 for r in rows),
+            any_typical=any(r.typical_p < 1 for r in sampled),
             num_likeliest=_num_likeliest(sampled, vocab_size) if floats.is_cuda else None,
         )
 
@@ -199,7 +210,8 @@ class Sampled:
 
 def sample(
     logits: Tensor, table: SamplingTable, positions: Tensor, *,
-    penalised: Tensor | None = None, banned: Tensor | None = None, num_likeliest: int | None = None,
+    penalised: Tensor | None = None, banned: Tensor | None = None, controls: Controls | None = None,
+    num_likeliest: int | None = None,
 ) -> Sampled:
     """Sample one token for each row.
 
@@ -209,13 +221,14 @@ def sample(
         positions: [B] int64, number of the token in its completion.
         penalised: [M,2] int64, distinct (row, token) pairs that the repetition penalty applies to.
         banned: [M,2] int64, (row, token) pairs that must not be drawn.
+        controls: further changes of the logits; None for none.
         num_likeliest: truncate by this many of each row's likeliest tokens, of `SamplingTable.num_likeliest`; None
             truncates by the whole vocabulary.
 
     Returns:
         The tokens; `logprobs` of greedy rows are 0, because all probability is on one token.
     """
-    adjusted = adjust_logits(logits, table, penalised, banned)
+    adjusted = adjust_logits(logits, table, penalised, banned, controls)
     keys = row_keys(table.keys, positions)
     count = logits.shape[0]
     step = count if logits.is_cuda else max(1, _BLOCK_ELEMENTS // logits.shape[1])
@@ -235,20 +248,22 @@ def sample(
 
 
 def adjust_logits(
-    logits: Tensor, table: SamplingTable, penalised: Tensor | None, banned: Tensor | None
+    logits: Tensor, table: SamplingTable, penalised: Tensor | None, banned: Tensor | None,
+    controls: Controls | None = None,
 ) -> Tensor | None:
-    """Return `logits` [B,V] after penalty and bans; None if there are none. Arguments as in `sample`."""
-    adjusted = None
+    """Return `logits` [B,V] after the changes of `controls`; None if there are none. Arguments as in `sample`."""
+    adjusted = logits
+    if controls is not None:
+        adjusted = added(adjusted, controls.bias_pairs, controls.bias)
     if penalised is not None:
-        rows, tokens = penalised.unbind(1)
-        values, factor = logits[rows, tokens].float(), table.penalty[rows]
-        values = torch.where(values > 0, values / factor, values * factor)
-        adjusted = logits.float().index_put((rows, tokens), values)
+        adjusted = penalised_repetition(adjusted, penalised, table.penalty)
+    if controls is not None:
+        adjusted = added(adjusted, controls.charge_pairs, controls.charges)
     if banned is not None:
-        adjusted = logits if adjusted is None else adjusted
-        floor = torch.full((), -torch.inf, dtype=adjusted.dtype, device=logits.device)
-        adjusted = adjusted.index_put(banned.unbind(1), floor)
-    return adjusted
+        adjusted = without(adjusted, banned)
+    if controls is not None and len(controls.rows):
+        adjusted = only(adjusted, controls.rows, controls.allowed)
+    return None if adjusted is logits else adjusted
 
 
 def _sample_block(
@@ -290,7 +305,7 @@ def log_normalizer(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def truncate(probs: Tensor, table: SamplingTable, num_likeliest: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Set the tokens outside top-k, top-p and min-p to 0, without normalising again.
+    """Set the tokens outside top-k, top-p, min-p and the typical set to 0, without normalising again.
 
     Args:
         probs: [B,V].
@@ -312,6 +327,8 @@ def truncate(probs: Tensor, table: SamplingTable, num_likeliest: int | None = No
         weights = at_least(probs, floor)
     if table.any_min_p:
         weights = at_least(weights, table.min_p * probs.amax(-1))
+    if table.any_typical:
+        weights = most_typical(weights, table.typical_p)
     return weights, is_exact
 
 

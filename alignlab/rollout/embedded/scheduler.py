@@ -165,17 +165,34 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
 
+    def drop(self, sequence: TokenSequence) -> None:
+        """Remove a sequence, running or waiting, and free its blocks."""
+        if sequence in self.running:
+            self.finish(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def fork(self, leader: TokenSequence, fork: TokenSequence) -> None:
+        """Start a sequence on the blocks of a running one that has the same tokens."""
+        fork.num_computed = leader.num_computed
+        fork.tables = self.pools.share(leader.tables)
+        fork.digests = list(leader.digests)
+        if self._states is not None:
+            self._states.fork(leader, fork)
+        self.running.append(fork)
+
     def _continue_running(self, step: Step) -> int:
         """Schedule the next token or chunk of every running sequence; return the rest of the budget."""
         budget, index = self._prefill_tokens, 0
         while index < len(self.running):
             sequence = self.running[index]
-            count = 1 if sequence.num_pending == 1 else self._next_count(sequence, budget)
+            is_decoded = sequence.num_pending <= 1 + sequence.num_drafts
+            count = sequence.num_pending if is_decoded else self._next_count(sequence, budget)
             if not self._make_room(sequence, count, step):
                 break
             if count:
                 step.work.append(self._work(sequence, count))
-            budget -= count if sequence.num_pending > 1 else 0
+            budget -= 0 if is_decoded else count
             index += 1
         return budget
 
@@ -261,12 +278,7 @@ class Scheduler:
         forks, still_waiting = leader.followers[:places], leader.followers[places:]
         leader.followers = []
         for fork in forks:
-            fork.num_computed = leader.num_computed
-            fork.tables = self.pools.share(leader.tables)
-            fork.digests = list(leader.digests)
-            if self._states is not None:
-                self._states.fork(leader, fork)
-        self.running += forks
+            self.fork(leader, fork)
         self.waiting.extendleft(reversed(still_waiting))
         return forks
 
@@ -275,6 +287,7 @@ class Scheduler:
         self.num_preempted += 1
         if sequence.scored_ids:  # its given tokens are scored again, from the first
             sequence.raw_logprobs = []
+        sequence.take_drafts()
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.extendleft(reversed(sequence.followers))
@@ -312,7 +325,8 @@ class Scheduler:
     def _publish(self, sequence: TokenSequence) -> None:
         """Publish full blocks, so that later sequences find them, and the state after the last one that they share."""
         size = self.pools.block_size
-        while self._root is not None and (len(sequence.digests) + 1) * size <= sequence.num_computed:
+        num_certain = min(sequence.num_computed, len(sequence.token_ids) - sequence.num_drafts)
+        while self._root is not None and (len(sequence.digests) + 1) * size <= num_certain:
             count = len(sequence.digests)
             digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
             self.pools.publish(sequence.tables, count, digest)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.detokenizer import Detokenizer
 from alignlab.rollout.embedded.block_pools import Tables
+from alignlab.rollout.grammars import Grammar, GrammarState, grammar_of
+from alignlab.rollout.requests import end_token_ids
 from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
 
 
@@ -16,11 +21,28 @@ class Request:
 
     Attributes:
         end_token_ids: tokens that end a completion; none may be sampled before `sampling.min_new_tokens`.
+        banned_phrases: tokens of `sampling.banned_words`; the last of a phrase must not follow the others.
+        grammar: what every completion must match; None for any text.
     """
 
     prompt: Prompt
     sampling: SamplingParams
     end_token_ids: frozenset[int]
+    banned_phrases: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
+
+
+def make_request(
+    prompt: Prompt, sampling: SamplingParams, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Request:
+    """Return the request of completions of a prompt.
+
+    Raises:
+        RolloutError: a banned word has no tokens, or the grammar cannot be kept.
+    """
+    ends = end_token_ids(lm, tokenizer, sampling)
+    grammar = grammar_of(sampling, tokenizer, lm.config.get_text_config().vocab_size, ends)
+    return Request(prompt, sampling, ends, banned_phrases(sampling.banned_words, tokenizer), grammar)
 
 
 @dataclass(eq=False)
@@ -30,6 +52,7 @@ class TokenSequence:
     Attributes:
         key: key of the completion's random numbers.
         token_ids: the tokens to compute: the prompt, then the sampled tokens, or the given ones except the last.
+        num_drafts: last tokens of `token_ids` that are guesses, for the time of one step.
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
         num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
         tables: cache blocks, in order, by the window of the layers that they belong to; see `block_pools`.
@@ -39,12 +62,14 @@ class TokenSequence:
         logprobs: log-prob of each sampled token under the distribution sampled from.
         raw_logprobs: log-prob of each sampled or scored token under the model's own distribution.
         text_end: where a stop string begins in the text.
+        grammar: the completion's place in the grammar of its request.
     """
 
     request: Request
     key: int
     token_ids: list[int]
     scored_ids: tuple[int, ...] = ()
+    num_drafts: int = 0
     num_computed: int = 0
     tables: Tables = field(default_factory=dict)
     state: int | None = None
@@ -56,6 +81,11 @@ class TokenSequence:
     finish_reason: FinishReason | None = None
     detokenizer: Detokenizer | None = None
     text_end: int | None = None
+    grammar: GrammarState | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.grammar is not None:
+            self.grammar = self.request.grammar.begin()
 
     @property
     def num_prompt(self) -> int:
@@ -78,21 +108,27 @@ class TokenSequence:
     @property
     def first_logits(self) -> int:
         """Position of the first token after which logits are needed."""
-        return self.num_prompt - 1 if self.scored_ids else len(self.token_ids) - 1
+        return self.num_prompt - 1 if self.scored_ids else len(self.token_ids) - 1 - self.num_drafts
+
+    @property
+    def num_left(self) -> int:
+        """Most tokens that are still to be sampled."""
+        return self.request.sampling.max_new_tokens - self.num_sampled
+
+    def add_drafts(self, drafts: Sequence[int]) -> None:
+        """Add guesses of the next tokens behind the others."""
+        self.token_ids += drafts
+        self.num_drafts = len(drafts)
+
+    def take_drafts(self) -> list[int]:
+        """Remove the guesses, and return them."""
+        end = len(self.token_ids) - self.num_drafts
+        drafts, self.token_ids[end:], self.num_drafts = self.token_ids[end:], [], 0
+        return drafts
 
     @property
     def sampled_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
-
-    @property
-    def penalised_ids(self) -> Collection[int]:
-        """Distinct tokens that the repetition penalty applies to."""
-        return set(self.token_ids) if self.request.sampling.repetition_penalty != 1 else ()
-
-    @property
-    def banned_ids(self) -> Collection[int]:
-        """Tokens that must not be sampled next, because the completion would be too short."""
-        return self.request.end_token_ids if self.num_sampled < self.request.sampling.min_new_tokens else ()
 
     def append(self, token: int, logprob: float, raw_logprob: float, version: int) -> None:
         """Add a sampled token, and set `finish_reason` if the token ends the completion."""

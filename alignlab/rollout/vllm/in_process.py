@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput
 from vllm import SamplingParams as VLLMSamplingParams
 from vllm.distributed import parallel_state
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import core
 
 from alignlab.config.rollout import VLLMSettings
@@ -142,7 +143,7 @@ class InProcessBackend:
         if not everything:
             return []
         prompts: list[Any] = [{"prompt_token_ids": list(request.token_ids)} for request in everything]
-        params = [VLLMSamplingParams(**request.params) for request in everything]
+        params = [_sampling_params(request) for request in everything]
         self._wake()
         with _trainers_random_state_kept(), self._can_be_abandoned():
             outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._sync.lora_request)
@@ -294,3 +295,10 @@ def _trainers_random_state_kept() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+def _sampling_params(request: Request) -> VLLMSamplingParams:
+    """Return the parameters of a request as vLLM's own."""
+    grammar = request.params.get("structured_outputs")
+    nested = {} if grammar is None else {"structured_outputs": StructuredOutputsParams(**grammar)}
+    return VLLMSamplingParams(**request.params | nested)

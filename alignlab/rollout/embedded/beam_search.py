@@ -1,0 +1,168 @@
+"""Beam search in the embedded engine: beams fork as completions of one prompt do, and share the blocks of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignlab.rollout.embedded.beams import BeamParams, BeamResult, Continuation, Finished, continuations, split
+from alignlab.rollout.embedded.sampler import require_number
+from alignlab.rollout.embedded.scheduler import Scheduler
+from alignlab.rollout.embedded.sequence import TokenSequence
+from alignlab.types import Completion, Rollout
+
+
+class Ended(NamedTuple):
+    """A completion that has ended, and the experts that were chosen for its tokens."""
+
+    sequence: TokenSequence
+    routing: Tensor | None
+
+
+@dataclass(eq=False)
+class BeamGroup:
+    """The live beams of a group, with their log-probs, and its completions that have ended."""
+
+    finished: Finished[Ended]
+    beams: list[tuple[TokenSequence, float]] = field(default_factory=list)
+
+
+class PromptBeams:
+    """The beams of one prompt.
+
+    Args:
+        root: the prompt, of which all beams are forks.
+        params: of the search.
+        scheduler: runs the root and its forks.
+        routing: returns the experts of a sequence's tokens; None for a dense model.
+        policy_version: of the weights.
+    """
+
+    def __init__(
+        self, root: TokenSequence, params: BeamParams, scheduler: Scheduler,
+        routing: Callable[[TokenSequence], Tensor | None], policy_version: int,
+    ) -> None:
+        self._params, self._scheduler, self._routing, self._version = params, scheduler, routing, policy_version
+        self._prompt = root.request.prompt
+        self._ends = root.request.end_token_ids
+        self.groups = [
+            BeamGroup(Finished(params.group_size, params.length_penalty), [(root, 0.0)])
+            for _ in range(params.num_groups)
+        ]
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """The live sequences; the root stands in all groups until it forks."""
+        return list(dict.fromkeys(sequence for group in self.groups for sequence, _ in group.beams))
+
+    def step(self, logprobs: dict[TokenSequence, Tensor]) -> None:
+        """Choose the next beams.
+
+        Args:
+            logprobs: of the tokens after each live sequence, [V] float32.
+        """
+        taken: list[int] = []
+        children: list[tuple[BeamGroup, TokenSequence, Continuation]] = []
+        for group in self.groups:
+            if not group.beams:
+                continue
+            found = continuations(
+                torch.stack([logprobs[sequence] for sequence, _ in group.beams]), [total for _, total in group.beams],
+                taken, diversity=self._params.diversity, count=self._params.group_size * (1 + len(self._ends)),
+            )
+            going_on, ends = split(found, self._params.group_size, self._ends, is_last=self._is_last(group))
+            for end in ends:
+                self._end(group, end)
+            if going_on and not self._is_final(group, going_on[0]):
+                children += [(group, group.beams[c.beam][0], c) for c in going_on]
+                taken += [c.token for c in going_on]
+        self._replace(children)
+
+    def result(self, completion: Callable[[TokenSequence, Tensor | None], Completion]) -> BeamResult:
+        """Return the best completions of all groups that have ended, the best one first.
+
+        Args:
+            completion: makes one of a sequence and the experts of its tokens.
+        """
+        ended = [item for group in self.groups for item in group.finished.items]
+        best = sorted(ended, key=lambda item: -item[0])[: self._params.num_best]
+        rollout = Rollout(self._prompt, tuple(completion(*finished) for _, finished in best))
+        return BeamResult(rollout, tuple(score for score, _ in best))
+
+    def _is_last(self, group: BeamGroup) -> bool:
+        return group.beams[0][0].num_sampled + 1 == self._params.max_new_tokens
+
+    def _is_final(self, group: BeamGroup, best: Continuation) -> bool:
+        """Return whether the beams of a group, of which `best` is the best, cannot beat those that have ended."""
+        length = group.beams[0][0].num_sampled + 1
+        return group.finished.is_final(best.logprob, length, self._params.max_new_tokens)
+
+    def _end(self, group: BeamGroup, end: Continuation) -> None:
+        parent = group.beams[end.beam][0]
+        score = group.finished.score(end.logprob, parent.num_sampled + 1)
+        if group.finished.takes(score):
+            sequence = _copy(parent)
+            sequence.tables = parent.tables  # which the record of its experts is read from, and no longer
+            self._append(sequence, end)
+            sequence.finish_reason = "stop" if end.token in self._ends else "length"
+            group.finished.add(score, Ended(sequence, self._routing(sequence)))
+            sequence.tables = {}
+
+    def _replace(self, children: Sequence[tuple[BeamGroup, TokenSequence, Continuation]]) -> None:
+        """Fork the sequences that have several children, and finish those that have none."""
+        old = self.sequences
+        last = {parent: number for number, (_, parent, _) in enumerate(children)}
+        for group in self.groups:
+            group.beams = []
+        appended = []
+        for number, (group, parent, child) in enumerate(children):
+            sequence = parent
+            if last[parent] != number:
+                sequence = _copy(parent)
+                self._scheduler.fork(parent, sequence)
+            appended.append((sequence, child))
+            group.beams.append((sequence, child.logprob))
+        for sequence, child in appended:  # only now: forks begin as the parent is
+            self._append(sequence, child)
+        for sequence in old:
+            if sequence not in last:
+                self._scheduler.finish(sequence)
+
+    def _append(self, sequence: TokenSequence, child: Continuation) -> None:
+        sequence.append(child.token, child.token_logprob, child.token_logprob, self._version)
+        sequence.finish_reason = None
+
+
+def _copy(parent: TokenSequence) -> TokenSequence:
+    """Return a sequence of the same tokens, without blocks."""
+    return TokenSequence(
+        parent.request, parent.key, list(parent.token_ids), num_computed=parent.num_computed,
+        digests=list(parent.digests), logprobs=list(parent.logprobs), raw_logprobs=list(parent.raw_logprobs),
+        versions=list(parent.versions),
+    )
+
+
+def advance(
+    searches: Sequence[PromptBeams], logits: Tensor, outputs: Sequence[tuple[TokenSequence, slice]]
+) -> None:
+    """Choose the next beams of the prompts whose beams have logits.
+
+    Args:
+        logits: [M,V] of one step.
+        outputs: each sequence with its row.
+
+    Raises:
+        RolloutError: the logits of a sequence are not finite.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    rows = {sequence: logprobs[of_sequence.start] for sequence, of_sequence in outputs}
+    for sequence, row in rows.items():
+        require_number(float(row[0]), len(sequence.token_ids))
+    for search in searches:
+        live = search.sequences
+        if live and live[0] in rows:
+            search.step({sequence: rows[sequence] for sequence in live})
