@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
+from alignlab.config.kv_cache import ApproximateCache, ExactCache, KVCacheSettings
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
@@ -60,6 +61,8 @@ class RolloutSettings(Frozen):
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
+    kv_cache: KVCacheSettings = ExactCache()
+    """What is kept of keys and values: all, or an approximation, such as `kv_cache: {type: int8}`."""
 
 
 class _VLLMSettings(Frozen):
@@ -201,6 +204,12 @@ def max_staleness(settings: EngineSettings) -> int:
 def quantization(settings: EngineSettings) -> str | None:
     """Return the quantization of the engine's weights; None if they are the policy's."""
     return settings.quantization if isinstance(settings, _VLLMSettings) else None
+
+
+def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:
+    """Return the settings of the engine's cache if it approximates keys and values; None if it keeps them exactly."""
+    cache = settings.kv_cache if isinstance(settings, RolloutSettings) else None
+    return None if cache is None or isinstance(cache, ExactCache) else cache
 
 
 def fill_engine(raw: Any) -> Any:

@@ -11,7 +11,7 @@ The cached entries of a group are gathered by whole blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.rollout.embedded.block_pools import Window
-from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.paged_cache import PagedCache, scales_name
 from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 
 _MAX_BLOCK_DIAGONAL_HEADS = 8
@@ -95,8 +95,8 @@ class PagedBatch(StateBatch):
         for group in self._groups:
             rows = group.positions.shape[0]
             yield group, {
-                name: self._gather(name, tensor, group.blocks[window]).view(rows, -1, *entries[name].shape[1:])
-                for name, tensor in stored.items()
+                name: self._read(name, stored, group.blocks[window], entry).view(rows, -1, *entry.shape[1:])
+                for name, entry in entries.items()
             }
 
     def attend(
@@ -124,16 +124,32 @@ class PagedBatch(StateBatch):
             outputs.append(group.unpadded(output))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
-    def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
-        """Return the rows `blocks` of `tensor`, in memory that all layers use in turn.
+    def _read(self, name: str, stored: Mapping[str, Tensor], blocks: Tensor, entry: Tensor) -> Tensor:
+        """Return the entries of a name in `blocks`, [blocks, numbers of a block], as attention reads them.
 
-        The memory then stays in the processor's cache.
+        Args:
+            stored: the layer's whole tensors.
+            entry: one like those entries, [N, ..., D].
         """
-        shape = (blocks.shape[0], tensor.shape[1])
+        kept, rounding = self._gather(name, stored[name], blocks), self._cache.rounding
+        if rounding is None:
+            return kept
+        size = entry.shape[-1]
+        scales = self._gather(scales_name(name), stored[scales_name(name)], blocks)
+        out = self._memory(f"{name}_read", kept.shape, entry)
+        rounding.decode(kept.view(-1, size), scales.view(-1), out.view(-1, size))
+        return out
+
+    def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
+        """Return the rows `blocks` of `tensor`, in memory that all layers use in turn."""
+        return torch.index_select(tensor, 0, blocks, out=self._memory(name, (len(blocks), tensor.shape[1]), tensor))
+
+    def _memory(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return memory for a tensor of a name, which layers use in turn: it then stays in the processor's cache."""
         scratch, numel = self._scratch.get(name), math.prod(shape)
-        if scratch is None or scratch.numel() < numel or scratch.dtype != tensor.dtype:
-            scratch = self._scratch[name] = tensor.new_empty(numel)
-        return torch.index_select(tensor, 0, blocks, out=scratch[:numel].view(shape))
+        if scratch is None or scratch.numel() < numel or scratch.dtype != like.dtype:
+            scratch = self._scratch[name] = like.new_empty(numel)
+        return scratch[:numel].view(shape)
 
     def _mask(self, index: int, window: int | None, dtype: torch.dtype, shared: int) -> Tensor:
         """Return [R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; layers with the same window share it."""

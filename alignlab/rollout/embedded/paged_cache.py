@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.rollout.embedded.block_pools import Window
 
 
@@ -21,20 +23,24 @@ class PagedCache:
     Args:
         specs: shapes that each layer keeps of a token, by `layer_idx`; layers that keep none are left out.
         block_size: tokens in a block.
+        rounding: what is kept of keys and values; None keeps them as they are.
         records_routing: expert choices of every token are kept beside what the layers keep.
 
     Attributes:
         specs: of the layers that keep entries of tokens.
         windows: of these layers, each once; with None for the expert choices, and where there is no such layer.
         num_blocks: of sequences, by window.
-        layers: [slots, numbers kept of a token] by layer and name.
+        layers: [slots, numbers kept of a token] by layer and name; of a rounded entry, its codes, and its scales under
+            `scales_name`.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
     """
 
     def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *, records_routing: bool = False
+        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *, rounding: Rounding | None = None,
+        records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.rounding = rounding
         self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
         records = (None,) if records_routing or not self.specs else ()
         windows = [*records, *(spec.window for spec in self.specs.values())]
@@ -43,13 +49,17 @@ class PagedCache:
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
 
-    @property
-    def block_numel(self) -> dict[Window, int]:
-        """Numbers in one block, over all layers of a window, by window; expert choices are not counted."""
-        numel = dict.fromkeys(self.windows, 0)
+    def block_bytes(self, dtype: torch.dtype) -> dict[Window, int]:
+        """Return the bytes of one block, over all layers of a window, by window; expert choices are not counted.
+
+        Args:
+            dtype: of the model.
+        """
+        total = dict.fromkeys(self.windows, 0)
         for spec in self.specs.values():
-            numel[spec.window] += self.block_size * spec.token_numel
-        return numel
+            for window, num_bytes in block_bytes(spec, dtype, self.block_size, self.rounding).items():
+                total[window] += num_bytes
+        return total
 
     @property
     def addressable_blocks(self) -> int:
@@ -80,10 +90,12 @@ class PagedCache:
             entries: [N, ...] by name, of the shapes that the layer declared.
 
         Returns:
-            The layer's whole tensors by name, [blocks, numbers of a block].
+            The layer's whole tensors by the names in `layers`, [blocks, numbers of a block].
         """
         spec, shapes = self.specs[layer_idx], {name: tuple(entry.shape[1:]) for name, entry in entries.items()}
         assert shapes == spec.per_token, f"layer {layer_idx} keeps {spec.per_token}, not {shapes}"
+        if self.rounding is not None:
+            entries = _rounded(entries, self.rounding)
         total_blocks = self._total_blocks[spec.window]
         tensors = self.layers.get(layer_idx)
         if tensors is None:
@@ -111,3 +123,31 @@ class PagedCache:
         for tensor in tensors:
             blocks = tensor.view(self._total_blocks[window], -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+
+def scales_name(name: str) -> str:
+    """Return the name under which the scales of a rounded entry are kept."""
+    return f"{name}_scales"
+
+
+def _rounded(entries: Mapping[str, Tensor], rounding: Rounding) -> dict[str, Tensor]:
+    """Return the codes and the scales of entries."""
+    kept: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        kept[name], kept[scales_name(name)] = rounding.encode(entry)
+    return kept
+
+
+def block_bytes(
+    spec: LayerCacheSpec, dtype: torch.dtype, block_size: int, rounding: Rounding | None
+) -> dict[Window, int]:
+    """Return the bytes of a block of a layer's tokens, by window.
+
+    Args:
+        dtype: of the model.
+        block_size: tokens in a block.
+        rounding: of keys and values; None keeps them as they are.
+    """
+    if rounding is not None:
+        return rounding.block_bytes(spec, dtype, block_size)
+    return {spec.window: dtype.itemsize * spec.token_numel * block_size}

@@ -1,6 +1,7 @@
 """The forward pass of one step over the paged cache.
 
-On a GPU attention reads the cache in place, and decoding steps are replayed; elsewhere the cache is gathered.
+On a GPU attention reads the cache in place, and decoding steps are replayed; elsewhere the cache is gathered. A cache
+that approximates is gathered everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
@@ -59,6 +61,7 @@ class Runner:
         block_size: tokens in a block of the cache.
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
+        rounding: see `PagedCache`.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -66,12 +69,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool
+        self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
+        rounding: Rounding | None = None,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
-        self.cache = PagedCache(specs, block_size, records_routing=self._sparse)
+        self.cache = PagedCache(specs, block_size, rounding=rounding, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
         self._model = model
         self._weights = weights
@@ -85,10 +89,14 @@ class Runner:
         return output_head(self._model)[0].device
 
     @property
+    def _in_place(self) -> bool:
+        """Whether attention reads the cache where it lies."""
+        return self.cache.rounding is None and reads_in_place(self.device)
+
+    @property
     def block_bytes(self) -> dict[Window, int]:
         """Bytes of one block, over all layers of a window, by window."""
-        size = output_head(self._model)[0].dtype.itemsize
-        return {window: size * numel for window, numel in self.cache.block_numel.items()}
+        return self.cache.block_bytes(output_head(self._model)[0].dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -99,7 +107,7 @@ class Runner:
     @property
     def max_blocks(self) -> int:
         """Blocks that attention can address: on a GPU kernels count the numbers of a layer's tensor in 32 bits."""
-        return self.cache.addressable_blocks if reads_in_place(self.device) else sys.maxsize
+        return self.cache.addressable_blocks if self._in_place else sys.maxsize
 
     @property
     def vocab_size(self) -> int:
@@ -108,14 +116,14 @@ class Runner:
 
     def resize(self, num_blocks: Mapping[Window, int], num_slots: int) -> None:
         """Have a cache of `num_blocks` blocks, by window, and `num_slots` slots of states, without entries."""
-        in_place = any(num_blocks.values()) and reads_in_place(self.device)
+        in_place = any(num_blocks.values()) and self._in_place
         self.cache.resize(num_blocks, num_more=1 if in_place else 0)
         self.states.resize(num_slots, num_more=1 if in_place else 0)
         self._replays = None
 
     def begin(self) -> None:
         """Prepare for the steps of a call; the engine's weights are in use."""
-        if not self._replay or not can_be_recorded(self._model, self.device):
+        if not self._replay or not self._in_place or not can_be_recorded(self._model, self.device):
             self._replays = None
             return
         self._replays = self._replays or Replays(self._rows_from)
@@ -135,7 +143,7 @@ class Runner:
         """
         others = [*(torch.tensor(pairs, dtype=torch.int64) for pairs in step.copies.values()), *others]
         plan: StepTensors | TileStep
-        if reads_in_place(self.device):
+        if self._in_place:
             tiles = plan_tiles(
                 step.work, block_size=self.cache.block_size, num_blocks=self.cache.num_blocks,
                 max_rows=self._max_running, num_slots=self.states.num_slots,

@@ -1,0 +1,124 @@
+"""Caches that approximate: what they hold, and that the trainer's replay is the same function.
+
+Mostly in float64: in float32, a number that lies within 1e-7 of the middle between two codes is rounded up by one and
+down by the other, which moves a log-prob by up to 1e-3 and says nothing of the functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignlab.config.rollout import RolloutSettings
+from alignlab.data.packing import pack_rollouts
+from alignlab.errors import ConfigError
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.kv_approximation.choice import replayed_approximation
+from alignlab.models.policy import Policy
+from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.memory import engine_bytes
+from alignlab.types import Rollout, SamplingParams
+from tests.rollout.conftest import SIZES, VOCAB, MakeEngine, flat, make_prompts
+
+CACHES: dict[str, dict[str, Any]] = {"int8": {"type": "int8"}, "fp8": {"type": "fp8"}}
+ALIKE = 2e-6
+"""Log-probs are reported in float32."""
+MODELS = ("llama", "dense")
+SAMPLING = SamplingParams(n=3, max_new_tokens=20, ignore_eos=True, seed=2)
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "tiny cache, chunks of 9": {"cache_tokens": 48, "prefill_tokens": 9},
+    "one token a step, nothing shared": {"prefill_tokens": 1, "share_prefixes": False},
+}
+
+
+def replayed(model: PreTrainedModel, rollouts: list[Rollout], cache: dict[str, Any], budget: int = 150) -> list[Tensor]:
+    """Return the trainer's log-probs of completions, with the approximation, on packs that share prompts."""
+    policy = Policy(model, kv_approximation=replayed_approximation(RolloutSettings(kv_cache=cache)))
+    result: dict[int, Tensor] = {}
+    for pack in pack_rollouts(rollouts, budget=budget):
+        with torch.no_grad():
+            output = policy.eval()(pack.tokens, pack.segments, pack.completion_mask, routing=pack.routing)
+        for sequence in pack.segments.sequences:
+            result[sequence] = output.logprobs[pack.segments.sequence_of_token == sequence]
+    return [result[sequence] for sequence in range(len(result))]
+
+
+def largest_gap(expected: list[Tensor], rollouts: list[Rollout]) -> float:
+    pairs = zip(expected, flat(rollouts), strict=True)
+    return max(float((x - torch.tensor(c.raw_logprobs)).abs().max()) for x, c in pairs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_trainers_replay_has_the_engines_logprobs(
+    cache: str, name: str, make_engine: MakeEngine, request: pytest.FixtureRequest
+) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name).double()
+    engine = make_engine(model, kv_cache=CACHES[cache])
+    rollouts = engine.generate(make_prompts(9, 33, 16), SAMPLING)
+    assert largest_gap(replayed(model, rollouts, CACHES[cache]), rollouts) < ALIKE
+    assert largest_gap(replayed(model, rollouts, {"type": "exact"}), rollouts) > 1e-3
+    for logprobs, completion in zip(engine.logprobs(rollouts), flat(rollouts), strict=True):
+        torch.testing.assert_close(logprobs, torch.tensor(completion.raw_logprobs), atol=ALIKE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "sparse"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_in_float32_engine_and_replay_differ_in_few_tokens(
+    cache: str, name: str, make_engine: MakeEngine, request: pytest.FixtureRequest
+) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name)
+    rollouts = make_engine(model, kv_cache=CACHES[cache]).generate(make_prompts(9, 33, 16), SAMPLING)
+    expected = torch.cat(replayed(model, rollouts, CACHES[cache]))
+    gaps = (expected - torch.cat([torch.tensor(c.raw_logprobs) for c in flat(rollouts)])).abs()
+    assert gaps.median() < 5e-6 and gaps.mean() < 1e-4 and gaps.max() < 5e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_scheduling_sharing_and_preemption_do_not_change_the_result(
+    cache: str, schedule: str, make_engine: MakeEngine, dense: PreTrainedModel
+) -> None:
+    dense.double()
+    prompts = make_prompts(9, 18, 13)
+    expected = make_engine(dense, kv_cache=CACHES[cache]).generate(prompts, SAMPLING)
+    engine = make_engine(dense, kv_cache=CACHES[cache], **SCHEDULES[schedule])
+    for one, other in zip(flat(expected), flat(engine.generate(prompts, SAMPLING)), strict=True):
+        assert one.token_ids == other.token_ids
+        torch.testing.assert_close(one.raw_logprobs, other.raw_logprobs, atol=ALIKE, rtol=0)
+    assert (engine.num_preempted > 0) == ("tiny" in schedule)
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
+
+
+@pytest.mark.parametrize(("cache", "dtype"), [("int8", torch.int8), ("fp8", torch.uint8)])
+def test_codes_of_a_byte_are_all_that_is_kept(
+    cache: str, dtype: torch.dtype, make_engine: MakeEngine, llama: PreTrainedModel
+) -> None:
+    engine = make_engine(kv_cache=CACHES[cache], cache_tokens=64)
+    engine.generate(make_prompts(9), SAMPLING)
+    layers = engine._runner.cache.layers
+    assert {tensor.dtype for layer in layers.values() for name, tensor in layer.items() if "scales" not in name} == {
+        dtype
+    }
+    held = sum(tensor.nbytes for layer in layers.values() for tensor in layer.values())
+    assert held == engine._runner.cache_bytes == 64 * 2 * 2 * 2 * (8 + 4)  # layers, keys and values, heads
+    exact, small = (
+        engine_bytes(llama, RolloutSettings(kv_cache=kind), torch.device("cpu"), num_sequences=3, num_tokens=32)
+        for kind in ({"type": "exact"}, CACHES[cache])
+    )
+    assert exact / small == 32 / 12
+
+
+def test_a_layer_with_latents_cannot_have_an_approximate_cache(tokenizer: Any) -> None:
+    latent = {
+        "layer_types": ["full_attention", "latent_attention"], "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 8,
+    }
+    with pytest.raises(ConfigError, match=r"kv_cache is int8, and layer 1 keeps a latent.*use rollout\.kv_cache"):
+        EmbeddedEngine(
+            new_model(SIZES | latent, vocab_size=VOCAB), tokenizer, RolloutSettings(kv_cache={"type": "int8"})
+        )
