@@ -37,5 +37,16 @@ class FP8Cache(_ApproximateCache):
     type: Literal["fp8"] = "fp8"
 
 
-ApproximateCache = Int8Cache | FP8Cache
+class Int4Cache(_ApproximateCache):
+    """Old keys and values in 4-bit integers: keys by channel over groups of tokens, values by token (KIVI,
+    arXiv:2402.02750). A token meets its own group and the `recent` ones before it exactly."""
+
+    type: Literal["int4"] = "int4"
+    group: int = Field(32, ge=2)
+    """Tokens of a group, from position 0 on. A block of the cache holds whole groups."""
+    recent: int = Field(1, ge=0)
+    """Groups before a token's own that it meets exactly."""
+
+
+ApproximateCache = Int8Cache | FP8Cache | Int4Cache
 KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]

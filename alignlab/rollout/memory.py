@@ -9,7 +9,13 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings, approximate_cache
+from alignlab.config.rollout import (
+    EngineSettings,
+    RolloutSettings,
+    VLLMServerSettings,
+    approximate_cache,
+    cache_group,
+)
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
@@ -77,14 +83,14 @@ def engine_bytes(
         weights = sum(parameter.numel() for parameter in lm.parameters())
         entries = num_sequences * num_tokens * sum(spec.token_numel for spec in specs)
         return itemsize * (entries + weights) + num_sequences * slot_bytes
-    size = block_size_for(settings.block_size, device)
+    size = block_size_for(settings.block_size, device, group=cache_group(settings))
     lengths = [num_tokens] * num_sequences
     approximate = approximate_cache(settings)
-    rounding = None if approximate is None else approximation_of(approximate)
+    approximation = None if approximate is None else approximation_of(approximate)
     cache = sum(
         num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
         for spec in specs
-        for window, num_bytes in block_bytes(spec, dtype, size, rounding).items()
+        for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
     ) + slot_bytes * slots_needed(num_sequences, num_sequences)
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 

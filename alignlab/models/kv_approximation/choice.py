@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from alignlab.config.kv_cache import ApproximateCache
+from alignlab.config.kv_cache import ApproximateCache, Int4Cache
 from alignlab.config.rollout import EngineSettings, approximate_cache
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
+from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
 
 
-def approximation_of(cache: ApproximateCache) -> Rounding:
+def approximation_of(cache: ApproximateCache) -> KVApproximation:
     """Return the approximation that the settings of a cache name."""
+    if isinstance(cache, Int4Cache):
+        return GroupedRounding(cache.group, cache.recent)
     return Rounding(cache.type)
 
 
@@ -27,7 +30,7 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
     """Raise if the layers of a model cannot have the cache that the settings name.
 
     Raises:
-        ConfigError: a layer keeps latents, or no layer keeps keys and values.
+        ConfigError: a layer keeps latents, no layer keeps keys and values, or 4-bit codes cannot be paired.
     """
     cache = approximate_cache(settings)
     if cache is None:
@@ -43,4 +46,11 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
     if not specs:
         raise ConfigError(
             f"rollout.kv_cache is {cache.type}, and the model keeps no keys and values, only states of sequences; {fix}"
+        )
+    sizes = {size for spec in specs.values() for _, size in spec.per_token.values()}
+    odd = sorted(size for size in sizes if size % 2)
+    if isinstance(cache, Int4Cache) and odd:
+        raise ConfigError(
+            f"rollout.kv_cache is int4, which keeps two numbers in a byte, and heads have {odd[0]} numbers, an odd "
+            "count; use rollout.kv_cache: {type: int8}"
         )

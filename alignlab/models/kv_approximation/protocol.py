@@ -1,19 +1,27 @@
-"""The protocol of approximations of keys and values, on the trainer's side.
+"""The protocol of approximations of keys and values.
 
 Shapes: N tokens, H heads, K kv heads, D size of a query's or key's head, V size of a value's head.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from alignlab.types import Segments
 
+if TYPE_CHECKING:
+    from alignlab.models.cache_spec import LayerCacheSpec
+
 
 class KVApproximation(Protocol):
-    """An approximation that the trainer's attention can replay."""
+    """An approximation that the engine's cache has, and the trainer's attention can replay."""
+
+    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[int | None, int]:
+        """Return the bytes of a block of a layer's tokens, by window, in a model of a dtype."""
+        ...
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, segments: Segments,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.straight_through import straight_through
-from alignlab.models.packed_attention import packed_attention
+from alignlab.models.packed_attention import in_autocast_dtype, packed_attention
 from alignlab.types import Segments
 
 _LARGEST_INT8 = 127
@@ -127,6 +127,7 @@ class Rounding:
         *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:
         """Return packed attention to rounded keys and values; see `KVApproximation`."""
+        query, key, value = in_autocast_dtype(query, key, value)
         return packed_attention(
             query, self.rounded(key), self.rounded(value), segments, scaling=scaling, sliding_window=sliding_window,
             softcap=softcap, sinks=sinks,

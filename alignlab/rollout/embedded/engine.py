@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rollout import RolloutSettings, approximate_cache
+from alignlab.config.rollout import RolloutSettings, approximate_cache, cache_group
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
@@ -80,10 +80,10 @@ class EmbeddedEngine:
         self._lm = causal_lm(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
         cache = approximate_cache(settings)
-        self._block_size = block_size_for(settings.block_size, self._lm.device)
+        self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
         self._runner = Runner(
             model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-            rounding=None if cache is None else approximation_of(cache),
+            approximation=None if cache is None else approximation_of(cache),
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.rollout.embedded.block_pools import Window
-from alignlab.rollout.embedded.paged_cache import PagedCache, scales_name
+from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 
 _MAX_BLOCK_DIAGONAL_HEADS = 8
@@ -131,14 +131,7 @@ class PagedBatch(StateBatch):
             stored: the layer's whole tensors.
             entry: one like those entries, [N, ..., D].
         """
-        kept, rounding = self._gather(name, stored[name], blocks), self._cache.rounding
-        if rounding is None:
-            return kept
-        size = entry.shape[-1]
-        scales = self._gather(scales_name(name), stored[scales_name(name)], blocks)
-        out = self._memory(f"{name}_read", kept.shape, entry)
-        rounding.decode(kept.view(-1, size), scales.view(-1), out.view(-1, size))
-        return out
+        return self._gather(name, stored[name], blocks)
 
     def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
         """Return the rows `blocks` of `tensor`, in memory that all layers use in turn."""
@@ -155,20 +148,26 @@ class PagedBatch(StateBatch):
         """Return [R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; layers with the same window share it."""
         key = (index, window, shared)
         if key not in self._masks:
-            group = self._groups[index]
-            positions = group.positions[:, None, :, None]
-            num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
-            keys = torch.arange(num_keys, device=positions.device)
-            if window in group.first_keys:
-                keys = group.first_keys[window][:, None, None, None] + keys
-            visible = keys <= positions
-            if window is not None:
-                visible &= keys > positions - window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device).masked_fill_(~visible, -torch.inf)
+            visible = self._visible(index, window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
             # The only query of a row needs no copies: one row of the mask is broadcast.
             single = mask.shape[2] == 1
             self._masks[key] = mask.expand(-1, -1, shared, -1) if single else mask.repeat(1, 1, shared, 1)
         return self._masks[key]
+
+    def _visible(self, index: int, window: Window) -> Tensor:
+        """Return whether queries of a group see keys, [R,1,Q,L]."""
+        group = self._groups[index]
+        positions = group.positions[:, None, :, None]
+        num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
+        keys = self._key_positions(group, window, num_keys)
+        visible = keys <= positions
+        return visible if window is None else visible & (keys > positions - window)
+
+    def _key_positions(self, group: RowGroup, window: Window, count: int) -> Tensor:
+        """Return the positions of the first `count` keys in a group's blocks, [R or 1,1,1,count]."""
+        keys = torch.arange(count, device=group.positions.device)[None, None, None]
+        return group.first_keys[window][:, None, None, None] + keys if window in group.first_keys else keys
 
 
 def _attention(

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
-from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
-from alignlab.rollout.embedded.paged_attention import PagedBatch
-from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
@@ -61,7 +60,7 @@ class Runner:
         block_size: tokens in a block of the cache.
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
-        rounding: see `PagedCache`.
+        approximation: see `PagedCache`.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -70,12 +69,12 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
-        rounding: Rounding | None = None,
+        approximation: KVApproximation | None = None,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
-        self.cache = PagedCache(specs, block_size, rounding=rounding, records_routing=self._sparse)
+        self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
         self._model = model
         self._weights = weights
@@ -91,7 +90,7 @@ class Runner:
     @property
     def _in_place(self) -> bool:
         """Whether attention reads the cache where it lies."""
-        return self.cache.rounding is None and reads_in_place(self.device)
+        return self.cache.approximation is None and reads_in_place(self.device)
 
     @property
     def block_bytes(self) -> dict[Window, int]:
@@ -166,7 +165,7 @@ class Runner:
         """
         if isinstance(plan, StepTensors):
             states = self._step_states(plan.state_slots, lengths)
-            return self._forward(plan, PagedBatch(self.cache, plan.slots, plan.groups, states))
+            return self._forward(plan, make_batch(self.cache, plan, states))
         if self._replays is None or plan.chunks is not None:
             return self._forward(plan, TileBatch(self.cache, plan, self._step_states(plan.state_slots, lengths)))
         # Logits are computed outside, of as many tokens as there are: their number has no size class.

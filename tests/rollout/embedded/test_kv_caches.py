@@ -24,7 +24,10 @@ from alignlab.rollout.memory import engine_bytes
 from alignlab.types import Rollout, SamplingParams
 from tests.rollout.conftest import SIZES, VOCAB, MakeEngine, flat, make_prompts
 
-CACHES: dict[str, dict[str, Any]] = {"int8": {"type": "int8"}, "fp8": {"type": "fp8"}}
+CACHES: dict[str, dict[str, Any]] = {
+    "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 4},
+    "int4 with nothing recent": {"type": "int4", "group": 8, "recent": 0},
+}
 ALIKE = 2e-6
 """Log-probs are reported in float32."""
 MODELS = ("llama", "dense")
@@ -111,6 +114,35 @@ def test_codes_of_a_byte_are_all_that_is_kept(
         for kind in ({"type": "exact"}, CACHES[cache])
     )
     assert exact / small == 32 / 12
+
+
+def test_old_tokens_are_kept_in_four_bits_and_new_ones_exactly(make_engine: MakeEngine) -> None:
+    """Heads of 8 numbers; 2 heads and 2 layers."""
+    engine = make_engine(kv_cache={"type": "int4", "group": 4, "recent": 2}, prefill_tokens=8)
+    engine.generate(make_prompts(59), SamplingParams(max_new_tokens=50, ignore_eos=True))
+    cache = engine._runner.cache
+    assert cache.block_bytes(torch.float32) == {
+        None: 2 * 2 * (16 * (4 + 4) + 4 * (2 * 4 * 8 + 16 * 2)),  # codes; scales and lows of 4 groups, and of values
+        9: 2 * 2 * 2 * 16 * 8 * 4,
+    }
+    assert engine._runner.cache_bytes == sum(t.nbytes for layer in cache.layers.values() for t in layer.values())
+    assert cache.num_blocks == {None: 7, 9: 3}  # blocks of 16 for 109 tokens; for 9 tokens, and 8 of a chunk
+    for layer in cache.layers.values():
+        assert layer["rounded_key_codes"].dtype == layer["rounded_value_codes"].dtype == torch.uint8
+        assert layer["rounded_key_scales"].shape == (7 * 4, 16) and layer["rounded_value_scales"].shape == (7 * 16, 2)
+
+
+def test_blocks_hold_whole_groups(tokenizer: Any, llama: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"block_size is 16, and must be a multiple of kv_cache\.group \(32\)"):
+        RolloutSettings(block_size=16, kv_cache={"type": "int4"})
+    assert EmbeddedEngine(llama, tokenizer, RolloutSettings(kv_cache={"type": "int4"}))._block_size == 32
+    assert EmbeddedEngine(llama, tokenizer, RolloutSettings(kv_cache={"type": "int4", "group": 6}))._block_size == 18
+
+
+def test_heads_of_an_odd_size_cannot_be_kept_in_four_bits(tokenizer: Any) -> None:
+    odd = {"head_dim": 9, "partial_rotary_factor": 4 / 9}
+    with pytest.raises(ConfigError, match=r"int4, which keeps two numbers in a byte, and heads have 9 numbers"):
+        EmbeddedEngine(new_model(SIZES | odd, vocab_size=VOCAB), tokenizer, RolloutSettings(kv_cache={"type": "int4"}))
 
 
 def test_a_layer_with_latents_cannot_have_an_approximate_cache(tokenizer: Any) -> None:
