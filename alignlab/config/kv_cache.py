@@ -48,5 +48,16 @@ class Int4Cache(_ApproximateCache):
     """Groups before a token's own that it meets exactly."""
 
 
-ApproximateCache = Int8Cache | FP8Cache | Int4Cache
+class WindowCache(_ApproximateCache):
+    """The first tokens of a sequence and the newest ones (StreamingLLM, arXiv:2309.17453), at their true positions.
+    Layers with a window of their own keep that one."""
+
+    type: Literal["window"] = "window"
+    tokens: int = Field(ge=1)
+    """Newest tokens, the present one included."""
+    sinks: int = Field(4, ge=0)
+    """First tokens of a sequence."""
+
+
+ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache
 KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignlab.models.sink_window import Window, sees
 from alignlab.types import Segments
 
 MAX_SCORES = 1 << 17
@@ -47,24 +48,23 @@ Sees = Callable[[Tensor, Tensor], Tensor]
 """(queries [b, M, 1], keys [b, 1, S]) -> [b, M, S], whether a query sees a key of its own problem."""
 
 
-def attention_blocks(segments: Segments, window: int | None) -> list[Block]:
+def attention_blocks(segments: Segments, window: Window) -> list[Block]:
     """Return the blocks that together hold every visible (query, key) pair once; cached on `segments`.
 
     Args:
         segments: the packed sequences.
-        window: a token sees this many tokens, itself included; None sees all.
+        window: what a token sees; a number counts the token itself.
     """
-    plans: dict[int | None, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
+    plans: dict[Window, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
     if window not in plans:
         positions = segments.position_ids.cpu()
 
-        def sees(queries: Tensor, keys: Tensor) -> Tensor:
-            distance = positions[queries] - positions[keys]
-            return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
         padding = (segments.num_tokens, segments.num_tokens)
         plans[window] = [
-            make_block(batch, padding, sees, first=first, device=segments.device)
+            make_block(
+                batch, padding, lambda q, k: sees(window, positions[q], positions[k]), first=first,
+                device=segments.device,
+            )
             for first, problems in ((True, _own_keys(segments)), (False, _prompt_keys(segments)))
             for batch in batched_problems(list(problems))
         ]

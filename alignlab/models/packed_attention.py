@@ -1,7 +1,7 @@
 """Attention over packed sequences, some of which share a prompt; the prompt's keys and values are never copied.
 
-Shapes: N tokens, T keys, H heads, K kv heads, G = H / K heads a kv head, D head size, V size of a value's head; b problems
-of M queries and S keys.
+Shapes: N tokens, T keys, H heads, K kv heads, G = H / K heads a kv head, D head size, V size of a value's head; b
+problems of M queries and S keys.
 """
 
 from __future__ import annotations

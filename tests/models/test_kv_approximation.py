@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding, from_int4, to_int4
 from alignlab.models.kv_approximation.rounding import Rounding, to_float8, to_int8
 from alignlab.models.kv_approximation.straight_through import straight_through
+from alignlab.models.sink_window import SinkWindow
 from alignlab.types import Segments
 from tests.models.conftest import make_segments, packs
-from tests.reference.attention import dense_attention
+from tests.reference.attention import dense_attention, visible
 
 GROUPS = [(5, [3, 7]), (6, []), (9, [4])]
 OPTIONS = {"scaling": 0.4, "sliding_window": 4, "softcap": 1.5, "sinks": None}
@@ -74,6 +77,21 @@ def test_replayed_rounding_is_attention_to_rounded_keys_and_values(bits: str) ->
     (expected * weights).sum().backward()
     for ours, theirs in zip((query, key, value), rounded, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(packs(), st.integers(1, 6), st.integers(0, 4))
+def test_replayed_window_sees_sinks_and_the_newest_tokens(groups, size: int, sinks: int) -> None:
+    segments = make_segments(groups)
+    query, key, value = inputs(segments.num_tokens, torch.float64)
+    window = WindowedTokens(SinkWindow(size, sinks))
+    output = window.attend(query, key, value, segments, scaling=0.4, sliding_window=None, softcap=None, sinks=None)
+    positions = segments.position_ids
+    distance = positions[:, None] - positions
+    mask = visible(segments) & ((distance < size) | (positions < sinks))
+    repeated = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    expected = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.4).transpose(1, 2)
+    torch.testing.assert_close(output, expected, atol=1e-9, rtol=0)
 
 
 def test_int4_by_hand() -> None:

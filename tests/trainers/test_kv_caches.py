@@ -16,7 +16,9 @@ from tests.trainers.conftest import even_ids
 from tests.trainers.tiny import ONLINE, make_case
 
 Make = Callable[..., Any]
-CACHES: dict[str, dict[str, Any]] = {"int8": {"type": "int8"}, "int4": {"type": "int4", "group": 4}}
+CACHES: dict[str, dict[str, Any]] = {
+    "int8": {"type": "int8"}, "int4": {"type": "int4", "group": 4}, "window": {"type": "window", "tokens": 8},
+}
 
 
 def sharp(model: Any) -> Any:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from alignlab.config.kv_cache import ApproximateCache, Int4Cache
+from alignlab.config.kv_cache import ApproximateCache, Int4Cache, WindowCache
 from alignlab.config.rollout import EngineSettings, approximate_cache
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
+from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.models.sink_window import SinkWindow
 
 
 def approximation_of(cache: ApproximateCache) -> KVApproximation:
     """Return the approximation that the settings of a cache name."""
     if isinstance(cache, Int4Cache):
         return GroupedRounding(cache.group, cache.recent)
+    if isinstance(cache, WindowCache):
+        return WindowedTokens(SinkWindow(cache.tokens, cache.sinks))
     return Rounding(cache.type)
 
 

@@ -24,6 +24,7 @@ from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.group_plan import plan_groups
 from alignlab.models.kv_approximation.straight_through import straight_through
 from alignlab.models.packed_attention import block_attention, in_autocast_dtype
+from alignlab.models.sink_window import Window
 from alignlab.types import Segments
 
 _LARGEST = 15
@@ -91,7 +92,7 @@ class GroupedRounding:
         """Return whether any token in a layer's window is old enough to be rounded."""
         return window is None or window > self.exact_window
 
-    def windows(self, spec: LayerCacheSpec) -> tuple[int | None, ...]:
+    def windows(self, spec: LayerCacheSpec) -> tuple[Window, ...]:
         """Return the windows of the rounded and of the exact tokens of a layer; one where none is rounded."""
         return (spec.window, self.exact_window) if self.rounds_window(spec.window) else (spec.window,)
 
@@ -103,7 +104,7 @@ class GroupedRounding:
         """Return rounded values of whole groups [M,G,K,D]; scales and lows [M,G,K,1]."""
         return to_int4(groups, over=3)
 
-    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[int | None, int]:
+    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[Window, int]:
         """Return the bytes of a block of a layer's tokens, by window, in a model of a dtype."""
         exact = block_size * dtype.itemsize * spec.token_numel
         if not self.rounds_window(spec.window):

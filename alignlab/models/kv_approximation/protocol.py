@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from alignlab.models.sink_window import Window
 from alignlab.types import Segments
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 class KVApproximation(Protocol):
     """An approximation that the engine's cache has, and the trainer's attention can replay."""
 
-    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[int | None, int]:
+    def windows(self, spec: LayerCacheSpec) -> tuple[Window, ...]:
+        """Return the windows of what is kept of a layer's tokens, the widest first."""
+        ...
+
+    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[Window, int]:
         """Return the bytes of a block of a layer's tokens, by window, in a model of a dtype."""
         ...
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.straight_through import straight_through
 from alignlab.models.packed_attention import in_autocast_dtype, packed_attention
+from alignlab.models.sink_window import Window
 from alignlab.types import Segments
 
 _LARGEST_INT8 = 127
@@ -117,7 +118,11 @@ class Rounding:
         codes, scales = self.encode(x.detach())
         return straight_through(x, self.decode(codes, scales, torch.empty(x.shape, dtype=x.dtype, device=x.device)))
 
-    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[int | None, int]:
+    def windows(self, spec: LayerCacheSpec) -> tuple[Window, ...]:
+        """Return the window of a layer's tokens."""
+        return (spec.window,)
+
+    def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[Window, int]:
         """Return the bytes of a block of a layer's tokens, by window, in a model of a dtype."""
         kept = sum(num_heads * (size + dtype.itemsize) for num_heads, size in spec.per_token.values())
         return {spec.window: block_size * kept}

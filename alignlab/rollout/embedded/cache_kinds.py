@@ -25,8 +25,8 @@ def make_cache(
         return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
     if isinstance(approximation, GroupedRounding):
         return GroupedCache(specs, block_size, approximation, records_routing=records_routing)
-    assert approximation is None
-    return PagedCache(specs, block_size, records_routing=records_routing)
+    # What is kept is exact: all, or the tokens of a window.
+    return PagedCache(specs, block_size, approximation=approximation, records_routing=records_routing)
 
 
 def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:

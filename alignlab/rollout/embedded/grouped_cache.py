@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.groups import GroupedRounding, Int4, from_int4
+from alignlab.models.sink_window import SinkWindow
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_attention import PagedBatch, RowGroup
 from alignlab.rollout.embedded.paged_cache import PagedCache
@@ -36,10 +37,6 @@ class GroupedCache(PagedCache):
         assert block_size % approximation.group == 0, "a group lies in one block"
         self.groups = approximation
         super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
-
-    def windows_of(self, layer_idx: int) -> tuple[Window, ...]:
-        """Return the windows of the rounded and of the exact entries of a layer."""
-        return self.groups.windows(self.specs[layer_idx])
 
     def window_of(self, layer_idx: int, name: str) -> Window:
         """Return the window of the rounded or of the exact entries of a layer."""
@@ -140,6 +137,7 @@ class GroupedBatch(PagedBatch):
     def _visible(self, index: int, window: Window) -> Tensor:
         """Return whether queries see keys, [R,1,Q,L]: first the rounded ones, then the exact ones."""
         groups, block_size = self._cache.groups, self._cache.block_size
+        assert not isinstance(window, SinkWindow), "groups are of layers that see all tokens, or the last ones"
         if not groups.rounds_window(window):
             return super()._visible(index, window)
         group = self._groups[index]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignlab.rollout.embedded.block_pools import Window
+from alignlab.models.sink_window import sees
+from alignlab.rollout.embedded.block_pools import Window, sink_blocks
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 
@@ -37,7 +38,8 @@ class RowGroup:
         positions: [R,Q] int64, position of each query in its sequence.
         blocks: [R * L / block_size] int64, by the window of the layers, the blocks of each row from the first one that
             it sees; a short row is filled up with any block.
-        first_keys: [R] int64, position of the first token in these blocks, by window; 0 for windows that it lacks.
+        first_keys: [R] int64, by window, tokens before these blocks that a row leaves out, or between its sinks' blocks
+            and the others; 0 for windows that it lacks.
     """
 
     start: int
@@ -76,7 +78,7 @@ class PagedBatch(StateBatch):
         self._cache = cache
         self._slots = slots
         self._groups = groups
-        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._masks: dict[tuple[int, Window, int], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
 
     def update(self, layer_idx: int, entries: Mapping[str, Tensor]) -> Iterator[tuple[RowGroup, dict[str, Tensor]]]:
@@ -90,7 +92,7 @@ class PagedBatch(StateBatch):
             The group, and its entries [R, L, ...] by name, of the tokens that the layer's window reaches. They are
             overwritten when the next group is asked for.
         """
-        window = self._cache.specs[layer_idx].window
+        window = self._cache.windows_of(layer_idx)[0]
         stored = self._cache.write(layer_idx, self._slots[window], entries)
         for group in self._groups:
             rows = group.positions.shape[0]
@@ -118,7 +120,7 @@ class PagedBatch(StateBatch):
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
             output = _attention(
                 group.queries(flat), *spec.key_and_value(cached),
-                self._mask(index, spec.window, flat.dtype, query.shape[1] // key.shape[1]),
+                self._mask(index, self._cache.windows_of(layer_idx)[0], flat.dtype, query.shape[1] // key.shape[1]),
                 scaling=scaling, softcap=softcap, sinks=sinks,
             )
             outputs.append(group.unpadded(output))
@@ -144,7 +146,7 @@ class PagedBatch(StateBatch):
             scratch = self._scratch[name] = like.new_empty(numel)
         return scratch[:numel].view(shape)
 
-    def _mask(self, index: int, window: int | None, dtype: torch.dtype, shared: int) -> Tensor:
+    def _mask(self, index: int, window: Window, dtype: torch.dtype, shared: int) -> Tensor:
         """Return [R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; layers with the same window share it."""
         key = (index, window, shared)
         if key not in self._masks:
@@ -160,14 +162,16 @@ class PagedBatch(StateBatch):
         group = self._groups[index]
         positions = group.positions[:, None, :, None]
         num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
-        keys = self._key_positions(group, window, num_keys)
-        visible = keys <= positions
-        return visible if window is None else visible & (keys > positions - window)
+        return sees(window, positions, self._key_positions(group, window, num_keys))
 
     def _key_positions(self, group: RowGroup, window: Window, count: int) -> Tensor:
         """Return the positions of the first `count` keys in a group's blocks, [R or 1,1,1,count]."""
         keys = torch.arange(count, device=group.positions.device)[None, None, None]
-        return group.first_keys[window][:, None, None, None] + keys if window in group.first_keys else keys
+        if window not in group.first_keys:
+            return keys
+        left_out = group.first_keys[window][:, None, None, None]
+        num_sinks = sink_blocks(window, self._cache.block_size) * self._cache.block_size
+        return torch.where(keys < num_sinks, keys, keys + left_out)
 
 
 def _attention(

@@ -50,12 +50,13 @@ class PagedCache:
         self.routing: Tensor | None = None
 
     def windows_of(self, layer_idx: int) -> tuple[Window, ...]:
-        """Return the windows of what a layer keeps."""
-        return (self.specs[layer_idx].window,)
+        """Return the windows of what a layer keeps, the widest first."""
+        spec = self.specs[layer_idx]
+        return (spec.window,) if self.approximation is None else self.approximation.windows(spec)
 
     def window_of(self, layer_idx: int, name: str) -> Window:
         """Return the window of what a layer keeps under a name."""
-        return self.specs[layer_idx].window
+        return self.windows_of(layer_idx)[0]
 
     def block_bytes(self, dtype: torch.dtype) -> dict[Window, int]:
         """Return the bytes of one block, over all layers of a window, by window; expert choices are not counted.

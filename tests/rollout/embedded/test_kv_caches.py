@@ -27,6 +27,8 @@ from tests.rollout.conftest import SIZES, VOCAB, MakeEngine, flat, make_prompts
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 4},
     "int4 with nothing recent": {"type": "int4", "group": 8, "recent": 0},
+    "window": {"type": "window", "tokens": 9, "sinks": 2},
+    "wide sinks": {"type": "window", "tokens": 6, "sinks": 20},
 }
 ALIKE = 2e-6
 """Log-probs are reported in float32."""
@@ -126,10 +128,19 @@ def test_old_tokens_are_kept_in_four_bits_and_new_ones_exactly(make_engine: Make
         9: 2 * 2 * 2 * 16 * 8 * 4,
     }
     assert engine._runner.cache_bytes == sum(t.nbytes for layer in cache.layers.values() for t in layer.values())
-    assert cache.num_blocks == {None: 7, 9: 3}  # blocks of 16 for 109 tokens; for 9 tokens, and 8 of a chunk
+    assert cache.num_blocks == {None: 7, 9: 4}  # blocks of 16 for 109 tokens; for 9 tokens, and 8 of a chunk
     for layer in cache.layers.values():
         assert layer["rounded_key_codes"].dtype == layer["rounded_value_codes"].dtype == torch.uint8
         assert layer["rounded_key_scales"].shape == (7 * 4, 16) and layer["rounded_value_scales"].shape == (7 * 16, 2)
+
+
+def test_what_leaves_a_window_is_freed_but_for_sinks(make_engine: MakeEngine, dense: PreTrainedModel) -> None:
+    """Layer 0 of `dense` has a window of 5 of its own, and keeps it."""
+    engine = make_engine(dense, kv_cache={"type": "window", "tokens": 8, "sinks": 6}, block_size=4, prefill_tokens=4)
+    engine.generate(make_prompts(60), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    [window] = set(engine._runner.cache.windows) - {5}
+    assert window == (8, 6) and engine._runner.cache.windows_of(0) == (5,)
+    assert engine._runner.cache.num_blocks[window] <= 2 + 3 + 1 + 1  # sinks, window, chunk
 
 
 def test_blocks_hold_whole_groups(tokenizer: Any, llama: PreTrainedModel) -> None:
