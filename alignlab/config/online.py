@@ -17,6 +17,7 @@ from alignlab.config.rollout import (
     RolloutEngineSettings,
     RolloutSettings,
     SamplingSettings,
+    approximate_cache,
     fill_engine,
     max_staleness,
     quantization,
@@ -119,6 +120,20 @@ class OnlineConfig(AveragedConfig):
         if self.mismatch.correction == "none":
             must = f"be another with rollout.quantization {form}: its probabilities are not the policy's"
             raise BrokenRule("mismatch.correction", "none", must, "use auto, or remove rollout.quantization")
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        """Where the trainer does not replay the engine's approximation of the cache, the loss must be weighted."""
+        cache = approximate_cache(self.rollout)
+        if cache is None or cache.replay:
+            return self
+        if not isinstance(self, PolicyGradientConfig):
+            must = "be true with a trainer that has no mismatch.correction: the completions are not the policy's own"
+            raise BrokenRule("rollout.kv_cache.replay", False, must, "remove it, or use type: grpo or ppo")
+        if self.mismatch.correction == "none":
+            must = f"be another with rollout.kv_cache {cache.type} that is not replayed: the policy samples otherwise"
+            raise BrokenRule("mismatch.correction", "none", must, "use auto, or rollout.kv_cache.replay: true")
         return self
 
     @property

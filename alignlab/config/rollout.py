@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
+from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
@@ -119,6 +120,16 @@ class RolloutSettings(Frozen):
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
     speculation: SpeculationSettings | None = None
     """Guess tokens, and check several in one step; pays for few sequences at once."""
+    kv_cache: KVCacheSettings = ExactCache()
+    """What is kept of keys and values: all, or an approximation, such as `kv_cache: {type: int8}`."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        group = cache_group(self)
+        if self.block_size is not None and self.block_size % group:
+            must = f"be a multiple of kv_cache.group ({group}): a group lies in one block"
+            raise BrokenRule("block_size", self.block_size, must, f"remove it, or use {group}")
+        return self
 
 
 class _VLLMSettings(Frozen):
@@ -260,6 +271,18 @@ def max_staleness(settings: EngineSettings) -> int:
 def quantization(settings: EngineSettings) -> str | None:
     """Return the quantization of the engine's weights; None if they are the policy's."""
     return settings.quantization if isinstance(settings, _VLLMSettings) else None
+
+
+def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:
+    """Return the settings of the engine's cache if it approximates keys and values; None if it keeps them exactly."""
+    cache = settings.kv_cache if isinstance(settings, RolloutSettings) else None
+    return None if cache is None or isinstance(cache, ExactCache) else cache
+
+
+def cache_group(settings: EngineSettings) -> int:
+    """Return how many tokens the engine's cache keeps together; 1 where each is for itself."""
+    cache = approximate_cache(settings)
+    return cache.group if isinstance(cache, Int4Cache) else 1
 
 
 def fill_engine(raw: Any) -> Any:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from alignlab.config.online import MISMATCH_BOUNDS, MismatchSettings
-from alignlab.config.rollout import EngineSettings, RolloutSettings, max_staleness, quantization
+from alignlab.config.rollout import (
+    EngineSettings,
+    RolloutSettings,
+    approximate_cache,
+    max_staleness,
+    quantization,
+)
 from alignlab.functional.mismatch import mismatch_weights
 from alignlab.functional.reduction import sequence_sum
 from alignlab.types import Experience
@@ -62,6 +68,9 @@ def _fitting(rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool) -> tu
     behind = max_staleness(rollout)
     if behind:
         return "icepop" if sparse else "token_tis", f"tokens may come from weights that are {behind} updates old"
+    cache = approximate_cache(rollout)
+    if cache is not None and not cache.replay:
+        return "icepop" if sparse else "token_tis", f"the engine's cache is {cache.type}, which is not replayed"
     if isinstance(rollout, RolloutSettings):
         return "none", "the embedded engine runs the trainer's own layers"
     form = quantization(rollout)

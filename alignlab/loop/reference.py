@@ -95,7 +95,10 @@ def frozen_copy(policy: Policy) -> Policy | None:
         ConfigError: the adapter was made by changing the base.
     """
     if not has_adapters(policy.model):
-        copied = Policy(_copied(policy.model), chunk_tokens=policy.chunk_tokens, num_ids=policy.num_ids).eval()
+        copied = Policy(
+            _copied(policy.model), chunk_tokens=policy.chunk_tokens, num_ids=policy.num_ids,
+            kv_approximation=policy.kv_approximation,
+        ).eval()
         copied.follows_policy = True
         return copied
     check_base_is_reference(policy.model)

@@ -19,6 +19,7 @@ from alignlab.functional.distillation import Head, TopTokens, chunked_coarse_div
 from alignlab.loop.teacher import check_same_tokens, check_width, readable_tokens
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, num_embeddings, output_head
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.policy import PackedModel, Policy, at_masked, policy_output
 from alignlab.types import Experience, Segments
 
@@ -85,10 +86,14 @@ class Student(PackedModel):
         model: see `Policy`.
         comparison: what is compared.
         chunk_tokens: tokens whose logits exist at one time.
+        kv_approximation: see `PackedModel`.
     """
 
-    def __init__(self, model: nn.Module, comparison: Comparison, *, chunk_tokens: int | None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, comparison: Comparison, *, chunk_tokens: int | None,
+        kv_approximation: KVApproximation | None = None,
+    ) -> None:
+        super().__init__(model, kv_approximation=kv_approximation)
         self.comparison, self.chunk_tokens = comparison, chunk_tokens
 
     def forward(

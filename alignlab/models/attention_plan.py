@@ -7,13 +7,14 @@ that a prompt's keys are read where they are and never copied for each completio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignlab.models.sink_window import Window, sees
 from alignlab.types import Segments
 
 MAX_SCORES = 1 << 17
@@ -30,7 +31,7 @@ class Block:
 
     Attributes:
         queries: [b, M] token of each query; N, one past the last token, is padding.
-        keys: [b, S] likewise.
+        keys: [b, S] likewise; the padding is one past the last key.
         bias: [b or 1, M, S] float32, 0 where the query sees the key and -inf elsewhere; None if it sees all.
         first: the queries were in no block before.
     """
@@ -43,22 +44,29 @@ class Block:
 
 Problem = tuple[Tensor, Tensor]
 """(queries, keys): the tokens that attend, and the tokens attended to."""
+Sees = Callable[[Tensor, Tensor], Tensor]
+"""(queries [b, M, 1], keys [b, 1, S]) -> [b, M, S], whether a query sees a key of its own problem."""
 
 
-def attention_blocks(segments: Segments, window: int | None) -> list[Block]:
+def attention_blocks(segments: Segments, window: Window) -> list[Block]:
     """Return the blocks that together hold every visible (query, key) pair once; cached on `segments`.
 
     Args:
         segments: the packed sequences.
-        window: a token sees this many tokens, itself included; None sees all.
+        window: what a token sees; a number counts the token itself.
     """
-    plans: dict[int | None, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
+    plans: dict[Window, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
     if window not in plans:
-        positions = torch.cat([segments.position_ids.cpu(), torch.tensor([-1])])
+        positions = segments.position_ids.cpu()
+
+        padding = (segments.num_tokens, segments.num_tokens)
         plans[window] = [
-            _block(batch, positions, window, first, segments.device)
+            make_block(
+                batch, padding, lambda q, k: sees(window, positions[q], positions[k]), first=first,
+                device=segments.device,
+            )
             for first, problems in ((True, _own_keys(segments)), (False, _prompt_keys(segments)))
-            for batch in _batches(list(problems))
+            for batch in batched_problems(list(problems))
         ]
     return plans[window]
 
@@ -67,9 +75,15 @@ def _own_keys(segments: Segments) -> Iterator[Problem]:
     """Yield each segment against itself; a long one in several runs of queries."""
     for start, length in zip(segments.starts, segments.lengths, strict=True):
         tokens = torch.arange(start, start + length)
-        rows = length if length * length <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // length))
-        for row in range(0, length, rows):
-            yield tokens[row : row + rows], tokens[: row + rows]
+        for queries in query_runs(tokens):
+            yield queries, tokens[: int(queries[-1]) + 1 - start]
+
+
+def query_runs(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Return the tokens of a segment as queries: all at once, or in several runs where they are many."""
+    length = len(tokens)
+    rows = length if length * length <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // length))
+    return tokens.split(rows)
 
 
 def _prompt_keys(segments: Segments) -> Iterator[Problem]:
@@ -84,7 +98,7 @@ def _prompt_keys(segments: Segments) -> Iterator[Problem]:
             yield queries, keys
 
 
-def _batches(problems: list[Problem]) -> Iterator[list[Problem]]:
+def batched_problems(problems: list[Problem]) -> Iterator[list[Problem]]:
     """Yield batches of problems of similar size, within the limits on scores and padding."""
     batch: list[Problem] = []
     used = rows = columns = 0
@@ -100,20 +114,18 @@ def _batches(problems: list[Problem]) -> Iterator[list[Problem]]:
         yield batch
 
 
-def _block(batch: list[Problem], positions: Tensor, window: int | None, first: bool, device: Any) -> Block:
+def make_block(batch: list[Problem], padding: tuple[int, int], sees: Sees, *, first: bool, device: Any) -> Block:
     """Return a padded batch of problems.
 
     Args:
-        positions: [N + 1], position of each token, and -1 for the padding.
+        padding: one past the last query, and one past the last key.
+        first: see `Block`.
     """
-    padding = len(positions) - 1
-    queries = torch.nn.utils.rnn.pad_sequence([q for q, _ in batch], batch_first=True, padding_value=padding)
-    keys = torch.nn.utils.rnn.pad_sequence([k for _, k in batch], batch_first=True, padding_value=padding)
-    distance = positions[queries][:, :, None] - positions[keys][:, None, :]
-    visible = (distance >= 0) & (keys != padding)[:, None, :]
-    if window is not None:
-        visible &= distance < window
-    visible |= (queries == padding)[:, :, None]
+    queries = torch.nn.utils.rnn.pad_sequence([q for q, _ in batch], batch_first=True, padding_value=padding[0])
+    keys = torch.nn.utils.rnn.pad_sequence([k for _, k in batch], batch_first=True, padding_value=padding[1])
+    is_no_query, is_no_key = queries == padding[0], keys == padding[1]
+    visible = sees(queries.masked_fill(is_no_query, 0)[:, :, None], keys.masked_fill(is_no_key, 0)[:, None, :])
+    visible = (visible & ~is_no_key[:, None, :]) | is_no_query[:, :, None]
     if bool((visible == visible[:1]).all()):
         visible = visible[:1]
     bias = None

@@ -1,7 +1,7 @@
 """Attention over packed sequences, some of which share a prompt; the prompt's keys and values are never copied.
 
-Shapes: N tokens, H heads, K kv heads, G = H / K heads a kv head, D head size, V size of a value's head; b problems of
-M queries and S keys.
+Shapes: N tokens, T keys, H heads, K kv heads, G = H / K heads a kv head, D head size, V size of a value's head; b
+problems of M queries and S keys.
 """
 
 from __future__ import annotations
@@ -36,15 +36,40 @@ def packed_attention(
         [1,N,H,V]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
     """
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if device == "cuda":
+    query, key, value = in_autocast_dtype(query, key, value)
+    if query.is_cuda:
         return flex_packed_attention(
             query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
         )
     blocks = attention_blocks(segments, sliding_window)
-    return _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap)
+    return block_attention(query, key, value, blocks, scaling=scaling, softcap=softcap, sinks=sinks)
+
+
+def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors in the dtype of autocast, where it is on, in which attention is computed then."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: list[Block],
+    *, scaling: float, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:
+    """Return attention by the blocks of a plan, which may have more keys than queries.
+
+    Args:
+        query, key, value: [1,H,N,D], [1,K,T,D], [1,K,T,V], in the dtype that they are computed in.
+        blocks: every visible pair once; those that are first have every query once.
+        scaling, softcap, sinks: see `packed_attention`.
+
+    Returns:
+        [1,N,H,V]
+    """
+    output: Tensor = _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap)
+    return output
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -55,7 +80,7 @@ class _BlockAttention(torch.autograd.Function):
         dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K,  dK = dS^T Q    (Dao 2023, arXiv:2307.08691)
     A sink s joins the softmax once, after the blocks, as one more key whose value is 0: ds = -sum exp(s - lse) delta.
 
-    Inside, tensors are [K, N + 1, G, D] or [K, N + 1, D], their last token being the padding of the blocks.
+    Inside, tensors are [K, N + 1, G, D] or [K, T + 1, D], their last token being the padding of the blocks.
     """
 
     @staticmethod
@@ -64,7 +89,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, blocks: list[Block],
         scaling: float, softcap: float | None,
     ) -> Tensor:
-        """Compute attention by the blocks of a plan: [1,K*G,N,D], [1,K,N,D] and [1,K,N,V] -> [1,N,K*G,V]."""
+        """Compute attention by the blocks of a plan: [1,K*G,N,D], [1,K,T,D] and [1,K,T,V] -> [1,N,K*G,V]."""
         exact = torch.promote_types(query.dtype, torch.float32)
         num_kv = key.shape[1]
         q, k, v = _rows(query, num_kv, exact).mul_(scaling), _rows(key, num_kv, exact), _rows(value, num_kv)

@@ -16,6 +16,7 @@ from alignlab.errors import ConfigError
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.mtp import mtp_losses
 from alignlab.models.routers.protocol import RoutingPolicy
 from alignlab.models.routing import RoutingRecord
@@ -56,6 +57,7 @@ class PackedModel(nn.Module):
 
     Args:
         model: ours, one of `transformers`', or a PeftModel around it.
+        kv_approximation: of keys and values, which every pass applies; None computes exactly.
 
     Attributes:
         rests_on_host: whether the weights are on the device only while the module computes without a gradient.
@@ -65,9 +67,10 @@ class PackedModel(nn.Module):
     rests_on_host = False
     follows_policy = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, kv_approximation: KVApproximation | None = None) -> None:
         super().__init__()
         self.model = model
+        self.kv_approximation = kv_approximation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward`, within the root of a model whose weights are spread over ranks."""
@@ -96,15 +99,17 @@ class PackedModel(nn.Module):
             ConfigError: the model cannot be computed with this layout, or has no experts to replay.
         """
         lm = causal_lm(self.model)
+        options = {} if self.kv_approximation is None else {"kv_approximation": self.kv_approximation}
         if not getattr(lm.config, "num_routers", 0):
             if routing is not None:
                 raise ConfigError(
                     f"expert choices were given for {type(lm).__name__}, which can replay none; give routing to an "
                     "in-house MoE model only"
                 )
-            return hidden_states(self.model, tokens, segments.position_ids, segments), None
+            return hidden_states(self.model, tokens, segments.position_ids, segments, **options), None
         record = RoutingRecord(replay=routing, counted=counted)
-        return hidden_states(self.model, tokens, segments.position_ids, segments, routing=record), record
+        states = hidden_states(self.model, tokens, segments.position_ids, segments, routing=record, **options)
+        return states, record
 
     def predicting_states(
         self, tokens: Tensor, segments: Segments, mask: Tensor,
@@ -147,13 +152,17 @@ class Policy(PackedModel):
         model: see `PackedModel`.
         chunk_tokens: tokens whose logits exist at one time; default: by device, see `chunked_logprobs`.
         num_ids: ids that share the probability, from 0 on; default: all for which there is a logit.
+        kv_approximation: see `PackedModel`.
 
     Raises:
         ConfigError: the logits are more than the product with the head's weight: adapted, or scaled.
     """
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int | None = None, num_ids: int | None = None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, *, chunk_tokens: int | None = None, num_ids: int | None = None,
+        kv_approximation: KVApproximation | None = None,
+    ) -> None:
+        super().__init__(model, kv_approximation=kv_approximation)
         output_head(model)
         self.chunk_tokens = chunk_tokens
         self.num_ids = num_ids

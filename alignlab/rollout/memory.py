@@ -9,13 +9,21 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMServerSettings
+from alignlab.config.rollout import (
+    EngineSettings,
+    RolloutSettings,
+    VLLMServerSettings,
+    approximate_cache,
+    cache_group,
+)
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
+from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
+from alignlab.rollout.embedded.paged_cache import block_bytes
 from alignlab.rollout.embedded.state_slots import slots_needed
 
 _COPIES_FRAC = 0.1
@@ -75,11 +83,14 @@ def engine_bytes(
         weights = sum(parameter.numel() for parameter in lm.parameters())
         entries = num_sequences * num_tokens * sum(spec.token_numel for spec in specs)
         return itemsize * (entries + weights) + num_sequences * slot_bytes
-    size = block_size_for(settings.block_size, device)
+    size = block_size_for(settings.block_size, device, group=cache_group(settings))
     lengths = [num_tokens] * num_sequences
+    approximate = approximate_cache(settings)
+    approximation = None if approximate is None else approximation_of(approximate)
     cache = sum(
-        itemsize * spec.token_numel * size * pool_blocks(lengths, spec.window, settings.prefill_tokens, size)
+        num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
         for spec in specs
+        for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
     ) + slot_bytes * slots_needed(num_sequences, num_sequences)
     return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
 

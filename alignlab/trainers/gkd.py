@@ -32,6 +32,7 @@ from alignlab.loop.student import Comparison, Student, StudentForward, StudentOu
 from alignlab.loop.teacher import load_teacher, load_teacher_tokenizer, prompts_with_room, readable_part
 from alignlab.models.decoder import num_embeddings, num_positions
 from alignlab.models.fingerprints import model_fingerprint
+from alignlab.models.kv_approximation.choice import replayed_approximation
 from alignlab.rollout.detokenizer import decode
 from alignlab.types import Completion, Experience, Prompt, Rollout
 
@@ -57,7 +58,10 @@ class GKD(Algorithm):
         self.teacher = load_teacher(config.teacher, inputs.accelerator.device, chunk_tokens=chunk_tokens)
         self._fingerprint = model_fingerprint(self.teacher.model)
         width = shared_width(self.teacher.model, tokenizer, inputs.model, inputs.tokenizer)
-        student = Student(inputs.model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens)
+        student = Student(
+            inputs.model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens,
+            kv_approximation=replayed_approximation(config.rollout),
+        )
         forward = StudentForward(config.sampling.temperature, self.teacher)
         prompts = prompts_with_room(inputs, self.teacher, config, tokenizer=inputs.tokenizer)
         self._dataset_completions: dict[int, Completion] = {}

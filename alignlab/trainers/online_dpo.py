@@ -21,6 +21,7 @@ from alignlab.loop.loss_weights import LossWeights, pair_mean
 from alignlab.loop.online import OnlineTrainer
 from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.reference import Reference
+from alignlab.models.kv_approximation.choice import replayed_approximation
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.trainers.pairs import loss_of_pairs
 from alignlab.types import Experience, Prompt, Rollout, Segments
@@ -33,7 +34,10 @@ class OnlineDPO(Algorithm):
     routing = "none"
 
     def __init__(self, config: OnlineDPOConfig, inputs: OnlineInputs) -> None:
-        policy = Policy(inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens)
+        policy = Policy(
+            inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens,
+            kv_approximation=replayed_approximation(config.rollout),
+        )
         learner = policy_learner(config, inputs, policy, forward=PolicyForward(config.sampling.temperature))
         super().__init__(config, inputs, learner, reference=Reference(learner) if config.needs_reference else None)
 

@@ -19,6 +19,7 @@ from alignlab.loop.online_inputs import OnlineInputs
 from alignlab.loop.reference import Reference
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
+from alignlab.models.kv_approximation.choice import replayed_approximation
 from alignlab.models.policy import Policy, PolicyOutput
 from alignlab.types import Experience, Prompt
 
@@ -47,7 +48,10 @@ class PolicyGradientAlgorithm(Algorithm):
         policy_steps: int | None = None,
         prompts: Sequence[Prompt] | None = None,
     ) -> None:
-        policy = Policy(inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens)
+        policy = Policy(
+            inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens,
+            kv_approximation=replayed_approximation(config.rollout),
+        )
         self.objective = PolicyObjective(config, policy)
         forward = PolicyForward(config.sampling.temperature, entropy_grad=config.entropy_coef > 0)
         learner = policy_learner(config, inputs, policy, policy_steps=policy_steps, forward=forward)

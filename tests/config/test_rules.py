@@ -282,6 +282,24 @@ def test_a_quantized_engine_needs_a_correction():
     assert "quantization" in grpo_message(rollout={"quantization": "fp8"})
 
 
+def test_an_approximate_cache_is_replayed_or_corrected():
+    alone = {"kv_cache": {"type": "int8", "replay": False}}
+    text = grpo_message(rollout=alone, mismatch={"correction": "none"})
+    assert "mismatch.correction is 'none', and must be another with rollout.kv_cache int8 that is not replayed" in text
+    assert GRPOConfig(rollout=alone).mismatch.correction == "auto"
+    assert GRPOConfig(rollout={"kv_cache": {"type": "int8"}}, mismatch={"correction": "none"})
+    assert "rollout.kv_cache.replay is False, and must be true" in message(OnlineDPOConfig, rollout=alone)
+    assert OnlineDPOConfig(rollout={"kv_cache": {"type": "fp8"}}).rollout.kv_cache.replay
+
+
+def test_an_approximate_cache_is_the_embedded_engines():
+    assert GRPOConfig().rollout.kv_cache.type == "exact"
+    assert "kv_cache" in grpo_message(rollout={"engine": "vllm", "kv_cache": {"type": "int8"}})
+    text = grpo_message(rollout={"engine": "auto", "kv_cache": {"type": "int8"}})
+    assert "kv_cache" in text and "use engine: embedded" in text
+    assert "kv_cache" in grpo_message(rollout={"kv_cache": {"type": "int9"}})
+
+
 def test_own_choices_are_replayed_in_later_updates_only():
     assert "be rollout or none where a batch has one update" in grpo_message(routing_replay="trainer")
     assert GRPOConfig(routing_replay="trainer", num_minibatches=2).routing_replay == "trainer"

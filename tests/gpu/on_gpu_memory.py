@@ -102,4 +102,4 @@ def test_the_cache_of_a_token_has_its_keys_and_values_alone(shape: dict[str, Any
     """2 bytes x 2 x layers x kv heads x size of a head."""
     with FakeTensorMode(), torch.device("cuda"):
         cache = PagedCache(cache_specs(PolicyForCausalLM(PolicyConfig(**shape))), block_size=16)
-    assert cache.block_numel == {None: 16 * kib * 1024 // 2}
+    assert cache.block_bytes(torch.bfloat16) == {None: 16 * kib * 1024}

@@ -22,12 +22,16 @@ from tests.trainers.steps import minibatches_of
 
 Make = Callable[..., Any]
 VLLM, EMBEDDED = VLLMSettings(), RolloutSettings()
+INT8_ALONE = RolloutSettings(kv_cache={"type": "int8", "replay": False})
 
 
 @pytest.mark.parametrize(
     ("engine", "dtype", "sparse", "expected"),
     [
         (EMBEDDED, torch.bfloat16, True, Correction("none")),
+        (RolloutSettings(kv_cache={"type": "int8"}), torch.bfloat16, False, Correction("none")),
+        (INT8_ALONE, torch.float32, False, Correction("token_tis", None, 2.0)),
+        (INT8_ALONE, torch.float32, True, Correction("icepop", 0.5, 5.0)),
         (VLLM, torch.float32, True, Correction("none")),
         (VLLM, torch.bfloat16, False, Correction("token_tis", None, 2.0)),
         (VLLM, torch.bfloat16, True, Correction("icepop", 0.5, 5.0)),

@@ -22,15 +22,19 @@ def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
-def block_size_for(size: int | None, device: torch.device) -> int:
+def block_size_for(size: int | None, device: torch.device, *, group: int = 1) -> int:
     """Return the tokens in a block: `size`, or what suits the device.
+
+    Args:
+        group: tokens that the cache keeps together, which divide a given size.
 
     Raises:
         ConfigError: a GPU's kernels read tiles of keys that must divide a block, and cannot read blocks of this size.
     """
-    if device.type != "cuda":
-        return size or 16
-    size = size or 128
+    usual = 128 if device.type == "cuda" else 16
+    size = size or -(-usual // group) * group
+    if device.type != "cuda" or group > 1:  # a cache with groups is gathered
+        return size
     if size < 16 or size & (size - 1):
         raise ConfigError(
             f"rollout.block_size is {size}, and must be a power of two, at least 16, on a GPU; leave it out, or use "

@@ -1,6 +1,7 @@
 """The blocks of a cache by the window of the layers that they belong to.
 
-Layers that see all tokens need the blocks of all tokens; layers with a window only those of the last ones. Each window
+Layers that see all tokens need the blocks of all tokens; layers with a window only those of the last ones, and of sinks
+before them. Each window
 has a pool of blocks of its own, and a sequence has a table of blocks in each pool. The blocks that a window has left
 are released, so that a pool holds what its layers may still read. A block that other sequences use stays theirs.
 
@@ -13,16 +14,22 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from alignlab.errors import RolloutError
+from alignlab.models.sink_window import SinkWindow, Window, size_of
 from alignlab.rollout.embedded.block_manager import BlockManager
 
 EXPIRED = -1
-Window = int | None
 Tables = dict[Window, list[int]]
 
 
 def first_visible(position: int, window: Window, block_size: int) -> int:
-    """Return the first block that a token at a position, or a later one, reads."""
-    return 0 if window is None else max(0, position - window + 1) // block_size
+    """Return the first block that a token at a position, or a later one, reads, beside those of sinks."""
+    size = size_of(window)
+    return 0 if size is None else max(0, position - size + 1) // block_size
+
+
+def sink_blocks(window: Window, block_size: int) -> int:
+    """Return how many of a sequence's first blocks all tokens read, whatever the window's size."""
+    return -(-window.sinks // block_size) if isinstance(window, SinkWindow) else 0
 
 
 def most_blocks(num_tokens: int, window: Window, chunk: int, block_size: int) -> int:
@@ -35,7 +42,10 @@ def most_blocks(num_tokens: int, window: Window, chunk: int, block_size: int) ->
         block_size: tokens in a block.
     """
     every = -(-num_tokens // block_size)
-    return every if window is None else min(every, -(-(window - 1 + chunk) // block_size) + 1)
+    size = size_of(window)
+    if size is None:
+        return every
+    return min(every, -(-(size - 1 + chunk) // block_size) + 1 + sink_blocks(window, block_size))
 
 
 def pool_blocks(lengths: Sequence[int], window: Window, chunk: int, block_size: int) -> int:
@@ -162,8 +172,8 @@ class BlockPools:
         for window, table in tables.items():
             if window is not None:
                 end = min(first_visible(position, window, self.block_size), len(table))
-                start = end
-                while start > 0 and table[start - 1] != EXPIRED:
+                start, first = end, sink_blocks(window, self.block_size)
+                while start > first and table[start - 1] != EXPIRED:
                     start -= 1
                 for index in range(start, end):
                     self.managers[window].release(table[index])
@@ -204,19 +214,30 @@ class BlockPools:
             The digests of these blocks, and their tables, with a user more of each block.
         """
         last_missing = dict.fromkeys(self.managers, -1)
+        have_sinks = dict.fromkeys(self.managers, True)
         known: list[bytes] = []
         count = 0
         for index, digest in enumerate(digests):
-            last_missing |= {w: index for w, manager in self.managers.items() if not manager.knows(digest)}
+            for window, manager in self.managers.items():
+                if not manager.knows(digest):
+                    last_missing[window] = index
+                    have_sinks[window] &= index >= sink_blocks(window, self.block_size)
             if last_missing.get(None, -1) >= 0:
                 break
             known.append(digest)
             next_token = (index + 1) * self.block_size
-            seen = all(last < first_visible(next_token, w, self.block_size) for w, last in last_missing.items())
+            seen = all(
+                have_sinks[w] and last < first_visible(next_token, w, self.block_size)
+                for w, last in last_missing.items()
+            )
             if seen and can_go_on(digest):
                 count = index + 1
         tables: Tables = {}
         for window, manager in self.managers.items():
             first = first_visible(count * self.block_size, window, self.block_size)
-            tables[window] = [EXPIRED] * first + [manager.take(digest) for digest in known[first:count]]
+            num_sinks = sink_blocks(window, self.block_size)
+            tables[window] = [
+                manager.take(digest) if index < num_sinks or index >= first else EXPIRED
+                for index, digest in enumerate(known[:count])
+            ]
         return known[:count], tables

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rollout import RolloutSettings
+from alignlab.config.rollout import RolloutSettings, approximate_cache, cache_group
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
+from alignlab.models.kv_approximation.choice import approximation_of, check_cache
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.beam_search import PromptBeams, advance
@@ -57,8 +58,8 @@ class EmbeddedEngine:
         share_prefixes: compute a common beginning of sequences once.
 
     Raises:
-        ConfigError: the model's attention is another, an adapter cannot be merged, or a GPU cannot read blocks of this
-            size.
+        ConfigError: the model's attention is another, an adapter cannot be merged, a layer cannot have the cache that
+            the settings name, or a GPU cannot read blocks of this size.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, since the engine was made.
@@ -76,14 +77,17 @@ class EmbeddedEngine:
         self._settings = settings
         self._share = share_prefixes
         require_paging(model)
+        check_cache(model, settings)
         self._policy, self._copy = model, None
         if is_spread(model):  # decoding gathers no weights: it has a copy that is whole on this rank
             model = self._copy = whole_copy(model)
         self._lm = causal_lm(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-        self._block_size = block_size_for(settings.block_size, self._lm.device)
+        cache = approximate_cache(settings)
+        self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
         self._runner = Runner(
-            model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs
+            model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
+            approximation=None if cache is None else approximation_of(cache),
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()

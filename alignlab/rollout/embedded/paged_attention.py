@@ -11,14 +11,15 @@ The cached entries of a group are gathered by whole blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignlab.rollout.embedded.block_pools import Window
+from alignlab.models.sink_window import sees
+from alignlab.rollout.embedded.block_pools import Window, sink_blocks
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.state_cache import StateBatch, StepStates
 
@@ -37,7 +38,8 @@ class RowGroup:
         positions: [R,Q] int64, position of each query in its sequence.
         blocks: [R * L / block_size] int64, by the window of the layers, the blocks of each row from the first one that
             it sees; a short row is filled up with any block.
-        first_keys: [R] int64, position of the first token in these blocks, by window; 0 for windows that it lacks.
+        first_keys: [R] int64, by window, tokens before these blocks that a row leaves out, or between its sinks' blocks
+            and the others; 0 for windows that it lacks.
     """
 
     start: int
@@ -76,7 +78,7 @@ class PagedBatch(StateBatch):
         self._cache = cache
         self._slots = slots
         self._groups = groups
-        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._masks: dict[tuple[int, Window, int], Tensor] = {}
         self._scratch: dict[str, Tensor] = {}
 
     def update(self, layer_idx: int, entries: Mapping[str, Tensor]) -> Iterator[tuple[RowGroup, dict[str, Tensor]]]:
@@ -90,13 +92,13 @@ class PagedBatch(StateBatch):
             The group, and its entries [R, L, ...] by name, of the tokens that the layer's window reaches. They are
             overwritten when the next group is asked for.
         """
-        window = self._cache.specs[layer_idx].window
+        window = self._cache.windows_of(layer_idx)[0]
         stored = self._cache.write(layer_idx, self._slots[window], entries)
         for group in self._groups:
             rows = group.positions.shape[0]
             yield group, {
-                name: self._gather(name, tensor, group.blocks[window]).view(rows, -1, *entries[name].shape[1:])
-                for name, tensor in stored.items()
+                name: self._read(name, stored, group.blocks[window], entry).view(rows, -1, *entry.shape[1:])
+                for name, entry in entries.items()
             }
 
     def attend(
@@ -118,41 +120,58 @@ class PagedBatch(StateBatch):
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
             output = _attention(
                 group.queries(flat), *spec.key_and_value(cached),
-                self._mask(index, spec.window, flat.dtype, query.shape[1] // key.shape[1]),
+                self._mask(index, self._cache.windows_of(layer_idx)[0], flat.dtype, query.shape[1] // key.shape[1]),
                 scaling=scaling, softcap=softcap, sinks=sinks,
             )
             outputs.append(group.unpadded(output))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
-    def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
-        """Return the rows `blocks` of `tensor`, in memory that all layers use in turn.
+    def _read(self, name: str, stored: Mapping[str, Tensor], blocks: Tensor, entry: Tensor) -> Tensor:
+        """Return the entries of a name in `blocks`, [blocks, numbers of a block], as attention reads them.
 
-        The memory then stays in the processor's cache.
+        Args:
+            stored: the layer's whole tensors.
+            entry: one like those entries, [N, ..., D].
         """
-        shape = (blocks.shape[0], tensor.shape[1])
-        scratch, numel = self._scratch.get(name), math.prod(shape)
-        if scratch is None or scratch.numel() < numel or scratch.dtype != tensor.dtype:
-            scratch = self._scratch[name] = tensor.new_empty(numel)
-        return torch.index_select(tensor, 0, blocks, out=scratch[:numel].view(shape))
+        return self._gather(name, stored[name], blocks)
 
-    def _mask(self, index: int, window: int | None, dtype: torch.dtype, shared: int) -> Tensor:
+    def _gather(self, name: str, tensor: Tensor, blocks: Tensor) -> Tensor:
+        """Return the rows `blocks` of `tensor`, in memory that all layers use in turn."""
+        return torch.index_select(tensor, 0, blocks, out=self._memory(name, (len(blocks), tensor.shape[1]), tensor))
+
+    def _memory(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return memory for a tensor of a name, which layers use in turn: it then stays in the processor's cache."""
+        scratch, numel = self._scratch.get(name), math.prod(shape)
+        if scratch is None or scratch.numel() < numel or scratch.dtype != like.dtype:
+            scratch = self._scratch[name] = like.new_empty(numel)
+        return scratch[:numel].view(shape)
+
+    def _mask(self, index: int, window: Window, dtype: torch.dtype, shared: int) -> Tensor:
         """Return [R,1,G*Q,L], 0 where a query sees a key and -inf elsewhere; layers with the same window share it."""
         key = (index, window, shared)
         if key not in self._masks:
-            group = self._groups[index]
-            positions = group.positions[:, None, :, None]
-            num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
-            keys = torch.arange(num_keys, device=positions.device)
-            if window in group.first_keys:
-                keys = group.first_keys[window][:, None, None, None] + keys
-            visible = keys <= positions
-            if window is not None:
-                visible &= keys > positions - window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device).masked_fill_(~visible, -torch.inf)
+            visible = self._visible(index, window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
             # The only query of a row needs no copies: one row of the mask is broadcast.
             single = mask.shape[2] == 1
             self._masks[key] = mask.expand(-1, -1, shared, -1) if single else mask.repeat(1, 1, shared, 1)
         return self._masks[key]
+
+    def _visible(self, index: int, window: Window) -> Tensor:
+        """Return whether queries of a group see keys, [R,1,Q,L]."""
+        group = self._groups[index]
+        positions = group.positions[:, None, :, None]
+        num_keys = group.blocks[window].shape[0] // positions.shape[0] * self._cache.block_size
+        return sees(window, positions, self._key_positions(group, window, num_keys))
+
+    def _key_positions(self, group: RowGroup, window: Window, count: int) -> Tensor:
+        """Return the positions of the first `count` keys in a group's blocks, [R or 1,1,1,count]."""
+        keys = torch.arange(count, device=group.positions.device)[None, None, None]
+        if window not in group.first_keys:
+            return keys
+        left_out = group.first_keys[window][:, None, None, None]
+        num_sinks = sink_blocks(window, self._cache.block_size) * self._cache.block_size
+        return torch.where(keys < num_sinks, keys, keys + left_out)
 
 
 def _attention(

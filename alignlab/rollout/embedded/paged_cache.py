@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.rollout.embedded.block_pools import Window
 
 
@@ -21,35 +23,52 @@ class PagedCache:
     Args:
         specs: shapes that each layer keeps of a token, by `layer_idx`; layers that keep none are left out.
         block_size: tokens in a block.
+        approximation: what is kept of keys and values; None keeps them as they are.
         records_routing: expert choices of every token are kept beside what the layers keep.
 
     Attributes:
         specs: of the layers that keep entries of tokens.
-        windows: of these layers, each once; with None for the expert choices, and where there is no such layer.
+        windows: of all that these layers keep, each once; with None for the expert choices, and where there is no such
+            layer.
         num_blocks: of sequences, by window.
-        layers: [slots, numbers kept of a token] by layer and name.
+        layers: [slots, numbers kept of a token] by layer and name, from the layer's first tokens on.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
     """
 
     def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *, records_routing: bool = False
+        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *,
+        approximation: KVApproximation | None = None, records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.approximation = approximation
         self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
         records = (None,) if records_routing or not self.specs else ()
-        windows = [*records, *(spec.window for spec in self.specs.values())]
+        windows = [*records, *(window for layer_idx in self.specs for window in self.windows_of(layer_idx))]
         self.windows: tuple[Window, ...] = tuple(dict.fromkeys(windows))
         self.num_blocks = self._total_blocks = dict.fromkeys(self.windows, 0)
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
 
-    @property
-    def block_numel(self) -> dict[Window, int]:
-        """Numbers in one block, over all layers of a window, by window; expert choices are not counted."""
-        numel = dict.fromkeys(self.windows, 0)
+    def windows_of(self, layer_idx: int) -> tuple[Window, ...]:
+        """Return the windows of what a layer keeps, the widest first."""
+        spec = self.specs[layer_idx]
+        return (spec.window,) if self.approximation is None else self.approximation.windows(spec)
+
+    def window_of(self, layer_idx: int, name: str) -> Window:
+        """Return the window of what a layer keeps under a name."""
+        return self.windows_of(layer_idx)[0]
+
+    def block_bytes(self, dtype: torch.dtype) -> dict[Window, int]:
+        """Return the bytes of one block, over all layers of a window, by window; expert choices are not counted.
+
+        Args:
+            dtype: of the model.
+        """
+        total = dict.fromkeys(self.windows, 0)
         for spec in self.specs.values():
-            numel[spec.window] += self.block_size * spec.token_numel
-        return numel
+            for window, num_bytes in block_bytes(spec, dtype, self.block_size, self.approximation).items():
+                total[window] += num_bytes
+        return total
 
     @property
     def addressable_blocks(self) -> int:
@@ -71,6 +90,10 @@ class PagedCache:
         self.num_blocks = dict(num_blocks)
         self._total_blocks = {window: count + num_more for window, count in num_blocks.items()}
 
+    def in_blocks(self, layer_idx: int, name: str) -> Tensor:
+        """Return the whole tensor of a name, [blocks, numbers of a block]."""
+        return self.layers[layer_idx][name].view(self._total_blocks[self.window_of(layer_idx, name)], -1)
+
     def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store a layer's entries of N tokens.
 
@@ -80,21 +103,34 @@ class PagedCache:
             entries: [N, ...] by name, of the shapes that the layer declared.
 
         Returns:
-            The layer's whole tensors by name, [blocks, numbers of a block].
+            The layer's whole tensors by the names in `layers`, [blocks, numbers of a block].
         """
+        self.check(layer_idx, entries)
+        return {name: self._store(layer_idx, name, slots, entry) for name, entry in entries.items()}
+
+    def check(self, layer_idx: int, entries: Mapping[str, Tensor]) -> None:
+        """Check that entries of N tokens have the shapes that the layer declared."""
         spec, shapes = self.specs[layer_idx], {name: tuple(entry.shape[1:]) for name, entry in entries.items()}
         assert shapes == spec.per_token, f"layer {layer_idx} keeps {spec.per_token}, not {shapes}"
-        total_blocks = self._total_blocks[spec.window]
-        tensors = self.layers.get(layer_idx)
-        if tensors is None:
+
+    def _store(self, layer_idx: int, name: str, places: Tensor, entries: Tensor, num_tokens: int = 1) -> Tensor:
+        """Store entries of a name, each of which belongs to `num_tokens` consecutive tokens.
+
+        Args:
+            places: [N] int64, a slot divided by `num_tokens`.
+            entries: [N, ...].
+
+        Returns:
+            The whole tensor, [blocks, numbers of a block].
+        """
+        tensors = self.layers.setdefault(layer_idx, {})
+        total_blocks = self._total_blocks[self.window_of(layer_idx, name)]
+        if name not in tensors:
             # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
-            tensors = self.layers[layer_idx] = {
-                name: entry.new_zeros(total_blocks * self.block_size, math.prod(entry.shape[1:]))
-                for name, entry in entries.items()
-            }
-        for name, entry in entries.items():
-            tensors[name].index_copy_(0, slots, entry.reshape(slots.shape[0], -1))
-        return {name: tensor.view(total_blocks, -1) for name, tensor in tensors.items()}
+            num_places = total_blocks * self.block_size // num_tokens
+            tensors[name] = entries.new_zeros(num_places, math.prod(entries.shape[1:]))
+        tensors[name].index_copy_(0, places, entries.reshape(places.shape[0], math.prod(entries.shape[1:])))
+        return tensors[name].view(total_blocks, -1)
 
     def write_routing(self, slots: Tensor, choices: Tensor) -> None:
         """Store the experts chosen for N tokens, [N, MoE layers, experts a token], at slots without a window."""
@@ -104,10 +140,27 @@ class PagedCache:
 
     def copy(self, window: Window, pairs: Tensor) -> None:
         """Copy whole blocks of the layers of a window, all at once: (source, target) of each, [copies, 2] int64."""
-        layers = [layer for layer_idx, layer in self.layers.items() if self.specs[layer_idx].window == window]
-        tensors = [tensor for layer in layers for tensor in layer.values()]
+        tensors = [
+            tensor for layer_idx, layer in self.layers.items() for name, tensor in layer.items()
+            if self.window_of(layer_idx, name) == window
+        ]
         tensors += [self.routing] if window is None and self.routing is not None else []
         source, target = pairs.unbind(1)
         for tensor in tensors:
             blocks = tensor.view(self._total_blocks[window], -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+
+def block_bytes(
+    spec: LayerCacheSpec, dtype: torch.dtype, block_size: int, approximation: KVApproximation | None
+) -> dict[Window, int]:
+    """Return the bytes of a block of a layer's tokens, by window.
+
+    Args:
+        dtype: of the model.
+        block_size: tokens in a block.
+        approximation: of keys and values; None keeps them as they are.
+    """
+    if approximation is not None:
+        return approximation.block_bytes(spec, dtype, block_size)
+    return {spec.window: dtype.itemsize * spec.token_numel * block_size}

@@ -1,6 +1,7 @@
 """The forward pass of one step over the paged cache.
 
-On a GPU attention reads the cache in place, and decoding steps are replayed; elsewhere the cache is gathered.
+On a GPU attention reads the cache in place, and decoding steps are replayed; elsewhere the cache is gathered. A cache
+that approximates is gathered everywhere.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
-from alignlab.rollout.embedded.paged_attention import PagedBatch
-from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
@@ -59,6 +60,7 @@ class Runner:
         block_size: tokens in a block of the cache.
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
+        approximation: see `PagedCache`.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -66,12 +68,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool
+        self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
+        approximation: KVApproximation | None = None,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
-        self.cache = PagedCache(specs, block_size, records_routing=self._sparse)
+        self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
         self._model = model
         self._weights = weights
@@ -85,10 +88,14 @@ class Runner:
         return output_head(self._model)[0].device
 
     @property
+    def _in_place(self) -> bool:
+        """Whether attention reads the cache where it lies."""
+        return self.cache.approximation is None and reads_in_place(self.device)
+
+    @property
     def block_bytes(self) -> dict[Window, int]:
         """Bytes of one block, over all layers of a window, by window."""
-        size = output_head(self._model)[0].dtype.itemsize
-        return {window: size * numel for window, numel in self.cache.block_numel.items()}
+        return self.cache.block_bytes(output_head(self._model)[0].dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -99,7 +106,7 @@ class Runner:
     @property
     def max_blocks(self) -> int:
         """Blocks that attention can address: on a GPU kernels count the numbers of a layer's tensor in 32 bits."""
-        return self.cache.addressable_blocks if reads_in_place(self.device) else sys.maxsize
+        return self.cache.addressable_blocks if self._in_place else sys.maxsize
 
     @property
     def vocab_size(self) -> int:
@@ -108,14 +115,14 @@ class Runner:
 
     def resize(self, num_blocks: Mapping[Window, int], num_slots: int) -> None:
         """Have a cache of `num_blocks` blocks, by window, and `num_slots` slots of states, without entries."""
-        in_place = any(num_blocks.values()) and reads_in_place(self.device)
+        in_place = any(num_blocks.values()) and self._in_place
         self.cache.resize(num_blocks, num_more=1 if in_place else 0)
         self.states.resize(num_slots, num_more=1 if in_place else 0)
         self._replays = None
 
     def begin(self) -> None:
         """Prepare for the steps of a call; the engine's weights are in use."""
-        if not self._replay or not can_be_recorded(self._model, self.device):
+        if not self._replay or not self._in_place or not can_be_recorded(self._model, self.device):
             self._replays = None
             return
         self._replays = self._replays or Replays(self._rows_from)
@@ -135,7 +142,7 @@ class Runner:
         """
         others = [*(torch.tensor(pairs, dtype=torch.int64) for pairs in step.copies.values()), *others]
         plan: StepTensors | TileStep
-        if reads_in_place(self.device):
+        if self._in_place:
             tiles = plan_tiles(
                 step.work, block_size=self.cache.block_size, num_blocks=self.cache.num_blocks,
                 max_rows=self._max_running, num_slots=self.states.num_slots,
@@ -158,7 +165,7 @@ class Runner:
         """
         if isinstance(plan, StepTensors):
             states = self._step_states(plan.state_slots, lengths)
-            return self._forward(plan, PagedBatch(self.cache, plan.slots, plan.groups, states))
+            return self._forward(plan, make_batch(self.cache, plan, states))
         if self._replays is None or plan.chunks is not None:
             return self._forward(plan, TileBatch(self.cache, plan, self._step_states(plan.state_slots, lengths)))
         # Logits are computed outside, of as many tokens as there are: their number has no size class.

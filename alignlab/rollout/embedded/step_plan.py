@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignlab.rollout.embedded.block_pools import EXPIRED, Window
+from alignlab.models.sink_window import size_of
+from alignlab.rollout.embedded.block_pools import EXPIRED, Window, sink_blocks
 from alignlab.rollout.embedded.paged_attention import RowGroup
 from alignlab.rollout.embedded.scheduler import Work
 from alignlab.transfer import to_device
@@ -187,9 +188,9 @@ def _plan_group(
         padding = padding.ravel()
     blocks, first_keys = {}, {}
     for window, table in tables.items():
-        blocks[window], first_blocks = _visible_blocks(table, starts, starts + counts, window, block_size)
-        if first_blocks is not None:
-            first_keys[window] = first_blocks * block_size
+        blocks[window], left_out = _visible_blocks(table, starts, starts + counts, window, block_size)
+        if left_out is not None:
+            first_keys[window] = left_out * block_size
     return GroupPlan(
         first, first + int(counts.sum()), padding, unpadding, starts[:, None] + offsets, blocks, first_keys
     )
@@ -198,18 +199,22 @@ def _plan_group(
 def _visible_blocks(
     table: _Ints, starts: _Ints, ends: _Ints, window: Window, block_size: int
 ) -> tuple[_Ints, _Ints | None]:
-    """Return the blocks [R * blocks a row] that rows read, from the first one that their first token sees.
+    """Return the blocks [R * blocks a row] that rows read: those of sinks, and from the first that a row's first token
+    sees.
 
     Args:
         table: [R, blocks].
         starts, ends: [R], positions of each row's first token, and after its last.
 
     Returns:
-        The blocks; and the place of each row's first one [R], None if it is 0 for all.
+        The blocks; and of each row the number of blocks that it leaves out after the sinks' [R], None if none does.
     """
-    last = -(-ends // block_size)
-    if window is None or not (first := np.maximum(starts - window + 1, 0) // block_size).any():
+    last, num_sinks = -(-ends // block_size), sink_blocks(window, block_size)
+    size = size_of(window)
+    left_out = np.maximum((starts - (size or 0) + 1) // block_size - num_sinks, 0)
+    if size is None or not left_out.any():
         return table[:, : int(last.max())].ravel(), None
-    columns = first[:, None] + np.arange(int((last - first).max()))
+    columns = np.arange(max(num_sinks, int((last - left_out).max())))
+    columns = columns + np.where(columns < num_sinks, 0, left_out[:, None])
     columns = np.minimum(columns, table.shape[1] - 1)  # beyond a row's last block every key is hidden by its position
-    return np.take_along_axis(table, columns, axis=1).ravel(), first
+    return np.take_along_axis(table, columns, axis=1).ravel(), left_out

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab.config.rollout import RolloutSettings
+from alignlab.models.sink_window import SinkWindow
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import (
     EXPIRED,
@@ -75,6 +76,42 @@ def test_what_is_found_is_all_that_later_tokens_read(full: list[int], last: list
     assert all(pools.managers[window].users(block) == 1 for block in tables[window][first:])
     pools.release(tables)
     assert pools.num_free == 20
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 8), st.integers(0, 7))
+def test_sinks_are_found_again_with_the_window(published: list[int], tokens: int, sinks: int) -> None:
+    size, digests, window = 3, [bytes([index]) for index in range(10)], SinkWindow(tokens, sinks)
+    pools = BlockPools([window], size)
+    pools.grow({window: 10})
+    for index in set(published):
+        block = pools.managers[window].allocate()
+        pools.managers[window].publish(block, digests[index])
+        pools.managers[window].release(block)
+    needed: set[int] = set()
+    expected = 0
+    for count in range(1, 11):
+        positions = [p for p in range(count * size) if p > count * size - tokens or p < sinks]
+        if {position // size for position in positions} <= set(published):
+            expected, needed = count, {position // size for position in positions}
+    found, tables = pools.find(digests)
+    assert found == digests[:expected]
+    assert {index for index, block in enumerate(tables[window]) if block != EXPIRED} == needed
+    pools.release(tables)
+    assert pools.num_free == 10
+
+
+def test_a_window_leaves_its_sinks_behind() -> None:
+    window = SinkWindow(4, 3)
+    pools = BlockPools([window], 2)
+    pools.grow({window: 9})
+    tables = {window: [pools.managers[window].allocate() for _ in range(8)]}
+    first, second, *_, last = tables[window]
+    pools.expire(tables, 11)  # sees 0 to 2, and 8 to 11
+    assert tables[window][:4] == [first, second, EXPIRED, EXPIRED] and EXPIRED not in tables[window][4:]
+    pools.expire(tables, 15)
+    assert tables[window] == [first, second, *[EXPIRED] * 4, tables[window][6], last]
+    assert most_blocks(100, window, 1, 2) == 2 + 3 and most_blocks(6, window, 1, 2) == 3
 
 
 def test_a_block_that_others_use_stays_theirs() -> None:

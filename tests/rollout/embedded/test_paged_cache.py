@@ -115,9 +115,10 @@ def mean(group: RowGroup, latents: Tensor) -> Tensor:
 
 
 def test_the_size_of_a_block_is_what_the_layers_declare() -> None:
-    assert PagedCache(SPECS, BLOCK).block_numel == {None: BLOCK * (2 * 16 + 22 + 4 * 16 + 5)}
+    assert PagedCache(SPECS, BLOCK).block_bytes(torch.float32) == {None: 4 * BLOCK * (2 * 16 + 22 + 4 * 16 + 5)}
     windowed = SPECS | {9: LayerCacheSpec.of_heads(2, 3, 4, window=6)}
-    assert PagedCache(windowed, BLOCK).block_numel == {None: BLOCK * (2 * 16 + 22 + 4 * 16 + 5), 6: BLOCK * 14}
+    sizes = {None: 2 * BLOCK * (2 * 16 + 22 + 4 * 16 + 5), 6: 2 * BLOCK * 14}
+    assert PagedCache(windowed, BLOCK).block_bytes(torch.bfloat16) == sizes
 
 
 def test_copying_moves_every_layer_and_resizing_drops_all_entries() -> None:

@@ -1,0 +1,37 @@
+"""The kinds of caches by what they approximate, each with the batch that reads it: the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.groups import GroupedRounding
+from alignlab.models.kv_approximation.protocol import KVApproximation
+from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.rollout.embedded.grouped_cache import GroupedBatch, GroupedCache
+from alignlab.rollout.embedded.paged_attention import PagedBatch
+from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.rounded_cache import RoundedBatch, RoundedCache
+from alignlab.rollout.embedded.state_cache import StepStates
+from alignlab.rollout.embedded.step_plan import StepTensors
+
+
+def make_cache(
+    specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: KVApproximation | None,
+    *, records_routing: bool,
+) -> PagedCache:
+    """Return the cache that keeps what an approximation leaves; None leaves all. Arguments as of `PagedCache`."""
+    if isinstance(approximation, Rounding):
+        return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
+    if isinstance(approximation, GroupedRounding):
+        return GroupedCache(specs, block_size, approximation, records_routing=records_routing)
+    # What is kept is exact: all, or the tokens of a window.
+    return PagedCache(specs, block_size, approximation=approximation, records_routing=records_routing)
+
+
+def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:
+    """Return the tokens of a step over a cache, which gathers what they read."""
+    if isinstance(cache, GroupedCache):
+        return GroupedBatch(cache, step.slots, step.groups, step.positions, states)
+    kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
+    return kind(cache, step.slots, step.groups, states)
