@@ -72,7 +72,8 @@ class Sampler:
 
         plan = self._plan
         facts = as_facts(
-            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed, engine=plan.rollout.engine, **how
+            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed, engine=plan.rollout.engine,
+            **how,
         )
         file = None if self._folder is None else self._folder / folder_name(self._candidate.name) / f"{name}.jsonl"
         return draw_pool(prompts, facts, lambda batch: draw(*self._loaded(), batch), file)

@@ -189,6 +189,7 @@ def test_the_importance_of_parts_is_that_of_their_outputs() -> None:
         ({"qk_norm_scope": "all_heads"}, Width(hidden_size=8), "the teacher has Attention of another form"),
         ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, Width(hidden_size=8), "SparseFeed"),
         ({"attention_sinks": True}, Width(hidden_size=8), "the teacher has model.layers.0.self_attn.sinks"),
+        ({"shared_layers": [0, 0, 1]}, Width(hidden_size=8), "widths are cut of single layers"),
     ],
 )
 def test_what_is_not_cut_is_refused(changes: Any, width: Width, message: str) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.layer_pruning import list_of_layers
+from alignlab.models.layer_sharing import refuse_sharing
 from alignlab.models.layout import computed_beforehand
 from alignlab.models.pruning.calibration import CalibrationText, read, square_sums
 from alignlab.models.pruning.masks import Choice, magnitude_scores, wanda_scores
@@ -99,5 +100,6 @@ def sparsity_of(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    refuse_sharing(model.config, what="weights of single layers are set to zero")
     modules: Any = model.get_submodule(list_of_layers(model)[0])
     return list(modules)

@@ -18,6 +18,7 @@ from alignlab.errors import ConfigError
 from alignlab.models.attention import Attention, SlidingAttention
 from alignlab.models.config import PolicyConfig
 from alignlab.models.layer_pruning import list_of_layers
+from alignlab.models.layer_sharing import refuse_sharing
 from alignlab.models.layers import FeedForward, PlainFeedForward
 from alignlab.models.pruning.importance import Importance
 from alignlab.models.transformer import PolicyForCausalLM
@@ -59,6 +60,7 @@ def check_width(teacher: PreTrainedModel | PeftModel, width: Width) -> PolicyFor
             f"widths are cut of a model of a family that alignlab knows, and this is {type(teacher).__name__}; use "
             "--layers or --num-layers"
         )
+    refuse_sharing(teacher.config, what="widths are cut of single layers")
     for name, value in vars(width).items():
         most = getattr(teacher.config, name)
         if value is not None and not 1 <= value <= most:
