@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from alignlab.errors import RolloutError
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.engine import EmbeddedEngine
-from alignlab.rollout.embedded.sampler import Sampler
-from alignlab.rollout.embedded.sequence import TokenSequence
+from alignlab.rollout.embedded.places import Place
+from alignlab.rollout.embedded.sampler import Draw, Sampler
 from alignlab.rollout.vllm.completions import Answer, make_completion, make_requests
 from alignlab.types import Prompt, SamplingParams
 from tests.rollout.conftest import END, MakeEngine, flat, make_prompts
@@ -30,16 +30,14 @@ def scripted(make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytes
     """An engine whose model says TEXT byte after byte, and then ends."""
     script = [*TEXT.encode(), END]
     engine = make_engine()
-    append_tokens = Sampler.append_tokens
+    draw = Sampler.draw
 
-    def append_scripted(
-        sampler: Sampler, logits: torch.Tensor, sequences: list[TokenSequence], inputs: Any, version: int
-    ) -> None:
+    def draw_scripted(sampler: Sampler, logits: torch.Tensor, places: list[Place], inputs: Any) -> list[Draw]:
         logits = torch.zeros_like(logits)
-        logits[:, script[sequences[0].num_sampled]] = 50.0
-        append_tokens(sampler, logits, sequences, inputs, version)
+        logits[:, script[places[0].number]] = 50.0
+        return draw(sampler, logits, places, inputs)
 
-    monkeypatch.setattr(Sampler, "append_tokens", append_scripted)
+    monkeypatch.setattr(Sampler, "draw", draw_scripted)
     return engine
 
 
