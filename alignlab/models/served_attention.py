@@ -42,8 +42,8 @@ def check_served(config: PolicyConfig) -> None:
     )
     require(
         not config.expert_bias,
-        "expert_bias is true, and vLLM 0.32 fails at an update of such experts, as was seen on a CPU; use rollout.engine: "
-        "embedded",
+        "expert_bias is true, and vLLM 0.32 fails at an update of such experts, as was seen on a CPU; use "
+        "rollout.engine: embedded",
     )
     others = sorted(set(config.layer_types or ()) - set(SERVED_KINDS))
     require(
