@@ -31,7 +31,7 @@ class EMASettings(Frozen):
         return self
 
     def check_sharding(self, sharding: ShardingSettings, name: str) -> None:
-        """Raise if the weights in training are spread over ranks, each of which would average its part alone.
+        """Raise if DeepSpeed trains, whose optimizer steps on flat parts of the weights, which are written back later.
 
         Args:
             name: of the section of this average.
@@ -39,9 +39,9 @@ class EMASettings(Frozen):
         Raises:
             BrokenRule: with the strategies that there are.
         """
-        if sharding.spreads_training:
-            must = f"be null with sharding.strategy {sharding.strategy}: an average is of weights that each rank has"
-            raise BrokenRule(name, "given", must, "use strategy: ddp, or leave ema out")
+        if sharding.zero_stage:
+            must = f"be null with sharding.strategy {sharding.strategy}: DeepSpeed's flat weights are not averaged"
+            raise BrokenRule(name, "given", must, "use strategy: fsdp2 or ddp, or leave ema out")
 
 
 class AveragedConfig(TrainerConfig):

@@ -167,7 +167,7 @@ class Learner:
         if not self.is_spread:
             return self.weights
         kept = [name for name in self.weights.names() if not (self.has_adapters and self._is_of_base(name))]
-        gathered = ((name, tensor.cpu()) for name, tensor in whole_tensors(self.weights, kept))
+        gathered = ((name, tensor.to("cpu", copy=True)) for name, tensor in whole_tensors(self.weights, kept))
         return HeldWeights({name: tensor for name, tensor in gathered if self.ranks.is_main})
 
     def _is_of_base(self, name: str) -> bool:

@@ -91,7 +91,7 @@ def training_bytes(
     return {
         "weights": _weight_bytes(modules, whole, sharding),
         "gradients and optimizer": _gradient_and_state_bytes(trained, sharding),
-        **_average_bytes(learners),
+        **_average_bytes(learners, sharding),
         # A reference from the host scores while there are no activations of a training pass.
         "activations": max(*visiting, *(_activation_bytes(learner, memory) for learner in learners.values()), 0),
     }
@@ -124,12 +124,13 @@ def _gradient_and_state_bytes(trained: Sequence[nn.Parameter], sharding: Shardin
     return gradients + (states if sharding.offload == "none" else 0)
 
 
-def _average_bytes(learners: Mapping[str, Learner]) -> dict[str, int]:
+def _average_bytes(learners: Mapping[str, Learner], sharding: ShardingSettings) -> dict[str, int]:
     """Return the bytes of averages of weights, with the weights that are set aside in an evaluation; none without."""
+    ranks = planned_ranks() if sharding.spreads_weights else 1
     averages = [learner.average for learner in learners.values() if learner.average is not None]
     kept = sum(average.num_bytes for average in averages)
     aside = sum(_storage_bytes(learner.trained.values()) for learner in learners.values() if learner.average)
-    return {"average of weights": kept + aside} if averages else {}
+    return {"average of weights": (kept + aside) // ranks} if averages else {}
 
 
 def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignlab.errors import CheckpointError
 from alignlab.evaluation.report import RunReport
 from alignlab.files.library_errors import writing
-from alignlab.loop.averaging import GROUP, average_for
+from alignlab.loop.averaging import GROUP, average_for, whole_averages
 from alignlab.loop.early_stopping import best_line
 from alignlab.loop.exported_weights import replaced_weights
 from alignlab.loop.result import TrainResult
@@ -92,14 +92,17 @@ def _save_model(loop: TrainingLoop, folder: RunFolder, path: Path, work: str, *,
     """Write a model; `step` is that of its weights, by default the present one."""
     with loop.agreed(work):
         check_trained_weights(loop.learners, loop.step)
-        weights = loop.learner.whole_weights()
+        is_present, average = step is None or step == loop.step, average_for(loop.learner, "export")
+        is_gathered = is_present and average is not None and loop.learner.is_spread  # then the average is, in place
+        with average.in_place() if average is not None and is_gathered else nullcontext():
+            weights = loop.learner.whole_weights()
     with loop.agreed(work):
         if loop.is_main:
             folder.renew()
-            if step is not None and step != loop.step:
+            if step is not None and not is_present:
                 weights = _weights_of_step(loop, folder, weights, step)
-            elif average := average_for(loop.learner, "export"):
-                weights = replaced_weights(loop.learner.module, weights, average.tensors)
+            elif average is not None and not is_gathered:
+                weights = replaced_weights(loop.learner.module, weights, whole_averages(average))
             with published(path, run_id=folder.run_id) as unfinished:
                 loop.write_model(unfinished, view=weights)
 

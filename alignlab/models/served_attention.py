@@ -22,7 +22,6 @@ SERVED_BLOCKS: dict[str, Any] = {
     "query_pre_attn_scalar": None,
     "embedding_multiplier": None,
     "rope_local_base_freq": None,
-    "expert_bias": False,
     "router_linear_bias": False,
     "swiglu_limit": None,
 }
@@ -40,6 +39,11 @@ def check_served(config: PolicyConfig) -> None:
         config.num_mtp_layers == 0,
         f"num_mtp_layers is {config.num_mtp_layers}, and vLLM holds no such layer, so that its weights could not be "
         "verified; use rollout.engine: embedded, or a model without that layer",
+    )
+    require(
+        not config.expert_bias,
+        "expert_bias is true, and vLLM 0.32 fails at an update of such experts, as was seen on a CPU; use "
+        "rollout.engine: embedded",
     )
     others = sorted(set(config.layer_types or ()) - set(SERVED_KINDS))
     require(

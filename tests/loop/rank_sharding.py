@@ -27,6 +27,8 @@ MODELS: dict[str, tuple[dict[str, Any], torch.dtype, LoraSettings | None]] = {
     "mixture": (SPARSE, torch.float32, None),
     "shared layers": (DENSE | {"num_hidden_layers": 4, "shared_layers": [0, 0, 1, 0]}, torch.float32, None),
     "adapter on shared layers": (DENSE | {"shared_layers": [0, 0]}, torch.float32, LoraSettings(rank=4)),
+    "averaged": (DENSE, torch.float32, None),
+    "averaged in bfloat16": (DENSE, torch.bfloat16, None),
     "all in bfloat16": (DENSE, torch.bfloat16, None),
     "adapter on a base in bfloat16": (DENSE, torch.bfloat16, LoraSettings(rank=4)),
 }
@@ -41,12 +43,16 @@ CHANGES = {
         ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero3"),
     ],
     "adapter on shared layers": [("ddp", "ddp"), ("zero3", "fsdp2")],
+    "averaged": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")],
+    "averaged in bfloat16": [("ddp", "ddp"), ("fsdp2", "fsdp2")],
     "all in bfloat16": [
         ("ddp", "ddp"), ("ddp", "fsdp2"), ("ddp", "zero1"), ("zero2", "zero2"), ("fsdp2", "zero3"), ("zero3", "ddp"),
     ],
     "adapter on a base in bfloat16": [("ddp", "ddp"), ("fsdp2", "ddp"), ("ddp", "zero1"), ("zero2", "zero3")],
 }
 """Where the weights of a model are in the first two steps, and in the third."""
+AVERAGED = tuple(name for name in MODELS if name.startswith("averaged"))
+"""Models that a run saves as the average of their weights."""
 
 
 def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, torch.Tensor]:
@@ -57,7 +63,7 @@ def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, 
     config = GRPOConfig(
         output_dir=folder, num_steps=num_steps, num_prompts=4, group_size=2, optim={"learning_rate": 1e-3},
         sampling={"max_new_tokens": 4}, trackers=(), kl={"coef": 0.1}, sharding={"strategy": strategy},
-        memory={"tokens_per_microbatch": 16},
+        memory={"tokens_per_microbatch": 16}, ema={"decay": 0.5} if model in AVERAGED else None,
     )  # type: ignore[arg-type]  # pydantic reads the sections
     trainer = GRPOTrainer(
         new_model(architecture, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1).to(dtype), even_ids, config,

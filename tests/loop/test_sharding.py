@@ -28,7 +28,7 @@ from alignlab.runs.checkpoint import MASTER
 from alignlab.runs.tensor_groups import read_groups
 from alignlab.types import Experience, Segments
 from tests.loop import rank_skipping
-from tests.loop.rank_sharding import CHANGES, MODELS
+from tests.loop.rank_sharding import AVERAGED, CHANGES, MODELS
 from tests.ranks import ROOT, run_ranks
 
 HALF = "all in bfloat16"
@@ -44,7 +44,7 @@ def folder_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", [model for model in MODELS if model != HALF])
+@pytest.mark.parametrize("model", [name for name, (_, dtype, lora) in MODELS.items() if lora or dtype == torch.float32])
 def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_two_ranks: Path) -> None:
     expected = load_file(folder_of_two_ranks / model / "ddp ddp" / "rank0.safetensors")
     for first, then in CHANGES[model]:
@@ -56,6 +56,24 @@ def test_a_run_goes_on_with_its_weights_in_other_places(model: str, folder_of_tw
         saved = sorted(path.name for path in (run / "checkpoints" / "step-00000002").glob("policy*"))
         parts = [f"policy-part-{rank:05d}.safetensors" for rank in (0, 1)]
         assert saved == (["policy.safetensors"] if first == "ddp" else parts)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", AVERAGED)
+def test_the_average_that_is_saved_is_that_of_weights_in_one_place(model: str, folder_of_two_ranks: Path) -> None:
+    expected = load_file(folder_of_two_ranks / model / "ddp ddp" / "model" / "model.safetensors")
+    last = load_file(folder_of_two_ranks / model / "ddp ddp" / "rank0.safetensors")
+    rounding = 2.0**-8 if "bfloat16" in model else 0.0
+    for first, then in CHANGES[model][1:]:
+        run = folder_of_two_ranks / model / f"{first} {then}"
+        saved = load_file(run / "model" / "model.safetensors")
+        assert saved.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert saved[name].dtype == weight.dtype == MODELS[model][1]
+            torch.testing.assert_close(saved[name], weight, rtol=rounding, atol=1e-6, msg=f"{first} {then}: {name}")
+        parts = sorted(path.name for path in (run / "checkpoints" / "step-00000002").glob("average*"))
+        assert len(parts) == (1 if first == "ddp" else 2)
+    assert any((last[f"model.{name}"] - weight).abs().max() > 1e-4 for name, weight in expected.items())
 
 
 @pytest.mark.distributed

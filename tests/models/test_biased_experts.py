@@ -128,10 +128,12 @@ def test_a_dense_model_does_not_become_a_mixture_with_biases() -> None:
         upcycled(new_model(SHAPE, vocab_size=50), num_experts=4, num_experts_per_tok=2, router={"expert_bias": True})
 
 
-def test_vllm_has_such_experts_in_gpt_oss_alone() -> None:
-    check_served(make_model("biased-experts").config)
-    with pytest.raises(ConfigError, match=r"expert_bias is True, .*which vLLM serves of models of a Hub family alone"):
-        check_served(make_model("biased-experts", attention_sinks=False).config)
+def test_rollouts_by_vllm_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expert_bias is true, and vLLM .* fails at an update of such experts"):
+        check_served(make_model("biased-experts").config)
+    unclamped = {"swiglu_limit": None, "swiglu_alpha": 1.702, "expert_bias": False}
+    with pytest.raises(ConfigError, match="router_linear_bias is True, which vLLM serves of models of a Hub family"):
+        check_served(make_model("biased-experts", **unclamped).config)
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8"])

@@ -159,7 +159,8 @@ CASES = {
         lambda: prompts(8), (even_ids,), lora=True,
     ),
     "grpo_ema": Case(
-        GRPOTrainer, configs.GRPOConfig, ROLLOUTS | {"ema": {"decay": 0.5}}, lambda: prompts(8), (even_ids,), lora=True
+        GRPOTrainer, configs.GRPOConfig, ROLLOUTS | {"ema": {"decay": 0.5}, "eval_every_steps": 1}, lambda: prompts(8),
+        (even_ids,), lora=True,
     ),
     "online_dpo": Case(
         OnlineDPOTrainer, configs.OnlineDPOConfig, ROLLOUTS, lambda: prompts(8), (even_ids,), lora=True
@@ -177,7 +178,7 @@ REWARDED = [name for name in ONLINE if CASES[name].rewards]
 
 def make_case(
     name: str, folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, *, rewards: Any = None,
-    callbacks: Any = (), **changes: Any,
+    callbacks: Any = (), held_out: Any = None, **changes: Any,
 ) -> Any:
     """Return the trainer of a case.
 
@@ -185,6 +186,7 @@ def make_case(
         folder: for its run and, beside it, its teacher.
         model: to train.
         rewards: instead of the case's.
+        held_out: data to evaluate on, instead of the case's.
         changes: of its settings.
     """
     case = CASES[name]
@@ -200,8 +202,8 @@ def make_case(
     options: dict[str, Any] = {"tokenizer": tokenizer, "callbacks": callbacks}
     if case.lora:
         options["peft_config"] = LoraSettings(rank=4)
-    if case.held_out is not None:
-        options["eval_dataset"] = case.held_out()
+    if held_out is not None or case.held_out is not None:
+        options["eval_dataset"] = case.held_out() if held_out is None else held_out
     if case.rewards is None:
         return case.trainer(model, config, case.data(), **options)
     return case.trainer(model, list(case.rewards) if rewards is None else rewards, config, case.data(), **options)
