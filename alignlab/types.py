@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from alignlab.masked_tokens import MaskedTokens, remember
@@ -127,6 +127,8 @@ class Completion:
         policy_versions: version of the weights that sampled each token.
         routing: [prompt + completion tokens, L, K] int16, the chosen experts, -1 without a record; None for a dense
             model.
+        kv_record: [prompt + completion tokens, L, bytes] uint8, how a cache that approximates has rounded keys and
+            values (`alignlab.models.kv_approximation.record`); None where nothing is to be replayed.
         writers: who wrote each token: the policy, a tool, or the user ("user" includes the text that a chat template
             puts between turns); None if the policy wrote all. Only the policy's tokens are trained on.
     """
@@ -138,6 +140,7 @@ class Completion:
     finish_reason: FinishReason
     policy_versions: tuple[int, ...]
     routing: Tensor | None = None
+    kv_record: Tensor | None = None
     writers: tuple[Writer, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -308,6 +311,7 @@ class Experience:
         values: of the state in which each token was chosen, by the critic before the update.
         returns: what the values should be.
         routing: experts that the rollout chose, to be replayed; -1 where there is no record.
+        kv_record: how the engine's cache rounded keys and values, to be replayed; see `Completion`.
         pair_margins: of each pair of the optimizer step, by which its chosen completion is to lead.
         pair_probabilities: of each pair of the step, that its chosen completion is the better one.
         desirable: of each sequence of the step, whether it is labelled good.
@@ -323,6 +327,7 @@ class Experience:
     values: Float[Tensor, "N"] | None = None
     returns: Float[Tensor, "N"] | None = None
     routing: Int[Tensor, "N L K"] | None = None
+    kv_record: UInt8[Tensor, "N L bytes"] | None = None
     pair_margins: Float[Tensor, "P"] | None = None
     pair_probabilities: Float[Tensor, "P"] | None = None
     desirable: Bool[Tensor, "B"] | None = None

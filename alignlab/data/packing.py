@@ -55,9 +55,9 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
             completion is a root, prompt and completion in one segment.
 
     Returns:
-        Packs with `rollout_logprobs`, and with `routing` if the completions have it: the rows of a shared prompt are
-        those that its first completion in the pack recorded. Completions whose prompt was computed with other experts
-        dropped do not share it.
+        Packs with `rollout_logprobs`, and with `routing` and `kv_record` if the completions have them: the rows of a
+        shared prompt are those that its first completion in the pack recorded. Completions whose prompt was computed
+        with other experts dropped do not share it.
 
     Raises:
         DataError: a prompt has no tokens, so that nothing predicts a completion's first token.
@@ -186,8 +186,8 @@ class _Run:
 
     Attributes:
         token_ids: its tokens.
-        owner: completion whose routing covers the tokens.
-        first_row: row of the first token in that routing.
+        owner: completion whose records cover the tokens.
+        first_row: row of the first token in these records.
         branch: the completion; None for a prompt.
     """
 
@@ -210,12 +210,12 @@ class _Run:
             return (False,) * len(self.token_ids)
         return self.branch.completion.policy_tokens
 
-    @property
-    def routing(self) -> Tensor | None:
-        """Experts that the owner recorded for these tokens, [tokens, L, K]; None without a record."""
-        if self.owner.routing is None:
+    def rows(self, name: str) -> Tensor | None:
+        """Return the rows [tokens, ...] of these tokens in the owner's record of a name; None without that record."""
+        record: Tensor | None = getattr(self.owner, name)
+        if record is None:
             return None
-        return self.owner.routing[self.first_row : self.first_row + len(self.token_ids)]
+        return record[self.first_row : self.first_row + len(self.token_ids)]
 
 
 def _runs(units: Sequence[_Unit], share_prefix: bool) -> list[_Run]:
@@ -251,21 +251,25 @@ def _rollout_pack(units: Sequence[_Unit], share_prefix: bool) -> Experience:
         segments=_segments(units, share_prefix),
         completion_mask=torch.tensor([is_policy for run in runs for is_policy in run.completion_mask]),
         rollout_logprobs=torch.tensor([x for run in runs for x in run.rollout_logprobs], dtype=torch.float32),
-        routing=_routing(runs),
+        routing=_record(runs, "routing", torch.int16, missing=-1),
+        kv_record=_record(runs, "kv_record", torch.uint8, missing=0),
     )
 
 
-def _routing(runs: Sequence[_Run]) -> Tensor | None:
-    """Return [N, L, K] int16, -1 for a completion without a record; None if no completion has one."""
-    recorded = next((run.owner.routing for run in runs if run.owner.routing is not None), None)
-    if recorded is None:
+def _record(runs: Sequence[_Run], name: str, dtype: torch.dtype, *, missing: int) -> Tensor | None:
+    """Return the records of a name [N, ...]; None if no completion has one.
+
+    Args:
+        missing: fills the rows of a completion without a record.
+    """
+    of_runs = [run.rows(name) for run in runs]
+    shape = next((rows.shape[1:] for rows in of_runs if rows is not None), None)
+    if shape is None:
         return None
-    layers, experts = recorded.shape[1:]
     blocks = []
-    for run in runs:
-        rows = run.routing
+    for run, rows in zip(runs, of_runs, strict=True):
         if rows is None:
-            rows = torch.full((len(run.token_ids), layers, experts), -1, dtype=torch.int16)
-        assert rows.shape == (len(run.token_ids), layers, experts), "routing has one row a token"
-        blocks.append(rows.to(device="cpu", dtype=torch.int16))
+            rows = torch.full((len(run.token_ids), *shape), missing, dtype=dtype)
+        assert rows.shape == (len(run.token_ids), *shape), f"{name} has one row a token"
+        blocks.append(rows.to(device="cpu", dtype=dtype))
     return torch.cat(blocks)

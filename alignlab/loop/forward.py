@@ -30,7 +30,7 @@ class PolicyForward:
         """Return the policy's output for a pack."""
         return module(
             pack.tokens, pack.segments, pack.completion_mask, temperature=self.temperature,
-            entropy_grad=self.entropy_grad, routing=pack.routing,
+            entropy_grad=self.entropy_grad, routing=pack.routing, kv_record=pack.kv_record,
         )
 
 

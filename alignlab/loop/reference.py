@@ -60,8 +60,8 @@ class Reference:
         Raises:
             NumericsError: one is not finite.
         """
-        # The reference chooses its own experts: a replay would be of the policy's.
-        free = [replace(pack, routing=None) for pack in packs]
+        # The reference chooses its own experts and rounds its own keys: a record is of the policy's.
+        free = [replace(pack, routing=None, kv_record=None) for pack in packs]
         if self.policy is not None:
             with nullcontext() if self._on_host is None else self._on_host.in_use():
                 logprobs = self.learner.logprobs(free, self.policy, frozen_as=NAME)

@@ -98,10 +98,10 @@ class Student(PackedModel):
 
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor, teacher_signal: TeacherSignal,
-        *, temperature: float = 1.0, routing: Tensor | None = None,
+        *, temperature: float = 1.0, routing: Tensor | None = None, kv_record: Tensor | None = None,
     ) -> StudentOutput:
         """Return log-prob, entropy, divergence and loss of the masked tokens; see `Policy.forward`."""
-        hidden, record = self.predicting_states(tokens, segments, mask, routing=routing)
+        hidden, record = self.predicting_states(tokens, segments, mask, routing=routing, kv_record=kv_record)
         head = Head(*output_head(self.model))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.comparison.has_label_loss):
             loss, logprobs, entropy, log_normalizer = chunked_cross_entropy(
@@ -145,7 +145,7 @@ class StudentForward:
         """Return the student's output for a pack."""
         return student(
             pack.tokens, pack.segments, pack.completion_mask, self._teacher_signal(pack),
-            temperature=self.temperature, routing=pack.routing,
+            temperature=self.temperature, routing=pack.routing, kv_record=pack.kv_record,
         )
 
     def _teacher_signal(self, pack: Experience) -> TeacherSignal:

@@ -109,7 +109,7 @@ def _padded_hidden_states(lm: PreTrainedModel, tokens: Tensor, layout: Layout, *
     """
     if not isinstance(layout, Segments):
         raise _unpaged(lm)
-    assert kwargs.get("kv_approximation") is None, "what the embedded engine samples is computed packed"
+    assert kwargs.get("kv_replay") is None, "what the embedded engine samples is computed packed"
     if kwargs.get("routing") is not None:
         raise ConfigError(
             f"expert choices can only be recorded on packed tokens, and the attention of {type(lm).__name__} is "

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignlab.errors import ConfigError
-from alignlab.models.kv_approximation.protocol import KVApproximation
+from alignlab.models.kv_approximation.protocol import Replay
 from alignlab.models.packed_attention import packed_attention
 from alignlab.types import Segments
 
@@ -70,7 +70,7 @@ def keeps_latents(layout: Layout | None) -> bool:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor | None, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, layout: Layout | None = None, kv_approximation: KVApproximation | None = None,
+    s_aux: Tensor | None = None, layout: Layout | None = None, kv_replay: Replay | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention, with the arguments that `transformers` hands to an attention function.
@@ -85,7 +85,7 @@ def attention(
         softcap: scores become cap * tanh(score / cap).
         s_aux: [H], attention sinks: a logit of each head that joins the softmax, uncapped, and adds nothing.
         layout: see the top of this module.
-        kv_approximation: of the engine's cache, which packed sequences replay.
+        kv_replay: of the engine's cache, for packed sequences.
 
     Returns:
         ([1,N,H,V], None); attention weights are never formed.
@@ -112,8 +112,9 @@ def attention(
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
     if isinstance(layout, Segments):
         assert value is not None
-        attend = packed_attention if kv_approximation is None else kv_approximation.attend
-        return attend(query, key, value, layout, **options), None
+        if kv_replay is not None:
+            return kv_replay.attend(cast(int, module.layer_idx), query, key, value, layout, **options), None
+        return packed_attention(query, key, value, layout, **options), None
     return layout.attend(cast(int, module.layer_idx), query, key, value, **options), None
 
 

@@ -16,7 +16,7 @@ from alignlab.errors import ConfigError
 from alignlab.functional.logprobs import chunked_logprobs
 from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
-from alignlab.models.kv_approximation.protocol import KVApproximation
+from alignlab.models.kv_approximation.protocol import KVApproximation, Replay
 from alignlab.models.mtp import mtp_losses
 from alignlab.models.routers.protocol import RoutingPolicy
 from alignlab.models.routing import RoutingRecord
@@ -85,7 +85,8 @@ class PackedModel(nn.Module):
         return nullcontext()
 
     def states(
-        self, tokens: Tensor, segments: Segments, *, counted: Tensor, routing: Tensor | None = None
+        self, tokens: Tensor, segments: Segments, *, counted: Tensor, routing: Tensor | None = None,
+        kv_record: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """Return the final hidden states [N, D], and the record of expert choices; None without experts of ours.
 
@@ -94,12 +95,14 @@ class PackedModel(nn.Module):
             segments: how they divide into sequences.
             counted: [N] bool, tokens whose expert choices count in training.
             routing: [N, L, K] experts to replay, -1 where there is no record; for an in-house MoE.
+            kv_record: [N, L, bytes] of how the engine rounded keys and values, which is replayed where this module
+                approximates them.
 
         Raises:
             ConfigError: the model cannot be computed with this layout, or has no experts to replay.
         """
         lm = causal_lm(self.model)
-        options = {} if self.kv_approximation is None else {"kv_approximation": self.kv_approximation}
+        options = {} if self.kv_approximation is None else {"kv_replay": Replay(self.kv_approximation, kv_record)}
         if not getattr(lm.config, "num_routers", 0):
             if routing is not None:
                 raise ConfigError(
@@ -113,7 +116,7 @@ class PackedModel(nn.Module):
 
     def predicting_states(
         self, tokens: Tensor, segments: Segments, mask: Tensor,
-        *, routing: Tensor | None = None, counted: Tensor | None = None,
+        *, routing: Tensor | None = None, counted: Tensor | None = None, kv_record: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """Return the hidden states [M, D] from which the masked tokens are predicted; see `states`.
 
@@ -125,7 +128,9 @@ class PackedModel(nn.Module):
             DataError: a masked token has no predecessor.
         """
         predecessors = masked_tokens(mask, segments.predecessors).predecessors
-        hidden, record = self.states(tokens, segments, counted=mask if counted is None else counted, routing=routing)
+        hidden, record = self.states(
+            tokens, segments, counted=mask if counted is None else counted, routing=routing, kv_record=kv_record
+        )
         return hidden[predecessors], record
 
 
@@ -170,11 +175,12 @@ class Policy(PackedModel):
     def forward(
         self, tokens: Tensor, segments: Segments, mask: Tensor,
         *, temperature: float = 1.0, entropy_grad: bool = False, routing: Tensor | None = None,
+        kv_record: Tensor | None = None,
     ) -> PolicyOutput:
         """Return log-prob and entropy of the masked tokens; the head is applied to their predecessors alone.
 
         Args:
-            tokens, segments, routing: see `PackedModel.states`.
+            tokens, segments, routing, kv_record: see `PackedModel.states`.
             mask: [N] bool, tokens that are asked about; none may be the first of a sequence.
             temperature: > 0, of the distribution asked about.
             entropy_grad: whether the entropy carries a gradient.
@@ -183,7 +189,7 @@ class Policy(PackedModel):
             DataError, ConfigError: see `PackedModel.predicting_states`.
         """
         predecessors = masked_tokens(mask, segments.predecessors).predecessors
-        states, record = self.states(tokens, segments, counted=mask, routing=routing)
+        states, record = self.states(tokens, segments, counted=mask, routing=routing, kv_record=kv_record)
         weight, bias, softcap = output_head(self.model)
         logprobs, entropy = chunked_logprobs(
             states[predecessors], weight[: self.num_ids], tokens[masked_tokens(mask, segments.predecessors).indices],

@@ -204,3 +204,14 @@ def test_completions_share_a_prompt_only_if_it_dropped_the_same_choices() -> Non
     assert pack.routing is not None
     of_prompts = [pack.routing[start : start + 3, 0, 0].tolist() for start in (0, 7, 12)]
     assert of_prompts == [[3, -5, 0], [3, 1, -2], [3, 1, 2]]
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_record_of_a_cache_follows_its_tokens(share_prefix: bool) -> None:
+    rows = torch.arange(7 * 2 * 3, dtype=torch.uint8).view(7, 2, 3)
+    completions = (replace(completion([5, 6, 7]), kv_record=rows[:6]), completion([8]))
+    [pack] = pack_rollouts(
+        [Rollout(Prompt((1, 2, 3), ""), completions, (0.0, 0.0))], budget=100, share_prefix=share_prefix
+    )
+    missing = torch.zeros(1 if share_prefix else 4, 2, 3, dtype=torch.uint8)
+    assert pack.kv_record is not None and torch.equal(pack.kv_record, torch.cat((rows[:6], missing)))

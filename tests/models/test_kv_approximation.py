@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding, from_int4, to_int4
+from alignlab.models.kv_approximation.record import Parities, parities_of, record_of_layers
 from alignlab.models.kv_approximation.rounding import Rounding, to_float8, to_int8
 from alignlab.models.kv_approximation.straight_through import straight_through
 from alignlab.models.sink_window import SinkWindow
@@ -171,3 +172,43 @@ def test_a_long_sequence_is_cut_into_runs_of_queries() -> None:
         alone = rounding.attend(*(x[:, :, tokens] for x in tensors), Segments.single(len(tokens)), **options)
         own = slice(len(tokens) - segments.lengths[segment], None)
         torch.testing.assert_close(output[:, tokens[own]], alone[:, own], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("bits", ["int8", "fp8", "int4"])
+def test_recorded_parities_give_the_same_codes_to_numbers_that_are_a_little_off(bits: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(64, 2, 16, generator=generator)
+    other = x * (1 + 5e-4 * torch.randn(x.shape, generator=generator))
+
+    def codes(x: Tensor, parities: Parities | None = None) -> Tensor:
+        if bits != "int4":
+            return Rounding(bits).encode(x, parities)[0]
+        packed = to_int4(x, 2, parities).codes
+        return torch.cat((packed & 15, packed >> 4), dim=-1)
+
+    expected, known = codes(x), torch.ones(64, 1, 1, dtype=torch.bool)
+    parities = Parities((expected & 1).to(torch.uint8), known)
+    assert (codes(other) != expected).any()
+    assert torch.equal(codes(other, parities), expected)
+    assert torch.equal(codes(other, parities._replace(known=~known)), codes(other))
+
+
+def test_a_code_of_the_other_parity_gives_way_to_the_next_one_beyond_the_number() -> None:
+    """Numbers 1.4, -1.4, 126.8 and 0.2 in units of the scale, whose nearest codes are 1, -1, 127 and 0."""
+    x, odd = torch.tensor([1.4, -1.4, 126.8, 0.2, 127.0]), torch.tensor([True])
+    for bits, codes in (((1, 1, 1, 0, 1), [1, -1, 127, 0, 127]), ((0, 0, 0, 1, 1), [2, -2, 126, 1, 127])):
+        assert to_int8(x, Parities(torch.tensor(bits, dtype=torch.uint8), odd))[0].tolist() == codes
+
+
+def test_bits_of_a_layer_are_read_back_in_the_layout_of_keys_and_values() -> None:
+    generator = torch.Generator().manual_seed(5)
+    keys, values = (torch.randint(0, 2, (5, n), generator=generator, dtype=torch.uint8) for n in (2 * 3, 2 * 5))
+    known = torch.tensor([True, False, True, True, False])
+    record = record_of_layers({1: (keys, values, known), 3: (values, keys, ~known)}, 4)
+    assert record.shape == (5, 4, 1 + 1 + 2) and record.dtype == torch.uint8 and not record[:, [0, 2]].any()
+    of_keys, of_values = parities_of(record[:, 1], torch.empty(1, 2, 5, 3), torch.empty(1, 2, 5, 5))
+    assert torch.equal(of_keys.bits[0].transpose(0, 1).flatten(1), keys)
+    assert torch.equal(of_values.bits[0].transpose(0, 1).flatten(1), values)
+    assert of_keys.known.flatten().tolist() == known.tolist()
+    of_keys, _ = parities_of(record[:, 3], torch.empty(1, 2, 5, 5), torch.empty(1, 2, 5, 3))
+    assert torch.equal(of_keys.bits[0].transpose(0, 1).flatten(1), values)

@@ -39,10 +39,10 @@ class WindowedTokens:
         return {window: dtype.itemsize * spec.token_numel * block_size}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, record: Tensor | None = None,
         *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:
-        """Return packed attention to the tokens that are kept; see `KVApproximation`."""
+        """Return packed attention to the tokens that are kept, which need no record; see `KVApproximation`."""
         if sliding_window is not None:
             return packed_attention(
                 query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap,

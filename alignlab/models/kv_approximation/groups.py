@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.group_plan import plan_groups
+from alignlab.models.kv_approximation.record import Parities, parities_of, with_parity
 from alignlab.models.kv_approximation.straight_through import straight_through
 from alignlab.models.packed_attention import block_attention, in_autocast_dtype
 from alignlab.models.sink_window import Window
@@ -43,7 +44,7 @@ class Int4(NamedTuple):
     lows: Tensor
 
 
-def to_int4(x: Tensor, over: int) -> Int4:
+def to_int4(x: Tensor, over: int, parities: Parities | None = None) -> Int4:
     """Round numbers to 4 bits, with a scale and a lowest number for all that lie along one dimension.
 
         scale = (max x - min x) / 15,  code = round((x - min x) / scale)
@@ -51,6 +52,7 @@ def to_int4(x: Tensor, over: int) -> Int4:
     Args:
         x: [..., D], D even, of a floating dtype.
         over: the dimension; scales and lows have size 1 in it.
+        parities: of the codes to take; None takes the nearest ones.
 
     Reference: arXiv:2402.02750, Eq. 1.
     """
@@ -58,7 +60,9 @@ def to_int4(x: Tensor, over: int) -> Int4:
     lows = x.amin(over, keepdim=True)
     spread = x.amax(over, keepdim=True).to(exact) - lows.to(exact)
     scales = (spread / _LARGEST).to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
-    codes = ((x.to(exact) - lows.to(exact)) / scales.to(exact)).round_().clamp_(0, _LARGEST).to(torch.uint8)
+    numbers = (x.to(exact) - lows.to(exact)) / scales.to(exact)
+    nearest = numbers.round().clamp_(0, _LARGEST)
+    codes = with_parity(nearest.to(torch.int16), numbers >= nearest, parities, 0, _LARGEST).to(torch.uint8)
     low_half, high_half = codes.chunk(2, dim=-1)
     return Int4(low_half | (high_half << 4), scales, lows)
 
@@ -96,13 +100,13 @@ class GroupedRounding:
         """Return the windows of the rounded and of the exact tokens of a layer; one where none is rounded."""
         return (spec.window, self.exact_window) if self.rounds_window(spec.window) else (spec.window,)
 
-    def keys(self, groups: Tensor) -> Int4:
+    def keys(self, groups: Tensor, parities: Parities | None = None) -> Int4:
         """Return rounded keys of whole groups [M,G,K,D]; scales and lows [M,1,K,D]."""
-        return to_int4(groups, over=1)
+        return to_int4(groups, 1, parities)
 
-    def values(self, groups: Tensor) -> Int4:
+    def values(self, groups: Tensor, parities: Parities | None = None) -> Int4:
         """Return rounded values of whole groups [M,G,K,D]; scales and lows [M,G,K,1]."""
-        return to_int4(groups, over=3)
+        return to_int4(groups, 3, parities)
 
     def block_bytes(self, spec: LayerCacheSpec, dtype: torch.dtype, block_size: int) -> dict[Window, int]:
         """Return the bytes of a block of a layer's tokens, by window, in a model of a dtype."""
@@ -115,15 +119,22 @@ class GroupedRounding:
         return {spec.window: codes + dtype.itemsize * scales, self.exact_window: exact}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, record: Tensor | None = None,
         *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:
         """Return packed attention to old keys and values rounded, and new ones exact; see `KVApproximation`."""
         query, key, value = in_autocast_dtype(query, key, value)
         plan = plan_groups(segments, sliding_window, self.group, self.recent)
-        old_keys, old_values = (x.index_select(2, plan.members.flatten()) for x in (key, value))
-        rounded_keys = straight_through(old_keys, _flat(self.keys(_groups(old_keys, self.group)), old_keys))
-        rounded_values = straight_through(old_values, _flat(self.values(_groups(old_values, self.group)), old_values))
+        members = plan.members.flatten()
+        old_keys, old_values = (x.index_select(2, members) for x in (key, value))
+        of_keys = of_values = None
+        if record is not None:
+            parities = parities_of(record.index_select(0, members), old_keys, old_values)
+            of_keys, of_values = (Parities(*(_groups(part, self.group) for part in of)) for of in parities)
+        keys = self.keys(_groups(old_keys.detach(), self.group), of_keys)
+        values = self.values(_groups(old_values.detach(), self.group), of_values)
+        rounded_keys = straight_through(old_keys, _flat(keys, old_keys))
+        rounded_values = straight_through(old_values, _flat(values, old_values))
         return block_attention(
             query, torch.cat((key, rounded_keys), 2), torch.cat((value, rounded_values), 2), plan.blocks,
             scaling=scaling, softcap=softcap, sinks=sinks,
@@ -131,8 +142,8 @@ class GroupedRounding:
 
 
 def _groups(x: Tensor, size: int) -> Tensor:
-    """[1,K,M*G,D] -> [M,G,K,D], without a gradient."""
-    return x.detach()[0].unflatten(1, (-1, size)).permute(1, 2, 0, 3)
+    """[1,K,M*G,D] -> [M,G,K,D]."""
+    return x[0].unflatten(1, (-1, size)).permute(1, 2, 0, 3)
 
 
 def _flat(rounded: Int4, like: Tensor) -> Tensor:

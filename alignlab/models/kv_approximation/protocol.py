@@ -5,7 +5,7 @@ Shapes: N tokens, H heads, K kv heads, D size of a query's or key's head, V size
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class KVApproximation(Protocol):
         ...
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments,
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, record: Tensor | None = None,
         *, scaling: float, sliding_window: int | None, softcap: float | None, sinks: Tensor | None,
     ) -> Tensor:
         """Return what `packed_attention` returns, of the keys and values that the engine's cache is left with.
@@ -38,8 +38,28 @@ class KVApproximation(Protocol):
             query, key, value: [1,H,N,D], [1,K,N,D], [1,K,N,V], exact, positions already applied. Gradients go straight
                 through the approximation.
             segments: on the same device.
+            record: [N, bytes] of this layer, as in `record`; None for a pass of its own.
 
         Returns:
             [1,N,H,V]
         """
         ...
+
+
+class Replay(NamedTuple):
+    """What the attention of one forward pass applies to keys and values.
+
+    Attributes:
+        approximation: of the engine's cache.
+        record: [N, L, bytes] of the pass's tokens, as in `record`; None without one.
+    """
+
+    approximation: KVApproximation
+    record: Tensor | None = None
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **options: Any
+    ) -> Tensor:
+        """Return attention of a layer; see `KVApproximation.attend`."""
+        of_layer = None if self.record is None else self.record[:, layer_idx]
+        return self.approximation.attend(query, key, value, segments, of_layer, **options)

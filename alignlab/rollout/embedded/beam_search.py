@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.rollout.embedded.beams import BeamParams, BeamResult, Continuation, Finished, continuations, split
+from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.sampler import require_number
 from alignlab.rollout.embedded.scheduler import Scheduler
 from alignlab.rollout.embedded.sequence import TokenSequence
@@ -17,10 +18,10 @@ from alignlab.types import Completion, Rollout
 
 
 class Ended(NamedTuple):
-    """A completion that has ended, and the experts that were chosen for its tokens."""
+    """A completion that has ended, and what the engine chose for its tokens."""
 
     sequence: TokenSequence
-    routing: Tensor | None
+    records: Records
 
 
 @dataclass(eq=False)
@@ -38,15 +39,15 @@ class PromptBeams:
         root: the prompt, of which all beams are forks.
         params: of the search.
         scheduler: runs the root and its forks.
-        routing: returns the experts of a sequence's tokens; None for a dense model.
+        records: returns what the engine chose for a sequence's tokens.
         policy_version: of the weights.
     """
 
     def __init__(
         self, root: TokenSequence, params: BeamParams, scheduler: Scheduler,
-        routing: Callable[[TokenSequence], Tensor | None], policy_version: int,
+        records: Callable[[TokenSequence], Records], policy_version: int,
     ) -> None:
-        self._params, self._scheduler, self._routing, self._version = params, scheduler, routing, policy_version
+        self._params, self._scheduler, self._records, self._version = params, scheduler, records, policy_version
         self._prompt = root.request.prompt
         self._ends = root.request.end_token_ids
         self.groups = [
@@ -82,7 +83,7 @@ class PromptBeams:
                 taken += [c.token for c in going_on]
         self._replace(children)
 
-    def result(self, completion: Callable[[TokenSequence, Tensor | None], Completion]) -> BeamResult:
+    def result(self, completion: Callable[[TokenSequence, Records], Completion]) -> BeamResult:
         """Return the best completions of all groups that have ended, the best one first.
 
         Args:
@@ -106,10 +107,10 @@ class PromptBeams:
         score = group.finished.score(end.logprob, parent.num_sampled + 1)
         if group.finished.takes(score):
             sequence = _copy(parent)
-            sequence.tables = parent.tables  # which the record of its experts is read from, and no longer
+            sequence.tables = parent.tables  # which its records are read from, and no longer
             self._append(sequence, end)
             sequence.finish_reason = "stop" if end.token in self._ends else "length"
-            group.finished.add(score, Ended(sequence, self._routing(sequence)))
+            group.finished.add(score, Ended(sequence, self._records(sequence)))
             sequence.tables = {}
 
     def _replace(self, children: Sequence[tuple[BeamGroup, TokenSequence, Continuation]]) -> None:

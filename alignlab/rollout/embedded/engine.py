@@ -22,7 +22,7 @@ from alignlab.rollout.embedded.beam_search import PromptBeams, advance
 from alignlab.rollout.embedded.beams import BeamParams, BeamResult, beam_sampling, too_many_beams
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
-from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.runner import Records, Runner
 from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
@@ -88,6 +88,7 @@ class EmbeddedEngine:
         self._runner = Runner(
             model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
             approximation=None if cache is None else approximation_of(cache),
+            records_cache=cache is not None and cache.replay,
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
@@ -114,15 +115,15 @@ class EmbeddedEngine:
         """
         params = sampling_of_prompts(prompts, sampling)
         sequences = self._sequences(prompts, params)
-        routing: dict[TokenSequence, Tensor | None] = {}
+        records: dict[TokenSequence, Records] = {}
         with self._running(sequences, samples=True) as scheduler, self._weights.in_use():
             self._runner.begin()
             num_tokens = 0
             while scheduler.has_work:
-                num_tokens += self._sample_step(scheduler, routing)
+                num_tokens += self._sample_step(scheduler, records)
                 if on_step is not None:
-                    on_step(num_tokens, len(routing))
-        completions = iter([self._completion(sequence, routing[sequence]) for sequence in sequences])
+                    on_step(num_tokens, len(records))
+        completions = iter([self._completion(sequence, records[sequence]) for sequence in sequences])
         return [
             Rollout(prompt, tuple(next(completions) for _ in range(p.n)))
             for prompt, p in zip(prompts, params, strict=True)
@@ -164,7 +165,7 @@ class EmbeddedEngine:
         with self._running(roots, num_forks=params.num_beams) as scheduler, self._weights.in_use():
             self._runner.begin()
             searches = [
-                PromptBeams(root, params, scheduler, self._runner.routing, self.policy_version) for root in roots
+                PromptBeams(root, params, scheduler, self._runner.records, self.policy_version) for root in roots
             ]
             while scheduler.has_work:
                 step, outputs = self._next_step(scheduler)
@@ -343,8 +344,8 @@ class EmbeddedEngine:
         return step, outputs
 
     @torch.inference_mode()
-    def _sample_step(self, scheduler: Scheduler, routing: dict[TokenSequence, Tensor | None]) -> int:
-        """Compute one step and sample from it; put finished sequences into `routing`, and return the tokens sampled."""
+    def _sample_step(self, scheduler: Scheduler, records: dict[TokenSequence, Records]) -> int:
+        """Compute one step and sample from it; put finished sequences into `records`, and return the tokens sampled."""
         self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
         num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
@@ -352,7 +353,7 @@ class EmbeddedEngine:
         self._speculation.record(step, num_drafts, num_kept)
         for sequence, _ in outputs:
             if sequence.finish_reason is not None:
-                routing[sequence] = self._runner.routing(sequence)
+                records[sequence] = self._runner.records(sequence)
                 scheduler.finish(sequence)
         return len(outputs) + num_kept
 
@@ -367,12 +368,12 @@ class EmbeddedEngine:
             if not sequence.num_pending:
                 scheduler.finish(sequence)
 
-    def _completion(self, sequence: TokenSequence, routing: Tensor | None) -> Completion:
+    def _completion(self, sequence: TokenSequence, records: Records) -> Completion:
         if sequence.detokenizer is None:
             text = decode(self._tokenizer, sequence.sampled_ids, self._end_ids)
         else:  # `text_end` is an offset into this text; some tokenizers decode all tokens at once differently
             text = sequence.detokenizer.whole
-        return replace(sequence.completion(text), routing=routing)
+        return replace(sequence.completion(text), routing=records.routing, kv_record=records.kv_record)
 
     def _stream(self, sequence: TokenSequence, detokenizer: Detokenizer) -> Iterator[str]:
         """Yield the text of `sequence` while it is sampled, holding back what may become a stop string."""
@@ -388,7 +389,7 @@ class EmbeddedEngine:
                 if sequence.finish_reason is None and certain > emitted:
                     yield detokenizer.text[emitted:certain]
                     emitted = certain
-        end = self._completion(sequence, None).text[emitted:]
+        end = self._completion(sequence, Records()).text[emitted:]
         if end:
             yield end
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.groups import GroupedRounding, Int4, from_int4
+from alignlab.models.kv_approximation.record import record_of_layers
 from alignlab.models.sink_window import SinkWindow
-from alignlab.rollout.embedded.block_pools import Window
+from alignlab.rollout.embedded.block_pools import EXPIRED, Window
 from alignlab.rollout.embedded.paged_attention import PagedBatch, RowGroup
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.state_cache import StepStates
@@ -68,6 +69,31 @@ class GroupedCache(PagedCache):
             for (part, (_, num_tokens)), numbers in zip(self.parts(layer_idx, name).items(), rounded, strict=True):
                 where = of_tokens if num_tokens == 1 else places // size
                 self._store(layer_idx, part, where, numbers.flatten(0, 1), num_tokens)
+
+    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+        """Return the parities of the codes of a sequence's complete groups; see `PagedCache.record`.
+
+        Released blocks have none. Nor have the last tokens of a prompt in a group that ends within the completion: on a
+        pack they stand once, and each completion rounds them in another group.
+        """
+        parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        size, places = self.groups.group, torch.arange(num_tokens)
+        is_own = (places < num_tokens // size * size) & ((places < num_prompt // size * size) | (places >= num_prompt))
+        for layer_idx in self.layers:
+            if len(self.windows_of(layer_idx)) == 1:
+                continue
+            blocks = torch.tensor(tables[self.windows_of(layer_idx)[0]])
+            known = is_own & (blocks != EXPIRED).repeat_interleave(self.block_size)[:num_tokens]
+            keys, values = (self._bits(layer_idx, name, blocks.clamp_min(0), num_tokens) for name in ("key", "value"))
+            parities[layer_idx] = keys, values, known.to(keys.device)
+        return record_of_layers(parities, 1 + max(self.specs)) if parities else None
+
+    def _bits(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
+        """Return the parities of codes [num_tokens, K * D] in the blocks of a sequence."""
+        device = self.layers[layer_idx][f"{_ROUNDED}{name}_codes"].device
+        codes = self.rows(layer_idx, f"{_ROUNDED}{name}_codes", blocks.to(device), num_tokens)
+        codes = codes.unflatten(1, (self.specs[layer_idx].per_token[name][0], -1))
+        return torch.cat((codes & 1, (codes >> 4) & 1), dim=-1).flatten(1)
 
 
 class GroupedBatch(PagedBatch):

@@ -138,6 +138,27 @@ class PagedCache:
             self.routing = choices.new_full((self._total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
+    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+        """Return what a replay of the approximation needs of a sequence's tokens, [num_tokens, L, bytes] uint8.
+
+        None where it needs nothing. See `alignlab.models.kv_approximation.record`.
+
+        Args:
+            tables: blocks of the sequence, by window.
+            num_tokens: that were computed.
+            num_prompt: those of them that sequences of one request share.
+        """
+        return None
+
+    def rows(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
+        """Return the entries of a name of a sequence's first tokens, [num_tokens, numbers of a token].
+
+        Args:
+            blocks: of the sequence; any block in the place of one that was released.
+        """
+        stored = self.layers[layer_idx][name].unflatten(0, (-1, self.block_size))
+        return stored.index_select(0, blocks).flatten(0, 1)[:num_tokens]
+
     def copy(self, window: Window, pairs: Tensor) -> None:
         """Copy whole blocks of the layers of a window, all at once: (source, target) of each, [copies, 2] int64."""
         tensors = [

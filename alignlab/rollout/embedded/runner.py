@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,13 @@ def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
     return lm.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+class Records(NamedTuple):
+    """What the engine chose for a sequence; see `Completion`."""
+
+    routing: Tensor | None = None
+    kv_record: Tensor | None = None
+
+
 class Runner:
     """Computes the steps that the scheduler chose, on the weights of `weights`.
 
@@ -61,6 +69,7 @@ class Runner:
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
         approximation: see `PagedCache`.
+        records_cache: record how it rounds, for the trainer.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -69,13 +78,14 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
-        approximation: KVApproximation | None = None,
+        approximation: KVApproximation | None = None, records_cache: bool = False,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
         self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
+        self._records_cache = records_cache
         self._model = model
         self._weights = weights
         self._max_running = max_running
@@ -193,7 +203,23 @@ class Runner:
         """Return the logits [M,V] of hidden states [M, hidden size], in the model's dtype."""
         return self._weights.logits(hidden)
 
-    @torch.inference_mode(False)  # the record leaves the engine, so it must be an ordinary tensor
+    @torch.inference_mode(False)  # records leave the engine, so they must be ordinary tensors
+    def records(self, sequence: TokenSequence) -> Records:
+        """Return what the trainer replays of a finished sequence."""
+        return Records(self.routing(sequence), self._kv_record(sequence))
+
+    def _kv_record(self, sequence: TokenSequence) -> Tensor | None:
+        """Return how the cache rounded each token [tokens, L, bytes], on the CPU; 0 for the last, not computed token.
+        """
+        if not self._records_cache:
+            return None
+        computed = self.cache.record(sequence.tables, sequence.num_computed, sequence.num_prompt)
+        if computed is None:
+            return None
+        record = torch.zeros((len(sequence.token_ids), *computed.shape[1:]), dtype=computed.dtype)
+        record[: len(computed)] = computed
+        return record
+
     def routing(self, sequence: TokenSequence) -> Tensor | None:
         """Return the experts chosen for each token of a sequence [tokens, MoE layers, experts a token], on the CPU.
 
