@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +31,13 @@ class Request:
     end_token_ids: frozenset[int]
     banned_phrases: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
+
+    @cached_property
+    def has_controls(self) -> bool:
+        """Whether logits are changed by more than the repetition penalty and banned tokens."""
+        sampling = self.sampling
+        changes = (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias, sampling.forced_tokens)
+        return self.grammar is not None or any(changes)
 
 
 def make_request(
