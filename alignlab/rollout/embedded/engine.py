@@ -94,7 +94,7 @@ class EmbeddedEngine:
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
-        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size)
+        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
         self._in_use = threading.Lock()
         self._abandoned = False
         self._closed = False
@@ -351,7 +351,9 @@ class EmbeddedEngine:
         self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
         num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
-        num_kept = sample_outputs(step, outputs, self._runner, self._sampler, self.policy_version)
+        num_kept = sample_outputs(
+            step, outputs, self._runner, self._sampler, self.policy_version, self._speculation.observe
+        )
         self._speculation.record(step, num_drafts, num_kept)
         for sequence, _ in outputs:
             if sequence.finish_reason is not None:
