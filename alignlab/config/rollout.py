@@ -93,7 +93,16 @@ class DraftModelSettings(_SpeculationSettings):
     """Hub id, folder or packaged model."""
 
 
-SpeculationSettings = Annotated[NgramSettings | DraftModelSettings, Field(discriminator="type")]
+class MtpSettings(_SpeculationSettings):
+    """Drafts by the policy's own layer for multi-token prediction (`num_mtp_layers: 1`), which has a cache of its own;
+    prompts are computed whole for it."""
+
+    type: Literal["mtp"] = "mtp"
+    num_drafts: int = Field(1, ge=1, le=64)
+    """Tokens of a draft; the layer is trained for the first, and guesses more from its own states."""
+
+
+SpeculationSettings = Annotated[NgramSettings | DraftModelSettings | MtpSettings, Field(discriminator="type")]
 
 
 class RolloutSettings(Frozen):

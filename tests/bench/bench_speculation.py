@@ -1,6 +1,6 @@
 """Speed of drafts in the embedded engine: without, n-grams where they pay, n-grams always; alternately in one run.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.bench_speculation [--batches 1 4 16] [--rounds 3]
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_speculation [--texts copies] [--batches 1 4 16]
 
 Same prompts, seeds and completions with all three; CPU time of the process. Texts that repeat: the model is asked to
 copy a list, greedily. Texts that do not: open questions, sampled. Prints a table, and a JSON line last.
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, Hub id or folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--texts", choices=tuple(TEXTS), nargs="+", default=list(TEXTS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--num-drafts", type=int, default=4)
@@ -55,7 +56,8 @@ def main() -> None:
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.new_tokens} new tokens, {args.num_drafts} drafts")
     print(f"{'tokens a CPU second':24}" + "".join(f"{kind:>16}" for kind in KINDS) + f"{'kept':>8}{'steps':>8}")
     results = {}
-    for name, (texts, sampling) in TEXTS.items():
+    for name in args.texts:
+        texts, sampling = TEXTS[name]
         for batch in args.batches:
             row = measured(model, tokenizer, [texts[i % len(texts)] for i in range(batch)], sampling, args)
             results[f"{name}, batch {batch}"] = row

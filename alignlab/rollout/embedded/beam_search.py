@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from alignlab.rollout.embedded.beams import BeamParams, BeamResult, Continuation, Finished, continuations, split
 from alignlab.rollout.embedded.runner import Records
-from alignlab.rollout.embedded.sampler import require_number
-from alignlab.rollout.embedded.scheduler import Scheduler
+from alignlab.rollout.embedded.search import Computed, Row, copy_of
 from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.types import Completion, Rollout
 
@@ -38,16 +36,11 @@ class PromptBeams:
     Args:
         root: the prompt, of which all beams are forks.
         params: of the search.
-        scheduler: runs the root and its forks.
-        records: returns what the engine chose for a sequence's tokens.
-        policy_version: of the weights.
+        engine: computes the beams.
     """
 
-    def __init__(
-        self, root: TokenSequence, params: BeamParams, scheduler: Scheduler,
-        records: Callable[[TokenSequence], Records], policy_version: int,
-    ) -> None:
-        self._params, self._scheduler, self._records, self._version = params, scheduler, records, policy_version
+    def __init__(self, root: TokenSequence, params: BeamParams, engine: Computed) -> None:
+        self._params, self._engine = params, engine
         self._prompt = root.request.prompt
         self._ends = root.request.end_token_ids
         self.groups = [
@@ -60,20 +53,17 @@ class PromptBeams:
         """The live sequences; the root stands in all groups until it forks."""
         return list(dict.fromkeys(sequence for group in self.groups for sequence, _ in group.beams))
 
-    def step(self, logprobs: dict[TokenSequence, Tensor]) -> None:
-        """Choose the next beams.
-
-        Args:
-            logprobs: of the tokens after each live sequence, [V] float32.
-        """
+    def step(self, rows: dict[TokenSequence, Row]) -> None:
+        """Choose the next beams, of the live sequences that were computed."""
         taken: list[int] = []
         children: list[tuple[BeamGroup, TokenSequence, Continuation]] = []
         for group in self.groups:
             if not group.beams:
                 continue
             found = continuations(
-                torch.stack([logprobs[sequence] for sequence, _ in group.beams]), [total for _, total in group.beams],
-                taken, diversity=self._params.diversity, count=self._params.group_size * (1 + len(self._ends)),
+                torch.stack([rows[sequence].logprobs for sequence, _ in group.beams]),
+                [total for _, total in group.beams], taken, diversity=self._params.diversity,
+                count=self._params.group_size * (1 + len(self._ends)),
             )
             going_on, ends = split(found, self._params.group_size, self._ends, is_last=self._is_last(group))
             for end in ends:
@@ -106,11 +96,11 @@ class PromptBeams:
         parent = group.beams[end.beam][0]
         score = group.finished.score(end.logprob, parent.num_sampled + 1)
         if group.finished.takes(score):
-            sequence = _copy(parent)
+            sequence = copy_of(parent)
             sequence.tables = parent.tables  # which its records are read from, and no longer
             self._append(sequence, end)
             sequence.finish_reason = "stop" if end.token in self._ends else "length"
-            group.finished.add(score, Ended(sequence, self._records(sequence)))
+            group.finished.add(score, Ended(sequence, self._engine.records(sequence)))
             sequence.tables = {}
 
     def _replace(self, children: Sequence[tuple[BeamGroup, TokenSequence, Continuation]]) -> None:
@@ -123,47 +113,16 @@ class PromptBeams:
         for number, (group, parent, child) in enumerate(children):
             sequence = parent
             if last[parent] != number:
-                sequence = _copy(parent)
-                self._scheduler.fork(parent, sequence)
+                sequence = copy_of(parent)
+                self._engine.scheduler.fork(parent, sequence)
             appended.append((sequence, child))
             group.beams.append((sequence, child.logprob))
         for sequence, child in appended:  # only now: forks begin as the parent is
             self._append(sequence, child)
         for sequence in old:
             if sequence not in last:
-                self._scheduler.finish(sequence)
+                self._engine.scheduler.finish(sequence)
 
     def _append(self, sequence: TokenSequence, child: Continuation) -> None:
-        sequence.append(child.token, child.token_logprob, child.token_logprob, self._version)
+        sequence.append(child.token, child.token_logprob, child.token_logprob, self._engine.policy_version)
         sequence.finish_reason = None
-
-
-def _copy(parent: TokenSequence) -> TokenSequence:
-    """Return a sequence of the same tokens, without blocks."""
-    return TokenSequence(
-        parent.request, parent.key, list(parent.token_ids), num_computed=parent.num_computed,
-        digests=list(parent.digests), logprobs=list(parent.logprobs), raw_logprobs=list(parent.raw_logprobs),
-        versions=list(parent.versions),
-    )
-
-
-def advance(
-    searches: Sequence[PromptBeams], logits: Tensor, outputs: Sequence[tuple[TokenSequence, slice]]
-) -> None:
-    """Choose the next beams of the prompts whose beams have logits.
-
-    Args:
-        logits: [M,V] of one step.
-        outputs: each sequence with its row.
-
-    Raises:
-        RolloutError: the logits of a sequence are not finite.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    rows = {sequence: logprobs[of_sequence.start] for sequence, of_sequence in outputs}
-    for sequence, row in rows.items():
-        require_number(float(row[0]), len(sequence.token_ids))
-    for search in searches:
-        live = search.sequences
-        if live and live[0] in rows:
-            search.step({sequence: rows[sequence] for sequence in live})

@@ -43,10 +43,43 @@ class BeamParams:
     max_new_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
 
+    reads_prompt = False
+
+    @property
+    def num_forks(self) -> int:
+        """Continuations of a prompt that are followed at once."""
+        return self.num_beams
+
     @property
     def group_size(self) -> int:
         """Beams of a group."""
         return self.num_beams // self.num_groups
+
+    def sampling(self, max_running: int) -> SamplingParams:
+        """Return the limits of completions as an engine takes them; nothing is sampled.
+
+        Raises:
+            RolloutError: a parameter is out of range or contradicts another, with the rule, the value and the fix.
+        """
+        beams, groups = self.num_beams, self.num_groups
+        rules = {
+            "num_beams": (1 <= beams <= max_running, f"be from 1 to rollout.max_running ({max_running})"),
+            "num_best": (1 <= self.num_best <= beams, f"be from 1 to num_beams ({beams})"),
+            "num_groups": (groups >= 1 and beams % groups == 0, f"divide num_beams ({beams})"),
+            "diversity": (
+                self.diversity > 0 and isfinite(self.diversity) if groups > 1 else self.diversity == 0,
+                "be over 0 and finite with several groups, which are equal without it" if groups > 1
+                else "be 0 with one group, which has no other to differ from",
+            ),
+            "length_penalty": (isfinite(self.length_penalty), "be finite"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "be at least 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise RolloutError(f"beams.{name} is {getattr(self, name)}, and must {rule}")
+        return SamplingParams(
+            temperature=0.0, max_new_tokens=self.max_new_tokens, stop_token_ids=self.stop_token_ids, seed=0
+        )
 
 
 @dataclass(frozen=True)
@@ -61,46 +94,6 @@ class BeamResult:
 
     rollout: Rollout
     scores: tuple[float, ...]
-
-
-def beam_sampling(params: BeamParams, max_running: int) -> SamplingParams:
-    """Return the limits of a search's completions as an engine takes them; nothing is sampled.
-
-    Raises:
-        RolloutError: with the rule, the value and the fix.
-    """
-    beams, groups = params.num_beams, params.num_groups
-    rules = {
-        "num_beams": (1 <= beams <= max_running, f"be from 1 to rollout.max_running ({max_running})"),
-        "num_best": (1 <= params.num_best <= beams, f"be from 1 to num_beams ({beams})"),
-        "num_groups": (groups >= 1 and beams % groups == 0, f"divide num_beams ({beams})"),
-        "diversity": (
-            params.diversity > 0 and isfinite(params.diversity) if groups > 1 else params.diversity == 0,
-            "be over 0 and finite with several groups, which are equal without it" if groups > 1
-            else "be 0 with one group, which has no other to differ from",
-        ),
-        "length_penalty": (isfinite(params.length_penalty), "be finite"),
-        "max_new_tokens": (params.max_new_tokens >= 1, "be at least 1"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise RolloutError(f"beams.{name} is {getattr(params, name)}, and must {rule}")
-    return SamplingParams(
-        temperature=0.0, max_new_tokens=params.max_new_tokens, stop_token_ids=params.stop_token_ids, seed=0
-    )
-
-
-def too_many_beams(params: BeamParams, num_prompt: int) -> RolloutError:
-    """Return the error of a search whose beams the cache does not hold.
-
-    Args:
-        num_prompt: tokens of the prompt.
-    """
-    return RolloutError(
-        f"beams.num_beams is {params.num_beams}, and the cache must hold that many completions of "
-        f"{params.max_new_tokens} tokens after a prompt of {num_prompt}; lower num_beams or max_new_tokens, raise "
-        "rollout.cache_tokens, or free memory"
-    )
 
 
 class Continuation(NamedTuple):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ from alignlab.models.decoder import causal_lm, require_paging
 from alignlab.models.kv_approximation.choice import approximation_of, check_cache
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
-from alignlab.rollout.embedded.beam_search import PromptBeams, advance
-from alignlab.rollout.embedded.beams import BeamParams, BeamResult, beam_sampling, too_many_beams
+from alignlab.rollout.embedded.beam_search import PromptBeams
+from alignlab.rollout.embedded.beams import BeamParams, BeamResult
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
+from alignlab.rollout.embedded.contrastive import ContrastiveParams, ContrastiveSearch
 from alignlab.rollout.embedded.runner import Records, Runner
 from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
+from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
 from alignlab.rollout.embedded.sequence import Request, TokenSequence, make_request
 from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.embedded.weights import EngineWeights
@@ -92,7 +95,7 @@ class EmbeddedEngine:
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
-        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size)
+        self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
         self._in_use = threading.Lock()
         self._abandoned = False
         self._closed = False
@@ -147,32 +150,32 @@ class EmbeddedEngine:
         Raises:
             RolloutError: as `generate`, or the cache does not hold the beams of one prompt.
         """
-        sampling = beam_sampling(params, self._settings.max_running)
-        roots = self._sequences(prompts, [sampling] * len(prompts))
-        results: list[BeamResult] = []
-        while len(results) < len(roots):
-            chosen = roots[len(results) : len(results) + self._settings.max_running // params.num_beams]
-            while not self._space.holds(chosen * params.num_beams):
-                if len(chosen) == 1:
-                    raise too_many_beams(params, len(chosen[0].token_ids))
-                chosen = chosen[: len(chosen) // 2]
-            results += self._searched(chosen, params)
-        return results
+        return self._searched(prompts, params, PromptBeams)
+
+    def contrastive_search(self, prompts: Sequence[Prompt], params: ContrastiveParams) -> list[Rollout]:
+        """Return one completion of each prompt by contrastive search, in the order of `prompts`; see `contrastive`.
+
+        Raises:
+            RolloutError: as `beam_search`.
+        """
+        return self._searched(prompts, params, ContrastiveSearch)
 
     @torch.inference_mode()
-    def _searched(self, roots: Sequence[TokenSequence], params: BeamParams) -> list[BeamResult]:
-        """Search the beams of some prompts together."""
-        with self._running(roots, num_forks=params.num_beams) as scheduler, self._weights.in_use():
-            self._runner.begin()
-            searches = [
-                PromptBeams(root, params, scheduler, self._runner.records, self.policy_version) for root in roots
-            ]
-            while scheduler.has_work:
-                step, outputs = self._next_step(scheduler)
-                hidden, _ = self._runner.hidden(step)
-                if outputs:
-                    advance(searches, self._runner.logits(hidden), outputs)
-        return [search.result(self._completion) for search in searches]
+    def _searched(self, prompts: Sequence[Prompt], params: SearchParams, kind: type[Search]) -> list[Any]:
+        """Return the results of a kind of search."""
+        roots = self._sequences(prompts, [params.sampling(self._settings.max_running)] * len(prompts))
+        results: list[Any] = []
+        for chosen in in_batches(roots, params, self._settings.max_running, self._space.holds):
+            with self._running(chosen, num_forks=params.num_forks) as scheduler, self._weights.in_use():
+                self._runner.begin()
+                engine = Computed(scheduler, self._runner.records, self.policy_version)
+                searches = [kind(root, params, engine) for root in chosen]
+                while scheduler.has_work:
+                    step, outputs = self._next_step(scheduler)
+                    hidden, _ = self._runner.hidden(step)
+                    advance(searches, hidden, self._runner.logits, outputs)
+            results += [search.result(self._completion) for search in searches]
+        return results
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Return the log-probs of given completions under the present weights, without sampling.
@@ -349,7 +352,9 @@ class EmbeddedEngine:
         self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
         num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
-        num_kept = sample_outputs(step, outputs, self._runner, self._sampler, self.policy_version)
+        num_kept = sample_outputs(
+            step, outputs, self._runner, self._sampler, self.policy_version, self._speculation.observe
+        )
         self._speculation.record(step, num_drafts, num_kept)
         for sequence, _ in outputs:
             if sequence.finish_reason is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from alignlab.rollout.embedded.places import places_of
 from alignlab.rollout.embedded.runner import Runner
@@ -14,31 +15,37 @@ from alignlab.rollout.embedded.sequence import TokenSequence
 
 
 def sample_outputs(
-    step: Step, outputs: Sequence[tuple[TokenSequence, slice]], runner: Runner, sampler: Sampler, version: int
+    step: Step, outputs: Sequence[tuple[TokenSequence, slice]], runner: Runner, sampler: Sampler, version: int,
+    observe: Callable[[Sequence[tuple[TokenSequence, slice]], Tensor], None],
 ) -> int:
     """Compute a step, and append the tokens that are sampled from it; return how many of them were drafted.
 
     Args:
         outputs: the sequences that get logits, each with its rows among all logits of the step.
         version: of the weights.
+        observe: is told `outputs` with the final states of their rows [M,D].
 
     Raises:
         RolloutError: as `Sampler.draw`.
     """
-    if not outputs:
-        runner.hidden(step)
-        return 0
+    # A sequence that reads its prompt has rows before its prompt is computed.
+    sampled = [(sequence, rows) for sequence, rows in outputs if not sequence.num_pending]
     # Forks sample from the logits of one prompt, and a sequence with drafts from those after each.
-    chosen = [rows.start + number for sequence, rows in outputs for number in range(1 + sequence.num_drafts)]
-    places = [place for sequence, _ in outputs for place in places_of(sequence)]
-    inputs = sampler.inputs(places, runner.vocab_size)
-    hidden, (rows, *inputs) = runner.hidden(step, [torch.tensor(chosen), *inputs])
+    chosen = [row for sequence, rows in sampled for row in range(rows.stop - 1 - sequence.num_drafts, rows.stop)]
+    places = [place for sequence, _ in sampled for place in places_of(sequence)]
+    inputs = sampler.inputs(places, runner.vocab_size) if places else []
+    hidden, (rows, *inputs) = runner.hidden(step, [torch.tensor(chosen, dtype=torch.int64), *inputs])
+    observe(outputs, hidden)
+    if not places:
+        return 0
+    if len(rows) < hidden.shape[0]:
+        hidden, rows = hidden.index_select(0, rows), rows[:0]
     logits = runner.logits(hidden)
     if len(rows) > logits.shape[0]:
         logits = logits.index_select(0, rows)
     draws = iter(sampler.draw(logits, places, inputs))
     num_kept = 0
-    for sequence, _ in outputs:
+    for sequence, _ in sampled:
         num_kept += keep(sequence, [next(draws) for _ in range(1 + sequence.num_drafts)], version)
     return num_kept
 

@@ -54,6 +54,8 @@ class Sampler:
         if self._has_columns:
             params, keys = [s.request.sampling for s in sequences], [s.key for s in sequences]
             tensors += SamplingTable.columns(params, keys, vocab_size)
+        if not any(sequence.request.has_controls for sequence in sequences):
+            return tensors
         controls = Controls.build(
             [dict(place.sampling.logit_bias) for place in places], [place.charges for place in places],
             [place.allowed(vocab_size) for place in places],

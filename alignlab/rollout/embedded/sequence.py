@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,13 @@ class Request:
     banned_phrases: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
 
+    @cached_property
+    def has_controls(self) -> bool:
+        """Whether logits are changed by more than the repetition penalty and banned tokens."""
+        sampling = self.sampling
+        changes = (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias, sampling.forced_tokens)
+        return self.grammar is not None or any(changes)
+
 
 def make_request(
     prompt: Prompt, sampling: SamplingParams, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -52,6 +60,7 @@ class TokenSequence:
     Attributes:
         key: key of the completion's random numbers.
         token_ids: the tokens to compute: the prompt, then the sampled tokens, or the given ones except the last.
+        reads_prompt: the states of all tokens are needed, as if each had logits.
         num_drafts: last tokens of `token_ids` that are guesses, for the time of one step.
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
         num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
@@ -69,6 +78,7 @@ class TokenSequence:
     key: int
     token_ids: list[int]
     scored_ids: tuple[int, ...] = ()
+    reads_prompt: bool = False
     num_drafts: int = 0
     num_computed: int = 0
     tables: Tables = field(default_factory=dict)
@@ -108,6 +118,8 @@ class TokenSequence:
     @property
     def first_logits(self) -> int:
         """Position of the first token after which logits are needed."""
+        if self.reads_prompt:
+            return 0
         return self.num_prompt - 1 if self.scored_ids else len(self.token_ids) - 1 - self.num_drafts
 
     @property

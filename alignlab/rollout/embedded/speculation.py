@@ -19,20 +19,22 @@ from time import perf_counter
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rollout import NgramSettings, RolloutSettings
+from alignlab.config.rollout import MtpSettings, NgramSettings, RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
 from alignlab.rollout.embedded.draft_model import make_draft_model
 from alignlab.rollout.embedded.drafts import NgramDrafter
+from alignlab.rollout.embedded.mtp_drafts import MtpDrafter, make_mtp_drafter
 from alignlab.rollout.embedded.payoff import Payoff
 from alignlab.rollout.embedded.runner import can_be_recorded
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.rollout.embedded.state_cache import StateCache
+from alignlab.rollout.embedded.weights import EngineWeights
 
 
 class Drafter(Protocol):
@@ -105,13 +107,22 @@ class Speculation:
             self._proposed.append((sequence, proposal, len(sequence.token_ids)))
             sequence.add_drafts(proposal[: min(length, sequence.num_left - 1)])
 
+    def observe(self, outputs: Sequence[tuple[TokenSequence, slice]], hidden: Tensor) -> None:
+        """Take note of the final states of a step [M,D], before its tokens are sampled.
+
+        Args:
+            outputs: each sequence with its rows of `hidden`.
+        """
+        if isinstance(self._drafter, MtpDrafter):
+            self._drafter.observe(outputs, hidden)
+
     def record(self, step: Step, num_drafted: int, num_accepted: int) -> None:
         """Take note of a step whose tokens are sampled."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         for sequence, proposal, end in self._proposed:
             self._payoff.record_tokens(sequence, proposal, sequence.token_ids[end:])
-        if all(work.count == work.num_logits for work in step.work):  # no tokens of prompts are in it
+        if all(work.start >= work.sequence.num_prompt for work in step.work):
             self._num_steps += 1
             self._num_draft_steps += num_drafted > 0
             self._payoff.record_step(sum(work.count for work in step.work), perf_counter() - self._start)
@@ -142,16 +153,18 @@ class NoSpeculation(Speculation):
 
 
 def make_speculation(
-    settings: RolloutSettings, model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    settings: RolloutSettings, model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
+    weights: EngineWeights,
 ) -> Speculation:
     """Return the speculation that the settings ask for.
 
     Args:
         vocab_size: logits of the policy.
+        weights: what the policy runs on.
 
     Raises:
-        ConfigError: the policy keeps states that cannot be taken back, steps are replayed, or the draft model does not
-            fit the policy.
+        ConfigError: the policy keeps states that cannot be taken back, steps are replayed, the draft model does not fit
+            the policy, or the policy has no layer for multi-token prediction.
     """
     chosen = settings.speculation
     if chosen is None:
@@ -169,6 +182,8 @@ def make_speculation(
     drafter: Drafter
     if isinstance(chosen, NgramSettings):
         drafter = NgramDrafter(chosen.num_drafts, chosen.min_match, chosen.max_match)
+    elif isinstance(chosen, MtpSettings):
+        drafter = make_mtp_drafter(chosen, settings, model, weights, vocab_size)
     else:
         drafter = make_draft_model(chosen, settings, model, tokenizer, vocab_size)
     return Speculation(drafter, always=chosen.always)

@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from alignlab.config.rollout import DraftModelSettings, NgramSettings, RolloutSettings
 from alignlab.errors import ConfigError, RolloutError
+from alignlab.models.decoder import hidden_states, output_head
+from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.mtp import stream_of
 from alignlab.rollout.embedded import speculation
 from alignlab.rollout.embedded.draft_model import DraftModel, make_draft_model
 from alignlab.rollout.embedded.drafts import NgramDrafter, NgramIndex
@@ -24,7 +27,7 @@ from alignlab.rollout.embedded.sample_step import keep
 from alignlab.rollout.embedded.sampler import Draw
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.speculation import NoSpeculation, Speculation
-from alignlab.types import Prompt, SamplingParams
+from alignlab.types import Prompt, SamplingParams, Segments
 from tests.models.attention_kinds import make_model
 from tests.rollout.conftest import END, SIZES, VOCAB, MakeEngine, flat, full_logprobs, make_prompts
 
@@ -252,6 +255,60 @@ def test_a_draft_model_computes_each_token_once(llama: PreTrainedModel, make_eng
     assert engine.num_computed == 8 + 3 * 4
 
 
+@pytest.fixture
+def ahead() -> PreTrainedModel:
+    torch.manual_seed(3)
+    return new_model({**SIZES, "num_mtp_layers": 1}, vocab_size=VOCAB)
+
+
+def mtp_guess(model: Any, ids: Sequence[int]) -> int:
+    """The likeliest token after the next, by the layer as it is trained."""
+    segments, tokens = Segments.single(len(ids)), torch.tensor(ids)
+    with torch.no_grad():
+        states = hidden_states(model, tokens, segments.position_ids, segments)
+        stream = stream_of(segments)
+        assert stream is not None
+        embeddings = model.model.embedded(tokens[stream.tokens])
+        hidden = model.mtp(states[stream.predecessors], embeddings, stream, model.model)
+        return int((hidden[-1] @ output_head(model)[0].T).argmax())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_drafts"), [("as it is", 1), ("few at a time", 3), ("prompts in pieces", 3)]
+)
+def test_mtp_drafts_change_nothing(
+    schedule: str, num_drafts: int, ahead: PreTrainedModel, make_engine: MakeEngine
+) -> None:
+    sampling = SamplingParams(n=2, seed=3, max_new_tokens=14, temperature=0.3)
+    prompts = [*make_prompts(5, 9, 1), *repetitive(1)]
+    expected = make_engine(ahead).generate(prompts, sampling)
+    settings = {"type": "mtp", "num_drafts": num_drafts, "always": True}
+    engine = make_engine(ahead, **SCHEDULES[schedule] | {"cache_tokens": 400}, speculation=settings)
+    for _ in range(2):
+        assert_same(expected, engine.generate(prompts, sampling))
+    assert engine._speculation.num_drafted > 0
+
+
+def test_mtp_guesses_what_it_was_trained_to(ahead: PreTrainedModel, make_engine: MakeEngine) -> None:
+    """Greedy drafts are the likeliest tokens of the layer, wherever the prompt was computed and whatever was kept."""
+    settings = {"type": "mtp", "num_drafts": 3, "always": True}
+    engine, drafts = make_engine(ahead, block_size=4, prefill_tokens=6, speculation=settings), []
+    drafter = engine._speculation._drafter
+    propose = drafter.propose
+
+    def noted(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        tokens = [list(sequence.token_ids) for sequence in sequences]
+        proposals = propose(sequences)
+        drafts.extend((ids, proposal[0]) for ids, proposal in zip(tokens, proposals, strict=True) if proposal)
+        return proposals
+
+    drafter.propose = noted  # type: ignore[method-assign]
+    engine.generate(make_prompts(9, 4, 17), SamplingParams(n=2, temperature=0.0, max_new_tokens=9, ignore_eos=True))
+    assert len(drafts) > 20
+    for ids, guess in drafts:
+        assert guess == mtp_guess(ahead, ids)
+
+
 def test_ngrams_by_hand() -> None:
     index = NgramIndex(2, 3)
     text = [1, 2, 3, 4, 9, 2, 3, 5]
@@ -385,6 +442,8 @@ def test_what_cannot_be_is_named(
     with pytest.raises(ConfigError, match=r"rollout\.cuda_graphs must then be false"):
         make_engine(speculation=NGRAM)
     make_engine(speculation=NGRAM, cuda_graphs=False)
+    with pytest.raises(ConfigError, match="the model must have a layer for multi-token prediction"):
+        make_engine(speculation={"type": "mtp"}, cuda_graphs=False)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="min_match is 5, and must be at most max_match"):
         NgramSettings(min_match=5)
