@@ -94,6 +94,9 @@ def test_wait_draws_thinking_out_as_long_as_the_budget_allows():
 def test_a_used_up_budget_is_not_drawn_out():
     [completion], asked = forced({"q": ["abcdef$"], "qabcd:": ["5$"]}, 4, waits=3, wait="W")
     assert completion.text == "abcd:5" and len(asked) == 2
+    # It ended by itself, with the last token that it had.
+    [completion], asked = forced({"q": ["abc$"], "qabc:": ["5$"]}, 4, waits=3, wait="W")
+    assert completion.text == "abc:5" and len(asked) == 2
 
 
 def test_the_text_that_ends_thinking_is_put_back_behind_it():
