@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of the sampled completions")
     shown = "show the completions of N problems; with several models, of N problems on which they differ"
     parser.add_argument("--show", type=int, metavar="N", default=0, help=shown)
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the comparison of several models")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the models, strategies or calibration")
     add_strategy_arguments(parser)
     add_perplexity_arguments(parser)
     add_sampling_arguments(parser)

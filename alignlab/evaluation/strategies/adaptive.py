@@ -48,7 +48,7 @@ def adaptive(
     ]
     figures = []
     for k in (k for k in ks if k >= settings.start):
-        outcomes = [_outcomes(curves, halves, settings.start, k) for curves in shuffles]
+        outcomes = [outcomes_of(curves, halves, settings.start, k) for curves in shuffles]
         estimates = [estimate_of([worth for worth, _ in of_problem]) for of_problem in zip(*outcomes, strict=True)]
         figures.append(Figure.of("adaptive", k, estimates, fmean(t for of_one in outcomes for _, t in of_one)))
     return figures
@@ -106,7 +106,7 @@ def _best_step(
     return (level, count) if gain > 1e-12 else None
 
 
-def _outcomes(
+def outcomes_of(
     curves: Sequence[Curve], halves: Sequence[int], start: int, k: int
 ) -> list[tuple[float, int]]:
     """Return (worth, tokens) of each problem under the allocation learnt on the other half."""

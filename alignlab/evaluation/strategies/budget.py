@@ -110,9 +110,15 @@ class BudgetForcing:
 
     def _think(self, prompts: Sequence[Prompt], traces: Sequence[Trace], *, first: bool = False) -> None:
         """Go on with the thinking of traces, and take away the end of those that end by themselves."""
-        stop = self._sampling.stop if self._settings.end is None else (self._settings.end,)
+        end = self._settings.end
+        stop = self._sampling.stop if end is None else (end,)
+        end_ids = [] if end is None else self._ids(end)
+        # An end that is one token may be a special one, which the text that engines search for stop strings lacks.
+        stop_ids = tuple(end_ids) if len(end_ids) == 1 else ()
         starts = [len(trace.token_ids) for trace in traces]
-        self._extend(prompts, traces, [trace.left for trace in traces], stop, together=first)
+        self._extend(
+            prompts, traces, [trace.left for trace in traces], () if stop_ids else stop, stop_ids, together=first
+        )
         for trace, start in zip(traces, starts, strict=True):
             trace.left -= len(trace.token_ids) - start
             if trace.ended:
@@ -120,7 +126,7 @@ class BudgetForcing:
 
     def _extend(
         self, prompts: Sequence[Prompt], traces: Sequence[Trace], lengths: Sequence[int], stop: Sequence[str],
-        *, together: bool = False,
+        stop_ids: tuple[int, ...] = (), *, together: bool = False,
     ) -> None:
         """Generate up to a number of tokens behind each trace; `together`: of traces that are empty, a prompt once."""
         if not traces:
@@ -130,12 +136,9 @@ class BudgetForcing:
             replace(prompts[trace.prompt], token_ids=(*prompts[trace.prompt].token_ids, *trace.token_ids))
             for trace in traces[::step]
         ]
-        params = [
-            self._sampling.model_copy(
-                update={"max_new_tokens": length, "min_new_tokens": 0, "stop": tuple(stop)}
-            ).params(n=step, seed=self._seed)
-            for length in lengths[::step]
-        ]
+        sampling = self._sampling.params(n=step, seed=self._seed)
+        sampling = replace(sampling, min_new_tokens=0, stop=tuple(stop), stop_token_ids=stop_ids)
+        params = [replace(sampling, max_new_tokens=length) for length in lengths[::step]]
         written = [completion for rollout in self._engine.generate(asked, params) for completion in rollout.completions]
         for trace, completion in zip(traces, written, strict=True):
             trace.write(completion)
@@ -152,16 +155,19 @@ class BudgetForcing:
         if not places:
             trace.cut(len(trace.token_ids) - 1)
             return
-        kept = len(written)
-        while kept and len(self._tokenizer.decode(written[:kept])) > min(places):
+        thinking, kept = text[: min(places)], len(written)
+        while not thinking.startswith(str(self._tokenizer.decode(written[:kept]))):
             kept -= 1
-        before = text[len(self._tokenizer.decode(written[:kept])) : min(places)]
+        before = thinking[len(str(self._tokenizer.decode(written[:kept]))) :]
         trace.cut(start + kept)
         if before:
             self._put(trace, before)
 
     def _put(self, trace: Trace, text: str) -> None:
-        trace.put(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        trace.put(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def most_new_tokens(settings: Budget) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignlab.evaluation.strategies.adaptive import Curve, adaptive, allocation, curve
+from alignlab.evaluation.strategies.adaptive import Curve, adaptive, allocation, curve, outcomes_of
 from alignlab.evaluation.strategies.settings import Adaptive
 
 
@@ -26,6 +26,15 @@ def test_samples_go_where_they_gain():
 def test_a_level_of_several_problems_costs_each_of_them():
     hard = Curve(1, [0.0, 0.0, 0.5, 1.0], [1, 2, 3, 4])
     assert allocation([hard, hard, hard, hard], 2, 3) == {1: 3}
+
+
+def test_what_is_learnt_on_one_half_is_used_on_the_other():
+    gains = Curve(1, [0.0, 0.0, 0.0, 1.0], [1, 2, 3, 4])
+    flat = Curve(1, [0.0, 0.0, 0.5, 0.0], [1, 2, 3, 4])
+    # Of the flat one is learnt to stop after 3, of the other to go on to 4.
+    assert outcomes_of([gains, flat], [0, 1], 2, 4) == [(0.0, 3), (0.0, 4)]
+    # A level that the other half lacks gets k.
+    assert outcomes_of([gains, Curve(2, [1.0] * 4, [1, 2, 3, 4])], [0, 1], 2, 3) == [(0.0, 3), (1.0, 3)]
 
 
 def test_hard_problems_get_more_and_easy_ones_less(problem):

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from alignlab.config.rollout import SamplingSettings
+from alignlab.config.rollout import RolloutSettings, SamplingSettings
 from alignlab.evaluation.strategies.budget import BudgetForcing, budget_figure, most_new_tokens
 from alignlab.evaluation.strategies.settings import Budget
+from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
+from tests.rollout.conftest import llama, tokenizer
+
+__all__ = ["llama", "tokenizer"]
 
 END = 0
 
@@ -94,12 +98,22 @@ def test_wait_draws_thinking_out_as_long_as_the_budget_allows():
 def test_a_used_up_budget_is_not_drawn_out():
     [completion], asked = forced({"q": ["abcdef$"], "qabcd:": ["5$"]}, 4, waits=3, wait="W")
     assert completion.text == "abcd:5" and len(asked) == 2
+    # It ended by itself, with the last token that it had.
+    [completion], asked = forced({"q": ["abc$"], "qabc:": ["5$"]}, 4, waits=3, wait="W")
+    assert completion.text == "abc:5" and len(asked) == 2
 
 
 def test_the_text_that_ends_thinking_is_put_back_behind_it():
     [completion], asked = forced({"q": ["ab</t>"], "qab</t>:": ["5$"]}, 8, end="</t>")
     assert completion.text == "ab</t>:5" and asked[0][1].stop == ("</t>",)
     assert completion.writers == ("policy",) * 2 + ("user",) * 5 + ("policy",) * 2
+
+
+def test_an_end_that_is_one_token_is_looked_for_as_a_token():
+    [completion], asked = forced({"q": ["abE"], "qabE:": ["5$"]}, 8, end="E")
+    assert completion.text == "abE:5" and completion.writers == ("policy",) * 2 + ("user",) * 2 + ("policy",) * 2
+    assert (asked[0][1].stop, asked[0][1].stop_token_ids) == ((), (ord("E"),))
+    assert (asked[1][1].stop, asked[1][1].stop_token_ids) == ((), ())
 
 
 def test_a_token_across_the_end_of_thinking_is_cut_in_two():
@@ -114,6 +128,25 @@ def test_samples_of_a_prompt_are_drawn_from_one_prompt_and_go_their_own_ways():
     completions, asked = forced(script, 3, samples=2)
     assert [completion.text for completion in completions] == ["ab:5", "cde:6"]
     assert [(text, params.n) for text, params in asked] == [("q", 2), ("qab:", 1), ("qcde:", 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_embedded_engine_s_traces_are_those_of_two_calls(llama, tokenizer, temperature):
+    engine = EmbeddedEngine(llama, tokenizer, RolloutSettings(block_size=4, cache_tokens=256))
+    sampling = SamplingSettings(temperature=temperature)
+    prompt = Prompt(tuple(b"ab"), "ab")
+    forcing = BudgetForcing(engine, tokenizer, sampling, Budget(budgets=(6,), cue="x:", answer_tokens=3, samples=2), 5)
+    [rollout] = forcing.generate([prompt], 6)
+    [first] = engine.generate([prompt], SamplingParams(n=2, temperature=temperature, max_new_tokens=6, seed=5))
+    for forced_one, thought in zip(rollout.completions, first.completions, strict=True):
+        ids = thought.token_ids if thought.finish_reason == "length" else thought.token_ids[:-1]
+        assert forced_one.token_ids[: len(ids) + 2] == (*ids, *b"x:")
+        assert forced_one.logprobs[: len(ids)] == thought.logprobs[: len(ids)]
+    # Greedy traces are equal, and their second prompts too: what the answer is, is known.
+    if temperature == 0:
+        longer = Prompt((*prompt.token_ids, *rollout.completions[0].token_ids[:8]), "")
+        [answer] = engine.generate([longer], SamplingParams(temperature=0.0, max_new_tokens=3))
+        assert rollout.completions[0].token_ids[8:] == answer.completions[0].token_ids
 
 
 def test_room_is_kept_for_all_that_may_stand_behind_a_prompt():

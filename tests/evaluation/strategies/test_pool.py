@@ -78,6 +78,7 @@ def test_an_equal_prompt_that_comes_later_is_drawn_with_the_first(tmp_path):
     after = draw_pool([first, later], FACTS, drawer, path)
     assert drawer.calls == [[0], [0, 1]], "its samples go on where those of the first end"
     assert after.rollouts[0] == before.rollouts[0] and read_pool(path, [first, later]) == after
+    assert len(path.read_text().splitlines()) == 3, "the facts, and each problem once"
 
 
 def test_fewer_problems_read_the_beginning_and_more_draw_the_rest(tmp_path):

@@ -24,14 +24,14 @@ def measured(problem, name, rights, words=("majority",)):
 
 def test_the_gain_divides_by_what_the_first_model_could_say(problem):
     before = measured(problem, "before", {0: [1.0, 0.0, 0.0, 0.0], 1: [0.0] * 4, 2: [1.0] * 4})
-    after = measured(problem, "after", {0: [1.0, 1.0, 1.0, 0.0], 1: [1.0, 1.0, 0.0, 0.0], 2: [1.0] * 4})
+    after = measured(problem, "after", {0: [1.0, 1.0, 1.0, 0.0], 1: [1.0, 1.0, 1.0, 0.0], 2: [1.0] * 4})
     result = sharpening(before, after)
-    # Problem 0: 1/4 to 3/4, within reach; problem 1: 0 to 1/2, beyond it; problem 2 stays.
-    assert result["gain"]["value"] == pytest.approx(1 / 3, abs=1e-3)
+    # Problem 0: 1/4 to 3/4, within reach; problem 1: 0 to 3/4, beyond it; problem 2 stays.
+    assert result["gain"]["value"] == pytest.approx(5 / 12, abs=1e-3)
     assert result["gain_within_reach"]["value"] == pytest.approx(1 / 6, abs=1e-3)
-    assert result["gain_beyond_reach"]["value"] == pytest.approx(1 / 6, abs=1e-3)
+    assert result["gain_beyond_reach"]["value"] == pytest.approx(1 / 4, abs=1e-3)
     assert result["gain"]["low"] <= result["gain"]["value"] <= result["gain"]["high"]
-    # pass@1 of the second is 3/4; the first one's oracle ends at 2/3.
+    # pass@1 of the second is 5/6; the first one's oracle ends at 2/3.
     assert result["matched_by"] == {"oracle": None, "majority": None} and result["oracle_crosses_at"] is None
     assert "none of the strategies; its pass@k stays below" in describe_sharpening(result)
 

@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 
 from alignlab.errors import RewardError
-from alignlab.evaluation.strategies.figures import Estimate, Figure, over_subsets
+from alignlab.evaluation.strategies.figures import Estimate, Figure, estimate_of, over_subsets
 from alignlab.evaluation.strategies.settings import Weighted
 from alignlab.evaluation.strategies.voting import (
     best_of_n,
@@ -83,6 +83,12 @@ def test_all_subsets_where_they_are_few_and_random_ones_with_an_error_where_not(
     truth = fmean(min(s) for s in itertools.combinations(range(30), 5))
     assert estimate.variance > 0 and abs(estimate.value - truth) < 4 * math.sqrt(estimate.variance)
     assert over_subsets(30, 5, first, seed=0) == estimate != over_subsets(30, 5, first, seed=1)
+
+
+def test_the_variance_of_a_mean_by_hand():
+    # Mean 3/4; variance of the values (9/16 + 3/16) / 3 = 1/4, of their mean a fourth of that.
+    assert estimate_of([0.0, 1.0, 1.0, 1.0]) == pytest.approx((0.75, 1 / 16))
+    assert estimate_of([1.0]) == (1.0, 0.0)
 
 
 def test_a_figure_s_interval_and_error():
