@@ -125,6 +125,11 @@ class RolloutSettings(Frozen):
     pack_weights: bool = True
     """On a CPU in bfloat16: roll out from a copy of the linear layers laid out for its matrix products. Faster, the
     same results; costs the weights' size in memory. Elsewhere nothing is copied."""
+    native: Literal["auto", "off", "required"] = "auto"
+    """On a CPU: compute steps by kernels in C++, which g++ compiles once into `~/.cache/alignlab`, on packed copies of
+    the weights. auto: where they cover the model, its weights are bfloat16 and the processor multiplies it (AVX-512
+    BF16); elsewhere the Python step computes, and the log says why. required: refuse to start without them; takes
+    float32 weights too. off: never."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
     speculation: SpeculationSettings | None = None

@@ -23,6 +23,7 @@ from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
+from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native
 from alignlab.rollout.embedded.paged_cache import block_bytes
 from alignlab.rollout.embedded.state_slots import slots_needed
 
@@ -92,7 +93,10 @@ def engine_bytes(
         for spec in specs
         for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
     ) + slot_bytes * slots_needed(num_sequences, num_sequences)
-    return cache + (_merged_bytes(model) if merges_adapters(model, settings.merge_lora, device) else 0)
+    merges = merges_adapters(model, settings.merge_lora, device)
+    if why_not_native(model, settings, device, block_size=size, merges=merges) is None:
+        return cache + packed_bytes(model)
+    return cache + (_merged_bytes(model) if merges else 0)
 
 
 def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) -> bool:

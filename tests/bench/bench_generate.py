@@ -1,9 +1,13 @@
 """Generation speed: the embedded engine, vLLM and `transformers`' generate, alternately in one run.
 
-    python -m tests.bench.bench_generate [--engines embedded vllm vllm_server transformers]
+    python -m tests.bench.bench_generate [--engines native python vllm_compiled transformers]
 
 Same weights, prompts, lengths, threads and precision; sampled at temperature 1, no early end. Rounds alternate between
-the engines, and the medians are compared with the last one's. Prints a table, and a JSON line last.
+the engines, and the median of the first is compared with that of each other. Prints a table, and a JSON line last.
+
+`embedded` is the embedded engine as its settings choose, `native` and `python` with either step; `vllm` is vLLM as it
+runs here by default, without compilation, and `vllm_compiled` with it. One run has one of these two: vLLM is one
+engine in a process.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignlab.config.rollout import RolloutSettings, VLLMSettings
+from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMSettings
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
+from alignlab.models.hub.export import Model
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.rollout.engine import RolloutEngine, make_engine
 from alignlab.types import Prompt, SamplingParams
@@ -39,9 +45,9 @@ class Case:
 
 
 Engine = Callable[[torch.Tensor, Case], None]
-ENGINES = ("embedded", "vllm", "vllm_server", "transformers")
+ENGINES = ("embedded", "native", "python", "vllm", "vllm_compiled", "vllm_server", "transformers")
 CASES = (
-    Case("batch 16", 16, 1, 48), Case("batch 64", 64, 1, 48),
+    Case("batch 1", 1, 1, 48), Case("batch 16", 16, 1, 48), Case("batch 64", 64, 1, 48),
     Case("groups 8 x 8", 8, 8, 48), Case("512-token prompt, group of 8", 1, 8, 512),
 )
 
@@ -49,11 +55,14 @@ CASES = (
 def main() -> None:
     args = _arguments()
     model, tokenizer = load_model(args.model, dtype=DTYPES[args.dtype]), load_tokenizer(args.model)
-    makers: dict[str, Callable[[], Engine]] = {
-        "embedded": lambda: _ours(make_engine(model, tokenizer, RolloutSettings()), args.new_tokens),
-        "vllm": lambda: _ours(make_engine(model, tokenizer, VLLMSettings(cache_gib=2, block_size=32)), args.new_tokens),
-        "transformers": lambda: _peer(args),
+    settings: dict[str, EngineSettings] = {
+        "embedded": RolloutSettings(), "native": RolloutSettings(native="required"),
+        "python": RolloutSettings(native="off"), "vllm": VLLMSettings(cache_gib=2, block_size=32),
+        "vllm_compiled": VLLMSettings(cache_gib=2, block_size=32, eager=False),
     }
+    makers: dict[str, Callable[[], Engine]] = {"transformers": lambda: _peer(args)}
+    for name, chosen in settings.items():
+        makers[name] = partial(_made, model, tokenizer, chosen, args.new_tokens)
     with ExitStack() as stack:
         if "vllm_server" in args.engines:
             server = stack.enter_context(served(model, tokenizer, cache_gib=2, block_size=32))
@@ -63,13 +72,14 @@ def main() -> None:
 
 def _compare(engines: dict[str, Engine], args: argparse.Namespace) -> None:
     print(f"{args.dtype}, {torch.get_num_threads()} threads, {args.new_tokens} new tokens, {args.rounds} rounds")
-    print(f"{'tokens/s':30}" + "".join(f"{name:>14}" for name in engines) + f"{'ratio':>8}")
+    print(f"{'tokens/s':30}" + "".join(f"{name:>14}" for name in engines) + "  first / each other")
     results = {}
     for case in CASES:
         if args.only is None or args.only in case.name:
             speeds = results[case.name] = _race(case, engines, args)
-            ratio = speeds[args.engines[0]] / speeds[args.engines[-1]]
-            print(f"{case.name:30}" + "".join(f"{v:14.0f}" for v in speeds.values()) + f"{ratio:8.2f}", flush=True)
+            first, *others = speeds.values()
+            ratios = "".join(f"{first / other:8.2f}" for other in others)
+            print(f"{case.name:30}" + "".join(f"{v:14.0f}" for v in speeds.values()) + ratios, flush=True)
     print(json.dumps({"dtype": args.dtype, "threads": torch.get_num_threads(), "results": results}))
 
 
@@ -102,6 +112,10 @@ def _race(case: Case, engines: dict[str, Engine], args: argparse.Namespace) -> d
             if round_number:
                 times[name].append(clock() - start)
     return {name: num_tokens / statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _made(model: Model, tokenizer: Any, settings: EngineSettings, new_tokens: int) -> Engine:
+    return _ours(make_engine(model, tokenizer, settings), new_tokens)
 
 
 def _ours(engine: RolloutEngine, new_tokens: int) -> Engine:

@@ -94,7 +94,7 @@ def test_parts_of_a_run(tokenizer: Any, tmp_path: Path) -> None:
     name = save_teacher(tmp_path / "model", tokenizer)
     config = GRPOConfig(
         output_dir=tmp_path / "run", num_prompts=2, group_size=3, trackers=(),
-        sampling=SamplingSettings(max_new_tokens=7),
+        sampling=SamplingSettings(max_new_tokens=7), rollout=RolloutSettings(native="off"),
     )
     with without_weights():
         trainer = GRPOTrainer(

@@ -128,7 +128,7 @@ def test_a_run_keeps_the_engine_that_was_chosen_and_another_outcome_is_a_change_
     assert first.contents().engine == "embedded"
     first.train()
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert "embedded" in json.dumps(saved) and "auto" not in json.dumps(saved.get("rollout", saved))
+    assert '"engine": "embedded"' in json.dumps(saved) and '"engine": "auto"' not in json.dumps(saved)
 
     def embedded(model: Any, tokenizer: Any, settings: Any) -> EmbeddedEngine:
         return EmbeddedEngine(model, tokenizer, RolloutSettings())

@@ -16,4 +16,5 @@
     sampling         tokens from logits
     truncation       floors under probabilities: top-k and top-p
     weights          copies of weights that the engine runs on
+    native/          steps on a CPU by kernels in C++
 """

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignlab.config.rollout import RolloutSettings, approximate_cache, cache_group
+from alignlab.config.rollout import RolloutSettings, cache_group
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
-from alignlab.models.kv_approximation.choice import approximation_of, check_cache
+from alignlab.models.kv_approximation.choice import check_cache
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.beam_search import PromptBeams
@@ -24,14 +24,14 @@ from alignlab.rollout.embedded.beams import BeamParams, BeamResult
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.contrastive import ContrastiveParams, ContrastiveSearch
-from alignlab.rollout.embedded.runner import Records, Runner
+from alignlab.rollout.embedded.native.choice import make_runner
+from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.sample_step import sample_outputs
-from alignlab.rollout.embedded.sampler import Sampler, record_logprobs, scored_targets
+from alignlab.rollout.embedded.sampler import record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
 from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
 from alignlab.rollout.embedded.sequence import Request, TokenSequence, make_request
 from alignlab.rollout.embedded.speculation import make_speculation
-from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
 from alignlab.rollout.requests import (
@@ -85,16 +85,10 @@ class EmbeddedEngine:
         if is_spread(model):  # decoding gathers no weights: it has a copy that is whole on this rank
             model = self._copy = whole_copy(model)
         self._lm = causal_lm(model)
-        self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-        cache = approximate_cache(settings)
         self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
-        self._runner = Runner(
-            model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-            approximation=None if cache is None else approximation_of(cache),
-            records_cache=cache is not None and cache.replay,
-        )
+        self._weights, self._runner = make_runner(model, settings, self._block_size)
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
-        self._sampler = Sampler()
+        self._sampler = self._runner.sampler()
         self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
         self._in_use = threading.Lock()
         self._abandoned = False
@@ -219,6 +213,7 @@ class EmbeddedEngine:
         A cache that takes little of a GPU's memory stays, since recorded steps read it where it lies.
         """
         self._require_no_call()
+        self._weights.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._space.reset()
         else:
@@ -314,7 +309,7 @@ class EmbeddedEngine:
         finally:
             self.num_preempted += scheduler.num_preempted
             self._speculation.end()
-            self._sampler = Sampler()
+            self._sampler = self._runner.sampler()
             self._in_use.release()
             if self._closed:
                 self.close()

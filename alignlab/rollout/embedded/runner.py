@@ -23,6 +23,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
 from alignlab.rollout.embedded.replays import Replays
+from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.rollout.embedded.state_cache import StateCache, StepStates
@@ -198,6 +199,10 @@ class Runner:
         if routing is not None:
             self.cache.write_routing(plan.slots[None], routing.stacked_choices())
         return hidden
+
+    def sampler(self) -> Sampler:
+        """Return a new sampler from logits of this runner."""
+        return Sampler()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [M,V] of hidden states [M, hidden size], in the model's dtype."""

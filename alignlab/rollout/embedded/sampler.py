@@ -35,9 +35,13 @@ class Sampler:
 
     The parameters of a batch are moved to the device once, and used until the batch changes. What a step needs besides
     is given out as host tensors, so that it travels with the step's tokens in one copy.
+
+    Args:
+        draw: what samples, of the signature of `sampling.sample`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[..., Sampled] = sample) -> None:
+        self._draw = draw
         self._sequences: list[TokenSequence] = []
         self._table: SamplingTable | None = None
         self._has_columns = True
@@ -79,7 +83,7 @@ class Sampler:
             self._table = SamplingTable.of_columns(params, columns, logits.shape[1])
         assert self._table is not None
         draw = partial(
-            sample, logits, self._table, positions,
+            self._draw, logits, self._table, positions,
             penalised=penalised if len(penalised) else None, banned=banned if len(banned) else None,
             controls=Controls(*others) if others else None,
         )

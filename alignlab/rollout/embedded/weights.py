@@ -96,6 +96,9 @@ class EngineWeights:
         """Free the copies; `refresh` makes them again."""
         self._copies, self._packed_head = [], None
 
+    def rest(self) -> None:
+        """Free what the next call makes again by itself: nothing of these copies."""
+
     @property
     def is_stale(self) -> bool:
         """True if the policy's weights were written to, or its adapters switched, since `refresh`."""

@@ -1,0 +1,73 @@
+"""The step that an engine computes by: the native one where it can, or the Python one, with the reason in the log."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from torch import nn
+
+from alignlab.config.rollout import RolloutSettings, approximate_cache
+from alignlab.errors import ConfigError
+from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import model_dtype
+from alignlab.models.kv_approximation.choice import approximation_of
+from alignlab.rollout.embedded.native.binding import Kernels, kernels_of
+from alignlab.rollout.embedded.native.build import BuildError
+from alignlab.rollout.embedded.native.coverage import why_not_native
+from alignlab.rollout.embedded.native.runner import NativeRunner
+from alignlab.rollout.embedded.native.weights import NativeWeights
+from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.rollout.memory import merges_adapters
+
+logger = logging.getLogger(__name__)
+
+
+def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) -> tuple[EngineWeights, Runner]:
+    """Return the weights and the runner of an engine.
+
+    Args:
+        model: the policy.
+        block_size: tokens in a block of the cache.
+
+    Raises:
+        ConfigError: the settings require the native step, and it cannot be; or an adapter cannot be merged.
+    """
+    kernels = _kernels(model, settings, block_size)
+    if kernels is not None:
+        native = NativeWeights(model, kernels, merge=settings.merge_lora)
+        return native, NativeRunner(model, native, kernels, block_size, max_running=settings.max_running)
+    weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
+    cache = approximate_cache(settings)
+    runner = Runner(
+        model, weights, block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
+        approximation=None if cache is None else approximation_of(cache),
+        records_cache=cache is not None and cache.replay,
+    )
+    return weights, runner
+
+
+def _kernels(model: nn.Module, settings: RolloutSettings, block_size: int) -> Kernels | None:
+    """Return the kernels of the native step; None where the Python step computes."""
+    lm = causal_lm(model)
+    merges = merges_adapters(model, settings.merge_lora, lm.device)
+    reason = why_not_native(model, settings, lm.device, block_size=block_size, merges=merges)
+    if reason is None:
+        try:
+            return kernels_of(model_dtype(lm))
+        except BuildError as error:
+            reason = str(error)
+    if settings.native == "required":
+        raise ConfigError(
+            f"rollout.native is required, and the native step must be possible, but {reason}; change that, or use "
+            "native: auto"
+        )
+    if settings.native == "auto" and lm.device.type == "cpu":  # on a GPU nobody expects it
+        _log_once(reason)
+    return None
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logger.info("the embedded engine decodes by its Python step, not the native one: %s", reason)

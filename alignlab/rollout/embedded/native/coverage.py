@@ -1,0 +1,103 @@
+"""Models and settings that the native step covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.config.rollout import MtpSettings, RolloutSettings, approximate_cache
+from alignlab.models.attention import Attention, SlidingAttention
+from alignlab.models.attention_kinds import ATTENTION_KINDS
+from alignlab.models.config import PolicyConfig
+from alignlab.models.decoder import causal_lm
+from alignlab.models.exact_weights import dtype_of, model_dtype
+from alignlab.models.merging import wrappers
+from alignlab.models.moe import Experts
+from alignlab.models.routers.topk import TopKRouter
+from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.rollout.embedded.native.packing import ACTIVATIONS, SCORINGS
+from alignlab.rollout.embedded.native.processor import NEEDED, missing_flags
+
+_KINDS = (Attention, SlidingAttention)
+_NORMS = ("rmsnorm", "zero_centered_rmsnorm")
+
+
+def why_not_native(
+    model: nn.Module, settings: RolloutSettings, device: torch.device, *, block_size: int, merges: bool
+) -> str | None:
+    """Return why the native step cannot take the place of the Python one; None if it can, once it is compiled.
+
+    Args:
+        model: the policy.
+        device: of the engine.
+        block_size: tokens in a block of the cache.
+        merges: adapters, if there are any, are merged into copies.
+    """
+    lm = causal_lm(model)
+    if settings.native == "off":
+        return "rollout.native is off"
+    if device.type != "cpu":
+        return f"the engine runs on {device.type}"
+    if not isinstance(lm, PolicyForCausalLM):
+        return f"{type(lm).__name__} is not one of our own models"
+    dtype = model_dtype(lm)
+    if dtype not in NEEDED:
+        return f"the weights are {dtype}"
+    if dtype == torch.float32 and settings.native != "required":
+        return "the weights are float32, whose products torch computes as fast"
+    if missing := missing_flags(dtype):
+        return f"the processor has no {', '.join(missing)}"
+    if (cache := approximate_cache(settings)) is not None:
+        return f"the cache approximates keys and values (kv_cache: {cache.type})"
+    if isinstance(settings.speculation, MtpSettings):
+        return "drafts are made by the model's own layer for multi-token prediction"
+    if wrappers(model) and not merges:
+        return "the adapter is applied as it is (merge_lora: false)"
+    others = sorted({str(dtype_of(weight)) for weight in _weights(lm)} - {str(dtype)})
+    if others:
+        return f"some weights are {', '.join(others)} beside {dtype}"
+    if dtype == torch.bfloat16 and block_size % 2:
+        return f"blocks of {block_size} tokens are odd"
+    return _why_not_config(lm.config, dtype)
+
+
+def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
+    """Return what of a config the kernels do not compute."""
+    kinds = sorted({kind for kind in config.layer_types or () if ATTENTION_KINDS[kind] not in _KINDS})
+    problems = {
+        f"layers are of kind {', '.join(kinds)}": bool(kinds),
+        f"norms are {config.norm_type}": config.norm_type not in _NORMS,
+        "attention and feed-forward are parallel": config.parallel_attn,
+        "feed-forwards are not gated": not config.mlp_gated,
+        f"the activation is {config.hidden_act}": config.hidden_act not in ACTIVATIONS,
+        "the model routes attention heads": bool(config.routed_attention),
+        "layers share their weights": config.shared_layers is not None,
+        "experts or their router have biases": config.expert_bias or config.router_linear_bias,
+        "the gates of experts are cut off": config.swiglu_limit is not None,
+    }
+    if dtype == torch.bfloat16:
+        inner = (config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
+        odd = [size for size in (config.hidden_size, config.head_dim or 0, *inner) if size % 2]
+        problems[f"a size of the model, {odd[0] if odd else 0}, is odd"] = bool(odd)
+    if config.sparse_layers:
+        is_plain = config.router_type == "topk" and config.topk_method == "greedy" and config.capacity_factor is None
+        problems["the router is not a plain top-k"] = not is_plain or config.scoring_func not in SCORINGS
+    return next((reason for reason, holds in problems.items() if holds), None)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes of the packed weights of a model: those of its layers and of the head, adapters merged in."""
+    lm = causal_lm(model)
+    head: Any = lm.get_output_embeddings()
+    weights = [*_weights(lm.get_decoder().get_submodule("layers")), head.weight]
+    return sum(weight.numel() * dtype_of(weight).itemsize for weight in weights)
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the weights that the kernels multiply by, without those of adapters."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | Experts | TopKRouter) and ".lora_" not in name:
+            yield from (weight for weight in layer.parameters(recurse=False) if weight.dim() > 1)

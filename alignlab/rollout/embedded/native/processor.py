@@ -1,0 +1,30 @@
+"""Instructions of this machine's processor that the native step needs."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+NEEDED: dict[torch.dtype, tuple[str, ...]] = {torch.float32: _VECTORS, torch.bfloat16: (*_VECTORS, "avx512_bf16")}
+"""Names of instruction sets, as Linux has them, by the dtype of the weights."""
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets of the first processor, as Linux names them; none on other systems."""
+    if not _CPU_INFO.is_file():
+        return frozenset()
+    for line in _CPU_INFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def missing_flags(dtype: torch.dtype) -> list[str]:
+    """Return the instruction sets that the native step of a dtype needs and this processor lacks."""
+    return [flag for flag in NEEDED[dtype] if flag not in processor_flags()]
