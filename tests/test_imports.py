@@ -15,8 +15,8 @@ SOURCES = sorted([*(ROOT / "alignlab").rglob("*.py"), *(ROOT / "rewards").rglob(
 
 # Each part imports parts that come before it, and none that come after it.
 ORDER = (
-    "errors", "transfer", "masked_tokens", "types", "files", "network", "cpu_threads", "functional", "config", "models",
-    "data", "rollout", "runs", "scoring", "evaluation", "synthesis", "loop", "starting_model", "trainers",
+    "errors", "transfer", "masked_tokens", "types", "files", "network", "cpu_threads", "native", "functional", "config",
+    "models", "data", "rollout", "runs", "scoring", "evaluation", "synthesis", "loop", "starting_model", "trainers",
     "run_from_config", "__init__", "cli", "__main__",
 )
 PUBLIC = {

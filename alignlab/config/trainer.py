@@ -65,7 +65,7 @@ class MemorySettings(Frozen):
 
 
 class NumericsSettings(Frozen):
-    """Precision and order of what a GPU computes, in training and in rollouts alike. On a CPU both change nothing."""
+    """Precision and order of what a GPU computes, in training and in rollouts alike; and kernels of a CPU."""
 
     on_resume = OnResume.RECORDED
     tf32: bool = False
@@ -75,7 +75,10 @@ class NumericsSettings(Frozen):
     """The same run, on the same card and number of ranks with the same versions, gives the same bits, and so does a
     resumed run; otherwise sums are added in any order, and a resumed run is close. Rollouts of vLLM depend on its
     batches in both cases. Costs speed: slower sums and products, compiled kernels that are not tuned, and memory that
-    is filled before it is written."""
+    is filled before it is written. On a CPU this and tf32 change nothing."""
+    native_attention: Literal["auto", "off", "required"] = "auto"
+    """Packed attention in bfloat16 on a CPU, by kernels that a C++ compiler makes of the package's sources: auto takes
+    them where the processor has the instructions and the machine a compiler; required stops where it has not."""
 
 
 class CheckpointSettings(Frozen):

@@ -13,6 +13,7 @@ import torch
 
 from alignlab.config.trainer import NumericsSettings
 from alignlab.errors import ConfigError
+from alignlab.models.native_attention.choice import set_native_attention
 
 _log = logging.getLogger(__name__)
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -23,11 +24,15 @@ VLLM_PRECISION = "VLLM_FLOAT32_MATMUL_PRECISION"
 
 
 def apply_numerics(settings: NumericsSettings) -> None:
-    """Set precision and determinism of this process as a run's config says; on a CPU, log that they change nothing.
+    """Set precision, determinism and kernels of this process as a run's config says.
+
+    On a CPU, the log says that the first two change nothing.
 
     Raises:
-        ConfigError: products cannot be deterministic any more: CUDA has started, or the environment says otherwise.
+        ConfigError: products cannot be deterministic any more: CUDA has started, or the environment says otherwise; or
+            kernels that are required cannot be.
     """
+    set_native_attention(settings.native_attention)
     if not torch.cuda.is_available():
         given = [name for name in ("tf32", "deterministic") if getattr(settings, name)]
         if given:

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from alignlab.models.attention_plan import Block, attention_blocks
 from alignlab.models.flex_attention import flex_packed_attention
+from alignlab.models.native_attention.choice import is_native
+from alignlab.models.native_attention.function import native_attention
 from alignlab.models.own_precision import in_own_precision
 from alignlab.types import Segments
 
@@ -33,12 +35,17 @@ def packed_attention(
         sinks: [H], a logit of each head that joins the softmax, uncapped, and adds nothing to the output.
 
     Returns:
-        [1,N,H,V]. On CUDA by torch's FlexAttention, elsewhere by blocks of matrix products.
+        [1,N,H,V]. On CUDA by torch's FlexAttention; in bfloat16 on a CPU by compiled kernels, where they can be had; by
+        blocks of matrix products elsewhere.
     """
     assert query.shape[0] == 1 and query.shape[2] == segments.num_tokens
     query, key, value = in_autocast_dtype(query, key, value)
     if query.is_cuda:
         return flex_packed_attention(
+            query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
+    if is_native(query, value):
+        return native_attention(
             query, key, value, segments, scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks
         )
     blocks = attention_blocks(segments, sliding_window)

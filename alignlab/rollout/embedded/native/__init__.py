@@ -2,8 +2,6 @@
 
     choice       the native or the Python step, and the reason
     coverage     models and settings that the kernels cover
-    processor    instructions that they need
-    build        compilation, once, into a private folder
     binding      their C interface: checked addresses
     packing      weights in their order
     slabs        memory in large pages

@@ -6,15 +6,17 @@ Letters in shapes: N tokens, M rows of a product, D hidden size, H heads, K kv h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from alignlab.rollout.embedded.native.build import BuildError, load_library
+from alignlab.native.binding import Held, address, fields
+from alignlab.native.build import BuildError, load_library
 
+SOURCE = Path(__file__).parent / "source" / "kernels.cpp"
 PANEL = 32
 """Outputs in a panel of a packed weight."""
 LANES = 16
@@ -22,60 +24,10 @@ TILE_ROWS = 12
 """Queries whose scores a thread holds at one time."""
 
 
-def address(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the address of a tensor, after checking that it is what a kernel reads: a wrong one would be a crash.
-
-    Args:
-        shape: that it must have; -1 allows any size.
-
-    Raises:
-        ValueError: its shape, dtype, device or layout is another.
-    """
-    fits = tensor.dim() == len(shape) and all(n in (-1, m) for n, m in zip(shape, tensor.shape, strict=True))
-    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(
-            f"a native kernel reads {dtype} of shape {tuple(shape)}, contiguous on the CPU, and was given "
-            f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-        )
-    return tensor.data_ptr()
-
-
-class Held(ctypes.Structure):
-    """A structure that keeps the tensors whose addresses it has."""
-
-    def hold(self, **fields: Any) -> None:
-        """Set fields; a pair (tensor, shape, dtype) is checked, held, and its address set."""
-        for name, value in fields.items():
-            self.keep(name, value)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Set one field, as `hold`."""
-        held = self.__dict__.setdefault("held", {})
-        if isinstance(value, tuple):
-            tensor, shape, dtype = value
-            held[name] = tensor
-            value = address(tensor, shape, dtype)
-        elif isinstance(value, ctypes.Structure | ctypes.Array):
-            held[name] = value
-            if dict(self._fields_)[name] is ctypes.c_void_p:  # type: ignore[arg-type]
-                value = ctypes.addressof(value)
-        setattr(self, name, value)
-
-
-def _fields(text: str) -> list[tuple[str, type]]:
-    """Return fields of 8 bytes: `*name` an address, `name` an integer, `name.` a double."""
-    kinds = {"*": ctypes.c_void_p, ".": ctypes.c_double}
-    fields: list[tuple[str, type]] = []
-    for word in text.split():
-        kind = kinds.get(word[0]) or kinds.get(word[-1]) or ctypes.c_int64
-        fields.append((word.strip("*."), kind))
-    return fields
-
-
 class WeightStruct(Held):
     """`Weight` in source/product.h."""
 
-    _fields_: ClassVar = _fields("*panels *bias outputs words")
+    _fields_: ClassVar = fields("*panels *bias outputs words")
 
 
 class FeedForwardStruct(Held):
@@ -86,8 +38,8 @@ class FeedForwardStruct(Held):
 
 class ExpertsStruct(Held):
     _fields_: ClassVar = [
-        *_fields("num_experts num_chosen"), ("router", WeightStruct),
-        *_fields("*choice_bias scoring normalizes factor. exact_logits *experts"),
+        *fields("num_experts num_chosen"), ("router", WeightStruct),
+        *fields("*choice_bias scoring normalizes factor. exact_logits *experts"),
         ("shared", FeedForwardStruct), ("shared_gate", WeightStruct),
     ]
 
@@ -95,7 +47,7 @@ class ExpertsStruct(Held):
 class LayerStruct(Held):
     _fields_: ClassVar = [
         ("qkv", WeightStruct), ("out", WeightStruct), ("mlp", FeedForwardStruct), ("sparse", ExpertsStruct),
-        *_fields(
+        *fields(
             "*before_attention *after_attention *before_mlp *after_mlp *query_norm *key_norm *sinks norms_all_heads "
             "*cosines *sines rotary scaling. softcap. window pool *keys *values"
         ),
@@ -103,14 +55,14 @@ class LayerStruct(Held):
 
 
 class ModelStruct(Held):
-    _fields_: ClassVar = _fields(
+    _fields_: ClassVar = fields(
         "*layers num_layers hidden heads kv_heads head_size inner activation eps. *embeddings multiplier. *final_norm "
         "block_size"
     )
 
 
 class StepStruct(Held):
-    _fields_: ClassVar = _fields(
+    _fields_: ClassVar = fields(
         "*tokens *positions *works *starts *tables *logit_tokens num_tokens num_works width num_logits num_threads "
         "num_keys *residual *normed *qkv *queries *attended *activated *outputs *scores *gathered *gates *logits "
         "*orders *choices num_sparse *hidden"
@@ -137,7 +89,7 @@ class Kernels:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.per_word = 4 // dtype.itemsize
-        self._library = load_library(dtype)
+        self._library = load_library(SOURCE, dtype)
         for name in _FUNCTIONS:
             if not hasattr(self._library, name):
                 raise BuildError(f"the compiled kernels lack {name}; remove them, they are compiled again")

@@ -12,8 +12,8 @@ from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.kv_approximation.choice import approximation_of
+from alignlab.native.build import BuildError
 from alignlab.rollout.embedded.native.binding import Kernels, kernels_of
-from alignlab.rollout.embedded.native.build import BuildError
 from alignlab.rollout.embedded.native.coverage import why_not_native
 from alignlab.rollout.embedded.native.runner import NativeRunner
 from alignlab.rollout.embedded.native.weights import NativeWeights

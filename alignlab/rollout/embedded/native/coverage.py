@@ -18,8 +18,8 @@ from alignlab.models.merging import wrappers
 from alignlab.models.moe import Experts
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.native.processor import NEEDED, missing_flags
 from alignlab.rollout.embedded.native.packing import ACTIVATIONS, SCORINGS
-from alignlab.rollout.embedded.native.processor import NEEDED, missing_flags
 
 _KINDS = (Attention, SlidingAttention)
 _NORMS = ("rmsnorm", "zero_centered_rmsnorm")

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.native.build import COMPILER
+from alignlab.native.processor import missing_flags
 from alignlab.rollout.embedded.engine import EmbeddedEngine
-from alignlab.rollout.embedded.native.build import COMPILER
-from alignlab.rollout.embedded.native.processor import missing_flags
 from tests.rollout.conftest import SIZES, VOCAB
 
 needs_kernels = pytest.mark.skipif(

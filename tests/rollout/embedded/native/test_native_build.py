@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.native import build
+from alignlab.native.build import BuildError, load_library, native_folder
 from alignlab.rollout.embedded.engine import EmbeddedEngine
-from alignlab.rollout.embedded.native import build, choice, coverage
-from alignlab.rollout.embedded.native.binding import kernels_of
-from alignlab.rollout.embedded.native.build import BuildError, load_library, native_folder
+from alignlab.rollout.embedded.native import choice, coverage
+from alignlab.rollout.embedded.native.binding import SOURCE, kernels_of
 from alignlab.rollout.embedded.native.runner import NativeRunner
 from alignlab.types import SamplingParams
 from tests.models.attention_kinds import make_model
@@ -36,7 +38,7 @@ MakeCompiler = Callable[..., Path]
 def compiled(tmp_path: Path) -> Path:
     """A library that was compiled before."""
     kernels_of(FLOAT32)
-    return build.native_folder() / f"{build._digest(_compiler(), FLOAT32)}.so"
+    return build.native_folder() / f"{build._digest(_compiler(), SOURCE, FLOAT32)}.so"
 
 
 def _compiler() -> str:
@@ -75,13 +77,13 @@ def test_one_compilation_serves_threads_that_need_it_together_and_later_calls(
     compiled: Path, fake_compiler: MakeCompiler
 ) -> None:
     runs, libraries = fake_compiler(compiled), []
-    threads = [threading.Thread(target=lambda: libraries.append(load_library(FLOAT32))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: libraries.append(load_library(SOURCE, FLOAT32))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(libraries) == 4 and count(runs) == 1
-    load_library(FLOAT32)
+    load_library(SOURCE, FLOAT32)
     assert count(runs) == 1
     assert stat.S_IMODE(native_folder().stat().st_mode) == 0o700
     assert sorted(path.suffix for path in native_folder().iterdir()) == [".lock", ".so"]
@@ -92,17 +94,16 @@ def test_another_compiler_source_or_processor_compiles_again(
     compiled: Path, fake_compiler: MakeCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     runs = fake_compiler(compiled)
-    load_library(FLOAT32)
+    load_library(SOURCE, FLOAT32)
     fake_compiler(compiled, version="fake 2")
-    load_library(FLOAT32)
+    load_library(SOURCE, FLOAT32)
     assert count(runs) == 2
     monkeypatch.setattr(build, "processor_flags", lambda: frozenset(["avx512f"]))
-    load_library(FLOAT32)
+    load_library(SOURCE, FLOAT32)
     assert count(runs) == 3
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "kernels.cpp").write_text("int x;")
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "source")
-    load_library(FLOAT32)
+    load_library(tmp_path / "source" / "kernels.cpp", FLOAT32)
     assert count(runs) == 4
 
 
@@ -110,16 +111,16 @@ def test_another_compiler_source_or_processor_compiles_again(
 def test_half_a_file_is_compiled_again(compiled: Path, fake_compiler: MakeCompiler) -> None:
     runs = fake_compiler(compiled)
     native_folder().mkdir(mode=0o700, parents=True)
-    library = native_folder() / f"{build._digest(_compiler(), FLOAT32)}.so"
+    library = native_folder() / f"{build._digest(_compiler(), SOURCE, FLOAT32)}.so"
     library.write_bytes(b"\x7fELF")
-    load_library(FLOAT32)
+    load_library(SOURCE, FLOAT32)
     assert count(runs) == 1 and library.stat().st_size == compiled.stat().st_size
 
 
 def test_a_compiler_that_fails_is_named_with_its_message_and_leaves_nothing(fake_compiler: MakeCompiler) -> None:
     fake_compiler(None, status=3)
     with pytest.raises(BuildError, match=r"g\+\+ fails with status 3: no such instruction"):
-        load_library(FLOAT32)
+        load_library(SOURCE, FLOAT32)
     assert [path.suffix for path in native_folder().iterdir()] == [".lock"]
 
 
@@ -127,7 +128,7 @@ def test_a_result_that_is_no_library_is_refused(fake_compiler: MakeCompiler, tmp
     (tmp_path / "text").write_text("not a library")
     fake_compiler(tmp_path / "text")
     with pytest.raises(BuildError, match="cannot be loaded"):
-        load_library(FLOAT32)
+        load_library(SOURCE, FLOAT32)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o720])
@@ -136,7 +137,7 @@ def test_a_folder_that_others_may_write_to_is_refused(mode: int, fake_compiler: 
     native_folder().mkdir(parents=True)
     native_folder().chmod(mode)
     with pytest.raises(BuildError, match="writable by no other"):
-        load_library(FLOAT32)
+        load_library(SOURCE, FLOAT32)
     assert count(runs) == 0
 
 
@@ -146,18 +147,18 @@ def test_a_folder_that_is_a_link_or_cannot_be_made_is_refused(fake_compiler: Mak
     native_folder().parent.mkdir(parents=True)
     native_folder().symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BuildError, match="cannot be used"):
-        load_library(FLOAT32)
+        load_library(SOURCE, FLOAT32)
     native_folder().unlink()
     native_folder().write_text("a file")
     with pytest.raises(BuildError, match="cannot be used"):
-        load_library(FLOAT32)
+        load_library(SOURCE, FLOAT32)
 
 
 def test_without_a_compiler_the_python_step_decodes_and_the_log_says_why_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     monkeypatch.setattr(coverage, "missing_flags", lambda dtype: [])
-    monkeypatch.setattr(choice, "kernels_of", load_library)  # as in a process that has not loaded them
+    monkeypatch.setattr(choice, "kernels_of", partial(load_library, SOURCE))  # as in a process that has not loaded them
     monkeypatch.setenv("PATH", "/nowhere")
     choice._log_once.cache_clear()
     model = model_of("llama", dtype=torch.bfloat16)
@@ -186,6 +187,10 @@ UNCOVERED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "blocks of 5 tokens are odd": (lambda: _own().bfloat16(), {"block_size": 5}),
     "a size of the model, 51, is odd": (lambda: _own(intermediate_size=51).bfloat16(), {}),
     r"the cache approximates keys and values \(kv_cache: int8\)": (lambda: _own(), {"kv_cache": {"type": "int8"}}),
+    "layers share their weights": (lambda: _own(shared_layers=[0] * SIZES["num_hidden_layers"]), {}),
+    "experts or their router have biases": (lambda: _own(**MIXTURE, expert_bias=True, swiglu_limit=7.0), {}),
+    "the gates of experts are cut off": (lambda: _own(**MIXTURE, swiglu_limit=7.0), {}),
+    "own layer for multi-token prediction": (lambda: _own(num_mtp_layers=1), {"speculation": {"type": "mtp"}}),
     "the adapter is applied as it is": (lambda: adapted(_own()), {"merge_lora": False}),
 }
 
@@ -213,5 +218,5 @@ def test_models_of_transformers_float32_and_other_processors_keep_the_python_ste
     assert "float32" in reason(_own())
     assert reason(_own().bfloat16(), "off") == "rollout.native is off"
     assert reason(_own(), device="cuda") == "the engine runs on cuda"
-    monkeypatch.setattr("alignlab.rollout.embedded.native.processor.processor_flags", lambda: frozenset(["avx2"]))
+    monkeypatch.setattr("alignlab.native.processor.processor_flags", lambda: frozenset(["avx2"]))
     assert reason(_own().bfloat16()).startswith("the processor has no fma, avx512f")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.beams import BeamParams
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.native.model import NativeModel
 from alignlab.rollout.embedded.native.runner import NativeRunner
@@ -57,6 +58,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "one at a time": {"max_running": 1},
     "pre-empted": {"cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6},
     "large blocks": {"block_size": 48},
+    "drafts": {"speculation": {"type": "ngram", "min_match": 1, "num_drafts": 3, "always": True}},
 }
 
 
@@ -73,6 +75,18 @@ def test_results_do_not_depend_on_other_rows_chunks_blocks_or_preemption(
     )
     assert as_sampled(other.generate(PROMPTS, SAMPLING)) == as_sampled(plain.generate(PROMPTS, SAMPLING))
     assert (other.num_preempted > 0) == (schedule == "pre-empted")
+
+
+@pytest.mark.parametrize("shape", ["windows-caps", "sigmoid-shared"])
+def test_beams_are_those_of_the_python_step(shape: str, both: MakeBoth) -> None:
+    python, native = (
+        engine.beam_search(PROMPTS[:2], BeamParams(num_beams=3, num_best=2, max_new_tokens=8))
+        for engine in both(model_of(shape))
+    )
+    for expected, found in zip(python, native, strict=True):
+        assert found.scores == pytest.approx(expected.scores, abs=1e-5)
+        for one, other in zip(expected.rollout.completions, found.rollout.completions, strict=True):
+            assert one.token_ids == other.token_ids
 
 
 @DTYPES

@@ -1,4 +1,4 @@
-"""Instructions of this machine's processor that the native step needs."""
+"""Instructions of this machine's processor that compiled kernels need."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def processor_flags() -> frozenset[str]:
 
 
 def missing_flags(dtype: torch.dtype) -> list[str]:
-    """Return the instruction sets that the native step of a dtype needs and this processor lacks."""
+    """Return the instruction sets that kernels of a dtype need and this processor lacks."""
     return [flag for flag in NEEDED[dtype] if flag not in processor_flags()]

@@ -23,10 +23,11 @@ import torch
 
 from alignlab.errors import ConfigError
 from alignlab.files.paths import cache_folder
-from alignlab.rollout.embedded.native.processor import NEEDED, processor_flags
+from alignlab.native.processor import NEEDED, processor_flags
 
 logger = logging.getLogger(__name__)
-SOURCE = Path(__file__).parent / "source"
+SHARED = Path(__file__).parent / "source"
+"""Headers that all sources may include."""
 COMPILER = "g++"
 STORAGE = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno")
@@ -38,8 +39,12 @@ class BuildError(Exception):
     """The kernels could not be built or loaded; the message says why."""
 
 
-def load_library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the kernels for a dtype of weights, which are compiled where they are not yet.
+def load_library(source: Path, dtype: torch.dtype) -> ctypes.CDLL:
+    """Return kernels for a type of storage, which are compiled where they are not yet.
+
+    Args:
+        source: the .cpp file, beside its own headers.
+        dtype: float32 or bfloat16.
 
     Raises:
         BuildError: there is no compiler, it fails, or the folder for its results is not this user's alone.
@@ -49,11 +54,11 @@ def load_library(dtype: torch.dtype) -> ctypes.CDLL:
         raise BuildError(f"there is no compiler {COMPILER} on the PATH; install one")
     try:
         with _private_folder(native_folder()) as handle:
-            path = native_folder() / f"{_digest(compiler, dtype)}.so"
+            path = native_folder() / f"{_digest(compiler, source, dtype)}.so"
             with _locked(path.with_suffix(".lock")):
                 library = _loaded(handle, path.name)
                 if library is None:  # there is none, or one that a power cut has left half written
-                    _compile(compiler, dtype, path)
+                    _compile(compiler, source, dtype, path)
                     library = _loaded(handle, path.name)
     except ConfigError as error:  # no home folder is known
         raise BuildError(str(error)) from error
@@ -90,9 +95,10 @@ def _private_folder(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _digest(compiler: str, dtype: torch.dtype) -> str:
+def _digest(compiler: str, source: Path, dtype: torch.dtype) -> str:
     """Return a digest of the sources, the compiler and its arguments, and the processor's instructions."""
-    parts = [*(path.name.encode() + b"\0" + path.read_bytes() for path in sorted(SOURCE.iterdir()))]
+    files = [source, *sorted(source.parent.glob("*.h")), *sorted(SHARED.glob("*.h"))]
+    parts = [path.name.encode() + b"\0" + path.read_bytes() for path in files]
     version = _run([compiler, "--version"])
     parts += [text.encode() for text in (compiler, version, *_arguments(dtype), *sorted(processor_flags()))]
     digest = blake2b(digest_size=16)
@@ -104,21 +110,21 @@ def _digest(compiler: str, dtype: torch.dtype) -> str:
 def _arguments(dtype: torch.dtype) -> list[str]:
     """Return the compiler's arguments: the instructions that are needed by name, and no others of the processor."""
     instructions = [f"-m{flag.replace('_', '')}" for flag in NEEDED[dtype]]
-    return [*_FLAGS, *instructions, f"-DALIGNLAB_STORAGE={STORAGE[dtype]}"]
+    return [*_FLAGS, f"-I{SHARED}", *instructions, f"-DALIGNLAB_STORAGE={STORAGE[dtype]}"]
 
 
-def _compile(compiler: str, dtype: torch.dtype, path: Path) -> None:
+def _compile(compiler: str, source: Path, dtype: torch.dtype, path: Path) -> None:
     """Compile the kernels to a path, which is there only when they are whole."""
     started = time.monotonic()
     handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        _run([compiler, *_arguments(dtype), str(SOURCE / "kernels.cpp"), "-o", name])
+        _run([compiler, *_arguments(dtype), str(source), "-o", name])
         os.chmod(name, 0o700)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-    logger.info("compiled the native decoding step in %.1f s, to %s", time.monotonic() - started, path)
+    logger.info("compiled %s in %.1f s, to %s", source.name, time.monotonic() - started, path)
 
 
 def _run(command: list[str]) -> str:
