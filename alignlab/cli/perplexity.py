@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_WINDOW = 1024
 _OTHERS = (
-    "set", "system_prompt", "extract", "num_problems", "num_samples", "pass_at", "show", "strategy", "pool",
-    *SAMPLING_FLAGS, "stop",
+    "set", "system_prompt", "extract", "num_problems", "num_samples", "pass_at", "strategy", "pool",
+    *SAMPLING_FLAGS, "stop", "banned_words", "logit_bias", "regex", "json_schema",
 )  # fmt: skip
 """Flags that have nothing to say about given texts."""
 
@@ -48,9 +48,9 @@ def check_perplexity_arguments(args: argparse.Namespace) -> None:
         if given is not None:
             raise ConfigError(f"--{given} is for --perplexity FILE; leave it out, or add that")
         return
-    given = next((name for name in _OTHERS if getattr(args, name)), None)
+    given = next((name for name in _OTHERS if getattr(args, name) not in (None, [])), "show" if args.show else None)
     if given is not None:
-        flag = f"--{given.replace('_', '-')}"
+        flag = "--ban" if given == "banned_words" else f"--{given.replace('_', '-')}"
         raise ConfigError(f"{flag} is about sampled answers, and --perplexity about given texts; leave one out")
     if args.calibrate is not None and args.calibrate == args.perplexity:
         raise ConfigError(

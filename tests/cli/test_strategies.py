@@ -179,6 +179,9 @@ def test_perplexity_of_a_text_and_of_completions(folder, tmp_path, capsys):
         (["--perplexity", "{folder}/text.txt", "--calibrate", "{folder}/none.txt"], "none.txt cannot be read"),
         (["--perplexity", "{folder}/text.txt", "--num-samples", "3"], "--num-samples is about sampled answers"),
         (["--perplexity", "{folder}/text.txt", "--strategy", "majority"], "--strategy is about sampled answers"),
+        (["--perplexity", "{folder}/text.txt", "--ban", "red"], "--ban is about sampled answers"),
+        (["--perplexity", "{folder}/text.txt", "--temperature", "0"], "--temperature is about sampled answers"),
+        (["--perplexity", "{folder}/text.txt", "--show", "2"], "--show is about sampled answers"),
         (["--task", "chain_sum", "--calibrate", "{folder}/held.txt"], "--calibrate is for --perplexity"),
     ],
 )

@@ -7,9 +7,10 @@ Reference: Muennighoff et al. (2025), s1, arXiv:2501.19393, Sec. 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -76,8 +77,8 @@ class BudgetForcing:
 
     Args:
         engine, tokenizer: of the policy.
-        sampling: temperature and truncation; its stop strings end the answer, and the thinking where `settings.end` is
-            None. Its lengths are not used.
+        sampling: temperature and truncation. Its stop strings end the answer, and the thinking where `settings.end` is
+            None; a pattern or a schema is the answer's; forced tokens are the thinking's. Its lengths are not used.
         settings: the strategy's.
         seed: of the sampling.
     """
@@ -101,7 +102,7 @@ class BudgetForcing:
             self._think(prompts, early)
         for trace in traces:
             self._put(trace, (self._settings.end or "") + self._settings.cue)
-        self._extend(prompts, traces, [self._settings.answer_tokens] * len(traces), self._sampling.stop)
+        self._extend(prompts, traces, [self._settings.answer_tokens] * len(traces), {"forced_tokens": ()})
         completions = [trace.completion(self._tokenizer) for trace in traces]
         return [
             Rollout(prompt, tuple(completions[row * samples : (row + 1) * samples]))
@@ -116,19 +117,25 @@ class BudgetForcing:
         # An end that is one token may be a special one, which the text that engines search for stop strings lacks.
         stop_ids = tuple(end_ids) if len(end_ids) == 1 else ()
         starts = [len(trace.token_ids) for trace in traces]
-        self._extend(
-            prompts, traces, [trace.left for trace in traces], () if stop_ids else stop, stop_ids, together=first
-        )
+        own = {"stop": () if stop_ids else tuple(stop), "stop_token_ids": stop_ids, "regex": None, "json_schema": None}
+        later = {} if first else {"forced_tokens": ()}
+        self._extend(prompts, traces, [trace.left for trace in traces], {**own, **later}, together=first)
         for trace, start in zip(traces, starts, strict=True):
             trace.left -= len(trace.token_ids) - start
             if trace.ended:
                 self._take_end_away(trace, start, stop)
 
     def _extend(
-        self, prompts: Sequence[Prompt], traces: Sequence[Trace], lengths: Sequence[int], stop: Sequence[str],
-        stop_ids: tuple[int, ...] = (), *, together: bool = False,
+        self, prompts: Sequence[Prompt], traces: Sequence[Trace], lengths: Sequence[int], changes: Mapping[str, Any],
+        *, together: bool = False,
     ) -> None:
-        """Generate up to a number of tokens behind each trace; `together`: of traces that are empty, a prompt once."""
+        """Generate up to a number of tokens behind each trace.
+
+        Args:
+            lengths: these numbers.
+            changes: parameters of the sampling that are others in this stage.
+            together: whether the traces are empty, so that those of a prompt are samples of it.
+        """
         if not traces:
             return
         step = self._settings.samples if together else 1
@@ -136,8 +143,7 @@ class BudgetForcing:
             replace(prompts[trace.prompt], token_ids=(*prompts[trace.prompt].token_ids, *trace.token_ids))
             for trace in traces[::step]
         ]
-        sampling = self._sampling.params(n=step, seed=self._seed)
-        sampling = replace(sampling, min_new_tokens=0, stop=tuple(stop), stop_token_ids=stop_ids)
+        sampling = replace(self._sampling.params(n=step, seed=self._seed), min_new_tokens=0, **changes)
         params = [replace(sampling, max_new_tokens=length) for length in lengths[::step]]
         written = [completion for rollout in self._engine.generate(asked, params) for completion in rollout.completions]
         for trace, completion in zip(traces, written, strict=True):

@@ -61,11 +61,15 @@ class ScriptedEngine:
         )
 
 
-def forced(script: dict[str, Sequence[str]], budget: int, *, pair: str = "", **settings: object):
+def forced(
+    script: dict[str, Sequence[str]], budget: int, *, pair: str = "", sampling: dict[str, object] | None = None,
+    **settings: object,
+):
     tokenizer = Characters(pair)
     engine = ScriptedEngine(script, tokenizer)
     strategy = Budget.model_validate({"budgets": [budget], "cue": ":", "answer_tokens": 2, **settings})
-    forcing = BudgetForcing(engine, tokenizer, SamplingSettings(temperature=0.5), strategy, seed=3)  # type: ignore
+    sampled = SamplingSettings.model_validate({"temperature": 0.5, **(sampling or {})})
+    forcing = BudgetForcing(engine, tokenizer, sampled, strategy, seed=3)  # type: ignore[arg-type]
     [rollout] = forcing.generate([Prompt((ord("q"),), "q")], budget)
     return rollout.completions, engine.asked
 
@@ -114,6 +118,15 @@ def test_an_end_that_is_one_token_is_looked_for_as_a_token():
     assert completion.text == "abE:5" and completion.writers == ("policy",) * 2 + ("user",) * 2 + ("policy",) * 2
     assert (asked[0][1].stop, asked[0][1].stop_token_ids) == ((), (ord("E"),))
     assert (asked[1][1].stop, asked[1][1].stop_token_ids) == ((), ())
+
+
+def test_a_pattern_is_the_answer_s_and_forced_tokens_are_the_thinking_s():
+    sampling = {"regex": "[0-9]", "forced_tokens": {0: ord("a")}, "stop": ("!",)}
+    script = {"q": ["ab$"], "qabW": ["cdef"], "qabWcd:": ["5$"]}
+    _, asked = forced(script, 5, waits=1, wait="W", sampling=sampling)
+    assert [params.regex for _, params in asked] == [None, None, "[0-9]"]
+    assert [params.forced_tokens for _, params in asked] == [((0, ord("a")),), (), ()]
+    assert all(params.stop == ("!",) for _, params in asked)
 
 
 def test_a_token_across_the_end_of_thinking_is_cut_in_two():
