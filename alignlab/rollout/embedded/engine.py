@@ -30,7 +30,7 @@ from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
 from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
-from alignlab.rollout.embedded.sequence import Request, TokenSequence, make_request
+from alignlab.rollout.embedded.sequence import TokenSequence, make_request, scored_sequences
 from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
@@ -257,13 +257,7 @@ class EmbeddedEngine:
         """Return a sequence for each completion, in order, checked."""
         self._require_idle()
         check_completions(rollouts, self._vocab_size, self._limits(shorten="shorten the prompt or the completion"))
-        sequences = []
-        for rollout in rollouts:
-            request = Request(rollout.prompt, SamplingParams(), frozenset())
-            for completion in rollout.completions:
-                token_ids = [*rollout.prompt.token_ids, *completion.token_ids[:-1]]
-                sequences.append(TokenSequence(request, 0, token_ids, scored_ids=completion.token_ids))
-        return sequences
+        return scored_sequences(rollouts)
 
     @property
     def _vocab_size(self) -> int:
@@ -347,7 +341,7 @@ class EmbeddedEngine:
         self._speculation.draft(scheduler.running)
         step, outputs = self._next_step(scheduler)
         num_drafts = sum(sequence.num_drafts for sequence, _ in outputs)
-        num_kept = sample_outputs(
+        num_tokens, num_kept = sample_outputs(
             step, outputs, self._runner, self._sampler, self.policy_version, self._speculation.observe
         )
         self._speculation.record(step, num_drafts, num_kept)
@@ -355,7 +349,7 @@ class EmbeddedEngine:
             if sequence.finish_reason is not None:
                 records[sequence] = self._runner.records(sequence)
                 scheduler.finish(sequence)
-        return len(outputs) + num_kept
+        return num_tokens
 
     @torch.inference_mode()
     def _score_step(self, scheduler: Scheduler) -> None:

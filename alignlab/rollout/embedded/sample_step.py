@@ -17,13 +17,16 @@ from alignlab.rollout.embedded.sequence import TokenSequence
 def sample_outputs(
     step: Step, outputs: Sequence[tuple[TokenSequence, slice]], runner: Runner, sampler: Sampler, version: int,
     observe: Callable[[Sequence[tuple[TokenSequence, slice]], Tensor], None],
-) -> int:
-    """Compute a step, and append the tokens that are sampled from it; return how many of them were drafted.
+) -> tuple[int, int]:
+    """Compute a step, and append the tokens that are sampled from it.
 
     Args:
         outputs: the sequences that get logits, each with its rows among all logits of the step.
         version: of the weights.
         observe: is told `outputs` with the final states of their rows [M,D].
+
+    Returns:
+        The number of tokens that were appended, and of those that were drafted.
 
     Raises:
         RolloutError: as `Sampler.draw`.
@@ -37,17 +40,18 @@ def sample_outputs(
     hidden, (rows, *inputs) = runner.hidden(step, [torch.tensor(chosen, dtype=torch.int64), *inputs])
     observe(outputs, hidden)
     if not places:
-        return 0
-    if len(rows) < hidden.shape[0]:
-        hidden, rows = hidden.index_select(0, rows), rows[:0]
-    logits = runner.logits(hidden)
-    if len(rows) > logits.shape[0]:
-        logits = logits.index_select(0, rows)
+        return 0, 0
+    if chosen == list(range(hidden.shape[0])):
+        logits = runner.logits(hidden)
+    elif len(chosen) > hidden.shape[0]:
+        logits = runner.logits(hidden).index_select(0, rows)
+    else:
+        logits = runner.logits(hidden.index_select(0, rows))
     draws = iter(sampler.draw(logits, places, inputs))
     num_kept = 0
     for sequence, _ in sampled:
         num_kept += keep(sequence, [next(draws) for _ in range(1 + sequence.num_drafts)], version)
-    return num_kept
+    return len(sampled) + num_kept, num_kept
 
 
 def keep(sequence: TokenSequence, draws: Sequence[Draw], version: int) -> int:

@@ -13,7 +13,7 @@ from alignlab.rollout.detokenizer import Detokenizer
 from alignlab.rollout.embedded.block_pools import Tables
 from alignlab.rollout.grammars import Grammar, GrammarState, grammar_of
 from alignlab.rollout.requests import end_token_ids
-from alignlab.types import Completion, FinishReason, Prompt, SamplingParams
+from alignlab.types import Completion, FinishReason, Prompt, Rollout, SamplingParams
 
 
 @dataclass(eq=False)
@@ -176,3 +176,14 @@ class TokenSequence:
             raw_logprobs=tuple(self.raw_logprobs), finish_reason=self.finish_reason,
             policy_versions=tuple(self.versions),
         )
+
+
+def scored_sequences(rollouts: Sequence[Rollout]) -> list[TokenSequence]:
+    """Return a sequence for each completion, whose log-probs are computed."""
+    sequences = []
+    for rollout in rollouts:
+        request = Request(rollout.prompt, SamplingParams(), frozenset())
+        for completion in rollout.completions:
+            token_ids = [*rollout.prompt.token_ids, *completion.token_ids[:-1]]
+            sequences.append(TokenSequence(request, 0, token_ids, scored_ids=completion.token_ids))
+    return sequences

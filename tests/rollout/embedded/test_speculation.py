@@ -279,13 +279,14 @@ def mtp_guess(model: Any, ids: Sequence[int]) -> int:
 def test_mtp_drafts_change_nothing(
     schedule: str, num_drafts: int, ahead: PreTrainedModel, make_engine: MakeEngine
 ) -> None:
-    sampling = SamplingParams(n=2, seed=3, max_new_tokens=14, temperature=0.3)
-    prompts = [*make_prompts(5, 9, 1), *repetitive(1)]
+    sampling = SamplingParams(n=3, seed=3, max_new_tokens=10, temperature=0.3)
+    prompts = [*make_prompts(3, 9, 1), *repetitive(1)]
     expected = make_engine(ahead).generate(prompts, sampling)
     settings = {"type": "mtp", "num_drafts": num_drafts, "always": True}
     engine = make_engine(ahead, **SCHEDULES[schedule] | {"cache_tokens": 400}, speculation=settings)
     for _ in range(2):
         assert_same(expected, engine.generate(prompts, sampling))
+    assert_same(expected[:1], engine.generate(prompts[:1], sampling))  # as many forks as tokens of the prompt
     assert engine._speculation.num_drafted > 0
 
 
