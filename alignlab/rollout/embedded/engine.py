@@ -15,7 +15,7 @@ from alignlab.config.rollout import RolloutSettings, approximate_cache, cache_gr
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
-from alignlab.models.kv_approximation.choice import approximation_of, check_cache
+from alignlab.models.kv_approximation.choice import check_cache
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.beam_search import PromptBeams, advance
@@ -83,12 +83,10 @@ class EmbeddedEngine:
             model = self._copy = whole_copy(model)
         self._lm = causal_lm(model)
         self._weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-        cache = approximate_cache(settings)
         self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
         self._runner = Runner(
             model, self._weights, self._block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-            approximation=None if cache is None else approximation_of(cache),
-            records_cache=cache is not None and cache.replay,
+            cache=approximate_cache(settings),
         )
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
         self._sampler = Sampler()
