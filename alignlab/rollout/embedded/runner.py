@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alignlab.config.kv_cache import ApproximateCache
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
-from alignlab.models.kv_approximation.protocol import KVApproximation
+from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.models.layout import Layout
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
@@ -69,8 +70,7 @@ class Runner:
         block_size: tokens in a block of the cache.
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
-        approximation: see `PagedCache`.
-        records_cache: record how it rounds, for the trainer.
+        cache: settings of a cache that approximates; how it rounds is recorded where the trainer replays it.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -79,14 +79,15 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
-        approximation: KVApproximation | None = None, records_cache: bool = False,
+        cache: ApproximateCache | None = None,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
+        approximation = None if cache is None else approximation_of(cache)
         self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
-        self._records_cache = records_cache
+        self._records_cache = cache is not None and cache.replay
         self._model = model
         self._weights = weights
         self._max_running = max_running

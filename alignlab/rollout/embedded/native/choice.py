@@ -11,7 +11,6 @@ from alignlab.config.rollout import RolloutSettings, approximate_cache
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
-from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.native.build import BuildError
 from alignlab.rollout.embedded.native.binding import Kernels, kernels_of
 from alignlab.rollout.embedded.native.coverage import why_not_native
@@ -39,11 +38,9 @@ def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) ->
         native = NativeWeights(model, kernels, merge=settings.merge_lora)
         return native, NativeRunner(model, native, kernels, block_size, max_running=settings.max_running)
     weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
-    cache = approximate_cache(settings)
     runner = Runner(
         model, weights, block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-        approximation=None if cache is None else approximation_of(cache),
-        records_cache=cache is not None and cache.replay,
+        cache=approximate_cache(settings),
     )
     return weights, runner
 
