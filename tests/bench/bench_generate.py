@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from alignlab.config.rollout import EngineSettings, RolloutSettings, VLLMSettings
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
-from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.export import Model
+from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.rollout.engine import RolloutEngine, make_engine
 from alignlab.types import Prompt, SamplingParams
 from tests.bench.servers import served
