@@ -32,6 +32,7 @@ class NativeModel:
     Attributes:
         struct: what the kernels are given.
         head: packed weight of the logits.
+        num_embeddings: rows of the embedding table.
         num_bytes: of packed weights.
     """
 
@@ -51,7 +52,7 @@ class NativeModel:
         self.head: WeightStruct = packer.stacked([head.weight], [head.bias])
         embeddings = packer.plain(lm.get_input_embeddings()).weight.detach()
         self.struct = self._model(embeddings, packer.plain(self._decoder.norm))
-        self.num_bytes = packer.num_bytes
+        self.num_embeddings, self.num_bytes = len(embeddings), packer.num_bytes
         self._num_positions = 0
         self._rotations: dict[str, tuple[Tensor, Tensor]] = {}
         self._cached: dict[int, dict[str, Tensor]] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.native.binding import Kernels
 from alignlab.rollout.embedded.native.sampling import NativeSampling
-from alignlab.rollout.embedded.native.step_memory import StepMemory, places_of
+from alignlab.rollout.embedded.native.step_memory import StepMemory, check_places, places_of
 from alignlab.rollout.embedded.native.weights import NativeWeights
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.sampler import Sampler
@@ -48,6 +48,7 @@ class NativeRunner(Runner):
         packed = self._native_weights.packed
         memory = self._memory = self._memory or StepMemory(packed.config, self._kernels)
         places = places_of(step.work, self.cache)
+        check_places(places, self.cache, packed.num_embeddings)
         packed.use_cache(self.cache)
         packed.reach(places.num_positions)
         struct, hidden, choices = memory.step(places, self.cache)

@@ -64,6 +64,21 @@ def places_of(work: Sequence[Work], cache: PagedCache) -> StepPlaces:
     return StepPlaces(*(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays))
 
 
+def check_places(places: StepPlaces, cache: PagedCache, num_embeddings: int) -> None:
+    """Check that tokens have embeddings, and blocks are in the cache: kernels read and write there unasked.
+
+    Raises:
+        ValueError: one is not.
+    """
+    low, high = (int(value) for value in places.tokens.aminmax())
+    if low < 0 or high >= num_embeddings:
+        raise ValueError(f"tokens are {low} to {high}, and the model has {num_embeddings} embeddings")
+    for window, table in zip(cache.windows, places.tables, strict=True):
+        low, high = (int(value) for value in table.aminmax())
+        if low < 0 or high >= cache.num_blocks[window]:
+            raise ValueError(f"blocks are {low} to {high}, and window {window} has {cache.num_blocks[window]}")
+
+
 class StepMemory:
     """Memory in which steps are computed, which grows with them.
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.rollout.embedded.native.binding import StepStruct, address, kernels_of
 from alignlab.rollout.embedded.native.packing import Packer
 from alignlab.rollout.embedded.native.sampling import NativeSampling
 from alignlab.rollout.embedded.native.slabs import Slabs
+from alignlab.rollout.embedded.native.step_memory import StepPlaces, check_places
+from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.sampling import SamplingTable, sample
 from alignlab.types import SamplingParams
 from tests.rollout.embedded.native.conftest import needs_bfloat16, needs_kernels
@@ -96,6 +99,24 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="native kernel reads"):
             kernels.draw(torch.zeros(2, 9), torch.zeros(2).long(), torch.zeros(2).long(), wrong)
+
+
+def test_tokens_and_blocks_that_are_not_there_are_refused() -> None:
+    cache = PagedCache({0: LayerCacheSpec.of_heads(1, 2, 2, window=3), 1: LayerCacheSpec.of_heads(1, 2, 2)}, 4)
+    cache.resize({3: 2, None: 5})
+    one = torch.zeros(1, dtype=torch.int64)
+
+    def places(token: int, *blocks: int) -> StepPlaces:
+        return StepPlaces(one + token, one, one, torch.tensor([0, 1]), torch.tensor(blocks).view(2, 1, 1), one)
+
+    check_places(places(9, 1, 4), cache, 10)
+    for wrong, problem in (
+        (places(10, 1, 4), "tokens are 10 to 10, and the model has 10"), (places(-1, 1, 4), "tokens are -1"),
+        (places(9, 2, 4), "window 3 has 2"), (places(9, 1, 5), "window None has 5"),
+        (places(9, -1, 4), "blocks are -1"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            check_places(wrong, cache, 10)
 
 
 def test_a_structure_keeps_its_tensors_and_slabs_hand_out_zeros_apart() -> None:

@@ -17,7 +17,7 @@ from alignlab.rollout.embedded.native.model import NativeModel
 from alignlab.rollout.embedded.native.runner import NativeRunner
 from alignlab.rollout.embedded.native.weights import NativeWeights
 from alignlab.rollout.memory import engine_bytes
-from alignlab.types import Completion, Rollout, SamplingParams
+from alignlab.types import Completion, Prompt, Rollout, SamplingParams
 from tests.rollout.conftest import flat, full_logprobs, make_prompts
 from tests.rollout.embedded.native.conftest import SHAPES, MakeBoth, model_of, needs_bfloat16, needs_kernels
 from tests.rollout.embedded.test_weights import adapted
@@ -115,6 +115,22 @@ def test_given_completions_have_the_logprobs_that_they_were_sampled_with(
     rollouts = engine.generate(PROMPTS, SAMPLING)
     for completion, logprobs in zip(flat(rollouts), engine.logprobs(rollouts), strict=True):
         torch.testing.assert_close(torch.tensor(completion.raw_logprobs), logprobs, atol=2e-6, rtol=0)
+
+
+@DTYPES
+def test_drafts_that_are_checked_together_change_nothing(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, [prompt] = model_of("windows-caps", dtype=dtype, std=0.02), make_prompts(9)  # so that it repeats itself
+    repeating = [Prompt(prompt.token_ids * 3, "")]
+    sampling = SamplingParams(n=2, temperature=0.0, max_new_tokens=40, ignore_eos=True)
+    plain, drafting = (
+        EmbeddedEngine(model, tokenizer, RolloutSettings.model_validate({"native": "required", **settings}))
+        for settings in ({}, {"speculation": {"type": "ngram", "always": True}})
+    )
+    results = [as_sampled(engine.generate(repeating, sampling)) for engine in (plain, drafting)]
+    assert results[0] == results[1]
+    assert drafting.metrics()["engine/draft_acceptance"] > 0
 
 
 @needs_bfloat16
