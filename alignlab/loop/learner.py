@@ -61,9 +61,9 @@ class Learner:
         forward: puts a pack through the module.
         total_updates: optimizer steps of the whole run, for the schedule.
         updates_per_step: optimizer steps of one step of the run, for the schedule's warm-up.
-        counts_experts: whether this learner counts and balances the experts of the module's MoE routers.
+        counts_experts: whether the experts of the module's MoE routers are counted and balanced.
         compares_logprobs: whether log-probs of several passes are compared, which rules out all of the model's dropout.
-        is_exported: whether the run's model is what this learner trains, and not a critic, of which no average is kept.
+        is_exported: whether it trains the run's model, and not a critic, of which no average is kept.
 
     Attributes:
         num_skipped: updates left out because a gradient was not finite.
@@ -102,9 +102,7 @@ class Learner:
         self.average = make_average(self.trained, self.optimizer, config) if is_exported else None
         self.loss_scale = LossScale(model_dtype(module.model))
         self.schedule = make_schedule(self.optimizer, config, total_updates, updates_per_step)
-        self.num_skipped = 0
-        self.num_empty = 0
-        self.num_changes = 0
+        self.num_skipped = self.num_empty = self.num_changes = 0
         self._frozen_fingerprint: str | None = None
 
     @property

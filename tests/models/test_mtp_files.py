@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from alignlab.config.model import ModelSettings
+from alignlab.config.rollout import RolloutSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.errors import CheckpointError, ConfigError
 from alignlab.models.config import PolicyConfig
@@ -25,7 +26,9 @@ from alignlab.models.mtp import mtp_losses
 from alignlab.models.policy import Policy
 from alignlab.models.router_state import is_router_state
 from alignlab.models.served_attention import check_served
+from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.trainers.grpo import GRPOTrainer
+from alignlab.types import Prompt, SamplingParams
 from tests.models.conftest import make_segments, sequences_of
 from tests.models.test_parity import HUB, SIZES, randomize
 from tests.reference.float64 import grouped_product, really_float64
@@ -162,6 +165,17 @@ def test_grpo_trains_the_layer_by_itself_beside_the_policy(
         assert not any(name.startswith("mtp.") and name.endswith("correction_bias") for name in moved)
     assert max(gaps) < 1e-5
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
+def test_the_engine_drafts_by_the_layer_and_changes_no_token(published: Any, tokenizer: Any) -> None:
+    model = load_model(str(published[0]), dtype=torch.float32, mtp=True)
+    prompts = [Prompt(tuple(range(3, 3 + length)), "", index, {}) for index, length in enumerate((4, 19))]
+    texts = []
+    for speculation in (None, {"type": "mtp", "num_drafts": 2, "always": True}):
+        engine = EmbeddedEngine(model, tokenizer, RolloutSettings(speculation=speculation))  # type: ignore[arg-type]
+        rollouts = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True))
+        texts.append([rollout.completions[0].token_ids for rollout in rollouts])
+    assert texts[0] == texts[1]
 
 
 def test_copies_that_differ_are_refused(published: Any) -> None:
