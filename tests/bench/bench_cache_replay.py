@@ -2,10 +2,10 @@
 
     python -m tests.bench.bench_cache_replay [--cache int4] [--steps 50] [--seeds 1]
 
-A model of 4 layers, 64 wide, from nothing, learns by GRPO to sample token ids that 8 divides: 8 prompts x 8
-completions x 48 tokens a step. "uncorrected" is what the configuration refuses: the approximate engine with a trainer
-that computes exactly and weighs nothing. For each: reward of the last tenth of the steps, and the mean distance of
-engine and trainer in nats a token, in the first and in the last tenth. Prints a table, and JSON last.
+A model of 4 layers, 64 wide, from nothing, learns by GRPO to sample token ids that 8 divides: 8 prompts x 8 completions
+x 48 tokens a step. "uncorrected" is what the configuration refuses: the approximate engine with a trainer that computes
+exactly and weighs nothing. For each: reward of the last tenth of the steps, and the mean distance of engine and trainer
+in nats a token, in the first and in the last tenth. Prints a table, and JSON last.
 """
 
 from __future__ import annotations
