@@ -23,6 +23,24 @@ from alignlab.rollout.embedded.native.packing import ACTIVATIONS, SCORINGS
 
 _KINDS = (Attention, SlidingAttention)
 _NORMS = ("rmsnorm", "zero_centered_rmsnorm")
+_REVIEWED = """
+vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id
+eos_token_id tie_word_embeddings rope_parameters attention_bias attention_out_bias attention_dropout mlp_bias
+use_qk_norm qk_norm_scope query_pre_attn_scalar norm_type norm_position parallel_attn residual_dropout mlp_gated
+fused_projections embedding_multiplier rope_local_base_freq num_mtp_layers mtp_mlp_layer_type mtp_loss_coef
+mtp_detach layer_types sliding_window no_rope_layers attention_sinks q_lora_rank kv_lora_rank qk_nope_head_dim
+qk_rope_head_dim v_head_dim rope_interleave num_attention_experts attention_router_aux_loss_coef
+linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+latent_norm_eps attn_logit_softcapping final_logit_softcapping mlp_layer_types num_experts num_experts_per_tok
+moe_intermediate_size n_shared_experts shared_expert_intermediate_size shared_expert_gate router_type
+scoring_func topk_method n_group topk_group capacity_factor capacity_priority norm_topk_prob
+routed_scaling_factor router_aux_loss_coef router_z_loss_coef router_seq_aux_loss_coef
+router_device_aux_loss_coef router_comm_aux_loss_coef router_importance_loss_coef router_load_loss_coef
+router_reinforce_coef router_sinkhorn_rounds router_bias_update_rate router_bias router_in_fp32 hub_config
+"""
+"""Fields of a config that the kernels compute, that do not change a step, or that are asked for below. A model that has
+any other is not covered, so that a new field is never left out in silence."""
 
 
 def why_not_native(
@@ -82,6 +100,8 @@ def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
         inner = (config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
         odd = [size for size in (config.hidden_size, config.head_dim or 0, *inner) if size % 2]
         problems[f"a size of the model, {odd[0] if odd else 0}, is odd"] = bool(odd)
+    for name in sorted(set(PolicyConfig.__annotations__) - set(_REVIEWED.split())):
+        problems[f"the config has {name}"] = getattr(config, name) != getattr(PolicyConfig, name)
     if config.sparse_layers:
         is_plain = config.router_type == "topk" and config.topk_method == "greedy" and config.capacity_factor is None
         problems["the router is not a plain top-k"] = not is_plain or config.scoring_func not in SCORINGS

@@ -178,6 +178,8 @@ def _own(**architecture: Any) -> PreTrainedModel:
 
 UNCOVERED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "layers are of kind latent_attention": (lambda: make_model("latent", vocab_size=VOCAB), {}),
+    "the config has shared_layers": (lambda: make_model("shared-layers", vocab_size=VOCAB), {}),
+    "the config has (expert_bias|swiglu_|router_linear)": (lambda: make_model("biased-experts", vocab_size=VOCAB), {}),
     "norms are layernorm": (lambda: _own(norm_type="layernorm"), {}),
     "attention and feed-forward are parallel": (lambda: _own(parallel_attn=True), {}),
     "feed-forwards are not gated": (lambda: _own(mlp_gated=False), {}),
