@@ -16,6 +16,7 @@ from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.functional import logprobs
 from alignlab.models import flex_attention, layers, layout, paged_flex
 from alignlab.rollout.embedded import runner, sampling, weights
+from alignlab.rollout.embedded.native import choice
 from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex, paged_stand_in
 from tests.gpu.graph_stand_in import pretend_recording
 from tests.gpu.pretended import PretendedGPU
@@ -61,6 +62,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
             patch.setattr(runner, "reads_in_place", lambda device: True)
             patch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
             patch.setattr(weights, "_packing_helps", lambda model: False)
+            patch.setattr(choice, "why_not_native", lambda *args, **options: "as on a GPU")
             patch.setattr(logprobs, "CPU_BLOCK_LOGITS", logprobs.GPU_BLOCK_LOGITS)
             patch.setattr(logprobs, "CPU_CHUNK_TOKENS", logprobs.GPU_CHUNK_TOKENS)
             patch.setattr(sampling, "_BLOCK_ELEMENTS", WHOLE)
