@@ -161,6 +161,8 @@ def test_layouts_that_kernels_cannot_read_are_copied() -> None:
     expected = computed(native_attention, [query, key, value, grad], segments, None, scaling=0.25)
     found = computed(native_attention, [query, odd, strided, grad], segments, None, scaling=0.25)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert odd.is_contiguous() and odd.data_ptr() % 4, "it is read as it lies, without the copies of `computed`"
+    assert torch.equal(native_attention(query, odd, value, segments, scaling=0.25), expected[0])
     with pytest.raises(ValueError, match=r"a kernel reads torch\.bfloat16"):
         tensor_struct(strided, 27, 2, 16, torch.bfloat16)
     with pytest.raises(ValueError, match=r"27 tokens of 4 heads on 2 do not fit segments of 4"):
