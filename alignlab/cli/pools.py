@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from alignlab.cli.evaluation_plan import Plan
+    from alignlab.config.rollout import EngineSettings
     from alignlab.evaluation.strategies.pool import Pool
     from alignlab.evaluation.strategies.settings import Budget
     from alignlab.rollout.engine import RolloutEngine
@@ -72,7 +73,7 @@ class Sampler:
 
         plan = self._plan
         facts = as_facts(
-            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed, engine=plan.rollout.engine,
+            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed, **engine_facts(plan.rollout),
             **how,
         )
         file = None if self._folder is None else self._folder / folder_name(self._candidate.name) / f"{name}.jsonl"
@@ -99,6 +100,17 @@ class Sampler:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def engine_facts(rollout: EngineSettings) -> dict[str, Any]:
+    """Return what of an engine's settings changes the distribution that is sampled from; None for what does not."""
+    from alignlab.config.rollout import approximate_cache, quantization
+
+    cache = approximate_cache(rollout)
+    return {
+        "engine": rollout.engine, "quantization": quantization(rollout),
+        "kv_cache": None if cache is None else cache.model_dump(mode="json", exclude={"replay"}),
+    }  # fmt: skip
 
 
 def as_facts(**facts: Any) -> dict[str, Any]:

@@ -235,9 +235,12 @@ class PPOConfig(PolicyGradientConfig, OnlineConfig):
 
     @property
     def critic_optim(self) -> OptimSettings:
-        """The policy's optimizer settings with the critic's learning rate."""
+        """The policy's optimizer settings with the critic's learning rate; all of its weights train.
+
+        Its value head starts at 0, and no model is made of a critic whose zeros would have to stay.
+        """
         rate = self.critic.learning_rate or 10 * self.optim.learning_rate
-        return self.optim.model_copy(update={"learning_rate": rate})
+        return self.optim.model_copy(update={"learning_rate": rate, "keep_zeros": False})
 
     @property
     def method(self) -> str:

@@ -113,6 +113,17 @@ def reward_model(folder, tmp_path) -> str:
     return str(tmp_path / "reward_model")
 
 
+def test_samples_of_an_approximate_cache_are_not_taken_for_exact_ones(folder, tmp_path, capsys):
+    words = ["--config", str(folder / "run.yaml"), "--pool", str(tmp_path / "pool"), "--strategy", "majority"]
+    evaluated(capsys, *words)
+    rounded = ["--set", "trainer.rollout.kv_cache.type=int8"]
+    assert "samples whose kv_cache differ from what is asked for" in refused(capsys, *words, *rounded)
+    words[3] = str(tmp_path / "rounded")
+    evaluated(capsys, *words, *rounded)
+    evaluated(capsys, *words, *rounded, "--set", "trainer.rollout.kv_cache.replay=false",
+              "--set", "trainer.mismatch.correction=token_tis")
+
+
 def test_a_reward_model_chooses_and_its_sigmoid_weighs(folder, reward_model, capsys):
     words = ["--config", str(folder / "run.yaml"), "--strategy", f"best_of_n:reward={reward_model}"]
     result, _ = evaluated(capsys, *words, "--strategy", f"weighted:weight={reward_model},link=sigmoid")

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.config.trainers import SFTConfig
+from alignlab.config.trainers import PPOConfig, SFTConfig
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import ConfigError
 from alignlab.loop.optim import make_optimizer
+from alignlab.models.critic import make_critic
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.pruning.masks import choice
 from alignlab.models.pruning.sparsity import prune_by_magnitude
+from alignlab.types import Segments
 from tests.trainers.conftest import DENSE
 from tests.trainers.tiny import make_case
 
@@ -47,6 +49,18 @@ def test_zeros_stay_where_asked_and_everything_else_learns(
         assert moved.any(), name
         if name in zeros:
             assert bool(moved[zeros[name]].any()) is not kept, name
+
+
+def test_a_critic_beside_a_pruned_policy_learns_values() -> None:
+    """Its value head starts at 0, where no zero of a critic may be kept."""
+    config = PPOConfig(optim={"keep_zeros": True}, critic={"form": "model"})
+    critic = make_critic(pruned(262), config.critic)
+    optimizer = make_optimizer(critic, config.model_copy(update={"optim": config.critic_optim}))
+    tokens = torch.arange(2, 8)
+    segments = Segments((6,), (-1,), (0,), (0,))
+    critic(tokens, segments, tokens > 4).values.sum().backward()
+    optimizer.step()
+    assert (critic.weight != 0).all()
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:

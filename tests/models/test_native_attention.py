@@ -101,6 +101,19 @@ def test_float32_is_that_of_the_blocks(
     assert [x.shape for x in found] == [x.shape for x in expected]
 
 
+@needs_kernels
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_no_number_stays_none_for_all_who_see_it(which: int, softcap: float | None) -> None:
+    segments = layout([[40]])
+    given = tensors(segments, (2, 1, 16, 16), torch.float32)[:3]
+    given[2] *= 0.01  # weights that were large in place of nan would leave the values finite
+    given[which][0, 0, 3] = torch.nan
+    output = native_attention(*given, segments, scaling=0.3, softcap=softcap)
+    sees_it = torch.arange(40) == 3 if which == 0 else torch.arange(40) >= 3
+    assert torch.equal(output[0, :, 0].isnan().all(-1), sees_it) and output[0, ~sees_it].isfinite().all()
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_bfloat16_is_as_near_as_the_blocks(shape: Any) -> None:
@@ -148,6 +161,8 @@ def test_layouts_that_kernels_cannot_read_are_copied() -> None:
     expected = computed(native_attention, [query, key, value, grad], segments, None, scaling=0.25)
     found = computed(native_attention, [query, odd, strided, grad], segments, None, scaling=0.25)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert odd.is_contiguous() and odd.data_ptr() % 4, "it is read as it lies, without the copies of `computed`"
+    assert torch.equal(native_attention(query, odd, value, segments, scaling=0.25), expected[0])
     with pytest.raises(ValueError, match=r"a kernel reads torch\.bfloat16"):
         tensor_struct(strided, 27, 2, 16, torch.bfloat16)
     with pytest.raises(ValueError, match=r"27 tokens of 4 heads on 2 do not fit segments of 4"):

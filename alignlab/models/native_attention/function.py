@@ -75,7 +75,8 @@ def _by_token(x: Tensor) -> tuple[int, ...]:
 def _readable(x: Tensor) -> Tensor:
     """Return a tensor whose last dimension lies side by side, from addresses that kernels can read words at."""
     odd = any(part * x.itemsize % 4 for part in x.stride()[:3]) or x.data_ptr() % 4
-    return x.contiguous() if odd or x.stride(3) != 1 else x
+    # A clone also of what is contiguous already, from an odd address on.
+    return x.clone(memory_format=torch.contiguous_format) if odd or x.stride(3) != 1 else x
 
 
 def _problem(

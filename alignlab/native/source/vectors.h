@@ -22,10 +22,10 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= kLanes ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
-// exp(x) to 1e-7 of itself; 0 under -87. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
+// exp(x) to 1e-7 of itself; 0 under -87, nan of nan. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
 inline __m512 exp_of(__m512 x) {
   const __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.f), _CMP_LT_OQ);
-  x = _mm512_min_ps(x, _mm512_set1_ps(88.f));
+  x = _mm512_min_ps(_mm512_set1_ps(88.f), x);  // of nan and a number the instruction returns the second
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -226,7 +226,8 @@ def sample(
             truncates by the whole vocabulary.
 
     Returns:
-        The tokens; `logprobs` of greedy rows are 0, because all probability is on one token.
+        The tokens; `logprobs` of greedy rows are 0, because all probability is on one token. Where no token may follow
+        they are no finite numbers.
     """
     adjusted = adjust_logits(logits, table, penalised, banned, controls)
     keys = row_keys(table.keys, positions)
@@ -276,17 +277,24 @@ def _sample_block(
         shaped = shaped / table.temperature[:, None]
     if table.all_greedy:
         tokens = argmax(shaped)
-        raw_logprobs = token_logprobs(raw, tokens)
-        return Sampled(tokens, torch.zeros_like(raw_logprobs), raw_logprobs)
+        return Sampled(tokens, _greedy_logprobs(shaped, tokens), token_logprobs(raw, tokens))
     probs = shaped.softmax(-1)
     weights, is_exact = truncate(probs, table, num_likeliest)
     tokens, totals = race(weights, keys)
     if table.any_greedy:
         tokens = torch.where(table.greedy, argmax(shaped), tokens)
-    logprobs = torch.where(table.greedy, 0.0, (_picked(weights, tokens).double() / totals).log().float())
+    logprobs = (_picked(weights, tokens).double() / totals).log().float()
+    if table.any_greedy:
+        logprobs = torch.where(table.greedy, _greedy_logprobs(shaped, tokens), logprobs)
     raw_probs = raw.softmax(-1) if shaped is not raw else probs
     raw_logprobs = _picked(raw, tokens) - log_normalizer(raw, raw_probs)
     return Sampled(tokens, logprobs, raw_logprobs, None if is_exact is None else is_exact | table.greedy)
+
+
+def _greedy_logprobs(shaped: Tensor, tokens: Tensor) -> Tensor:
+    """Return 0 for each row's likeliest token [B]; -inf where no token may follow, so that this one may not either."""
+    picked = _picked(shaped, tokens)
+    return torch.where(picked == -torch.inf, picked, 0.0)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -160,11 +160,14 @@ def test_contradictions_are_named(wrong: dict[str, Any], message: str) -> None:
         check_prompts(make_prompts(3), [SamplingParams(**wrong)], VOCAB, [])
 
 
-def test_words_that_leave_nothing_are_named(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.0,), (0.0, 1.0)], ids=str)
+def test_words_that_leave_nothing_are_named(temperatures: tuple[float, ...], make_engine: MakeEngine) -> None:
     words = tuple(chr(token) for token in range(33, 127))
-    sampling = SamplingParams(banned_words=words, top_k=1, banned_token_ids=(*range(33), *range(127, VOCAB)))
+    nothing = SamplingParams(banned_words=words, top_k=1, banned_token_ids=(*range(33), *range(127, VOCAB)))
+    sampling = [replace(nothing if number == 0 else SamplingParams(), temperature=temperature)
+                for number, temperature in enumerate(temperatures)]  # fmt: skip
     with pytest.raises(RolloutError, match=r"after 0 tokens of a completion, banned_words, .* leave no token"):
-        make_engine().generate(make_prompts(3), sampling)
+        make_engine().generate(make_prompts(*[3] * len(sampling)), sampling)
 
 
 def test_vllm_gets_what_it_knows(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

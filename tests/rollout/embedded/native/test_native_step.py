@@ -53,6 +53,17 @@ def test_tokens_logprobs_and_experts_are_those_of_the_python_step(shape: str, bo
             assert completion.routing is None
 
 
+@pytest.mark.parametrize("shape", ["llama", "windows-caps"])
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_scores_that_are_no_numbers_end_the_call(projection: str, shape: str, both: MakeBoth) -> None:
+    model = model_of(shape)
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.0.self_attn.{projection}").weight[0, 0] = torch.nan
+    for engine in both(model):
+        with pytest.raises(RolloutError, match="logits must be finite"):
+            engine.generate(PROMPTS, SAMPLING)
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "prefill by 3": {"prefill_tokens": 3},
     "one at a time": {"max_running": 1},
