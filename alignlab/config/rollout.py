@@ -34,8 +34,8 @@ class SamplingSettings(Frozen):
     banned_words: tuple[str, ...] = ()
     forced_tokens: dict[int, int] = {}
     """Token id by its number in the completion, from 0 on."""
-    regex: str | None = None
-    json_schema: str | None = None
+    regex: str | None = Field(None, min_length=1)
+    json_schema: str | None = Field(None, min_length=1)
     """As JSON, or as a mapping."""
     max_new_tokens: int = Field(64, ge=1)
     min_new_tokens: int = Field(0, ge=0)

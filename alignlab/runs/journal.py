@@ -19,7 +19,7 @@ from typing import Any
 
 from alignlab.files.atomic_files import make_folder, write_atomically
 from alignlab.files.digests import SHA256, DamagedError, sealed, unsealed
-from alignlab.files.library_errors import writing
+from alignlab.files.library_errors import reading, writing
 
 NUMBER = "line"
 
@@ -100,10 +100,15 @@ def journal_lines(rows: Iterable[Mapping[str, Any]], *, first: int = 1) -> str:
 
 
 def read_journal(path: Path) -> JournalContent:
-    """Return the content of a journal's file; an empty one if there is no file."""
+    """Return the content of a journal's file; an empty one if there is no file.
+
+    Raises:
+        DiskError: the file cannot be read, or a folder stands in its place.
+    """
     if not path.exists():
         return JournalContent()
-    data = path.read_bytes()
+    with reading(path, "the journal"):
+        data = path.read_bytes()
     lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
     values = [_parsed(line) for line in lines]
     ends = list(accumulate(len(line) + 1 for line in lines))

@@ -139,6 +139,7 @@ def test_greedy_rollouts_are_refused():
     for name, value in wrong.items():
         message = grpo_message(sampling={name: value})
         assert f"sampling.{name} is" in message and "be left out of a training on rollouts" in message
+    assert grpo_message(sampling={"regex": ""}).startswith("sampling.regex is ''")
     assert "greedy completions of a prompt are identical" in grpo_message(sampling={"temperature": 0})
 
 

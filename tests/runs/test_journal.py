@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignlab.errors import DiskError
 from alignlab.runs.journal import Journal, read_journal
 
 ROWS = [{"index": i, "prompt": f"what is {i} + é?", "probability": 0.1 * i, "outcome": "judged"} for i in range(6)]
@@ -95,3 +96,10 @@ def test_rows_after_a_damaged_one_are_dropped_where_their_order_counts(tmp_path:
     assert path.read_text() == "".join(lines[:2]) and path.stat().st_ino == inode, "a lock on the file is kept"
     journal.append([{"part": 2}, {"part": 3}])
     assert path.read_text() == "".join(lines)
+
+
+def test_a_folder_in_the_place_of_a_journal_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "folder.jsonl"
+    path.mkdir()
+    with pytest.raises(DiskError, match=r"the journal cannot be read .*the path is a folder, and must be a file"):
+        read_journal(path)
