@@ -123,6 +123,9 @@ class _LimitedLoader(yaml.SafeLoader):
         return value
 
 
+# The loader's own from here on: a library that vLLM imports makes texts of all timestamps in YAML's own loaders.
+_TIMESTAMP: Any = yaml.SafeLoader.construct_yaml_timestamp
+_LimitedLoader.add_constructor("tag:yaml.org,2002:timestamp", _TIMESTAMP)
 _LimitedLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alignlab.config.judge import load_constitution
 from alignlab.config.loader import load_config
@@ -115,3 +116,11 @@ def test_overrides_have_the_same_limits(override: str, named: str, tmp_path: Pat
     (tmp_path / "run.yaml").write_text("trainer: {type: grpo}")
     with pytest.raises(ConfigError, match=named):
         load_config(tmp_path / "run.yaml", [override])
+
+
+def test_what_libraries_do_to_yaml_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that vLLM imports reads all dates as texts, for the whole process."""
+    constructors = yaml.SafeLoader.yaml_constructors
+    monkeypatch.setitem(constructors, "tag:yaml.org,2002:timestamp", constructors["tag:yaml.org,2002:str"])
+    with pytest.raises(ConfigError, match="'2026-13-45' is no timestamp"):
+        parse_yaml("a: 2026-13-45", "it")

@@ -78,7 +78,8 @@ def decoding(device: torch.device) -> Iterator[Line]:
         model = new_model(architecture, vocab_size=VOCAB, dtype=torch.bfloat16).to(device)
         with in_place(device):
             recorded, plain = (
-                EmbeddedEngine(model, _tokenizer(), RolloutSettings(cuda_graphs=graphs)) for graphs in (True, False)
+                EmbeddedEngine(model, _tokenizer(), RolloutSettings(cuda_graphs=graphs, native="off"))
+                for graphs in (True, False)
             )
             for name, params in SAMPLING.items():
                 params = params if device.type == "cuda" else replace(params, max_new_tokens=CPU_TOKENS)

@@ -31,6 +31,7 @@ class PagedCache:
         windows: of all that these layers keep, each once; with None for the expert choices, and where there is no such
             layer.
         num_blocks: of sequences, by window.
+        total_blocks: of these and of what steps in place need beside them, by window.
         layers: [slots, numbers kept of a token] by layer and name, from the layer's first tokens on.
         routing: [slots, MoE layers, experts a token] int16; None before the first write of a sparse model.
     """
@@ -45,7 +46,7 @@ class PagedCache:
         records = (None,) if records_routing or not self.specs else ()
         windows = [*records, *(window for layer_idx in self.specs for window in self.windows_of(layer_idx))]
         self.windows: tuple[Window, ...] = tuple(dict.fromkeys(windows))
-        self.num_blocks = self._total_blocks = dict.fromkeys(self.windows, 0)
+        self.num_blocks = self.total_blocks = dict.fromkeys(self.windows, 0)
         self.layers: dict[int, dict[str, Tensor]] = {}
         self.routing: Tensor | None = None
 
@@ -88,11 +89,11 @@ class PagedCache:
         """
         self.layers, self.routing = {}, None
         self.num_blocks = dict(num_blocks)
-        self._total_blocks = {window: count + num_more for window, count in num_blocks.items()}
+        self.total_blocks = {window: count + num_more for window, count in num_blocks.items()}
 
     def in_blocks(self, layer_idx: int, name: str) -> Tensor:
         """Return the whole tensor of a name, [blocks, numbers of a block]."""
-        return self.layers[layer_idx][name].view(self._total_blocks[self.window_of(layer_idx, name)], -1)
+        return self.layers[layer_idx][name].view(self.total_blocks[self.window_of(layer_idx, name)], -1)
 
     def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Store a layer's entries of N tokens.
@@ -124,7 +125,7 @@ class PagedCache:
             The whole tensor, [blocks, numbers of a block].
         """
         tensors = self.layers.setdefault(layer_idx, {})
-        total_blocks = self._total_blocks[self.window_of(layer_idx, name)]
+        total_blocks = self.total_blocks[self.window_of(layer_idx, name)]
         if name not in tensors:
             # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
             num_places = total_blocks * self.block_size // num_tokens
@@ -135,7 +136,7 @@ class PagedCache:
     def write_routing(self, slots: Tensor, choices: Tensor) -> None:
         """Store the experts chosen for N tokens, [N, MoE layers, experts a token], at slots without a window."""
         if self.routing is None:
-            self.routing = choices.new_full((self._total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
+            self.routing = choices.new_full((self.total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
     def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
@@ -168,7 +169,7 @@ class PagedCache:
         tensors += [self.routing] if window is None and self.routing is not None else []
         source, target = pairs.unbind(1)
         for tensor in tensors:
-            blocks = tensor.view(self._total_blocks[window], -1)
+            blocks = tensor.view(self.total_blocks[window], -1)
             blocks.index_copy_(0, target, blocks.index_select(0, source))
 
 

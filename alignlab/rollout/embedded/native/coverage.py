@@ -92,9 +92,6 @@ def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
         "feed-forwards are not gated": not config.mlp_gated,
         f"the activation is {config.hidden_act}": config.hidden_act not in ACTIVATIONS,
         "the model routes attention heads": bool(config.routed_attention),
-        "layers share their weights": config.shared_layers is not None,
-        "experts or their router have biases": config.expert_bias or config.router_linear_bias,
-        "the gates of experts are cut off": config.swiglu_limit is not None,
     }
     if dtype == torch.bfloat16:
         inner = (config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)

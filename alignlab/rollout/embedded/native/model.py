@@ -123,7 +123,7 @@ class NativeModel:
         assert size is not None and heads is not None
         for index, struct in enumerate(self._array):
             window = cache.specs[index].window
-            shape = (cache.num_blocks[window] * cache.block_size, heads * size)
+            shape = (cache.total_blocks[window] * cache.block_size, heads * size)
             if index not in cache.layers:  # zeros, because the value of a hidden key is multiplied by 0
                 cache.layers[index] = {name: torch.zeros(shape, dtype=self.kernels.dtype) for name in ("key", "value")}
             entries = cache.layers[index]
