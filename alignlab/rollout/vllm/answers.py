@@ -17,6 +17,8 @@ from alignlab.rollout.vllm.serialization import decode_routing, decode_vllms_rou
 _ROUNDING = 1e-3  # the log-prob of a certain token may be computed as a little more than 0
 _MAX_EXPERTS_PER_TOKEN = 1024
 _NAME = re.compile(r"[0-9A-Za-z]+-\d+-\d+")
+
+
 class FaultyAnswer(Exception):
     """A server's answer cannot be true."""
 
@@ -46,8 +48,9 @@ def only_choice(answer: Any, name: str) -> dict[str, Any]:
     """Return the only completion in the answer to the request called `name`."""
     if not isinstance(answer, dict):
         raise FaultyAnswer("its answer is not an object")
-    answered_name = _NAME.search(str(answer.get("request_id", "")))
-    if answered_name is not None and answered_name[0] != name:
+    answered = str(answer.get("request_id", ""))  # the name, after a word of vLLM's own
+    answered_name = _NAME.search(answered)
+    if answered_name is not None and re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?!\d)", answered) is None:
         raise FaultyAnswer(f"it answers another request ({answered_name[0]}) than it was asked ({name})")
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):

@@ -16,7 +16,7 @@ import torch
 from alignlab.config.rollout import VLLMServerSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.rollout.vllm import client, launch, pool, protocol
-from alignlab.rollout.vllm.answers import FaultyAnswer, recorded_experts
+from alignlab.rollout.vllm.answers import FaultyAnswer, only_choice, recorded_experts
 from alignlab.rollout.vllm.client import ServerFaulty, ServerLost, VLLMServer, http_client
 from alignlab.rollout.vllm.completions import Request
 from alignlab.rollout.vllm.launch import ServerProcess, make_server
@@ -296,3 +296,14 @@ def test_a_server_that_never_comes_up_is_given_up(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RolloutError, match=f"the server {address} did not answer for 0.1 s before it was up"):
         launch.keep_running([idle], messages.append)
     assert f"{address} is not up after" in messages[0] and "it is given 0.1 s to load" in messages[0]
+
+
+@pytest.mark.parametrize("name", ["0400134314477881-0-1", "9c0f-0-1"])
+def test_an_answer_is_known_by_its_name_behind_a_word_of_vllms(name: str) -> None:
+    """A name without a letter, between numbers, would be read as another one from the word on."""
+    choice = {"index": 0}
+    for answered in (f"generate-tokens-{name}", f"generate-tokens-{name}-0a1b", name, ""):
+        assert only_choice({"request_id": answered, "choices": [choice]}, name) == choice
+    for other in (f"generate-tokens-{name}0", f"generate-tokens-a{name}", "generate-tokens-1-0-2"):
+        with pytest.raises(FaultyAnswer, match="answers another request"):
+            only_choice({"request_id": other, "choices": [choice]}, name)
