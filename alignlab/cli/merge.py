@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cli.made_models import add_dtype, save_whole
 from alignlab.cli.places import new_folder
 from alignlab.cli.policy import ADAPTER_FILE, is_adapter, put_adapter, tokenizer_source
 from alignlab.errors import CheckpointError
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of an adapter, written by a run or by PEFT")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write, which must not exist or be empty")
     parser.add_argument("--model", metavar="MODEL", help="base model; default: the one that the adapter names")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the saved weights"
-    )
+    add_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,9 +56,7 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     import torch
     from peft import PeftModel
 
-    from alignlab.models.finite import check_finite
-    from alignlab.models.hub.checkpoints import load_model, load_tokenizer, save_model
-    from alignlab.models.hub.saving import published
+    from alignlab.models.hub.checkpoints import load_model, load_tokenizer
     from alignlab.models.merging import merge_adapter
 
     if args.model is None:
@@ -69,11 +66,8 @@ def _merge(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:
     assert isinstance(model, PeftModel)
     merged = merge_adapter(model)
     torch.nn.Module.to(merged, dtype)
-    check_finite(merged.state_dict().items(), "the merged weights", fix=FIX)
     tokenizer = load_tokenizer(tokenizer_source(args.model or args.adapter, args.adapter))
-    with published(output) as unfinished:
-        save_model(merged, unfinished)
-        tokenizer.save_pretrained(unfinished)
+    save_whole(merged, tokenizer, output, "the merged weights", fix=FIX)
 
 
 def _merge_reward(args: argparse.Namespace, output: Path, dtype: torch.dtype) -> None:

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from alignlab.errors import RewardError
 from alignlab.evaluation.accuracy_intervals import accuracy_intervals
+from alignlab.evaluation.drawing import new_figure, save_figure
 from alignlab.evaluation.results import EvaluatedProblem, EvaluationResult
 from alignlab.evaluation.tables import completions_table, describe_judged, spaced_indices
-from alignlab.files.atomic_files import replacing
 from alignlab.functional.estimation import mcnemar_exact, mcnemar_interval, paired_bootstrap, sign_flip_test
 
 LEVEL = 0.95
@@ -239,13 +239,8 @@ def disagreements_table(policies: Sequence[MeasuredPolicy], count: int) -> Table
 
 def plot_comparison(policies: Sequence[MeasuredPolicy], png: Path) -> None:
     """Draw the accuracies of each policy, and the differences from the first with their intervals."""
-    # Not pyplot, which has global state and may open a window.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, height = [policy.name for policy in policies], 0.38
-    figure = Figure(figsize=(11, 1.6 + 0.7 * len(policies)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.6 + 0.7 * len(policies))
     accuracy, change = figure.subplots(1, 2, sharey=True)
     for offset, kind, colour in ((-height / 2, "greedy", "tab:red"), (height / 2, "sampled", "tab:orange")):
         places = [i + offset for i in range(len(policies))]
@@ -263,5 +258,4 @@ def plot_comparison(policies: Sequence[MeasuredPolicy], png: Path) -> None:
     change.set(xlabel="difference", title=f"Difference from {names[0]}, {LEVEL:.0%} interval")
     for axis in (accuracy, change):
         axis.grid(alpha=0.3)
-    with replacing(png) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, png)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignlab.files.atomic_files import replacing
+from alignlab.evaluation.drawing import new_figure, save_figure
 from alignlab.runs.metrics_file import read_metrics
 
 if TYPE_CHECKING:
@@ -66,14 +66,9 @@ def plot_curves(
     count = len(panels) + bool(loads)
     if count == 0:
         return False
-    # Not pyplot, which has global state and may open a window.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(MAX_COLUMNS, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.8 * columns, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.8 * columns, 3.4 * rows)
     if title:
         figure.suptitle(title, fontsize=14)
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
@@ -81,8 +76,7 @@ def plot_curves(
         _draw(axis, panel, lines)
     if loads:
         _draw_loads(axes[-1], loads)
-    with replacing(png) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, png)
     return True
 
 

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.evaluation.drawing import new_figure, save_figure
 from alignlab.evaluation.likelihood.measure import Interval, Reliability, TextLikelihood, difference
-from alignlab.files.atomic_files import replacing
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
@@ -36,23 +36,27 @@ def likelihood_table(measured: Mapping[str, TextLikelihood]) -> Table:
     for name in measured:
         table.add_column(Text(name, overflow="fold"), justify="right")
     table.add_row("tokens", *(str(result.num_tokens) for result in results))
-    figures: dict[str, list[Interval | None]] = {
-        "perplexity by token": [result.token for result in results],
-        "perplexity by word": [result.word for result in results],
-        "perplexity by byte": [result.byte for result in results],
-        "bits a byte": [result.bits_per_byte for result in results],
-        f"  less those of {next(iter(measured))}": [difference(first, result) for result in results],
-        "calibration error": [result.reliability.error for result in results],
-    }
-    if first.temperature is not None:
-        figures["with the temperature: by token"] = [result.tempered_token for result in results]
-        figures["  calibration error"] = [None if r.tempered is None else r.tempered.error for r in results]
-    for name, row in figures.items():
-        if any(figure is not None for figure in row):
-            table.add_row(Text(name), *map(_cell, row))
+    columns = [_figures(result, first, next(iter(measured))) for result in results]
+    for row in columns[0]:
+        figures = [column[row] for column in columns]
+        if any(figure is not None for figure in figures):
+            table.add_row(Text(row), *map(_cell, figures))
     if first.temperature is not None:
         table.add_row("temperature", *(f"{result.temperature:.3f}" for result in results))
     return table
+
+
+def _figures(result: TextLikelihood, first: TextLikelihood, first_name: str) -> dict[str, Interval | None]:
+    """Return the figures of a model by the name of their row; None for those that it has not."""
+    figures: dict[str, Interval | None] = {
+        "perplexity by token": result.token, "perplexity by word": result.word, "perplexity by byte": result.byte,
+        "bits a byte": result.bits_per_byte, f"  less those of {first_name}": difference(first, result),
+        "calibration error": result.reliability.error,
+    }  # fmt: skip
+    if first.temperature is not None:
+        figures["with the temperature: by token"] = result.tempered_token
+        figures["  calibration error"] = None if result.tempered is None else result.tempered.error
+    return figures
 
 
 def _cell(figure: Interval | None) -> str:
@@ -63,12 +67,7 @@ def _cell(figure: Interval | None) -> str:
 
 def plot_reliability(measured: Mapping[str, TextLikelihood], png: Path) -> None:
     """Draw the reliability diagrams: rate of being right over confidence; dashed with the temperature."""
-    # Not pyplot, which has global state and may open a window.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 5.6)
     axis = figure.add_subplot()
     axis.plot((0, 1), (0, 1), color="black", linewidth=1, linestyle=":", label="calibrated")
     for number, (name, result) in enumerate(measured.items()):
@@ -87,5 +86,4 @@ def plot_reliability(measured: Mapping[str, TextLikelihood], png: Path) -> None:
     axis.set(xlabel="probability of the likeliest next token", ylabel="rate of being right", xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="best")
-    with replacing(png) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, png)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -11,10 +12,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.evaluation.drawing import new_figure, save_figure
 from alignlab.evaluation.strategies.figures import Figure
 from alignlab.evaluation.strategies.measured import MeasuredStrategies
 from alignlab.evaluation.strategies.voting import ORACLE
-from alignlab.files.atomic_files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_WIDTH = 400
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -75,33 +79,28 @@ def _numbers(figure: Figure) -> list[str]:
 
 def plot_strategies(measured: Sequence[MeasuredStrategies], png: Path, *, title: str = "") -> None:
     """Draw accuracy over tokens: a colour a strategy, a line style a model, the oracle in black."""
-    # Not pyplot, which has global state and may open a window.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Drawing
-
-    drawing = Drawing(figsize=(10, 5.2), layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = new_figure(10, 5.2)
     axis = drawing.add_subplot()
     names = list(dict.fromkeys(figure.strategy for of_model in measured for figure in of_model.figures))
     colours = dict(zip((name for name in names if name != ORACLE), _COLOURS * len(names), strict=False))
     for number, of_model in enumerate(measured):
         for strategy in dict.fromkeys(figure.strategy for figure in of_model.figures):
-            figures = sorted(of_model.of(strategy), key=lambda figure: figure.tokens)
-            tokens, colour = [figure.tokens for figure in figures], colours.get(strategy, "black")
             label = strategy if len(measured) == 1 else f"{of_model.name}: {strategy}"
-            heights = [figure.accuracy for figure in figures]
-            bounds = [figure.interval for figure in figures]
-            below = [max(0.0, height - low) for height, (low, _) in zip(heights, bounds, strict=True)]
-            above = [max(0.0, high - height) for height, (_, high) in zip(heights, bounds, strict=True)]
-            bars = axis.errorbar(
-                tokens, heights, yerr=(below, above), fmt=_STYLES[number % len(_STYLES)], marker=".", color=colour,
-                label=label, elinewidth=0.8, capsize=2,
-            )
-            for bar in (*bars.lines[1], *bars.lines[2]):
-                bar.set_alpha(0.4)
+            style, colour = _STYLES[number % len(_STYLES)], colours.get(strategy, "black")
+            _draw_line(axis, of_model.of(strategy), label=label, fmt=style, color=colour)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="sampled tokens a problem", ylabel="fraction right, 95 % interval", ylim=(-0.02, 1.02), title=title)
     axis.grid(alpha=0.3)
     drawing.legend(fontsize=8, loc="outside right upper")
-    with replacing(png) as temporary:
-        drawing.savefig(temporary, dpi=110, format="png")
+    save_figure(drawing, png)
+
+
+def _draw_line(axis: Axes, figures: Sequence[Figure], **look: Any) -> None:
+    """Draw accuracies over tokens with their intervals."""
+    figures = sorted(figures, key=lambda figure: figure.tokens)
+    below = [max(0.0, figure.accuracy - figure.interval[0]) for figure in figures]
+    above = [max(0.0, figure.interval[1] - figure.accuracy) for figure in figures]
+    tokens, heights = [figure.tokens for figure in figures], [figure.accuracy for figure in figures]
+    bars: Any = axis.errorbar(tokens, heights, yerr=(below, above), marker=".", elinewidth=0.8, capsize=2, **look)
+    for bar in (*bars.lines[1], *bars.lines[2]):
+        bar.set_alpha(0.4)

@@ -31,12 +31,14 @@ class WeightStruct(Held):
 
 
 class FeedForwardStruct(Held):
-    """`FeedForward` in source/model.h; so are the others."""
+    """`FeedForward` in source/model.h."""
 
     _fields_: ClassVar = [("gate_up", WeightStruct), ("down", WeightStruct)]
 
 
 class ExpertsStruct(Held):
+    """`Experts` in source/model.h."""
+
     _fields_: ClassVar = [
         *fields("num_experts num_chosen"), ("router", WeightStruct),
         *fields("*choice_bias scoring normalizes factor. exact_logits *experts"),
@@ -45,6 +47,8 @@ class ExpertsStruct(Held):
 
 
 class LayerStruct(Held):
+    """`Layer` in source/model.h."""
+
     _fields_: ClassVar = [
         ("qkv", WeightStruct), ("out", WeightStruct), ("mlp", FeedForwardStruct), ("sparse", ExpertsStruct),
         *fields(
@@ -55,6 +59,8 @@ class LayerStruct(Held):
 
 
 class ModelStruct(Held):
+    """`Model` in source/model.h."""
+
     _fields_: ClassVar = fields(
         "*layers num_layers hidden heads kv_heads head_size inner activation eps. *embeddings multiplier. *final_norm "
         "block_size"
@@ -62,6 +68,8 @@ class ModelStruct(Held):
 
 
 class StepStruct(Held):
+    """`Step` in source/model.h."""
+
     _fields_: ClassVar = fields(
         "*tokens *positions *works *starts *tables *logit_tokens num_tokens num_works width num_logits num_threads "
         "num_keys *residual *normed *qkv *queries *attended *activated *outputs *scores *gathered *gates *logits "
