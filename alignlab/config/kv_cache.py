@@ -59,5 +59,27 @@ class WindowCache(_ApproximateCache):
     """First tokens of a sequence."""
 
 
-ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache
+class EvictCache(_ApproximateCache):
+    """A budget of tokens for each sequence, for each kv head: the first ones, the recent ones, and those that the newest
+    queries attend to most (H2O, arXiv:2306.14048; SnapKV, arXiv:2404.14469), at their true positions. The others are
+    dropped at the end of the prompt, and then after every `interval` tokens. Layers with a window of their own keep
+    that one."""
+
+    type: Literal["evict"] = "evict"
+    heavy: int = Field(256, ge=1)
+    """Tokens that stay because they are attended to most."""
+    recent: int = Field(32, ge=1)
+    """Newest tokens, which stay."""
+    sinks: int = Field(4, ge=0)
+    """First tokens of a sequence, which stay."""
+    interval: int | None = Field(32, ge=1)
+    """Tokens after the prompt, or after the last time, until tokens are dropped again; null drops at the end of the
+    prompt alone (SnapKV)."""
+    observed: int = Field(32, ge=1)
+    """Newest queries, by whose attention tokens stay."""
+    accumulate: bool = True
+    """What tokens received when tokens were dropped before counts too (H2O, exactly where `observed` is `interval`)."""
+
+
+ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache
 KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]

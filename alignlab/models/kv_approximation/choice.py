@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from alignlab.config.kv_cache import ApproximateCache, Int4Cache, WindowCache
+from alignlab.config.kv_cache import ApproximateCache, EvictCache, Int4Cache, WindowCache
 from alignlab.config.rollout import EngineSettings, approximate_cache
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
+from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
-from alignlab.models.sink_window import SinkWindow
+from alignlab.models.sink_window import KeptTokens, SinkWindow
 
 
 def approximation_of(cache: ApproximateCache) -> KVApproximation:
@@ -21,6 +22,9 @@ def approximation_of(cache: ApproximateCache) -> KVApproximation:
         return GroupedRounding(cache.group, cache.recent)
     if isinstance(cache, WindowCache):
         return WindowedTokens(SinkWindow(cache.tokens, cache.sinks))
+    if isinstance(cache, EvictCache):
+        kept = KeptTokens(cache.heavy, cache.recent, cache.sinks, cache.interval, cache.observed)
+        return EvictedTokens(kept, cache.accumulate)
     return Rounding(cache.type)
 
 

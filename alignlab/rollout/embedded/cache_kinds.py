@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.rollout.embedded.evicting_cache import EvictingBatch, EvictingCache
 from alignlab.rollout.embedded.grouped_cache import GroupedBatch, GroupedCache
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
@@ -25,6 +27,8 @@ def make_cache(
         return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
     if isinstance(approximation, GroupedRounding):
         return GroupedCache(specs, block_size, approximation, records_routing=records_routing)
+    if isinstance(approximation, EvictedTokens):
+        return EvictingCache(specs, block_size, approximation, records_routing=records_routing)
     # What is kept is exact: all, or the tokens of a window.
     return PagedCache(specs, block_size, approximation=approximation, records_routing=records_routing)
 
@@ -33,5 +37,7 @@ def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) 
     """Return the tokens of a step over a cache, which gathers what they read."""
     if isinstance(cache, GroupedCache):
         return GroupedBatch(cache, step.slots, step.groups, step.positions, states)
+    if isinstance(cache, EvictingCache):
+        return EvictingBatch(cache, step.slots, step.groups, states)
     kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
     return kind(cache, step.slots, step.groups, states)
