@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from alignlab.config.base import Frozen, OnResume
+from alignlab.config.base import BrokenRule, Frozen, OnResume
 
 
 class ExactCache(Frozen):
@@ -81,5 +81,37 @@ class EvictCache(_ApproximateCache):
     """What tokens received when tokens were dropped before counts too (H2O, exactly where `observed` is `interval`)."""
 
 
-ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache
+class TopKCache(_ApproximateCache):
+    """All keys and values, of which each query of a head reads those with its largest scores (arXiv:2106.06899) and the
+    most recent ones. Layers with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
+
+    type: Literal["top_k"] = "top_k"
+    tokens: int = Field(64, ge=1)
+    """Tokens with the largest scores, beside the recent ones."""
+    recent: int = Field(4, ge=1)
+    """Newest tokens, the present one included, which are always read."""
+
+
+class ThresholdCache(_ApproximateCache):
+    """All keys and values, of which each query of a head reads those with enough weight, and the most recent ones. Layers
+    with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
+
+    type: Literal["threshold"] = "threshold"
+    part: float | None = Field(None, gt=0, lt=1)
+    """Read the tokens with at least this part of the row's largest weight."""
+    mass: float | None = Field(None, gt=0, lt=1)
+    """Read the fewest tokens that have this share of the row's weight together (Twilight, arXiv:2502.02770)."""
+    recent: int = Field(4, ge=1)
+    """Newest tokens, the present one included, which are always read."""
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if (self.part is None) == (self.mass is None):
+            given = None if self.part is None else self.part
+            must = "be set without mass, or mass without part: one of them says which tokens are read"
+            raise BrokenRule("part", given, must, "set part: 0.01, or mass: 0.95")
+        return self
+
+
+ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache | TopKCache | ThresholdCache
 KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from alignlab.config.kv_cache import ApproximateCache, EvictCache, Int4Cache, WindowCache
+from alignlab.config.kv_cache import (
+    ApproximateCache,
+    EvictCache,
+    Int4Cache,
+    ThresholdCache,
+    TopKCache,
+    WindowCache,
+)
 from alignlab.config.rollout import EngineSettings, approximate_cache
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
@@ -13,6 +20,7 @@ from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.models.kv_approximation.sparse_rows import SparseRows
 from alignlab.models.sink_window import KeptTokens, SinkWindow
 
 
@@ -25,6 +33,10 @@ def approximation_of(cache: ApproximateCache) -> KVApproximation:
     if isinstance(cache, EvictCache):
         kept = KeptTokens(cache.heavy, cache.recent, cache.sinks, cache.interval, cache.observed)
         return EvictedTokens(kept, cache.accumulate)
+    if isinstance(cache, TopKCache):
+        return SparseRows(cache.recent, count=cache.tokens)
+    if isinstance(cache, ThresholdCache):
+        return SparseRows(cache.recent, part=cache.part, mass=cache.mass)
     return Rounding(cache.type)
 
 
