@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config.base import BrokenRule, Frozen, OnResume
+from alignlab.config.base import Frozen, OnResume
+from alignlab.config.error_messages import BrokenRule
 
 
 class ExactCache(Frozen):
@@ -113,5 +114,30 @@ class ThresholdCache(_ApproximateCache):
         return self
 
 
-ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache | TopKCache | ThresholdCache
+class LowRankCache(_ApproximateCache):
+    """Keys, before their rotation, and values in the dimensions in which those of the first prompts are largest (Eigen
+    Attention, arXiv:2408.05646; PALU, arXiv:2407.21118). The bases are measured once, when a run starts, and stay."""
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: int | None = Field(None, ge=1)
+    """Dimensions that are kept of each head, of keys and of values."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """Keep the fewest dimensions that hold this share of the squares of keys, and of values, over all heads."""
+    calibration_tokens: int = Field(4096, ge=1)
+    """Tokens of the first prompts, on which the bases are measured."""
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            must = "be set without energy, or energy without rank: one of them says how many dimensions are kept"
+            raise BrokenRule("rank", self.rank, must, "set rank: 64, or energy: 0.95")
+        if self.rank is not None and self.rank > self.calibration_tokens:
+            must = f"be at most calibration_tokens ({self.calibration_tokens}), on which the bases are measured"
+            raise BrokenRule("rank", self.rank, must, "raise calibration_tokens")
+        return self
+
+
+ApproximateCache = (
+    Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache | TopKCache | ThresholdCache | LowRankCache
+)
 KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]

@@ -20,7 +20,6 @@ from alignlab.models.native_attention.function import native_attention
 from alignlab.models.own_precision import in_own_precision
 from alignlab.types import Segments
 
-
 Hide = Callable[[Tensor, Block], Tensor]
 """(scores [K, b, M, G, S] of a block, -inf where a query sees no key; the block) -> the scores with more of them -inf, in
 their memory. The same scores are given in the forward and in the backward pass."""

@@ -85,7 +85,7 @@ class Runner:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
-        approximation = None if cache is None else approximation_of(cache)
+        approximation = None if cache is None else approximation_of(cache, model)
         self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
         self.states = StateCache(specs, output_head(model)[0].dtype)
         self._records_cache = cache is not None and cache.replay
