@@ -29,6 +29,9 @@ from alignlab.models.hub.checkpoints import new_model
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 8, "recent": 0},
     "window": {"type": "window", "tokens": 8, "sinks": 2},
+    "evict": {"type": "evict", "heavy": 6, "recent": 3, "sinks": 1, "interval": 4, "observed": 4},
+    "top_k": {"type": "top_k", "tokens": 4, "recent": 1}, "threshold": {"type": "threshold", "mass": 0.5, "recent": 1},
+    "low_rank": {"type": "low_rank", "rank": 8},
 }
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
