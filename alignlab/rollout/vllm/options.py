@@ -18,8 +18,9 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.models.recurrent.layer import RecurrentLayer
 from alignlab.models.routers.uses import check_vllm
-from alignlab.models.served_attention import check_served
+from alignlab.models.served_attention import FAMILY_KINDS, check_served, check_served_on_cpu
 from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
@@ -44,7 +45,7 @@ def engine_options(
             the settings ask, or vLLM's model runner does not return experts.
     """
     lm = causal_lm(model)
-    check_model(lm, settings)
+    check_model(lm, settings, on_cpu=on_cpu)
     check_vllm(lm)
     check_quantization(settings)
     context_tokens = context_limit(lm, settings)
@@ -65,6 +66,8 @@ def engine_options(
     if on_cpu:
         # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
         options["enable_chunked_prefill"] = False
+        # States of a prefix are found again by chunks alone.
+        options["enable_prefix_caching"] = not any(isinstance(module, RecurrentLayer) for module in lm.modules())
     elif getattr(lm.config, "sparse_layers", ()):
         check_returns_experts()
         options["enable_return_routed_experts"] = True
@@ -79,8 +82,13 @@ def engine_options(
     return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
 
 
-def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> None:
+def check_model(
+    lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings, *, on_cpu: bool = False
+) -> None:
     """Raise unless vLLM can compute a model's attention, and spread and quantize it as the settings ask.
+
+    Args:
+        on_cpu: vLLM is known to run on a CPU.
 
     Raises:
         ConfigError: vLLM does not know a kind of the model's attention, `tensor_parallel` does not divide the attention
@@ -88,6 +96,8 @@ def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings
     """
     if isinstance(lm.config, PolicyConfig):
         check_served(lm.config)
+        if on_cpu:
+            check_served_on_cpu(lm.config, model_dtype(lm))
     heads, size = getattr(lm.config.get_text_config(), "num_attention_heads", None), settings.tensor_parallel
     if heads is not None and heads % size:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -202,6 +212,8 @@ def _obstacle(model: Model) -> str | None:
         return (
             f"has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one of at most {_MAX_RANKS[-1]}"
         )
+    if set(getattr(causal_lm(model).config, "layer_types", None) or ()).intersection(FAMILY_KINDS):
+        return "is of a model with latent attention or recurrent layers, whose products vLLM keeps merged with others"
     layers: dict[str, Any] = dict(wrappers(model))
     for name, layer in layers.items():
         is_linear = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)

@@ -49,8 +49,8 @@ def test_heads_that_cannot_be_shared_out_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_types": ["latent_attention", "full_attention"], **LATENT}, "layer_types holds latent_attention, and"),
-        ({"layer_types": ["gated_attention"] * 2}, "layer_types holds gated_attention, and vLLM serves full_attention"),
+        ({"layer_types": ["latent_attention", "full_attention"], **LATENT}, "latent_attention, which vLLM"),
+        ({"layer_types": ["gated_attention"] * 2}, "gated_attention, which vLLM serves in models of a Hub family al"),
         ({"layer_types": ["sliding_gated_attention"] * 2, "sliding_window": 6}, "holds sliding_gated_attention, and"),
     ],
     ids=["latent", "gated", "gated window"],
