@@ -87,9 +87,7 @@ def teacher(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(tokenizer: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(report, "plot_curves", lambda *_, **__: False)  # slower than the training
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # likewise; no machine fails here
-    monkeypatch.setattr(run_folder, "start_record", START)
+    without_slow_ends(monkeypatch)
 
     def make(kind: Kind, folder: str, **options: Any) -> Any:
         if kind.dtype != torch.float32:  # once for each trainer is enough
@@ -107,6 +105,13 @@ def make(tokenizer: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return make_case(kind.name, tmp_path / folder / "run", model, tokenizer, num_steps=2, **options)
 
     return make
+
+
+def without_slow_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes longer than a tiny training, before and after it."""
+    monkeypatch.setattr(report, "plot_curves", lambda *_, **__: False)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine fails here
+    monkeypatch.setattr(run_folder, "start_record", START)
 
 
 @pytest.fixture
