@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.hub.checkpoints import new_model
-from tests.curves import draw_no_curves
 from tests.models.attention_kinds import KIMI
+from tests.quick import be_quick
 from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case, prompts
@@ -76,7 +76,7 @@ def sample_without_rank(source: Any) -> None:
 def main() -> None:
     place, names = sys.argv[2], sys.argv[3:]
     folder = Path(sys.argv[1]) / place
-    draw_no_curves()
+    be_quick()
     os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
     for name in names or PLACES[place][1]:
         save_file(

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.models.attention_plan import MAX_SCORES, Block, Problem, batched_problems, blocks_on, make_block, query_runs
+from alignlab.models.attention_plan import (
+    MAX_SCORES,
+    Block,
+    Problem,
+    batched_problems,
+    blocks_on,
+    make_block,
+    query_runs,
+)
 from alignlab.types import Segments
 
 
