@@ -47,7 +47,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     },
     "a regular expression": {"regex": "[a-c]{2,4}-(7|42)", "temperature": 1.5},
     "a JSON schema": {"json_schema": SCHEMA},
-    "stop strings": {"stop": ("b", "9a"), "temperature": 0.7, "top_p": 0.9},
+    "stop strings": {"stop": ("b", "9a"), "temperature": 0.7, "top_k": 40, "top_p": 0.9},
 }
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 4},

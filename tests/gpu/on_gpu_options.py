@@ -22,6 +22,8 @@ from tests.trainers.tiny import make_case
 Context = Callable[..., Any]
 HALF = choice(dropped=0.5, pattern=None, by_row=False)
 SMALL: dict[str, Any] = {"num_prompts": 2, "group_size": 2, "num_steps": 1}
+BLOCKS = {"block_size": 16}
+"""A GPU has larger ones, and sums over the masked keys of a gathered one round otherwise."""
 
 
 def pruned(tokenizer: Any) -> Any:
@@ -33,12 +35,13 @@ def pruned(tokenizer: Any) -> Any:
 OPTIONS: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     **{
         f"replay of a cache in {name}": (
-            "grpo", lambda t: make_model("mixture", t), SMALL | {"rollout": {"kv_cache": cache}},
+            "grpo", lambda t: make_model("mixture", t), SMALL | {"rollout": {"kv_cache": cache} | BLOCKS},
         )
         for name, cache in CACHES.items()
     },
     "a cache in int8 and a reference": (
-        "ppo", lambda t: make_model("dense", t), SMALL | {"rollout": {"kv_cache": CACHES["int8"]}, "kl": {"coef": 0.1}},
+        "ppo", lambda t: make_model("dense", t),
+        SMALL | {"rollout": {"kv_cache": CACHES["int8"]} | BLOCKS, "kl": {"coef": 0.1}},
     ),
     "an average of the weights": ("sft", lambda t: make_preset("kda", t), {"num_steps": 1, "ema": {"decay": 0.5}}),
     "zeros that stay": ("sft", pruned, {"num_steps": 1, "optim": {"keep_zeros": True}}),
