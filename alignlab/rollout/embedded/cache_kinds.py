@@ -32,6 +32,7 @@ def make_cache(
 def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:
     """Return the tokens of a step over a cache, which gathers what they read."""
     if isinstance(cache, GroupedCache):
-        return GroupedBatch(cache, step.slots, step.groups, step.positions, states)
+        assert step.group_ends is not None, "the step was planned for groups"
+        return GroupedBatch(cache, step.slots, step.groups, step.group_ends, states)
     kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
     return kind(cache, step.slots, step.groups, states)

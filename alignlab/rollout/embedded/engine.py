@@ -29,7 +29,7 @@ from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
+from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches, last_rows
 from alignlab.rollout.embedded.sequence import TokenSequence, make_request, scored_sequences
 from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.memory import cache_may_stay
@@ -166,8 +166,8 @@ class EmbeddedEngine:
                 searches = [kind(root, params, engine) for root in chosen]
                 while scheduler.has_work:
                     step, outputs = self._next_step(scheduler)
-                    hidden, _ = self._runner.hidden(step)
-                    advance(searches, hidden, self._runner.logits, outputs)
+                    hidden, [last] = self._runner.hidden(step, [last_rows(outputs)])
+                    advance(searches, hidden, last, self._runner.logits, outputs)
             results += [search.result(self._completion) for search in searches]
         return results
 

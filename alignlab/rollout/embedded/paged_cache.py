@@ -15,6 +15,7 @@ from torch import Tensor
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.rollout.embedded.block_pools import Window
+from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -30,6 +31,7 @@ class PagedCache:
         specs: of the layers that keep entries of tokens.
         windows: of all that these layers keep, each once; with None for the expert choices, and where there is no such
             layer.
+        tokens_of_group: consecutive tokens that are rounded together, once the last of them is known; 1 for none.
         num_blocks: of sequences, by window.
         total_blocks: of these and of what steps in place need beside them, by window.
         layers: [slots, numbers kept of a token] by layer and name, from the layer's first tokens on.
@@ -41,6 +43,7 @@ class PagedCache:
         approximation: KVApproximation | None = None, records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.tokens_of_group = 1
         self.approximation = approximation
         self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
         records = (None,) if records_routing or not self.specs else ()
@@ -150,6 +153,12 @@ class PagedCache:
             num_prompt: those of them that sequences of one request share.
         """
         return None
+
+    def tables_on_device(self, tables: Mapping[Window, list[int]]) -> dict[Window, Tensor]:
+        """Return the blocks of a sequence by window, [blocks] int64, beside the entries, by one copy."""
+        device = next(tensor.device for layer in self.layers.values() for tensor in layer.values())
+        on_host = [torch.tensor(table, dtype=torch.int64) for table in tables.values()]
+        return dict(zip(tables, to_device(on_host, device), strict=True))
 
     def rows(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
         """Return the entries of a name of a sequence's first tokens, [num_tokens, numbers of a token].

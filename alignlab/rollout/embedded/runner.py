@@ -32,6 +32,7 @@ from alignlab.rollout.embedded.step_plan import StepTensors, plan_step
 from alignlab.rollout.embedded.tile_attention import TileBatch
 from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles
 from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.transfer import to_device
 
 
 def reads_in_place(device: torch.device) -> bool:
@@ -162,7 +163,9 @@ class Runner:
             plan, moved = tiles.on(self.device, others)
             lengths = tuple(work.count for work in step.work if work.count > 1)
         else:
-            steps = plan_step(step.work, self.cache.block_size, self.cache.windows)
+            steps = plan_step(
+                step.work, self.cache.block_size, self.cache.windows, tokens_of_group=self.cache.tokens_of_group
+            )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
         for window in step.copies:
@@ -234,7 +237,7 @@ class Runner:
         if self.cache.routing is None:
             return None
         stored = self.cache.routing.unflatten(0, (-1, self.cache.block_size))
-        blocks = torch.tensor(sequence.tables[None], device=stored.device)
+        [blocks] = to_device([torch.tensor(sequence.tables[None], dtype=torch.int64)], stored.device)
         computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
         record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)
         record[: len(computed)] = computed
