@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "exact": {"type": "exact"}, "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4"},
     "window 252 + 4": {"type": "window", "tokens": 252, "sinks": 4},
     "window 1020 + 4": {"type": "window", "tokens": 1020, "sinks": 4},
+    "mmap": {"type": "mmap", "folder": tempfile.gettempdir()},
 }
 ROWS, REPLAYED = 8, 2
 KINDS = ("gap", "replayed", "no record")
