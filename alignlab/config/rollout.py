@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
-from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings
+from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings, MmapCache
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
@@ -132,6 +132,11 @@ class RolloutSettings(Frozen):
     float32 weights too. off: never."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """What becomes of a sequence that has to give its blocks to others. recompute: its tokens are computed again.
+    swap: its blocks and states are copied to the host's memory, and back when there is room again."""
+    swap_gib: float = Field(4.0, gt=0)
+    """Host memory for `preemption: swap`; a sequence for which it has no room is computed again."""
     speculation: SpeculationSettings | None = None
     """Guess tokens, and check several in one step; pays for few sequences at once."""
     kv_cache: KVCacheSettings = ExactCache()
@@ -143,6 +148,15 @@ class RolloutSettings(Frozen):
         if self.block_size is not None and self.block_size % group:
             must = f"be a multiple of kv_cache.group ({group}): a group lies in one block"
             raise BrokenRule("block_size", self.block_size, must, f"remove it, or use {group}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_preemption(self) -> Self:
+        if self.preemption == "recompute":
+            self.refuse_unread("swap_gib", "with preemption: recompute", "use preemption: swap, or remove swap_gib")
+        elif isinstance(self.speculation, MtpSettings):
+            must = "be recompute with speculation: mtp, which reads the states of all tokens of a sequence again"
+            raise BrokenRule("preemption", self.preemption, must, "remove it, or use another speculation")
         return self
 
 
@@ -290,7 +304,7 @@ def quantization(settings: EngineSettings) -> str | None:
 def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:
     """Return the settings of the engine's cache if it approximates keys and values; None if it keeps them exactly."""
     cache = settings.kv_cache if isinstance(settings, RolloutSettings) else None
-    return None if cache is None or isinstance(cache, ExactCache) else cache
+    return None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
 
 
 def cache_group(settings: EngineSettings) -> int:

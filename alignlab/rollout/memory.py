@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from alignlab.config.kv_cache import MmapCache
 from alignlab.config.rollout import (
     EngineSettings,
     RolloutSettings,
@@ -92,7 +93,10 @@ def engine_bytes(
         num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
         for spec in specs
         for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
-    ) + slot_bytes * slots_needed(num_sequences, num_sequences)
+    )
+    if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
+        cache = min(cache, int(settings.kv_cache.resident_gib * 2**30))
+    cache += slot_bytes * slots_needed(num_sequences, num_sequences)
     merges = merges_adapters(model, settings.merge_lora, device)
     if why_not_native(model, settings, device, block_size=size, merges=merges) is None:
         return cache + packed_bytes(model)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from alignlab.config.kv_cache import MmapCache
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.rollout.embedded.grouped_cache import GroupedBatch, GroupedCache
+from alignlab.rollout.embedded.mapped_cache import MappedBatch, MappedCache
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.rounded_cache import RoundedBatch, RoundedCache
@@ -18,9 +22,18 @@ from alignlab.rollout.embedded.step_plan import StepTensors
 
 def make_cache(
     specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: KVApproximation | None,
-    *, records_routing: bool,
+    *, records_routing: bool, mapped: MmapCache | None = None, dtype: torch.dtype = torch.float32,
 ) -> PagedCache:
-    """Return the cache that keeps what an approximation leaves; None leaves all. Arguments as of `PagedCache`."""
+    """Return the cache that keeps what an approximation leaves; None leaves all.
+
+    Args:
+        specs, block_size, approximation, records_routing: as of `PagedCache`.
+        mapped: a file for an exact cache; None for one in memory.
+        dtype: of the model.
+    """
+    if mapped is not None:
+        assert approximation is None, "what lies in a file is exact"
+        return MappedCache(specs, block_size, mapped, dtype, records_routing=records_routing)
     if isinstance(approximation, Rounding):
         return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
     if isinstance(approximation, GroupedRounding):
@@ -34,5 +47,7 @@ def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) 
     if isinstance(cache, GroupedCache):
         assert step.group_ends is not None, "the step was planned for groups"
         return GroupedBatch(cache, step.slots, step.groups, step.group_ends, states)
+    if isinstance(cache, MappedCache):
+        return MappedBatch(cache, step.slots, step.groups, states)
     kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
     return kind(cache, step.slots, step.groups, states)

@@ -87,7 +87,7 @@ class EmbeddedEngine:
         self._lm = causal_lm(model)
         self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
         self._weights, self._runner = make_runner(model, settings, self._block_size)
-        self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
+        self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes, swaps=True)
         self._sampler = self._runner.sampler()
         self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
         self._in_use = threading.Lock()
@@ -234,7 +234,8 @@ class EmbeddedEngine:
 
     def metrics(self) -> dict[str, float]:
         """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
-        return {"engine/preempted": float(self.num_preempted)} | self._speculation.metrics()
+        swapped = {} if self._space.swap is None else self._space.swap.metrics()
+        return {"engine/preempted": float(self.num_preempted)} | swapped | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
@@ -284,11 +285,7 @@ class EmbeddedEngine:
         if not self._in_use.acquire(blocking=False):  # another thread was faster
             raise _busy()
         self._abandoned = False
-        scheduler = Scheduler(
-            self._space.blocks, root=str(self.policy_version).encode() if self._share else None,
-            max_running=self._settings.max_running, prefill_tokens=self._settings.prefill_tokens,
-            states=self._space.states,
-        )
+        scheduler = self._space.scheduler(str(self.policy_version).encode() if self._share else None)
         try:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)

@@ -74,6 +74,10 @@ class PagedCache:
                 total[window] += num_bytes
         return total
 
+    def max_file_bytes(self) -> int | None:
+        """Return the bytes that blocks may take of a disk; None for blocks in memory."""
+        return None
+
     @property
     def addressable_blocks(self) -> int:
         """Blocks with which every tensor of a layer, with one block more, has under 2^31 numbers."""
@@ -130,11 +134,17 @@ class PagedCache:
         tensors = self.layers.setdefault(layer_idx, {})
         total_blocks = self.total_blocks[self.window_of(layer_idx, name)]
         if name not in tensors:
-            # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
             num_places = total_blocks * self.block_size // num_tokens
-            tensors[name] = entries.new_zeros(num_places, math.prod(entries.shape[1:]))
+            tensors[name] = self._zeros(entries, num_places, math.prod(entries.shape[1:]))
         tensors[name].index_copy_(0, places, entries.reshape(places.shape[0], math.prod(entries.shape[1:])))
         return tensors[name].view(total_blocks, -1)
+
+    def _zeros(self, like: Tensor, num_places: int, numel: int) -> Tensor:
+        """Return the tensor of a name before its first entries, [num_places, numel].
+
+        Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
+        """
+        return like.new_zeros(num_places, numel)
 
     def write_routing(self, slots: Tensor, choices: Tensor) -> None:
         """Store the experts chosen for N tokens, [N, MoE layers, experts a token], at slots without a window."""
@@ -171,15 +181,18 @@ class PagedCache:
 
     def copy(self, window: Window, pairs: Tensor) -> None:
         """Copy whole blocks of the layers of a window, all at once: (source, target) of each, [copies, 2] int64."""
+        source, target = pairs.unbind(1)
+        for blocks in self.tensors_of(window):
+            blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+    def tensors_of(self, window: Window) -> list[Tensor]:
+        """Return all that is kept in the blocks of a window, [blocks, numbers of a block]: of a block that is all."""
         tensors = [
             tensor for layer_idx, layer in self.layers.items() for name, tensor in layer.items()
             if self.window_of(layer_idx, name) == window
         ]
         tensors += [self.routing] if window is None and self.routing is not None else []
-        source, target = pairs.unbind(1)
-        for tensor in tensors:
-            blocks = tensor.view(self.total_blocks[window], -1)
-            blocks.index_copy_(0, target, blocks.index_select(0, source))
+        return [tensor.view(self.total_blocks[window], -1) for tensor in tensors]
 
 
 def block_bytes(

@@ -3,7 +3,7 @@
 Every step continues all running sequences by their next tokens and fills up with prompt tokens, up to a budget: a long
 prompt is cut into chunks, and a sequence joins as soon as there is a place for it. Sequences that wait for a prompt
 which another one is computing fork from it when it is done. When blocks run out, the sequence that joined last frees
-its blocks; it waits at the head of the queue, and is computed again from its tokens.
+its blocks; it waits at the head of the queue, and is computed again from its tokens, or copied back from the host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
+from alignlab.rollout.embedded.swapping import SwapStore
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Scheduler:
         root: prefix of all digests; None shares nothing between sequences.
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
+        swap: keeps what a sequence that gives way has computed; None computes it again.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, so far.
@@ -106,9 +108,10 @@ class Scheduler:
 
     def __init__(
         self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int,
-        states: StateSlots | None = None,
+        states: StateSlots | None = None, swap: SwapStore | None = None,
     ) -> None:
         self.pools = pools
+        self._swap = swap
         self._states = states
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
@@ -171,6 +174,8 @@ class Scheduler:
             self.finish(sequence)
         else:
             self.waiting.remove(sequence)
+            if self._swap is not None:
+                self._swap.forget(sequence)
 
     def fork(self, leader: TokenSequence, fork: TokenSequence) -> None:
         """Start a sequence on the blocks of a running one that has the same tokens."""
@@ -243,13 +248,25 @@ class Scheduler:
         Args:
             budget: tokens that it may compute in this step.
         """
-        self._find_prefix(sequence)
+        swap = self._swap if self._swap is not None and sequence in self._swap else None
+        absent = {}
+        if swap is None:
+            self._find_prefix(sequence)
+        else:
+            absent = swap.find(sequence, self.pools)
         count = self._next_count(sequence, budget)
         missing = {window: self._missing(sequence, window, count) for window in self.pools.managers}
-        is_full = any(manager.num_free < missing[window] for window, manager in self.pools.managers.items())
+        is_full = any(
+            manager.num_free < missing[window] + absent.get(window, 0)
+            for window, manager in self.pools.managers.items()
+        )
         if is_full or not self._has_slot(sequence):
-            self._release(sequence)
+            self._release(sequence, forget=swap is None)
             return False
+        if swap is not None:
+            swap.bring_back(sequence, self.pools, self._states)
+            for index, digest in enumerate(sequence.digests):
+                self.pools.publish(sequence.tables, index, digest)
         for window, manager in self.pools.managers.items():
             sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
         self.running.append(self.waiting.popleft())
@@ -285,20 +302,25 @@ class Scheduler:
     def _preempt(self, sequence: TokenSequence) -> None:
         """Free the blocks of a running sequence, which waits again at the head of the queue."""
         self.num_preempted += 1
-        if sequence.scored_ids:  # its given tokens are scored again, from the first
-            sequence.raw_logprobs = []
         sequence.take_drafts()
+        self.pools.expire(sequence.tables, sequence.num_computed)
+        is_kept = self._swap is not None and self._swap.take_out(sequence, self.pools)
+        if sequence.scored_ids and not is_kept:  # its given tokens are scored again, from the first
+            sequence.raw_logprobs = []
         self.running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, forget=not is_kept)
         self.waiting.extendleft(reversed(sequence.followers))
         sequence.followers = []
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: TokenSequence) -> None:
+    def _release(self, sequence: TokenSequence, *, forget: bool = True) -> None:
+        """Free the blocks and the slot of a sequence; with `forget`, none of its tokens counts as computed then."""
         self.pools.release(sequence.tables)
         if self._states is not None:
             self._states.release(sequence)
-        sequence.tables, sequence.digests, sequence.num_computed = self.pools.empty_tables(), [], 0
+        sequence.tables = self.pools.empty_tables()
+        if forget:
+            sequence.digests, sequence.num_computed = [], 0
 
     def _find_prefix(self, sequence: TokenSequence) -> None:
         """Share the published blocks that the sequence begins with, up to the first token that needs logits.
@@ -361,4 +383,4 @@ class Scheduler:
 
 
 def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:
-    return waiting.request is leader.request and not waiting.num_sampled
+    return waiting.request is leader.request and not waiting.num_sampled and not waiting.num_computed

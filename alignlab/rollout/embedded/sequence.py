@@ -63,7 +63,8 @@ class TokenSequence:
         reads_prompt: the states of all tokens are needed, as if each had logits.
         num_drafts: last tokens of `token_ids` that are guesses, for the time of one step.
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
-        num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
+        num_computed: leading tokens whose entries are in the cache, or on the host, see `swapping`; 0 again after a
+            pre-emption that kept nothing.
         tables: cache blocks, in order, by the window of the layers that they belong to; see `block_pools`.
         state: slot of what recurrent layers keep of it, see `state_slots`; None before its first token.
         digests: digests of the leading full blocks that were looked up or published.

@@ -7,11 +7,13 @@ from functools import cache
 
 from torch import nn
 
-from alignlab.config.rollout import RolloutSettings, approximate_cache
+from alignlab.config.kv_cache import MmapCache
+from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.native.build import BuildError
+from alignlab.rollout.embedded.mapped_file import check_mapped_cache
 from alignlab.rollout.embedded.native.binding import Kernels, kernels_of
 from alignlab.rollout.embedded.native.coverage import why_not_native
 from alignlab.rollout.embedded.native.runner import NativeRunner
@@ -31,8 +33,11 @@ def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) ->
         block_size: tokens in a block of the cache.
 
     Raises:
-        ConfigError: the settings require the native step, and it cannot be; or an adapter cannot be merged.
+        ConfigError: the settings require the native step, and it cannot be; an adapter cannot be merged; or the cache
+            cannot lie in the file that the settings ask for.
     """
+    if isinstance(settings.kv_cache, MmapCache):
+        check_mapped_cache(settings.kv_cache, causal_lm(model).device)
     kernels = _kernels(model, settings, block_size)
     if kernels is not None:
         native = NativeWeights(model, kernels, merge=settings.merge_lora)
@@ -40,7 +45,7 @@ def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) ->
     weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
     runner = Runner(
         model, weights, block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-        cache=approximate_cache(settings),
+        cache=settings.kv_cache,
     )
     return weights, runner
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignlab.config.kv_cache import MmapCache
 from alignlab.config.rollout import MtpSettings, RolloutSettings, approximate_cache
 from alignlab.models.attention import Attention, SlidingAttention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
@@ -70,6 +71,8 @@ def why_not_native(
         return f"the processor has no {', '.join(missing)}"
     if (cache := approximate_cache(settings)) is not None:
         return f"the cache approximates keys and values (kv_cache: {cache.type})"
+    if isinstance(settings.kv_cache, MmapCache):
+        return "the cache lies in a file (kv_cache: mmap), which the kernels would read whole"
     if isinstance(settings.speculation, MtpSettings):
         return "drafts are made by the model's own layer for multi-token prediction"
     if wrappers(model) and not merges:

@@ -68,6 +68,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "prefill by 3": {"prefill_tokens": 3},
     "one at a time": {"max_running": 1},
     "pre-empted": {"cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6},
+    "swapped": {
+        "cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6, "preemption": "swap",
+    },
     "large blocks": {"block_size": 48},
     "drafts": {"speculation": {"type": "ngram", "min_match": 1, "num_drafts": 3, "always": True}},
 }
@@ -85,7 +88,8 @@ def test_results_do_not_depend_on_other_rows_chunks_blocks_or_preemption(
         EmbeddedEngine(model, tokenizer, RolloutSettings.model_validate(s)) for s in ({"native": "required"}, settings)
     )
     assert as_sampled(other.generate(PROMPTS, SAMPLING)) == as_sampled(plain.generate(PROMPTS, SAMPLING))
-    assert (other.num_preempted > 0) == (schedule == "pre-empted")
+    assert (other.num_preempted > 0) == (schedule in ("pre-empted", "swapped"))
+    assert other.metrics().get("engine/swapped_in", 0) == (other.num_preempted if schedule == "swapped" else 0)
 
 
 @pytest.mark.parametrize("shape", ["windows-caps", "sigmoid-shared"])
