@@ -92,10 +92,14 @@ def _own_keys(segments: Segments) -> Iterator[Problem]:
             yield queries, tokens[: int(queries[-1]) + 1 - start]
 
 
-def query_runs(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Return the tokens of a segment as queries: all at once, or in several runs where they are many."""
-    length = len(tokens)
-    rows = length if length * length <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // length))
+def query_runs(tokens: Tensor, num_before: int = 0) -> tuple[Tensor, ...]:
+    """Return the tokens of a segment as queries: all at once, or in several runs where they are many.
+
+    Args:
+        num_before: tokens before the segment that they meet too.
+    """
+    length, num_keys = len(tokens), num_before + len(tokens)
+    rows = length if length * num_keys <= MAX_SCORES // 4 else min(MAX_ROWS, max(1, MAX_SCORES // num_keys))
     return tokens.split(rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.groups import GroupedRounding, Int4, from_int4
 from alignlab.models.kv_approximation.record import record_of_layers
 from alignlab.models.sink_window import SinkWindow
@@ -71,7 +72,9 @@ class GroupedCache(PagedCache):
                 where = of_tokens if num_tokens == 1 else places // size
                 self._store(layer_idx, part, where, numbers.flatten(0, 1), num_tokens)
 
-    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+    def record(
+        self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
+    ) -> Tensor | None:
         """Return the parities of the codes of a sequence's complete groups; see `PagedCache.record`.
 
         Released blocks have none. Nor have the last tokens of a prompt in a group that ends within the completion: on a

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.transfer import to_device
@@ -152,7 +153,9 @@ class PagedCache:
             self.routing = choices.new_full((self.total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
-    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+    def record(
+        self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
+    ) -> Tensor | None:
         """Return what a replay of the approximation needs of a sequence's tokens, [num_tokens, L, bytes] uint8.
 
         None where it needs nothing. See `alignlab.models.kv_approximation.record`.
@@ -161,6 +164,7 @@ class PagedCache:
             tables: blocks of the sequence, by window.
             num_tokens: that were computed.
             num_prompt: those of them that sequences of one request share.
+            evictions: what stayed of the sequence's tokens, where the cache has a budget.
         """
         return None
 

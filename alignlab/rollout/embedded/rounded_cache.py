@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.record import record_of_layers
 from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.rollout.embedded.block_pools import EXPIRED, Window
@@ -40,7 +41,9 @@ class RoundedCache(PagedCache):
             stored[scales_name(name)] = self._store(layer_idx, scales_name(name), slots, scales)
         return stored
 
-    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+    def record(
+        self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
+    ) -> Tensor | None:
         """Return the parities of a sequence's codes; see `PagedCache.record`. Released blocks have none."""
         parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         on_device = self.tables_on_device(tables)

@@ -23,6 +23,7 @@ from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
+from alignlab.rollout.embedded.evicting_cache import EvictingCache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Step
@@ -89,9 +90,9 @@ class Runner:
         dtype = output_head(model)[0].dtype
         mapped = cache if isinstance(cache, MmapCache) else None
         approximate = None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
+        approximation = None if approximate is None else approximation_of(approximate, model)
         self.cache = make_cache(
-            specs, block_size, None if approximate is None else approximation_of(approximate),
-            records_routing=self._sparse, mapped=mapped, dtype=dtype,
+            specs, block_size, approximation, records_routing=self._sparse, mapped=mapped, dtype=dtype
         )
         self.states = StateCache(specs, dtype)
         self._records_cache = approximate is not None and approximate.replay
@@ -175,6 +176,9 @@ class Runner:
             )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
+        for eviction in step.evictions:
+            assert isinstance(self.cache, EvictingCache)
+            self.cache.evict(eviction)
         for window in step.copies:
             self.cache.copy(window, moved.pop(0))
         return self._computed(plan, lengths).index_select(0, plan.logit_tokens), moved
@@ -229,7 +233,9 @@ class Runner:
         """
         if not self._records_cache:
             return None
-        computed = self.cache.record(sequence.tables, sequence.num_computed, sequence.num_prompt)
+        computed = self.cache.record(
+            sequence.tables, sequence.num_computed, sequence.num_prompt, evictions=sequence.evictions
+        )
         if computed is None:
             return None
         record = torch.zeros((len(sequence.token_ids), *computed.shape[1:]), dtype=computed.dtype)

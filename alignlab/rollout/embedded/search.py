@@ -161,7 +161,7 @@ def copy_of(parent: TokenSequence) -> TokenSequence:
     return TokenSequence(
         parent.request, parent.key, list(parent.token_ids), num_computed=parent.num_computed,
         digests=list(parent.digests), logprobs=list(parent.logprobs), raw_logprobs=list(parent.raw_logprobs),
-        versions=list(parent.versions),
+        versions=list(parent.versions), evictions=dict(parent.evictions),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignlab.models.sink_window import size_of
+from alignlab.models.sink_window import KeptTokens, size_of
 from alignlab.rollout.embedded.block_pools import EXPIRED, Window, sink_blocks
 from alignlab.rollout.embedded.paged_attention import RowGroup
 from alignlab.rollout.embedded.scheduler import Work
@@ -122,11 +122,14 @@ def plan_step(
     counts = np.array([w.count for w in ordered])
     starts = np.array([w.start for w in ordered])
     tables = {window: block_table(ordered, block_size, window) for window in windows}
+    dropped = {window: num_dropped(ordered, window) for window in windows}
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(len(rows)) + (starts - (ends - counts))[rows]
-    places, offsets = positions // block_size, positions % block_size
-    slots = {window: table[rows, places] * block_size + offsets for window, table in tables.items()}
+    slots = {}
+    for window, table in tables.items():
+        places = positions - dropped[window][rows]
+        slots[window] = table[rows, places // block_size] * block_size + places % block_size
     tokens = np.fromiter(
         chain.from_iterable(w.sequence.token_ids[w.start : w.start + w.count] for w in ordered), np.int64, len(rows)
     )
@@ -134,7 +137,7 @@ def plan_step(
     for _, members in groupby(ordered, key=_size_class):
         end = row + len(list(members))
         first = int(ends[row] - counts[row])
-        of_rows = {window: table[row:end] for window, table in tables.items()}
+        of_rows = {window: (table[row:end], dropped[window][row:end]) for window, table in tables.items()}
         groups.append(_plan_group(counts[row:end], starts[row:end], of_rows, first, block_size))
         row = end
     ends_as_given = np.empty(len(order), np.int64)
@@ -163,12 +166,19 @@ def _size_class(work: Work) -> tuple[int, int]:
     return (work.count - 1).bit_length(), (work.start + work.count).bit_length() // 2
 
 
+def num_dropped(work: Sequence[Work], window: Window) -> _Ints:
+    """Return how many tokens of each work's sequence a budget has dropped from layers of a window, [W]."""
+    is_kept = isinstance(window, KeptTokens)
+    return np.array([w.sequence.num_dropped if is_kept else 0 for w in work], np.int64)
+
+
 def block_table(work: Sequence[Work], block_size: int, window: Window, filler: int = 0) -> _Ints:
     """Return the blocks that each work reads in layers of a window, [W, most blocks of a work], the rest filled up.
 
     Blocks that the window has left are the filler too.
     """
-    num_blocks = [-(-(w.start + w.count) // block_size) for w in work]
+    dropped = num_dropped(work, window)
+    num_blocks = [-(-(w.start + w.count - int(d)) // block_size) for w, d in zip(work, dropped, strict=True)]
     table = np.full((len(work), max(num_blocks)), filler, np.int64)
     for row, (w, count) in enumerate(zip(work, num_blocks, strict=True)):
         table[row, :count] = w.sequence.tables[window][:count]
@@ -178,13 +188,13 @@ def block_table(work: Sequence[Work], block_size: int, window: Window, filler: i
 
 
 def _plan_group(
-    counts: _Ints, starts: _Ints, tables: Mapping[Window, _Ints], first: int, block_size: int
+    counts: _Ints, starts: _Ints, tables: Mapping[Window, tuple[_Ints, _Ints]], first: int, block_size: int
 ) -> GroupPlan:
     """Return the group of consecutive rows with these query counts, first positions and blocks.
 
     Args:
         counts, starts: [R].
-        tables: [R, blocks], by window.
+        tables: [R, blocks] and the tokens dropped from them [R], by window.
         first: index of the group's first token in the step.
         block_size: tokens in a block.
     """
@@ -196,10 +206,12 @@ def _plan_group(
         unpadding = np.flatnonzero(np.arange(num_queries) < counts[:, None])
         padding = padding.ravel()
     blocks, first_keys = {}, {}
-    for window, table in tables.items():
-        blocks[window], left_out = _visible_blocks(table, starts, starts + counts, window, block_size)
+    for window, (table, dropped) in tables.items():
+        blocks[window], left_out = _visible_blocks(table, starts, starts + counts - dropped, window, block_size)
         if left_out is not None:
             first_keys[window] = left_out * block_size
+        if dropped.any():  # of what stayed, keys are numbered on as if they were the newest tokens
+            first_keys[window] = dropped
     return GroupPlan(
         first, first + int(counts.sum()), padding, unpadding, starts[:, None] + offsets, blocks, first_keys
     )
