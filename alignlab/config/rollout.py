@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
 from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings
+from alignlab.config.weight_rounding import RoundedWeights, WeightRoundingSettings
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
@@ -136,6 +137,17 @@ class RolloutSettings(Frozen):
     """Guess tokens, and check several in one step; pays for few sequences at once."""
     kv_cache: KVCacheSettings = ExactCache()
     """What is kept of keys and values: all, or an approximation, such as `kv_cache: {type: int8}`."""
+    quantization: WeightRoundingSettings = None
+    """On a CPU: roll out from a rounded copy of the weights, `int8`, `int4` or `int8_dynamic`, or a section such as
+    `{type: int4, group: 64, exact: [lm_head, down_proj]}`. Its probabilities are then not the policy's, which needs a
+    `mismatch.correction`."""
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> Self:
+        if self.quantization is not None and self.merge_lora is False:
+            must = f"be true or left out with quantization {self.quantization.type}: merged weights are rounded"
+            raise BrokenRule("merge_lora", False, must, "remove it, or remove quantization")
+        return self
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -284,7 +296,15 @@ def max_staleness(settings: EngineSettings) -> int:
 
 def quantization(settings: EngineSettings) -> str | None:
     """Return the quantization of the engine's weights; None if they are the policy's."""
+    rounding = rounded_weights(settings)
+    if rounding is not None:
+        return rounding.type
     return settings.quantization if isinstance(settings, _VLLMSettings) else None
+
+
+def rounded_weights(settings: EngineSettings) -> RoundedWeights | None:
+    """Return the rounding of the embedded engine's weights; None if there is none."""
+    return settings.quantization if isinstance(settings, RolloutSettings) else None
 
 
 def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:

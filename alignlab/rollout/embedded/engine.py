@@ -233,8 +233,11 @@ class EmbeddedEngine:
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
-        return {"engine/preempted": float(self.num_preempted)} | self._speculation.metrics()
+        """Return the number of sequences that had to free their blocks and the acceptance of drafts, so far, and the
+        seconds of the last rounding of weights.
+        """
+        rounding = {} if self._weights.rounding is None else {"engine/rounding_s": self._weights.rounding_s}
+        return {"engine/preempted": float(self.num_preempted)} | rounding | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
