@@ -30,7 +30,7 @@ def weight_scales(weight: Tensor, bits: int, group: int | None = None) -> Tensor
     """
     groups = _grouped(weight, group)
     low, high = groups.amin(-1), groups.amax(-1)  # of the weights as they are: exact, and no copy of them
-    scales = (torch.maximum(high, -low).float() / ((2**bits - 1) / 2)).to(weight.dtype)
+    scales = (_exact(torch.maximum(high, -low)) / ((2**bits - 1) / 2)).to(weight.dtype)
     return torch.where(scales == 0, torch.finfo(weight.dtype).eps, scales)
 
 
@@ -39,37 +39,41 @@ def to_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
         code = min(max(round(w / scale), -2^(bits - 1)), 2^(bits - 1) - 1)
 
-    Halves go to the even code. The code 2^(bits - 1) is missing: the largest number of a group may be a whole step from
-    its code where it is positive, and half a step, as any other, where it is negative.
+    Halves go to the even code. The largest number of a group is half a step from two codes; of a positive one the upper
+    is missing.
     """
     largest = 2 ** (bits - 1) - 1
-    numbers = _grouped(weight, weight.shape[1] // scales.shape[1]).float()  # of float32 weights no copy
-    numbers = numbers / scales.float()[..., None]
+    groups = _grouped(weight, weight.shape[1] // scales.shape[1])
+    numbers = _exact(groups) / _exact(scales)[..., None]
     return numbers.round_().clamp_(-largest - 1, largest).to(torch.int8).flatten(1)
 
 
 def from_codes(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the weights [O,I] float32 that codes [O,I] and scales [O,G] stand for: code * scale."""
-    numbers = _grouped(codes, codes.shape[1] // scales.shape[1]).float()
-    return (numbers * scales.float()[..., None]).flatten(1)
+    """Return the weights [O,I] that codes [O,I] and scales [O,G] stand for, code * scale, at least in float32."""
+    return (_grouped(codes, codes.shape[1] // scales.shape[1]) * _exact(scales)[..., None]).flatten(1)
 
 
 def rounded_weight(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Return the nearest weights [O,I] float32 of so many bits to a weight [O,I]."""
+    """Return the nearest weights [O,I] of so many bits to a weight [O,I], at least in float32."""
     scales = weight_scales(weight, bits, group)
     return from_codes(to_codes(weight, scales, bits), scales)
 
 
 def row_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round activations [N,I] to 8 bits: codes [N,I] int8, and a scale a row [N,1] float32.
+    """Round activations [N,I] to 8 bits: codes [N,I] int8, and a scale a row [N,1], at least in float32.
 
         scale = max |x| / 127,  code = round(x / scale)
 
     Reference: Dettmers et al. (2022), arXiv:2208.07339, Eq. 1, by row.
     """
-    numbers = rows.float()
+    numbers = _exact(rows)
     scales = (numbers.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (numbers / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _exact(numbers: Tensor) -> Tensor:
+    """Return numbers at least in float32."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
 def _grouped(weight: Tensor, group: int | None) -> Tensor:

@@ -40,10 +40,10 @@ def slow_rounded(row: list[float], bits: int) -> list[float]:
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 8), (4, 16), (8, 4)])
 def test_rounded_weights_are_those_of_a_slow_twin(bits: int, group: int | None) -> None:
     torch.manual_seed(bits)
-    weight = torch.randn(5, 16)
-    rows = weight.double().view(-1, group or 16).tolist()
-    expected = torch.tensor([slow_rounded(row, bits) for row in rows]).view(5, 16)
-    torch.testing.assert_close(rounded_weight(weight, bits, group), expected, atol=1e-6, rtol=1e-6)
+    weight = torch.randn(5, 16, dtype=torch.float64)
+    rows = weight.view(-1, group or 16).tolist()
+    expected = torch.tensor([slow_rounded(row, bits) for row in rows], dtype=torch.float64).view(5, 16)
+    torch.testing.assert_close(rounded_weight(weight, bits, group), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -50,11 +50,11 @@ class Int8DynamicLinear(_RoundedLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__(bias)
-        self._codes, self._scales = codes.T, scales[:, 0].float()
+        self._codes, self._scales = codes.T, scales[:, 0]
 
     def _product(self, rows: Tensor) -> Tensor:
         codes, scales = row_codes(rows)
-        return torch._int_mm(codes, self._codes).float() * scales * self._scales
+        return torch._int_mm(codes, self._codes) * scales * self._scales
 
 
 class Int4Linear(_RoundedLinear):
