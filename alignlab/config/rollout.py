@@ -139,7 +139,7 @@ class RolloutSettings(Frozen):
     """Guess tokens, and check several in one step; pays for few sequences at once."""
     kv_cache: KVCacheSettings = ExactCache()
     """What is kept of keys and values: all, or an approximation, such as `kv_cache: {type: int8}`."""
-    quantization: WeightRoundingSettings = None
+    quantization: Recorded[WeightRoundingSettings] = None
     """On a CPU: roll out from a rounded copy of the weights, `int8`, `int4` or `int8_dynamic`, or a section such as
     `{type: int4, group: 64, exact: [lm_head, down_proj]}`. Its probabilities are then not the policy's, which needs a
     `mismatch.correction`."""

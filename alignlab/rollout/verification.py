@@ -26,9 +26,10 @@ GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest allowed difference of a canary token's log-prob from the trainer's, nats, by dtype. Measured: correct weights
 stay under 5e-5 in float32 and 0.1 in bfloat16; wrong weights in a single layer differ by more than a nat."""
 ROUNDED_GATE = 2.0
-"""The same for an engine that rounds weights or its cache to 8 bits or less. In fp8 a number has 4 significant bits there and 8 in bfloat16, so a product's
-rounding error is 16 times as large; over a sum the errors average. An estimate: it was never measured on a device. Such
-a canary finds weights that are wrong everywhere, and leaves single layers to the digests."""
+"""The same for an engine that rounds weights or its cache to 8 bits or less. In fp8 a number has 4 significant bits,
+where bfloat16 has 8, so a product's rounding error is 16 times as large; over a sum the errors average. An estimate:
+it was never measured on a device. Such a canary finds weights that are wrong everywhere, and leaves single layers to
+the digests."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.models.weight_rounding import from_codes, row_codes, rounded_weight, to_codes, weight_scales
+from alignlab.models.weight_rounding import from_codes, rounded_weight, row_codes, to_codes, weight_scales
 
 
 def test_codes_and_scales_by_hand() -> None:

@@ -1,7 +1,8 @@
 """Checkpoints whose linear layers are rounded to 8 or 4 bits, as `transformers` and vLLM load them.
 
 Weights are rounded to the nearest value of their scale, without calibration; scales of integers are those of
-`weight_rounding`. The format and the packing are those of the library `compressed-tensors`. Embeddings, head and norms stay as they are.
+`weight_rounding`. The format and the packing are those of the library `compressed-tensors`. Embeddings, head and norms
+stay as they are.
 """
 
 from __future__ import annotations

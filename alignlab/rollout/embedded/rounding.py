@@ -79,8 +79,8 @@ def make_rounding(model: nn.Module, settings: EngineSettings, device: torch.devi
     lm = causal_lm(model)
     if not isinstance(lm, PolicyForCausalLM):
         raise ConfigError(
-            f"{setting}, and the model must be one of our own: {type(lm).__name__} may read a layer's weight by itself; "
-            "remove it"
+            f"{setting}, and the model must be one of our own: {type(lm).__name__} may read a layer's weight by "
+            "itself; remove it"
         )
     layers = dict(_roundable(model))
     exact = {name: [layer for layer in layers if f".{name}." in f".{layer}."] for name in rounding.exact}
@@ -101,7 +101,7 @@ def make_rounding(model: nn.Module, settings: EngineSettings, device: torch.devi
 
 
 def _roundable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and layers, with any adapters around them, of the decoder's linear layers and experts and the head."""
+    """Yield names and layers, with any adapters around them: the decoder's linear layers and experts, and the head."""
     lm = causal_lm(model)
     wrapped = wrappers(model)
     read = layers_read(lm.modules())

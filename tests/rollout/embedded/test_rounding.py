@@ -131,7 +131,7 @@ def test_models_of_transformers_and_devices_without_products_are_refused(
     with pytest.raises(ConfigError, match="LlamaForCausalLM may read a layer's weight by itself"):
         make_engine(llama, quantization="int8")
     settings = RolloutSettings.model_validate({"quantization": "int8"})
-    with pytest.raises(ConfigError, match="must be null on a GPU.*rollout.engine: vllm with quantization: fp8"):
+    with pytest.raises(ConfigError, match=r"must be null on a GPU.*rollout.engine: vllm with quantization: fp8"):
         make_rounding(model_of(), settings, torch.device("cuda"))
 
 

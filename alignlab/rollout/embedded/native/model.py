@@ -73,8 +73,8 @@ class NativeModel:
             qkv=packer.stacked(
                 [p.weight for p in projections], [p.bias for p in projections], rounded=packer.rounds(*own)
             ),
-            out=packer.stacked([out.weight], [out.bias], rounded=packer.rounds(attention.o_proj)), sinks=floats(attention.sinks),
-            norms_all_heads=int(attention.norms_all_heads), scaling=attention.scaling,
+            out=packer.stacked([out.weight], [out.bias], rounded=packer.rounds(attention.o_proj)),
+            sinks=floats(attention.sinks), norms_all_heads=int(attention.norms_all_heads), scaling=attention.scaling,
             softcap=float(attention.softcap or 0), window=attention.sliding_window or 0,
             rotary=attention.rotary_size or 0,
         )  # fmt: skip

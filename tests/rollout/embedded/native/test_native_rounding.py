@@ -100,10 +100,11 @@ def test_the_largest_numbers_do_not_overflow(kind: str) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_have_no_numbers_as_results(wrong: float) -> None:
-    packed = Packer(kernels_of(torch.float32), lambda m: m, rounding_of("int8")).stacked([torch.ones(2, 40)], rounded=True)
+    kernels = kernels_of(torch.float32)
+    packed = Packer(kernels, lambda m: m, rounding_of("int8")).stacked([torch.ones(2, 40)], rounded=True)
     rows = torch.ones(2, 40)
     rows[0, 33] = wrong
-    assert kernels_of(torch.float32).product(rows, packed).isnan().tolist() == [[True, True], [False, False]]
+    assert kernels.product(rows, packed).isnan().tolist() == [[True, True], [False, False]]
 
 
 def native_engine(model: Any, tokenizer: PreTrainedTokenizerFast, kind: Any, **settings: Any) -> EmbeddedEngine:
