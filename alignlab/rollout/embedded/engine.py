@@ -233,9 +233,12 @@ class EmbeddedEngine:
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
+        """Return the number of sequences that had to free their blocks, the copies to the host and the acceptance of drafts,
+        so far, and the seconds of the last rounding of weights.
+        """
         swapped = {} if self._space.swap is None else self._space.swap.metrics()
-        return {"engine/preempted": float(self.num_preempted)} | swapped | self._speculation.metrics()
+        rounding = {} if self._weights.rounding is None else {"engine/rounding_s": self._weights.rounding_s}
+        return {"engine/preempted": float(self.num_preempted)} | swapped | rounding | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
