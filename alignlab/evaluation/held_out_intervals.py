@@ -6,11 +6,12 @@ A single pair or completion says nothing about a mean that has no bounds: its in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 
 from alignlab.evaluation.accuracy_intervals import accuracy_intervals
-from alignlab.evaluation.results import Evaluation, EvaluationResult, Intervals, LikelihoodResult, perplexity_of
+from alignlab.evaluation.results import Evaluation, EvaluationResult, Intervals, perplexity_of
 from alignlab.functional.calibration import error_interval
 from alignlab.functional.intervals import (
     difference_interval,
@@ -27,12 +28,7 @@ _ERROR_RESAMPLES = 500
 
 def intervals_of(result: Evaluation) -> Intervals:
     """Return the intervals of a result of any kind by the names of its figures."""
-    if isinstance(result, EvaluationResult):
-        return accuracy_intervals(result)
-    if isinstance(result, LikelihoodResult) and "loss" in result.intervals:
-        low, high = result.intervals["loss"]
-        return {"loss": (low, high), "perplexity": (perplexity_of(low), perplexity_of(high))}
-    return result.intervals
+    return accuracy_intervals(result) if isinstance(result, EvaluationResult) else result.intervals
 
 
 def agreement_intervals(agrees: Sequence[float], means: Mapping[str, Sequence[float]]) -> Intervals:
@@ -84,9 +80,13 @@ def probability_intervals(leads: Sequence[float]) -> Intervals:
 
 
 def likelihood_intervals(nats: Sequence[float], tokens: Sequence[float]) -> Intervals:
-    """Return the interval of "loss", nats a token.
+    """Return the intervals of "loss", nats a token, and of "perplexity", where they are finite.
 
     Args:
         nats, tokens: sum of -log p of each completion, and its number of tokens.
     """
-    return {"loss": ratio_interval(nats, [float(count) for count in tokens])} if len(nats) > 1 else {}
+    if len(nats) < 2:
+        return {}
+    low, high = ratio_interval(nats, tokens)
+    bounds = {"loss": (low, high), "perplexity": (perplexity_of(low), perplexity_of(high))}
+    return {name: of_figure for name, of_figure in bounds.items() if isfinite(of_figure[1])}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,10 +96,7 @@ class RunReport:
 
 def _with_intervals(result: Evaluation | None) -> dict[str, Any] | None:
     """Return a result as JSON with the 95 % intervals of its figures."""
-    if result is None:
-        return None
-    finite = {name: bounds for name, bounds in intervals_of(result).items() if math.isfinite(bounds[1])}
-    return result.to_json() | {"intervals": finite}
+    return None if result is None else result.to_json() | {"intervals": intervals_of(result)}
 
 
 def write_report(run: RunFolder, report: RunReport, *, console: Console | None = None) -> None:

@@ -184,7 +184,7 @@ class LikelihoodResult(_WithIntervals):
     Attributes:
         loss: mean of -log p over all completion tokens, nats.
         num_examples, num_tokens: number of completions and of their tokens.
-        intervals: of the loss, over completions, see `held_out_intervals`; empty in results of earlier versions.
+        intervals: of the loss and of the perplexity, over completions, see `held_out_intervals`; empty in results of earlier versions.
     """
 
     loss: float

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="model of a warm start of this benchmark or of bench_presets")
     parser.add_argument("--warm-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -80,7 +80,7 @@ def _config(args: argparse.Namespace, seed: int, folder: Path) -> RunConfig:
         "data.task_options={min_terms: 3, max_terms: 3, min_digits: 1, max_digits: 1}",
         f"warm_start.trainer.num_steps={args.warm_steps}", "evaluation.num_problems=256",
         f"trainer.seed={seed}", f"trainer.output_dir={folder}", f"trainer.num_steps={args.steps}",
-        "trainer.num_prompts=32", "trainer.optim={}",
+        "trainer.num_prompts=32", "trainer.optim={warmup_steps: 10}",
         f"trainer.optim.learning_rate={args.learning_rate}", "warm_start.trainer.trackers=[]",
     ])  # fmt: skip
 

@@ -61,10 +61,12 @@ def test_calibration_error_and_brier_lie_within_their_intervals():
 
 
 def test_a_loss_is_resampled_by_completion_and_weighed_by_tokens():
-    low, high = likelihood_intervals([10.0] + [3.0] * 20, [100] + [1] * 20)["loss"]
+    bounds = likelihood_intervals([10.0] + [3.0] * 20, [100] + [1] * 20)
+    low, high = bounds["loss"]
     assert 0.1 <= low < 70 / 120 < high <= 3.0
-    result = LikelihoodResult(70 / 120, 21, 120, {"loss": (low, high)})
-    assert intervals_of(result)["perplexity"] == (math.exp(low), math.exp(high))
+    assert bounds["perplexity"] == (math.exp(low), math.exp(high))
+    assert intervals_of(LikelihoodResult(70 / 120, 21, 120, bounds)) == bounds
+    assert set(likelihood_intervals([1e4, 2e4], [1, 1])) == {"loss"}, "a perplexity of infinity has no bounds"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_loss_is_resampled_by_completion_and_weighed_by_tokens():
     [
         PreferenceResult(0.5, 1.0, 2.0, 4, intervals={"accuracy": (0.25, 0.75)}),
         LabelResult(0.5, 1.0, 2.0, 4, {"accuracy": (0.25, 0.75)}),
-        LikelihoodResult(2.0, 4, 8, {"loss": (1.5, 2.5)}),
+        LikelihoodResult(2.0, 4, 8, {"loss": (1.5, 2.5), "perplexity": (4.5, 12.25)}),
     ],
 )
 def test_intervals_are_read_back_shown_and_no_metrics(result):
@@ -82,4 +84,4 @@ def test_intervals_are_read_back_shown_and_no_metrics(result):
     assert evaluation_from_json(without).intervals == {}, "of an earlier version"
     [cells] = [list(column.cells) for column in change_table(result, result).columns if column.header == "before"]
     assert any(cell in ("0.500  0.25..0.75", "2.000  1.50..2.50") for cell in cells)
-    assert "1.000" in cells or "7.389  4.48..12.18" in cells
+    assert "1.000" in cells or "7.389  4.50..12.25" in cells

@@ -214,6 +214,7 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         self._weights.rest()
+        self._speculation.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._space.reset()
         else:
@@ -230,6 +231,7 @@ class EmbeddedEngine:
         if self._in_use.acquire(blocking=False):
             self._space.free()
             self._weights.release()
+            self._speculation.rest()
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.rollout import MtpSettings, RolloutSettings, approximate_cache
+from alignlab.config.rollout import RolloutSettings, approximate_cache
 from alignlab.models.attention import Attention, SlidingAttention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
 from alignlab.models.config import PolicyConfig
@@ -70,8 +70,6 @@ def why_not_native(
         return f"the processor has no {', '.join(missing)}"
     if (cache := approximate_cache(settings)) is not None:
         return f"the cache approximates keys and values (kv_cache: {cache.type})"
-    if isinstance(settings.speculation, MtpSettings):
-        return "drafts are made by the model's own layer for multi-token prediction"
     if wrappers(model) and not merges:
         return "the adapter is applied as it is (merge_lora: false)"
     others = sorted({str(dtype_of(weight)) for weight in _weights(lm)} - {str(dtype)})
