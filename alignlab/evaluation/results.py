@@ -137,7 +137,7 @@ class PreferenceResult(_WithIntervals):
         loss: mean over pairs.
         num_pairs: number of pairs.
         calibration_error, brier: of a reward model's probabilities, see `functional.reward_losses`; None elsewhere.
-        intervals: of the figures above, over pairs, see `held_out_intervals`; empty in results of earlier versions.
+        intervals: of the figures above, over pairs; empty in results of earlier versions.
     """
 
     accuracy: float
@@ -163,7 +163,7 @@ class LabelResult(_WithIntervals):
         margin: mean reward of the good completions minus that of the bad ones.
         loss: mean over completions.
         num_completions: number of completions.
-        intervals: of the figures above, over completions, see `held_out_intervals`; empty in results of earlier versions.
+        intervals: of the figures above, over completions; empty in results of earlier versions.
     """
 
     accuracy: float
@@ -184,7 +184,7 @@ class LikelihoodResult(_WithIntervals):
     Attributes:
         loss: mean of -log p over all completion tokens, nats.
         num_examples, num_tokens: number of completions and of their tokens.
-        intervals: of the loss and of the perplexity, over completions, see `held_out_intervals`; empty in results of earlier versions.
+        intervals: of the loss and of the perplexity, over completions; empty in results of earlier versions.
     """
 
     loss: float

@@ -6,8 +6,8 @@ The losses are those of `trainers.pairs`. A pair's prompt is computed once for b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from dataclasses import replace
+from statistics import fmean
 
 from torch import Tensor, nn
 

@@ -55,7 +55,7 @@ def test_drafts_stop_before_the_first_that_cannot_be_kept() -> None:
     grammar = grammar_of(sampling, small, 5, [3])
     assert grammar is not None
     state = grammar.begin()
-    with pytest.raises(RolloutError, match="after 1 tokens .* allows none of the model's tokens"):
+    with pytest.raises(RolloutError, match=r"after 1 tokens .* allows none of the model's tokens"):
         state.allowed([4])
     assert allowed_of(state, [1]) == [2] and allowed_of(state, [1, 2]) == [1, 3, 4], "it goes on without that token"
     for drafts, kept in (([4, 2], []), ([1, 2, 4, 2], [1, 2]), ([1, 1, 2], [1]), ([1, 2, 1, 2], [1, 2, 1, 2])):
