@@ -214,6 +214,7 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         self._weights.rest()
+        self._speculation.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._space.reset()
         else:
@@ -230,10 +231,11 @@ class EmbeddedEngine:
         if self._in_use.acquire(blocking=False):
             self._space.free()
             self._weights.release()
+            self._speculation.rest()
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, the copies to the host and the acceptance of drafts,
+        """Return the counts of pre-empted sequences, of copies to the host and of accepted drafts,
         so far, and the seconds of the last rounding of weights.
         """
         swapped = {} if self._space.swap is None else self._space.swap.metrics()

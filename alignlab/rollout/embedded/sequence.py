@@ -142,9 +142,16 @@ class TokenSequence:
         return self.request.sampling.max_new_tokens - self.num_sampled
 
     def add_drafts(self, drafts: Sequence[int]) -> None:
-        """Add guesses of the next tokens behind the others."""
-        self.token_ids += drafts
-        self.num_drafts = len(drafts)
+        """Add guesses of the next tokens behind the others, up to the first one that cannot be kept.
+
+        That is one that the grammar refuses, or after which it allows nothing: it must not end the call, since another
+        token may be sampled in its place.
+        """
+        for draft in drafts:
+            if self.grammar is not None and not self.grammar.leads_on([*self.sampled_ids, draft]):
+                return
+            self.token_ids.append(draft)
+            self.num_drafts += 1
 
     def take_drafts(self) -> list[int]:
         """Remove the guesses, and return them."""

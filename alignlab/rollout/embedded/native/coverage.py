@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignlab.config.kv_cache import MmapCache
-from alignlab.config.rollout import MtpSettings, RolloutSettings, approximate_cache
+from alignlab.config.rollout import RolloutSettings, approximate_cache
 from alignlab.models.attention import Attention, SlidingAttention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
 from alignlab.models.config import PolicyConfig
@@ -75,8 +75,6 @@ def why_not_native(
         return f"the cache approximates keys and values (kv_cache: {cache.type})"
     if isinstance(settings.kv_cache, MmapCache):
         return "the cache lies in a file (kv_cache: mmap), which the kernels would read whole"
-    if isinstance(settings.speculation, MtpSettings):
-        return "drafts are made by the model's own layer for multi-token prediction"
     if wrappers(model) and not merges:
         return "the adapter is applied as it is (merge_lora: false)"
     others = sorted({str(dtype_of(weight)) for weight in _weights(lm)} - {str(dtype)})
