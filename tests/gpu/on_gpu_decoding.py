@@ -52,6 +52,9 @@ CONTROLS: dict[str, dict[str, Any]] = {
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 4},
     "window": {"type": "window", "tokens": 9, "sinks": 2},
+    "evict": {"type": "evict", "heavy": 4, "recent": 3, "sinks": 1, "interval": 4, "observed": 3},
+    "top_k": {"type": "top_k", "tokens": 4, "recent": 2}, "threshold": {"type": "threshold", "part": 0.1},
+    "low_rank": {"type": "low_rank", "rank": 3, "calibration_tokens": 24},
 }
 DRAFTS: dict[str, dict[str, Any]] = {
     "ngram": {"type": "ngram", "min_match": 1, "max_match": 3, "num_drafts": 3, "always": True},
