@@ -42,7 +42,10 @@ CONFIG = Path(__file__).parents[2] / "configs" / "grpo_tiny_moe_cpu.yaml"
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "fp8": {"type": "fp8"}, "int4": {"type": "int4", "group": 8, "recent": 0},
     "window": {"type": "window", "tokens": 8, "sinks": 2},
-}  # fmt: skip
+    "evict": {"type": "evict", "heavy": 6, "recent": 3, "sinks": 1, "interval": 4, "observed": 4},
+    "top_k": {"type": "top_k", "tokens": 4, "recent": 1}, "threshold": {"type": "threshold", "mass": 0.5, "recent": 1},
+    "low_rank": {"type": "low_rank", "rank": 8},
+}
 ARMS = ("uncorrected", "corrected", "replayed")
 FIGURES = ("before", "reward", "own cache", "exact cache", "greedy", "gap, first", "gap, last", "tokens", "CPU s")
 

@@ -1,9 +1,9 @@
 """The record of which tokens a cache with a budget has dropped, and when.
 
-A record is [N, L, bytes] uint8 for L layers. Of a layer, byte 0 is 1 if the token has a record there; a whole number of
-4 bytes for each kv head follows. Of a token of the prompt it is 1 if the end of the prompt dropped it. Of a token of the
-completion it is 1 + the position of one that the next boundary dropped, or 0: a boundary drops at most as many tokens
-as came since the one before it.
+A record is [N, L, bytes] uint8 for L layers. Of a layer, byte 0 is 1 if the token has a record there; then, for each kv
+head, there are 4 bytes of a whole number. Of a token of the prompt it is 1 if the end of the prompt dropped it. Of a
+token of the completion it is 1 + the position of one that the next boundary dropped, or 0: a boundary drops at most as
+many tokens as came since the one before it.
 
 Shapes: K kv heads, P tokens of a prompt, C of a completion.
 """

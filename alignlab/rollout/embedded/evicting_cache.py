@@ -17,9 +17,9 @@ from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.eviction_record import Evictions, record_of_evictions
 from alignlab.models.kv_approximation.heavy_hitters import ScoreOptions
 from alignlab.rollout.embedded.block_pools import Window
+from alignlab.rollout.embedded.evictions import Eviction
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
-from alignlab.rollout.embedded.scheduler import Eviction
 
 _QUERY = "query"
 
