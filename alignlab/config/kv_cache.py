@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen, MayChange, OnResume
+from alignlab.config.error_messages import BrokenRule
 from alignlab.files.home_folder import with_home
 
 
@@ -80,5 +81,84 @@ class WindowCache(_ApproximateCache):
     """First tokens of a sequence."""
 
 
-ApproximateCache = Int8Cache | FP8Cache | Int4Cache | WindowCache
+class EvictCache(_ApproximateCache):
+    """A budget of tokens for each sequence, for each kv head: the first ones, the recent ones, and those that the newest
+    queries attend to most (H2O, arXiv:2306.14048; SnapKV, arXiv:2404.14469), at their true positions. The others are
+    dropped at the end of the prompt, and then after every `interval` tokens. Layers with a window of their own keep
+    that one."""
+
+    type: Literal["evict"] = "evict"
+    heavy: int = Field(256, ge=1)
+    """Tokens that stay because they are attended to most."""
+    recent: int = Field(32, ge=1)
+    """Newest tokens, which stay."""
+    sinks: int = Field(4, ge=0)
+    """First tokens of a sequence, which stay."""
+    interval: int | None = Field(32, ge=1)
+    """Tokens after the prompt, or after the last time, until tokens are dropped again; null drops at the end of the
+    prompt alone (SnapKV)."""
+    observed: int = Field(32, ge=1)
+    """Newest queries, by whose attention tokens stay."""
+    accumulate: bool = True
+    """What tokens received when tokens were dropped before counts too (H2O, exactly where `observed` is `interval`)."""
+
+
+class TopKCache(_ApproximateCache):
+    """All keys and values, of which each query of a head reads those with its largest scores (arXiv:2106.06899) and the
+    most recent ones. Layers with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
+
+    type: Literal["top_k"] = "top_k"
+    tokens: int = Field(64, ge=1)
+    """Tokens with the largest scores, beside the recent ones."""
+    recent: int = Field(4, ge=1)
+    """Newest tokens, the present one included, which are always read."""
+
+
+class ThresholdCache(_ApproximateCache):
+    """All keys and values, of which each query of a head reads those with enough weight, and the most recent ones. Layers
+    with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
+
+    type: Literal["threshold"] = "threshold"
+    part: float | None = Field(None, gt=0, lt=1)
+    """Read the tokens with at least this part of the row's largest weight."""
+    mass: float | None = Field(None, gt=0, lt=1)
+    """Read the fewest tokens that have this share of the row's weight together (Twilight, arXiv:2502.02770)."""
+    recent: int = Field(4, ge=1)
+    """Newest tokens, the present one included, which are always read."""
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if (self.part is None) == (self.mass is None):
+            given = None if self.part is None else self.part
+            must = "be set without mass, or mass without part: one of them says which tokens are read"
+            raise BrokenRule("part", given, must, "set part: 0.01, or mass: 0.95")
+        return self
+
+
+class LowRankCache(_ApproximateCache):
+    """Keys, before their rotation, and values in the dimensions in which those of the first prompts are largest (Eigen
+    Attention, arXiv:2408.05646; PALU, arXiv:2407.21118). The bases are measured once, when a run starts, and stay."""
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: int | None = Field(None, ge=1)
+    """Dimensions that are kept of each head, of keys and of values."""
+    energy: float | None = Field(None, gt=0, le=1)
+    """Keep the fewest dimensions that hold this share of the squares of keys, and of values, over all heads."""
+    calibration_tokens: int = Field(4096, ge=1)
+    """Tokens of the first prompts, on which the bases are measured."""
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            must = "be set without energy, or energy without rank: one of them says how many dimensions are kept"
+            raise BrokenRule("rank", self.rank, must, "set rank: 64, or energy: 0.95")
+        if self.rank is not None and self.rank > self.calibration_tokens:
+            must = f"be at most calibration_tokens ({self.calibration_tokens}), on which the bases are measured"
+            raise BrokenRule("rank", self.rank, must, "raise calibration_tokens")
+        return self
+
+
+ApproximateCache = (
+    Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache | TopKCache | ThresholdCache | LowRankCache
+)
 KVCacheSettings = Annotated[ExactCache | MmapCache | ApproximateCache, Field(discriminator="type")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,8 @@ from alignlab.loop.rollout_metrics import StepMetrics
 from alignlab.loop.source import RolloutSource
 from alignlab.loop.training_loop import Callback, TrainingLoop
 from alignlab.loop.weight_decay import decay_lines
+from alignlab.models.empty import is_empty
+from alignlab.models.kv_approximation.choice import shared_bases
 from alignlab.rollout.engine import make_engine
 from alignlab.rollout.memory import engine_bytes, planned_device
 from alignlab.runs.folder import RunFolder
@@ -96,6 +99,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
             config=config, learner=self.algorithm.learner, tokenizer=inputs.tokenizer, callbacks=callbacks
         )
         bind_reward_models(inputs, config)
+        self._kv_bases = shared_bases(inputs.model, config.rollout)
+        self._measure_cache(inputs.model)
         self.source = RolloutSource(self.algorithm, make_engine(inputs.model, inputs.tokenizer, config.rollout))
         self.held_out = inputs.held_out
         self.signal = SignalMonitor(signal_settings(config, inputs.rewards))
@@ -150,6 +155,14 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
     def check_can_go_on(self) -> None:
         """Raise a RewardError if no completion has had a reward once all prompts have been tried."""
         stop_without_any_reward(self.signal, self.config, len(self.source.prompts), self.step)
+
+    def _measure_cache(self, model: nn.Module) -> None:
+        """Measure the bases of the engine's cache on the first prompts of the run, the same on every rank."""
+        if self._kv_bases is None or is_empty(model):
+            return
+        self._kv_bases.measure(model, [prompt.token_ids for prompt in self.algorithm.prompts])
+        if self.ranks.count > 1:
+            self._kv_bases.load_state(json.loads(self.ranks.of_main(json.dumps(self._kv_bases.state()))))
 
     def _take(self, step: int) -> RolloutBatch:
         with self.phase("generate"):
@@ -228,10 +241,12 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         return super().frozen_fingerprints() | self._frozen
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the data, the policy's version, what rewards and the algorithm keep."""
+        """Return the position in the data, the policy's version, what rewards and the algorithm keep, and the bases of a
+        cache in few dimensions."""
         return super().state() | self.source.state() | {
             "policy_version": self.source.engine.policy_version,
             "algorithm": self.algorithm.state(),
+            "kv_bases": None if self._kv_bases is None else self._kv_bases.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -242,6 +257,8 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         """
         super().load_state(state)
         self.algorithm.load_state(state["algorithm"])
+        if self._kv_bases is not None:
+            self._kv_bases.load_state(state["kv_bases"])
         self.source.load_state(state)
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.source.update_weights(max(state["policy_version"], self.source.engine.policy_version + 1))

@@ -80,7 +80,10 @@ class Attention(AttentionLayer):
         """Return what the layer keeps of a token: its rotated key and its value."""
         heads = self.config.num_key_value_heads
         assert heads is not None
-        return LayerCacheSpec.of_heads(heads, self.head_dim, self.head_dim, window=self.sliding_window)
+        return LayerCacheSpec.of_heads(
+            heads, self.head_dim, self.head_dim, window=self.sliding_window,
+            query_heads=self.config.num_attention_heads,
+        )
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Rotation | None, attention_mask: Tensor | None = None,

@@ -31,6 +31,7 @@ class LayerCacheSpec:
         window: tokens that a later token reads, itself included; None reads all. Entries of earlier tokens may go.
         value_columns: of a layer that keeps one "latent" [1, D] of each token: it is the key, and its first
             `value_columns` numbers are the value. None for a layer that keeps a "key" and a "value".
+        query_heads: heads of a query that attends to what is kept, H; 0 where it is not known.
     """
 
     per_token: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -38,16 +39,21 @@ class LayerCacheSpec:
     float32_entries: frozenset[str] = frozenset()
     window: int | None = None
     value_columns: int | None = None
+    query_heads: int = field(default=0, compare=False)
 
     @classmethod
-    def of_heads(cls, num_heads: int, key_dim: int, value_dim: int, *, window: int | None = None) -> LayerCacheSpec:
+    def of_heads(
+        cls, num_heads: int, key_dim: int, value_dim: int, *, window: int | None = None, query_heads: int = 0
+    ) -> LayerCacheSpec:
         """Return the spec of a layer that keeps a key and a value of each token, under "key" and "value".
 
         Args:
             num_heads: kv heads, K.
             key_dim, value_dim: size of each head, D.
+            query_heads: heads of a query, H.
         """
-        return cls({"key": (num_heads, key_dim), "value": (num_heads, value_dim)}, window=window)
+        shapes = {"key": (num_heads, key_dim), "value": (num_heads, value_dim)}
+        return cls(shapes, window=window, query_heads=query_heads)
 
     @classmethod
     def of_latent(cls, size: int, value_columns: int, *, window: int | None = None) -> LayerCacheSpec:
@@ -67,6 +73,11 @@ class LayerCacheSpec:
             return entries["key"], entries["value"]
         latent = entries["latent"]
         return latent, latent[..., : self.value_columns]
+
+    @property
+    def key_size(self) -> int:
+        """Size of a head of a key, D, of a layer that keeps keys and values."""
+        return self.per_token["key"][-1]
 
     @property
     def token_numel(self) -> int:
@@ -134,7 +145,7 @@ class _ShapeRecorder:
         """Note a layer's shapes. One token attends to itself alone, so the result is its value in every query head."""
         assert value is not None
         self.specs[layer_idx] = LayerCacheSpec.of_heads(
-            key.shape[1], key.shape[3], value.shape[3], window=sliding_window
+            key.shape[1], key.shape[3], value.shape[3], window=sliding_window, query_heads=query.shape[1]
         )
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 

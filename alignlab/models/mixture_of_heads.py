@@ -113,7 +113,9 @@ class MixtureOfHeads(AttentionLayer):
 
     def cache_spec(self) -> LayerCacheSpec:
         """Return what the layer keeps of a token: its rotated key and its value."""
-        return LayerCacheSpec.of_heads(1, self.head_dim, self.head_dim, window=self.sliding_window)
+        return LayerCacheSpec.of_heads(
+            1, self.head_dim, self.head_dim, window=self.sliding_window, query_heads=self.config.num_attention_heads
+        )
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Rotation | None, attention_mask: Tensor | None = None,

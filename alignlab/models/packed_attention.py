@@ -6,6 +6,7 @@ problems of M queries and S keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from alignlab.models.native_attention.choice import is_native
 from alignlab.models.native_attention.function import native_attention
 from alignlab.models.own_precision import in_own_precision
 from alignlab.types import Segments
+
+Hide = Callable[[Tensor, Block], Tensor]
+"""(scores [K, b, M, G, S] of a block, -inf where a query sees no key; the block) -> the scores with more of them -inf, in
+their memory. The same scores are given in the forward and in the backward pass."""
 
 
 def packed_attention(
@@ -63,7 +68,7 @@ def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, blocks: list[Block],
-    *, scaling: float, softcap: float | None = None, sinks: Tensor | None = None,
+    *, scaling: float, softcap: float | None = None, sinks: Tensor | None = None, hide: Hide | None = None,
 ) -> Tensor:
     """Return attention by the blocks of a plan, which may have more keys than queries.
 
@@ -71,11 +76,12 @@ def block_attention(
         query, key, value: [1,H,N,D], [1,K,T,D], [1,K,T,V], in the dtype that they are computed in.
         blocks: every visible pair once; those that are first have every query once.
         scaling, softcap, sinks: see `packed_attention`.
+        hide: hides more keys, each head its own.
 
     Returns:
         [1,N,H,V]
     """
-    output: Tensor = _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap)
+    output: Tensor = _BlockAttention.apply(query, key, value, sinks, blocks, scaling, softcap, hide)
     return output
 
 
@@ -94,7 +100,7 @@ class _BlockAttention(torch.autograd.Function):
     @in_own_precision
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, blocks: list[Block],
-        scaling: float, softcap: float | None,
+        scaling: float, softcap: float | None, hide: Hide | None,
     ) -> Tensor:
         """Compute attention by the blocks of a plan: [1,K*G,N,D], [1,K,T,D] and [1,K,T,V] -> [1,N,K*G,V]."""
         exact = torch.promote_types(query.dtype, torch.float32)
@@ -103,7 +109,7 @@ class _BlockAttention(torch.autograd.Function):
         out = query.new_empty(*q.shape[:3], value.shape[3])
         top, total = q.new_empty(q.shape[:3]), q.new_empty(q.shape[:3])
         for block in blocks:
-            scores = _hide(_scores(q, k, block, softcap), block)
+            scores = _hide(_scores(q, k, block, softcap), block, hide)
             peak = scores.amax(-1).clamp_min_(torch.finfo(exact).min)  # finite where nothing is visible
             weights = scores.sub_(peak[..., None]).exp_()
             mass = weights.sum(-1)
@@ -117,7 +123,7 @@ class _BlockAttention(torch.autograd.Function):
             logsumexp = joined
         logsumexp[:, -1] = torch.inf  # no weight, and so no gradient, for padded queries
         ctx.save_for_backward(query, key, value, sinks, out, logsumexp)
-        ctx.blocks, ctx.scaling, ctx.softcap = blocks, scaling, softcap
+        ctx.blocks, ctx.scaling, ctx.softcap, ctx.hide = blocks, scaling, softcap, hide
         return _heads(out, query.dtype).transpose(1, 2)
 
     @staticmethod
@@ -135,7 +141,7 @@ class _BlockAttention(torch.autograd.Function):
         for block in ctx.blocks:
             scores = _scores(scaled_q, exact_k, block, ctx.softcap)
             slope = None if ctx.softcap is None else (scores / ctx.softcap).square_().neg_().add_(1)
-            weights = _hide(scores, block).sub_(_per_query(logsumexp, block)).exp_()
+            weights = _hide(scores, block, ctx.hide).sub_(_per_query(logsumexp, block)).exp_()
             block_grad = _take(grad, block.queries)
             _add(grad_v, block.keys, torch.bmm(_flat(weights.to(v.dtype)).transpose(1, 2), block_grad))
             slopes = torch.bmm(block_grad, _take(v, block.keys).transpose(1, 2)).view(weights.shape)
@@ -148,7 +154,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_q.mul_(ctx.scaling)
         grad_k.mul_(ctx.scaling)
         grads = _heads(grad_q, query.dtype), _heads(grad_k, key.dtype), _heads(grad_v, value.dtype)
-        return *grads, _sink_gradient(sinks, logsumexp, delta), None, None, None
+        return *grads, _sink_gradient(sinks, logsumexp, delta), None, None, None, None
 
 
 def _sink_gradient(sinks: Tensor | None, logsumexp: Tensor, delta: Tensor) -> Tensor | None:
@@ -203,9 +209,11 @@ def _scores(q: Tensor, k: Tensor, block: Block, softcap: float | None) -> Tensor
     return scores.view(q.shape[0], *block.queries.shape, q.shape[2], -1)
 
 
-def _hide(scores: Tensor, block: Block) -> Tensor:
+def _hide(scores: Tensor, block: Block, hide: Hide | None) -> Tensor:
     """Set scores to -inf, in place, where a query does not see a key."""
-    return scores if block.bias is None else scores.add_(block.bias[:, :, None])
+    if block.bias is not None:
+        scores = scores.add_(block.bias[:, :, None])
+    return scores if hide is None else hide(scores, block)
 
 
 def _merge(state: tuple[Tensor, Tensor, Tensor], block: Block, new: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 NEEDED: dict[torch.dtype, tuple[str, ...]] = {torch.float32: _VECTORS, torch.bfloat16: (*_VECTORS, "avx512_bf16")}
 """Names of instruction sets, as Linux has them, by the dtype of the weights."""
 

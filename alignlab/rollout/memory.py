@@ -26,6 +26,7 @@ from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
 from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native
 from alignlab.rollout.embedded.paged_cache import block_bytes
+from alignlab.rollout.embedded.rounding import make_rounding
 from alignlab.rollout.embedded.state_slots import slots_needed
 
 _COPIES_FRAC = 0.1
@@ -98,9 +99,11 @@ def engine_bytes(
         cache = min(cache, int(settings.kv_cache.resident_gib * 2**30))
     cache += slot_bytes * slots_needed(num_sequences, num_sequences)
     merges = merges_adapters(model, settings.merge_lora, device)
+    rounding = make_rounding(model, settings, device)
     if why_not_native(model, settings, device, block_size=size, merges=merges) is None:
-        return cache + packed_bytes(model)
-    return cache + (_merged_bytes(model) if merges else 0)
+        return cache + packed_bytes(model, rounding)
+    rounded = 0 if rounding is None else rounding.total_bytes
+    return cache + rounded + (_merged_bytes(model) if merges else 0)
 
 
 def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) -> bool:

@@ -60,7 +60,7 @@ class GKD(Algorithm):
         width = shared_width(self.teacher.model, tokenizer, inputs.model, inputs.tokenizer)
         student = Student(
             inputs.model, Comparison(config.beta, config.temperature, width), chunk_tokens=chunk_tokens,
-            kv_approximation=replayed_approximation(config.rollout),
+            kv_approximation=replayed_approximation(config.rollout, inputs.model),
         )
         forward = StudentForward(config.sampling.temperature, self.teacher)
         prompts = prompts_with_room(inputs, self.teacher, config, tokenizer=inputs.tokenizer)

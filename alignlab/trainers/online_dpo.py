@@ -36,7 +36,7 @@ class OnlineDPO(Algorithm):
     def __init__(self, config: OnlineDPOConfig, inputs: OnlineInputs) -> None:
         policy = Policy(
             inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens,
-            kv_approximation=replayed_approximation(config.rollout),
+            kv_approximation=replayed_approximation(config.rollout, inputs.model),
         )
         learner = policy_learner(config, inputs, policy, forward=PolicyForward(config.sampling.temperature))
         super().__init__(config, inputs, learner, reference=Reference(learner) if config.needs_reference else None)

@@ -50,7 +50,7 @@ class PolicyGradientAlgorithm(Algorithm):
     ) -> None:
         policy = Policy(
             inputs.model, chunk_tokens=config.memory.logprob_chunk_tokens,
-            kv_approximation=replayed_approximation(config.rollout),
+            kv_approximation=replayed_approximation(config.rollout, inputs.model),
         )
         self.objective = PolicyObjective(config, policy)
         forward = PolicyForward(config.sampling.temperature, entropy_grad=config.entropy_coef > 0)

@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
-from alignlab.config.kv_cache import ApproximateCache, Int4Cache, WindowCache
+from alignlab.config.kv_cache import (
+    ApproximateCache,
+    EvictCache,
+    Int4Cache,
+    LowRankCache,
+    ThresholdCache,
+    TopKCache,
+    WindowCache,
+)
 from alignlab.config.rollout import EngineSettings, approximate_cache
 from alignlab.errors import ConfigError
-from alignlab.models.cache_spec import cache_specs
+from alignlab.models.cache_spec import LayerCacheSpec, cache_specs
+from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
+from alignlab.models.kv_approximation.low_rank import LowRank
+from alignlab.models.kv_approximation.low_rank_bases import LowRankBases, bases_of
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
-from alignlab.models.sink_window import SinkWindow
+from alignlab.models.kv_approximation.sparse_rows import SparseRows
+from alignlab.models.sink_window import KeptTokens, SinkWindow
 
 
-def approximation_of(cache: ApproximateCache) -> KVApproximation:
-    """Return the approximation that the settings of a cache name."""
+def approximation_of(cache: ApproximateCache, model: nn.Module | None = None) -> KVApproximation:
+    """Return the approximation that the settings of a cache name.
+
+    Args:
+        model: whose cache it is; None where only its size is asked for.
+    """
+    if isinstance(cache, LowRankCache):
+        return LowRank(bases_of(model, cache))
     if isinstance(cache, Int4Cache):
         return GroupedRounding(cache.group, cache.recent)
     if isinstance(cache, WindowCache):
         return WindowedTokens(SinkWindow(cache.tokens, cache.sinks))
+    if isinstance(cache, EvictCache):
+        kept = KeptTokens(cache.heavy, cache.recent, cache.sinks, cache.interval, cache.observed)
+        return EvictedTokens(kept, cache.accumulate)
+    if isinstance(cache, TopKCache):
+        return SparseRows(cache.recent, count=cache.tokens)
+    if isinstance(cache, ThresholdCache):
+        return SparseRows(cache.recent, part=cache.part, mass=cache.mass)
     return Rounding(cache.type)
 
 
-def replayed_approximation(settings: EngineSettings) -> KVApproximation | None:
+def replayed_approximation(settings: EngineSettings, model: nn.Module | None = None) -> KVApproximation | None:
     """Return the approximation of the engine's cache that the trainer replays; None if it computes exactly."""
     cache = approximate_cache(settings)
-    return None if cache is None or not cache.replay else approximation_of(cache)
+    return None if cache is None or not cache.replay else approximation_of(cache, model)
+
+
+def measure_cache(model: nn.Module, settings: EngineSettings, prompts: Sequence[Sequence[int]]) -> None:
+    """Measure what the cache's approximation needs to know of a model, on prompts, unless it is known.
+
+    Raises:
+        ConfigError: see `LowRankBases.measure`.
+    """
+    bases = shared_bases(model, settings)
+    if bases is not None:
+        bases.measure(model, prompts)
+
+
+def shared_bases(model: nn.Module, settings: EngineSettings) -> LowRankBases | None:
+    """Return the bases of a model's cache in few dimensions, which its trainer and its engine share; None without one.
+    """
+    cache = approximate_cache(settings)
+    return bases_of(model, cache) if isinstance(cache, LowRankCache) else None
 
 
 def check_cache(model: nn.Module, settings: EngineSettings) -> None:
@@ -51,6 +96,8 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
         raise ConfigError(
             f"rollout.kv_cache is {cache.type}, and the model keeps no keys and values, only states of sequences; {fix}"
         )
+    if isinstance(cache, LowRankCache) and cache.rank is not None:
+        _check_rank(cache.rank, specs)
     sizes = {size for spec in specs.values() for _, size in spec.per_token.values()}
     odd = sorted(size for size in sizes if size % 2)
     if isinstance(cache, Int4Cache) and odd:
@@ -58,3 +105,13 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
             f"rollout.kv_cache is int4, which keeps two numbers in a byte, and heads have {odd[0]} numbers, an odd "
             "count; use rollout.kv_cache: {type: int8}"
         )
+
+
+def _check_rank(rank: int, specs: Mapping[int, LayerCacheSpec]) -> None:
+    for layer_idx, spec in specs.items():
+        size = min(size for _, size in spec.per_token.values())
+        if rank > size:
+            raise ConfigError(
+                f"rollout.kv_cache.rank is {rank}, and must be at most the size of a head, which is {size} in layer "
+                f"{layer_idx}; use {max(1, size // 2)}, or {{type: exact}}"
+            )

@@ -5,7 +5,7 @@ Shapes: N tokens, H heads, K kv heads, D size of a query's or key's head, V size
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class KVApproximation(Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredApproximation(Protocol):
+    """An approximation that is another one in each layer."""
+
+    def of_layer(self, layer_idx: int) -> KVApproximation:
+        """Return the approximation of one layer."""
+        ...
+
+
 class Replay(NamedTuple):
     """What the attention of one forward pass applies to keys and values.
 
@@ -61,5 +70,8 @@ class Replay(NamedTuple):
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **options: Any
     ) -> Tensor:
         """Return attention of a layer; see `KVApproximation.attend`."""
-        of_layer = None if self.record is None else self.record[:, layer_idx]
-        return self.approximation.attend(query, key, value, segments, of_layer, **options)
+        record = None if self.record is None else self.record[:, layer_idx]
+        approximation = self.approximation
+        if isinstance(approximation, LayeredApproximation):
+            approximation = approximation.of_layer(layer_idx)
+        return approximation.attend(query, key, value, segments, record, **options)

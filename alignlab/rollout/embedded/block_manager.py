@@ -143,6 +143,10 @@ class BlockManager:
             self._users[block] += 1
         return block
 
+    def withdraw(self, block: int) -> None:
+        """Let a block no longer be found; its users keep it."""
+        self._forget(block)
+
     def is_published(self, block: int) -> bool:
         """Return whether `block` can be found."""
         return self._digests[block] is not None

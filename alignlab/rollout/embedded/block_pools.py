@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from alignlab.errors import RolloutError
-from alignlab.models.sink_window import SinkWindow, Window, size_of
+from alignlab.models.sink_window import KeptTokens, SinkWindow, Window, size_of
 from alignlab.rollout.embedded.block_manager import BlockManager
 
 EXPIRED = -1
@@ -60,6 +60,9 @@ def pool_blocks(lengths: Sequence[int], window: Window, chunk: int, block_size: 
     every = sum(-(-length // block_size) for length in lengths)
     if window is None:
         return every
+    if isinstance(window, KeptTokens):  # beside what stays, a prompt that is computed
+        kept = sum(-(-window.most_kept(length, length) // block_size) for length in lengths)
+        return min(every, kept + -(-max(lengths, default=0) // block_size))
     # Each has the blocks of its window before a step, and the step's tokens may begin one block more in each.
     of_windows = sum(most_blocks(length, window, 1, block_size) + 1 for length in lengths)
     return min(every, of_windows + -(-chunk // block_size))

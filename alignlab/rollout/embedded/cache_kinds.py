@@ -8,14 +8,20 @@ import torch
 
 from alignlab.config.kv_cache import MmapCache
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
+from alignlab.models.kv_approximation.low_rank import LowRank
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
+from alignlab.models.kv_approximation.sparse_rows import SparseRows
+from alignlab.rollout.embedded.evicting_cache import EvictingBatch, EvictingCache
 from alignlab.rollout.embedded.grouped_cache import GroupedBatch, GroupedCache
+from alignlab.rollout.embedded.low_rank_cache import LowRankBatch, LowRankCache
 from alignlab.rollout.embedded.mapped_cache import MappedBatch, MappedCache
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.rounded_cache import RoundedBatch, RoundedCache
+from alignlab.rollout.embedded.sparse_cache import SparseBatch, SparseCache
 from alignlab.rollout.embedded.state_cache import StepStates
 from alignlab.rollout.embedded.step_plan import StepTensors
 
@@ -38,6 +44,12 @@ def make_cache(
         return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
     if isinstance(approximation, GroupedRounding):
         return GroupedCache(specs, block_size, approximation, records_routing=records_routing)
+    if isinstance(approximation, EvictedTokens):
+        return EvictingCache(specs, block_size, approximation, records_routing=records_routing)
+    if isinstance(approximation, SparseRows):
+        return SparseCache(specs, block_size, approximation, records_routing=records_routing)
+    if isinstance(approximation, LowRank):
+        return LowRankCache(specs, block_size, approximation, records_routing=records_routing)
     # What is kept is exact: all, or the tokens of a window.
     return PagedCache(specs, block_size, approximation=approximation, records_routing=records_routing)
 
@@ -45,8 +57,15 @@ def make_cache(
 def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:
     """Return the tokens of a step over a cache, which gathers what they read."""
     if isinstance(cache, GroupedCache):
-        return GroupedBatch(cache, step.slots, step.groups, step.positions, states)
+        assert step.group_ends is not None, "the step was planned for groups"
+        return GroupedBatch(cache, step.slots, step.groups, step.group_ends, states)
     if isinstance(cache, MappedCache):
         return MappedBatch(cache, step.slots, step.groups, states)
+    if isinstance(cache, EvictingCache):
+        return EvictingBatch(cache, step.slots, step.groups, states)
+    if isinstance(cache, SparseCache):
+        return SparseBatch(cache, step.slots, step.groups, states)
+    if isinstance(cache, LowRankCache):
+        return LowRankBatch(cache, step.slots, step.groups, step.positions, states)
     kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
     return kind(cache, step.slots, step.groups, states)

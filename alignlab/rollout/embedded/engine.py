@@ -16,7 +16,7 @@ from alignlab.config.rollout import RolloutSettings, cache_group
 from alignlab.cpu_threads import follow_free_cores
 from alignlab.errors import RolloutError
 from alignlab.models.decoder import causal_lm, require_paging
-from alignlab.models.kv_approximation.choice import check_cache
+from alignlab.models.kv_approximation.choice import check_cache, measure_cache
 from alignlab.models.shards import copy_whole, is_spread, whole_copy
 from alignlab.rollout.detokenizer import Detokenizer, decode
 from alignlab.rollout.embedded.beam_search import PromptBeams
@@ -29,7 +29,7 @@ from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
+from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches, last_rows
 from alignlab.rollout.embedded.sequence import TokenSequence, make_request, scored_sequences
 from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.memory import cache_may_stay
@@ -166,8 +166,8 @@ class EmbeddedEngine:
                 searches = [kind(root, params, engine) for root in chosen]
                 while scheduler.has_work:
                     step, outputs = self._next_step(scheduler)
-                    hidden, _ = self._runner.hidden(step)
-                    advance(searches, hidden, self._runner.logits, outputs)
+                    hidden, [last] = self._runner.hidden(step, [last_rows(outputs)])
+                    advance(searches, hidden, last, self._runner.logits, outputs)
             results += [search.result(self._completion) for search in searches]
         return results
 
@@ -214,6 +214,7 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         self._weights.rest()
+        self._speculation.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._space.reset()
         else:
@@ -230,18 +231,23 @@ class EmbeddedEngine:
         if self._in_use.acquire(blocking=False):
             self._space.free()
             self._weights.release()
+            self._speculation.rest()
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
+        """Return the counts of pre-empted sequences, of copies to the host and of accepted drafts,
+        so far, and the seconds of the last rounding of weights.
+        """
         swapped = {} if self._space.swap is None else self._space.swap.metrics()
-        return {"engine/preempted": float(self.num_preempted)} | swapped | self._speculation.metrics()
+        rounding = {} if self._weights.rounding is None else {"engine/rounding_s": self._weights.rounding_s}
+        return {"engine/preempted": float(self.num_preempted)} | swapped | rounding | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
         self._require_idle()
         limits = self._limits(shorten="shorten the prompt or lower max_new_tokens")
         check_prompts(prompts, sampling, self._vocab_size, limits)
+        self._measure(prompts)
         sequences: list[TokenSequence] = []
         for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
             request = make_request(prompt, params, self._lm, self._tokenizer)
@@ -258,7 +264,12 @@ class EmbeddedEngine:
         """Return a sequence for each completion, in order, checked."""
         self._require_idle()
         check_completions(rollouts, self._vocab_size, self._limits(shorten="shorten the prompt or the completion"))
+        self._measure([rollout.prompt for rollout in rollouts])
         return scored_sequences(rollouts)
+
+    def _measure(self, prompts: Sequence[Prompt]) -> None:
+        """Measure what the cache needs on the first prompts that the engine is given, unless a trainer has."""
+        measure_cache(self._policy, self._settings, [prompt.token_ids for prompt in prompts])
 
     @property
     def _vocab_size(self) -> int:

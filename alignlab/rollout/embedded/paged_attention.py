@@ -203,7 +203,7 @@ def _folded_attention(
         scores = folded.to(exact) @ key.to(exact).transpose(-1, -2) * scaling
         scores = (scores if softcap is None else _capped(scores, softcap)) + mask
         of_query = None if sinks is None else sinks.view(1, kv_heads, shared, 1).expand(-1, -1, -1, count).flatten(2)
-        output = _softmax(scores, of_query).to(value.dtype) @ value
+        output = softmax_with_sinks(scores, of_query).to(value.dtype) @ value
     output = output.view(rows, kv_heads, shared, count, -1).permute(0, 3, 1, 2, 4)
     return output.reshape(rows, count, heads, -1)
 
@@ -224,12 +224,12 @@ def _block_diagonal_attention(
     scores = torch.bmm(spread.view(rows, heads, -1), key.flatten(2).transpose(1, 2)).float().mul_(scaling)
     if softcap is not None:
         scores = _capped(scores, softcap)
-    weights = _softmax(scores.add_(mask[:, 0, :1]), None if sinks is None else sinks[None]).to(value.dtype)
+    weights = softmax_with_sinks(scores.add_(mask[:, 0, :1]), None if sinks is None else sinks[None]).to(value.dtype)
     mixed = torch.bmm(weights, value.flatten(2)).view(rows, kv_heads, -1, kv_heads, value.shape[3])
     return mixed.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, 1, heads, -1)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Return the softmax over the last dimension of scores [..., L]; sinks [...], if any, take their share of it."""
     if sinks is None:
         return scores.softmax(-1)

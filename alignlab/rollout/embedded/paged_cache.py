@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.rollout.embedded.block_pools import Window
+from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -30,6 +32,7 @@ class PagedCache:
         specs: of the layers that keep entries of tokens.
         windows: of all that these layers keep, each once; with None for the expert choices, and where there is no such
             layer.
+        tokens_of_group: consecutive tokens that are rounded together, once the last of them is known; 1 for none.
         num_blocks: of sequences, by window.
         total_blocks: of these and of what steps in place need beside them, by window.
         layers: [slots, numbers kept of a token] by layer and name, from the layer's first tokens on.
@@ -41,6 +44,7 @@ class PagedCache:
         approximation: KVApproximation | None = None, records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.tokens_of_group = 1
         self.approximation = approximation
         self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
         records = (None,) if records_routing or not self.specs else ()
@@ -149,7 +153,9 @@ class PagedCache:
             self.routing = choices.new_full((self.total_blocks[None] * self.block_size, *choices.shape[1:]), -1)
         self.routing.index_copy_(0, slots, choices)
 
-    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+    def record(
+        self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
+    ) -> Tensor | None:
         """Return what a replay of the approximation needs of a sequence's tokens, [num_tokens, L, bytes] uint8.
 
         None where it needs nothing. See `alignlab.models.kv_approximation.record`.
@@ -158,8 +164,15 @@ class PagedCache:
             tables: blocks of the sequence, by window.
             num_tokens: that were computed.
             num_prompt: those of them that sequences of one request share.
+            evictions: what stayed of the sequence's tokens, where the cache has a budget.
         """
         return None
+
+    def tables_on_device(self, tables: Mapping[Window, list[int]]) -> dict[Window, Tensor]:
+        """Return the blocks of a sequence by window, [blocks] int64, beside the entries, by one copy."""
+        device = next(tensor.device for layer in self.layers.values() for tensor in layer.values())
+        on_host = [torch.tensor(table, dtype=torch.int64) for table in tables.values()]
+        return dict(zip(tables, to_device(on_host, device), strict=True))
 
     def rows(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
         """Return the entries of a name of a sequence's first tokens, [num_tokens, numbers of a token].

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.record import record_of_layers
 from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.rollout.embedded.block_pools import EXPIRED, Window
@@ -41,11 +41,14 @@ class RoundedCache(PagedCache):
             stored[scales_name(name)] = self._store(layer_idx, scales_name(name), slots, scales)
         return stored
 
-    def record(self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int) -> Tensor | None:
+    def record(
+        self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
+    ) -> Tensor | None:
         """Return the parities of a sequence's codes; see `PagedCache.record`. Released blocks have none."""
         parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for layer_idx, tensors in self.layers.items():
-            blocks = torch.tensor(tables[self.windows_of(layer_idx)[0]], device=tensors["key"].device)
+        on_device = self.tables_on_device(tables)
+        for layer_idx in self.layers:
+            blocks = on_device[self.windows_of(layer_idx)[0]]
             known = (blocks != EXPIRED).repeat_interleave(self.block_size)[:num_tokens]
             keys, values = (
                 self.rows(layer_idx, name, blocks.clamp_min(0), num_tokens) & 1 for name in ("key", "value")

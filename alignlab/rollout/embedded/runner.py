@@ -23,6 +23,7 @@ from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
+from alignlab.rollout.embedded.evicting_cache import EvictingCache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Step
@@ -32,6 +33,7 @@ from alignlab.rollout.embedded.step_plan import StepTensors, plan_step
 from alignlab.rollout.embedded.tile_attention import TileBatch
 from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles
 from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.transfer import to_device
 
 
 def reads_in_place(device: torch.device) -> bool:
@@ -88,9 +90,9 @@ class Runner:
         dtype = output_head(model)[0].dtype
         mapped = cache if isinstance(cache, MmapCache) else None
         approximate = None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
+        approximation = None if approximate is None else approximation_of(approximate, model)
         self.cache = make_cache(
-            specs, block_size, None if approximate is None else approximation_of(approximate),
-            records_routing=self._sparse, mapped=mapped, dtype=dtype,
+            specs, block_size, approximation, records_routing=self._sparse, mapped=mapped, dtype=dtype
         )
         self.states = StateCache(specs, dtype)
         self._records_cache = approximate is not None and approximate.replay
@@ -169,9 +171,14 @@ class Runner:
             plan, moved = tiles.on(self.device, others)
             lengths = tuple(work.count for work in step.work if work.count > 1)
         else:
-            steps = plan_step(step.work, self.cache.block_size, self.cache.windows)
+            steps = plan_step(
+                step.work, self.cache.block_size, self.cache.windows, tokens_of_group=self.cache.tokens_of_group
+            )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
+        for eviction in step.evictions:
+            assert isinstance(self.cache, EvictingCache)
+            self.cache.evict(eviction)
         for window in step.copies:
             self.cache.copy(window, moved.pop(0))
         return self._computed(plan, lengths).index_select(0, plan.logit_tokens), moved
@@ -226,7 +233,9 @@ class Runner:
         """
         if not self._records_cache:
             return None
-        computed = self.cache.record(sequence.tables, sequence.num_computed, sequence.num_prompt)
+        computed = self.cache.record(
+            sequence.tables, sequence.num_computed, sequence.num_prompt, evictions=sequence.evictions
+        )
         if computed is None:
             return None
         record = torch.zeros((len(sequence.token_ids), *computed.shape[1:]), dtype=computed.dtype)
@@ -241,7 +250,7 @@ class Runner:
         if self.cache.routing is None:
             return None
         stored = self.cache.routing.unflatten(0, (-1, self.cache.block_size))
-        blocks = torch.tensor(sequence.tables[None], device=stored.device)
+        [blocks] = to_device([torch.tensor(sequence.tables[None], dtype=torch.int64)], stored.device)
         computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
         record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)
         record[: len(computed)] = computed

@@ -12,6 +12,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from alignlab.models.sink_window import KeptTokens
 from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
@@ -38,16 +41,42 @@ class Work:
     states: StateUse | None = None
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """Sequences with the same tokens and blocks at a boundary, where the tokens over a budget are dropped.
+
+    Attributes:
+        boundary: tokens that each has.
+        num_tokens: those of them that are still in the cache.
+        sources, targets: blocks of these, and of those that stay.
+        query_blocks: blocks of the newest queries.
+        num_before_queries: tokens in these blocks before the observed ones.
+        stayed, received: see `TokenSequence`, at the boundary before.
+    """
+
+    sequences: list[TokenSequence]
+    boundary: int
+    num_tokens: int
+    sources: list[int]
+    targets: list[int]
+    query_blocks: list[int]
+    num_before_queries: int
+    stayed: dict[int, Tensor]
+    received: dict[int, Tensor]
+
+
 @dataclass
 class Step:
     """The work of one step.
 
     Attributes:
         work: the tokens to compute.
-        copies: (source, target) blocks to copy before, by window.
+        evictions: what is dropped before, in order.
+        copies: (source, target) blocks to copy after that, by window.
     """
 
     work: list[Work] = field(default_factory=list)
+    evictions: list[Eviction] = field(default_factory=list)
     copies: dict[Window, list[tuple[int, int]]] = field(default_factory=dict)
 
 
@@ -85,10 +114,23 @@ def pool_needs(
     longest = max((sequence.max_tokens for sequence in sequences), default=0)
     needs = {}
     for window in windows:
+        if isinstance(window, KeptTokens):
+            needs[window] = _budget_need(sequences, window, block_size, max_running)
+            continue
         least = most_blocks(longest, window, chunk, block_size)
         every = blocks_needed(sequences, block_size, max_running, share=share, window=window, chunk=chunk)
         needs[window] = PoolNeed(least, max(least, every))
     return needs
+
+
+def _budget_need(
+    sequences: Sequence[TokenSequence], kept: KeptTokens, block_size: int, max_running: int
+) -> PoolNeed:
+    """Return the blocks that sequences with a budget need: beside what stays of all, one prompt that is computed."""
+    after = sorted(-(-kept.most_kept(s.max_tokens, s.num_prompt) // block_size) for s in sequences)
+    prompts = [-(-s.num_prompt // block_size) for s in sequences]
+    least = max([*after, *prompts], default=0)
+    return PoolNeed(least, max(least, sum(after[-max_running:]) + max(prompts, default=0)))
 
 
 class Scheduler:
@@ -119,6 +161,7 @@ class Scheduler:
         self._root = root
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
+        self._kept = next((window for window in pools.managers if isinstance(window, KeptTokens)), None)
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Queue sequences; those of one request must be consecutive."""
@@ -132,6 +175,8 @@ class Scheduler:
         """Choose the next tokens to compute, and allocate blocks for them."""
         step = Step()
         num_preempted = self.num_preempted
+        if self._kept is not None:
+            self._evict(self._kept, step)
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
             # A sequence that just freed its blocks would be admitted again at once, and take them back.
@@ -182,6 +227,8 @@ class Scheduler:
         fork.num_computed = leader.num_computed
         fork.tables = self.pools.share(leader.tables)
         fork.digests = list(leader.digests)
+        fork.num_dropped, fork.stayed, fork.received = leader.num_dropped, leader.stayed, leader.received
+        fork.evictions = dict(leader.evictions)
         if self._states is not None:
             self._states.fork(leader, fork)
         self.running.append(fork)
@@ -191,6 +238,7 @@ class Scheduler:
         budget, index = self._prefill_tokens, 0
         while index < len(self.running):
             sequence = self.running[index]
+            self._shorten_drafts(sequence)
             is_decoded = sequence.num_pending <= 1 + sequence.num_drafts
             count = sequence.num_pending if is_decoded else self._next_count(sequence, budget)
             if not self._make_room(sequence, count, step):
@@ -221,7 +269,7 @@ class Scheduler:
         for window, manager in self.pools.managers.items():
             table, missing = sequence.tables[window], self._missing(sequence, window, count)
             if self._is_shared(sequence, window):
-                first = sequence.num_computed // manager.block_size
+                first = self._place(sequence, window) // manager.block_size
                 copy = manager.allocate()
                 step.copies.setdefault(window, []).append((table[first], copy))
                 manager.release(table[first])
@@ -234,12 +282,12 @@ class Scheduler:
 
         Layers that see all tokens need the blocks of all tokens that there are at some time, and get them at once.
         """
-        end = len(sequence.token_ids) if window is None else sequence.num_computed + count
+        end = len(sequence.token_ids) if window is None else self._place(sequence, window) + count
         return max(0, self.pools.blocks_for(end) - len(sequence.tables[window]))
 
     def _is_shared(self, sequence: TokenSequence, window: Window) -> bool:
         """Return whether the block that is written next is read by other sequences; it is copied before."""
-        first, table = sequence.num_computed // self.pools.block_size, sequence.tables[window]
+        first, table = self._place(sequence, window) // self.pools.block_size, sequence.tables[window]
         return first < len(table) and self.pools.managers[window].users(table[first]) > 1
 
     def _admit(self, sequence: TokenSequence, budget: int) -> bool:
@@ -321,6 +369,7 @@ class Scheduler:
         sequence.tables = self.pools.empty_tables()
         if forget:
             sequence.digests, sequence.num_computed = [], 0
+            sequence.num_dropped, sequence.stayed, sequence.received = 0, {}, {}
 
     def _find_prefix(self, sequence: TokenSequence) -> None:
         """Share the published blocks that the sequence begins with, up to the first token that needs logits.
@@ -345,7 +394,12 @@ class Scheduler:
             yield parent
 
     def _publish(self, sequence: TokenSequence) -> None:
-        """Publish full blocks, so that later sequences find them, and the state after the last one that they share."""
+        """Publish full blocks, so that later sequences find them, and the state after the last one that they share.
+
+        Not of a sequence of which tokens were dropped: what follows them is another in another sequence.
+        """
+        if sequence.num_dropped:
+            return
         size = self.pools.block_size
         num_certain = min(sequence.num_computed, len(sequence.token_ids) - sequence.num_drafts)
         while self._root is not None and (len(sequence.digests) + 1) * size <= num_certain:
@@ -363,8 +417,88 @@ class Scheduler:
     def _next_count(self, sequence: TokenSequence, budget: int) -> int:
         """Return how many tokens of a sequence to compute next: states are kept at the end of the blocks it shares."""
         count = min(sequence.num_pending, budget)
+        boundary = None if self._kept is None else self._next_boundary(self._kept, sequence)
+        if boundary is not None:
+            count = min(count, boundary - sequence.num_computed)
         until = self._last_shared(sequence) - sequence.num_computed
         return min(count, until) if self._states is not None and self._root is not None and until > 0 else count
+
+    def _next_boundary(self, kept: KeptTokens, sequence: TokenSequence) -> int | None:
+        """Return the next boundary of a sequence, which no step goes beyond; None without any."""
+        return kept.next_boundary(sequence.num_computed, sequence.num_prompt)
+
+    def _shorten_drafts(self, sequence: TokenSequence) -> None:
+        """Take off the drafts after the next boundary."""
+        boundary = None if self._kept is None else self._next_boundary(self._kept, sequence)
+        if boundary is not None and sequence.num_drafts:
+            drafts = sequence.take_drafts()
+            sequence.add_drafts(drafts[: max(0, boundary - len(sequence.token_ids))])
+
+    def _evict(self, kept: KeptTokens, step: Step) -> None:
+        """Drop the tokens over the budget of the running sequences that are at a boundary.
+
+        Sequences with the same blocks, as forks are after their prompt, share those of what stays.
+        """
+        same: dict[tuple[int, ...], Eviction] = {}
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            num_dropped = kept.num_dropped(sequence.num_computed, sequence.num_prompt)
+            if sequence.num_pending and num_dropped > sequence.num_dropped:
+                key = (sequence.num_computed, *sequence.tables[kept])
+                if key in same:
+                    targets = [self.pools.managers[kept].share(block) for block in same[key].targets]
+                    for block in sequence.tables[kept]:
+                        self.pools.managers[kept].release(block)
+                    same[key].sequences.append(sequence)
+                    sequence.tables[kept] = targets
+                else:
+                    eviction = self._eviction(kept, sequence, num_dropped)
+                    if eviction is None:
+                        break
+                    step.evictions.append(eviction)
+                    same[key] = eviction
+                sequence.num_dropped = num_dropped
+            index += 1
+
+    def _eviction(self, kept: KeptTokens, sequence: TokenSequence, num_dropped: int) -> Eviction | None:
+        """Return the move of what stays of a sequence to blocks of its own; None if it was pre-empted for want of them.
+        """
+        manager, boundary = self.pools.managers[kept], sequence.num_computed
+        num_kept = self.pools.blocks_for(boundary - num_dropped)
+        while True:
+            sources = sequence.tables[kept]
+            num_shared = sum(manager.users(block) > 1 for block in sources[:num_kept])
+            if manager.num_free >= num_shared:
+                break
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        targets = []
+        for block in sources[:num_kept]:
+            is_shared = manager.users(block) > 1
+            num_shared -= is_shared
+            if is_shared or (manager.is_published(block) and manager.num_free > num_shared):
+                targets.append(manager.allocate())
+            else:
+                manager.withdraw(block)
+                targets.append(manager.share(block))
+        for block in sources:
+            manager.release(block)
+        sequence.tables[kept] = list(targets)
+        first_query = boundary - min(kept.observed, boundary)
+        queries = sequence.tables[kept.query_window]
+        first_block = first_query // self.pools.block_size
+        return Eviction(
+            [sequence], boundary, boundary - sequence.num_dropped, sources, targets,
+            queries[first_block : self.pools.blocks_for(boundary)], first_query - first_block * self.pools.block_size,
+            sequence.stayed, sequence.received,
+        )
+
+    def _place(self, sequence: TokenSequence, window: Window) -> int:
+        """Return how many tokens before the next one a sequence has in a pool."""
+        return sequence.num_computed - (sequence.num_dropped if isinstance(window, KeptTokens) else 0)
 
     def _has_slot(self, sequence: TokenSequence) -> bool:
         """Return whether there is a slot for the state of a sequence after its next tokens."""

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.rollout.decoding_rules import banned_phrases
 from alignlab.rollout.detokenizer import Detokenizer
 from alignlab.rollout.embedded.block_pools import Tables
@@ -24,6 +26,8 @@ class Request:
         end_token_ids: tokens that end a completion; none may be sampled before `sampling.min_new_tokens`.
         banned_phrases: tokens of `sampling.banned_words`; the last of a phrase must not follow the others.
         grammar: what every completion must match; None for any text.
+        kept_of_prompt: places of the tokens that stayed at the prompt's end, by layer, where the cache has a budget:
+            what its first sequence chose, which the others take over.
     """
 
     prompt: Prompt
@@ -31,6 +35,7 @@ class Request:
     end_token_ids: frozenset[int]
     banned_phrases: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
+    kept_of_prompt: dict[int, Tensor] | None = None
 
     @cached_property
     def has_controls(self) -> bool:
@@ -73,6 +78,10 @@ class TokenSequence:
         raw_logprobs: log-prob of each sampled or scored token under the model's own distribution.
         text_end: where a stop string begins in the text.
         grammar: the completion's place in the grammar of its request.
+        num_dropped: tokens that a budget has dropped from its tables.
+        stayed, received: positions of the tokens that stayed [K, tokens] at the last boundary, and the attention that
+            they had received; by layer, see `heavy_hitters`.
+        evictions: what stayed at each boundary; a sequence that is computed again drops the same tokens.
     """
 
     request: Request
@@ -93,6 +102,10 @@ class TokenSequence:
     detokenizer: Detokenizer | None = None
     text_end: int | None = None
     grammar: GrammarState | None = None
+    num_dropped: int = 0
+    stayed: dict[int, Tensor] = field(default_factory=dict)
+    received: dict[int, Tensor] = field(default_factory=dict)
+    evictions: Evictions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.request.grammar is not None:
@@ -129,9 +142,16 @@ class TokenSequence:
         return self.request.sampling.max_new_tokens - self.num_sampled
 
     def add_drafts(self, drafts: Sequence[int]) -> None:
-        """Add guesses of the next tokens behind the others."""
-        self.token_ids += drafts
-        self.num_drafts = len(drafts)
+        """Add guesses of the next tokens behind the others, up to the first one that cannot be kept.
+
+        That is one that the grammar refuses, or after which it allows nothing: it must not end the call, since another
+        token may be sampled in its place.
+        """
+        for draft in drafts:
+            if self.grammar is not None and not self.grammar.leads_on([*self.sampled_ids, draft]):
+                return
+            self.token_ids.append(draft)
+            self.num_drafts += 1
 
     def take_drafts(self) -> list[int]:
         """Remove the guesses, and return them."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alignlab.models.sink_window import size_of
+from alignlab.models.sink_window import KeptTokens, size_of
 from alignlab.rollout.embedded.block_pools import EXPIRED, Window, sink_blocks
 from alignlab.rollout.embedded.paged_attention import RowGroup
 from alignlab.rollout.embedded.scheduler import Work
@@ -33,6 +33,7 @@ class StepTensors:
     logit_tokens: Tensor
     groups: list[RowGroup]
     state_slots: Tensor | None
+    group_ends: Tensor | None
     run_lengths: tuple[int, ...]
 
 
@@ -59,6 +60,7 @@ class StepPlan:
         logit_tokens: [M], indices of the tokens after which logits are computed, in the order of the works given.
         groups: rows that attend together; they cover the tokens in order.
         state_slots: [2,W], where states are read and written, in the order of the tokens; None without states.
+        group_ends: indices of the tokens that end a group of the cache; None where it has no groups.
         run_lengths: tokens of the works of more than one token, which come last.
     """
 
@@ -68,6 +70,7 @@ class StepPlan:
     logit_tokens: _Ints
     groups: list[GroupPlan]
     state_slots: _Ints | None
+    group_ends: _Ints | None
     run_lengths: tuple[int, ...]
 
     def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
@@ -87,8 +90,10 @@ class StepPlan:
             )
             for group in self.groups
         ]
-        state_slots = None if self.state_slots is None else next(moved)
-        step = StepTensors(tokens, positions, slots, logit_tokens, groups, state_slots, self.run_lengths)
+        state_slots, group_ends = (
+            None if array is None else next(moved) for array in (self.state_slots, self.group_ends)
+        )
+        step = StepTensors(tokens, positions, slots, logit_tokens, groups, state_slots, group_ends, self.run_lengths)
         return step, list(moved)
 
 
@@ -98,27 +103,33 @@ def _leaves(plan: StepPlan) -> list[_Ints]:
     for group in plan.groups:
         arrays += [array for array in (group.padding, group.unpadding) if array is not None]
         arrays += [group.positions, *group.blocks.values(), *group.first_keys.values()]
-    return arrays if plan.state_slots is None else [*arrays, plan.state_slots]
+    return arrays + [array for array in (plan.state_slots, plan.group_ends) if array is not None]
 
 
-def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,)) -> StepPlan:
+def plan_step(
+    work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,), *, tokens_of_group: int = 1
+) -> StepPlan:
     """Return the step that computes `work`; works of similar size lie together.
 
     Args:
         work: tokens of sequences.
         block_size: tokens in a block.
         windows: of the layers, each once.
+        tokens_of_group: consecutive tokens that the cache rounds together; 1 for none.
     """
     order = sorted(range(len(work)), key=lambda index: _size_class(work[index]))
     ordered = [work[index] for index in order]
     counts = np.array([w.count for w in ordered])
     starts = np.array([w.start for w in ordered])
     tables = {window: block_table(ordered, block_size, window) for window in windows}
+    dropped = {window: num_dropped(ordered, window) for window in windows}
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(len(rows)) + (starts - (ends - counts))[rows]
-    places, offsets = positions // block_size, positions % block_size
-    slots = {window: table[rows, places] * block_size + offsets for window, table in tables.items()}
+    slots = {}
+    for window, table in tables.items():
+        places = positions - dropped[window][rows]
+        slots[window] = table[rows, places // block_size] * block_size + places % block_size
     tokens = np.fromiter(
         chain.from_iterable(w.sequence.token_ids[w.start : w.start + w.count] for w in ordered), np.int64, len(rows)
     )
@@ -126,13 +137,14 @@ def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window]
     for _, members in groupby(ordered, key=_size_class):
         end = row + len(list(members))
         first = int(ends[row] - counts[row])
-        of_rows = {window: table[row:end] for window, table in tables.items()}
+        of_rows = {window: (table[row:end], dropped[window][row:end]) for window, table in tables.items()}
         groups.append(_plan_group(counts[row:end], starts[row:end], of_rows, first, block_size))
         row = end
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = ends
     return StepPlan(
         tokens, positions, slots, logit_tokens(work, ends_as_given), groups, state_slots(ordered),
+        None if tokens_of_group == 1 else np.flatnonzero((positions + 1) % tokens_of_group == 0),
         tuple(w.count for w in ordered if w.count > 1),
     )
 
@@ -154,12 +166,19 @@ def _size_class(work: Work) -> tuple[int, int]:
     return (work.count - 1).bit_length(), (work.start + work.count).bit_length() // 2
 
 
+def num_dropped(work: Sequence[Work], window: Window) -> _Ints:
+    """Return how many tokens of each work's sequence a budget has dropped from layers of a window, [W]."""
+    is_kept = isinstance(window, KeptTokens)
+    return np.array([w.sequence.num_dropped if is_kept else 0 for w in work], np.int64)
+
+
 def block_table(work: Sequence[Work], block_size: int, window: Window, filler: int = 0) -> _Ints:
     """Return the blocks that each work reads in layers of a window, [W, most blocks of a work], the rest filled up.
 
     Blocks that the window has left are the filler too.
     """
-    num_blocks = [-(-(w.start + w.count) // block_size) for w in work]
+    dropped = num_dropped(work, window)
+    num_blocks = [-(-(w.start + w.count - int(d)) // block_size) for w, d in zip(work, dropped, strict=True)]
     table = np.full((len(work), max(num_blocks)), filler, np.int64)
     for row, (w, count) in enumerate(zip(work, num_blocks, strict=True)):
         table[row, :count] = w.sequence.tables[window][:count]
@@ -169,13 +188,13 @@ def block_table(work: Sequence[Work], block_size: int, window: Window, filler: i
 
 
 def _plan_group(
-    counts: _Ints, starts: _Ints, tables: Mapping[Window, _Ints], first: int, block_size: int
+    counts: _Ints, starts: _Ints, tables: Mapping[Window, tuple[_Ints, _Ints]], first: int, block_size: int
 ) -> GroupPlan:
     """Return the group of consecutive rows with these query counts, first positions and blocks.
 
     Args:
         counts, starts: [R].
-        tables: [R, blocks], by window.
+        tables: [R, blocks] and the tokens dropped from them [R], by window.
         first: index of the group's first token in the step.
         block_size: tokens in a block.
     """
@@ -187,10 +206,12 @@ def _plan_group(
         unpadding = np.flatnonzero(np.arange(num_queries) < counts[:, None])
         padding = padding.ravel()
     blocks, first_keys = {}, {}
-    for window, table in tables.items():
-        blocks[window], left_out = _visible_blocks(table, starts, starts + counts, window, block_size)
+    for window, (table, dropped) in tables.items():
+        blocks[window], left_out = _visible_blocks(table, starts, starts + counts - dropped, window, block_size)
         if left_out is not None:
             first_keys[window] = left_out * block_size
+        if dropped.any():  # of what stayed, keys are numbered on as if they were the newest tokens
+            first_keys[window] = dropped
     return GroupPlan(
         first, first + int(counts.sum()), padding, unpadding, starts[:, None] + offsets, blocks, first_keys
     )
