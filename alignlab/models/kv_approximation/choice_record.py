@@ -14,6 +14,7 @@ Shapes: N tokens, H heads, K kv heads, G heads that share one; [..., S] rows ove
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -87,7 +88,12 @@ def recorded_choice(chosen: Tensor, scores: Tensor, positions: Tensor, choices: 
         choices: [...].
     """
     is_same = (chosen.sum(-1) == choices.counts) & (fingerprint(chosen, positions) == choices.fingerprints)
-    rows = (~is_same & (choices.counts >= 0)).nonzero(as_tuple=True)
+    differs = ~is_same & (choices.counts >= 0)
+    if chosen.device.type != "cpu":  # the host would wait for the number of rows that differ
+        all_rows = (x.flatten(0, -2) for x in (chosen, scores, positions))
+        near = _near_choice(*all_rows, Choices(*(x.flatten() for x in choices))).view(chosen.shape)
+        return torch.where(differs[..., None], near, chosen)
+    rows = differs.nonzero(as_tuple=True)
     if not len(rows[0]):
         return chosen
     of_rows = Choices(choices.counts[rows], choices.fingerprints[rows])
@@ -118,6 +124,7 @@ def _near_choice(chosen: Tensor, scores: Tensor, positions: Tensor, choices: Cho
     return torch.where(matches.any(1, keepdim=True), result, chosen)
 
 
+@cache
 def _sets(device: torch.device) -> Tensor:
     """Return the sets of half of the keys at an edge, [C,2n] bool, those of the best ranks first."""
     sets = sorted(combinations(range(2 * _NEAR), _NEAR), key=sum)

@@ -89,7 +89,7 @@ class EvictingCache(PagedCache):
         query = self.layers[layer_idx][_QUERY].index_select(0, slots).view(shape)
         return self.evicted.choose(
             query, self._rows_of_heads(eviction, layer_idx, "key"), self._positions(eviction, layer_idx),
-            eviction.received.get(layer_idx), self.options[layer_idx],
+            eviction.received.get(layer_idx), self.options[layer_idx], end=eviction.boundary,
         )
 
     def _positions(self, eviction: Eviction, layer_idx: int) -> Tensor:
