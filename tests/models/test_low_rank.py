@@ -21,6 +21,7 @@ from alignlab.types import Segments
 from tests.models.conftest import SIZES, VOCAB
 
 PROMPTS = [list(range(2, 30)), list(range(40, 5, -1))]
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 OPTIONS: dict[str, Any] = {"scaling": 0.4, "sliding_window": None, "softcap": None, "sinks": None}
 
 
@@ -42,7 +43,7 @@ def test_a_rotation_by_hand_and_back() -> None:
 
 @pytest.mark.parametrize("changes", [
     {}, {"partial_rotary_factor": 0.5},
-    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+    {"rope_parameters": YARN},
     {"no_rope_layers": [1, 0]},
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "rope_local_base_freq": 100.0},
 ])  # fmt: skip
@@ -71,7 +72,7 @@ def test_another_rotation_is_refused(llama: PreTrainedModel, monkeypatch: pytest
 
     assert key_rotations(llama)[0].frequencies is not None
     monkeypatch.setattr(KeyRecorder, "attend", interleaved)
-    with pytest.raises(ConfigError, match=r"low_rank, which undoes the rotation of keys, and layer 0 of Llama.*another"):
+    with pytest.raises(ConfigError, match=r"which undoes the rotation of keys, and layer 0 of Llama.*another"):
         key_rotations(llama)
 
 

@@ -56,8 +56,8 @@ def twin(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Sp
             keys = seen[i].nonzero()[:, 0]
             scores = 1.5 * torch.tanh(key[0, kv, keys] @ query[0, head, i] * 0.4 / 1.5)
             recent = [n for n, j in enumerate(keys.tolist()) if positions[i] - positions[j] < rule.recent]
-            others = sorted(set(range(len(keys))) - set(recent), key=lambda n, scores=scores.tolist(): -scores[n])
             weights = scores.softmax(0).tolist()
+            others = sorted(set(range(len(keys))) - set(recent), key=lambda n, weights=weights: -weights[n])
             if rule.count is not None:
                 taken = others[: rule.count]
             elif rule.part is not None:

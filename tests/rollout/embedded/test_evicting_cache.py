@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.kv_approximation import evicted_tokens
 from alignlab.models.sink_window import KeptTokens
 from alignlab.rollout.embedded.beams import BeamParams
 from alignlab.rollout.embedded.engine import EmbeddedEngine
@@ -36,7 +37,7 @@ def watch_blocks(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def test_dropped_tokens_free_their_blocks(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt of 40 tokens in blocks of 4, of which 8 stay, and 4 more may come; an exact cache ends with 17 blocks."""
+    """A prompt of 40 tokens in blocks of 4, of which 8 stay, and 4 more may come. An exact cache would end with 17."""
     engine = make_engine(kv_cache=CACHE, block_size=4)
     counts = watch_blocks(engine, monkeypatch)
     engine.generate(make_prompts(40), SamplingParams(max_new_tokens=28, ignore_eos=True))
@@ -75,8 +76,6 @@ def test_a_sequence_that_is_computed_again_drops_the_same_tokens(
     make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if what tokens received is another number the second time."""
-    from alignlab.models.kv_approximation import evicted_tokens
-
     exact, calls = evicted_tokens.attention_received, iter(range(10**6))
 
     def shaken(*args: Any) -> torch.Tensor:
@@ -100,7 +99,7 @@ def test_every_beam_has_its_own_record(make_engine: MakeEngine, llama: PreTraine
 
 
 def test_what_cannot_be_had_is_refused(make_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.kv_cache\.rank is 9, and must be at most the size of a head.*is 8"):
+    with pytest.raises(ConfigError, match=r"kv_cache\.rank is 9, and must be at most the size of a head.*is 8"):
         make_engine(kv_cache={"type": "low_rank", "rank": 9})
     latent = {
         "layer_types": ["full_attention", "latent_attention"], "kv_lora_rank": 8, "qk_nope_head_dim": 8,
@@ -108,7 +107,7 @@ def test_what_cannot_be_had_is_refused(make_engine: MakeEngine) -> None:
     }
     windowed = new_model(SIZES | {"layer_types": ["sliding_attention"] * 2, "sliding_window": 5}, vocab_size=VOCAB)
     for cache in (CACHE, {"type": "top_k"}, {"type": "threshold", "mass": 0.5}):
-        with pytest.raises(ConfigError, match=rf"kv_cache is {cache['type']}, and all layers have windows of their own"):
+        with pytest.raises(ConfigError, match=rf"is {cache['type']}, and all layers have windows of their own"):
             make_engine(windowed, kv_cache=cache)
     model = new_model(SIZES | latent, vocab_size=VOCAB)
     for cache in (CACHE, {"type": "top_k"}, {"type": "low_rank", "rank": 2}):

@@ -106,6 +106,28 @@ def test_a_mixture_replays_experts_and_codes(cache: str, make_engine: MakeEngine
     assert largest_gap(replayed(sparse, rollouts, CACHES[cache]), rollouts) < 1e-4
 
 
+@pytest.mark.parametrize("cache", ["evict", "top_k", "mass", "low_rank"])
+def test_the_cut_into_packs_does_not_change_the_replay(
+    cache: str, make_engine: MakeEngine, dense: PreTrainedModel
+) -> None:
+    """Packs with a prompt for each completion, and one pack of all."""
+    rollouts = make_engine(dense.double(), kv_cache=CACHES[cache]).generate(make_prompts(9, 33, 16), SAMPLING)
+    alone, together = (replayed(dense, rollouts, CACHES[cache], budget=budget) for budget in (40, 1000))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["evict", "top_k", "threshold", "low_rank"])
+def test_bfloat16_is_replayed_within_its_own_rounding(
+    cache: str, make_engine: MakeEngine, llama: PreTrainedModel
+) -> None:
+    """As far apart as engine and trainer are with an exact cache, which is 0.05 here; without a replay, over 1."""
+    model = llama.bfloat16()
+    rollouts = make_engine(model, kv_cache=CACHES[cache]).generate(make_prompts(9, 21, 40), SAMPLING)
+    assert largest_gap(replayed(model, rollouts, CACHES[cache]), rollouts) < 0.1
+    assert largest_gap(replayed(model, rollouts, {"type": "exact"}), rollouts) > 1
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_scheduling_sharing_and_preemption_do_not_change_the_result(
