@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alignlab.transfer import to_device
+
 _NEAR = 3
 _UNKNOWN = 2**16 - 1
 _MASK = 2**16 - 1
@@ -90,9 +92,9 @@ def recorded_choice(chosen: Tensor, scores: Tensor, positions: Tensor, choices: 
     is_same = (chosen.sum(-1) == choices.counts) & (fingerprint(chosen, positions) == choices.fingerprints)
     differs = ~is_same & (choices.counts >= 0)
     if chosen.device.type != "cpu":  # the host would wait for the number of rows that differ
-        all_rows = (x.flatten(0, -2) for x in (chosen, scores, positions))
-        near = _near_choice(*all_rows, Choices(*(x.flatten() for x in choices))).view(chosen.shape)
-        return torch.where(differs[..., None], near, chosen)
+        of_all = Choices(*(numbers.flatten() for numbers in choices))
+        near = _near_choice(chosen.flatten(0, -2), scores.flatten(0, -2), positions.flatten(0, -2), of_all)
+        return torch.where(differs[..., None], near.view(chosen.shape), chosen)
     rows = differs.nonzero(as_tuple=True)
     if not len(rows[0]):
         return chosen
@@ -131,4 +133,4 @@ def _sets(device: torch.device) -> Tensor:
     chosen = torch.zeros(len(sets), 2 * _NEAR, dtype=torch.bool)
     for row, members in enumerate(sets):
         chosen[row, list(members)] = True
-    return chosen.to(device)
+    return to_device([chosen], device)[0]

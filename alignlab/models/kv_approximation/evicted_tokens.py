@@ -161,8 +161,7 @@ def _has_record(segments: Segments, record: Tensor) -> list[bool]:
 
 
 def _first_of_token(segments: Segments) -> Tensor:
-    """Return the place [N+1] of each token's sequence among the E, -1 for prompts and for the padding of blocks; cached.
-    """
+    """Return the place [N+1] of each token's sequence among the E, -1 for prompts and for padding; cached."""
     if "_first_of_token" not in segments.__dict__:
         firsts, end = [], 0
         for length, prefix in zip(segments.lengths, segments.prefixes, strict=True):
