@@ -9,13 +9,13 @@ its blocks; it waits at the head of the queue, and is computed again from its to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from alignlab.models.sink_window import KeptTokens
-from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.evictions import Eviction, budget_need, make_budget
+from alignlab.rollout.embedded.prefixes import Prefixes
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
 from alignlab.rollout.embedded.swapping import SwapStore
@@ -123,7 +123,7 @@ class Scheduler:
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
         self.num_preempted = 0
-        self._root = root
+        self._prefixes = Prefixes(pools, states, root)
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         self._budget = make_budget(pools, self.running, self._preempt)
@@ -166,7 +166,7 @@ class Scheduler:
             sequence, rows = work.sequence, slice(first_row, first_row + work.num_logits)
             first_row = rows.stop
             sequence.num_computed += work.count
-            self._publish(sequence)
+            self._prefixes.publish(sequence)
             if work.num_logits:
                 outputs.append((sequence, rows))
             if not sequence.num_pending:
@@ -265,7 +265,7 @@ class Scheduler:
         swap = self._swap if self._swap is not None and sequence in self._swap else None
         absent = {}
         if swap is None:
-            self._find_prefix(sequence)
+            self._prefixes.find(sequence)
         else:
             absent = swap.find(sequence, self.pools)
         count = self._next_count(sequence, budget)
@@ -279,12 +279,11 @@ class Scheduler:
             return False
         if swap is not None:
             swap.bring_back(sequence, self.pools, self._states)
-            for index, digest in enumerate(sequence.digests):
-                self.pools.publish(sequence.tables, index, digest)
+            self._prefixes.publish_again(sequence)
         for window, manager in self.pools.managers.items():
             sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
         self.running.append(self.waiting.popleft())
-        if self._root is not None and self._computes_prompt(sequence):
+        if self._prefixes.is_shared and self._computes_prompt(sequence):
             while self.waiting and _same_start(self.waiting[0], sequence):
                 sequence.followers.append(self.waiting.popleft())
         return True
@@ -337,56 +336,13 @@ class Scheduler:
             sequence.digests, sequence.num_computed = [], 0
             sequence.num_dropped, sequence.stayed, sequence.received = 0, {}, {}
 
-    def _find_prefix(self, sequence: TokenSequence) -> None:
-        """Share the published blocks that the sequence begins with, up to the first token that needs logits.
-
-        Where layers keep states, up to the last block after which one was published.
-        """
-        if self._states is None:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
-        else:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence), self._states.knows)
-            if sequence.digests:
-                self._states.take(sequence, sequence.digests[-1])
-        sequence.num_computed = len(sequence.digests) * self.pools.block_size
-
-    def _digests(self, sequence: TokenSequence) -> Iterator[bytes]:
-        """Yield the digests of a sequence's full blocks before its first token that needs logits, if they are shared.
-        """
-        parent = self._root
-        for index in range(0 if parent is None else sequence.first_logits // self.pools.block_size):
-            assert parent is not None
-            parent = self._digest(sequence, index, parent)
-            yield parent
-
-    def _publish(self, sequence: TokenSequence) -> None:
-        """Publish full blocks, so that later sequences find them, and the state after the last one that they share.
-
-        Not of a sequence of which tokens were dropped: what follows them is another in another sequence.
-        """
-        if sequence.num_dropped:
-            return
-        size = self.pools.block_size
-        num_certain = min(sequence.num_computed, len(sequence.token_ids) - sequence.num_drafts)
-        while self._root is not None and (len(sequence.digests) + 1) * size <= num_certain:
-            count = len(sequence.digests)
-            digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
-            self.pools.publish(sequence.tables, count, digest)
-            sequence.digests.append(digest)
-        if self._states is not None and sequence.digests and sequence.num_computed == self._last_shared(sequence):
-            self._states.publish(sequence, sequence.digests[-1])
-
-    def _last_shared(self, sequence: TokenSequence) -> int:
-        """Return the tokens in the full blocks of a sequence before its first token that needs logits."""
-        return sequence.first_logits // self.pools.block_size * self.pools.block_size
-
     def _next_count(self, sequence: TokenSequence, budget: int) -> int:
         """Return how many tokens of a sequence to compute next: states are kept at the end of the blocks it shares."""
         count = min(sequence.num_pending, budget)
         if self._budget is not None:
             count = min(count, self._budget.most_tokens(sequence))
-        until = self._last_shared(sequence) - sequence.num_computed
-        return min(count, until) if self._states is not None and self._root is not None and until > 0 else count
+        until = self._prefixes.last_shared(sequence) - sequence.num_computed
+        return min(count, until) if self._states is not None and self._prefixes.is_shared and until > 0 else count
 
     def _place(self, sequence: TokenSequence, window: Window) -> int:
         """Return how many tokens before the next one a sequence has in a pool."""
@@ -401,11 +357,6 @@ class Scheduler:
         start = sequence.num_computed
         num_logits = max(0, start + count - max(start, sequence.first_logits))
         return Work(sequence, start, count, num_logits, None if self._states is None else self._states.begin(sequence))
-
-    def _digest(self, sequence: TokenSequence, index: int, parent: bytes) -> bytes:
-        """Return the digest of one block of a sequence; `parent` is that of the block before it."""
-        size = self.pools.block_size
-        return chain_digest(parent, sequence.token_ids[index * size : (index + 1) * size])
 
 
 def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:
