@@ -8,7 +8,8 @@ usage: bash launch/test.sh [--fast] [pytest's arguments]
 
 Sets up .venv with what the tests need (see launch/setup_env.sh) and runs all tests, a process for each core; or pytest
 with the given arguments. --fast runs a subset in under two minutes: the mathematics, data, settings, rewards, the
-embedded engine, and the conformance of every trainer; no vLLM, no second rank, nothing slow.
+embedded engine, and the conformance of every trainer; no vLLM, no second rank, nothing slow. --full, of pytest, runs
+the whole product of trainers, models and precisions on a pretended GPU: bash launch/test.sh tests/gpu --full
 
 example: bash launch/test.sh tests/functional -k kl
 TEXT

@@ -14,17 +14,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.curves import draw_nothing
+from tests.quick import replacements
 
 LONG = ("slow", "distributed", "vllm")
 PLOT_CURVES = "alignlab.evaluation.report.plot_curves"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of this suite."""
+    parser.addoption(
+        "--full", action="store_true",
+        help="run whole products of cases where otherwise a part is chosen in which every two of their factors meet "
+        "(the trainers on a pretended GPU: six minutes of CPU more)",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
-def without_curves() -> Iterator[None]:
-    """Draw no curves, in all tests but those that use `curves`."""
+def quick() -> Iterator[None]:
+    """Leave out of all tests what `tests.quick` names; those that use `curves` draw them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PLOT_CURVES, draw_nothing)
+        for replaced in replacements():
+            patch.setattr(*replaced)
         yield
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.curves import draw_no_curves
+from tests.quick import be_quick
 
 
 class Fork:
@@ -97,12 +97,29 @@ class ForkServer:
         self.preloaded = preloaded
         self._server = multiprocessing.forkserver.ForkServer()
         self._server.set_forkserver_preload([*preloaded, *optional])
+        self._is_ready = False
+
+    @staticmethod
+    def make_ready(servers: Sequence[ForkServer]) -> None:
+        """Return once each of the servers has imported what it preloads, all at the same time."""
+        waiting = [server for server in servers if not server._is_ready]
+        for server in waiting:
+            server._server.ensure_running()
+        for server in waiting:
+            process = ForkServerProcess(target=_do_nothing)
+            server.start(process)
+            process.join()
+            server._is_ready = True
 
     def start(self, process: Any) -> None:
         """Call `process.start`, so that it forks this server; `multiprocessing` itself has one for all."""
         connect = self._server.connect_to_new_process
         with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
             process.start()
+
+
+def _do_nothing() -> None:
+    """Be forked, and end."""
 
 
 def _run(
@@ -116,7 +133,7 @@ def _run(
     os.environ.update(environment)
     for descriptor, path in zip((1, 2), outputs or (), strict=False):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    draw_no_curves()
+    be_quick()
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

@@ -1,4 +1,4 @@
-"""Ranks of a launcher: forked ones, and those of the real torchrun, whose string hashes have seeds of their own."""
+"""Ranks of a launcher: forked ones, whose string hashes have seeds of their own, and those of the real torchrun."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ ROOT = Path(__file__).parents[1]
 LOCALHOST = "127.0.0.1"
 TIMEOUT_S = 240
 # All that the ranks of the tests import, also in the middle of their work: accelerate does so with deepspeed, if it is
-# installed.
-_SERVER = ForkServer(
-    "alignlab.cli", "alignlab.run_from_config", "tests.loop.rank_faults", "tests.loop.rank_gradients",
-    "tests.loop.rank_held_out", "tests.loop.rank_training", "tests.loop.rank_uneven", "tests.trainers.rank_cases",
-    optional=["deepspeed"],
+# installed. Two servers, so that two ranks have hashes of their own, as the ranks of torchrun do.
+_SERVERS = tuple(
+    ForkServer(
+        "alignlab.cli", "alignlab.run_from_config", "tests.loop.rank_faults", "tests.loop.rank_gradients",
+        "tests.loop.rank_held_out", "tests.loop.rank_resuming", "tests.loop.rank_training", "tests.loop.rank_uneven",
+        "tests.trainers.rank_cases", optional=["deepspeed"],
+    )
+    for _ in range(2)
 )  # fmt: skip
 
 
@@ -37,14 +40,19 @@ def launcher_store() -> Iterator[int]:
 
 
 @contextmanager
-def start_ranks(arguments: Sequence[str], port: int, *, count: int = 2, agent: bool = True) -> Iterator[list[Fork]]:
+def start_ranks(
+    arguments: Sequence[str], port: int, *, count: int = 2, agent: bool = True,
+    servers: Sequence[ForkServer] = _SERVERS,
+) -> Iterator[list[Fork]]:
     """Start the ranks of one machine as a launcher does; kill them at the end of the context.
 
     Args:
         arguments: as `Fork` takes them.
         port: where the store is, or is made.
         agent: whether this process holds the store, as torchrun does; else rank 0 holds it.
+        servers: fork the ranks, in turn.
     """
+    ForkServer.make_ready(servers)  # before the first rank waits for the others
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(agent),
@@ -52,7 +60,7 @@ def start_ranks(arguments: Sequence[str], port: int, *, count: int = 2, agent: b
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             Fork(
-                _SERVER, arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                servers[rank % len(servers)], arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 (Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")),
             )
             for rank in range(count)
@@ -64,12 +72,17 @@ def start_ranks(arguments: Sequence[str], port: int, *, count: int = 2, agent: b
                 rank.kill()
 
 
-def run_ranks(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+def run_ranks(
+    *arguments: str, count: int = 2, servers: Sequence[ForkServer] = _SERVERS
+) -> subprocess.CompletedProcess[str]:
     """Run a script, or a module after -m, on forked ranks, and return their end as torchrun's.
 
     Like torchrun, ask all ranks to end once one has failed.
+
+    Args:
+        servers: fork the ranks, in turn.
     """
-    with launcher_store() as port, start_ranks(arguments, port, count=count) as ranks:
+    with launcher_store() as port, start_ranks(arguments, port, count=count, servers=servers) as ranks:
         running = {rank.sentinel: rank for rank in ranks}
         while running:
             ended = [running.pop(sentinel) for sentinel in wait(list(running), TIMEOUT_S)]  # type: ignore[index]

@@ -133,15 +133,31 @@ def named_candidates(args: argparse.Namespace, default: str | None) -> list[Cand
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that would be ignored or misunderstood."""
     check_perplexity_arguments(args)
-    if args.config is not None and (args.system_prompt is not None or args.extract is not None):
-        raise ConfigError("--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X")
-    if args.pool is not None and not args.strategy:
-        raise ConfigError(f"--pool is {args.pool}, and keeps the samples of strategies; add --strategy majority")
-    if args.show and args.strategy:
-        raise ConfigError("--show shows completions of the plain evaluation; leave it out, or leave out --strategy")
-    if args.plot is not None and len(args.models) < 2 and not (args.strategy or args.perplexity):
+    for is_broken, message in (
+        (
+            args.config is not None and (args.system_prompt is not None or args.extract is not None),
+            "--system-prompt and --extract are for --task; with --config use --set data.system_prompt=X",
+        ),
+        (
+            args.pool is not None and not args.strategy,
+            f"--pool is {args.pool}, and keeps the samples of strategies; add --strategy majority",
+        ),
+        (
+            bool(args.show and args.strategy),
+            "--show shows completions of the plain evaluation; leave it out, or leave out --strategy",
+        ),
+    ):
+        if is_broken:
+            raise ConfigError(message)
+    if args.plot is not None:
+        _check_plot(args)
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Refuse a plot of nothing, or one that cannot be written."""
+    if len(args.models) < 2 and not (args.strategy or args.perplexity):
         raise ConfigError("--plot draws several models side by side; give at least two MODELs, or leave it out")
-    if args.plot is not None and not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
+    if not (args.plot.suffix == ".png" and args.plot.absolute().parent.is_dir()):
         raise ConfigError(f"--plot must be a .png file in a folder that exists, and is {args.plot}; correct it")
 
 

@@ -104,13 +104,14 @@ class Sampler:
 
 def engine_facts(rollout: EngineSettings) -> dict[str, Any]:
     """Return what of an engine's settings changes the distribution that is sampled from; None for what does not."""
-    from alignlab.config.rollout import approximate_cache, quantization
+    from alignlab.config.rollout import approximate_cache, quantization, rounded_weights, served_cache
 
-    cache = approximate_cache(rollout)
+    cache, rounding = approximate_cache(rollout), rounded_weights(rollout)
     return {
-        "engine": rollout.engine, "quantization": quantization(rollout),
-        "kv_cache": None if cache is None else cache.model_dump(mode="json", exclude={"replay"}),
-    }  # fmt: skip
+        "engine": rollout.engine,
+        "quantization": quantization(rollout) if rounding is None else rounding.model_dump(mode="json"),
+        "kv_cache": served_cache(rollout) if cache is None else cache.model_dump(mode="json", exclude={"replay"}),
+    }
 
 
 def as_facts(**facts: Any) -> dict[str, Any]:

@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
     require_vllm(settings.engine)
 
     from alignlab.rollout.vllm.launch import keep_running, make_server
-    from alignlab.rollout.vllm.options import check_quantization
+    from alignlab.rollout.vllm.options import check_quantization, check_served_cache
 
     check_quantization(settings)
+    check_served_cache(settings)
 
     gpus = visible_gpus()
     plan = plan_servers(gpus, len(addresses), settings)

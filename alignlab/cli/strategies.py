@@ -109,19 +109,35 @@ def prepare(
     Raises:
         ConfigError: a strategy is unknown, a setting out of range, a reward or a file missing.
     """
-    from alignlab.evaluation.strategies.augment import read_templates
     from alignlab.evaluation.strategies.measured import check_samples, powers_of_two
-    from alignlab.evaluation.strategies.settings import Augment, parse_strategy
 
-    strategies = [parse_strategy(word) for word in args.strategy]
-    repeated = next((word for word in args.strategy if args.strategy.count(word) > 1), None)
-    if repeated is not None:
-        raise ConfigError(f"--strategy {repeated} is given twice; leave one out")
+    strategies = _strategies_of(args.strategy)
     num_samples = plan.evaluation.num_samples
     if plan.sampling.temperature == 0:
         raise ConfigError("--temperature is 0, and must be above 0: all samples of a pool would be equal; use 1")
     ks = tuple(sorted(set(args.pass_at or powers_of_two(num_samples))))
     check_samples(strategies, ks, num_samples=num_samples)
+    templates = _templates_of(strategies, ks, num_samples)
+    dtype = resolved_dtype(args.dtype, adapted=any(candidate.adapted for candidate in candidates))
+    return Work(plan, strategies, ks, load_judges(plan, config, strategies), templates, dtype, args.pool)
+
+
+def _strategies_of(words: Sequence[str]) -> list[Strategy]:
+    """Return the strategies that the command line names, each once."""
+    from alignlab.evaluation.strategies.settings import parse_strategy
+
+    strategies = [parse_strategy(word) for word in words]
+    repeated = next((word for word in words if words.count(word) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"--strategy {repeated} is given twice; leave one out")
+    return strategies
+
+
+def _templates_of(strategies: Sequence[Strategy], ks: Sequence[int], num_samples: int) -> dict[int, Any]:
+    """Return the forms of the prompt of each strategy `augment`, by its place."""
+    from alignlab.evaluation.strategies.augment import read_templates
+    from alignlab.evaluation.strategies.settings import Augment
+
     templates = {
         place: read_templates(strategy, num_samples)
         for place, strategy in enumerate(strategies) if isinstance(strategy, Augment)
@@ -132,8 +148,7 @@ def prepare(
                 f"--strategy augment: no k of {list(ks)} is a multiple of the {len(forms)} forms of the prompt, which "
                 f"get equally many samples; use --pass-at {len(forms)}"
             )
-    dtype = resolved_dtype(args.dtype, adapted=any(candidate.adapted for candidate in candidates))
-    return Work(plan, strategies, ks, load_judges(plan, config, strategies), templates, dtype, args.pool)
+    return templates
 
 
 @dataclass(frozen=True)

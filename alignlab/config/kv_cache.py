@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignlab.config.base import Frozen, OnResume
+from alignlab.config.base import Frozen, MayChange, OnResume
 from alignlab.config.error_messages import BrokenRule
+from alignlab.files.home_folder import with_home
 
 
 class ExactCache(Frozen):
@@ -15,6 +17,25 @@ class ExactCache(Frozen):
 
     on_resume = OnResume.RECORDED
     type: Literal["exact"] = "exact"
+
+
+class MmapCache(Frozen):
+    """Keys and values as they are computed, in a file on a disk, of which only what is in use lies in memory: for a
+    cache larger than that. On a CPU with Linux, by the Python step."""
+
+    on_resume = OnResume.RECORDED
+    type: Literal["mmap"] = "mmap"
+    folder: MayChange[Path]
+    """On the disk that is to hold it. The file has no name, and is gone with the process."""
+    max_gib: MayChange[float | None] = Field(None, gt=0)
+    """Size of the file, at most; default: half of what the disk has free."""
+    resident_gib: MayChange[float] = Field(1.0, gt=0)
+    """Of the file in the process's memory at one time, about."""
+
+    @field_validator("folder", mode="after")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return with_home(folder)
 
 
 class _ApproximateCache(Frozen):
@@ -140,4 +161,4 @@ class LowRankCache(_ApproximateCache):
 ApproximateCache = (
     Int8Cache | FP8Cache | Int4Cache | WindowCache | EvictCache | TopKCache | ThresholdCache | LowRankCache
 )
-KVCacheSettings = Annotated[ExactCache | ApproximateCache, Field(discriminator="type")]
+KVCacheSettings = Annotated[ExactCache | MmapCache | ApproximateCache, Field(discriminator="type")]

@@ -21,6 +21,7 @@ from alignlab.config.rollout import (
     fill_engine,
     max_staleness,
     quantization,
+    served_cache,
 )
 from alignlab.config.trl_names import TRL_CORRECTIONS
 
@@ -125,12 +126,20 @@ class OnlineConfig(AveragedConfig):
     @model_validator(mode="after")
     def _check_cache(self) -> Self:
         """Where the trainer does not replay the engine's approximation of the cache, the loss must be weighted."""
-        cache = approximate_cache(self.rollout)
-        if cache is None or cache.replay:
+        served, cache = served_cache(self.rollout), approximate_cache(self.rollout)
+        if served is None and (cache is None or cache.replay):
             return self
         if not isinstance(self, PolicyGradientConfig):
-            must = "be true with a trainer that has no mismatch.correction: the completions are not the policy's own"
-            raise BrokenRule("rollout.kv_cache.replay", False, must, "remove it, or use type: grpo or ppo")
+            must = "with a trainer that has no mismatch.correction: the completions are not the policy's own"
+            fix = "remove it, or use type: grpo or ppo"
+            if served is not None:
+                raise BrokenRule("rollout.kv_cache", served, f"be null {must}", fix)
+            raise BrokenRule("rollout.kv_cache.replay", False, f"be true {must}", fix)
+        if served and self.mismatch.correction == "none":
+            must = f"be another with rollout.kv_cache {served}, which vLLM rounds and the trainer does not"
+            raise BrokenRule("mismatch.correction", "none", must, "use auto, or remove rollout.kv_cache")
+        if cache is None:
+            return self
         if self.mismatch.correction == "none":
             must = f"be another with rollout.kv_cache {cache.type} that is not replayed: the policy samples otherwise"
             raise BrokenRule("mismatch.correction", "none", must, "use auto, or rollout.kv_cache.replay: true")
@@ -195,7 +204,8 @@ class MismatchSettings(Frozen):
     ] = "auto"
     """By the ratio of a token's, or of a completion's, probabilities (geometric: its mean a token). tis: the ratio, at
     most `high`. icepop and mis: the ratio within the bounds, 0 outside. mask: 1 within the bounds, 0 outside. auto:
-    token_tis for vLLM in bfloat16 or fp8, icepop there for a mixture of experts, else none; the log says which."""
+    token_tis for vLLM in bfloat16 and for engines that round weights or the cache, icepop there for a mixture of
+    experts, else none; the log says which."""
     low: float | None = Field(None, ge=0, lt=1)
     """Lower bound of the ratio; 0 is none. Default: by correction, see `MISMATCH_BOUNDS`."""
     high: float | None = Field(None, gt=1)

@@ -9,12 +9,15 @@ from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.base import Frozen, OnResume, Recorded, check_address
 from alignlab.config.error_messages import BrokenRule
-from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings
+from alignlab.config.kv_cache import ApproximateCache, ExactCache, Int4Cache, KVCacheSettings, MmapCache
+from alignlab.config.weight_rounding import RoundedWeights, WeightRoundingSettings
 from alignlab.types import SamplingParams
 
 MAX_VLLM_TEMPERATURE = 2.0
 CONTROLS = ("logit_bias", "banned_token_ids", "banned_words", "forced_tokens", "regex", "json_schema")
 """Sampling settings that forbid tokens of the policy, or bring in some that it would hardly write."""
+ServedCache = Literal["fp8", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "int4_per_token_head"]
+"""vLLM's names of rounded caches."""
 
 
 class SamplingSettings(Frozen):
@@ -132,10 +135,26 @@ class RolloutSettings(Frozen):
     float32 weights too. off: never."""
     cuda_graphs: bool = True
     """On a GPU: record the decoding steps of our own models as CUDA graphs, and replay them."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """What becomes of a sequence that has to give its blocks to others. recompute: its tokens are computed again.
+    swap: its blocks and states are copied to the host's memory, and back when there is room again."""
+    swap_gib: float = Field(4.0, gt=0)
+    """Host memory for `preemption: swap`; a sequence for which it has no room is computed again."""
     speculation: SpeculationSettings | None = None
     """Guess tokens, and check several in one step; pays for few sequences at once."""
     kv_cache: KVCacheSettings = ExactCache()
     """What is kept of keys and values: all, or an approximation, such as `kv_cache: {type: int8}`."""
+    quantization: Recorded[WeightRoundingSettings] = None
+    """On a CPU: roll out from a rounded copy of the weights, `int8`, `int4` or `int8_dynamic`, or a section such as
+    `{type: int4, group: 64, exact: [lm_head, down_proj]}`. Its probabilities are then not the policy's, which needs a
+    `mismatch.correction`."""
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> Self:
+        if self.quantization is not None and self.merge_lora is False:
+            must = f"be true or left out with quantization {self.quantization.type}: merged weights are rounded"
+            raise BrokenRule("merge_lora", False, must, "remove it, or remove quantization")
+        return self
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -143,6 +162,15 @@ class RolloutSettings(Frozen):
         if self.block_size is not None and self.block_size % group:
             must = f"be a multiple of kv_cache.group ({group}): a group lies in one block"
             raise BrokenRule("block_size", self.block_size, must, f"remove it, or use {group}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_preemption(self) -> Self:
+        if self.preemption == "recompute":
+            self.refuse_unread("swap_gib", "with preemption: recompute", "use preemption: swap, or remove swap_gib")
+        elif isinstance(self.speculation, MtpSettings):
+            must = "be recompute with speculation: mtp, which reads the states of all tokens of a sequence again"
+            raise BrokenRule("preemption", self.preemption, must, "remove it, or use another speculation")
         return self
 
 
@@ -165,10 +193,14 @@ class _VLLMSettings(Frozen):
     tensor_parallel: int = Field(1, ge=1)
     """GPUs (on a CPU: processes) over which one vLLM spreads the model; must divide its attention heads. With engine
     vllm on several ranks, each so many consecutive ranks share one vLLM; it must divide their number."""
-    quantization: Recorded[Literal["fp8"] | None] = None
-    """fp8: vLLM rounds weights to 8 bits whenever they are loaded, and activations as it computes: half of bfloat16's
-    memory and traffic. Its probabilities are then not the policy's, which needs a `mismatch.correction`. Needs an
-    NVIDIA GPU of compute capability 8.9 or more, and a model in bfloat16 or float16."""
+    quantization: Recorded[Literal["fp8", "fp8_per_channel", "fp8_per_block", "int8"] | None] = None
+    """Weights that vLLM rounds to 8 bits whenever they are loaded, and activations as it computes: half of bfloat16's
+    memory and traffic. fp8: a scale a matrix; per_channel: an output; per_block: 128 x 128 numbers. int8: experts
+    alone, with a scale an output. Its probabilities are then not the policy's, which needs a `mismatch.correction`.
+    Needs an NVIDIA GPU (fp8: of compute capability 8.9 or more), and a model in bfloat16 or float16."""
+    kv_cache: Recorded[ServedCache | None] = None
+    """Keys and values in 8 or 4 bits: fp8 (e4m3) and fp8_e5m2 as they are, without a scale; per_token_head with one a
+    token and head. On a CPU fp8 and fp8_e5m2. Needs a `mismatch.correction` too."""
     sync: Recorded[Literal["auto", "merged", "adapter"]] = "auto"
     """Weights that an update sends: all of them, an adapter merged in; or the adapter alone. auto: the adapter alone
     where there is one, vLLM has a GPU and `tensor_parallel` is 1; on a CPU vLLM generates half as fast with an
@@ -284,13 +316,26 @@ def max_staleness(settings: EngineSettings) -> int:
 
 def quantization(settings: EngineSettings) -> str | None:
     """Return the quantization of the engine's weights; None if they are the policy's."""
+    rounding = rounded_weights(settings)
+    if rounding is not None:
+        return rounding.type
     return settings.quantization if isinstance(settings, _VLLMSettings) else None
+
+
+def served_cache(settings: EngineSettings) -> ServedCache | None:
+    """Return the name of vLLM's rounded cache; None if it keeps keys and values in the model's dtype."""
+    return settings.kv_cache if isinstance(settings, _VLLMSettings) else None
+
+
+def rounded_weights(settings: EngineSettings) -> RoundedWeights | None:
+    """Return the rounding of the embedded engine's weights; None if there is none."""
+    return settings.quantization if isinstance(settings, RolloutSettings) else None
 
 
 def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:
     """Return the settings of the engine's cache if it approximates keys and values; None if it keeps them exactly."""
     cache = settings.kv_cache if isinstance(settings, RolloutSettings) else None
-    return None if cache is None or isinstance(cache, ExactCache) else cache
+    return None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
 
 
 def cache_group(settings: EngineSettings) -> int:

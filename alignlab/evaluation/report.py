@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from alignlab.evaluation.curves import plot_curves
+from alignlab.evaluation.held_out_intervals import intervals_of
 from alignlab.evaluation.learning_signal import Verdict
 from alignlab.evaluation.results import Evaluation, EvaluationResult
 from alignlab.evaluation.tables import change_table, examples_table
@@ -82,8 +83,8 @@ class RunReport:
             "title": self.title,
             "num_steps": self.num_steps,
             "train_seconds": self.train_seconds,
-            "before": None if self.before is None else self.before.to_json(),
-            "after": None if self.after is None else self.after.to_json(),
+            "before": _with_intervals(self.before),
+            "after": _with_intervals(self.after),
             "adapter": None if self.adapter is None else str(self.adapter),
             "model": None if self.model is None else str(self.model),
             "base_model": self.base_model,
@@ -91,6 +92,11 @@ class RunReport:
             **self.verdict.to_json(),
             **self.summary,
         }
+
+
+def _with_intervals(result: Evaluation | None) -> dict[str, Any] | None:
+    """Return a result as JSON with the 95 % intervals of its figures."""
+    return None if result is None else result.to_json() | {"intervals": intervals_of(result)}
 
 
 def write_report(run: RunFolder, report: RunReport, *, console: Console | None = None) -> None:

@@ -15,6 +15,8 @@ from alignlab.files.atomic_files import write_atomically
 from alignlab.files.digests import DamagedError, parse_sealed, sealed
 
 logger = logging.getLogger(__name__)
+Intervals = Mapping[str, tuple[float, float]]
+"""Bounds of the 95 % interval of each figure, by the name of its field."""
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
@@ -34,6 +36,16 @@ class _Result:
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log, by name."""
         raise NotImplementedError
+
+
+class _WithIntervals(_Result):
+    """A result that holds the intervals of its figures."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the result that `to_json` has written; without intervals, that of an earlier version."""
+        intervals = {name: tuple(bounds) for name, bounds in value.get("intervals", {}).items()}
+        return cls(**dict(value) | {"intervals": intervals})
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,10 @@ class EvaluationResult(_Result):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return the result that `to_json` has written."""
+        """Return the result that `to_json` has written; a report's has intervals beside it, which follow from it."""
+        value = {name: field for name, field in value.items() if name != "intervals"}
         samples = tuple(EvaluatedProblem(**row | {"sampled": tuple(row["sampled"])}) for row in value["samples"])
-        return cls(**dict(value) | {"pass_at": {int(k): v for k, v in value["pass_at"].items()}, "samples": samples})
+        return cls(**value | {"pass_at": {int(k): v for k, v in value["pass_at"].items()}, "samples": samples})
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log: eval/greedy, eval/sampled, eval/pass@k and those of the others that are not None:
@@ -115,7 +128,7 @@ class EvaluationResult(_Result):
 
 
 @dataclass(frozen=True)
-class PreferenceResult(_Result):
+class PreferenceResult(_WithIntervals):
     """Agreement with held-out preferences.
 
     Attributes:
@@ -124,6 +137,7 @@ class PreferenceResult(_Result):
         loss: mean over pairs.
         num_pairs: number of pairs.
         calibration_error, brier: of a reward model's probabilities, see `functional.reward_losses`; None elsewhere.
+        intervals: of the figures above, over pairs; empty in results of earlier versions.
     """
 
     accuracy: float
@@ -132,15 +146,16 @@ class PreferenceResult(_Result):
     num_pairs: int
     calibration_error: float | None = None
     brier: float | None = None
+    intervals: Intervals = field(default_factory=dict, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log: eval/ and the field's name."""
-        fields = {name: value for name, value in self.to_json().items() if name != "num_pairs" and value is not None}
-        return {f"eval/{name}": value for name, value in fields.items()}
+        names = ("accuracy", "margin", "loss", "calibration_error", "brier")
+        return {f"eval/{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
-class LabelResult(_Result):
+class LabelResult(_WithIntervals):
     """Agreement with held-out completions that are labelled good or bad, each by itself.
 
     Attributes:
@@ -148,12 +163,14 @@ class LabelResult(_Result):
         margin: mean reward of the good completions minus that of the bad ones.
         loss: mean over completions.
         num_completions: number of completions.
+        intervals: of the figures above, over completions; empty in results of earlier versions.
     """
 
     accuracy: float
     margin: float
     loss: float
     num_completions: int
+    intervals: Intervals = field(default_factory=dict, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log: eval/ and the field's name."""
@@ -161,26 +178,33 @@ class LabelResult(_Result):
 
 
 @dataclass(frozen=True)
-class LikelihoodResult(_Result):
+class LikelihoodResult(_WithIntervals):
     """Likelihood of held-out completions.
 
     Attributes:
         loss: mean of -log p over all completion tokens, nats.
         num_examples, num_tokens: number of completions and of their tokens.
+        intervals: of the loss and of the perplexity, over completions; empty in results of earlier versions.
     """
 
     loss: float
     num_examples: int
     num_tokens: int
+    intervals: Intervals = field(default_factory=dict, repr=False)
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinity where that is larger than any floating-point number."""
-        return math.exp(self.loss) if self.loss < _LARGEST_EXPONENT else math.inf
+        return perplexity_of(self.loss)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log: eval/loss, eval/perplexity."""
         return {"eval/loss": self.loss, "eval/perplexity": self.perplexity}
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss); infinity where that is larger than any floating-point number."""
+    return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
 
 Evaluation = EvaluationResult | PreferenceResult | LabelResult | LikelihoodResult

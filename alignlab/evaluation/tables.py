@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.evaluation.held_out_intervals import intervals_of
 from alignlab.evaluation.results import (
     EvaluatedProblem,
     Evaluation,
@@ -49,17 +50,27 @@ def show_table(title: str, lines: Sequence[tuple[str, Any]]) -> None:
 
 
 def change_table(before: Evaluation, after: Evaluation, *, title: str = "") -> Table:
-    """Return a table of two results of the same kind, and their difference."""
+    """Return a table of two results of the same kind with their 95 % intervals, and their difference."""
     assert type(before) is type(after)
     data = _describe_data(before)
-    table = Table(title=f"{title}: {data}" if title else data, title_justify="left")
+    table = Table(
+        title=f"{title}: {data}" if title else data, title_justify="left", caption="beside a figure: its 95 % interval",
+        caption_justify="left",
+    )
     table.add_column("accuracy" if isinstance(before, EvaluationResult) else "")
     for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for label, old, new in _rows(before, after):
+        table.add_column(column, justify="right", no_wrap=True)
+    bounds = intervals_of(before), intervals_of(after)
+    for name, label, old, new in _rows(before, after):
         if old is not None and new is not None:
-            table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+            cells = [_figure(value, of_result.get(name)) for value, of_result in zip((old, new), bounds, strict=True)]
+            table.add_row(label, *cells, f"{new - old:+.3f}")
     return table
+
+
+def _figure(value: float, bounds: tuple[float, float] | None) -> str:
+    """Return a figure with its interval, if it has one."""
+    return f"{value:.3f}" + ("" if bounds is None else f"  {bounds[0]:.2f}..{bounds[1]:.2f}")
 
 
 def _describe_data(result: Evaluation) -> str:
@@ -73,13 +84,14 @@ def _describe_data(result: Evaluation) -> str:
     return f"{result.num_examples} held-out examples"
 
 
-def _rows(before: Evaluation, after: Evaluation) -> Iterator[tuple[str, float | None, float | None]]:
+def _rows(before: Evaluation, after: Evaluation) -> Iterator[tuple[str, str, float | None, float | None]]:
+    """Yield name, label and both values of each figure."""
     for name, label in _LABELS[type(before)].items():
-        yield label, getattr(before, name), getattr(after, name)
+        yield name, label, getattr(before, name), getattr(after, name)
     if isinstance(before, EvaluationResult) and isinstance(after, EvaluationResult):
         for k in before.pass_at:
             if k > 1:  # pass@1 is the sampled accuracy
-                yield f"pass@{k}", before.pass_at[k], after.pass_at.get(k)
+                yield f"pass@{k}", f"pass@{k}", before.pass_at[k], after.pass_at.get(k)
 
 
 def examples_table(before: Sequence[EvaluatedProblem], after: Sequence[EvaluatedProblem]) -> Table:

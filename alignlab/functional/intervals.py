@@ -1,10 +1,11 @@
 """Confidence intervals of one figure over problems, documents or windows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import sqrt
 from statistics import NormalDist
 
 import torch
+from torch import Tensor
 
 _DRAWN_TOGETHER = 256
 
@@ -77,15 +78,52 @@ def ratio_interval(
         raise ValueError("there must be at least one item, and denominators must be at least 0, not all 0")
     above = torch.tensor(numerators, dtype=torch.float64)
     below = torch.tensor(denominators, dtype=torch.float64)
-    generator, n = torch.Generator().manual_seed(seed), len(above)
     ratios: list[float] = []
-    for start in range(0, num_resamples, _DRAWN_TOGETHER):
-        drawn = torch.randint(n, (min(_DRAWN_TOGETHER, num_resamples - start), n), generator=generator)
+    for drawn in resampled(len(above), num_resamples, seed=seed):
         sums = below[drawn].sum(1)
         ratios += torch.where(sums > 0, above[drawn].sum(1) / sums, torch.inf).tolist()
-    ratios.sort()
-    cut = int(num_resamples * (1 - level) / 2)
-    return ratios[cut], ratios[-1 - cut]
+    return _percentiles(ratios, level)
+
+
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], *, num_resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of mean(first) - mean(second) of two groups of other items, each resampled by itself.
+
+    Args:
+        first, second: one value an item; neither is empty.
+        num_resamples, level, seed: see `ratio_interval`.
+
+    Reference: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", ch. 8.3, with its percentiles.
+    """
+    check_level(level)
+    if not first or not second:
+        raise ValueError("first and second must hold at least one item each, or there is no difference")
+    means: list[Tensor] = []
+    for number, values in enumerate((first, second)):
+        group = torch.tensor(values, dtype=torch.float64)
+        draws = resampled(len(group), num_resamples, seed=2 * seed + number)
+        means.append(torch.cat([group[drawn].mean(1) for drawn in draws]))
+    return _percentiles((means[0] - means[1]).tolist(), level)
+
+
+def resampled(num_items: int, num_resamples: int, *, seed: int) -> Iterator[Tensor]:
+    """Yield the indices of resamples with replacement, [some resamples, num_items] int64, `num_resamples` in all.
+
+    Args:
+        seed: the same gives the same indices.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, num_resamples, _DRAWN_TOGETHER):
+        size = min(_DRAWN_TOGETHER, num_resamples - start), num_items
+        yield torch.randint(num_items, size, generator=generator)
+
+
+def _percentiles(figures: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the percentiles (1 - level) / 2 and (1 + level) / 2 of the figures of resamples."""
+    ordered = sorted(figures)
+    cut = int(len(ordered) * (1 - level) / 2)
+    return ordered[cut], ordered[-1 - cut]
 
 
 def check_level(level: float) -> None:

@@ -15,6 +15,7 @@ from alignlab.config.rollout import (
     approximate_cache,
     max_staleness,
     quantization,
+    served_cache,
 )
 from alignlab.functional.mismatch import mismatch_weights
 from alignlab.functional.reduction import sequence_sum
@@ -71,11 +72,14 @@ def _fitting(rollout: EngineSettings, dtype: torch.dtype, *, sparse: bool) -> tu
     cache = approximate_cache(rollout)
     if cache is not None and not cache.replay:
         return "icepop" if sparse else "token_tis", f"the engine's cache is {cache.type}, which is not replayed"
-    if isinstance(rollout, RolloutSettings):
-        return "none", "the embedded engine computes the trainer's own layers"
     form = quantization(rollout)
     if form is not None:
-        return "icepop" if sparse else "token_tis", f"vLLM computes in {form}, and the trainer does not"
+        return "icepop" if sparse else "token_tis", f"the engine computes in {form}, and the trainer does not"
+    served = served_cache(rollout)
+    if served is not None:
+        return "icepop" if sparse else "token_tis", f"vLLM's cache is {served}, and the trainer's keys are exact"
+    if isinstance(rollout, RolloutSettings):
+        return "none", "the embedded engine computes the trainer's own layers"
     if dtype == torch.float32:
         return "none", "vLLM agrees with the trainer in float32"
     if sparse:

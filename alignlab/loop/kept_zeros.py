@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import has_adapters
+from alignlab.models.routers.protocol import StartsAtZero
 
 
 def keep_zeros(model: nn.Module, matrices: Iterable[nn.Parameter]) -> int:
     """Have the gradient of each weight that is zero be zero: AdamW, which starts without a momentum, never moves it.
 
-    A resumed run begins with the same model, and so with the same zeros.
+    A resumed run begins with the same model, and so with the same zeros. Matrices that start at zero, such as the size
+    of a noisy router's noise, train freely: their zeros are not pruned ones.
 
     Args:
         model: in training.
@@ -31,8 +33,16 @@ def keep_zeros(model: nn.Module, matrices: Iterable[nn.Parameter]) -> int:
             "optim.keep_zeros is true, and must be false for an adapter, which changes every weight once merged; train "
             "all weights, without model.lora"
         )
+    free = {
+        module.get_parameter(name)
+        for module in model.modules()
+        if isinstance(module, StartsAtZero)
+        for name in module.starts_at_zero
+    }
     count = 0
     for parameter in matrices:
+        if parameter in free:
+            continue
         stays = parameter.detach() != 0
         zeros = stays.numel() - int(stays.sum())
         if zeros:

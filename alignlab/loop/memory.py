@@ -15,6 +15,8 @@ from alignlab.loop.learner import Learner
 from alignlab.loop.master_weights import needs_master, state_bytes
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
+from alignlab.models.kv_approximation.groups import GroupedRounding
+from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.recurrent.runs import Entries, Runs
 from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
@@ -41,12 +43,14 @@ class _ShapesAlone:
     Args:
         model: without weights.
         num_tokens: of the pack.
+        approximation: of keys and values; None for none.
     """
 
     keeps_latents = False
 
-    def __init__(self, model: nn.Module, num_tokens: int) -> None:
+    def __init__(self, model: nn.Module, num_tokens: int, approximation: KVApproximation | None) -> None:
         lm = causal_lm(model)
+        self._approximation = approximation
         self._model, self._dtype = model, lm.dtype
         self.runs = Runs(0, (num_tokens,), lm.device)
 
@@ -62,6 +66,9 @@ class _ShapesAlone:
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Tensor:
         """Return [1,N,H,V] without values."""
         assert value is not None
+        if isinstance(self._approximation, GroupedRounding):  # the tokens of complete groups are there twice
+            num_more = key.shape[2] // self._approximation.group * self._approximation.group
+            key, value = (torch.cat((x, x[:, :, :num_more]), 2) for x in (key, value))
         out: Tensor = _Kept.apply(query, key, value)
         return out
 
@@ -136,25 +143,27 @@ def _average_bytes(learners: Mapping[str, Learner], sharding: ShardingSettings) 
 def _activation_bytes(learner: Learner, memory: MemorySettings) -> int:
     """Return what a forward pass of one micro-batch keeps, and the logits of one chunk."""
     with learner.module.in_use():
-        kept = kept_bytes(learner.module.model, memory.tokens_per_microbatch)
+        approximation = learner.module.kv_approximation
+        kept = kept_bytes(learner.module.model, memory.tokens_per_microbatch, approximation)
     weight, kind = output_head(learner.module.model)[0], planned_device(learner.device).type
     rows = memory.logprob_chunk_tokens or default_chunk_tokens(kind)
     of_block = _LOGIT_COPIES * torch.float32.itemsize * min(rows, block_rows(weight.shape[0], kind))
     return kept + (rows * weight.element_size() + of_block) * weight.shape[0]
 
 
-def kept_bytes(model: nn.Module, num_tokens: int) -> int:
+def kept_bytes(model: nn.Module, num_tokens: int, approximation: KVApproximation | None = None) -> int:
     """Return the bytes that a decoder's forward pass keeps for its backward pass, beside its weights.
 
     Args:
         model: a causal language model whose attention is "alignlab", without weights; left in training mode.
         num_tokens: of the pack.
+        approximation: of keys and values, which the pass replays.
     """
     lm: Any = causal_lm(model)
     if getattr(lm.config, "num_routers", 0) and lm.dtype != torch.bfloat16:
         # Without values, torch has grouped products in bfloat16 alone.
         size: int = lm.dtype.itemsize // torch.bfloat16.itemsize
-        return size * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens)
+        return size * kept_bytes(copy.deepcopy(model).to(torch.bfloat16), num_tokens, approximation)
     _move_buffers(lm)
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # holding the tensors, so that no later storage has the address of an earlier one
@@ -168,7 +177,7 @@ def kept_bytes(model: nn.Module, num_tokens: int) -> int:
     options = {"routing": RoutingRecord()} if getattr(lm.config, "num_routers", 0) else {}
     lm.train()  # checkpointing is of training alone
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = hidden_states(model, tokens, tokens, _ShapesAlone(model, num_tokens), **options)
+        output = hidden_states(model, tokens, tokens, _ShapesAlone(model, num_tokens, approximation), **options)
     assert output.shape[0] == num_tokens
     return _storage_bytes(kept.values())
 

@@ -7,14 +7,14 @@ that a prompt's keys are read where they are and never copied for each completio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alignlab.models.sink_window import Window, sees
+from alignlab.transfer import to_device
 from alignlab.types import Segments
 
 MAX_SCORES = 1 << 17
@@ -57,18 +57,31 @@ def attention_blocks(segments: Segments, window: Window) -> list[Block]:
     """
     plans: dict[Window, list[Block]] = segments.__dict__.setdefault("_attention_blocks", {})
     if window not in plans:
-        positions = segments.position_ids.cpu()
+        positions = segments.on_host.position_ids
 
         padding = (segments.num_tokens, segments.num_tokens)
-        plans[window] = [
-            make_block(
-                batch, padding, lambda q, k: sees(window, positions[q], positions[k]), first=first,
-                device=segments.device,
-            )
+        blocks = [
+            make_block(batch, padding, lambda q, k: sees(window, positions[q], positions[k]), first=first)
             for first, problems in ((True, _own_keys(segments)), (False, _prompt_keys(segments)))
             for batch in batched_problems(list(problems))
         ]
+        plans[window], _ = blocks_on(segments.device, blocks)
     return plans[window]
+
+
+def blocks_on(
+    device: torch.device, blocks: Sequence[Block], others: Sequence[Tensor] = ()
+) -> tuple[list[Block], list[Tensor]]:
+    """Return blocks of the host, and other host tensors, on `device`, moved by one copy."""
+    tensors = [tensor for block in blocks for tensor in (block.queries, block.keys, block.bias) if tensor is not None]
+    moved = iter(to_device([*tensors, *others], device))
+    on_device = [
+        replace(
+            block, queries=next(moved), keys=next(moved), bias=None if block.bias is None else next(moved)
+        )
+        for block in blocks
+    ]
+    return on_device, list(moved)
 
 
 def _own_keys(segments: Segments) -> Iterator[Problem]:
@@ -118,8 +131,8 @@ def batched_problems(problems: list[Problem]) -> Iterator[list[Problem]]:
         yield batch
 
 
-def make_block(batch: list[Problem], padding: tuple[int, int], sees: Sees, *, first: bool, device: Any) -> Block:
-    """Return a padded batch of problems.
+def make_block(batch: list[Problem], padding: tuple[int, int], sees: Sees, *, first: bool) -> Block:
+    """Return a padded batch of problems, on the host.
 
     Args:
         padding: one past the last query, and one past the last key.
@@ -134,5 +147,5 @@ def make_block(batch: list[Problem], padding: tuple[int, int], sees: Sees, *, fi
         visible = visible[:1]
     bias = None
     if not bool(visible.all()):
-        bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf).to(device)
-    return Block(queries.to(device), keys.to(device), bias, first)
+        bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return Block(queries, keys, bias, first)

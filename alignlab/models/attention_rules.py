@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from alignlab.models import latent_attention, mixture_of_heads
 from alignlab.models.attention import Attention
@@ -25,6 +26,11 @@ _OF_ATTENTION = (
     "attention_out_bias", "attention_dropout",
 )  # fmt: skip
 """Fields that recurrent layers do not read."""
+_SCALING_OPTIONS = {
+    "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings", "factor"),
+}  # fmt: skip
+"""Options that a rotation must have, by its type."""
 
 
 def check_attention(config: PolicyConfig) -> None:
@@ -126,6 +132,7 @@ def _check_rotation(config: PolicyConfig) -> None:
         isinstance(theta, int | float) and theta > 0,
         f"rope_theta is {theta!r}, and must be a positive number; use 10000",
     )
+    _check_scaling(rope)
     if rope["rope_type"] == "longrope":
         _check_longrope(config)
     if rotated is None:
@@ -138,10 +145,21 @@ def _check_rotation(config: PolicyConfig) -> None:
     )
 
 
+def _check_scaling(rope: dict[str, Any]) -> None:
+    """Require the options of a rotation that is scaled for longer sequences."""
+    needed = _SCALING_OPTIONS.get(rope["rope_type"], ())
+    missing = [name for name in needed if rope.get(name) is None]
+    require(
+        not missing, f"rope_type is {rope['rope_type']}, and {' and '.join(missing)} must be given in rope_parameters"
+    )
+    for name in needed:
+        is_list = name in ("short_factor", "long_factor")
+        is_number = isinstance(rope[name], int | float) and rope[name] > 0
+        require(is_list or is_number, f"{name} is {rope[name]!r} in rope_parameters, and must be a positive number")
+
+
 def _check_longrope(config: PolicyConfig) -> None:
     rope = config.rope_parameters or {}
-    missing = [n for n in ("short_factor", "original_max_position_embeddings", "factor") if rope.get(n) is None]
-    require(not missing, f"rope_type is longrope, and {' and '.join(missing)} must be given in rope_parameters")
     limit, positions = rope["original_max_position_embeddings"], config.max_position_embeddings
     require(
         positions <= limit,

@@ -38,8 +38,19 @@ def check_controls(sampling: SamplingParams, vocab_size: int) -> None:
                 )
 
 
-def _broken_rules(sampling: SamplingParams, vocab_size: int) -> Iterator[tuple[str, Any, str]]:
-    """Yield the name, the value and the rule of each rule that is broken, with the fix."""
+_Broken = Iterator[tuple[str, Any, str]]
+"""Name, value and rule of each rule that is broken, with the fix."""
+
+
+def _broken_rules(sampling: SamplingParams, vocab_size: int) -> _Broken:
+    """Yield the rules that are broken."""
+    yield from _unknown_tokens(sampling, vocab_size)
+    yield from _broken_by_biases(sampling)
+    yield from _broken_by_bans(sampling, vocab_size)
+    yield from _broken_by_forced_tokens(sampling)
+
+
+def _unknown_tokens(sampling: SamplingParams, vocab_size: int) -> _Broken:
     known = f"each token must be from 0 to {vocab_size - 1}; use the model's own tokenizer"
     ids = {
         "logit_bias": [token for token, _ in sampling.logit_bias],
@@ -48,15 +59,24 @@ def _broken_rules(sampling: SamplingParams, vocab_size: int) -> Iterator[tuple[s
     }
     for name, tokens in ids.items():
         yield from ((name, f"token {token}", known) for token in tokens if not 0 <= token < vocab_size)
+
+
+def _broken_by_biases(sampling: SamplingParams) -> _Broken:
     for token, bias in sampling.logit_bias:
         if not isfinite(bias):
             yield "logit_bias", f"{bias} for token {token}", "each must be finite; use banned_token_ids to ban a token"
-    if len(set(ids["logit_bias"])) < len(sampling.logit_bias):
+    if len({token for token, _ in sampling.logit_bias}) < len(sampling.logit_bias):
         yield "logit_bias", "a token twice", "each token must stand once; add the numbers up"
+
+
+def _broken_by_bans(sampling: SamplingParams, vocab_size: int) -> _Broken:
     if len(set(sampling.banned_token_ids)) == vocab_size:
         yield "banned_token_ids", f"all {vocab_size} tokens", "one must be left; ban fewer"
     if any(not word.strip() for word in sampling.banned_words):
         yield "banned_words", "a blank text", "each must be a word; remove it"
+
+
+def _broken_by_forced_tokens(sampling: SamplingParams) -> _Broken:
     positions = [position for position, _ in sampling.forced_tokens]
     for position in positions:
         if not 0 <= position < sampling.max_new_tokens:

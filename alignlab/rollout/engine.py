@@ -14,7 +14,7 @@ from alignlab.models.routers.uses import check_rollouts
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.engine_choice import chosen_engine
 from alignlab.rollout.vllm.installation import require_vllm
-from alignlab.rollout.vllm.options import check_quantization
+from alignlab.rollout.vllm.options import check_quantization, check_served_cache
 from alignlab.types import Prompt, Rollout, SamplingParams
 
 
@@ -75,11 +75,12 @@ def check_engine(settings: EngineSettings) -> None:
 
     Raises:
         ConfigError: vLLM is to run in this process, and is missing or of an untested version, or cannot quantize
-            weights as the settings ask.
+            weights or the cache as the settings ask.
     """
     if isinstance(settings, VLLMSettings):
         require_vllm(settings.engine)
         check_quantization(settings)
+        check_served_cache(settings)
 
 
 def make_engine(model: Model, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> RolloutEngine:

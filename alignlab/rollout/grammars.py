@@ -32,14 +32,20 @@ class Grammar:
 
     def begin(self) -> GrammarState:
         """Return the state of a completion without tokens."""
-        return GrammarState(self._matcher.deep_copy(), self._vocab_size)
+        return GrammarState(self._matcher, self._vocab_size)
 
 
 class GrammarState:
-    """The place of a completion in its grammar."""
+    """The place of a completion in its grammar.
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher = matcher
+    Args:
+        start: of llguidance, before the first token; it is copied.
+        vocab_size: logits of the model.
+    """
+
+    def __init__(self, start: Any, vocab_size: int) -> None:
+        self._start = start
+        self._matcher = start.deep_copy()
         self._num_bytes = -(-vocab_size // 8)
         self._consumed: list[int] = []
 
@@ -54,6 +60,21 @@ class GrammarState:
         Raises:
             RolloutError: no token may follow.
         """
+        bits = self._bits(token_ids)
+        if bits is not None and not bits.any():
+            raise RolloutError(
+                f"after {len(token_ids)} tokens of a completion its regex or json_schema allows none of the model's "
+                "tokens, which do not spell what must follow; change it"
+            )
+        return bits
+
+    def leads_on(self, token_ids: Sequence[int]) -> bool:
+        """Return whether the grammar holds the tokens of a completion and some token may follow them."""
+        bits = self._bits(token_ids)
+        return bits is not None and bool(bits.any())
+
+    def _bits(self, token_ids: Sequence[int]) -> NDArray[np.uint8] | None:
+        """Return what `allowed` does, without any bit where no token may follow."""
         known = len(self._consumed)
         if self._consumed != list(token_ids[:known]):
             known = next(i for i, token in enumerate(self._consumed) if token_ids[i : i + 1] != [token])
@@ -63,13 +84,13 @@ class GrammarState:
         self._consumed = [*self._consumed[:known], *new[:num_taken]]
         if num_taken < len(new):
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
-        if not bits.any():
-            raise RolloutError(
-                f"after {len(token_ids)} tokens of a completion its regex or json_schema allows none of the model's "
-                f"tokens ({self._matcher.get_error() or 'they do not spell what must follow'}); change it"
-            )
-        return bits
+        bits: NDArray[np.uint8] = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
+        if not self._matcher.is_error():
+            return bits
+        # At a dead end llguidance allows the end token, though the text is not complete, and takes nothing back.
+        self._matcher = self._start.deep_copy()
+        self._matcher.try_consume_tokens(self._consumed)
+        return np.zeros_like(bits)
 
 
 def grammar_of(

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from alignlab.config.kv_cache import MmapCache
 from alignlab.config.rollout import (
     EngineSettings,
     RolloutSettings,
@@ -23,8 +24,9 @@ from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
-from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native
+from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native, why_not_rounded
 from alignlab.rollout.embedded.paged_cache import block_bytes
+from alignlab.rollout.embedded.rounding import make_rounding
 from alignlab.rollout.embedded.state_slots import slots_needed
 
 _COPIES_FRAC = 0.1
@@ -92,11 +94,17 @@ def engine_bytes(
         num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
         for spec in specs
         for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
-    ) + slot_bytes * slots_needed(num_sequences, num_sequences)
+    )
+    if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
+        cache = min(cache, int(settings.kv_cache.resident_gib * 2**30))
+    cache += slot_bytes * slots_needed(num_sequences, num_sequences)
     merges = merges_adapters(model, settings.merge_lora, device)
-    if why_not_native(model, settings, device, block_size=size, merges=merges) is None:
-        return cache + packed_bytes(model)
-    return cache + (_merged_bytes(model) if merges else 0)
+    rounding = make_rounding(model, settings, device)
+    is_native = why_not_native(model, settings, device, block_size=size, merges=merges) is None
+    if is_native and (rounding is None or why_not_rounded(lm, rounding) is None):
+        return cache + packed_bytes(model, rounding)
+    rounded = 0 if rounding is None else rounding.total_bytes
+    return cache + rounded + (_merged_bytes(model) if merges else 0)
 
 
 def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) -> bool:

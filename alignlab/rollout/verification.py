@@ -25,10 +25,11 @@ from alignlab.types import Rollout, Segments
 GATES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Largest allowed difference of a canary token's log-prob from the trainer's, nats, by dtype. Measured: correct weights
 stay under 5e-5 in float32 and 0.1 in bfloat16; wrong weights in a single layer differ by more than a nat."""
-FP8_GATE = 2.0
-"""The same for an engine that computes in fp8. A number has 4 significant bits there and 8 in bfloat16, so a product's
-rounding error is 16 times as large; over a sum the errors average. An estimate: it was never measured on a device. Such
-a canary finds weights that are wrong everywhere, and leaves single layers to the digests."""
+ROUNDED_GATE = 2.0
+"""The same for an engine that rounds weights or its cache to 8 bits or less. In fp8 a number has 4 significant bits,
+where bfloat16 has 8, so a product's rounding error is 16 times as large; over a sum the errors average. An estimate:
+it was never measured on a device. Such a canary finds weights that are wrong everywhere, and leaves single layers to
+the digests."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def canary_gap(model: nn.Module, rollouts: Sequence[Rollout]) -> CanaryGap:
     return CanaryGap(float(gaps.mean()), float(gaps.max()), gaps.numel())
 
 
-def default_gate(dtype: torch.dtype, quantization: str | None) -> float:
+def default_gate(dtype: torch.dtype, *roundings: str | None) -> float:
     """Return the largest difference of a canary token's log-prob that is allowed, nats.
 
     Args:
         dtype: the policy's.
-        quantization: of the engine's weights; None: they are the policy's.
+        roundings: of the engine's weights and of its cache; None: they are the policy's.
     """
-    return GATES[dtype] if quantization is None else FP8_GATE
+    return GATES[dtype] if roundings.count(None) == len(roundings) else ROUNDED_GATE
 
 
 def check_canary(gap: CanaryGap, gate: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from alignlab.config.trainers import DPOConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
 from alignlab.errors import ConfigError
+from alignlab.evaluation.held_out_intervals import agreement_intervals
 from alignlab.evaluation.results import PreferenceResult
 from alignlab.loop.given_data import GivenData, resolve_preferences
 from alignlab.loop.loss_weights import LossWeights, pair_mean
@@ -87,19 +89,21 @@ class DPO(OfflineAlgorithm[Preference]):
     def evaluate(self, held_out: Sequence[Preference]) -> PreferenceResult:
         """Return how often, and how far, the chosen completions of held-out pairs lead."""
         rows = range(len(held_out))
-        sums = self.measured_packs(lambda share: self._sums(self.packs("eval", held_out, rows, share)))
-        totals = {name: sum(of_pack[name] for of_pack in sums) for name in sums[0]}
-        means = {name: total / len(held_out) for name, total in totals.items()}
+        parts = self.measured_packs(lambda share: self._of_pairs(self.packs("eval", held_out, rows, share)))
+        agrees, margins, losses = (
+            [value for part in parts for value in part[name]] for name in ("preference_accuracy", "margin", "loss")
+        )
         return PreferenceResult(
-            means["preference_accuracy"], means["margin"], means["loss"], num_pairs=len(held_out)
+            fmean(agrees), fmean(margins), fmean(losses), num_pairs=len(agrees),
+            intervals=agreement_intervals(agrees, {"margin": margins, "loss": losses}),
         )
 
-    def _sums(self, packs: Sequence[Experience]) -> list[dict[str, float]]:
-        """Return the sums over the pairs of each pack of their metrics and of their loss."""
+    def _of_pairs(self, packs: Sequence[Experience]) -> list[dict[str, list[float]]]:
+        """Return the metrics and the loss of the pairs of each pack."""
         moved = [pack.to(self.learner.device) for pack in packs]
         pairs = [pairs_of(*of_pack) for of_pack in zip(self.learner.logprobs(moved), moved, strict=True)]
         values = [pair_metrics(of_pack, self.config) | {"loss": pair_loss(of_pack, self.config)} for of_pack in pairs]
-        return [{name: float(of_pairs.sum()) for name, of_pairs in of_pack.items()} for of_pack in values]
+        return [{name: of_pairs.tolist() for name, of_pairs in of_pack.items()} for of_pack in values]
 
     @property
     def frozen_modules(self) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignlab.config.trainers import KTOConfig
 from alignlab.data.unpaired import UnpairedPreference
+from alignlab.evaluation.held_out_intervals import label_intervals
 from alignlab.evaluation.results import LabelResult
 from alignlab.functional.preference_losses import kto, kto_reference_point
 from alignlab.functional.reduction import sequence_sum
@@ -132,11 +133,13 @@ class KTO(OfflineAlgorithm[UnpairedPreference]):
         lead = torch.where(desirable, ratios - point, point - ratios)
         agrees = torch.where(lead.abs() <= ROUNDING, 0.5, (lead > 0).float())  # a tie is a guess
         rewards = self.config.beta * ratios
+        losses = self._loss(ratios, desirable, point)
         return LabelResult(
             accuracy=float(agrees.mean()),
             margin=float(rewards[desirable].mean() - rewards[~desirable].mean()),
-            loss=float(self._loss(ratios, desirable, point).mean()),
+            loss=float(losses.mean()),
             num_completions=len(held_out),
+            intervals=label_intervals(agrees.tolist(), rewards.tolist(), desirable.tolist(), losses.tolist()),
         )
 
     def _held_out_log_ratios(self, held_out: Sequence[UnpairedPreference], subset: slice) -> Tensor:

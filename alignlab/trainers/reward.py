@@ -18,6 +18,7 @@ from torch import Tensor
 from alignlab.config.offline import RewardConfig
 from alignlab.data.packing import pack_groups
 from alignlab.data.preferences import Preference
+from alignlab.evaluation.held_out_intervals import agreement_intervals, probability_intervals
 from alignlab.evaluation.results import PreferenceResult
 from alignlab.functional.reward_losses import bradley_terry, brier_score, calibration_error, reward_centring
 from alignlab.loop.forward import reward_forward
@@ -107,13 +108,17 @@ class RewardModelling(OfflineAlgorithm[Preference]):
         pairs = RewardPairs(*(torch.tensor(column, device=self.learner.device) for column in columns))
         leads = pairs.chosen - pairs.rejected
         check_finite([("pairs", leads)], "the rewards of held-out completions")
+        agrees, losses = pair_metrics(pairs)["preference_accuracy"], self.pair_loss(pairs)
+        means = {"margin": leads.tolist(), "loss": losses.tolist()}
+        intervals = {**agreement_intervals(agrees.tolist(), means), **probability_intervals(leads.tolist())}
         return PreferenceResult(
-            accuracy=float(pair_metrics(pairs)["preference_accuracy"].mean()),
+            accuracy=float(agrees.mean()),
             margin=float(leads.mean()),
-            loss=float(self.pair_loss(pairs).mean()),
+            loss=float(losses.mean()),
             num_pairs=len(leads),
             calibration_error=float(calibration_error(leads)),
             brier=float(brier_score(leads)),
+            intervals=intervals,
         )
 
     def _of_pairs(self, packs: Sequence[Experience]) -> list[list[list[float]]]:

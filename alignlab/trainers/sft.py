@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from alignlab.config.trainers import SFTConfig
 from alignlab.data.examples import Example
 from alignlab.data.packing import pack_examples
+from alignlab.evaluation.held_out_intervals import likelihood_intervals
 from alignlab.evaluation.results import LikelihoodResult
 from alignlab.loop.given_data import GivenData, resolve_examples
 from alignlab.loop.offline import OfflineTrainer
@@ -52,18 +54,25 @@ class SFT(OfflineAlgorithm[Example]):
     def evaluate(self, held_out: Sequence[Example]) -> LikelihoodResult:
         """Return the mean negative log-likelihood of held-out completions, nats a token."""
         packs = self.packs("eval", held_out, range(len(held_out)))
-        sums = self.measured_packs(lambda share: self._likelihoods(share(packs)))
-        num_tokens = sum(count for _, count in sums)
-        loss = -sum(logprobs for logprobs, _ in sums) / num_tokens
-        return LikelihoodResult(loss, num_examples=len(held_out), num_tokens=num_tokens)
+        parts = self.measured_packs(lambda share: self._likelihoods(share(packs)))
+        nats, tokens = ([value for part in parts for value in part[index]] for index in (0, 1))
+        return LikelihoodResult(
+            sum(nats) / sum(tokens), num_examples=len(held_out), num_tokens=int(sum(tokens)),
+            intervals=likelihood_intervals(nats, tokens),
+        )
 
-    def _likelihoods(self, packs: Sequence[Experience]) -> list[tuple[float, int]]:
-        """Return the sum of the log-probs of each pack's completion tokens, and their number."""
+    def _likelihoods(self, packs: Sequence[Experience]) -> list[list[list[float]]]:
+        """Return, for each pack, the sums of -log p of its completions' tokens, and the numbers of tokens."""
         moved = [pack.to(self.learner.device) for pack in packs]
-        logprobs = [
-            of_pack[pack.completion_mask] for pack, of_pack in zip(moved, self.learner.logprobs(moved), strict=True)
-        ]
-        return [(float(of_pack.double().sum()), len(of_pack)) for of_pack in logprobs]
+        parts = []
+        for pack, logprobs in zip(moved, self.learner.logprobs(moved), strict=True):
+            ids, mask = pack.segments.sequence_of_token.cpu(), pack.completion_mask.cpu()
+            chosen = list(pack.segments.sequences)
+            values = torch.zeros(2, 1 + max(chosen), dtype=torch.float64)  # on the host, which adds in order
+            values[0].index_add_(0, ids[mask], -logprobs.cpu().double()[mask])
+            values[1].index_add_(0, ids[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
+            parts.append(values[:, chosen].tolist())
+        return parts
 
 
 class SFTTrainer(OfflineTrainer):

@@ -281,6 +281,13 @@ def test_a_quantized_engine_needs_a_correction():
     text = message(OnlineDPOConfig, rollout=quantized)
     assert "rollout.quantization is 'fp8', and must be null with a trainer that has no mismatch.correction" in text
     assert "quantization" in grpo_message(rollout={"quantization": "fp8"})
+    text = grpo_message(rollout={"quantization": "int8"}, mismatch={"correction": "none"})
+    assert "mismatch.correction is 'none', and must be another with rollout.quantization int8" in text
+    text = message(OnlineDPOConfig, rollout={"quantization": {"type": "int4", "group": 64}})
+    assert "rollout.quantization is 'int4', and must be null with a trainer that has no mismatch.correction" in text
+    assert GRPOConfig(rollout={"quantization": "int8_dynamic"}).rollout.quantization.exact == ("lm_head",)
+    text = grpo_message(rollout={"quantization": "int8", "merge_lora": False})
+    assert "merge_lora is False, and must be true or left out with quantization int8" in text
 
 
 def test_an_approximate_cache_is_replayed_or_corrected():
@@ -299,6 +306,15 @@ def test_an_approximate_cache_is_the_embedded_engines():
     text = grpo_message(rollout={"engine": "auto", "kv_cache": {"type": "int8"}})
     assert "kv_cache" in text and "use engine: embedded" in text
     assert "kv_cache" in grpo_message(rollout={"kv_cache": {"type": "int9"}})
+
+
+def test_a_rounded_cache_of_vllm_needs_a_correction():
+    served = {"engine": "vllm", "kv_cache": "fp8"}
+    text = grpo_message(rollout=served, mismatch={"correction": "none"})
+    assert "mismatch.correction is 'none', and must be another with rollout.kv_cache fp8, which vLLM rounds" in text
+    assert GRPOConfig(rollout=served).rollout.kv_cache == "fp8"
+    text = message(OnlineDPOConfig, rollout=served)
+    assert "rollout.kv_cache is 'fp8', and must be null with a trainer that has no mismatch.correction" in text
 
 
 def test_caches_that_two_settings_can_describe_need_one_of_them() -> None:

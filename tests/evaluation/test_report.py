@@ -52,7 +52,8 @@ def test_the_report_has_tables_examples_curves_and_the_command(tmp_path: Path) -
     output = report_of(tmp_path / "run one", report)
     assert "single-digit sums: 8 held-out problems, 4 samples each" in output
     greedy = next(line for line in output.splitlines() if "extracted answer right, greedy" in line)
-    assert [cell.strip() for cell in greedy.split("│")[2:5]] == ["0.250", "0.875", "+0.625"]
+    # Wilson's of 2 and of 7 right ones of 8.
+    assert [cell.strip() for cell in greedy.split("│")[2:5]] == ["0.250  0.07..0.59", "0.875  0.53..0.98", "+0.625"]
     assert "answer and nothing else, sampled" in output and "pass@4" in output and "pass@1" not in output
     assert output.count("wrong: I think") == output.count("right: Surely") == 4
     assert [f"I think {i}" in output for i in range(8)] == [True, False] * 4
@@ -64,6 +65,8 @@ def test_the_report_has_tables_examples_curves_and_the_command(tmp_path: Path) -
     ]  # fmt: skip
     saved = json.loads((tmp_path / "run one" / "report.json").read_text())
     assert saved["before"]["greedy"] == 0.25 and saved["after"]["samples"][0]["greedy"] == "Surely 0"
+    assert saved["after"]["intervals"]["greedy"] == pytest.approx([0.529, 0.978], abs=1e-3)
+    assert EvaluationResult.from_json(saved["after"]) == report.after
     assert (saved["command"], saved["hardware"], saved["adapter"]) == (command, "two cores", str(adapter))
     assert (tmp_path / "run one" / "curves.png").read_bytes().startswith(PNG)
 

@@ -4,7 +4,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from alignlab.functional.intervals import mean_interval, ratio_interval, wilson_interval
+from alignlab.functional.intervals import difference_interval, mean_interval, ratio_interval, wilson_interval
 
 
 def test_wilson_by_hand():
@@ -44,6 +44,23 @@ def test_a_ratio_is_weighed_by_its_denominators():
     assert ratio_interval([2.0, 4.0], [1.0, 2.0]) == (2.0, 2.0)
 
 
+def test_a_difference_of_groups_is_near_the_normal_interval():
+    draw = random.Random(0)
+    first, second = [draw.gauss(3, 1) for _ in range(300)], [draw.gauss(1, 2) for _ in range(200)]
+    low, high = difference_interval(first, second)
+    middle = fmean(first) - fmean(second)
+    half = 1.96 * (stdev(first) ** 2 / 300 + stdev(second) ** 2 / 200) ** 0.5
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.03)
+    assert difference_interval(first, second) == (low, high) != difference_interval(first, second, seed=1)
+
+
+def test_groups_of_a_difference_are_resampled_by_themselves():
+    same = [1.0, 3.0] * 50
+    low, high = difference_interval(same, same)
+    assert low < -0.1 and high > 0.1, "the two groups do not draw the same items"
+    assert difference_interval([5.0] * 3, [2.0] * 4) == (3.0, 3.0)
+
+
 def test_resamples_without_a_denominator_are_infinite():
     assert ratio_interval([1.0, 1.0], [0.0, 1.0])[1] == inf
 
@@ -56,6 +73,8 @@ def test_resamples_without_a_denominator_are_infinite():
         (lambda: wilson_interval(0.5, 3, level=1.0), "level is 1.0"),
         (lambda: mean_interval([]), "values is empty"),
         (lambda: ratio_interval([1.0], [0.0]), "not all 0"),
+        (lambda: difference_interval([1.0], []), "at least one item each"),
+        (lambda: difference_interval([1.0], [1.0], level=0.0), "level is 0.0"),
     ],
 )
 def test_what_has_no_interval_is_refused(call, message):

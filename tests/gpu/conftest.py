@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.functional import logprobs
 from alignlab.models import flex_attention, layers, layout, paged_flex
+from alignlab.models.kv_approximation import (
+    evicted_tokens,
+    eviction,
+    low_rank,
+    low_rank_bases,
+    rotations,
+    rounding,
+    sparse_rows,
+)
 from alignlab.rollout.embedded import runner, sampling, weights
 from alignlab.rollout.embedded.native import choice
 from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex, paged_stand_in
@@ -23,6 +33,14 @@ from tests.gpu.pretended import PretendedGPU
 
 WHOLE = 1 << 40
 """Logits in a block, so many that there is one block."""
+
+
+class TorchNorm:
+    """The norm that a GPU computes, in place of the one that is faster on a CPU."""
+
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +75,10 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
     def plain() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU takes
-            patch.setattr(layout, "packed_attention", as_on_a_gpu)
-            patch.setattr(layers.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps))
+            approximations = (rounding, eviction, evicted_tokens, sparse_rows, low_rank, low_rank_bases, rotations)
+            for module in (layout, *approximations):
+                patch.setattr(module, "packed_attention", as_on_a_gpu)
+            patch.setattr(layers, "_CPUNorm", TorchNorm)
             patch.setattr(runner, "reads_in_place", lambda device: True)
             patch.setattr(paged_flex, "_compiled_flex", paged_stand_in)
             patch.setattr(weights, "_packing_helps", lambda model: False)

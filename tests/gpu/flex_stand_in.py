@@ -17,15 +17,31 @@ from alignlab.types import Segments
 
 
 def dense_flex(
-    query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool
-) -> Tensor:
-    """Return what FlexAttention returns, by a dense mask made from the block mask's rule. Without soft-caps or sinks.
-    """
-    assert score_mod is None
+    query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool,
+    return_aux: AuxRequest | None = None,
+) -> Any:
+    """Return what FlexAttention returns, by a dense mask made from the block mask's rule."""
     queries, keys = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
     zero = torch.zeros((), dtype=torch.long, device=query.device)
     mask = block_mask.mask_mod(zero, zero, queries[:, None], keys[None, :])
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    if score_mod is None and return_aux is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return _dense(query, key, value, mask, score_mod=score_mod, scale=scale, with_sums=return_aux is not None)
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, score_mod: Any, scale: float, with_sums: bool
+) -> Any:
+    """Return attention [T,H,Q,V] to visible keys, each kv head repeated for the query heads that share it; with it the
+    logarithm of the softmax's sums [T,H,Q], if that is asked for."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    scores = query.float() @ key.float().transpose(2, 3) * scale
+    if score_mod is not None:
+        scores = score_mod(scores, None, None, None, None)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return (out, AuxOutput(lse=scores.logsumexp(-1))) if with_sums else out
 
 
 def as_on_a_gpu(
@@ -52,17 +68,12 @@ def dense_paged_flex(
     query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool,
     kernel_options: Any, return_aux: AuxRequest | None = None,
 ) -> Any:
-    """Return what FlexAttention returns: query [T,H,Q,D], key [1,K,S,D], value [1,K,S,V] -> [T,H,Q,V]; with it the
-    logarithm of the softmax's sums [T,H,Q], if that is asked for."""
-    shared = query.shape[1] // key.shape[1]
-    assert enable_gqa == (shared > 1)
-    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    scores = query.float() @ key.float().transpose(2, 3) * scale
-    if score_mod is not None:
-        scores = score_mod(scores, None, None, None, None)
-    scores = scores.masked_fill(~visited_slots(block_mask), -torch.inf)
-    out = scores.softmax(-1).to(value.dtype) @ value
-    return out if return_aux is None else (out, AuxOutput(lse=scores.logsumexp(-1)))
+    """Return what FlexAttention returns: query [T,H,Q,D], key [1,K,S,D], value [1,K,S,V] -> [T,H,Q,V]."""
+    assert enable_gqa == (query.shape[1] > key.shape[1])
+    return _dense(
+        query, key, value, visited_slots(block_mask), score_mod=score_mod, scale=scale,
+        with_sums=return_aux is not None,
+    )
 
 
 def visited_slots(mask: Any) -> Tensor:

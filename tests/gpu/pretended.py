@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignlab
+import alignlab.models.routers.auction  # whose operation is in `WAITS`
 
 aten = torch.ops.aten
 PACKAGE = f"{Path(alignlab.__file__).parent}/"
@@ -33,6 +34,7 @@ WAITS = {
     aten._local_scalar_dense.default: 1, aten.nonzero.default: 1, aten.masked_select.default: 1,
     aten.bincount.default: 2,  # for the smallest and the largest value
     aten.repeat_interleave.Tensor: 1, aten._unique2.default: 1, aten.unique_dim.default: 1,
+    torch.ops.alignlab.balanced_assignment.default: 2,  # computes on the host: down and up again
 }
 # Operations that CUDA refuses under `torch.use_deterministic_algorithms`, whose documentation lists them: always, with
 # numbers of a float dtype, or with weights.

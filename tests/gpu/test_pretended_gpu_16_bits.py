@@ -9,7 +9,8 @@ from tests.gpu.test_pretended_gpu import HERE, on_a_pretended_gpu, pytestmark
 __all__ = ["pytestmark"]
 
 
-@pytest.mark.timeout(1000)
-def test_trainers_in_16_bits_on_a_pretended_gpu_pass() -> None:
-    done = on_a_pretended_gpu(HERE / "on_gpu_trainers.py", chosen="float16")
+@pytest.mark.timeout(0)
+def test_trainers_in_16_bits_on_a_pretended_gpu_pass(request: pytest.FixtureRequest) -> None:
+    is_full = request.config.getoption("full")
+    done = on_a_pretended_gpu(HERE / "on_gpu_trainers.py", chosen="float16", is_full=is_full)
     assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]

@@ -25,11 +25,13 @@ from tests.gpu_job.kernels import attention, experts, head, waits
 from tests.gpu_job.lines import Line
 from tests.gpu_job.machine import limits, machine
 from tests.gpu_job.training import determinism, engine, grpo, vllm
+from tests.gpu_job.zoo import caches, layers
 
 PARTS: Mapping[str, Callable[[torch.device], Iterator[Line]]] = {
     part.__name__: part
     for part in (
-        machine, limits, attention, paged, experts, head, waits, decoding, engine, grpo, determinism, vllm,
+        machine, limits, attention, paged, experts, head, waits, decoding, layers, caches, engine, grpo, determinism,
+        vllm,
     )
 }
 TIME_LIMIT_S = 240.0

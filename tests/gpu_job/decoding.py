@@ -78,7 +78,7 @@ def decoding(device: torch.device) -> Iterator[Line]:
         model = new_model(architecture, vocab_size=VOCAB, dtype=torch.bfloat16).to(device)
         with in_place(device):
             recorded, plain = (
-                EmbeddedEngine(model, _tokenizer(), RolloutSettings(cuda_graphs=graphs, native="off"))
+                EmbeddedEngine(model, make_tokenizer(), RolloutSettings(cuda_graphs=graphs, native="off"))
                 for graphs in (True, False)
             )
             for name, params in SAMPLING.items():
@@ -98,7 +98,8 @@ def _prompts() -> list[Prompt]:
     return [Prompt(tuple(range(1, 20 + 60 * n)), "") for n in range(4)]
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
+    """Return a tokenizer of as many tokens as the models have."""
     from alignlab.data.tokenizer_training import train_tokenizer
 
     return train_tokenizer(["abc abd ab ba 123"], vocab_size=VOCAB)

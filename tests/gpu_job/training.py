@@ -14,16 +14,14 @@ from safetensors.torch import load_file
 from alignlab import GRPOConfig, GRPOTrainer, LoraSettings
 from alignlab.config.rollout import RolloutSettings, SamplingSettings, VLLMSettings
 from alignlab.config.trainer import CheckpointSettings
-from alignlab.data.packing import pack_rollouts
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.models.policy import Policy
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, SamplingParams
 from tests.gpu_job.lines import Line, checked, seconds_of
+from tests.gpu_job.zoo import GAPS, largest_gap
 
 MODEL = "smollm2-135m-instruct"
-GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference of a token's log-prob between engine and trainer, nats."""
 NUM_STEPS = 3
 SIZES = {"cuda": (8, 8, 32), "cpu": (2, 2, 8)}
 """Prompts of a step, completions of a prompt and tokens of a completion. On a CPU the job itself is tried, no speed."""
@@ -41,13 +39,7 @@ def engine(device: torch.device) -> Iterator[Line]:
         sampling = SamplingParams(max_new_tokens=num_tokens, n=group_size // 2, seed=1)
         rollouts = sampler.generate(prompts, sampling)
         num_sampled = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
-        gap = 0.0
-        with torch.no_grad():
-            for pack in pack_rollouts(rollouts, budget=4096):
-                moved = pack.to(device)
-                assert moved.rollout_logprobs is not None
-                logprobs = Policy(model)(moved.tokens, moved.segments, moved.completion_mask).logprobs
-                gap = max(gap, float((logprobs - moved.rollout_logprobs).abs().max()))
+        gap = largest_gap(Policy(model), rollouts, device)
         yield checked(f"engine against trainer, {str(dtype)[6:]}", gap, limit)
         seconds = seconds_of(lambda: sampler.generate(prompts, sampling), device, rounds=1)  # noqa: B023
         name = f"embedded engine, {num_prompts * group_size} rows, {str(dtype)[6:]}"

@@ -1,4 +1,4 @@
-"""Run by torchrun, or imported: a training that goes on after each of its steps on another number of ranks.
+"""Run by a launcher, or imported: a training that goes on after each of its steps on another number of ranks.
 
 Usage: rank_resuming.py FOLDER STRATEGY NUM_STEPS
 """

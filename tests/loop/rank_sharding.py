@@ -1,4 +1,4 @@
-"""Run by torchrun: trainings that are stopped after two steps, and go on with their weights in other places.
+"""Run by a launcher: trainings that end after two steps, and copies of them that go on with weights in other places.
 
 Usage: rank_sharding.py FOLDER
 """
@@ -6,6 +6,7 @@ Usage: rank_sharding.py FOLDER
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ CHANGES = {
     ],
     "tied": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero3")],
     "mixture": [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero3", "fsdp2")],
-    "shared layers": [
-        ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero3"),
-    ],
+    "shared layers": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "zero3")],
     "adapter on shared layers": [("ddp", "ddp"), ("zero3", "fsdp2")],
     "averaged": [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "fsdp2")],
     "averaged in bfloat16": [("ddp", "ddp"), ("fsdp2", "fsdp2")],
@@ -74,13 +73,19 @@ def train(folder: Path, model: str, strategy: str, num_steps: int) -> dict[str, 
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     for model in MODELS:
-        for first, then in CHANGES[model]:
-            run = folder / model / f"{first} {then}"
-            train(run, model, first, 2)
-            weights = {name: weight.contiguous() for name, weight in train(run, model, then, 3).items()}
-            save_file(weights, run / f"rank{os.environ['RANK']}.safetensors")
+        for begun in dict.fromkeys(first for first, _ in CHANGES[model]):
+            train(folder / model / begun, model, begun, 2)
+            for first, then in CHANGES[model]:
+                if first != begun:
+                    continue
+                run = folder / model / f"{first} {then}"
+                if rank == "0":
+                    shutil.copytree(folder / model / begun, run)
+                torch.distributed.barrier()
+                weights = {name: weight.contiguous() for name, weight in train(run, model, then, 3).items()}
+                save_file(weights, run / f"rank{rank}.safetensors")
 
 
 if __name__ == "__main__":

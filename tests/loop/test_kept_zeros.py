@@ -63,6 +63,22 @@ def test_a_critic_beside_a_pruned_policy_learns_values() -> None:
     assert (critic.weight != 0).all()
 
 
+@pytest.mark.parametrize(("router", "name"), [("noisy_topk", "noise_weight"), ("reinforce", "baseline_weight")])
+def test_router_matrices_that_start_at_zero_train_freely(router: str, name: str) -> None:
+    model = new_model({"preset": router}, vocab_size=300)
+    with torch.no_grad():
+        for weight in (p for n, p in model.named_parameters() if n.endswith("_proj.weight")):
+            weight[:, ::2] = 0
+    make_optimizer(model, SFTConfig(optim={"keep_zeros": True}))
+    weights = dict(model.named_parameters())
+    starting = [weight for n, weight in weights.items() if n.endswith(name)]
+    assert starting and not any(weight.any() for weight in starting)
+    sum(weight.sum() for weight in weights.values()).backward()
+    assert all((weight.grad == 1).all() for weight in starting)
+    pruned_weight = weights["model.layers.0.self_attn.q_proj.weight"].grad
+    assert (pruned_weight[:, ::2] == 0).all() and (pruned_weight[:, 1::2] == 1).all()
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optim.keep_zeros is .*are kept where weights are whole.*use strategy: ddp"):
         SFTConfig(optim={"keep_zeros": True}, sharding={"strategy": "zero1"})

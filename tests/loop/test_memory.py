@@ -22,6 +22,8 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states
 from alignlab.models.empty import without_weights
 from alignlab.models.hub.checkpoints import load_model, new_model
+from alignlab.models.kv_approximation.groups import GroupedRounding
+from alignlab.models.kv_approximation.protocol import Replay
 from alignlab.models.policy import Policy
 from alignlab.models.presets import preset_config, preset_names
 from alignlab.models.transformer import PolicyForCausalLM
@@ -81,6 +83,30 @@ def test_recurrent_layers_keep_what_is_predicted(kind: str) -> None:
         hidden_states(model.train(), tokens, torch.arange(256), Segments.single(256))
     measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
     assert 0.85 < kept_bytes(model.to("meta"), 256) / measured < 1.3
+
+
+def test_rounded_keys_that_stand_beside_exact_ones_are_predicted() -> None:
+    """Of 100 tokens, 96 are in complete groups of 8."""
+    model: Any = new_model(DENSE, vocab_size=50)
+    groups = GroupedRounding(8, 1)
+
+    def measured(approximation: GroupedRounding | None) -> int:
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        options = {} if approximation is None else {"kv_replay": Replay(approximation)}
+        tokens = torch.zeros(100, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden_states(model.train(), tokens, torch.arange(100), Segments.single(100), **options)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values() if tensor.is_floating_point())
+
+    more = measured(groups) - measured(None)
+    per_token = 2 * model.config.num_hidden_layers * 2 * 8 * 4  # keys and values of 2 heads of 8 numbers
+    model = model.to("meta")
+    assert kept_bytes(model, 100, groups) - kept_bytes(model, 100) == more == 96 * per_token
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from alignlab.runs.rollout_store import read_rollouts
 from tests.loop import rank_resuming
-from tests.loop.test_distributed import ROOT, torchrun
+from tests.ranks import ROOT, run_ranks
 from tests.trainers.tiny import CASES
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for name in rank_resuming.CASES:
                     rank_resuming.train(name, folder, "ddp", num_steps)
                 continue
-            done = torchrun(script, str(folder), "fsdp2", str(num_steps))
+            done = run_ranks(script, str(folder), "fsdp2", str(num_steps))
             assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -126,6 +126,29 @@ def test_weights_in_memory_have_the_names_and_values_of_the_checkpoint(name: str
     assert all(torch.equal(streamed[key], saved[key]) for key in saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("deepseek-v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("kimi-linear", {
+            "linear_attn_config": {
+                "kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 4, "head_dim": 8,
+                "short_conv_kernel_size": 4,
+            },
+            "mla_use_nope": True, "moe_router_activation_func": "sigmoid", "use_grouped_topk": True,
+            "moe_layer_freq": 1, "first_k_dense_replace": 1,
+        }),
+    ],
+)  # fmt: skip
+def test_fields_that_vllm_reads_and_transformers_does_not_are_written(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    hub_folder(name, tmp_path / "theirs")
+    save_model(load_model(str(tmp_path / "theirs"), dtype=torch.float32), tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: written.get(key) for key in fields} == fields
+
+
 LOCAL_ROPE = {**GEMMA3_ROPE, "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}
 LLAMA_LONG_ROPE = {
     "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4, "factor": 4.0,

@@ -119,7 +119,7 @@ def test_every_tensor_is_written_back_and_streamed(published: Any, tmp_path: Pat
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) and torch.equal(streamed[name], tensor), name
     configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back")]
-    assert configs[0] == configs[1]
+    assert configs[0] | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} == configs[1]  # which vLLM reads
     again: Any = load_model(str(tmp_path / "back"), dtype=torch.float32, mtp=True)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")

@@ -163,6 +163,19 @@ def test_rotary_frequencies_stay_float32_in_a_bfloat16_model() -> None:
         ({"hidden_size": 26}, "give head_dim"),
         ({"head_dim": 7}, "must be even"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "is linear, and factor must be given in"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "low_freq_factor and high_freq_factor must be given in rope_parameters",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "4"}},
+            "factor is '4' in rope_parameters, and must be a positive number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0]}},
+            "is longrope, and long_factor must be given in rope_parameters",
+        ),
         ({"hidden_act": "relu2"}, "hidden_act is 'relu2', and must be silu or gelu"),
         ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),

@@ -8,12 +8,14 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.grammars import grammar_of
 from alignlab.rollout.vllm.completions import make_requests
-from alignlab.types import SamplingParams
+from alignlab.types import Prompt, SamplingParams
 from tests.reference import sampling as slow
 from tests.rollout.conftest import END, VOCAB, MakeEngine, flat, full_logprobs, make_prompts
 
@@ -41,6 +43,26 @@ def test_tokens_that_may_follow_by_hand(tokenizer: PreTrainedTokenizerFast) -> N
     assert state.allowed([97, 98, 100, 7]) is None
     assert allowed_of(state, [97, 98, 48]) == [END]
     assert allowed_of(grammar.begin(), []) == [97], "states do not share their places"
+
+
+def test_drafts_stop_before_the_first_that_cannot_be_kept() -> None:
+    """No token spells what must follow `a`."""
+    vocabulary = {"x": 0, "b": 1, "1": 2, "<end>": 3, "a": 4}
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bare.decoder = decoders.ByteLevel()
+    small = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>")
+    sampling = SamplingParams(regex="(a[03]|b1)+")
+    grammar = grammar_of(sampling, small, 5, [3])
+    assert grammar is not None
+    state = grammar.begin()
+    with pytest.raises(RolloutError, match=r"after 1 tokens .* allows none of the model's tokens"):
+        state.allowed([4])
+    assert allowed_of(state, [1]) == [2] and allowed_of(state, [1, 2]) == [1, 3, 4], "it goes on without that token"
+    for drafts, kept in (([4, 2], []), ([1, 2, 4, 2], [1, 2]), ([1, 1, 2], [1]), ([1, 2, 1, 2], [1, 2, 1, 2])):
+        sequence = TokenSequence(Request(Prompt((9,), ""), sampling, frozenset({3}), (), grammar), 0, [9])
+        sequence.add_drafts(drafts)
+        assert sequence.sampled_ids == kept and sequence.num_drafts == len(kept)
+        assert sequence.grammar is not None and allowed_of(sequence.grammar, []) == [1, 4]
 
 
 def test_every_completion_matches(make_engine: MakeEngine) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,24 @@ from safetensors.torch import save_file
 
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.models.hub.checkpoints import new_model
-from tests.curves import draw_no_curves
 from tests.models.attention_kinds import KIMI
+from tests.quick import be_quick
 from tests.trainers.conftest import DENSE
 from tests.trainers.steps import weights_of
 from tests.trainers.tiny import CASES, make_case, prompts
 
 _SHARED = ("sft", "dpo", "grpo", "ppo", "ppo_critic_head")
 """Cases that the stages of ZeRO beside the third, which spreads most, are tried with."""
-_SPREAD = tuple(name for name, case in CASES.items() if "ema" not in case.settings)
+_IN_OTHERS = {"sft": "sft_options", "dpo": "dpo_early_stopping", "reward": "reward_ema"}
+"""Cases of which another one has every part, and that one; DDP trains them too."""
+
+
+def _largest(names: Collection[str]) -> tuple[str, ...]:
+    """Return the cases of which none of the others has every part."""
+    return tuple(name for name in names if _IN_OTHERS.get(name) not in names)
+
+
+_SPREAD = _largest([name for name, case in CASES.items() if "ema" not in case.settings])
 """Cases that DeepSpeed trains, which has no average of the weights."""
 _HYBRID = ("sft_hybrid", "grpo_hybrid")
 """Cases whose model has a recurrent layer, gated attention, a mixture of heads, and multi-token prediction."""
@@ -35,7 +45,7 @@ HYBRID: dict[str, Any] = {
 }  # fmt: skip
 PLACES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "ddp": ({"strategy": "ddp"}, (*CASES, *_HYBRID)),
-    "fsdp2": ({"strategy": "fsdp2"}, (*CASES, *_HYBRID)),
+    "fsdp2": ({"strategy": "fsdp2"}, (*_largest(CASES), *_HYBRID)),
     "zero1": ({"strategy": "zero1"}, _SHARED),
     "zero2": ({"strategy": "zero2"}, _SHARED),
     "zero3": ({"strategy": "zero3"}, (*_SPREAD, *_HYBRID)),
@@ -53,9 +63,11 @@ def train(name: str, folder: Path, place: str = "ddp") -> dict[str, torch.Tensor
     torch.manual_seed(0)
     architecture = HYBRID if name in _HYBRID else DENSE
     model = new_model(architecture, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
-    settings = {"memory": {"tokens_per_microbatch": 16}, "sharding": PLACES[place][0]}
     held_out = prompts(3) if name in _EVALUATED else None
     case = name.removesuffix("_hybrid")
+    # A few packs a step: each gathers all weights, by hundreds of exchanges.
+    num_tokens = 32 if CASES[case].settings.get("group_size", 1) > 1 else 16
+    settings = {"memory": {"tokens_per_microbatch": num_tokens}, "sharding": PLACES[place][0]}
     trainer = make_case(case, folder / name, model, tokenizer, held_out=held_out, **settings)
     if hasattr(trainer, "source"):
         sample_without_rank(trainer.source)
@@ -76,7 +88,7 @@ def sample_without_rank(source: Any) -> None:
 def main() -> None:
     place, names = sys.argv[2], sys.argv[3:]
     folder = Path(sys.argv[1]) / place
-    draw_no_curves()
+    be_quick()
     os.environ["ALIGNLAB_CACHE"] = str(folder / "cache")
     for name in names or PLACES[place][1]:
         save_file(

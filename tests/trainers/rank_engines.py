@@ -1,4 +1,4 @@
-"""Run by torchrun: GRPO on several ranks with vLLM, whose weights come from ranks that hold them all or in parts.
+"""Run by a launcher: GRPO on several ranks with vLLM, whose weights come from ranks that hold them all or in parts.
 
 Usage: rank_engines.py FOLDER JSON
 

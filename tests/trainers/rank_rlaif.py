@@ -1,4 +1,4 @@
-"""Run by torchrun: stages of RLAIF on several ranks. Usage: rank_rlaif.py FOLDER [CASE ...]"""
+"""Run by a launcher: stages of RLAIF on several ranks. Usage: rank_rlaif.py FOLDER [CASE ...]"""
 
 from __future__ import annotations
 

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignlab.models.hub.checkpoints import new_model
 from tests.ranks import run_ranks
 from tests.trainers import rank_cases
-from tests.trainers.conftest import even_ids
+from tests.trainers.conftest import DENSE, even_ids
 from tests.trainers.steps import credit_of, weights_of
 from tests.trainers.tiny import CASES, ONLINE, REWARDED, make_case, save_teacher
 
@@ -50,22 +51,51 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+class WholeRun(NamedTuple):
+    """An uninterrupted run of a case: its end, its folder, and all that was trained."""
+
+    result: Any
+    folder: Path
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], WholeRun]:
+    """Train a case without an interruption, once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def train(name: str) -> WholeRun:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ALIGNLAB_CACHE", str(folder / f"cache of {name}"))
+            torch.manual_seed(0)
+            model = new_model(
+                DENSE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            trainer = make_case(name, folder / name / "run", model, tokenizer)
+            return WholeRun(trainer.train(), folder / name / "run", weights_of(trainer))
+
+    return train
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(name: str, make: Callable[..., Any]) -> None:
+def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
+    name: str, make: Callable[..., Any], whole: Callable[[str], WholeRun]
+) -> None:
     def stop_after_two_steps(trainer: Any, step: int, metrics: Any) -> None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    whole = make(name)
-    expected_result = whole.train()
+    expected_result, whole_folder, expected = whole(name)
     assert make(name, "stopped", callbacks=(stop_after_two_steps,)).train().interrupted
     resumed = make(name, "stopped")
     result = resumed.train(resume=True)
     assert (result.before, result.after) == (expected_result.before, expected_result.after)
-    weights, expected = weights_of(resumed), weights_of(whole)
+    weights = weights_of(resumed)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
-    folders = [Path(trainer.config.output_dir) for trainer in (resumed, whole)]
+    folders = [Path(resumed.config.output_dir), whole_folder]
     resumed_metrics, whole_metrics = (metrics_of(folder) for folder in folders)
     assert resumed_metrics == whole_metrics
     saved, expected_saved = (saved_weights(folder) for folder in folders)
@@ -121,13 +151,11 @@ def test_occasional_failures_of_a_reward_are_counted_and_tolerated(name: str, ma
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_metric_is_in_the_glossary(name: str, make: Callable[..., Any]) -> None:
-    trainer = make(name)
-    trainer.train()
+def test_every_metric_is_in_the_glossary(name: str, whole: Callable[[str], WholeRun]) -> None:
     glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     patterns = [re.escape(entry).replace(r"<name>", ".+").replace(r"<i>", r"\d+").replace(r"<part>", ".+")
                 for entry in re.findall(r"`([a-z_]+(?:[/@][\w<>@]+)?)`", glossary)]
-    names = {key for line in metrics_of(Path(trainer.config.output_dir)) for key in line} - {"step"}
+    names = {key for line in metrics_of(whole(name).folder) for key in line} - {"step"}
     unknown = [key for key in names if not any(re.fullmatch(pattern, key) for pattern in patterns)]
     assert not unknown, f"explain these in docs/metrics.md: {sorted(unknown)}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.loop.test_distributed import ROOT, torchrun
-from tests.rollout.vllm.conftest import INSTALLED, SMALL, serve
+from tests.ranks import ROOT, run_ranks
+from tests.rollout.vllm.conftest import FORKS, INSTALLED, SMALL, serve
 from tests.trainers.rank_engines import NUM_STEPS, make_model
 
 __all__ = ["serve"]  # a fixture, used by name
@@ -28,9 +30,13 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
-def run(folder: Path, *runs: dict[str, Any]) -> None:
-    """Train on two ranks, one run after another."""
-    done = torchrun(str(ROOT / "tests/trainers/rank_engines.py"), str(folder), json.dumps(runs))
+def run(folder: Path, *runs: dict[str, Any], start: Callable[..., Any] = run_ranks) -> None:
+    """Train on two ranks, one run after another.
+
+    Args:
+        start: starts the ranks.
+    """
+    done = start(str(ROOT / "tests/trainers/rank_engines.py"), str(folder), json.dumps(runs))
     assert done.returncode == 0, done.stderr[-9000:]
 
 
@@ -75,6 +81,7 @@ def test_each_rank_has_a_vllm_of_its_own(tmp_path: Path) -> None:
         tmp_path,
         {"name": "adapter", "model": "adapter", "strategy": "fsdp2", "rollout": in_process | {"sync": "adapter"}},
         {"name": "mixture", "model": "mixture", "strategy": "fsdp2", "rollout": in_process},
+        start=partial(run_ranks, servers=[FORKS]),
     )
     for name in ("adapter", "mixture"):
         assert weights_of_ranks(tmp_path, name)

@@ -29,7 +29,7 @@ from alignlab.synthesis.labels import judge_pairs, preferences
 from alignlab.synthesis.revision import supervised_rows
 from alignlab.trainers.rlaif.trainer import RLAIFTrainer
 from alignlab.types import Completion, Prompt, Rollout
-from tests.loop.test_distributed import torchrun
+from tests.ranks import run_ranks
 from tests.scoring.judges.conftest import CONSTITUTION, RuledModel, shown
 from tests.settings import merged
 
@@ -482,7 +482,7 @@ def test_rows_of_stages_keep_the_template_s_columns() -> None:
 
 @pytest.mark.distributed
 def test_stages_train_the_same_policy_with_weights_that_are_spread_over_ranks(tmp_path: Path) -> None:
-    done = torchrun(str(Path(__file__).with_name("rank_rlaif.py")), str(tmp_path))
+    done = run_ranks(str(Path(__file__).with_name("rank_rlaif.py")), str(tmp_path))
     assert done.returncode == 0, done.stderr[-20000:]
     for case in CASES_OF_RANKS:
         expected, first, second = (

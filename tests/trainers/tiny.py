@@ -115,7 +115,7 @@ CASES = {
             "num_sequences": 4, "label_smoothing": 0.1, "z_loss_coef": 1e-2,
             "optim": {"weight_decay": 0.5, "weight_decay_on": ["embeddings", "norms"]},
         },
-        lambda: examples(8),
+        lambda: examples(8), held_out=lambda: examples(3, seed=1),
     ),
     "dpo_early_stopping": Case(
         DPOTrainer, configs.DPOConfig,

@@ -16,10 +16,11 @@ from alignlab.functional.calibration import Bin, error_interval, solve_temperatu
 from alignlab.functional.distillation import Head, log_distribution
 from alignlab.functional.intervals import ratio_interval
 from alignlab.functional.logprobs import default_chunk_tokens, head_logits
+from alignlab.masked_tokens import masked_tokens
 from alignlab.models.decoder import output_head
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.policy import Policy
-from alignlab.types import Segments
+from alignlab.types import Experience, Segments
 
 DIGITS = 4
 MIN_DOCUMENTS = 8
@@ -151,7 +152,7 @@ class LikelihoodMeter:
         hidden, ids = torch.cat(states)[:MAX_CALIBRATION_TOKENS], torch.cat(targets)[:MAX_CALIBRATION_TOKENS]
 
         def slope(inverse: float) -> float:
-            return sum(float(self._slope(hidden[chunk], ids[chunk], inverse)) for chunk in _chunks(hidden))
+            return float(sum(self._slope(hidden[chunk], ids[chunk], inverse) for chunk in _chunks(hidden)))
 
         return solve_temperature(slope), len(ids)
 
@@ -187,11 +188,13 @@ class LikelihoodMeter:
             for pack in _packs(windows):
                 lengths = tuple(len(windows[number].token_ids) for number in pack)
                 order = tuple(range(len(pack)))
-                segments = Segments(lengths, (-1,) * len(pack), order, order, self._device)
-                ids = torch.tensor([i for number in pack for i in windows[number].token_ids], device=self._device)
-                scored = torch.tensor([s for number in pack for s in windows[number].scored], device=self._device)
-                hidden, _ = self._policy.predicting_states(ids, segments, scored)
-                yield [number for number in pack for s in windows[number].scored if s], hidden, ids[scored]
+                segments = Segments(lengths, (-1,) * len(pack), order, order)
+                ids = torch.tensor([i for number in pack for i in windows[number].token_ids])
+                scored = torch.tensor([s for number in pack for s in windows[number].scored])
+                moved = Experience(ids, segments, scored).to(self._device)
+                hidden, _ = self._policy.predicting_states(moved.tokens, moved.segments, moved.completion_mask)
+                places = masked_tokens(moved.completion_mask, moved.segments.predecessors).indices
+                yield [number for number in pack for s in windows[number].scored if s], hidden, moved.tokens[places]
 
     def _statistics(self, hidden: Tensor, ids: Tensor, temperature: float) -> TokenStatistics:
         parts = []
@@ -206,7 +209,8 @@ class LikelihoodMeter:
                     -tempered.gather(1, place)[:, 0], tempered.amax(-1).exp(),
                 )
             )
-        return TokenStatistics(*(torch.cat(columns).double().cpu() for columns in zip(*parts, strict=True)))
+        columns = torch.stack([torch.cat(columns).double() for columns in zip(*parts, strict=True)])
+        return TokenStatistics(*columns.cpu())
 
 
 class _Units:

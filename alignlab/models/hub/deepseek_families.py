@@ -73,6 +73,11 @@ def write_deepseek_v3(config: PolicyConfig) -> Fields:
     }
 
 
+def v3_for_vllm(config: PolicyConfig) -> Fields:
+    """Return what vLLM reads of the router, and takes for softmax without a bias where it is missing."""
+    return {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+
+
 def _read(hub: Any) -> Fields:
     """Return what both families have in common.
 

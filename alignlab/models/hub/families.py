@@ -80,11 +80,14 @@ class Family:
         to_policy: translates the family's config into fields of `PolicyConfig`, except those that all families share,
             unless they have another name or meaning there.
         to_hub: translates a `PolicyConfig` into fields of the family's config, likewise.
+        for_vllm: returns fields that the family's first checkpoints have and vLLM reads, and `transformers` neither
+            needs nor writes.
     """
 
     config_class: type[PreTrainedConfig]
     to_policy: Callable[[Any], Fields]
     to_hub: Callable[[PolicyConfig], Fields]
+    for_vllm: Callable[[PolicyConfig], Fields] = lambda config: {}
 
 
 def _read_llama(hub: Any) -> Fields:
@@ -214,11 +217,15 @@ FAMILIES = {
     "gpt_oss": Family(GptOssConfig, _read_gpt_oss, _write_gpt_oss),
     "olmo2": Family(Olmo2Config, dense.read_olmo2, dense.write_olmo2),
     "phi3": Family(Phi3Config, dense.read_phi3, dense.write_phi3),
-    "deepseek_v3": Family(DeepseekV3Config, deepseek.read_deepseek_v3, deepseek.write_deepseek_v3),
+    "deepseek_v3": Family(
+        DeepseekV3Config, deepseek.read_deepseek_v3, deepseek.write_deepseek_v3, deepseek.v3_for_vllm
+    ),
     "deepseek_v2": Family(DeepseekV2Config, deepseek.read_deepseek_v2, deepseek.write_deepseek_v2),
     "qwen3_next": Family(Qwen3NextConfig, recurrent.read_qwen3_next, recurrent.write_qwen3_next),
     "qwen3_5_text": Family(Qwen3_5TextConfig, recurrent.read_qwen3_5, recurrent.write_qwen3_5),
-    "kimi_linear": Family(KimiLinearConfig, recurrent.read_kimi_linear, recurrent.write_kimi_linear),
+    "kimi_linear": Family(
+        KimiLinearConfig, recurrent.read_kimi_linear, recurrent.write_kimi_linear, recurrent.kimi_for_vllm
+    ),
 }
 
 
@@ -262,7 +269,8 @@ def write_hub_config(config: PolicyConfig) -> PreTrainedConfig | None:
 def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfig | None:
     """Return the named family's config with these fields; None if `config` is of another shape."""
     try:
-        hub = FAMILIES[name].config_class(**fields)
+        family = FAMILIES[name]
+        hub = family.config_class(**{**family.for_vllm(config), **fields})
         translated_back = read_hub_config(hub)
     except (StrictDataclassError, ConfigError, KeyError):  # the last: of options of a rotation
         return None

@@ -1,7 +1,8 @@
 """Checkpoints whose linear layers are rounded to 8 or 4 bits, as `transformers` and vLLM load them.
 
-Weights are rounded to the nearest value of their scale, without calibration. The format, the rounding and the packing
-are those of the library `compressed-tensors`. Embeddings, head and norms stay as they are.
+Weights are rounded to the nearest value of their scale, without calibration; scales of integers are those of
+`weight_rounding`. The format and the packing are those of the library `compressed-tensors`. Embeddings, head and norms
+stay as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from alignlab.files.private_folders import temporary_folder
 from alignlab.models.hub.checkpoints import save_model
 from alignlab.models.hub.families import write_hub_config
 from alignlab.models.transformer import PolicyForCausalLM
+from alignlab.models.weight_rounding import from_codes, to_codes, weight_scales
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -105,10 +107,14 @@ def _set_scales(hub: PreTrainedModel) -> float:
         if getattr(module, "quantization_scheme", None) is None:
             continue
         weight, args = module.weight, module.quantization_scheme.weights
-        groups = weight.float().unflatten(1, (-1, args.group_size or weight.shape[1]))
-        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-        module.weight_scale.copy_(scale.view_as(module.weight_scale))
-        rounded = fake_quantize(weight, module.weight_scale, zero_point.view_as(module.weight_scale), args)
+        if args.type == "int":
+            scale = weight_scales(weight, args.num_bits, args.group_size)
+            rounded = from_codes(to_codes(weight, scale, args.num_bits), scale)
+            module.weight_scale.copy_(scale.view_as(module.weight_scale))
+        else:
+            scale, zero_point = calculate_qparams(weight.float().amin(-1), weight.float().amax(-1), args)
+            module.weight_scale.copy_(scale.view_as(module.weight_scale))
+            rounded = fake_quantize(weight, module.weight_scale, zero_point.view_as(module.weight_scale), args)
         lost += float((weight.float() - rounded.float()).square().sum())
         whole += float(weight.float().square().sum())
     return (lost / whole) ** 0.5

@@ -187,6 +187,27 @@ def write_kimi_linear(config: PolicyConfig) -> Fields:
     return fields
 
 
+def kimi_for_vllm(config: PolicyConfig) -> Fields:
+    """Return the fields of Kimi Linear's own checkpoints, whose layers are counted from 1."""
+    layers, feed_forwards = _layers_of_hub(config), config.mlp_layer_types or []
+    by_kind = {
+        kind: [index + 1 for index, layer in enumerate(layers) if layer == kind]
+        for kind in ("linear_attention", "full_attention")
+    }
+    return {
+        "linear_attn_config": {
+            "kda_layers": by_kind["linear_attention"], "full_attn_layers": by_kind["full_attention"],
+            "num_heads": config.linear_num_key_heads, "head_dim": config.linear_key_head_dim,
+            "short_conv_kernel_size": config.linear_conv_kernel_dim,
+        },
+        "mla_use_nope": True,
+        "moe_router_activation_func": "sigmoid",
+        "use_grouped_topk": True,
+        "moe_layer_freq": 1,
+        "first_k_dense_replace": feed_forwards.index("sparse") if "sparse" in feed_forwards else len(feed_forwards),
+    }  # fmt: skip
+
+
 def _layers_of_hub(config: PolicyConfig) -> list[str]:
     """Return the kinds of a config's layers by their names in these families; those that they lack as they are."""
     return [_HUB_NAMES.get(kind, kind) for kind in config.layer_types or ()]

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.models.attention_plan import MAX_SCORES, Block, Problem, batched_problems, make_block, query_runs
+from alignlab.models.attention_plan import (
+    MAX_SCORES,
+    Block,
+    Problem,
+    batched_problems,
+    blocks_on,
+    make_block,
+    query_runs,
+)
 from alignlab.types import Segments
 
 
@@ -48,7 +56,7 @@ class _Planner:
 
     def __init__(self, segments: Segments, group: int, recent: int) -> None:
         self.segments, self.group, self.recent = segments, group, recent
-        self.positions = segments.position_ids.cpu()
+        self.positions = segments.on_host.position_ids
         self.members: list[Tensor] = []
         self.rounded: list[Tensor] = []
         """Of each segment, the keys of the groups that end within it."""
@@ -62,7 +70,7 @@ class _Planner:
 
     def plan(self, window: int | None) -> GroupPlan:
         """Return the plan."""
-        members, device = torch.cat(self.members), self.segments.device
+        members = torch.cat(self.members)
         key_positions = torch.cat((self.positions, self.positions[members.flatten()]))
         is_rounded = torch.arange(self.num_keys) >= self.segments.num_tokens
 
@@ -74,14 +82,15 @@ class _Planner:
             return visible if window is None else visible & (q - k < window)
 
         blocks = [
-            make_block(batch, (self.segments.num_tokens, self.num_keys), sees, first=first, device=device)
+            make_block(batch, (self.segments.num_tokens, self.num_keys), sees, first=first)
             for first, problems in (
                 (True, self._own_exact()), (False, self._prompt_exact()), (False, self._own_rounded()),
                 (False, self._prompt_rounded()),
             )
             for batch in batched_problems(list(problems))
         ]
-        return GroupPlan(members.to(device), blocks)
+        blocks, [members] = blocks_on(self.segments.device, blocks, [members])
+        return GroupPlan(members, blocks)
 
     def _members(self, index: int) -> Tensor:
         """Return the tokens [groups, G] of the complete groups that end within a segment."""

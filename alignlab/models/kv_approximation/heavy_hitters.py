@@ -67,3 +67,9 @@ def kept_places(received: Tensor, kept: KeptTokens) -> Tensor:
     last = torch.arange(count - kept.recent, count, device=received.device)
     ends = torch.cat((first, last)).expand(num_kv, -1)
     return torch.cat((ends, chosen), dim=1).sort(dim=1).values
+
+
+def dropped_places(kept: Tensor, count: int) -> Tensor:
+    """Return the other places [K, count - budget], rising, of those that `kept_places` leaves of `count`."""
+    is_kept = torch.zeros(len(kept), count, dtype=torch.int8, device=kept.device).scatter_(1, kept, 1)
+    return is_kept.argsort(dim=1, stable=True)[:, : count - kept.shape[1]]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.models.attention_plan import Block, batched_problems, make_block, query_runs
+from alignlab.models.attention_plan import Block, batched_problems, blocks_on, make_block, query_runs
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.choice_record import Choices, choices_of, recorded_choice
 from alignlab.models.packed_attention import Hide, block_attention, in_autocast_dtype, packed_attention
@@ -105,7 +105,7 @@ class SparseRows:
             choices: [N,H], of the engine; None lets every query choose.
             num_kv: kv heads, K.
         """
-        positions = torch.cat((segments.position_ids, segments.position_ids.new_tensor([0])))  # of the padding too
+        positions = torch.nn.functional.pad(segments.position_ids, (0, 1))  # of the padding too
 
         def hide(scores: Tensor, block: Block) -> Tensor:
             """Set scores [K,b,M,G,S] to -inf."""
@@ -126,7 +126,7 @@ def row_blocks(segments: Segments) -> list[Block]:
     """Return blocks in which each query meets all keys that it sees, its prompt's before its own; cached on `segments`.
     """
     if "_row_blocks" not in segments.__dict__:
-        positions = segments.position_ids.cpu()
+        positions = segments.on_host.position_ids
         problems = []
         for start, length, prefix in zip(segments.starts, segments.lengths, segments.prefixes, strict=True):
             prompt = torch.arange(0)
@@ -136,11 +136,10 @@ def row_blocks(segments: Segments) -> list[Block]:
             for queries in query_runs(tokens, len(prompt)):
                 problems.append((queries, torch.cat((prompt, tokens[: int(queries[-1]) + 1 - start]))))
         padding = (segments.num_tokens, segments.num_tokens)
-        segments.__dict__["_row_blocks"] = [
-            make_block(
-                batch, padding, lambda q, k: positions[k] <= positions[q], first=True, device=segments.device
-            )
+        host = [
+            make_block(batch, padding, lambda q, k: positions[k] <= positions[q], first=True)
             for batch in batched_problems(problems)
         ]
+        segments.__dict__["_row_blocks"], _ = blocks_on(segments.device, host)
     blocks: list[Block] = segments.__dict__["_row_blocks"]
     return blocks

@@ -96,7 +96,8 @@ def _pruned_first(layer: nn.Module, forward: Callable[..., Any], stays: Choice) 
 def sparsity_of(model: PreTrainedModel) -> tuple[int, int]:
     """Return how many weights of the linear layers are zero, and how many there are."""
     weights = [linear.weight for layer in _layers(model) for linear in linear_layers(layer).values()]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    zeros = torch.stack([(weight == 0).sum() for weight in weights])
+    return int(zeros.sum()), sum(weight.numel() for weight in weights)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

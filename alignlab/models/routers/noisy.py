@@ -31,6 +31,7 @@ class NoisyTopKRouter(TopKRouter):
         noise_key: [] int64, of the present optimizer step's noise.
     """
 
+    starts_at_zero = ("noise_weight",)
     noise_key: Tensor
 
     def __init__(self, config: PolicyConfig) -> None:

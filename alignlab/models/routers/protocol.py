@@ -56,6 +56,17 @@ NOTHING_KNOWN = RoutedTokens()
 
 
 @runtime_checkable
+class StartsAtZero(Protocol):
+    """A module with matrices that are zero before training, so that their zeros say nothing of pruning.
+
+    Attributes:
+        starts_at_zero: names of these parameters.
+    """
+
+    starts_at_zero: tuple[str, ...]
+
+
+@runtime_checkable
 class Router(Protocol):
     """Chooses the experts of tokens. It is a module: `__call__` scores, so that hooks on modules see it."""
 

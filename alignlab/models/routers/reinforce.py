@@ -35,6 +35,7 @@ class ReinforceRouter(TopKRouter):
         noise_key: [] int64, of the present optimizer step's draws.
     """
 
+    starts_at_zero = ("baseline_weight",)
     noise_key: Tensor
 
     def __init__(self, config: PolicyConfig) -> None:

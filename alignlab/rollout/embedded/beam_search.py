@@ -6,9 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from alignlab.rollout.embedded.beams import BeamParams, BeamResult, Continuation, Finished, continuations, split
+from alignlab.rollout.embedded.beams import (
+    BeamParams,
+    BeamResult,
+    Continuation,
+    Finished,
+    continuations,
+    likeliest_needed,
+    split,
+)
 from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.search import Computed, Row, copy_of
 from alignlab.rollout.embedded.sequence import TokenSequence
@@ -53,7 +61,21 @@ class PromptBeams:
         """The live sequences; the root stands in all groups until it forks."""
         return list(dict.fromkeys(sequence for group in self.groups for sequence, _ in group.beams))
 
-    def step(self, rows: dict[TokenSequence, Row]) -> None:
+    @property
+    def num_likeliest(self) -> int:
+        """Tokens after a beam among which the next beams are."""
+        others = self._params.num_beams - self._params.group_size
+        return likeliest_needed(self._num_continuations, others)
+
+    @property
+    def _num_continuations(self) -> int:
+        """Continuations of a group that are looked at: as many as there are beams may go on, and as many may end."""
+        return self._params.group_size * (1 + len(self._ends))
+
+    def choose(self, states: dict[TokenSequence, Tensor]) -> None:
+        """Return nothing: beams go on from log-probs alone."""
+
+    def step(self, rows: dict[TokenSequence, Row], choice: int | None) -> None:
         """Choose the next beams, of the live sequences that were computed."""
         taken: list[int] = []
         children: list[tuple[BeamGroup, TokenSequence, Continuation]] = []
@@ -61,9 +83,9 @@ class PromptBeams:
             if not group.beams:
                 continue
             found = continuations(
-                torch.stack([rows[sequence].logprobs for sequence, _ in group.beams]),
+                [rows[sequence] for sequence, _ in group.beams],
                 [total for _, total in group.beams], taken, diversity=self._params.diversity,
-                count=self._params.group_size * (1 + len(self._ends)),
+                count=self._num_continuations,
             )
             going_on, ends = split(found, self._params.group_size, self._ends, is_last=self._is_last(group))
             for end in ends:

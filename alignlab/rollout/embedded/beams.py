@@ -5,15 +5,16 @@ Shapes: K beams of a group, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from alignlab.errors import RolloutError
+from alignlab.rollout.embedded.search import Row
 from alignlab.types import Rollout, SamplingParams
 
 T = TypeVar("T")
@@ -111,32 +112,41 @@ class Continuation(NamedTuple):
 
 
 def continuations(
-    logprobs: Tensor, totals: Sequence[float], taken: Sequence[int], *, diversity: float, count: int
+    rows: Sequence[Row], totals: Sequence[float], taken: Sequence[int], *, diversity: float, count: int
 ) -> list[Continuation]:
     """Return the `count` best continuations of a group's beams, the best one first.
 
         value(beam, token) = total(beam) + log p(token | beam) - diversity * times(token, taken)
 
     Args:
-        logprobs: [K,V] float32, of the tokens after each beam.
+        rows: the likeliest tokens after each beam, as many of each: all, or `likeliest_needed`.
         totals: log-prob of each beam.
         taken: tokens of this step of the groups before, one for each of their beams.
         diversity: nats a token of `taken` costs.
-        count: at most K * V are returned.
+        count: at most; tokens that cannot follow are left out.
 
     Reference: Vijayakumar et al. (2016), arXiv:1610.02424, Eq. 5, with Hamming diversity. The cost of earlier steps is
     not kept: a beam's total is the model's log-prob.
     """
-    values = logprobs + torch.tensor(totals, dtype=logprobs.dtype, device=logprobs.device)[:, None]
-    priced = values
-    if taken:
-        times = torch.bincount(torch.tensor(taken, device=values.device), minlength=values.shape[1])
-        priced = values - diversity * times
-    chosen = priced.flatten().topk(min(count, values.numel())).indices
-    beams, tokens = chosen // values.shape[1], chosen % values.shape[1]
-    columns = (beams, tokens, values[beams, tokens], logprobs[beams, tokens], priced[beams, tokens])
-    rows = torch.stack([column.double() for column in columns], dim=1).tolist()
-    return [Continuation(int(b), int(t), total, own) for b, t, total, own, value in rows if value > -inf]
+    logprobs = torch.tensor([row.logprobs for row in rows])
+    values = logprobs + torch.tensor(totals)[:, None]
+    times = Counter(taken)
+    priced = values - diversity * torch.tensor([[times[token] for token in row.tokens] for row in rows])
+    found = []
+    for place in priced.flatten().topk(min(count, values.numel())).indices.tolist():
+        beam, column = divmod(place, values.shape[1])
+        if priced[beam, column] > -inf:
+            numbers = float(values[beam, column]), float(logprobs[beam, column])
+            found.append(Continuation(beam, rows[beam].tokens[column], *numbers))
+    return found
+
+
+def likeliest_needed(count: int, num_taken: int) -> int:
+    """Return how many of a beam's likeliest tokens hold all of it that can be among the `count` best continuations.
+
+    Those which `num_taken` tokens at most, whose value is lowered, may stand before.
+    """
+    return count + num_taken
 
 
 @dataclass

@@ -49,6 +49,8 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self._users: list[int] = []
+        self._stamps: list[int] = []
+        self._num_allocated = 0
         self._digests: list[bytes | None] = []
         self._published: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict()  # in the order in which they are taken
@@ -78,6 +80,7 @@ class BlockManager:
         """Add free blocks up to `num_blocks` in all."""
         for block in range(self.num_blocks, num_blocks):
             self._users.append(0)
+            self._stamps.append(0)
             self._digests.append(None)
             self._free[block] = None
 
@@ -95,7 +98,21 @@ class BlockManager:
         block, _ = self._free.popitem(last=False)
         self._forget(block)
         self._users[block] = 1
+        self._num_allocated += 1
+        self._stamps[block] = self._num_allocated
         return block
+
+    def stamp(self, block: int) -> int:
+        """Return a number that a block has until it is allocated again, and that no block has had before."""
+        return self._stamps[block]
+
+    def take_unchanged(self, block: int, stamp: int) -> bool:
+        """Add a user to a published block, in use or free, that has kept its stamp; return False if it has not."""
+        if self._stamps[block] != stamp or not self.is_published(block):
+            return False
+        self._free.pop(block, None)
+        self._users[block] += 1
+        return True
 
     def share(self, block: int) -> int:
         """Add a user to a block in use, and return the block."""
@@ -152,7 +169,7 @@ class BlockManager:
     def reset(self) -> None:
         """Free all blocks, and withdraw all published ones."""
         num_blocks = self.num_blocks
-        self._users, self._digests = [], []
+        self._users, self._digests, self._stamps = [], [], []
         self._published, self._free = {}, OrderedDict()
         self.grow(num_blocks)
 

@@ -102,13 +102,22 @@ def shared_out(
     return {window: need.least + (need.all - need.least) * spare // beyond for window, need in needs.items()}
 
 
-def check_room(needs: Mapping[Window, PoolNeed], limits: Mapping[Window, int], block_size: int) -> None:
-    """Raise a RolloutError if the longest sequence alone needs more blocks than the limits allow."""
+def check_room(
+    needs: Mapping[Window, PoolNeed], limits: Mapping[Window, int], block_size: int, *, in_file: bool = False
+) -> None:
+    """Raise a RolloutError if the longest sequence alone needs more blocks than the limits allow.
+
+    Args:
+        in_file: the limits are of a file.
+    """
+    where, fix = "half of the free memory", "free memory"
+    if in_file:
+        where, fix = "the file of rollout.kv_cache", "raise kv_cache.max_gib or free room on the disk"
     for window, need in needs.items():
         if need.least > limits[window]:
             raise RolloutError(
-                f"the longest sequence needs {need.least * block_size} tokens of cache, and half of the free memory "
-                f"holds {limits[window] * block_size}; lower max_new_tokens or free memory"
+                f"the longest sequence needs {need.least * block_size} tokens of cache, and {where} "
+                f"holds {limits[window] * block_size}; lower max_new_tokens or {fix}"
             )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from alignlab.config.kv_cache import MmapCache
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
@@ -14,6 +17,7 @@ from alignlab.models.kv_approximation.sparse_rows import SparseRows
 from alignlab.rollout.embedded.evicting_cache import EvictingBatch, EvictingCache
 from alignlab.rollout.embedded.grouped_cache import GroupedBatch, GroupedCache
 from alignlab.rollout.embedded.low_rank_cache import LowRankBatch, LowRankCache
+from alignlab.rollout.embedded.mapped_cache import MappedBatch, MappedCache
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.rollout.embedded.rounded_cache import RoundedBatch, RoundedCache
@@ -24,9 +28,18 @@ from alignlab.rollout.embedded.step_plan import StepTensors
 
 def make_cache(
     specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: KVApproximation | None,
-    *, records_routing: bool,
+    *, records_routing: bool, mapped: MmapCache | None = None, dtype: torch.dtype = torch.float32,
 ) -> PagedCache:
-    """Return the cache that keeps what an approximation leaves; None leaves all. Arguments as of `PagedCache`."""
+    """Return the cache that keeps what an approximation leaves; None leaves all.
+
+    Args:
+        specs, block_size, approximation, records_routing: as of `PagedCache`.
+        mapped: a file for an exact cache; None for one in memory.
+        dtype: of the model.
+    """
+    if mapped is not None:
+        assert approximation is None, "what lies in a file is exact"
+        return MappedCache(specs, block_size, mapped, dtype, records_routing=records_routing)
     if isinstance(approximation, Rounding):
         return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
     if isinstance(approximation, GroupedRounding):
@@ -44,7 +57,10 @@ def make_cache(
 def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:
     """Return the tokens of a step over a cache, which gathers what they read."""
     if isinstance(cache, GroupedCache):
-        return GroupedBatch(cache, step.slots, step.groups, step.positions, states)
+        assert step.group_ends is not None, "the step was planned for groups"
+        return GroupedBatch(cache, step.slots, step.groups, step.group_ends, states)
+    if isinstance(cache, MappedCache):
+        return MappedBatch(cache, step.slots, step.groups, states)
     if isinstance(cache, EvictingCache):
         return EvictingBatch(cache, step.slots, step.groups, states)
     if isinstance(cache, SparseCache):

@@ -11,9 +11,10 @@ from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, check_room, shared_out
 from alignlab.rollout.embedded.runner import Runner
-from alignlab.rollout.embedded.scheduler import pool_needs
+from alignlab.rollout.embedded.scheduler import Scheduler, pool_needs
 from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.rollout.embedded.state_slots import LEAST_SLOTS, StateSlots, slots_needed
+from alignlab.rollout.embedded.swapping import SwapStore
 
 
 class CacheSpace:
@@ -24,19 +25,33 @@ class CacheSpace:
         settings: of the engine.
         block_size: tokens in a block.
         share: sequences of one request share the full blocks of the prompt.
+        swaps: sequences that give way are kept on the host, where the settings say so.
 
     Attributes:
         blocks: of entries of tokens.
         states: slots of states; None where no layer keeps one.
+        swap: the store on the host; None where sequences that gave way are computed again.
     """
 
-    def __init__(self, runner: Runner, settings: RolloutSettings, block_size: int, *, share: bool) -> None:
+    def __init__(
+        self, runner: Runner, settings: RolloutSettings, block_size: int, *, share: bool, swaps: bool = False
+    ) -> None:
         self._runner = runner
         self._settings = settings
         self._block_size = block_size
         self._share = share
         self.blocks = BlockPools(runner.cache.windows, block_size)
         self.states = StateSlots() if runner.states else None
+        self.swap: SwapStore | None = None
+        if swaps and settings.preemption == "swap":
+            self.swap = SwapStore(runner.cache, runner.states, int(settings.swap_gib * 2**30))
+
+    def scheduler(self, root: bytes | None) -> Scheduler:
+        """Return a scheduler of these blocks, without sequences; `root` as of `Scheduler`."""
+        return Scheduler(
+            self.blocks, root=root, max_running=self._settings.max_running,
+            prefill_tokens=self._settings.prefill_tokens, states=self.states, swap=self.swap,
+        )
 
     def reserve(self, sequences: Sequence[TokenSequence]) -> None:
         """Allocate blocks and slots for as many sequences as run together, within the limits.
@@ -50,7 +65,7 @@ class CacheSpace:
         )
         num_slots = self._num_slots(sequences)
         limits = self._block_limits(needs, num_slots)
-        check_room(needs, limits, self._block_size)
+        check_room(needs, limits, self._block_size, in_file=self._runner.cache.max_file_bytes() is not None)
         held = self.blocks.sizes
         sizes = {window: max(held[window], min(need.all, limits[window])) for window, need in needs.items()}
         if sizes != held or num_slots != self._held_slots:
@@ -87,6 +102,8 @@ class CacheSpace:
         self.blocks.reset()
         if self.states is not None:
             self.states.reset()
+        if self.swap is not None:
+            self.swap.clear()
 
     def free(self) -> None:
         """Give the memory back; the next `reserve` allocates it again."""
@@ -139,8 +156,10 @@ class CacheSpace:
         most = self._runner.max_blocks
         if self._settings.cache_tokens is not None:
             return dict.fromkeys(needs, min(self.blocks.blocks_for(self._settings.cache_tokens), most))
-        memory = self._memory - num_slots * self._runner.states.slot_bytes
-        shares = shared_out(memory, self._runner.block_bytes, needs)
+        room = self._runner.cache.max_file_bytes()
+        if room is None:
+            room = self._memory - num_slots * self._runner.states.slot_bytes
+        shares = shared_out(room, self._runner.block_bytes, needs)
         return {window: min(count, most) for window, count in shares.items()}
 
 

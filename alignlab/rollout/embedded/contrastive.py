@@ -20,6 +20,7 @@ from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.search import Computed, Row, copy_of
 from alignlab.rollout.embedded.sequence import TokenSequence
+from alignlab.transfer import to_device
 from alignlab.types import Completion, Rollout, SamplingParams
 
 
@@ -67,8 +68,8 @@ class ContrastiveParams:
         )
 
 
-def best_candidate(probs: Tensor, states: Tensor, earlier: Tensor, *, penalty: float) -> int:
-    """Return the index of the best of K candidates.
+def best_candidate(probs: Tensor, states: Tensor, earlier: Tensor, *, penalty: float) -> Tensor:
+    """Return the index of the best of K candidates, a scalar.
 
     Args:
         probs: [K].
@@ -77,7 +78,7 @@ def best_candidate(probs: Tensor, states: Tensor, earlier: Tensor, *, penalty: f
         penalty: weight of the likeness.
     """
     likeness = (_unit(states) @ earlier.T).amax(-1)
-    return int(((1 - penalty) * probs - penalty * likeness).argmax())
+    return ((1 - penalty) * probs - penalty * likeness).argmax()
 
 
 class ContrastiveSearch:
@@ -95,6 +96,7 @@ class ContrastiveSearch:
         self._prompt, self._ends = root.request.prompt, root.request.end_token_ids
         self._earlier: list[Tensor] = []
         self._candidates = [root]
+        self._states: dict[TokenSequence, Tensor] = {}
         self._found: tuple[TokenSequence, Records] | None = None
 
     @property
@@ -102,12 +104,28 @@ class ContrastiveSearch:
         """The candidates; the prompt alone at first; none once the search has ended."""
         return [] if self._found else self._candidates
 
-    def step(self, rows: dict[TokenSequence, Row]) -> None:
-        """Choose one of the computed candidates, and fork it."""
-        best = self._candidates[0]
-        if best.num_sampled:
-            best = self._chosen(rows)
-        self._earlier.append(_unit(rows[best].states))
+    @property
+    def num_likeliest(self) -> int:
+        """Candidates of a step."""
+        return self._params.num_candidates
+
+    def choose(self, states: dict[TokenSequence, Tensor]) -> Tensor | None:
+        """Return which of the computed candidates is the best, a scalar; None for the prompt, which is alone."""
+        self._states = states
+        if not self._candidates[0].num_sampled:
+            return None
+        of_candidates = torch.cat([states[candidate] for candidate in self._candidates])
+        probs = torch.tensor([candidate.raw_logprobs[-1] for candidate in self._candidates]).exp()
+        [probs] = to_device([probs], of_candidates.device)
+        return best_candidate(probs, of_candidates, torch.cat(self._earlier), penalty=self._params.penalty)
+
+    def step(self, rows: dict[TokenSequence, Row], choice: int | None) -> None:
+        """Fork the best of the computed candidates, and drop the others."""
+        best = self._candidates[choice or 0]
+        for candidate in self._candidates:
+            if candidate is not best:
+                self._engine.scheduler.finish(candidate)
+        self._earlier.append(_unit(self._states[best]))
         if best.num_pending:  # the rest of the prompt is computed in further steps
             return
         if best.num_sampled and (best.token_ids[-1] in self._ends or not best.num_left):
@@ -115,34 +133,20 @@ class ContrastiveSearch:
             self._found = best, self._engine.records(best)
             self._engine.scheduler.finish(best)
         else:
-            self._fork(best, rows[best].logprobs)
+            self._fork(best, rows[best])
 
     def result(self, completion: Callable[[TokenSequence, Records], Completion]) -> Rollout:
         """Return the completion that was found; both log-probs of a token are the model's own."""
         assert self._found is not None
         return Rollout(self._prompt, (completion(*self._found),))
 
-    def _chosen(self, rows: dict[TokenSequence, Row]) -> TokenSequence:
-        """Return the best candidate, and drop the others."""
-        states = torch.cat([rows[candidate].states for candidate in self._candidates])
-        probs = torch.tensor([candidate.raw_logprobs[-1] for candidate in self._candidates]).exp()
-        chosen = best_candidate(
-            probs.to(states.device), states, torch.cat(self._earlier), penalty=self._params.penalty
-        )
-        for index, candidate in enumerate(self._candidates):
-            if index != chosen:
-                self._engine.scheduler.finish(candidate)
-        return self._candidates[chosen]
-
-    def _fork(self, parent: TokenSequence, logprobs: Tensor) -> None:
+    def _fork(self, parent: TokenSequence, likeliest: Row) -> None:
         """Make a candidate of each of the likeliest tokens after a sequence; the last one is the sequence itself."""
-        likeliest = logprobs.topk(min(self._params.num_candidates, len(logprobs)))
-        self._candidates = [copy_of(parent) for _ in range(len(likeliest.indices) - 1)]
+        self._candidates = [copy_of(parent) for _ in range(len(likeliest.tokens) - 1)]
         for fork in self._candidates:
             self._engine.scheduler.fork(parent, fork)
         self._candidates.append(parent)
-        tokens, values = likeliest.indices.tolist(), likeliest.values.tolist()
-        for candidate, token, value in zip(self._candidates, tokens, values, strict=True):
+        for candidate, token, value in zip(self._candidates, likeliest.tokens, likeliest.logprobs, strict=True):
             candidate.append(token, value, value, self._engine.policy_version)
             candidate.finish_reason = None
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from alignlab.config.kv_cache import ExactCache
 from alignlab.config.rollout import DraftModelSettings, RolloutSettings
 from alignlab.errors import ConfigError, RolloutError
 from alignlab.models.cache_spec import cache_specs
@@ -15,11 +16,10 @@ from alignlab.models.decoder import causal_lm, num_positions, require_paging
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.rollout.embedded.block_manager import block_size_for
-from alignlab.rollout.embedded.runner import Runner
+from alignlab.rollout.embedded.native.choice import make_runner
 from alignlab.rollout.embedded.sequence import TokenSequence
 from alignlab.rollout.embedded.state_cache import StateCache
 from alignlab.rollout.embedded.twin_drafter import TwinDrafter
-from alignlab.rollout.embedded.weights import EngineWeights
 
 
 class DraftModel(TwinDrafter):
@@ -30,14 +30,18 @@ class DraftModel(TwinDrafter):
         settings: of the engine.
         num_drafts: tokens of a draft.
         vocab_size: logits of the policy.
+
+    Raises:
+        ConfigError: the settings require the native step, and the model is not covered by it.
     """
 
     def __init__(self, model: nn.Module, settings: RolloutSettings, num_drafts: int, vocab_size: int) -> None:
         require_paging(model)
         self._model = model
-        self._weights = EngineWeights(model, merge=None, pack=settings.pack_weights)
         block_size = block_size_for(settings.block_size, causal_lm(model).device)
-        runner = Runner(model, self._weights, block_size, max_running=settings.max_running, replay=False)
+        # Its steps are native ones wherever an engine's of its own would be.
+        alone = {"speculation": None, "kv_cache": ExactCache(), "cuda_graphs": False, "merge_lora": None}
+        self._weights, runner = make_runner(model, settings.model_copy(update=alone), block_size)
         super().__init__(runner, settings, num_drafts, vocab_size)
 
     def begin(self, sequences: Collection[TokenSequence]) -> None:
@@ -59,6 +63,11 @@ class DraftModel(TwinDrafter):
         with self._weights.in_use():
             self._runner.begin()
             return super().propose(sequences)
+
+    def rest(self) -> None:
+        """Free the cache and packed weights until the next call."""
+        super().rest()
+        self._weights.rest()
 
 
 def make_draft_model(

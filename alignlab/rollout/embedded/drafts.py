@@ -74,6 +74,9 @@ class NgramDrafter:
         """Free what the call needed."""
         self._indices, self._texts = {}, {}
 
+    def rest(self) -> None:
+        """Free what is kept between calls: nothing."""
+
     def _learn(self, sequence: TokenSequence) -> None:
         """Add the tokens of a sequence that came since the last time; a prompt is added once for its group."""
         index = self._indices.get(sequence.request)

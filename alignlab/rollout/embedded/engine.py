@@ -29,7 +29,7 @@ from alignlab.rollout.embedded.runner import Records
 from alignlab.rollout.embedded.sample_step import sample_outputs
 from alignlab.rollout.embedded.sampler import record_logprobs, scored_targets
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
-from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches
+from alignlab.rollout.embedded.search import Computed, Search, SearchParams, advance, in_batches, last_rows
 from alignlab.rollout.embedded.sequence import TokenSequence, make_request, scored_sequences
 from alignlab.rollout.embedded.speculation import make_speculation
 from alignlab.rollout.memory import cache_may_stay
@@ -87,7 +87,7 @@ class EmbeddedEngine:
         self._lm = causal_lm(model)
         self._block_size = block_size_for(settings.block_size, self._lm.device, group=cache_group(settings))
         self._weights, self._runner = make_runner(model, settings, self._block_size)
-        self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes)
+        self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes, swaps=True)
         self._sampler = self._runner.sampler()
         self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
         self._in_use = threading.Lock()
@@ -166,8 +166,8 @@ class EmbeddedEngine:
                 searches = [kind(root, params, engine) for root in chosen]
                 while scheduler.has_work:
                     step, outputs = self._next_step(scheduler)
-                    hidden, _ = self._runner.hidden(step)
-                    advance(searches, hidden, self._runner.logits, outputs)
+                    hidden, [last] = self._runner.hidden(step, [last_rows(outputs)])
+                    advance(searches, hidden, last, self._runner.logits, outputs)
             results += [search.result(self._completion) for search in searches]
         return results
 
@@ -214,6 +214,7 @@ class EmbeddedEngine:
         """
         self._require_no_call()
         self._weights.rest()
+        self._speculation.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
             self._space.reset()
         else:
@@ -230,11 +231,16 @@ class EmbeddedEngine:
         if self._in_use.acquire(blocking=False):
             self._space.free()
             self._weights.release()
+            self._speculation.rest()
             self._in_use.release()
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that had to free their blocks, and the acceptance of drafts, so far."""
-        return {"engine/preempted": float(self.num_preempted)} | self._speculation.metrics()
+        """Return the counts of pre-empted sequences, of copies to the host and of accepted drafts,
+        so far, and the seconds of the last rounding of weights.
+        """
+        swapped = {} if self._space.swap is None else self._space.swap.metrics()
+        rounding = {} if self._weights.rounding is None else {"engine/rounding_s": self._weights.rounding_s}
+        return {"engine/preempted": float(self.num_preempted)} | swapped | rounding | self._speculation.metrics()
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
@@ -286,11 +292,7 @@ class EmbeddedEngine:
         if not self._in_use.acquire(blocking=False):  # another thread was faster
             raise _busy()
         self._abandoned = False
-        scheduler = Scheduler(
-            self._space.blocks, root=str(self.policy_version).encode() if self._share else None,
-            max_running=self._settings.max_running, prefill_tokens=self._settings.prefill_tokens,
-            states=self._space.states,
-        )
+        scheduler = self._space.scheduler(str(self.policy_version).encode() if self._share else None)
         try:
             if self._weights.is_stale:
                 raise changed_weights(self.policy_version)

@@ -38,6 +38,7 @@ class GroupedCache(PagedCache):
         assert block_size % approximation.group == 0, "a group lies in one block"
         self.groups = approximation
         super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
+        self.tokens_of_group = approximation.group
 
     def window_of(self, layer_idx: int, name: str) -> Window:
         """Return the window of the rounded or of the exact entries of a layer."""
@@ -79,21 +80,21 @@ class GroupedCache(PagedCache):
         pack they stand once, and each completion rounds them in another group.
         """
         parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        size, places = self.groups.group, torch.arange(num_tokens)
+        on_device = self.tables_on_device(tables)
+        size, places = self.groups.group, torch.arange(num_tokens, device=on_device[self.windows[0]].device)
         is_own = (places < num_tokens // size * size) & ((places < num_prompt // size * size) | (places >= num_prompt))
         for layer_idx in self.layers:
             if len(self.windows_of(layer_idx)) == 1:
                 continue
-            blocks = torch.tensor(tables[self.windows_of(layer_idx)[0]])
+            blocks = on_device[self.windows_of(layer_idx)[0]]
             known = is_own & (blocks != EXPIRED).repeat_interleave(self.block_size)[:num_tokens]
             keys, values = (self._bits(layer_idx, name, blocks.clamp_min(0), num_tokens) for name in ("key", "value"))
-            parities[layer_idx] = keys, values, known.to(keys.device)
+            parities[layer_idx] = keys, values, known
         return record_of_layers(parities, 1 + max(self.specs)) if parities else None
 
     def _bits(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
         """Return the parities of codes [num_tokens, K * D] in the blocks of a sequence."""
-        device = self.layers[layer_idx][f"{_ROUNDED}{name}_codes"].device
-        codes = self.rows(layer_idx, f"{_ROUNDED}{name}_codes", blocks.to(device), num_tokens)
+        codes = self.rows(layer_idx, f"{_ROUNDED}{name}_codes", blocks, num_tokens)
         codes = codes.unflatten(1, (self.specs[layer_idx].per_token[name][0], -1))
         return torch.cat((codes & 1, (codes >> 4) & 1), dim=-1).flatten(1)
 
@@ -103,17 +104,17 @@ class GroupedBatch(PagedBatch):
 
     Args:
         cache, slots, groups, states: see `PagedBatch`.
-        positions: [N] int64, of the step's tokens in their sequences.
+        ends: [M] int64, the step's tokens that end a group of the cache.
     """
 
     _cache: GroupedCache
 
     def __init__(
-        self, cache: GroupedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup], positions: Tensor,
+        self, cache: GroupedCache, slots: Mapping[Window, Tensor], groups: list[RowGroup], ends: Tensor,
         states: StepStates | None = None,
     ) -> None:
         super().__init__(cache, slots, groups, states)
-        self._ends = ((positions + 1) % cache.groups.group == 0).nonzero()[:, 0]
+        self._ends = ends
         self._old_blocks: dict[tuple[int, Window], Tensor] = {}
 
     def update(self, layer_idx: int, entries: Mapping[str, Tensor]) -> Iterator[tuple[RowGroup, dict[str, Tensor]]]:

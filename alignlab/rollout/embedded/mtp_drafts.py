@@ -21,6 +21,7 @@ from alignlab.config.rollout import MtpSettings, RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm, output_head
+from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.layout import Layout
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.paged_cache import PagedCache
@@ -68,15 +69,19 @@ class MtpDrafter(TwinDrafter):
     token i is the policy's at its own token i.
 
     Args:
-        runner: of the layer.
+        model: the policy.
+        runner: of its layer.
         settings: of the engine.
         num_drafts: tokens of a draft.
         vocab_size: logits of the policy.
     """
 
-    def __init__(self, runner: MtpRunner, settings: RolloutSettings, num_drafts: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, runner: MtpRunner, settings: RolloutSettings, num_drafts: int, vocab_size: int
+    ) -> None:
         super().__init__(runner, settings, num_drafts, vocab_size)
         self._layer = runner
+        self._modules = list(model.modules())
         self._states: dict[TokenSequence, tuple[int, Tensor]] = {}  # states of tokens from a position on
         self._prompts: dict[Request, Tensor] = {}
         self._own: dict[TokenSequence, Tensor] = {}  # the layer's state at a twin's last token
@@ -109,6 +114,11 @@ class MtpDrafter(TwinDrafter):
             self._states[sequence] = base, torch.cat((states[: start - base], hidden[rows]))
             if not sequence.num_sampled and not sequence.num_pending:
                 self._prompts.setdefault(sequence.request, self._states[sequence][1])
+
+    def propose(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """Return `num_drafts` tokens for each sequence, fewer where a twin's prompt took steps of its own."""
+        with evaluation_mode(self._modules):  # the native step leaves the model as it is
+            return super().propose(sequences)
 
     def _twin_of(self, sequence: TokenSequence) -> TokenSequence:
         prompt = sequence.request.prompt
@@ -159,4 +169,4 @@ def make_mtp_drafter(
         )
     block_size = block_size_for(settings.block_size, lm.device)
     runner = MtpRunner(model, weights, block_size, max_running=settings.max_running)
-    return MtpDrafter(runner, settings, chosen.num_drafts, vocab_size)
+    return MtpDrafter(model, runner, settings, chosen.num_drafts, vocab_size)

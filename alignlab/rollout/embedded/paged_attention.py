@@ -118,7 +118,7 @@ class PagedBatch(StateBatch):
         entries = spec.entries(key[0].transpose(0, 1), None if value is None else value[0].transpose(0, 1))
         outputs = []
         for index, (group, cached) in enumerate(self.update(layer_idx, entries)):
-            output = _attention(
+            output = attention(
                 group.queries(flat), *spec.key_and_value(cached),
                 self._mask(index, self._cache.windows_of(layer_idx)[0], flat.dtype, query.shape[1] // key.shape[1]),
                 scaling=scaling, softcap=softcap, sinks=sinks,
@@ -174,7 +174,7 @@ class PagedBatch(StateBatch):
         return torch.where(keys < num_sinks, keys, keys + left_out)
 
 
-def _attention(
+def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     *, scaling: float, softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:

@@ -16,6 +16,7 @@ from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.rollout.embedded.block_pools import Window
+from alignlab.transfer import to_device
 
 
 class PagedCache:
@@ -31,6 +32,7 @@ class PagedCache:
         specs: of the layers that keep entries of tokens.
         windows: of all that these layers keep, each once; with None for the expert choices, and where there is no such
             layer.
+        tokens_of_group: consecutive tokens that are rounded together, once the last of them is known; 1 for none.
         num_blocks: of sequences, by window.
         total_blocks: of these and of what steps in place need beside them, by window.
         layers: [slots, numbers kept of a token] by layer and name, from the layer's first tokens on.
@@ -42,6 +44,7 @@ class PagedCache:
         approximation: KVApproximation | None = None, records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.tokens_of_group = 1
         self.approximation = approximation
         self.specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.per_token}
         records = (None,) if records_routing or not self.specs else ()
@@ -71,6 +74,10 @@ class PagedCache:
             for window, num_bytes in block_bytes(spec, dtype, self.block_size, self.approximation).items():
                 total[window] += num_bytes
         return total
+
+    def max_file_bytes(self) -> int | None:
+        """Return the bytes that blocks may take of a disk; None for blocks in memory."""
+        return None
 
     @property
     def addressable_blocks(self) -> int:
@@ -128,11 +135,17 @@ class PagedCache:
         tensors = self.layers.setdefault(layer_idx, {})
         total_blocks = self.total_blocks[self.window_of(layer_idx, name)]
         if name not in tensors:
-            # Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
             num_places = total_blocks * self.block_size // num_tokens
-            tensors[name] = entries.new_zeros(num_places, math.prod(entries.shape[1:]))
+            tensors[name] = self._zeros(entries, num_places, math.prod(entries.shape[1:]))
         tensors[name].index_copy_(0, places, entries.reshape(places.shape[0], math.prod(entries.shape[1:])))
         return tensors[name].view(total_blocks, -1)
+
+    def _zeros(self, like: Tensor, num_places: int, numel: int) -> Tensor:
+        """Return the tensor of a name before its first entries, [num_places, numel].
+
+        Zeros, because the value of a masked key is multiplied by a weight of 0, and 0 * nan is nan.
+        """
+        return like.new_zeros(num_places, numel)
 
     def write_routing(self, slots: Tensor, choices: Tensor) -> None:
         """Store the experts chosen for N tokens, [N, MoE layers, experts a token], at slots without a window."""
@@ -155,6 +168,12 @@ class PagedCache:
         """
         return None
 
+    def tables_on_device(self, tables: Mapping[Window, list[int]]) -> dict[Window, Tensor]:
+        """Return the blocks of a sequence by window, [blocks] int64, beside the entries, by one copy."""
+        device = next(tensor.device for layer in self.layers.values() for tensor in layer.values())
+        on_host = [torch.tensor(table, dtype=torch.int64) for table in tables.values()]
+        return dict(zip(tables, to_device(on_host, device), strict=True))
+
     def rows(self, layer_idx: int, name: str, blocks: Tensor, num_tokens: int) -> Tensor:
         """Return the entries of a name of a sequence's first tokens, [num_tokens, numbers of a token].
 
@@ -166,15 +185,18 @@ class PagedCache:
 
     def copy(self, window: Window, pairs: Tensor) -> None:
         """Copy whole blocks of the layers of a window, all at once: (source, target) of each, [copies, 2] int64."""
+        source, target = pairs.unbind(1)
+        for blocks in self.tensors_of(window):
+            blocks.index_copy_(0, target, blocks.index_select(0, source))
+
+    def tensors_of(self, window: Window) -> list[Tensor]:
+        """Return all that is kept in the blocks of a window, [blocks, numbers of a block]: of a block that is all."""
         tensors = [
             tensor for layer_idx, layer in self.layers.items() for name, tensor in layer.items()
             if self.window_of(layer_idx, name) == window
         ]
         tensors += [self.routing] if window is None and self.routing is not None else []
-        source, target = pairs.unbind(1)
-        for tensor in tensors:
-            blocks = tensor.view(self.total_blocks[window], -1)
-            blocks.index_copy_(0, target, blocks.index_select(0, source))
+        return [tensor.view(self.total_blocks[window], -1) for tensor in tensors]
 
 
 def block_bytes(

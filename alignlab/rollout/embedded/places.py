@@ -36,6 +36,11 @@ class Place(NamedTuple):
         return self.end - self.sequence.num_prompt
 
     @property
+    def is_drafted(self) -> bool:
+        """True if tokens before the place are drafts."""
+        return self.end > len(self.sequence.token_ids) - self.sequence.num_drafts
+
+    @property
     def forced(self) -> int | None:
         """The token that must stand here; None if it is sampled."""
         return dict(self.sampling.forced_tokens).get(self.number) if self.sampling.forced_tokens else None

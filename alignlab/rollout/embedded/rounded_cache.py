@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
@@ -47,8 +46,9 @@ class RoundedCache(PagedCache):
     ) -> Tensor | None:
         """Return the parities of a sequence's codes; see `PagedCache.record`. Released blocks have none."""
         parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for layer_idx, tensors in self.layers.items():
-            blocks = torch.tensor(tables[self.windows_of(layer_idx)[0]], device=tensors["key"].device)
+        on_device = self.tables_on_device(tables)
+        for layer_idx in self.layers:
+            blocks = on_device[self.windows_of(layer_idx)[0]]
             known = (blocks != EXPIRED).repeat_interleave(self.block_size)[:num_tokens]
             keys, values = (
                 self.rows(layer_idx, name, blocks.clamp_min(0), num_tokens) & 1 for name in ("key", "value")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.kv_cache import ApproximateCache
+from alignlab.config.kv_cache import ExactCache, KVCacheSettings, MmapCache
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm, hidden_states, output_head
@@ -33,6 +33,7 @@ from alignlab.rollout.embedded.step_plan import StepTensors, plan_step
 from alignlab.rollout.embedded.tile_attention import TileBatch
 from alignlab.rollout.embedded.tile_plan import TileStep, plan_tiles
 from alignlab.rollout.embedded.weights import EngineWeights
+from alignlab.transfer import to_device
 
 
 def reads_in_place(device: torch.device) -> bool:
@@ -71,7 +72,8 @@ class Runner:
         block_size: tokens in a block of the cache.
         max_running: most sequences that run together.
         replay: replay decoding steps on a GPU, where the model allows it.
-        cache: settings of a cache that approximates; how it rounds is recorded where the trainer replays it.
+        cache: settings of the cache, None for an exact one; how one that approximates rounds is recorded where the
+            trainer replays it.
 
     Attributes:
         cache: what layers keep of tokens.
@@ -80,15 +82,20 @@ class Runner:
 
     def __init__(
         self, model: nn.Module, weights: EngineWeights, block_size: int, *, max_running: int, replay: bool,
-        cache: ApproximateCache | None = None,
+        cache: KVCacheSettings | None = None,
     ) -> None:
         config = causal_lm(model).config
         self._sparse = isinstance(config, PolicyConfig) and config.num_routers > 0
         specs = cache_specs(model)
-        approximation = None if cache is None else approximation_of(cache, model)
-        self.cache = make_cache(specs, block_size, approximation, records_routing=self._sparse)
-        self.states = StateCache(specs, output_head(model)[0].dtype)
-        self._records_cache = cache is not None and cache.replay
+        dtype = output_head(model)[0].dtype
+        mapped = cache if isinstance(cache, MmapCache) else None
+        approximate = None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
+        approximation = None if approximate is None else approximation_of(approximate, model)
+        self.cache = make_cache(
+            specs, block_size, approximation, records_routing=self._sparse, mapped=mapped, dtype=dtype
+        )
+        self.states = StateCache(specs, dtype)
+        self._records_cache = approximate is not None and approximate.replay
         self._model = model
         self._weights = weights
         self._max_running = max_running
@@ -112,9 +119,10 @@ class Runner:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all blocks, and of the slots of states."""
+        """Bytes of memory of all blocks, but for those in a file, and of the slots of states."""
         blocks = sum(size * self.cache.num_blocks[window] for window, size in self.block_bytes.items())
-        return blocks + self.states.slot_bytes * self.states.num_slots
+        in_memory = blocks if self.cache.max_file_bytes() is None else 0
+        return in_memory + self.states.slot_bytes * self.states.num_slots
 
     @property
     def max_blocks(self) -> int:
@@ -163,7 +171,9 @@ class Runner:
             plan, moved = tiles.on(self.device, others)
             lengths = tuple(work.count for work in step.work if work.count > 1)
         else:
-            steps = plan_step(step.work, self.cache.block_size, self.cache.windows)
+            steps = plan_step(
+                step.work, self.cache.block_size, self.cache.windows, tokens_of_group=self.cache.tokens_of_group
+            )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
         for eviction in step.evictions:
@@ -240,7 +250,7 @@ class Runner:
         if self.cache.routing is None:
             return None
         stored = self.cache.routing.unflatten(0, (-1, self.cache.block_size))
-        blocks = torch.tensor(sequence.tables[None], device=stored.device)
+        [blocks] = to_device([torch.tensor(sequence.tables[None], dtype=torch.int64)], stored.device)
         computed = stored.index_select(0, blocks).flatten(0, 1)[: sequence.num_computed].cpu()
         record = torch.full((len(sequence.token_ids), *computed.shape[1:]), -1, dtype=computed.dtype)
         record[: len(computed)] = computed

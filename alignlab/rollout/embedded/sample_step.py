@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignlab.rollout.embedded.places import places_of
 from alignlab.rollout.embedded.runner import Runner
-from alignlab.rollout.embedded.sampler import Draw, Sampler
+from alignlab.rollout.embedded.sampler import Draw, Sampler, require_choice
 from alignlab.rollout.embedded.scheduler import Step
 from alignlab.rollout.embedded.sequence import TokenSequence
 
@@ -61,9 +61,13 @@ def keep(sequence: TokenSequence, draws: Sequence[Draw], version: int) -> int:
         sequence: its drafts are computed, and are taken off.
         draws: of the place of each draft, and of the one after them.
         version: of the weights.
+
+    Raises:
+        RolloutError: nothing that its request allows could be drawn at a place that counts.
     """
     drafts = sequence.take_drafts()
     for number, draw in enumerate(draws):
+        require_choice(draw.logprob, sequence.num_sampled)
         sequence.append(*draw, version)
         is_kept = number < len(drafts) and draw.token == drafts[number]
         if sequence.finish_reason is not None or not is_kept:

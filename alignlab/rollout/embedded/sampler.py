@@ -93,7 +93,8 @@ class Sampler:
         draws = []
         for place, token, logprob, raw_logprob, _ in zip(places, *sampled, strict=True):
             require_number(raw_logprob, place.end)
-            _require_choice(logprob, place)
+            if not place.is_drafted:  # other draws are perhaps not kept
+                require_choice(logprob, place.number)
             draws.append(Draw(int(token), logprob, raw_logprob))
         return draws
 
@@ -139,10 +140,13 @@ def scored_targets(outputs: Sequence[tuple[TokenSequence, slice]]) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64)
 
 
-def _require_choice(logprob: float, place: Place) -> None:
+def require_choice(logprob: float, num_tokens: int) -> None:
+    """Raises:
+    RolloutError: the log-prob of a draw after so many tokens of a completion says that there was nothing to draw.
+    """
     if not isfinite(logprob):
         raise RolloutError(
-            f"after {place.number} tokens of a completion, banned_words, banned_token_ids and logit_bias leave no "
+            f"after {num_tokens} tokens of a completion, banned_words, banned_token_ids and logit_bias leave no "
             "token that may follow; ban fewer"
         )
 

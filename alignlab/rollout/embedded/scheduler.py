@@ -3,21 +3,22 @@
 Every step continues all running sequences by their next tokens and fills up with prompt tokens, up to a budget: a long
 prompt is cut into chunks, and a sequence joins as soon as there is a place for it. Sequences that wait for a prompt
 which another one is computing fork from it when it is done. When blocks run out, the sequence that joined last frees
-its blocks; it waits at the head of the queue, and is computed again from its tokens.
+its blocks; it waits at the head of the queue, and is computed again from its tokens, or copied back from the host.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from alignlab.models.sink_window import KeptTokens
-from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
 from alignlab.rollout.embedded.evictions import Eviction, budget_need, make_budget
+from alignlab.rollout.embedded.prefixes import Prefixes
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
+from alignlab.rollout.embedded.swapping import SwapStore
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Scheduler:
         root: prefix of all digests; None shares nothing between sequences.
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
+        swap: keeps what a sequence that gives way has computed; None computes it again.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, so far.
@@ -113,14 +115,15 @@ class Scheduler:
 
     def __init__(
         self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int,
-        states: StateSlots | None = None,
+        states: StateSlots | None = None, swap: SwapStore | None = None,
     ) -> None:
         self.pools = pools
+        self._swap = swap
         self._states = states
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
         self.num_preempted = 0
-        self._root = root
+        self._prefixes = Prefixes(pools, states, root)
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         self._budget = make_budget(pools, self.running, self._preempt)
@@ -163,7 +166,7 @@ class Scheduler:
             sequence, rows = work.sequence, slice(first_row, first_row + work.num_logits)
             first_row = rows.stop
             sequence.num_computed += work.count
-            self._publish(sequence)
+            self._prefixes.publish(sequence)
             if work.num_logits:
                 outputs.append((sequence, rows))
             if not sequence.num_pending:
@@ -181,6 +184,8 @@ class Scheduler:
             self.finish(sequence)
         else:
             self.waiting.remove(sequence)
+            if self._swap is not None:
+                self._swap.forget(sequence)
 
     def fork(self, leader: TokenSequence, fork: TokenSequence) -> None:
         """Start a sequence on the blocks of a running one that has the same tokens."""
@@ -257,17 +262,28 @@ class Scheduler:
         Args:
             budget: tokens that it may compute in this step.
         """
-        self._find_prefix(sequence)
+        swap = self._swap if self._swap is not None and sequence in self._swap else None
+        absent = {}
+        if swap is None:
+            self._prefixes.find(sequence)
+        else:
+            absent = swap.find(sequence, self.pools)
         count = self._next_count(sequence, budget)
         missing = {window: self._missing(sequence, window, count) for window in self.pools.managers}
-        is_full = any(manager.num_free < missing[window] for window, manager in self.pools.managers.items())
+        is_full = any(
+            manager.num_free < missing[window] + absent.get(window, 0)
+            for window, manager in self.pools.managers.items()
+        )
         if is_full or not self._has_slot(sequence):
-            self._release(sequence)
+            self._release(sequence, forget=swap is None)
             return False
+        if swap is not None:
+            swap.bring_back(sequence, self.pools, self._states)
+            self._prefixes.publish_again(sequence)
         for window, manager in self.pools.managers.items():
             sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
         self.running.append(self.waiting.popleft())
-        if self._root is not None and self._computes_prompt(sequence):
+        if self._prefixes.is_shared and self._computes_prompt(sequence):
             while self.waiting and _same_start(self.waiting[0], sequence):
                 sequence.followers.append(self.waiting.popleft())
         return True
@@ -299,72 +315,34 @@ class Scheduler:
     def _preempt(self, sequence: TokenSequence) -> None:
         """Free the blocks of a running sequence, which waits again at the head of the queue."""
         self.num_preempted += 1
-        if sequence.scored_ids:  # its given tokens are scored again, from the first
-            sequence.raw_logprobs = []
         sequence.take_drafts()
+        self.pools.expire(sequence.tables, sequence.num_computed)
+        is_kept = self._swap is not None and self._swap.take_out(sequence, self.pools)
+        if sequence.scored_ids and not is_kept:  # its given tokens are scored again, from the first
+            sequence.raw_logprobs = []
         self.running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, forget=not is_kept)
         self.waiting.extendleft(reversed(sequence.followers))
         sequence.followers = []
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: TokenSequence) -> None:
+    def _release(self, sequence: TokenSequence, *, forget: bool = True) -> None:
+        """Free the blocks and the slot of a sequence; with `forget`, none of its tokens counts as computed then."""
         self.pools.release(sequence.tables)
         if self._states is not None:
             self._states.release(sequence)
-        sequence.tables, sequence.digests, sequence.num_computed = self.pools.empty_tables(), [], 0
-        sequence.num_dropped, sequence.stayed, sequence.received = 0, {}, {}
-
-    def _find_prefix(self, sequence: TokenSequence) -> None:
-        """Share the published blocks that the sequence begins with, up to the first token that needs logits.
-
-        Where layers keep states, up to the last block after which one was published.
-        """
-        if self._states is None:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
-        else:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence), self._states.knows)
-            if sequence.digests:
-                self._states.take(sequence, sequence.digests[-1])
-        sequence.num_computed = len(sequence.digests) * self.pools.block_size
-
-    def _digests(self, sequence: TokenSequence) -> Iterator[bytes]:
-        """Yield the digests of a sequence's full blocks before its first token that needs logits, if they are shared.
-        """
-        parent = self._root
-        for index in range(0 if parent is None else sequence.first_logits // self.pools.block_size):
-            assert parent is not None
-            parent = self._digest(sequence, index, parent)
-            yield parent
-
-    def _publish(self, sequence: TokenSequence) -> None:
-        """Publish full blocks, so that later sequences find them, and the state after the last one that they share.
-
-        Not of a sequence of which tokens were dropped: what follows them is another in another sequence.
-        """
-        if sequence.num_dropped:
-            return
-        size = self.pools.block_size
-        num_certain = min(sequence.num_computed, len(sequence.token_ids) - sequence.num_drafts)
-        while self._root is not None and (len(sequence.digests) + 1) * size <= num_certain:
-            count = len(sequence.digests)
-            digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
-            self.pools.publish(sequence.tables, count, digest)
-            sequence.digests.append(digest)
-        if self._states is not None and sequence.digests and sequence.num_computed == self._last_shared(sequence):
-            self._states.publish(sequence, sequence.digests[-1])
-
-    def _last_shared(self, sequence: TokenSequence) -> int:
-        """Return the tokens in the full blocks of a sequence before its first token that needs logits."""
-        return sequence.first_logits // self.pools.block_size * self.pools.block_size
+        sequence.tables = self.pools.empty_tables()
+        if forget:
+            sequence.digests, sequence.num_computed = [], 0
+            sequence.num_dropped, sequence.stayed, sequence.received = 0, {}, {}
 
     def _next_count(self, sequence: TokenSequence, budget: int) -> int:
         """Return how many tokens of a sequence to compute next: states are kept at the end of the blocks it shares."""
         count = min(sequence.num_pending, budget)
         if self._budget is not None:
             count = min(count, self._budget.most_tokens(sequence))
-        until = self._last_shared(sequence) - sequence.num_computed
-        return min(count, until) if self._states is not None and self._root is not None and until > 0 else count
+        until = self._prefixes.last_shared(sequence) - sequence.num_computed
+        return min(count, until) if self._states is not None and self._prefixes.is_shared and until > 0 else count
 
     def _place(self, sequence: TokenSequence, window: Window) -> int:
         """Return how many tokens before the next one a sequence has in a pool."""
@@ -380,11 +358,6 @@ class Scheduler:
         num_logits = max(0, start + count - max(start, sequence.first_logits))
         return Work(sequence, start, count, num_logits, None if self._states is None else self._states.begin(sequence))
 
-    def _digest(self, sequence: TokenSequence, index: int, parent: bytes) -> bytes:
-        """Return the digest of one block of a sequence; `parent` is that of the block before it."""
-        size = self.pools.block_size
-        return chain_digest(parent, sequence.token_ids[index * size : (index + 1) * size])
-
 
 def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:
-    return waiting.request is leader.request and not waiting.num_sampled
+    return waiting.request is leader.request and not waiting.num_sampled and not waiting.num_computed

@@ -45,10 +45,10 @@ class SearchParams(Protocol):
 
 
 class Row(NamedTuple):
-    """A computed sequence: the final states of its new tokens [n,D], and the log-probs of what follows [V] float32."""
+    """The likeliest tokens after a computed sequence, the likeliest first, with their log-probs."""
 
-    states: Tensor
-    logprobs: Tensor
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class Computed(NamedTuple):
@@ -75,8 +75,27 @@ class Search(Protocol):
         """The sequences that are computed next, all in one step; none once the search has ended."""
         ...
 
-    def step(self, rows: dict[TokenSequence, Row]) -> None:
-        """Go on from the computed sequences: fork, append and finish."""
+    @property
+    def num_likeliest(self) -> int:
+        """Tokens of a `Row` that a step looks at."""
+        ...
+
+    def choose(self, states: dict[TokenSequence, Tensor]) -> Tensor | None:
+        """Return which of the computed sequences the search goes on from, a scalar on their device.
+
+        None where states have no part in it.
+
+        Args:
+            states: the final states of each sequence's new tokens [n,D].
+        """
+        ...
+
+    def step(self, rows: dict[TokenSequence, Row], choice: int | None) -> None:
+        """Go on from the computed sequences: fork, append and finish.
+
+        Args:
+            choice: of `choose`.
+        """
         ...
 
     def result(self, completion: Callable[[TokenSequence, Records], Completion]) -> Any:
@@ -88,14 +107,20 @@ class Search(Protocol):
         ...
 
 
+def last_rows(outputs: Sequence[tuple[TokenSequence, slice]]) -> Tensor:
+    """Return the last row of each sequence, [B] int64, on the host; arguments as in `advance`."""
+    return torch.tensor([rows.stop - 1 for _, rows in outputs], dtype=torch.int64)
+
+
 def advance(
-    searches: Sequence[Search], hidden: Tensor, head: Callable[[Tensor], Tensor],
+    searches: Sequence[Search], hidden: Tensor, last: Tensor, head: Callable[[Tensor], Tensor],
     outputs: Sequence[tuple[TokenSequence, slice]],
 ) -> None:
-    """Let the searches whose sequences were computed go on.
+    """Let the searches whose sequences were computed go on. All that they look at on the host comes in one transfer.
 
     Args:
         hidden: [M,D], final states of one step.
+        last: of `last_rows`, on the same device.
         head: computes logits [B,V] from states [B,D].
         outputs: each sequence with its rows of `hidden`.
 
@@ -104,17 +129,31 @@ def advance(
     """
     if not outputs:
         return
-    last = torch.tensor([rows.stop - 1 for _, rows in outputs], device=hidden.device)
+    states = {sequence: hidden[rows] for sequence, rows in outputs}
+    going_on = [search for search in searches if search.sequences and search.sequences[0] in states]
     logprobs = head(hidden.index_select(0, last)).float().log_softmax(-1)
-    for (sequence, _), number in zip(outputs, logprobs[:, 0].tolist(), strict=True):
-        require_number(number, len(sequence.token_ids))
-    computed = {
-        sequence: Row(hidden[rows], row) for (sequence, rows), row in zip(outputs, logprobs, strict=True)
-    }
-    for search in searches:
-        live = search.sequences
-        if live and live[0] in computed:
-            search.step({sequence: computed[sequence] for sequence in live})
+    count = min(max(search.num_likeliest for search in searches), logprobs.shape[1])
+    choices = [search.choose({sequence: states[sequence] for sequence in search.sequences}) for search in going_on]
+    rows, chosen = _on_host(logprobs.topk(count), choices)
+    computed = dict(zip(states, rows, strict=True))
+    for sequence, row in computed.items():
+        require_number(row.logprobs[0], len(sequence.token_ids))
+    for search, choice in zip(going_on, chosen, strict=True):
+        search.step({sequence: computed[sequence] for sequence in search.sequences}, choice)
+
+
+def _on_host(likeliest: Any, choices: Sequence[Tensor | None]) -> tuple[list[Row], list[int | None]]:
+    """Return the likeliest tokens of each row, and the choices, by one transfer: float64 holds token ids."""
+    (num_rows, count), known = likeliest.values.shape, [choice for choice in choices if choice is not None]
+    columns = [part.double().flatten() for part in (likeliest.indices, likeliest.values, *known)]
+    numbers: list[float] = torch.cat(columns).tolist()
+    size = num_rows * count
+    rows = [
+        Row([int(token) for token in numbers[start : start + count]], numbers[size + start : size + start + count])
+        for start in range(0, size, count)
+    ]
+    rest = iter(numbers[2 * size :])
+    return rows, [None if choice is None else int(next(rest)) for choice in choices]
 
 
 def copy_of(parent: TokenSequence) -> TokenSequence:

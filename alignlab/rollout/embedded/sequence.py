@@ -68,7 +68,8 @@ class TokenSequence:
         reads_prompt: the states of all tokens are needed, as if each had logits.
         num_drafts: last tokens of `token_ids` that are guesses, for the time of one step.
         scored_ids: given tokens after the prompt, whose log-probs are computed; empty where tokens are sampled.
-        num_computed: leading tokens whose entries are in the cache; 0 again after a pre-emption.
+        num_computed: leading tokens whose entries are in the cache, or on the host, see `swapping`; 0 again after a
+            pre-emption that kept nothing.
         tables: cache blocks, in order, by the window of the layers that they belong to; see `block_pools`.
         state: slot of what recurrent layers keep of it, see `state_slots`; None before its first token.
         digests: digests of the leading full blocks that were looked up or published.
@@ -141,9 +142,16 @@ class TokenSequence:
         return self.request.sampling.max_new_tokens - self.num_sampled
 
     def add_drafts(self, drafts: Sequence[int]) -> None:
-        """Add guesses of the next tokens behind the others."""
-        self.token_ids += drafts
-        self.num_drafts = len(drafts)
+        """Add guesses of the next tokens behind the others, up to the first one that cannot be kept.
+
+        That is one that the grammar refuses, or after which it allows nothing: it must not end the call, since another
+        token may be sampled in its place.
+        """
+        for draft in drafts:
+            if self.grammar is not None and not self.grammar.leads_on([*self.sampled_ids, draft]):
+                return
+            self.token_ids.append(draft)
+            self.num_drafts += 1
 
     def take_drafts(self) -> list[int]:
         """Remove the guesses, and return them."""

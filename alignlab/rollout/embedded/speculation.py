@@ -60,6 +60,10 @@ class Drafter(Protocol):
         """Free what the call needed."""
         ...
 
+    def rest(self) -> None:
+        """Free what is kept between calls until the next one."""
+        ...
+
 
 class Speculation:
     """Drafts for the running sequences, and their acceptance.
@@ -91,6 +95,10 @@ class Speculation:
         """Free what the call needed."""
         self._proposed = []
         self._drafter.end()
+
+    def rest(self) -> None:
+        """Free what is kept between calls until the next one."""
+        self._drafter.rest()
 
     def draft(self, running: Sequence[TokenSequence]) -> None:
         """Add drafts to the sequences that are decoded next, where they pay."""

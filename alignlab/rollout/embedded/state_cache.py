@@ -40,6 +40,10 @@ class StateCache:
         """Bytes of one slot, over all layers."""
         return sum(spec.sequence_bytes(self._dtype) for spec in self._specs.values())
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that is kept, [slots, numbers of a slot]."""
+        return [tensor.flatten(1) for layer in self.layers.values() for tensor in layer.values()]
+
     def resize(self, num_slots: int, *, num_more: int = 0) -> None:
         """Drop all entries, and have `num_slots` slots of sequences, then `num_more` that no sequence uses."""
         self.layers = {}

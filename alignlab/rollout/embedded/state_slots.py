@@ -71,6 +71,12 @@ class StateSlots:
         self._manager.release(old)
         return StateUse(old, sequence.state)
 
+    def allocate(self, sequence: TokenSequence) -> int:
+        """Give a sequence without a state a slot of its own, and return it; what it holds is the caller's to write."""
+        assert sequence.state is None
+        sequence.state = self._manager.allocate()
+        return sequence.state
+
     def fork(self, leader: TokenSequence, follower: TokenSequence) -> None:
         """Let a sequence go on from the state of another."""
         assert leader.state is not None

@@ -33,6 +33,7 @@ class StepTensors:
     logit_tokens: Tensor
     groups: list[RowGroup]
     state_slots: Tensor | None
+    group_ends: Tensor | None
     run_lengths: tuple[int, ...]
 
 
@@ -59,6 +60,7 @@ class StepPlan:
         logit_tokens: [M], indices of the tokens after which logits are computed, in the order of the works given.
         groups: rows that attend together; they cover the tokens in order.
         state_slots: [2,W], where states are read and written, in the order of the tokens; None without states.
+        group_ends: indices of the tokens that end a group of the cache; None where it has no groups.
         run_lengths: tokens of the works of more than one token, which come last.
     """
 
@@ -68,6 +70,7 @@ class StepPlan:
     logit_tokens: _Ints
     groups: list[GroupPlan]
     state_slots: _Ints | None
+    group_ends: _Ints | None
     run_lengths: tuple[int, ...]
 
     def on(self, device: torch.device, others: Sequence[Tensor] = ()) -> tuple[StepTensors, list[Tensor]]:
@@ -87,8 +90,10 @@ class StepPlan:
             )
             for group in self.groups
         ]
-        state_slots = None if self.state_slots is None else next(moved)
-        step = StepTensors(tokens, positions, slots, logit_tokens, groups, state_slots, self.run_lengths)
+        state_slots, group_ends = (
+            None if array is None else next(moved) for array in (self.state_slots, self.group_ends)
+        )
+        step = StepTensors(tokens, positions, slots, logit_tokens, groups, state_slots, group_ends, self.run_lengths)
         return step, list(moved)
 
 
@@ -98,16 +103,19 @@ def _leaves(plan: StepPlan) -> list[_Ints]:
     for group in plan.groups:
         arrays += [array for array in (group.padding, group.unpadding) if array is not None]
         arrays += [group.positions, *group.blocks.values(), *group.first_keys.values()]
-    return arrays if plan.state_slots is None else [*arrays, plan.state_slots]
+    return arrays + [array for array in (plan.state_slots, plan.group_ends) if array is not None]
 
 
-def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,)) -> StepPlan:
+def plan_step(
+    work: Sequence[Work], block_size: int, windows: Collection[Window] = (None,), *, tokens_of_group: int = 1
+) -> StepPlan:
     """Return the step that computes `work`; works of similar size lie together.
 
     Args:
         work: tokens of sequences.
         block_size: tokens in a block.
         windows: of the layers, each once.
+        tokens_of_group: consecutive tokens that the cache rounds together; 1 for none.
     """
     order = sorted(range(len(work)), key=lambda index: _size_class(work[index]))
     ordered = [work[index] for index in order]
@@ -136,6 +144,7 @@ def plan_step(work: Sequence[Work], block_size: int, windows: Collection[Window]
     ends_as_given[order] = ends
     return StepPlan(
         tokens, positions, slots, logit_tokens(work, ends_as_given), groups, state_slots(ordered),
+        None if tokens_of_group == 1 else np.flatnonzero((positions + 1) % tokens_of_group == 0),
         tuple(w.count for w in ordered if w.count > 1),
     )
 

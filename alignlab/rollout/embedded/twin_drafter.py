@@ -7,6 +7,7 @@ of the policy's own draws, so that they agree where the probabilities are alike.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.cache_space import CacheSpace
 from alignlab.rollout.embedded.places import Place
 from alignlab.rollout.embedded.runner import Runner
-from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Scheduler, Step
 from alignlab.rollout.embedded.sequence import TokenSequence
 
@@ -41,7 +41,7 @@ class TwinDrafter:
         self._vocab_size = vocab_size
         # Twins of one prompt are not told to share, so that there is room for each alone.
         self._space = CacheSpace(runner, settings, runner.cache.block_size, share=False)
-        self._sampler = Sampler()
+        self._sampler = runner.sampler()
         self._scheduler: Scheduler | None = None
         self._twins: dict[TokenSequence, TokenSequence] = {}
 
@@ -66,7 +66,11 @@ class TwinDrafter:
     def end(self) -> None:
         """Free the twins."""
         self._space.blocks.reset()
-        self._sampler, self._scheduler, self._twins = Sampler(), None, {}
+        self._sampler, self._scheduler, self._twins = self._runner.sampler(), None, {}
+
+    def rest(self) -> None:
+        """Free the cache until the next call."""
+        self._space.free()
 
     @torch.inference_mode()
     def propose(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
@@ -122,9 +126,8 @@ class TwinDrafter:
         # Models pad one vocabulary to different sizes.
         logits = pad(logits, (0, self._vocab_size - logits.shape[1]), value=-torch.inf)
         for (twin, _), draw in zip(outputs, self._sampler.draw(logits, places, inputs), strict=True):
-            if twin.num_drafts < twin.num_left - 1:
-                twin.token_ids.append(draw.token)
-                twin.num_drafts += 1
+            if twin.num_drafts < twin.num_left - 1 and isfinite(draw.logprob):
+                twin.add_drafts([draw.token])
 
 
 def follow(twin: TokenSequence, token_ids: Sequence[int]) -> None:

@@ -78,7 +78,7 @@ class InProcessBackend:
         self._adapter_rank = checked_adapter_rank(model) if self.adapter_only else 0
         self._sparse_layers: list[int] = list(getattr(self._lm.config, "sparse_layers", ()))
         self._sleeps = not self._on_cpu if settings.sleep is None else settings.sleep
-        check_model(self._lm, settings)
+        check_model(self._lm, settings, on_cpu=self._on_cpu)
         check_groups(settings)
         self._shares_vllm, self._group = shares_vllm(settings), None
         if not self._on_cpu and not self._shares_vllm:

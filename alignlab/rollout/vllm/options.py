@@ -18,8 +18,9 @@ from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.models.hub.export import Model
 from alignlab.models.merging import wrappers
+from alignlab.models.recurrent.layer import RecurrentLayer
 from alignlab.models.routers.uses import check_vllm
-from alignlab.models.served_attention import check_served
+from alignlab.models.served_attention import FAMILY_KINDS, check_served, check_served_on_cpu
 from alignlab.rollout.vllm.installation import check_returns_experts
 from alignlab.rollout.vllm.protocol import TRANSFER_BACKEND
 
@@ -27,6 +28,13 @@ MEMORY_FRAC = 0.9
 """Fraction of a device's memory for a server that has the device for itself."""
 _MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM takes for max_lora_rank
 _FP8_CAPABILITY = (8, 9)
+VLLM_QUANTIZATIONS = {
+    "fp8": "fp8_per_tensor", "fp8_per_channel": "fp8_per_channel", "fp8_per_block": "fp8_per_block",
+    "int8": "int8_per_channel_weight_only",
+}  # fmt: skip
+"""vLLM's names of what it rounds as it loads, and loads anew, weights: its layerwise reload rounds each layer again.
+Its other methods read rounded checkpoints, which an update does not bring."""
+_CPU_CACHES = ("fp8", "fp8_e5m2")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -44,9 +52,10 @@ def engine_options(
             the settings ask, or vLLM's model runner does not return experts.
     """
     lm = causal_lm(model)
-    check_model(lm, settings)
+    check_model(lm, settings, on_cpu=on_cpu)
     check_vllm(lm)
     check_quantization(settings)
+    check_served_cache(settings)
     context_tokens = context_limit(lm, settings)
     options: dict[str, Any] = {
         "dtype": _DTYPES[model_dtype(lm)],
@@ -65,13 +74,17 @@ def engine_options(
     if on_cpu:
         # A chunk that does not end a prompt rewinds its request's random numbers, which a CPU generator cannot.
         options["enable_chunked_prefill"] = False
+        # States of a prefix are found again by chunks alone.
+        options["enable_prefix_caching"] = not any(isinstance(module, RecurrentLayer) for module in lm.modules())
     elif getattr(lm.config, "sparse_layers", ()):
         check_returns_experts()
         options["enable_return_routed_experts"] = True
     if settings.tensor_parallel > 1:
         options |= {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "mp"}
     if settings.quantization is not None:
-        options["quantization"] = settings.quantization
+        options["quantization"] = VLLM_QUANTIZATIONS[settings.quantization]
+    if settings.kv_cache is not None:
+        options["kv_cache_dtype"] = settings.kv_cache
     if settings.block_size is not None:
         options["block_size"] = settings.block_size
     if settings.cache_gib is not None:
@@ -79,15 +92,22 @@ def engine_options(
     return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
 
 
-def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings) -> None:
+def check_model(
+    lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings, *, on_cpu: bool = False
+) -> None:
     """Raise unless vLLM can compute a model's attention, and spread and quantize it as the settings ask.
+
+    Args:
+        on_cpu: vLLM is known to run on a CPU.
 
     Raises:
         ConfigError: vLLM does not know a kind of the model's attention, `tensor_parallel` does not divide the attention
-            heads, or a model in float32 is to be quantized.
+            heads, a model in float32 is to be quantized, or experts of a model without any.
     """
     if isinstance(lm.config, PolicyConfig):
         check_served(lm.config)
+        if on_cpu:
+            check_served_on_cpu(lm.config, model_dtype(lm))
     heads, size = getattr(lm.config.get_text_config(), "num_attention_heads", None), settings.tensor_parallel
     if heads is not None and heads % size:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -99,6 +119,11 @@ def check_model(lm: PreTrainedModel, settings: VLLMSettings | VLLMServerSettings
         raise ConfigError(
             f"rollout.quantization is {settings.quantization}, and must be null for a model in float32, which vLLM "
             "does not quantize; use model.dtype: bfloat16, or remove it"
+        )
+    if settings.quantization == "int8" and not getattr(lm.config, "sparse_layers", ()):
+        raise ConfigError(
+            "rollout.quantization is int8, for which vLLM rounds experts alone, and the model has none; use fp8, or "
+            "rollout.engine: embedded, which rounds linear layers"
         )
 
 
@@ -112,15 +137,30 @@ def check_quantization(settings: VLLMSettings | VLLMServerSettings) -> None:
         return
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"rollout.quantization is {settings.quantization}, and must be null on a CPU, for which vLLM has no fp8; "
-            "remove it"
+            f"rollout.quantization is {settings.quantization}, and must be null on a CPU, where vLLM has no products "
+            "of weights that it rounds; remove it, or use rollout.engine: embedded with quantization: int8"
         )
     capability = torch.cuda.get_device_capability()
-    if capability < _FP8_CAPABILITY:
+    if settings.quantization != "int8" and capability < _FP8_CAPABILITY:
         raise ConfigError(
             f"rollout.quantization is {settings.quantization}, and must be null on a GPU of compute capability "
             f"{'.'.join(map(str, capability))}, which has no fp8 (8.9 and over have it); remove it"
         )
+
+
+def check_served_cache(settings: VLLMSettings | VLLMServerSettings) -> None:
+    """Raise unless vLLM can have the cache that the settings name on this machine's device.
+
+    Raises:
+        ConfigError: the cache is one that vLLM takes on a CPU, and then computes wrong numbers with.
+    """
+    if settings.kv_cache is None or settings.kv_cache in _CPU_CACHES or torch.cuda.is_available():
+        return
+    raise ConfigError(
+        f"rollout.kv_cache is {settings.kv_cache}, and must be {' or '.join(_CPU_CACHES)} on a CPU: vLLM's attention "
+        "there reads the codes of other caches as numbers, and says nothing; use fp8, or rollout.engine: embedded with "
+        "kv_cache: {type: int8}"
+    )
 
 
 def require_gpus(num_needed: int, num_visible: int) -> None:
@@ -202,6 +242,8 @@ def _obstacle(model: Model) -> str | None:
         return (
             f"has rank {config.r} (rank_pattern {config.rank_pattern}), and must have one of at most {_MAX_RANKS[-1]}"
         )
+    if set(getattr(causal_lm(model).config, "layer_types", None) or ()).intersection(FAMILY_KINDS):
+        return "is of a model with latent attention or recurrent layers, whose products vLLM keeps merged with others"
     layers: dict[str, Any] = dict(wrappers(model))
     for name, layer in layers.items():
         is_linear = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)

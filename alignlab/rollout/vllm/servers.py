@@ -21,7 +21,13 @@ from alignlab.rollout.vllm.backend import Transfer
 from alignlab.rollout.vllm.client import VLLMServer
 from alignlab.rollout.vllm.completions import Answer, Request
 from alignlab.rollout.vllm.installation import require_vllm
-from alignlab.rollout.vllm.options import can_sync_adapter_only, check_model, checked_adapter_rank, context_limit
+from alignlab.rollout.vllm.options import (
+    VLLM_QUANTIZATIONS,
+    can_sync_adapter_only,
+    check_model,
+    checked_adapter_rank,
+    context_limit,
+)
 from alignlab.rollout.vllm.policy_weights import PolicyWeights
 from alignlab.rollout.vllm.pool import ServerPool
 from alignlab.rollout.vllm.protocol import model_identity, weights_version
@@ -41,7 +47,8 @@ class ServerRequirements:
         identity: `model_identity` of the trainer's model.
         context_tokens: prompt and completion together that a server must take.
         adapter_rank: of the adapter that is sent alone; 0 if all weights are sent; None while that is undecided.
-        quantization: of a server's weights.
+        quantization: vLLM's name of the rounding of a server's weights.
+        kv_cache: its name of a rounded cache.
         digest_algorithm: by which the servers digest weights; None while that is unknown.
     """
 
@@ -49,6 +56,7 @@ class ServerRequirements:
     context_tokens: int
     adapter_rank: int | None = None
     quantization: str | None = None
+    kv_cache: str | None = None
     digest_algorithm: str | None = None
 
     def check(self, address: str, about: Mapping[str, Any]) -> None:
@@ -70,11 +78,12 @@ class ServerRequirements:
         if not {"context_tokens", "lora_rank"} <= about.keys():
             raise ConfigError(f"the server {address} does not tell its sizes; start it with this version of alignlab")
         self._check_digests(address, about.get("digest_algorithm"))
-        if about.get("quantization") != self.quantization:
-            raise ConfigError(
-                f"the server {address} has the quantization {about.get('quantization')!s:.40}, and must have the "
-                f"config's ({self.quantization}); start it from the trainer's config: bash launch/serve_vllm.sh CONFIG"
-            )
+        for name, value in (("quantization", self.quantization), ("kv_cache", self.kv_cache)):
+            if about.get(name) != value:
+                raise ConfigError(
+                    f"the server {address} has the {name} {about.get(name)!s:.40}, and must have the config's "
+                    f"({value}); start it from the trainer's config: bash launch/serve_vllm.sh CONFIG"
+                )
         if about["context_tokens"] < self.context_tokens:
             raise ConfigError(
                 f"the server {address} takes {about['context_tokens']} tokens of prompt and completion, and must take "
@@ -139,7 +148,8 @@ class ServerBackend:
         dtype = str(model_dtype(lm)).removeprefix("torch.")
         self._requirements = ServerRequirements(
             model_identity(lm.config, tokenizer, dtype), context_limit(lm, settings),
-            quantization=settings.quantization,
+            quantization=settings.quantization and VLLM_QUANTIZATIONS[settings.quantization],
+            kv_cache=settings.kv_cache,
         )
         self._sent_file = ExitStack()  # until the next update: a server that returns is sent the file again
 

@@ -258,8 +258,10 @@ class VerifiedEngine:
 
     def _gate(self) -> float:
         """Return the largest difference of a canary's log-prob that is allowed, nats."""
-        gate = self._settings.canary_gate
-        return default_gate(model_dtype(self._lm), self._settings.quantization) if gate is None else gate
+        settings = self._settings
+        if settings.canary_gate is not None:
+            return settings.canary_gate
+        return default_gate(model_dtype(self._lm), settings.quantization, settings.kv_cache)
 
     def _requests(self, prompts: Sequence[Prompt], params_of_prompts: Sequence[SamplingParams]) -> list[Request]:
         """Return a request for each completion of each prompt."""

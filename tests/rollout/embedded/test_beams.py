@@ -12,8 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
-from alignlab.rollout.embedded.beams import BeamParams, Continuation, Finished, continuations, split
+from alignlab.rollout.embedded.beams import (
+    BeamParams,
+    Continuation,
+    Finished,
+    continuations,
+    likeliest_needed,
+    split,
+)
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.embedded.search import Row
 from alignlab.types import Prompt
 from tests.models.attention_kinds import make_model
 from tests.rollout.conftest import SIZES, VOCAB, MakeEngine, full_logprobs, make_prompts
@@ -147,8 +155,15 @@ def test_groups_differ_where_one_group_of_beams_does_not(make_engine: MakeEngine
     assert max(first_tokens()) < 4
 
 
+def rows_of(logprobs: torch.Tensor, count: int) -> list[Row]:
+    """The likeliest tokens of each row [K,V]."""
+    likeliest = logprobs.topk(count)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return [Row(tokens, values) for tokens, values in pairs]
+
+
 def test_a_step_by_hand() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -4.0, -3.0]])
+    logprobs = rows_of(torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -4.0, -3.0]]), 3)
     found = continuations(logprobs, [-1.0, -2.0], [], diversity=0.0, count=3)
     assert [(c.beam, c.token) for c in found] == [(0, 2), (0, 0), (1, 0)]
     assert [c.logprob for c in found] == pytest.approx([-1.5, -2.0, -2.1])
@@ -158,8 +173,22 @@ def test_a_step_by_hand() -> None:
     assert [(c.beam, c.token) for c in found] == [(0, 2), (0, 0), (1, 0)]
     found = continuations(logprobs, [-1.0, -2.0], [2, 2, 2], diversity=0.3, count=2)
     assert [(c.beam, c.token, round(c.logprob, 6)) for c in found] == [(0, 0, -2.0), (1, 0, -2.1)]
-    impossible = torch.tensor([[-torch.inf, 0.0]])
+    impossible = rows_of(torch.tensor([[-torch.inf, 0.0]]), 2)
     assert [c.token for c in continuations(impossible, [0.0], [], diversity=0.0, count=2)] == [1]
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.3, 50.0])
+def test_as_many_of_the_likeliest_tokens_as_are_needed_decide_as_all_do(diversity: float) -> None:
+    """The tokens that were taken are the likeliest ones, so that none fewer would do."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logprobs = torch.randn(3, 40, generator=generator)
+        taken, totals = logprobs[0].topk(5).indices.tolist(), [-0.5, -0.1, -2.0]
+        whole, few = (
+            continuations(rows_of(logprobs, count), totals, taken, diversity=diversity, count=4)
+            for count in (40, likeliest_needed(4, len(taken)))
+        )
+        assert whole == few and len(few) == 4
 
 
 def test_ends_count_among_the_best_alone_by_hand() -> None:

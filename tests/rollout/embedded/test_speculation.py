@@ -57,6 +57,8 @@ class Oracle:
 
     def end(self) -> None: ...
 
+    def rest(self) -> None: ...
+
     def propose(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
         drafts = []
         for sequence in sequences:
@@ -156,6 +158,22 @@ def test_streams_stops_and_grammars_are_those_without_drafts(make_engine: MakeEn
         assert_same(expected, engine.generate(repetitive(2), sampling))
         streamed = "".join(engine.stream(repetitive(2)[0], replace(sampling, n=1)))
         assert streamed == flat(expected)[0].text
+
+
+def test_a_draft_after_which_nothing_may_follow_ends_the_call_only_if_it_is_sampled(make_engine: MakeEngine) -> None:
+    """All tokens but `a` and `b` are banned, and after `a` both of them."""
+    [prompt], engine = make_prompts(6), make_engine(speculation={"type": "ngram", "num_drafts": 4})
+    others = tuple(sorted(set(range(VOCAB)) - {97, 98}))
+    sampling = SamplingParams(seed=1, max_new_tokens=8, banned_token_ids=others, banned_words=("aa", "ab"))
+    elsewhere = replace(sampling, logit_bias=((98, 100.0),))
+    key = engine._sequences([prompt], [elsewhere])[0].key
+    with_drafts(engine, Oracle({key: b"aaaaaaaa"}))
+    expected = make_engine().generate([prompt], elsewhere)
+    assert flat(expected)[0].text == "bbbbbbbb"
+    assert_same(expected, engine.generate([prompt], elsewhere))
+    assert engine._speculation.num_drafted > 0 == engine._speculation.num_accepted
+    with pytest.raises(RolloutError, match=r"after 1 tokens .* leave no token that may follow"):
+        engine.generate([prompt], replace(sampling, logit_bias=((97, 100.0),)))
 
 
 def test_the_distribution_is_the_policys(make_engine: MakeEngine, llama: PreTrainedModel) -> None:
@@ -431,6 +449,44 @@ def test_drafts_that_do_not_pay_stop(make_engine: MakeEngine, monkeypatch: pytes
     share = engine.metrics()["engine/draft_steps_frac"]
     assert 0 < share < 0.1
     assert 0 <= engine.metrics()["engine/draft_acceptance"] < 0.3
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("kind", ["model", "mtp"])
+def test_drafts_of_models_go_on_and_off_by_what_they_gain(
+    kind: str, pays: bool, llama: PreTrainedModel, ahead: PreTrainedModel, make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock: a step of the policy takes 1 s and a little a row; of the drafts 0.01 s, or as much as the policy's.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(speculation, "perf_counter", lambda: clock[0])
+
+    def take_time(runner: Any, seconds: float) -> None:
+        hidden = runner.hidden
+
+        def timed(step: Any, others: Any = ()) -> Any:
+            clock[0] += seconds * (1 + 0.01 * sum(work.count for work in step.work))
+            return hidden(step, others)
+
+        runner.hidden = timed
+
+    policy = llama if kind == "model" else ahead
+    engine = make_engine(policy, speculation={"type": "mtp" if kind == "mtp" else "ngram"})
+    drafter = DraftModel(llama, RolloutSettings(), 2, VOCAB) if kind == "model" else engine._speculation._drafter
+    engine._speculation = Speculation(drafter, always=False)
+    take_time(engine._runner, 1.0)
+    take_time(drafter._runner, 0.01 if pays else 1.0)
+    # The draft model is the policy itself; the layer was never trained, and is right where the policy has no choice.
+    sampling = SamplingParams(max_new_tokens=100, ignore_eos=True, seed=1, temperature=0.5)
+    if kind == "mtp" and pays:
+        sampling = replace(sampling, banned_token_ids=tuple(range(1, VOCAB)))
+    engine.generate(make_prompts(5), sampling)
+    metrics = engine.metrics()
+    if pays:
+        assert metrics["engine/draft_steps_frac"] > 0.7 and metrics["engine/draft_acceptance"] > 0.9
+    else:
+        assert 0 < metrics["engine/draft_steps_frac"] < 0.2
 
 
 def test_what_cannot_be_is_named(

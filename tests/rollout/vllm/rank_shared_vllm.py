@@ -1,4 +1,4 @@
-"""Run by torchrun: two ranks that each have a vLLM, and then share one, are given the same work.
+"""Run by a launcher: two ranks that each have a vLLM, and then share one, are given the same work.
 
 Usage: rank_shared_vllm.py FOLDER MODEL
 """

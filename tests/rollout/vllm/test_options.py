@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.model import LoraSettings
-from alignlab.config.rollout import VLLMServerSettings, VLLMSettings
+from alignlab.config.rollout import ServedCache, VLLMServerSettings, VLLMSettings
 from alignlab.errors import ConfigError
 from alignlab.models.adapters import add_lora
-from alignlab.rollout.verification import FP8_GATE, GATES, default_gate
+from alignlab.rollout.verification import GATES, ROUNDED_GATE, default_gate
+from alignlab.rollout.vllm import options as vllm_options
 from alignlab.rollout.vllm import weight_broadcast
 from alignlab.rollout.vllm.installation import MODEL_RUNNER_VARIABLE
-from alignlab.rollout.vllm.options import check_quantization, engine_options, require_gpus, sync_adapter_only
+from alignlab.rollout.vllm.options import (
+    check_quantization,
+    check_served_cache,
+    engine_options,
+    require_gpus,
+    sync_adapter_only,
+)
 from alignlab.rollout.vllm.servers import ServerBackend
 from tests.models.attention_kinds import LATENT
 from tests.rollout.vllm.conftest import DENSE, QWEN3_MOE, make_model
@@ -49,8 +56,8 @@ def test_heads_that_cannot_be_shared_out_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_types": ["latent_attention", "full_attention"], **LATENT}, "layer_types holds latent_attention, and"),
-        ({"layer_types": ["gated_attention"] * 2}, "layer_types holds gated_attention, and vLLM serves full_attention"),
+        ({"layer_types": ["latent_attention", "full_attention"], **LATENT}, "latent_attention, which vLLM"),
+        ({"layer_types": ["gated_attention"] * 2}, "gated_attention, which vLLM serves in models of a Hub family al"),
         ({"layer_types": ["sliding_gated_attention"] * 2, "sliding_window": 6}, "holds sliding_gated_attention, and"),
     ],
     ids=["latent", "gated", "gated window"],
@@ -124,15 +131,17 @@ def test_auto_broadcasts_between_gpus_of_their_own_and_else_sends_a_file(
     assert weight_broadcast.uses_broadcast(settings, torch.device(device), abouts) == expected
 
 
-def test_fp8_is_an_option_of_vllm_on_a_gpu_that_has_it(gpu: Any) -> None:
+@pytest.mark.parametrize("name", ["fp8", "fp8_per_channel", "fp8_per_block"])
+def test_fp8_is_an_option_of_vllm_on_a_gpu_that_has_it(name: Any, gpu: Any) -> None:
     gpu(8, 9)
     model = make_model(DENSE, dtype=torch.bfloat16)
-    options = engine_options(VLLMSettings(quantization="fp8"), model, adapter_rank=0, on_cpu=False)
-    assert options["quantization"] == "fp8"
-    assert "quantization" not in engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)
+    options = engine_options(VLLMSettings(quantization=name), model, adapter_rank=0, on_cpu=False)
+    assert options["quantization"] == {"fp8": "fp8_per_tensor"}.get(name, name)
+    plain = engine_options(VLLMSettings(), model, adapter_rank=0, on_cpu=False)
+    assert "quantization" not in plain and "kv_cache_dtype" not in plain
 
 
-def test_fp8_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
+def test_quantization_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
     settings = VLLMSettings(quantization="fp8")
     check_quantization(VLLMSettings())
     with pytest.raises(ConfigError, match=r"rollout\.quantization is fp8, and must be null on a CPU"):
@@ -140,10 +149,46 @@ def test_fp8_is_refused_where_vllm_does_not_have_it(gpu: Any) -> None:
     gpu(8, 0)
     with pytest.raises(ConfigError, match=r"on a GPU of compute capability 8\.0, which has no fp8"):
         check_quantization(settings)
+    check_quantization(VLLMSettings(quantization="int8"))
     gpu(9, 0)
     check_quantization(settings)
     with pytest.raises(ConfigError, match="for a model in float32, which vLLM does not quantize"):
         engine_options(settings, make_model(DENSE), adapter_rank=0, on_cpu=False)
+
+
+def test_int8_is_for_experts_which_alone_vllm_rounds(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(9, 0)
+    monkeypatch.setattr(vllm_options, "check_returns_experts", lambda: None)
+    settings = VLLMSettings(quantization="int8")
+    with pytest.raises(ConfigError, match="int8, for which vLLM rounds experts alone, and the model has none; use fp8"):
+        engine_options(settings, make_model(DENSE, dtype=torch.bfloat16), adapter_rank=0, on_cpu=False)
+    sparse = make_model(QWEN3_MOE, dtype=torch.bfloat16)
+    chosen = engine_options(settings, sparse, adapter_rank=0, on_cpu=False)["quantization"]
+    assert chosen == "int8_per_channel_weight_only"
+
+
+def test_a_rounded_cache_is_vllms_option_and_refused_where_its_attention_reads_it_wrongly(gpu: Any) -> None:
+    model = make_model(DENSE)
+    for name in ("fp8", "fp8_e5m2"):
+        chosen = engine_options(VLLMSettings(kv_cache=name), model, adapter_rank=0, on_cpu=True)
+        assert chosen["kv_cache_dtype"] == name
+    settings = VLLMSettings(kv_cache="int8_per_token_head")
+    with pytest.raises(ConfigError, match="kv_cache is int8_per_token_head, and must be fp8 or fp8_e5m2 on a CPU"):
+        check_served_cache(settings)
+    with pytest.raises(ConfigError, match=r"rollout\.kv_cache is fp8_per_token_head"):
+        engine_options(VLLMSettings(kv_cache="fp8_per_token_head"), model, adapter_rank=0, on_cpu=True)
+    gpu(9, 0)
+    chosen = engine_options(settings, model, adapter_rank=0, on_cpu=False)
+    assert chosen["kv_cache_dtype"] == "int8_per_token_head"
+
+
+@pytest.mark.vllm
+def test_vllm_has_what_is_passed_through() -> None:
+    from vllm.config.cache import CacheDType
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    assert set(vllm_options.VLLM_QUANTIZATIONS.values()) <= set(ONLINE_QUANT_SHORTHAND_NAMES)
+    assert set(get_args(ServedCache)) <= set(get_args(CacheDType))
 
 
 def test_a_model_that_servers_cannot_run_is_refused_before_they_are_asked(
@@ -157,7 +202,9 @@ def test_a_model_that_servers_cannot_run_is_refused_before_they_are_asked(
 
 
 def test_the_canarys_gate_is_wider_for_a_quantized_engine() -> None:
-    assert default_gate(torch.bfloat16, None) == GATES[torch.bfloat16] < default_gate(torch.bfloat16, "fp8") == FP8_GATE
+    assert default_gate(torch.bfloat16, None) == GATES[torch.bfloat16] < ROUNDED_GATE
+    assert default_gate(torch.bfloat16, "fp8") == ROUNDED_GATE
+    assert default_gate(torch.float32, None, "fp8") == ROUNDED_GATE
 
 
 def test_more_workers_than_gpus_are_refused() -> None:

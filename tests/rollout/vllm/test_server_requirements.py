@@ -27,6 +27,7 @@ def test_a_server_with_all_properties_is_accepted() -> None:
         ({"lora_rank": 8}, "was started for adapters of rank 8, and must be ready for all weights"),
         ({"digest_algorithm": "crc"}, "digests weights by crc, and must by word-sums-1 or xxh3-128; start it with"),
         ({"quantization": "fp8"}, r"has the quantization fp8, and must have the config's \(None\)"),
+        ({"kv_cache": "fp8"}, r"has the kv_cache fp8, and must have the config's \(None\)"),
         ({"digest_algorithm": None}, "digests weights by None"),
     ],
 )

@@ -16,8 +16,8 @@ from alignlab.rollout.vllm import rank_groups
 from alignlab.rollout.vllm.rank_groups import check_groups, require_own_vllm
 from tests.evaluation import test_evaluation as evaluation
 from tests.evaluation.test_evaluation import ScriptedEngine
-from tests.loop.test_distributed import ROOT, torchrun
-from tests.rollout.vllm.conftest import INSTALLED, SMALL
+from tests.ranks import ROOT, run_ranks, torchrun
+from tests.rollout.vllm.conftest import FORKS, INSTALLED, SMALL
 from tests.trainers.rank_engines import NUM_STEPS
 from tests.trainers.test_rank_engines import gaps_of, run, weights_of_ranks
 
@@ -69,7 +69,7 @@ def test_work_at_each_ranks_own_pace_is_refused_where_ranks_share_a_vllm(ranks: 
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what both ranks wrote."""
     folder = Path(tmp_path_factory.mktemp(request.param))
-    done = torchrun(str(ROOT / "tests/rollout/vllm/rank_shared_vllm.py"), str(folder), request.param)
+    done = run_ranks(str(ROOT / "tests/rollout/vllm/rank_shared_vllm.py"), str(folder), request.param, servers=[FORKS])
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -118,7 +118,7 @@ def test_ranks_that_share_a_vllm_train_as_those_with_their_own(tmp_path: Path) -
     run(tmp_path, *(
         {"name": name, "model": "dense", "strategy": strategy, "rollout": rollout}
         for name, (strategy, rollout) in runs.items()
-    ))  # fmt: skip
+    ), start=torchrun)  # fmt: skip
     expected = weights_of_ranks(tmp_path, "own")
     for name in ("ddp", "fsdp2"):
         for key, weight in weights_of_ranks(tmp_path, name).items():

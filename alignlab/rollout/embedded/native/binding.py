@@ -27,7 +27,13 @@ TILE_ROWS = 12
 class WeightStruct(Held):
     """`Weight` in source/product.h."""
 
-    _fields_: ClassVar = fields("*panels *bias outputs words")
+    _fields_: ClassVar = fields("*panels *bias outputs words format inputs groups *scales *shifts")
+
+
+class RoundedRowsStruct(Held):
+    """`RoundedRows` in source/rounded_rows.h."""
+
+    _fields_: ClassVar = fields("*codes *scales *sums")
 
 
 class FeedForwardStruct(Held):
@@ -70,11 +76,14 @@ class ModelStruct(Held):
 class StepStruct(Held):
     """`Step` in source/model.h."""
 
-    _fields_: ClassVar = fields(
-        "*tokens *positions *works *starts *tables *logit_tokens num_tokens num_works width num_logits num_threads "
-        "num_keys *residual *normed *qkv *queries *attended *activated *outputs *scores *gathered *gates *logits "
-        "*orders *choices num_sparse *hidden"
-    )
+    _fields_: ClassVar = [
+        *fields(
+            "*tokens *positions *works *starts *tables *logit_tokens num_tokens num_works width num_logits num_threads "
+            "num_keys *residual *normed *qkv *queries *attended *activated *outputs *scores *gathered *gates *logits "
+            "*orders *choices num_sparse"
+        ),
+        ("rounded", RoundedRowsStruct), *fields("*hidden"),
+    ]
 
 
 _FUNCTIONS = ("alignlab_sizes", "alignlab_pack", "alignlab_step", "alignlab_product", "alignlab_draw")
@@ -138,8 +147,15 @@ class Kernels:
             raise ValueError(f"rows have {rows.shape[1]} numbers, and the weight reads {weight.words} words")
         source = address(rows, (-1, rows.shape[1]), self.dtype)
         output = torch.empty(len(rows), weight.outputs, dtype=torch.float32)
+        rounded = RoundedRowsStruct()
+        if weight.format:
+            rounded.hold(
+                codes=(torch.empty(len(rows), code_words(rows.shape[1]), dtype=torch.int32), (-1, -1), torch.int32),
+                scales=(torch.empty(len(rows)), (-1,), torch.float32),
+                sums=(torch.empty(len(rows), weight.groups, dtype=torch.int32), (-1, -1), torch.int32),
+            )
         self._library.alignlab_product(
-            ctypes.c_void_p(source), ctypes.c_int64(len(rows)), ctypes.byref(weight),
+            ctypes.c_void_p(source), ctypes.c_int64(len(rows)), ctypes.byref(weight), ctypes.byref(rounded),
             ctypes.c_void_p(output.data_ptr()), ctypes.c_int64(torch.get_num_threads()),
         )
         return output
@@ -170,6 +186,11 @@ class Kernels:
         results = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (tokens, logprobs, raw)]
         self._library.alignlab_draw(*arguments, *results, ctypes.c_int64(torch.get_num_threads()))
         return tokens, logprobs, raw
+
+
+def code_words(size: int) -> int:
+    """Return the words of 32 bits that a rounded row of a size takes at most: two codes of 16 bits in each."""
+    return -(-size // 2)
 
 
 @cache

@@ -7,15 +7,18 @@ from functools import cache
 
 from torch import nn
 
-from alignlab.config.rollout import RolloutSettings, approximate_cache
+from alignlab.config.kv_cache import MmapCache
+from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.decoder import causal_lm
 from alignlab.models.exact_weights import model_dtype
 from alignlab.native.build import BuildError
+from alignlab.rollout.embedded.mapped_file import check_mapped_cache
 from alignlab.rollout.embedded.native.binding import Kernels, kernels_of
-from alignlab.rollout.embedded.native.coverage import why_not_native
+from alignlab.rollout.embedded.native.coverage import why_not_native, why_not_rounded
 from alignlab.rollout.embedded.native.runner import NativeRunner
 from alignlab.rollout.embedded.native.weights import NativeWeights
+from alignlab.rollout.embedded.rounding import Rounding, check_torch_rounds, make_rounding
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.weights import EngineWeights
 from alignlab.rollout.memory import merges_adapters
@@ -31,28 +34,38 @@ def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) ->
         block_size: tokens in a block of the cache.
 
     Raises:
-        ConfigError: the settings require the native step, and it cannot be; or an adapter cannot be merged.
+        ConfigError: the settings require the native step, and it cannot be; an adapter cannot be merged; weights cannot
+            be rounded as the settings ask; or the cache cannot lie in the file that they ask for.
     """
-    kernels = _kernels(model, settings, block_size)
+    if isinstance(settings.kv_cache, MmapCache):
+        check_mapped_cache(settings.kv_cache, causal_lm(model).device)
+    rounding = make_rounding(model, settings, causal_lm(model).device)
+    kernels, reason = _kernels(model, settings, block_size, rounding)
     if kernels is not None:
-        native = NativeWeights(model, kernels, merge=settings.merge_lora)
+        native = NativeWeights(model, kernels, merge=settings.merge_lora, rounding=rounding)
         return native, NativeRunner(model, native, kernels, block_size, max_running=settings.max_running)
-    weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights)
+    if rounding is not None:
+        check_torch_rounds(rounding, reason)
+    weights = EngineWeights(model, merge=settings.merge_lora, pack=settings.pack_weights, rounding=rounding)
     runner = Runner(
         model, weights, block_size, max_running=settings.max_running, replay=settings.cuda_graphs,
-        cache=approximate_cache(settings),
+        cache=settings.kv_cache,
     )
     return weights, runner
 
 
-def _kernels(model: nn.Module, settings: RolloutSettings, block_size: int) -> Kernels | None:
-    """Return the kernels of the native step; None where the Python step computes."""
+def _kernels(
+    model: nn.Module, settings: RolloutSettings, block_size: int, rounding: Rounding | None
+) -> tuple[Kernels | None, str]:
+    """Return the kernels of the native step; None where the Python step computes, and the reason."""
     lm = causal_lm(model)
     merges = merges_adapters(model, settings.merge_lora, lm.device)
     reason = why_not_native(model, settings, lm.device, block_size=block_size, merges=merges)
+    if reason is None and rounding is not None:
+        reason = why_not_rounded(lm, rounding)
     if reason is None:
         try:
-            return kernels_of(model_dtype(lm))
+            return kernels_of(model_dtype(lm)), ""
         except BuildError as error:
             reason = str(error)
     if settings.native == "required":
@@ -62,7 +75,7 @@ def _kernels(model: nn.Module, settings: RolloutSettings, block_size: int) -> Ke
         )
     if settings.native == "auto" and lm.device.type == "cpu":  # on a GPU nobody expects it
         _log_once(reason)
-    return None
+    return None, reason
 
 
 @cache

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from alignlab.config.rollout import MtpSettings, RolloutSettings, approximate_cache
+from alignlab.config.kv_cache import MmapCache
+from alignlab.config.rollout import RolloutSettings, approximate_cache
 from alignlab.models.attention import Attention, SlidingAttention
 from alignlab.models.attention_kinds import ATTENTION_KINDS
 from alignlab.models.config import PolicyConfig
@@ -18,8 +20,9 @@ from alignlab.models.merging import wrappers
 from alignlab.models.moe import Experts
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.native.processor import NEEDED, missing_flags
+from alignlab.native.processor import INTEGER_PRODUCTS, NEEDED, missing_flags, processor_flags
 from alignlab.rollout.embedded.native.packing import ACTIVATIONS, SCORINGS
+from alignlab.rollout.embedded.rounding import Rounding, weights_of
 
 _KINDS = (Attention, SlidingAttention)
 _NORMS = ("rmsnorm", "zero_centered_rmsnorm")
@@ -70,8 +73,8 @@ def why_not_native(
         return f"the processor has no {', '.join(missing)}"
     if (cache := approximate_cache(settings)) is not None:
         return f"the cache approximates keys and values (kv_cache: {cache.type})"
-    if isinstance(settings.speculation, MtpSettings):
-        return "drafts are made by the model's own layer for multi-token prediction"
+    if isinstance(settings.kv_cache, MmapCache):
+        return "the cache lies in a file (kv_cache: mmap), which the kernels would read whole"
     if wrappers(model) and not merges:
         return "the adapter is applied as it is (merge_lora: false)"
     others = sorted({str(dtype_of(weight)) for weight in _weights(lm)} - {str(dtype)})
@@ -105,12 +108,30 @@ def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
     return next((reason for reason, holds in problems.items() if holds), None)
 
 
-def packed_bytes(model: nn.Module) -> int:
+def why_not_rounded(lm: PreTrainedModel, rounding: Rounding) -> str | None:
+    """Return why the kernels cannot have weights rounded as they are; None if they can."""
+    if INTEGER_PRODUCTS not in processor_flags():
+        return f"the processor has no {INTEGER_PRODUCTS}"
+    decoder: Any = lm.get_decoder()
+    together = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    for module in decoder.modules():
+        for names in together:
+            layers = [getattr(module, name, None) for name in names]
+            if None not in layers and 0 < len(rounding.layers.intersection(layers)) < len(layers):
+                return f"of {', '.join(names)}, which it computes together, rollout.quantization.exact has some alone"
+    return None
+
+
+def packed_bytes(model: nn.Module, rounding: Rounding | None = None) -> int:
     """Return the bytes of the packed weights of a model: those of its layers and of the head, adapters merged in."""
     lm = causal_lm(model)
     head: Any = lm.get_output_embeddings()
+    rounded = {id(weight) for layer in (rounding.layers if rounding else ()) for weight in weights_of(layer)}
     weights = [*_weights(lm.get_decoder().get_submodule("layers")), head.weight]
-    return sum(weight.numel() * dtype_of(weight).itemsize for weight in weights)
+    return sum(
+        rounding.num_bytes(weight) if rounding and id(weight) in rounded else weight.numel() * dtype_of(weight).itemsize
+        for weight in weights
+    )
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:

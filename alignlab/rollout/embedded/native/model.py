@@ -18,6 +18,7 @@ from alignlab.models.transformer import PolicyForCausalLM, rounded_multiplier
 from alignlab.rollout.embedded.native.binding import Kernels, LayerStruct, ModelStruct, WeightStruct, address
 from alignlab.rollout.embedded.native.packing import ACTIVATIONS, Packer, floats, norm_scale
 from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.rounding import Rounding
 
 _LEAST_POSITIONS = 256
 
@@ -28,31 +29,34 @@ class NativeModel:
     Args:
         model: the policy, which `coverage` has checked.
         kernels: for the dtype of its weights.
+        rounding: of the weights; None packs them as they are.
 
     Attributes:
         struct: what the kernels are given.
         head: packed weight of the logits.
         num_embeddings: rows of the embedding table.
         num_bytes: of packed weights.
+        rounding_s: seconds that rounding took.
     """
 
-    def __init__(self, model: nn.Module, kernels: Kernels) -> None:
+    def __init__(self, model: nn.Module, kernels: Kernels, rounding: Rounding | None = None) -> None:
         lm = causal_lm(model)
         assert isinstance(lm, PolicyForCausalLM)
         self.kernels = kernels
         self.config: PolicyConfig = lm.config
         adapted = set(wrappers(model).values())
-        packer = Packer(kernels, lambda module: merged_module(module) if module in adapted else module)
+        packer = Packer(kernels, lambda module: merged_module(module) if module in adapted else module, rounding)
         self._decoder: Any = lm.get_decoder()
         self._rotation_keys: list[str | None] = [layer.self_attn.rotation_key for layer in self._decoder.layers]
         layers = [self._layer(packer, layer, index) for index, layer in enumerate(self._decoder.layers)]
         self._layers = layers  # they hold what the copies in the array point to
         self._array = (LayerStruct * len(layers))(*layers)
-        head = packer.plain(lm.get_output_embeddings())
-        self.head: WeightStruct = packer.stacked([head.weight], [head.bias])
+        own_head = lm.get_output_embeddings()
+        head = packer.plain(own_head)
+        self.head: WeightStruct = packer.stacked([head.weight], [head.bias], rounded=packer.rounds(own_head))
         embeddings = packer.plain(lm.get_input_embeddings()).weight.detach()
         self.struct = self._model(embeddings, packer.plain(self._decoder.norm))
-        self.num_embeddings, self.num_bytes = len(embeddings), packer.num_bytes
+        self.num_embeddings, self.num_bytes, self.rounding_s = len(embeddings), packer.num_bytes, packer.rounding_s
         self._num_positions = 0
         self._rotations: dict[str, tuple[Tensor, Tensor]] = {}
         self._cached: dict[int, dict[str, Tensor]] | None = None
@@ -61,13 +65,16 @@ class NativeModel:
         """Return a layer without its rotation and its cache."""
         attention: Any = packer.plain(layer.self_attn)  # type: ignore[arg-type]
         names = ["qkv_proj"] if attention.fused else ["q_proj", "k_proj", "v_proj"]
-        projections = [packer.plain(getattr(attention, name)) for name in names]
+        own = [getattr(attention, name) for name in names]
+        projections = [packer.plain(projection) for projection in own]
         out = packer.plain(attention.o_proj)
         packed = LayerStruct()
         packed.hold(
-            qkv=packer.stacked([p.weight for p in projections], [p.bias for p in projections]),
-            out=packer.stacked([out.weight], [out.bias]), sinks=floats(attention.sinks),
-            norms_all_heads=int(attention.norms_all_heads), scaling=attention.scaling,
+            qkv=packer.stacked(
+                [p.weight for p in projections], [p.bias for p in projections], rounded=packer.rounds(*own)
+            ),
+            out=packer.stacked([out.weight], [out.bias], rounded=packer.rounds(attention.o_proj)),
+            sinks=floats(attention.sinks), norms_all_heads=int(attention.norms_all_heads), scaling=attention.scaling,
             softcap=float(attention.softcap or 0), window=attention.sliding_window or 0,
             rotary=attention.rotary_size or 0,
         )  # fmt: skip

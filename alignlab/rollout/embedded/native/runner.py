@@ -46,7 +46,9 @@ class NativeRunner(Runner):
         for window, pairs in step.copies.items():
             self.cache.copy(window, torch.tensor(pairs, dtype=torch.int64))
         packed = self._native_weights.packed
-        memory = self._memory = self._memory or StepMemory(packed.config, self._kernels)
+        memory = self._memory = self._memory or StepMemory(
+            packed.config, self._kernels, self._native_weights.rounding
+        )
         places = places_of(step.work, self.cache)
         check_places(places, self.cache, packed.num_embeddings)
         packed.use_cache(self.cache)

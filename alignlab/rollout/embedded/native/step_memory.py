@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from alignlab.models.config import PolicyConfig
-from alignlab.rollout.embedded.native.binding import LANES, TILE_ROWS, Kernels, StepStruct, address
+from alignlab.rollout.embedded.native.binding import (
+    LANES,
+    TILE_ROWS,
+    Kernels,
+    RoundedRowsStruct,
+    StepStruct,
+    address,
+    code_words,
+)
 from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.rounding import Rounding
 from alignlab.rollout.embedded.scheduler import Work
 from alignlab.rollout.embedded.step_plan import block_table, logit_tokens
 
@@ -85,9 +94,11 @@ class StepMemory:
     Args:
         config: of the model.
         kernels: for its dtype.
+        rounding: of its weights.
     """
 
-    def __init__(self, config: PolicyConfig, kernels: Kernels) -> None:
+    def __init__(self, config: PolicyConfig, kernels: Kernels, rounding: Rounding | None = None) -> None:
+        self._rounding = rounding
         self._config = config
         self._kernels = kernels
         self._tensors: dict[str, Tensor] = {}
@@ -114,6 +125,8 @@ class StepMemory:
         )
         for name, shape in self._shapes(num_tokens, num_keys, struct.num_threads).items():
             setattr(struct, name, self._place(name, shape))
+        if self._rounding is not None:
+            self._hold_rounded(struct.rounded, num_tokens, self._rounding.group)
         choices = None
         if config.sparse_layers:
             choices = self._hold_mixture(struct, num_tokens)
@@ -126,8 +139,7 @@ class StepMemory:
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         )
         assert kv_heads is not None and size is not None
-        rows = num_tokens * max(1, config.num_experts_per_tok if config.sparse_layers else 1)
-        inner = max(config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
+        rows, inner = self._most_rows(num_tokens), self._inner
         return {
             "residual": (num_tokens, width), "normed": (num_tokens, words(width)),
             "qkv": (num_tokens, max((heads + 2 * kv_heads) * size, width)),
@@ -135,6 +147,24 @@ class StepMemory:
             "activated": (rows, words(inner)), "outputs": (rows, width),
             "scores": (num_threads, TILE_ROWS, num_keys),
         }
+
+    def _most_rows(self, num_tokens: int) -> int:
+        """Return the rows of the feed-forwards' products: tokens, or the choices of a mixture."""
+        return num_tokens * max(1, self._config.num_experts_per_tok if self._config.sparse_layers else 1)
+
+    @property
+    def _inner(self) -> int:
+        config = self._config
+        return max(config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
+
+    def _hold_rounded(self, struct: RoundedRowsStruct, num_tokens: int, group: int | None) -> None:
+        """Add the memory of rounded rows, which each product with rounded weights writes anew."""
+        config, rows = self._config, self._most_rows(num_tokens)
+        assert config.head_dim is not None
+        size = max(config.hidden_size, config.num_attention_heads * config.head_dim, self._inner)
+        struct.codes = self._place("codes", (rows, code_words(size)))
+        struct.scales = self._place("code_scales", (rows,))
+        struct.sums = self._place("code_sums", (rows, size // group if group else 0))
 
     def _hold_mixture(self, struct: StepStruct, num_tokens: int) -> Tensor:
         """Add the memory of a mixture to a step, and return the choices that it will write."""

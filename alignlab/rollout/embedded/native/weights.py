@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from alignlab.models.decoder import output_head
 from alignlab.rollout.embedded.native.binding import Kernels
 from alignlab.rollout.embedded.native.model import NativeModel
+from alignlab.rollout.embedded.rounding import Rounding
 from alignlab.rollout.embedded.weights import EngineWeights
 
 
@@ -19,19 +20,22 @@ class NativeWeights(EngineWeights):
     Args:
         model: the policy, which `coverage` has checked.
         kernels: for the dtype of its weights.
-        merge: as in `EngineWeights`.
+        merge, rounding: as in `EngineWeights`.
     """
 
-    def __init__(self, model: nn.Module, kernels: Kernels, *, merge: bool | None) -> None:
+    def __init__(
+        self, model: nn.Module, kernels: Kernels, *, merge: bool | None, rounding: Rounding | None = None
+    ) -> None:
         self._kernels = kernels
         self._packed: NativeModel | None = None
-        super().__init__(model, merge=merge, pack=False)
+        super().__init__(model, merge=merge, pack=False, rounding=rounding)
 
     @property
     def packed(self) -> NativeModel:
         """The present weights as the kernels read them."""
         if self._packed is None:
-            self._packed = NativeModel(self._model, self._kernels)
+            self._packed = NativeModel(self._model, self._kernels, self.rounding)
+            self.rounding_s = self._packed.rounding_s
         return self._packed
 
     def refresh(self) -> None:

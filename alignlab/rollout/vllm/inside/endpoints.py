@@ -78,6 +78,7 @@ class ServedWeights:
         self.is_released = True
         self._engine, self._models = engine, state.openai_serving_models
         self._config: Any = engine.model_config
+        self._kv_cache: str = state.vllm_config.cache_config.cache_dtype
         self._lora: Any = state.vllm_config.lora_config
         self._uses_v2_model_runner = bool(state.vllm_config.use_v2_model_runner)
         self._adapters: dict[str, PrivateFolder] = {}
@@ -120,6 +121,7 @@ class ServedWeights:
             "identity": self._identity,
             "context_tokens": self._config.max_model_len,
             "quantization": self._config.quantization,
+            "kv_cache": None if self._kv_cache == "auto" else self._kv_cache,
             "lora_rank": self._lora.max_lora_rank if self._lora else 0,
             "records_routing": self.records_routing,
         }

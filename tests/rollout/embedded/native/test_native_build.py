@@ -189,7 +189,6 @@ UNCOVERED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "blocks of 5 tokens are odd": (lambda: _own().bfloat16(), {"block_size": 5}),
     "a size of the model, 51, is odd": (lambda: _own(intermediate_size=51).bfloat16(), {}),
     r"the cache approximates keys and values \(kv_cache: int8\)": (lambda: _own(), {"kv_cache": {"type": "int8"}}),
-    "own layer for multi-token prediction": (lambda: _own(num_mtp_layers=1), {"speculation": {"type": "mtp"}}),
     "the adapter is applied as it is": (lambda: adapted(_own()), {"merge_lora": False}),
 }
 

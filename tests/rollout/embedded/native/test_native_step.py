@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
+from alignlab.models.hub.checkpoints import new_model, save_model
 from alignlab.rollout.embedded.beams import BeamParams
+from alignlab.rollout.embedded.draft_model import DraftModel
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.native.model import NativeModel
 from alignlab.rollout.embedded.native.runner import NativeRunner
 from alignlab.rollout.embedded.native.weights import NativeWeights
 from alignlab.rollout.memory import engine_bytes
 from alignlab.types import Completion, Prompt, Rollout, SamplingParams
-from tests.rollout.conftest import flat, full_logprobs, make_prompts
+from tests.rollout.conftest import SIZES, VOCAB, flat, full_logprobs, make_prompts
 from tests.rollout.embedded.native.conftest import SHAPES, MakeBoth, model_of, needs_bfloat16, needs_kernels
 from tests.rollout.embedded.test_weights import adapted
 
@@ -68,6 +72,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "prefill by 3": {"prefill_tokens": 3},
     "one at a time": {"max_running": 1},
     "pre-empted": {"cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6},
+    "swapped": {
+        "cache_tokens": 60, "block_size": 2, "prefill_tokens": 5, "max_running": 6, "preemption": "swap",
+    },
     "large blocks": {"block_size": 48},
     "drafts": {"speculation": {"type": "ngram", "min_match": 1, "num_drafts": 3, "always": True}},
 }
@@ -85,7 +92,8 @@ def test_results_do_not_depend_on_other_rows_chunks_blocks_or_preemption(
         EmbeddedEngine(model, tokenizer, RolloutSettings.model_validate(s)) for s in ({"native": "required"}, settings)
     )
     assert as_sampled(other.generate(PROMPTS, SAMPLING)) == as_sampled(plain.generate(PROMPTS, SAMPLING))
-    assert (other.num_preempted > 0) == (schedule == "pre-empted")
+    assert (other.num_preempted > 0) == (schedule in ("pre-empted", "swapped"))
+    assert other.metrics().get("engine/swapped_in", 0) == (other.num_preempted if schedule == "swapped" else 0)
 
 
 @pytest.mark.parametrize("shape", ["windows-caps", "sigmoid-shared"])
@@ -142,6 +150,57 @@ def test_drafts_that_are_checked_together_change_nothing(
     results = [as_sampled(engine.generate(repeating, sampling)) for engine in (plain, drafting)]
     assert results[0] == results[1]
     assert drafting.metrics()["engine/draft_acceptance"] > 0
+
+
+@DTYPES
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_drafts_of_the_layer_for_multi_token_prediction_change_nothing(
+    num_drafts: int, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    torch.manual_seed(3)
+    model = new_model({**SIZES, "num_mtp_layers": 1}, vocab_size=VOCAB).to(dtype).train()
+    speculation = {"type": "mtp", "num_drafts": num_drafts, "always": True}
+    plain, drafting = (
+        EmbeddedEngine(model, tokenizer, RolloutSettings.model_validate({"native": "required", **settings}))
+        for settings in ({}, {"speculation": speculation})
+    )
+    assert isinstance(drafting._runner, NativeRunner)
+    results = [as_sampled(engine.generate(PROMPTS, SAMPLING)) for engine in (plain, drafting, drafting)]
+    assert results[0] == results[1] == results[2]
+    assert drafting._speculation.num_drafted > 0 and all(module.training for module in model.modules())
+
+
+def test_the_layer_s_drafts_are_those_beside_the_python_step(both: MakeBoth) -> None:
+    torch.manual_seed(3)
+    model = new_model({**SIZES, "num_mtp_layers": 1}, vocab_size=VOCAB)
+    counts = []
+    for engine in both(model, speculation={"type": "mtp", "num_drafts": 3, "always": True}):
+        engine.generate(PROMPTS, replace(SAMPLING, temperature=0.2))
+        counts.append((engine._speculation.num_drafted, engine._speculation.num_accepted))
+    assert counts[0] == counts[1]
+
+
+@DTYPES
+def test_a_draft_model_computes_by_the_native_step_where_the_policy_does(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = model_of("llama", dtype=dtype)
+    save_model(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    speculation = {"type": "model", "model": str(tmp_path), "num_drafts": 3, "always": True}
+    plain, drafting = (
+        EmbeddedEngine(model, tokenizer, RolloutSettings.model_validate({"native": "required", **settings}))
+        for settings in ({}, {"speculation": speculation})
+    )
+    drafter = drafting._speculation._drafter
+    assert isinstance(drafter, DraftModel) and isinstance(drafter._runner, NativeRunner)
+    results = [as_sampled(engine.generate(PROMPTS, SAMPLING)) for engine in (plain, drafting)]
+    assert results[0] == results[1]
+    assert drafting.metrics()["engine/draft_acceptance"] > 0.9, "it drafts for itself"
+    assert drafter._weights._packed is not None and drafter._runner.cache.num_blocks[None] > 0
+    drafting.rest()
+    assert drafter._weights._packed is None and drafter._runner.cache.num_blocks[None] == 0
+    assert as_sampled(drafting.generate(PROMPTS, SAMPLING)) == results[0]
 
 
 @needs_bfloat16

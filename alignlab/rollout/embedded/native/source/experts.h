@@ -8,12 +8,13 @@ namespace alignlab {
 // down(activation(gate(x)) * up(x)) of rows of words, stored into y or added to it. Ends with a barrier.
 template <class S>
 inline void feed_forward(
-    const Model& model, const FeedForward& mlp, const Word* x, int64_t rows, Word* activated, float* y, Output kind) {
+    const Model& model, const FeedForward& mlp, const Word* x, int64_t rows, const RoundedRows& rounded, Word* activated,
+    float* y, Output kind) {
   const int64_t inner = mlp.down.words;
-  product<S>(x, mlp.gate_up.words, rows, mlp.gate_up, [&](int64_t row, int64_t panel, __m512 gate, __m512 up) {
+  product<S>(x, mlp.gate_up.words, rows, mlp.gate_up, rounded, [&](int64_t row, int64_t panel, __m512 gate, __m512 up) {
     store_activated<S>(mlp.gate_up, activated + row * inner, panel, gate, up, model.activation);
   });
-  product_to<S>(activated, inner, rows, mlp.down, y, kind);
+  product_to<S>(activated, inner, rows, mlp.down, rounded, y, kind);
 }
 
 inline float score_of(float logit, int64_t scoring) {
@@ -67,8 +68,8 @@ inline void expert_products(const Model& model, const Experts& experts, const St
     if (rows == 0) continue;  // on all threads alike
     const FeedForward& mlp = experts.experts[e];
     feed_forward<S>(
-        model, mlp, step.gathered + first * mlp.gate_up.words, rows, step.activated + first * mlp.down.words,
-        step.outputs + first * model.hidden, Output::kRounded);
+        model, mlp, step.gathered + first * mlp.gate_up.words, rows, step.rounded,
+        step.activated + first * mlp.down.words, step.outputs + first * model.hidden, Output::kRounded);
   }
 }
 
@@ -95,11 +96,12 @@ template <class S>
 inline void add_shared(const Model& model, const Experts& experts, const Step& step, float* y) {
   const int64_t rows = step.num_tokens;
   if (!experts.shared_gate.panels) {
-    feed_forward<S>(model, experts.shared, step.normed, rows, step.activated, y, Output::kAdded);
+    feed_forward<S>(model, experts.shared, step.normed, rows, step.rounded, step.activated, y, Output::kAdded);
     return;
   }
-  product_to<S>(step.normed, experts.shared_gate.words, rows, experts.shared_gate, step.logits, Output::kRounded);
-  feed_forward<S>(model, experts.shared, step.normed, rows, step.activated, step.outputs, Output::kRounded);
+  product_to<S>(step.normed, experts.shared_gate.words, rows, experts.shared_gate, step.rounded, step.logits,
+                Output::kRounded);
+  feed_forward<S>(model, experts.shared, step.normed, rows, step.rounded, step.activated, step.outputs, Output::kRounded);
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < rows; token++) {
     const float gate = 1.f / (1.f + std::exp(-step.logits[token]));
@@ -112,7 +114,7 @@ template <class S>
 inline void mixture(const Model& model, const Experts& experts, const Step& step, int64_t sparse, float* y, Output kind) {
   const int64_t rows = step.num_tokens, chosen = experts.num_chosen, words = words_of<S>(model.hidden);
   int64_t *ids = step.orders, *places = ids + rows * chosen, *starts = places + rows * chosen;
-  product_to<S>(step.normed, words, rows, experts.router, step.logits,
+  product_to<S>(step.normed, words, rows, experts.router, step.rounded, step.logits,
                 experts.exact_logits ? Output::kExact : Output::kRounded);
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < rows; token++) {

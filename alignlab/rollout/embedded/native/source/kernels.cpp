@@ -31,11 +31,11 @@ void run_layer(
     const Model& model, const Layer& layer, const Step& step, const std::vector<QueryTile>& tiles, int64_t sparse) {
   const int64_t rows = step.num_tokens, hidden = model.hidden;
   norm_rows<Storage>(step.residual, layer.before_attention, rows, hidden, model.eps, step.normed);
-  product_to<Storage>(step.normed, layer.qkv.words, rows, layer.qkv, step.qkv, Output::kRounded);
+  product_to<Storage>(step.normed, layer.qkv.words, rows, layer.qkv, step.rounded, step.qkv, Output::kRounded);
   place<Storage>(model, layer, step);
   attend<Storage>(model, layer, step, tiles);
   float* to = layer.after_attention ? step.outputs : step.residual;
-  product_to<Storage>(step.attended, layer.out.words, rows, layer.out, to, output_to(step, to));
+  product_to<Storage>(step.attended, layer.out.words, rows, layer.out, step.rounded, to, output_to(step, to));
   if (layer.after_attention) add_normed(step.residual, to, layer.after_attention, rows, hidden, model.eps);
 
   norm_rows<Storage>(step.residual, layer.before_mlp, rows, hidden, model.eps, step.normed);
@@ -43,7 +43,7 @@ void run_layer(
   if (layer.sparse.num_experts)
     mixture<Storage>(model, layer.sparse, step, sparse, to, output_to(step, to));
   else
-    feed_forward<Storage>(model, layer.mlp, step.normed, rows, step.activated, to, output_to(step, to));
+    feed_forward<Storage>(model, layer.mlp, step.normed, rows, step.rounded, step.activated, to, output_to(step, to));
   if (layer.after_mlp) add_normed(step.residual, to, layer.after_mlp, rows, hidden, model.eps);
 }
 
@@ -91,9 +91,10 @@ void alignlab_pack(
 void alignlab_step(const Model* model, const Step* step) { run(*model, *step); }
 
 // y [rows, outputs] float32 = a [rows, words] W^T + bias
-void alignlab_product(const void* a, int64_t rows, const Weight* weight, float* y, int64_t threads) {
+void alignlab_product(
+    const void* a, int64_t rows, const Weight* weight, const RoundedRows* rounded, float* y, int64_t threads) {
 #pragma omp parallel num_threads((int)threads)
-  product_to<Storage>(static_cast<const Word*>(a), weight->words, rows, *weight, y, Output::kExact);
+  product_to<Storage>(static_cast<const Word*>(a), weight->words, rows, *weight, *rounded, y, Output::kExact);
 }
 
 void alignlab_draw(

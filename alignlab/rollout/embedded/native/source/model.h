@@ -73,6 +73,7 @@ struct Step {
   int64_t* orders;     // [2 choices + experts + 1]
   int16_t* choices;    // [tokens, sparse layers, chosen]
   int64_t num_sparse;
+  RoundedRows rounded;  // of a product with rounded weights: [tokens or choices] rows of the most words and groups
   void* hidden;        // [num_logits, hidden], the final hidden states, in the type of storage
 };
 

@@ -9,24 +9,12 @@
 
 #include <algorithm>
 
-#include "vectors.h"
+#include "rounded_rows.h"
 
 namespace alignlab {
 
-constexpr int64_t kPanel = 32;
 constexpr int64_t kTileRows = 12;    // 12 rows x 2 vectors of sums, 2 of weights and 1 of the row fill 27 of 32 registers
-constexpr int64_t kFewRows = 3;      // so few rows take two panels at once, to have enough sums in flight
 constexpr int64_t kBlockRows = 96;  // rows that pass over all panels together, and stay in the processor's cache
-
-struct Weight {  // the layout is `binding.WeightStruct`'s
-  const Word* panels;
-  const float* bias;  // [n] or null
-  int64_t outputs;
-  int64_t words;  // of an input row
-
-  int64_t num_panels() const { return (outputs + kPanel - 1) / kPanel; }
-  const Word* panel(int64_t index) const { return panels + index * words * kPanel; }
-};
 
 // Add to sum[m][p] the products of row m of `a` with the 16 columns of vector p of `b`, over `words` words.
 // Vector p of word i is at columns[p] + i * ldb; lanes outside `lanes` are not read, and are 0.
@@ -48,28 +36,35 @@ inline void multiply(
   }
 }
 
-// Multiply M rows with one panel, or with two neighbouring ones, and hand each row's 32 results to `finish`.
-template <class S, int M, int kPanels, class Finish>
-inline void tile(const Word* a, int64_t lda, const Weight& weight, int64_t panel, int64_t row, const Finish& finish) {
-  constexpr int P = 2 * kPanels;
-  const Word* columns[P];
-  for (int p = 0; p < P; p++) columns[p] = weight.panel(panel + p / 2) + p % 2 * kLanes;
-  const __mmask16 unused[P] = {};
-  __m512 sum[M][P];
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) sum[m][p] = _mm512_setzero_ps();
-  multiply<S, M, P, false>(a, lda, columns, kPanel, weight.words, unused, sum);
-  for (int m = 0; m < M; m++)
-    for (int q = 0; q < kPanels; q++) finish(row + m, panel + q, sum[m][2 * q], sum[m][2 * q + 1]);
-}
+// M rows of words times one panel of a weight in the type of storage, or two neighbouring ones: `finish` gets each row's
+// 32 results.
+template <class S>
+struct StoredTile {
+  const Word* a;
+  int64_t lda;
+  const Weight& weight;
 
-template <class S, int kPanels, class Finish>
-inline void tile_of(
-    int64_t rows, const Word* a, int64_t lda, const Weight& weight, int64_t panel, int64_t row, const Finish& finish) {
+  template <int M, int kPanels, class Finish>
+  void run(int64_t panel, int64_t row, const Finish& finish) const {
+    constexpr int P = 2 * kPanels;
+    const Word* columns[P];
+    for (int p = 0; p < P; p++) columns[p] = weight.panel(panel + p / 2) + p % 2 * kLanes;
+    const __mmask16 unused[P] = {};
+    __m512 sum[M][P];
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++) sum[m][p] = _mm512_setzero_ps();
+    multiply<S, M, P, false>(a + row * lda, lda, columns, kPanel, weight.words, unused, sum);
+    for (int m = 0; m < M; m++)
+      for (int q = 0; q < kPanels; q++) finish(row + m, panel + q, sum[m][2 * q], sum[m][2 * q + 1]);
+  }
+};
+
+template <int kPanels, class Tile, class Finish>
+inline void tile_of(const Tile& tile, int64_t rows, int64_t panel, int64_t row, const Finish& finish) {
   switch (rows) {
 #define ALIGNLAB_CASE(M) \
   case M:                \
-    return tile<S, M, kPanels>(a, lda, weight, panel, row, finish);
+    return tile.template run<M, kPanels>(panel, row, finish);
     ALIGNLAB_CASE(1) ALIGNLAB_CASE(2) ALIGNLAB_CASE(3)
   }
   if constexpr (kPanels == 1) {
@@ -82,30 +77,50 @@ inline void tile_of(
 }
 
 // Multiply rows with the panels from `first` to `last`; rows are cut into tiles of equal height, to within one.
-template <class S, class Finish>
+template <class Tile, class Finish>
 inline void panels_of(
-    const Word* a, int64_t lda, int64_t row, int64_t rows, const Weight& weight, int64_t first, int64_t last,
-    const Finish& finish) {
+    const Tile& tile, int64_t row, int64_t rows, int64_t first, int64_t last, const Finish& finish) {
   int64_t panel = first;
   if (rows <= kFewRows)
-    for (; panel + 1 < last; panel += 2) tile_of<S, 2>(rows, a + row * lda, lda, weight, panel, row, finish);
+    for (; panel + 1 < last; panel += 2) tile_of<2>(tile, rows, panel, row, finish);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (; panel < last; panel++)
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t start = row + rows * t / tiles, end = row + rows * (t + 1) / tiles;
-      tile_of<S, 1>(end - start, a + start * lda, lda, weight, panel, start, finish);
+      tile_of<1>(tile, end - start, panel, start, finish);
     }
+}
+
+// Multiply all rows, shared out among the threads of the parallel region. Ends with a barrier.
+template <class Tile, class Finish>
+inline void all_panels(const Tile& tile, int64_t rows, const Weight& weight, const Finish& finish) {
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), panels = weight.num_panels();
+  const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+  for (int64_t row = 0; row < rows; row += kBlockRows)
+    panels_of(tile, row, std::min(kBlockRows, rows - row), first, last, finish);
+#pragma omp barrier
 }
 
 // Multiply rows [rows, words] (a word stride of lda) with a weight, shared out among the threads of the parallel region.
 // `finish(row, panel, low, high)` gets the first and the last 16 of 32 outputs. Ends with a barrier.
 template <class S, class Finish>
-inline void product(const Word* a, int64_t lda, int64_t rows, const Weight& weight, const Finish& finish) {
-  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), panels = weight.num_panels();
-  const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
-  for (int64_t row = 0; row < rows; row += kBlockRows)
-    panels_of<S>(a, lda, row, std::min(kBlockRows, rows - row), weight, first, last, finish);
-#pragma omp barrier
+inline void product(
+    const Word* a, int64_t lda, int64_t rows, const Weight& weight, const RoundedRows& rounded, const Finish& finish) {
+  switch (weight.format) {
+    case kStored:
+      return all_panels(StoredTile<S>{a, lda, weight}, rows, weight, finish);
+#ifdef __AVX512VNNI__
+    case kInt8:
+      round_rows<S, Int8>(a, lda, rows, weight, rounded);
+      return all_panels(RoundedTile<S, Int8>{weight, rounded}, rows, weight, finish);
+    case kInt4:
+      round_rows<S, Int4>(a, lda, rows, weight, rounded);
+      return all_panels(RoundedTile<S, Int4>{weight, rounded}, rows, weight, finish);
+    case kInt8Dynamic:
+      round_rows<S, Int8Dynamic>(a, lda, rows, weight, rounded);
+      return all_panels(RoundedTile<S, Int8Dynamic>{weight, rounded}, rows, weight, finish);
+#endif
+  }
 }
 
 // How the outputs of a product are stored, as float32.
@@ -131,8 +146,9 @@ inline void store_outputs(const Weight& weight, float* row, int64_t panel, __m51
 
 // y [rows, outputs] from a W^T + bias. Ends with a barrier.
 template <class S>
-inline void product_to(const Word* a, int64_t lda, int64_t rows, const Weight& weight, float* y, Output kind) {
-  product<S>(a, lda, rows, weight, [&](int64_t row, int64_t panel, __m512 low, __m512 high) {
+inline void product_to(
+    const Word* a, int64_t lda, int64_t rows, const Weight& weight, const RoundedRows& rounded, float* y, Output kind) {
+  product<S>(a, lda, rows, weight, rounded, [&](int64_t row, int64_t panel, __m512 low, __m512 high) {
     store_outputs<S>(weight, y + row * weight.outputs, panel, low, high, kind);
   });
 }
