@@ -51,6 +51,7 @@ class CacheSpace:
         return Scheduler(
             self.blocks, root=root, max_running=self._settings.max_running,
             prefill_tokens=self._settings.prefill_tokens, states=self.states, swap=self.swap,
+            evict=self._runner.evict,
         )
 
     def reserve(self, sequences: Sequence[TokenSequence]) -> None:

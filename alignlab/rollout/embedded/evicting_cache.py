@@ -17,7 +17,7 @@ from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.eviction_record import Evictions, record_of_evictions
 from alignlab.models.kv_approximation.heavy_hitters import ScoreOptions
 from alignlab.rollout.embedded.block_pools import Window
-from alignlab.rollout.embedded.evictions import Eviction
+from alignlab.rollout.embedded.evictions import Eviction, Stayed
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
 from alignlab.transfer import to_device
@@ -68,9 +68,9 @@ class EvictingCache(PagedCache):
         self.options[layer_idx] = options
         self._store(layer_idx, _QUERY, slots, query)
 
-    def evict(self, eviction: Eviction) -> None:
-        """Keep the tokens that stay of sequences with the same blocks, and move them into their new blocks."""
-        first, boundary = eviction.sequences[0], eviction.boundary
+    def evict(self, eviction: Eviction) -> Stayed:
+        """Move the tokens of a sequence that stay into their new blocks, and return which they are."""
+        first, boundary = eviction.sequence, eviction.boundary
         chosen = first.evictions.get(boundary)
         if chosen is None and boundary == first.num_prompt:
             chosen = first.request.kept_of_prompt
@@ -84,10 +84,7 @@ class EvictingCache(PagedCache):
             self._move(slots, layer_idx, places[layer_idx])
         if boundary == first.num_prompt:
             first.request.kept_of_prompt = places
-        for sequence in eviction.sequences:
-            sequence.evictions[boundary] = places
-            if sequence.num_dropped:  # it was not pre-empted meanwhile
-                sequence.stayed, sequence.received = stayed, received
+        return Stayed(places, stayed, received)
 
     def record(
         self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions
@@ -103,12 +100,12 @@ class EvictingCache(PagedCache):
         query = self.layers[layer_idx][_QUERY].index_select(0, slots.queries).view(shape)
         return self.evicted.choose(
             query, self._rows_of_heads(slots, layer_idx, "key"), self._positions(eviction, layer_idx),
-            eviction.received.get(layer_idx), self.options[layer_idx], end=eviction.boundary,
+            eviction.sequence.received.get(layer_idx), self.options[layer_idx], end=eviction.boundary,
         )
 
     def _positions(self, eviction: Eviction, layer_idx: int) -> Tensor:
         """Return the positions [K,n] of the tokens that are there in a layer."""
-        old = eviction.stayed.get(layer_idx)
+        old = eviction.sequence.stayed.get(layer_idx)
         num_old = 0 if old is None else old.shape[1]
         device = self.layers[layer_idx]["key"].device
         new = torch.arange(eviction.boundary - eviction.num_tokens + num_old, eviction.boundary, device=device)

@@ -1,6 +1,7 @@
 """A budget of tokens for each running sequence: no step goes beyond a boundary, and at each one tokens are dropped.
 
-Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`, before the step is computed.
+Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`. It is done at once, because blocks
+that are free after that may be written to before the step is computed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,26 +20,41 @@ from alignlab.rollout.embedded.sequence import TokenSequence
 
 @dataclass(frozen=True)
 class Eviction:
-    """Sequences with the same tokens and blocks at a boundary, where the tokens over a budget are dropped.
+    """A sequence at a boundary, where the tokens over a budget are dropped.
 
     Attributes:
-        boundary: tokens that each has.
+        sequence: as it was before.
+        boundary: tokens that it has.
         num_tokens: those of them that are still in the cache.
         sources, targets: blocks of these, and of those that stay.
         query_blocks: blocks of the newest queries.
         num_before_queries: tokens in these blocks before the observed ones.
-        stayed, received: see `TokenSequence`, at the boundary before.
     """
 
-    sequences: list[TokenSequence]
+    sequence: TokenSequence
     boundary: int
     num_tokens: int
     sources: list[int]
     targets: list[int]
     query_blocks: list[int]
     num_before_queries: int
-    stayed: dict[int, Tensor]
+
+
+class Stayed(NamedTuple):
+    """The tokens that stayed at a boundary, by layer: [K, tokens].
+
+    Attributes:
+        places: among those that were there.
+        positions: in the sequence.
+        received: attention, see `heavy_hitters`.
+    """
+
+    places: dict[int, Tensor]
+    positions: dict[int, Tensor]
     received: dict[int, Tensor]
+
+
+Evict = Callable[[Eviction], Stayed]
 
 
 class TokenBudget:
@@ -48,13 +65,15 @@ class TokenBudget:
         pools: owners of the blocks.
         running: the sequences, the first to join first.
         preempt: takes a running sequence's blocks, and lets it wait.
+        evict: moves what stays.
     """
 
     def __init__(
         self, kept: KeptTokens, pools: BlockPools, running: list[TokenSequence],
-        preempt: Callable[[TokenSequence], None],
+        preempt: Callable[[TokenSequence], None], evict: Evict,
     ) -> None:
         self._kept, self._pools, self._running, self._preempt = kept, pools, running, preempt
+        self._evict = evict
         self._manager = pools.managers[kept]
 
     def most_tokens(self, sequence: TokenSequence) -> int:
@@ -68,35 +87,36 @@ class TokenBudget:
             drafts = sequence.take_drafts()
             sequence.add_drafts(drafts[: max(0, self.most_tokens(sequence) - sequence.num_pending)])
 
-    def evictions(self) -> list[Eviction]:
+    def drop(self) -> None:
         """Drop the tokens over the budget of the running sequences that are at a boundary.
 
         Sequences with the same blocks, as forks have after their prompt, share those of what stays.
         """
-        found: dict[tuple[int, ...], Eviction] = {}
+        done: dict[tuple[int, ...], tuple[list[int], Stayed]] = {}
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
             num_dropped = self._kept.num_dropped(sequence.num_computed, sequence.num_prompt)
             if sequence.num_pending and num_dropped > sequence.num_dropped:
                 key = (sequence.num_computed, *sequence.tables[self._kept])
-                if key in found:
-                    self._join(found[key], sequence)
+                if key in done:
+                    self._join(sequence, done[key][0])
                 elif not self._make_room(sequence, num_dropped):
                     break
                 else:
-                    found[key] = self._move(sequence, num_dropped)
+                    eviction = self._move(sequence, num_dropped)
+                    done[key] = eviction.targets, self._evict(eviction)
+                places, sequence.stayed, sequence.received = done[key][1]
+                sequence.evictions[sequence.num_computed] = places
                 sequence.num_dropped = num_dropped
             index += 1
-        return list(found.values())
 
-    def _join(self, eviction: Eviction, sequence: TokenSequence) -> None:
-        """Give a sequence the blocks of another one with the same blocks."""
-        targets = [self._manager.share(block) for block in eviction.targets]
+    def _join(self, sequence: TokenSequence, targets: Sequence[int]) -> None:
+        """Give a sequence the blocks of what stays of another one with the same blocks."""
+        shared = [self._manager.share(block) for block in targets]
         for block in sequence.tables[self._kept]:
             self._manager.release(block)
-        eviction.sequences.append(sequence)
-        sequence.tables[self._kept] = targets
+        sequence.tables[self._kept] = shared
 
     def _make_room(self, sequence: TokenSequence, num_dropped: int) -> bool:
         """Free blocks for what stays of a sequence where its own are shared; return False if it was pre-empted itself.
@@ -128,8 +148,7 @@ class TokenBudget:
         first_block, num_before = divmod(first_query, self._pools.block_size)
         queries = sequence.tables[kept.query_window][first_block : self._pools.blocks_for(boundary)]
         return Eviction(
-            [sequence], boundary, boundary - sequence.num_dropped, sources, targets, queries, num_before,
-            sequence.stayed, sequence.received,
+            sequence, boundary, boundary - sequence.num_dropped, sources, targets, queries, num_before
         )
 
     def _first_blocks(self, sequence: TokenSequence, num_dropped: int) -> list[int]:
@@ -142,11 +161,14 @@ class TokenBudget:
 
 
 def make_budget(
-    pools: BlockPools, running: list[TokenSequence], preempt: Callable[[TokenSequence], None]
+    pools: BlockPools, running: list[TokenSequence], preempt: Callable[[TokenSequence], None], evict: Evict | None
 ) -> TokenBudget | None:
     """Return the budget of the sequences whose blocks are in pools; None where none is dropped."""
     kept = next((window for window in pools.managers if isinstance(window, KeptTokens)), None)
-    return None if kept is None else TokenBudget(kept, pools, running, preempt)
+    if kept is None:
+        return None
+    assert evict is not None, "a budget's tokens are dropped by someone"
+    return TokenBudget(kept, pools, running, preempt, evict)
 
 
 def budget_need(

@@ -24,6 +24,7 @@ from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
 from alignlab.rollout.embedded.evicting_cache import EvictingCache
+from alignlab.rollout.embedded.evictions import Eviction, Stayed
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Step
@@ -150,6 +151,11 @@ class Runner:
         tensors = (*self._model.parameters(), *self._model.buffers())
         self._replays.keep_if_at(tuple(tensor.data_ptr() for tensor in tensors))
 
+    def evict(self, eviction: Eviction) -> Stayed:
+        """Drop tokens of a cache with a budget; see `EvictingCache.evict`."""
+        assert isinstance(self.cache, EvictingCache)
+        return self.cache.evict(eviction)
+
     def hidden(self, step: Step, others: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute a step.
 
@@ -176,9 +182,6 @@ class Runner:
             )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
-        for eviction in step.evictions:
-            assert isinstance(self.cache, EvictingCache)
-            self.cache.evict(eviction)
         for window in step.copies:
             self.cache.copy(window, moved.pop(0))
         return self._computed(plan, lengths).index_select(0, plan.logit_tokens), moved

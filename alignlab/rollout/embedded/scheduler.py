@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from alignlab.models.sink_window import KeptTokens
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
-from alignlab.rollout.embedded.evictions import Eviction, budget_need, make_budget
+from alignlab.rollout.embedded.evictions import Evict, budget_need, make_budget
 from alignlab.rollout.embedded.prefixes import Prefixes
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
@@ -46,12 +46,10 @@ class Step:
 
     Attributes:
         work: the tokens to compute.
-        evictions: what is dropped before, in order.
-        copies: (source, target) blocks to copy after that, by window.
+        copies: (source, target) blocks to copy before, by window.
     """
 
     work: list[Work] = field(default_factory=list)
-    evictions: list[Eviction] = field(default_factory=list)
     copies: dict[Window, list[tuple[int, int]]] = field(default_factory=dict)
 
 
@@ -107,6 +105,7 @@ class Scheduler:
         root: prefix of all digests; None shares nothing between sequences.
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
+        evict: drops the tokens over a budget, where pools have one.
         swap: keeps what a sequence that gives way has computed; None computes it again.
 
     Attributes:
@@ -115,7 +114,7 @@ class Scheduler:
 
     def __init__(
         self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int,
-        states: StateSlots | None = None, swap: SwapStore | None = None,
+        states: StateSlots | None = None, swap: SwapStore | None = None, evict: Evict | None = None,
     ) -> None:
         self.pools = pools
         self._swap = swap
@@ -126,7 +125,7 @@ class Scheduler:
         self._prefixes = Prefixes(pools, states, root)
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
-        self._budget = make_budget(pools, self.running, self._preempt)
+        self._budget = make_budget(pools, self.running, self._preempt, evict)
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Queue sequences; those of one request must be consecutive."""
@@ -141,7 +140,7 @@ class Scheduler:
         step = Step()
         num_preempted = self.num_preempted
         if self._budget is not None:
-            step.evictions = self._budget.evictions()
+            self._budget.drop()
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
             # A sequence that just freed its blocks would be admitted again at once, and take them back.
