@@ -1,6 +1,6 @@
 """A budget of tokens for each running sequence: no step goes beyond a boundary, and at each one tokens are dropped.
 
-Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`. It is done at once, because blocks
+Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`. It is done at once, since blocks
 that are free after that may be written to before the step is computed.
 """
 
