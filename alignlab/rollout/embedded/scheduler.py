@@ -162,6 +162,7 @@ class Scheduler:
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         self._kept = next((window for window in pools.managers if isinstance(window, KeptTokens)), None)
+        self._moving: set[TokenSequence] = set()  # their tokens move as the present step begins
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Queue sequences; those of one request must be consecutive."""
@@ -175,8 +176,10 @@ class Scheduler:
         """Choose the next tokens to compute, and allocate blocks for them."""
         step = Step()
         num_preempted = self.num_preempted
+        self._moving = set()
         if self._kept is not None:
             self._evict(self._kept, step)
+            self._moving = {sequence for eviction in step.evictions for sequence in eviction.sequences}
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
             # A sequence that just freed its blocks would be admitted again at once, and take them back.
@@ -297,6 +300,8 @@ class Scheduler:
             budget: tokens that it may compute in this step.
         """
         swap = self._swap if self._swap is not None and sequence in self._swap else None
+        if swap is not None and self._moving:  # it is copied at once, and these have yet to be moved from free blocks
+            return False
         absent = {}
         if swap is None:
             self._find_prefix(sequence)
@@ -313,7 +318,7 @@ class Scheduler:
             return False
         if swap is not None:
             swap.bring_back(sequence, self.pools, self._states)
-            for index, digest in enumerate(sequence.digests):
+            for index, digest in enumerate(() if sequence.num_dropped else sequence.digests):
                 self.pools.publish(sequence.tables, index, digest)
         for window, manager in self.pools.managers.items():
             sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
@@ -352,7 +357,7 @@ class Scheduler:
         self.num_preempted += 1
         sequence.take_drafts()
         self.pools.expire(sequence.tables, sequence.num_computed)
-        is_kept = self._swap is not None and self._swap.take_out(sequence, self.pools)
+        is_kept = self._swap is not None and self._is_whole(sequence) and self._swap.take_out(sequence, self.pools)
         if sequence.scored_ids and not is_kept:  # its given tokens are scored again, from the first
             sequence.raw_logprobs = []
         self.running.remove(sequence)
@@ -360,6 +365,13 @@ class Scheduler:
         self.waiting.extendleft(reversed(sequence.followers))
         sequence.followers = []
         self.waiting.appendleft(sequence)
+
+    def _is_whole(self, sequence: TokenSequence) -> bool:
+        """Return whether a sequence's blocks hold what it goes on from: no tokens are to be dropped or moved first."""
+        if self._kept is None:
+            return True
+        num_dropped = self._kept.num_dropped(sequence.num_computed, sequence.num_prompt)
+        return sequence not in self._moving and num_dropped <= sequence.num_dropped
 
     def _release(self, sequence: TokenSequence, *, forget: bool = True) -> None:
         """Free the blocks and the slot of a sequence; with `forget`, none of its tokens counts as computed then."""
