@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_hold_it_is_refused(
     with pytest.raises(RolloutError, match=r"needs 32 tokens of cache, and the file of rollout.kv_cache holds 16"):
         engine(max_gib=5000 / 2**30).generate(make_prompts(20), SamplingParams(max_new_tokens=5))
 
-    def full(*_: int) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     small = engine()
