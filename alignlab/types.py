@@ -279,9 +279,9 @@ class Segments:
         """The tensors [N] above, by name."""
         return {name: getattr(self, name) for name in _PER_TOKEN}
 
-    @cached_property
+    @property
     def on_host(self) -> Segments:
-        """The same segments with their tensors on the CPU, which are made there: a device is not waited for."""
+        """The same segments with their tensors on the CPU, which are made there: no device is waited for."""
         return self if self.device.type == "cpu" else replace(self, device=torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Segments:

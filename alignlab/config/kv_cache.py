@@ -82,7 +82,7 @@ class WindowCache(_ApproximateCache):
 
 
 class EvictCache(_ApproximateCache):
-    """A budget of tokens for each sequence, for each kv head: the first ones, the recent ones, and those that the newest
+    """A budget of tokens for each sequence and kv head: the first ones, the recent ones, and those that the newest
     queries attend to most (H2O, arXiv:2306.14048; SnapKV, arXiv:2404.14469), at their true positions. The others are
     dropped at the end of the prompt, and then after every `interval` tokens. Layers with a window of their own keep
     that one."""
@@ -115,8 +115,8 @@ class TopKCache(_ApproximateCache):
 
 
 class ThresholdCache(_ApproximateCache):
-    """All keys and values, of which each query of a head reads those with enough weight, and the most recent ones. Layers
-    with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
+    """All keys and values, of which each query of a head reads those with enough weight, and the most recent ones.
+    Layers with a window of their own are exact. Saves reads of a kernel that skips, and no bytes."""
 
     type: Literal["threshold"] = "threshold"
     part: float | None = Field(None, gt=0, lt=1)

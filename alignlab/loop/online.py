@@ -241,8 +241,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         return super().frozen_fingerprints() | self._frozen
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the data, the policy's version, what rewards and the algorithm keep, and the bases of a
-        cache in few dimensions."""
+        """Return the position in the data, the policy's version, what rewards, algorithm and cache keep."""
         return super().state() | self.source.state() | {
             "policy_version": self.source.engine.policy_version,
             "algorithm": self.algorithm.state(),

@@ -21,8 +21,8 @@ from alignlab.models.own_precision import in_own_precision
 from alignlab.types import Segments
 
 Hide = Callable[[Tensor, Block], Tensor]
-"""(scores [K, b, M, G, S] of a block, -inf where a query sees no key; the block) -> the scores with more of them -inf, in
-their memory. The same scores are given in the forward and in the backward pass."""
+"""(scores [K, b, M, G, S] of a block, -inf where a query does not see a key; the block) -> the scores, more of them
+-inf, in their memory. It is given the same scores in the forward and in the backward pass."""
 
 
 def packed_attention(

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+_VECTORS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 NEEDED: dict[torch.dtype, tuple[str, ...]] = {torch.float32: _VECTORS, torch.bfloat16: (*_VECTORS, "avx512_bf16")}
 """Names of instruction sets, as Linux has them, by the dtype of the weights."""
+INTEGER_PRODUCTS = "avx512_vnni"
+"""The instruction set of kernels for rounded weights, which are left out of what is compiled where it lacks."""
 
 
 @cache

@@ -24,7 +24,7 @@ from alignlab.models.kv_approximation.choice import approximation_of
 from alignlab.models.merging import wrappers
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.block_pools import pool_blocks
-from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native
+from alignlab.rollout.embedded.native.coverage import packed_bytes, why_not_native, why_not_rounded
 from alignlab.rollout.embedded.paged_cache import block_bytes
 from alignlab.rollout.embedded.rounding import make_rounding
 from alignlab.rollout.embedded.state_slots import slots_needed
@@ -100,7 +100,8 @@ def engine_bytes(
     cache += slot_bytes * slots_needed(num_sequences, num_sequences)
     merges = merges_adapters(model, settings.merge_lora, device)
     rounding = make_rounding(model, settings, device)
-    if why_not_native(model, settings, device, block_size=size, merges=merges) is None:
+    is_native = why_not_native(model, settings, device, block_size=size, merges=merges) is None
+    if is_native and (rounding is None or why_not_rounded(lm, rounding) is None):
         return cache + packed_bytes(model, rounding)
     rounded = 0 if rounding is None else rounding.total_bytes
     return cache + rounded + (_merged_bytes(model) if merges else 0)

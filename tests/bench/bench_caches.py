@@ -118,7 +118,7 @@ def _decoded(engine: EmbeddedEngine, prompt: Prompt, new_tokens: int) -> tuple[l
 def _replayed(model: Any, settings: RolloutSettings, rollout: Rollout) -> dict[str, float]:
     """Return the distances of the trainer's log-probs, replayed with the record and without it."""
     rollout = replace(rollout, completions=rollout.completions[:REPLAYED])
-    policy = Policy(model, kv_approximation=replayed_approximation(settings)).eval()
+    policy = Policy(model, kv_approximation=replayed_approximation(settings, model)).eval()
     [pack] = pack_rollouts([rollout], budget=1 << 30)
     result = {}
     for kind, record in (("replayed", pack.kv_record), ("no record", None)):

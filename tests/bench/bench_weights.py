@@ -1,11 +1,11 @@
 """Rounded weights of the embedded engine: speed, memory, error, and the time of rounding.
 
-    python -m tests.bench.bench_weights [--steps native python] [--batches 1 16 64] [--rounds 3]
+    python -m tests.bench.bench_weights [--steps native python] [--kinds NAME ...] [--batches 1 16 64] [--rounds 2]
 
 For each rounding and step: seconds of rounding the policy after an update; bytes of the copies that the engine samples
 from; tokens a second of decoding 1, 16 and 64 completions after a prompt that is known already, by the process's CPU
 time, the best of some rounds in which the engines take turns; and the mean and largest distance in nats of the engine's
-log-probs of 1,024 sampled tokens from the trainer's, which computes with the policy's own weights, and the mean of
+log-probs of 512 sampled tokens from the trainer's, which computes with the policy's own weights, and the mean of
 trainer - engine with its sign. Prints a table, and JSON last.
 """
 
@@ -46,8 +46,8 @@ def main() -> None:
     engines: dict[str, EmbeddedEngine] = {}
     results: dict[str, dict[str, float]] = {}
     for step in args.steps:
-        for name, kind in KINDS.items():
-            settings = RolloutSettings.model_validate({"quantization": kind, "native": STEPS[step]})
+        for name in args.kinds:
+            settings = RolloutSettings.model_validate({"quantization": KINDS[name], "native": STEPS[step]})
             engine = engines[f"{step}: {name}"] = EmbeddedEngine(model, tokenizer, settings)
             results[f"{step}: {name}"] = _error(engine, model, prompts, args.new_tokens) | _copies(engine, model)
     for _ in range(args.rounds):
@@ -98,9 +98,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="packaged name, Hub id or folder")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     return parser.parse_args()
 
 

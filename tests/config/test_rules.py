@@ -317,6 +317,17 @@ def test_a_rounded_cache_of_vllm_needs_a_correction():
     assert "rollout.kv_cache is 'fp8', and must be null with a trainer that has no mismatch.correction" in text
 
 
+def test_caches_that_two_settings_can_describe_need_one_of_them() -> None:
+    for cache, name in (({"type": "threshold"}, "part"), ({"type": "threshold", "part": 0.1, "mass": 0.9}, "part"),
+                        ({"type": "low_rank"}, "rank"), ({"type": "low_rank", "rank": 4, "energy": 0.9}, "rank")):
+        text = grpo_message(rollout={"kv_cache": cache})
+        assert f"{name} is" in text and "one of them says" in text
+    text = grpo_message(rollout={"kv_cache": {"type": "low_rank", "rank": 64, "calibration_tokens": 63}})
+    assert "rank is 64, and must be at most calibration_tokens (63)" in text
+    assert "heavy" in grpo_message(rollout={"kv_cache": {"type": "evict", "heavy": 0}})
+    assert GRPOConfig(rollout={"kv_cache": {"type": "evict", "interval": None}}).rollout.kv_cache.interval is None
+
+
 def test_own_choices_are_replayed_in_later_updates_only():
     assert "be rollout or none where a batch has one update" in grpo_message(routing_replay="trainer")
     assert GRPOConfig(routing_replay="trainer", num_minibatches=2).routing_replay == "trainer"

@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.functional import logprobs
 from alignlab.models import flex_attention, layers, layout, paged_flex
-from alignlab.models.kv_approximation import eviction, rounding
+from alignlab.models.kv_approximation import (
+    evicted_tokens,
+    eviction,
+    low_rank,
+    low_rank_bases,
+    rotations,
+    rounding,
+    sparse_rows,
+)
 from alignlab.rollout.embedded import runner, sampling, weights
 from alignlab.rollout.embedded.native import choice
 from tests.gpu.flex_stand_in import as_on_a_gpu, dense_flex, paged_stand_in
@@ -67,7 +75,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
     def plain() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU takes
-            for module in (layout, rounding, eviction):
+            approximations = (rounding, eviction, evicted_tokens, sparse_rows, low_rank, low_rank_bases, rotations)
+            for module in (layout, *approximations):
                 patch.setattr(module, "packed_attention", as_on_a_gpu)
             patch.setattr(layers, "_CPUNorm", TorchNorm)
             patch.setattr(runner, "reads_in_place", lambda device: True)

@@ -45,7 +45,7 @@ def caches(device: torch.device) -> Iterator[Line]:
         settings = RolloutSettings.model_validate({"kv_cache": cache})
         torch.manual_seed(0)
         model = new_model(DENSE, vocab_size=VOCAB).to(device)
-        policy = Policy(model, kv_approximation=replayed_approximation(settings))
+        policy = Policy(model, kv_approximation=replayed_approximation(settings, model))
         gap = largest_gap(policy, generated(model, settings), device)
         yield checked(f"a cache of type {cache['type']}, replayed: engine against trainer", gap, 1e-3)
 

@@ -66,9 +66,8 @@ def train(name: str, folder: Path, place: str = "ddp") -> dict[str, torch.Tensor
     held_out = prompts(3) if name in _EVALUATED else None
     case = name.removesuffix("_hybrid")
     # A few packs a step: each gathers all weights, by hundreds of exchanges.
-    settings = {
-        "memory": {"tokens_per_microbatch": 16 if CASES[case].rewards is None else 32}, "sharding": PLACES[place][0],
-    }
+    num_tokens = 32 if CASES[case].settings.get("group_size", 1) > 1 else 16
+    settings = {"memory": {"tokens_per_microbatch": num_tokens}, "sharding": PLACES[place][0]}
     trainer = make_case(case, folder / name, model, tokenizer, held_out=held_out, **settings)
     if hasattr(trainer, "source"):
         sample_without_rank(trainer.source)

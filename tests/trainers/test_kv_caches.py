@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from tests.trainers.tiny import ONLINE, make_case
 Make = Callable[..., Any]
 CACHES: dict[str, dict[str, Any]] = {
     "int8": {"type": "int8"}, "int4": {"type": "int4", "group": 4}, "window": {"type": "window", "tokens": 8},
+    "evict": {"type": "evict", "heavy": 3, "recent": 2, "sinks": 1, "interval": 2, "observed": 2},
+    "top_k": {"type": "top_k", "tokens": 3, "recent": 1}, "threshold": {"type": "threshold", "mass": 0.5, "recent": 1},
+    "low_rank": {"type": "low_rank", "rank": 3},
 }
 
 
@@ -70,3 +75,33 @@ def test_the_reference_sees_the_same_cache(make_model: Make, make_config: Make, 
     copied = frozen_copy(trainer.learner.module)
     assert copied is not None and copied.kv_approximation is trainer.learner.module.kv_approximation is not None
     assert trainer.train().metrics["kl"] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_resumed_run_has_the_bases_that_it_began_with(
+    make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
+) -> None:
+    """Also where they would be measured otherwise now."""
+
+    def stop_after_one_step(trainer: Any, step: int, metrics: Any) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def make(folder: str, **options: Any) -> GRPOTrainer:
+        config = make_config(
+            output_dir=tmp_path / folder, num_steps=2, rollout={"kv_cache": {"type": "low_rank", "rank": 3}}
+        )
+        return GRPOTrainer(sharp(make_model()), even_ids, config, rows, tokenizer=tokenizer, **options)
+
+    whole = make("whole")
+    whole.train()
+    make("stopped", callbacks=(stop_after_one_step,)).train()
+    resumed = make("stopped")
+    measured = resumed.state()["kv_bases"]
+    assert measured == whole.state()["kv_bases"]
+    basis = resumed._kv_bases.basis(1, "key", torch.device("cpu"))
+    basis.neg_()  # as good a basis, of other bits
+    resumed.train(resume=True)
+    assert not torch.equal(resumed._kv_bases.basis(1, "key", torch.device("cpu")), basis)
+    assert resumed.state()["kv_bases"] == measured
+    for (name, one), other in zip(resumed.learner.trained.items(), whole.learner.trained.values(), strict=True):
+        assert torch.equal(one, other), name

@@ -27,6 +27,7 @@ from alignlab.models.kv_approximation.protocol import KVApproximation
 from alignlab.models.kv_approximation.rounding import Rounding
 from alignlab.models.kv_approximation.sparse_rows import SparseRows
 from alignlab.models.sink_window import KeptTokens, SinkWindow
+from alignlab.types import Prompt
 
 
 def approximation_of(cache: ApproximateCache, model: nn.Module | None = None) -> KVApproximation:
@@ -57,7 +58,7 @@ def replayed_approximation(settings: EngineSettings, model: nn.Module | None = N
     return None if cache is None or not cache.replay else approximation_of(cache, model)
 
 
-def measure_cache(model: nn.Module, settings: EngineSettings, prompts: Sequence[Sequence[int]]) -> None:
+def measure_cache(model: nn.Module, settings: EngineSettings, prompts: Sequence[Prompt]) -> None:
     """Measure what the cache's approximation needs to know of a model, on prompts, unless it is known.
 
     Raises:
@@ -65,7 +66,7 @@ def measure_cache(model: nn.Module, settings: EngineSettings, prompts: Sequence[
     """
     bases = shared_bases(model, settings)
     if bases is not None:
-        bases.measure(model, prompts)
+        bases.measure(model, [prompt.token_ids for prompt in prompts])
 
 
 def shared_bases(model: nn.Module, settings: EngineSettings) -> LowRankBases | None:
@@ -79,7 +80,8 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
     """Raise if the layers of a model cannot have the cache that the settings name.
 
     Raises:
-        ConfigError: a layer keeps latents, no layer keeps keys and values, or 4-bit codes cannot be paired.
+        ConfigError: a layer keeps latents, no layer keeps keys and values, no layer would be approximated, 4-bit codes
+            cannot be paired, or a head has fewer dimensions than are to be kept.
     """
     cache = approximate_cache(settings)
     if cache is None:
@@ -95,6 +97,11 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
     if not specs:
         raise ConfigError(
             f"rollout.kv_cache is {cache.type}, and the model keeps no keys and values, only states of sequences; {fix}"
+        )
+    if isinstance(cache, EvictCache | TopKCache | ThresholdCache) and all(spec.window for spec in specs.values()):
+        raise ConfigError(
+            f"rollout.kv_cache is {cache.type}, and all layers have windows of their own, which they keep: nothing "
+            f"would be approximated; {fix}"
         )
     if isinstance(cache, LowRankCache) and cache.rank is not None:
         _check_rank(cache.rank, specs)

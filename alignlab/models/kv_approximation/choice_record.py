@@ -14,11 +14,14 @@ Shapes: N tokens, H heads, K kv heads, G heads that share one; [..., S] rows ove
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from alignlab.transfer import to_device
 
 _NEAR = 3
 _UNKNOWN = 2**16 - 1
@@ -87,7 +90,12 @@ def recorded_choice(chosen: Tensor, scores: Tensor, positions: Tensor, choices: 
         choices: [...].
     """
     is_same = (chosen.sum(-1) == choices.counts) & (fingerprint(chosen, positions) == choices.fingerprints)
-    rows = (~is_same & (choices.counts >= 0)).nonzero(as_tuple=True)
+    differs = ~is_same & (choices.counts >= 0)
+    if chosen.device.type != "cpu":  # the host would wait for the number of rows that differ
+        of_all = Choices(*(numbers.flatten() for numbers in choices))
+        near = _near_choice(chosen.flatten(0, -2), scores.flatten(0, -2), positions.flatten(0, -2), of_all)
+        return torch.where(differs[..., None], near.view(chosen.shape), chosen)
+    rows = differs.nonzero(as_tuple=True)
     if not len(rows[0]):
         return chosen
     of_rows = Choices(choices.counts[rows], choices.fingerprints[rows])
@@ -118,10 +126,11 @@ def _near_choice(chosen: Tensor, scores: Tensor, positions: Tensor, choices: Cho
     return torch.where(matches.any(1, keepdim=True), result, chosen)
 
 
+@cache
 def _sets(device: torch.device) -> Tensor:
     """Return the sets of half of the keys at an edge, [C,2n] bool, those of the best ranks first."""
     sets = sorted(combinations(range(2 * _NEAR), _NEAR), key=sum)
     chosen = torch.zeros(len(sets), 2 * _NEAR, dtype=torch.bool)
     for row, members in enumerate(sets):
         chosen[row, list(members)] = True
-    return chosen.to(device)
+    return to_device([chosen], device)[0]

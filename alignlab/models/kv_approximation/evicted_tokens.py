@@ -18,9 +18,15 @@ from torch import Tensor
 from alignlab.models.attention_plan import Block, attention_blocks
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.eviction_record import NEVER, recorded_drops
-from alignlab.models.kv_approximation.heavy_hitters import ScoreOptions, attention_received, kept_places
+from alignlab.models.kv_approximation.heavy_hitters import (
+    ScoreOptions,
+    attention_received,
+    dropped_places,
+    kept_places,
+)
 from alignlab.models.packed_attention import Hide, block_attention, in_autocast_dtype, packed_attention
 from alignlab.models.sink_window import KeptTokens, Window
+from alignlab.transfer import to_device
 from alignlab.types import Segments
 
 
@@ -76,20 +82,19 @@ class EvictedTokens:
     def _drops_of_pack(
         self, query: Tensor, key: Tensor, segments: Segments, record: Tensor | None, options: ScoreOptions
     ) -> Tensor | None:
-        """Return the boundary [K,E] that drops each token of the completions' sequences; None if none is dropped."""
+        """Return the boundary [K,E] that drops each token of the completions' sequences; None without completions."""
+        has_record = None if record is None else _has_record(segments, record)
         drops = []
         for index, prefix in enumerate(segments.prefixes):
             if prefix < 0:
                 continue
             prompt, own = (slice(segments.starts[i], segments.starts[i] + segments.lengths[i]) for i in (prefix, index))
-            recorded = None if record is None else recorded_drops(record[prompt], record[own], len(key), self.kept)
-            if recorded is None:
+            if record is not None and has_record is not None and has_record[prefix] and has_record[index]:
+                drops.append(recorded_drops(record[prompt], record[own], len(key), self.kept))
+            else:
                 queries, keys = (torch.cat((x[:, prompt], x[:, own]), dim=1) for x in (query, key))
-                recorded = self.drops(queries, keys, segments.lengths[prefix], options)
-            drops.append(recorded)
-        if not drops or not any(bool((dropped < NEVER).any()) for dropped in drops):
-            return None
-        return torch.cat(drops, dim=1)
+                drops.append(self.drops(queries, keys, segments.lengths[prefix], options))
+        return torch.cat(drops, dim=1) if drops else None
 
     def drops(self, query: Tensor, key: Tensor, num_prompt: int, options: ScoreOptions) -> Tensor:
         """Return the boundary [K,n] that drops each of a sequence's tokens, `NEVER` for those that stay.
@@ -109,9 +114,9 @@ class EvictedTokens:
                 places, received = self.choose(
                     query[:, max(0, boundary - self.kept.observed) : boundary].transpose(0, 1),
                     key.gather(1, positions[..., None].expand(-1, -1, key.shape[2])), positions, received, options,
+                    end=boundary,
                 )
-                is_dropped = torch.ones_like(positions, dtype=torch.bool).scatter_(1, places, False)
-                drops.scatter_(1, positions[is_dropped].view(num_kv, -1), boundary)
+                drops.scatter_(1, positions.gather(1, dropped_places(places, positions.shape[1])), boundary)
                 positions = positions.gather(1, places)
             following = self.kept.next_boundary(boundary, num_prompt)
             if following is None:
@@ -120,7 +125,8 @@ class EvictedTokens:
         return drops
 
     def choose(
-        self, query: Tensor, key: Tensor, positions: Tensor, received: Tensor | None, options: ScoreOptions
+        self, query: Tensor, key: Tensor, positions: Tensor, received: Tensor | None, options: ScoreOptions,
+        *, end: int,
     ) -> tuple[Tensor, Tensor]:
         """Return the places [K,budget] of the tokens that stay at a boundary, and what they have received [K,budget].
 
@@ -129,8 +135,8 @@ class EvictedTokens:
             key: [K,n,D], of the tokens that are there.
             positions: [K,n], theirs, rising.
             received: [K,budget], of the first ones, at the boundaries before; None at the first.
+            end: one past the position of the last.
         """
-        end = int(positions[0, -1]) + 1
         of_queries = torch.arange(end - len(query), end, device=positions.device)
         total = attention_received(query, key, of_queries, positions, options)
         if self.accumulate and received is not None:
@@ -139,19 +145,44 @@ class EvictedTokens:
         return places, total.gather(1, places)
 
 
+def _has_record(segments: Segments, record: Tensor) -> list[bool]:
+    """Return for each segment whether its first token has a record; read once for all layers, as they are alike.
+
+    A completion of one token has none, and needs none.
+    """
+    if "_has_eviction_record" not in segments.__dict__:
+        known = record[:, 0].tolist()
+        segments.__dict__["_has_eviction_record"] = [
+            known[start] == 1 or (prefix >= 0 and length == 1)
+            for start, prefix, length in zip(segments.starts, segments.prefixes, segments.lengths, strict=True)
+        ]
+    flags: list[bool] = segments.__dict__["_has_eviction_record"]
+    return flags
+
+
+def _first_of_token(segments: Segments) -> Tensor:
+    """Return the place [N+1] of each token's sequence among the E, -1 for prompts and for padding; cached."""
+    if "_first_of_token" not in segments.__dict__:
+        firsts, end = [], 0
+        for length, prefix in zip(segments.lengths, segments.prefixes, strict=True):
+            firsts.append(-1 if prefix < 0 else end)
+            end += 0 if prefix < 0 else segments.lengths[prefix] + length
+        of_token = torch.tensor(firsts)[segments.on_host.segment_of_token]
+        [segments.__dict__["_first_of_token"]] = to_device(
+            [torch.nn.functional.pad(of_token, (0, 1), value=-1)], segments.device
+        )
+    first_of_token: Tensor = segments.__dict__["_first_of_token"]
+    return first_of_token
+
+
 def _hide_dropped(segments: Segments, drops: Tensor) -> Hide:
     """Return what hides the keys that a boundary before a query dropped.
 
     Args:
         drops: [K,E], the sequences of completions, in the order of their segments.
     """
-    firsts, end = [], 0  # of each segment, the place of its sequence among the E; that after the last for prompts
-    for length, prefix in zip(segments.lengths, segments.prefixes, strict=True):
-        firsts.append(-1 if prefix < 0 else end)
-        end += 0 if prefix < 0 else segments.lengths[prefix] + length
-    first_of_token = torch.tensor(firsts, device=drops.device)[segments.segment_of_token]
-    first_of_token = torch.cat((first_of_token, first_of_token.new_tensor([-1])))  # of the padding of blocks
-    positions = torch.cat((segments.position_ids, segments.position_ids.new_tensor([0])))
+    first_of_token = _first_of_token(segments)
+    positions = torch.nn.functional.pad(segments.position_ids, (0, 1))
 
     def hide(scores: Tensor, block: Block) -> Tensor:
         """Set the scores [K,b,M,G,S] of dropped keys to -inf."""

@@ -1,9 +1,9 @@
 """The record of which tokens a cache with a budget has dropped, and when.
 
-A record is [N, L, bytes] uint8 for L layers. Of a layer, byte 0 is 1 if the token has a record there; a whole number of
-4 bytes for each kv head follows. Of a token of the prompt it is 1 if the end of the prompt dropped it. Of a token of the
-completion it is 1 + the position of one that the next boundary dropped, or 0: a boundary drops at most as many tokens
-as came since the one before it.
+A record is [N, L, bytes] uint8 for L layers. Of a layer, byte 0 is 1 if the token has a record there; then, for each kv
+head, there are 4 bytes of a whole number. Of a token of the prompt it is 1 if the end of the prompt dropped it. Of a
+token of the completion it is 1 + the position of one that the next boundary dropped, or 0: a boundary drops at most as
+many tokens as came since the one before it.
 
 Shapes: K kv heads, P tokens of a prompt, C of a completion.
 """
@@ -57,28 +57,23 @@ def record_of_evictions(
     return record
 
 
-def recorded_drops(
-    of_prompt: Tensor, of_completion: Tensor, num_heads: int, kept: KeptTokens
-) -> Tensor | None:
+def recorded_drops(of_prompt: Tensor, of_completion: Tensor, num_heads: int, kept: KeptTokens) -> Tensor:
     """Return the boundary [K, P + C] that drops each token of a sequence, `NEVER` for those that stay.
-
-    None if no token has a record, or that of the completion is missing.
 
     Args:
         of_prompt, of_completion: [P, bytes] and [C, bytes], records of a layer.
         num_heads: K.
     """
-    if not bool(of_prompt[0, 0] == 1) or (len(of_completion) > 1 and not bool(of_completion[0, 0] == 1)):
-        return None
-    num_prompt, count = len(of_prompt), len(of_completion)
-    drops = torch.full((num_heads, num_prompt + count), NEVER, dtype=torch.int64, device=of_prompt.device)
+    num_prompt, count, device = len(of_prompt), len(of_completion), of_prompt.device
+    end = num_prompt + count
+    drops = torch.full((num_heads, end + 1), NEVER, dtype=torch.int64, device=device)  # the last: of no token
     drops[:, :num_prompt].masked_fill_(_numbers(of_prompt, num_heads).T == 1, num_prompt)
     if kept.interval is not None:
-        dropped = _numbers(of_completion, num_heads).long()
-        rows, columns = dropped.nonzero(as_tuple=True)
-        boundaries = num_prompt + (rows // kept.interval + 1) * kept.interval
-        drops[columns, dropped[rows, columns] - 1] = boundaries
-    return drops
+        dropped = _numbers(of_completion, num_heads).long().T
+        intervals = torch.arange(count, device=device) // kept.interval + 1
+        boundaries = (num_prompt + intervals * kept.interval).expand(num_heads, -1)
+        drops.scatter_(1, torch.where(dropped > 0, dropped - 1, end), boundaries)
+    return drops[:, :end]
 
 
 def _numbers(record: Tensor, num_heads: int) -> Tensor:

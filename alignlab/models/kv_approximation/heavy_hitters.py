@@ -8,7 +8,7 @@ and, with accumulation, s(j) of the boundary before it is added (H2O, with every
 the interval; SnapKV without it). Of the tokens that are neither first nor recent, those with the largest s stay. The
 keys of each kv head are chosen for themselves, and as many in each.
 
-References: Zhang et al. (2023), H2O, arXiv:2306.14048, Section 4; Li et al. (2024), SnapKV, arXiv:2404.14469, Section 4.
+References: Zhang et al. (2023), arXiv:2306.14048, Section 4 (H2O); Li et al. (2024), arXiv:2404.14469, Section 4.
 
 Shapes: K kv heads, G heads that share one, m observed queries, n tokens still there, D size of a head.
 """
@@ -67,3 +67,9 @@ def kept_places(received: Tensor, kept: KeptTokens) -> Tensor:
     last = torch.arange(count - kept.recent, count, device=received.device)
     ends = torch.cat((first, last)).expand(num_kv, -1)
     return torch.cat((ends, chosen), dim=1).sort(dim=1).values
+
+
+def dropped_places(kept: Tensor, count: int) -> Tensor:
+    """Return the other places [K, count - budget], rising, of those that `kept_places` leaves of `count`."""
+    is_kept = torch.zeros(len(kept), count, dtype=torch.int8, device=kept.device).scatter_(1, kept, 1)
+    return is_kept.argsort(dim=1, stable=True)[:, : count - kept.shape[1]]

@@ -105,7 +105,7 @@ class SparseRows:
             choices: [N,H], of the engine; None lets every query choose.
             num_kv: kv heads, K.
         """
-        positions = torch.cat((segments.position_ids, segments.position_ids.new_tensor([0])))  # of the padding too
+        positions = torch.nn.functional.pad(segments.position_ids, (0, 1))  # of the padding too
 
         def hide(scores: Tensor, block: Block) -> Tensor:
             """Set scores [K,b,M,G,S] to -inf."""

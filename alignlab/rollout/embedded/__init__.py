@@ -4,6 +4,8 @@
     scheduler        chooses the tokens of each step
     sequence         the state of one completion
     block_manager    blocks of the cache: users, shared prefixes
+    prefixes         which blocks sequences share
+    evictions        when a sequence drops tokens over its budget
     swapping         pre-empted sequences on the host
     block_pools      blocks of the layers by their window; those that it has left are released
     step_plan        the place of every token of a step
@@ -11,7 +13,8 @@
     runner           the forward pass of a step
     replays          decoding steps of few shapes, recorded as CUDA graphs
     paged_cache      the tensors that the layers keep
-    mapped_cache     the same in a file, and attention that reads it in parts; mapped_file: the file
+    cache_kinds      the table of caches that approximate: rounded, grouped, evicting, sparse, low_rank
+    mapped_cache     the tensors in a file, and attention that reads it in parts; mapped_file: the file
     paged_attention  attention over the gathered cache
     tile_attention   attention that reads the cache in place, on a GPU
     sampler          next tokens of sequences, log-probs of given tokens

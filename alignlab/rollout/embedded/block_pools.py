@@ -61,7 +61,7 @@ def pool_blocks(lengths: Sequence[int], window: Window, chunk: int, block_size: 
     if window is None:
         return every
     if isinstance(window, KeptTokens):  # beside what stays, a prompt that is computed
-        kept = sum(-(-window.most_kept(length, length) // block_size) for length in lengths)
+        kept = sum(-(-window.most_kept(length, 0) // block_size) for length in lengths)
         return min(every, kept + -(-max(lengths, default=0) // block_size))
     # Each has the blocks of its window before a step, and the step's tokens may begin one block more in each.
     of_windows = sum(most_blocks(length, window, 1, block_size) + 1 for length in lengths)

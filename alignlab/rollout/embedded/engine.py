@@ -247,7 +247,7 @@ class EmbeddedEngine:
         self._require_idle()
         limits = self._limits(shorten="shorten the prompt or lower max_new_tokens")
         check_prompts(prompts, sampling, self._vocab_size, limits)
-        self._measure(prompts)
+        measure_cache(self._policy, self._settings, prompts)
         sequences: list[TokenSequence] = []
         for prompt, params, keys in zip(prompts, sampling, completion_keys(prompts, sampling), strict=True):
             request = make_request(prompt, params, self._lm, self._tokenizer)
@@ -264,12 +264,8 @@ class EmbeddedEngine:
         """Return a sequence for each completion, in order, checked."""
         self._require_idle()
         check_completions(rollouts, self._vocab_size, self._limits(shorten="shorten the prompt or the completion"))
-        self._measure([rollout.prompt for rollout in rollouts])
+        measure_cache(self._policy, self._settings, [rollout.prompt for rollout in rollouts])
         return scored_sequences(rollouts)
-
-    def _measure(self, prompts: Sequence[Prompt]) -> None:
-        """Measure what the cache needs on the first prompts that the engine is given, unless a trainer has."""
-        measure_cache(self._policy, self._settings, [prompt.token_ids for prompt in prompts])
 
     @property
     def _vocab_size(self) -> int:

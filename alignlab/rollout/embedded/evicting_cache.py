@@ -7,7 +7,7 @@ for all of them, and those behind what stays are freed. Shapes as in `heavy_hitt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,26 @@ from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
 from alignlab.models.kv_approximation.eviction_record import Evictions, record_of_evictions
 from alignlab.models.kv_approximation.heavy_hitters import ScoreOptions
 from alignlab.rollout.embedded.block_pools import Window
+from alignlab.rollout.embedded.evictions import Eviction
 from alignlab.rollout.embedded.paged_attention import PagedBatch
 from alignlab.rollout.embedded.paged_cache import PagedCache
-from alignlab.rollout.embedded.scheduler import Eviction
+from alignlab.transfer import to_device
 
 _QUERY = "query"
+
+
+class _Slots(NamedTuple):
+    """Slots of an eviction, on the device of the cache.
+
+    Attributes:
+        sources: of the tokens that are there.
+        targets: of the new blocks.
+        queries: of the observed queries.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    queries: Tensor
 
 
 class EvictingCache(PagedCache):
@@ -60,12 +75,13 @@ class EvictingCache(PagedCache):
         if chosen is None and boundary == first.num_prompt:
             chosen = first.request.kept_of_prompt
         places, stayed, received = {}, {}, {}
+        slots = self._slots(eviction)
         for layer_idx in self.heads:
-            places[layer_idx], received[layer_idx] = self._choose(eviction, layer_idx)
+            places[layer_idx], received[layer_idx] = self._choose(eviction, slots, layer_idx)
             if chosen is not None:
                 places[layer_idx] = chosen[layer_idx]
             stayed[layer_idx] = self._positions(eviction, layer_idx).gather(1, places[layer_idx])
-            self._move(eviction, layer_idx, places[layer_idx])
+            self._move(slots, layer_idx, places[layer_idx])
         if boundary == first.num_prompt:
             first.request.kept_of_prompt = places
         for sequence in eviction.sequences:
@@ -81,15 +97,13 @@ class EvictingCache(PagedCache):
             return None
         return record_of_evictions(evictions, self.evicted.kept, self.heads, num_tokens, num_prompt)
 
-    def _choose(self, eviction: Eviction, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def _choose(self, eviction: Eviction, slots: _Slots, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return the places [K,budget] of the tokens that stay in a layer, and what they have received."""
-        num_queries = min(self.evicted.kept.observed, eviction.boundary)
-        slots = self._slots(layer_idx, eviction.query_blocks)[eviction.num_before_queries :][:num_queries]
-        shape = (num_queries, -1, self.specs[layer_idx].key_size)
-        query = self.layers[layer_idx][_QUERY].index_select(0, slots).view(shape)
+        shape = (len(slots.queries), -1, self.specs[layer_idx].key_size)
+        query = self.layers[layer_idx][_QUERY].index_select(0, slots.queries).view(shape)
         return self.evicted.choose(
-            query, self._rows_of_heads(eviction, layer_idx, "key"), self._positions(eviction, layer_idx),
-            eviction.received.get(layer_idx), self.options[layer_idx],
+            query, self._rows_of_heads(slots, layer_idx, "key"), self._positions(eviction, layer_idx),
+            eviction.received.get(layer_idx), self.options[layer_idx], end=eviction.boundary,
         )
 
     def _positions(self, eviction: Eviction, layer_idx: int) -> Tensor:
@@ -101,25 +115,28 @@ class EvictingCache(PagedCache):
         new = new.expand(self.heads[layer_idx], -1)
         return new if old is None else torch.cat((old, new), dim=1)
 
-    def _move(self, eviction: Eviction, layer_idx: int, places: Tensor) -> None:
+    def _move(self, slots: _Slots, layer_idx: int, places: Tensor) -> None:
         """Write the tokens at places [K,budget] into the new blocks, in order."""
-        slots = self._slots(layer_idx, eviction.targets)[: places.shape[1]]
         for name in ("key", "value"):
-            rows = self._rows_of_heads(eviction, layer_idx, name)
+            rows = self._rows_of_heads(slots, layer_idx, name)
             kept = rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2])).transpose(0, 1)
-            self._store(layer_idx, name, slots, kept)
+            self._store(layer_idx, name, slots.targets[: places.shape[1]], kept)
 
-    def _rows_of_heads(self, eviction: Eviction, layer_idx: int, name: str) -> Tensor:
+    def _rows_of_heads(self, slots: _Slots, layer_idx: int, name: str) -> Tensor:
         """Return the entries [K,n,D] of the tokens that are there in a layer."""
-        slots = self._slots(layer_idx, eviction.sources)[: eviction.num_tokens]
-        rows = self.layers[layer_idx][name].index_select(0, slots)
+        rows = self.layers[layer_idx][name].index_select(0, slots.sources)
         return rows.unflatten(1, self.specs[layer_idx].per_token[name]).transpose(0, 1)
 
-    def _slots(self, layer_idx: int, blocks: list[int]) -> Tensor:
-        """Return the slots of all tokens of blocks."""
-        device = self.layers[layer_idx]["key"].device
-        first = torch.tensor(blocks, device=device)[:, None] * self.block_size
-        return (first + torch.arange(self.block_size, device=device)).flatten()
+    def _slots(self, eviction: Eviction) -> _Slots:
+        """Return the slots of an eviction, moved to the device by one copy."""
+        num_queries = min(self.evicted.kept.observed, eviction.boundary)
+        device = self.layers[next(iter(self.heads))]["key"].device
+        sources, targets, queries = (
+            (torch.tensor(blocks)[:, None] * self.block_size + torch.arange(self.block_size)).flatten()
+            for blocks in (eviction.sources, eviction.targets, eviction.query_blocks)
+        )
+        queries = queries[eviction.num_before_queries :][:num_queries]
+        return _Slots(*to_device([sources[: eviction.num_tokens], targets, queries], device))
 
 
 class EvictingBatch(PagedBatch):

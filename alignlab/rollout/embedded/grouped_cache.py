@@ -15,7 +15,6 @@ from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.groups import GroupedRounding, Int4, from_int4
 from alignlab.models.kv_approximation.record import record_of_layers
-from alignlab.models.sink_window import SinkWindow
 from alignlab.rollout.embedded.block_pools import EXPIRED, Window
 from alignlab.rollout.embedded.paged_attention import PagedBatch, RowGroup
 from alignlab.rollout.embedded.paged_cache import PagedCache
@@ -167,7 +166,7 @@ class GroupedBatch(PagedBatch):
     def _visible(self, index: int, window: Window) -> Tensor:
         """Return whether queries see keys, [R,1,Q,L]: first the rounded ones, then the exact ones."""
         groups, block_size = self._cache.groups, self._cache.block_size
-        assert not isinstance(window, SinkWindow), "groups are of layers that see all tokens, or the last ones"
+        assert window is None or isinstance(window, int), "groups are of layers that see all tokens, or the last ones"
         if not groups.rounds_window(window):
             return super()._visible(index, window)
         group = self._groups[index]

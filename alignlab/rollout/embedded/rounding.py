@@ -5,7 +5,7 @@ Shapes: I inputs of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,16 +83,8 @@ def make_rounding(model: nn.Module, settings: EngineSettings, device: torch.devi
             "itself; remove it"
         )
     layers = dict(_roundable(model))
-    exact = {name: [layer for layer in layers if f".{name}." in f".{layer}."] for name in rounding.exact}
-    for name, matching in exact.items():
-        if not matching:
-            parts = sorted({layer.rpartition(".")[2] for layer in layers})
-            raise ConfigError(
-                f"rollout.quantization.exact has {name!r}, and must have parts of the names of linear layers, such as "
-                f"{', '.join(parts)}; remove it"
-            )
-    left = {layer for matching in exact.values() for layer in matching}
-    rounded = {name: layer for name, layer in layers.items() if name not in left}
+    exact = _left_exact(layers, rounding.exact)
+    rounded = {name: layer for name, layer in layers.items() if name not in exact}
     if not rounded:
         raise ConfigError(f"{setting}, and quantization.exact leaves every layer as it is; remove some of its names")
     if isinstance(rounding, Int4Weights):
@@ -117,6 +109,25 @@ def _roundable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             seen = name
         if type(base) in (nn.Linear, Experts) and name.rpartition(".")[2] not in _ROUTER_PARTS:
             yield name, module
+
+
+def _left_exact(layers: Iterable[str], parts: Sequence[str]) -> set[str]:
+    """Return the names of layers that have one of the given parts.
+
+    Raises:
+        ConfigError: no layer has a part.
+    """
+    exact: set[str] = set()
+    for part in parts:
+        matching = [layer for layer in layers if f".{part}." in f".{layer}."]
+        if not matching:
+            names = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise ConfigError(
+                f"rollout.quantization.exact has {part!r}, and must have parts of the names of linear layers, such as "
+                f"{', '.join(names)}; remove it"
+            )
+        exact |= set(matching)
+    return exact
 
 
 def _check_groups(layers: dict[str, nn.Module], group: int) -> None:

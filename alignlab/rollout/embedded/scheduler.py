@@ -9,14 +9,13 @@ its blocks; it waits at the head of the queue, and is computed again from its to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from alignlab.models.sink_window import KeptTokens
-from alignlab.rollout.embedded.block_manager import chain_digest
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, most_blocks, pool_blocks
+from alignlab.rollout.embedded.evictions import Eviction, budget_need, make_budget
+from alignlab.rollout.embedded.prefixes import Prefixes
 from alignlab.rollout.embedded.sequence import Request, TokenSequence
 from alignlab.rollout.embedded.state_slots import StateSlots, StateUse
 from alignlab.rollout.embedded.swapping import SwapStore
@@ -39,30 +38,6 @@ class Work:
     count: int
     num_logits: int
     states: StateUse | None = None
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """Sequences with the same tokens and blocks at a boundary, where the tokens over a budget are dropped.
-
-    Attributes:
-        boundary: tokens that each has.
-        num_tokens: those of them that are still in the cache.
-        sources, targets: blocks of these, and of those that stay.
-        query_blocks: blocks of the newest queries.
-        num_before_queries: tokens in these blocks before the observed ones.
-        stayed, received: see `TokenSequence`, at the boundary before.
-    """
-
-    sequences: list[TokenSequence]
-    boundary: int
-    num_tokens: int
-    sources: list[int]
-    targets: list[int]
-    query_blocks: list[int]
-    num_before_queries: int
-    stayed: dict[int, Tensor]
-    received: dict[int, Tensor]
 
 
 @dataclass
@@ -112,25 +87,15 @@ def pool_needs(
 ) -> dict[Window, PoolNeed]:
     """Return the blocks that the sequences of a call need in each pool; arguments as in `blocks_needed`."""
     longest = max((sequence.max_tokens for sequence in sequences), default=0)
-    needs = {}
+    needs: dict[Window, PoolNeed] = {}
     for window in windows:
         if isinstance(window, KeptTokens):
-            needs[window] = _budget_need(sequences, window, block_size, max_running)
+            needs[window] = budget_need(sequences, window, block_size, max_running)
             continue
         least = most_blocks(longest, window, chunk, block_size)
         every = blocks_needed(sequences, block_size, max_running, share=share, window=window, chunk=chunk)
         needs[window] = PoolNeed(least, max(least, every))
     return needs
-
-
-def _budget_need(
-    sequences: Sequence[TokenSequence], kept: KeptTokens, block_size: int, max_running: int
-) -> PoolNeed:
-    """Return the blocks that sequences with a budget need: beside what stays of all, one prompt that is computed."""
-    after = sorted(-(-kept.most_kept(s.max_tokens, s.num_prompt) // block_size) for s in sequences)
-    prompts = [-(-s.num_prompt // block_size) for s in sequences]
-    least = max([*after, *prompts], default=0)
-    return PoolNeed(least, max(least, sum(after[-max_running:]) + max(prompts, default=0)))
 
 
 class Scheduler:
@@ -158,10 +123,10 @@ class Scheduler:
         self.running: list[TokenSequence] = []
         self.waiting: deque[TokenSequence] = deque()
         self.num_preempted = 0
-        self._root = root
+        self._prefixes = Prefixes(pools, states, root)
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
-        self._kept = next((window for window in pools.managers if isinstance(window, KeptTokens)), None)
+        self._budget = make_budget(pools, self.running, self._preempt)
         self._moving: set[TokenSequence] = set()  # their tokens move as the present step begins
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
@@ -177,8 +142,8 @@ class Scheduler:
         step = Step()
         num_preempted = self.num_preempted
         self._moving = set()
-        if self._kept is not None:
-            self._evict(self._kept, step)
+        if self._budget is not None:
+            step.evictions = self._budget.evictions()
             self._moving = {sequence for eviction in step.evictions for sequence in eviction.sequences}
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
@@ -204,7 +169,7 @@ class Scheduler:
             sequence, rows = work.sequence, slice(first_row, first_row + work.num_logits)
             first_row = rows.stop
             sequence.num_computed += work.count
-            self._publish(sequence)
+            self._prefixes.publish(sequence)
             if work.num_logits:
                 outputs.append((sequence, rows))
             if not sequence.num_pending:
@@ -241,7 +206,8 @@ class Scheduler:
         budget, index = self._prefill_tokens, 0
         while index < len(self.running):
             sequence = self.running[index]
-            self._shorten_drafts(sequence)
+            if self._budget is not None:
+                self._budget.shorten_drafts(sequence)
             is_decoded = sequence.num_pending <= 1 + sequence.num_drafts
             count = sequence.num_pending if is_decoded else self._next_count(sequence, budget)
             if not self._make_room(sequence, count, step):
@@ -304,7 +270,7 @@ class Scheduler:
             return False
         absent = {}
         if swap is None:
-            self._find_prefix(sequence)
+            self._prefixes.find(sequence)
         else:
             absent = swap.find(sequence, self.pools)
         count = self._next_count(sequence, budget)
@@ -318,12 +284,11 @@ class Scheduler:
             return False
         if swap is not None:
             swap.bring_back(sequence, self.pools, self._states)
-            for index, digest in enumerate(() if sequence.num_dropped else sequence.digests):
-                self.pools.publish(sequence.tables, index, digest)
+            self._prefixes.publish_again(sequence)
         for window, manager in self.pools.managers.items():
             sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
         self.running.append(self.waiting.popleft())
-        if self._root is not None and self._computes_prompt(sequence):
+        if self._prefixes.is_shared and self._computes_prompt(sequence):
             while self.waiting and _same_start(self.waiting[0], sequence):
                 sequence.followers.append(self.waiting.popleft())
         return True
@@ -368,10 +333,7 @@ class Scheduler:
 
     def _is_whole(self, sequence: TokenSequence) -> bool:
         """Return whether a sequence's blocks hold what it goes on from: no tokens are to be dropped or moved first."""
-        if self._kept is None:
-            return True
-        num_dropped = self._kept.num_dropped(sequence.num_computed, sequence.num_prompt)
-        return sequence not in self._moving and num_dropped <= sequence.num_dropped
+        return self._budget is None or sequence not in self._moving and not self._budget.is_due(sequence)
 
     def _release(self, sequence: TokenSequence, *, forget: bool = True) -> None:
         """Free the blocks and the slot of a sequence; with `forget`, none of its tokens counts as computed then."""
@@ -383,130 +345,13 @@ class Scheduler:
             sequence.digests, sequence.num_computed = [], 0
             sequence.num_dropped, sequence.stayed, sequence.received = 0, {}, {}
 
-    def _find_prefix(self, sequence: TokenSequence) -> None:
-        """Share the published blocks that the sequence begins with, up to the first token that needs logits.
-
-        Where layers keep states, up to the last block after which one was published.
-        """
-        if self._states is None:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence))
-        else:
-            sequence.digests, sequence.tables = self.pools.find(self._digests(sequence), self._states.knows)
-            if sequence.digests:
-                self._states.take(sequence, sequence.digests[-1])
-        sequence.num_computed = len(sequence.digests) * self.pools.block_size
-
-    def _digests(self, sequence: TokenSequence) -> Iterator[bytes]:
-        """Yield the digests of a sequence's full blocks before its first token that needs logits, if they are shared.
-        """
-        parent = self._root
-        for index in range(0 if parent is None else sequence.first_logits // self.pools.block_size):
-            assert parent is not None
-            parent = self._digest(sequence, index, parent)
-            yield parent
-
-    def _publish(self, sequence: TokenSequence) -> None:
-        """Publish full blocks, so that later sequences find them, and the state after the last one that they share.
-
-        Not of a sequence of which tokens were dropped: what follows them is another in another sequence.
-        """
-        if sequence.num_dropped:
-            return
-        size = self.pools.block_size
-        num_certain = min(sequence.num_computed, len(sequence.token_ids) - sequence.num_drafts)
-        while self._root is not None and (len(sequence.digests) + 1) * size <= num_certain:
-            count = len(sequence.digests)
-            digest = self._digest(sequence, count, sequence.digests[-1] if count else self._root)
-            self.pools.publish(sequence.tables, count, digest)
-            sequence.digests.append(digest)
-        if self._states is not None and sequence.digests and sequence.num_computed == self._last_shared(sequence):
-            self._states.publish(sequence, sequence.digests[-1])
-
-    def _last_shared(self, sequence: TokenSequence) -> int:
-        """Return the tokens in the full blocks of a sequence before its first token that needs logits."""
-        return sequence.first_logits // self.pools.block_size * self.pools.block_size
-
     def _next_count(self, sequence: TokenSequence, budget: int) -> int:
         """Return how many tokens of a sequence to compute next: states are kept at the end of the blocks it shares."""
         count = min(sequence.num_pending, budget)
-        boundary = None if self._kept is None else self._next_boundary(self._kept, sequence)
-        if boundary is not None:
-            count = min(count, boundary - sequence.num_computed)
-        until = self._last_shared(sequence) - sequence.num_computed
-        return min(count, until) if self._states is not None and self._root is not None and until > 0 else count
-
-    def _next_boundary(self, kept: KeptTokens, sequence: TokenSequence) -> int | None:
-        """Return the next boundary of a sequence, which no step goes beyond; None without any."""
-        return kept.next_boundary(sequence.num_computed, sequence.num_prompt)
-
-    def _shorten_drafts(self, sequence: TokenSequence) -> None:
-        """Take off the drafts after the next boundary."""
-        boundary = None if self._kept is None else self._next_boundary(self._kept, sequence)
-        if boundary is not None and sequence.num_drafts:
-            drafts = sequence.take_drafts()
-            sequence.add_drafts(drafts[: max(0, boundary - len(sequence.token_ids))])
-
-    def _evict(self, kept: KeptTokens, step: Step) -> None:
-        """Drop the tokens over the budget of the running sequences that are at a boundary.
-
-        Sequences with the same blocks, as forks are after their prompt, share those of what stays.
-        """
-        same: dict[tuple[int, ...], Eviction] = {}
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
-            num_dropped = kept.num_dropped(sequence.num_computed, sequence.num_prompt)
-            if sequence.num_pending and num_dropped > sequence.num_dropped:
-                key = (sequence.num_computed, *sequence.tables[kept])
-                if key in same:
-                    targets = [self.pools.managers[kept].share(block) for block in same[key].targets]
-                    for block in sequence.tables[kept]:
-                        self.pools.managers[kept].release(block)
-                    same[key].sequences.append(sequence)
-                    sequence.tables[kept] = targets
-                else:
-                    eviction = self._eviction(kept, sequence, num_dropped)
-                    if eviction is None:
-                        break
-                    step.evictions.append(eviction)
-                    same[key] = eviction
-                sequence.num_dropped = num_dropped
-            index += 1
-
-    def _eviction(self, kept: KeptTokens, sequence: TokenSequence, num_dropped: int) -> Eviction | None:
-        """Return the move of what stays of a sequence to blocks of its own; None if it was pre-empted for want of them.
-        """
-        manager, boundary = self.pools.managers[kept], sequence.num_computed
-        num_kept = self.pools.blocks_for(boundary - num_dropped)
-        while True:
-            sources = sequence.tables[kept]
-            num_shared = sum(manager.users(block) > 1 for block in sources[:num_kept])
-            if manager.num_free >= num_shared:
-                break
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return None
-        targets = []
-        for block in sources[:num_kept]:
-            is_shared = manager.users(block) > 1
-            num_shared -= is_shared
-            if is_shared or (manager.is_published(block) and manager.num_free > num_shared):
-                targets.append(manager.allocate())
-            else:
-                manager.withdraw(block)
-                targets.append(manager.share(block))
-        for block in sources:
-            manager.release(block)
-        sequence.tables[kept] = list(targets)
-        first_query = boundary - min(kept.observed, boundary)
-        queries = sequence.tables[kept.query_window]
-        first_block = first_query // self.pools.block_size
-        return Eviction(
-            [sequence], boundary, boundary - sequence.num_dropped, sources, targets,
-            queries[first_block : self.pools.blocks_for(boundary)], first_query - first_block * self.pools.block_size,
-            sequence.stayed, sequence.received,
-        )
+        if self._budget is not None:
+            count = min(count, self._budget.most_tokens(sequence))
+        until = self._prefixes.last_shared(sequence) - sequence.num_computed
+        return min(count, until) if self._states is not None and self._prefixes.is_shared and until > 0 else count
 
     def _place(self, sequence: TokenSequence, window: Window) -> int:
         """Return how many tokens before the next one a sequence has in a pool."""
@@ -521,11 +366,6 @@ class Scheduler:
         start = sequence.num_computed
         num_logits = max(0, start + count - max(start, sequence.first_logits))
         return Work(sequence, start, count, num_logits, None if self._states is None else self._states.begin(sequence))
-
-    def _digest(self, sequence: TokenSequence, index: int, parent: bytes) -> bytes:
-        """Return the digest of one block of a sequence; `parent` is that of the block before it."""
-        size = self.pools.block_size
-        return chain_digest(parent, sequence.token_ids[index * size : (index + 1) * size])
 
 
 def _same_start(waiting: TokenSequence, leader: TokenSequence) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from alignlab.models.paged_flex import TILE, Tiles, VisitedBlocks
-from alignlab.models.sink_window import SinkWindow
+from alignlab.models.sink_window import KeptTokens, SinkWindow
 from alignlab.rollout.embedded.block_pools import Window, first_visible
 from alignlab.rollout.embedded.scheduler import Work
 from alignlab.rollout.embedded.step_plan import block_table, logit_tokens, state_slots
@@ -200,7 +200,7 @@ def _group(
     tiles = {w: Tiles(_int32(positions), _int32(table), places) for w, (table, places) in tables.items()}
     visited: dict[Window, VisitedBlocks] = {}
     for window, (table, _) in tables.items():
-        assert not isinstance(window, SinkWindow), "a cache that drops tokens is gathered"
+        assert not isinstance(window, SinkWindow | KeptTokens), "a cache that drops tokens is gathered"
         visited[window] = visited_blocks(positions, table, block_size, window, split=split)
     return TileGroup(None, None, tiles, visited)
 

@@ -15,6 +15,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "int4, no token exact": {"type": "int4", "group": 4, "recent": 0},
     "int4": {"type": "int4", "group": 4, "recent": 4},
     "window": {"type": "window", "tokens": 8, "sinks": 2}, "window of few": {"type": "window", "tokens": 2, "sinks": 1},
+    "evict": {"type": "evict", "heavy": 5, "recent": 3, "sinks": 1, "interval": 4, "observed": 4},
+    "top_k": {"type": "top_k", "tokens": 4, "recent": 2}, "low_rank": {"type": "low_rank", "rank": 4},
 }
 
 

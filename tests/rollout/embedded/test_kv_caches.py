@@ -31,7 +31,14 @@ CACHES: dict[str, dict[str, Any]] = {
     "int4 with nothing recent": {"type": "int4", "group": 8, "recent": 0},
     "window": {"type": "window", "tokens": 9, "sinks": 2},
     "wide sinks": {"type": "window", "tokens": 6, "sinks": 20},
+    "evict": {"type": "evict", "heavy": 5, "recent": 3, "sinks": 2, "interval": 4, "observed": 4},
+    "evict at the prompt's end": {
+        "type": "evict", "heavy": 5, "recent": 3, "sinks": 0, "interval": None, "observed": 6, "accumulate": False,
+    },
+    "top_k": {"type": "top_k", "tokens": 4, "recent": 2}, "threshold": {"type": "threshold", "part": 0.3, "recent": 1},
+    "mass": {"type": "threshold", "mass": 0.7, "recent": 2}, "low_rank": {"type": "low_rank", "rank": 4},
 }
+HAVE_NO_RECORD = ("window", "low_rank")
 ALIKE = 2e-6
 """Log-probs are reported in float32."""
 MODELS = ("llama", "dense")
@@ -44,7 +51,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 def replayed(model: PreTrainedModel, rollouts: list[Rollout], cache: dict[str, Any], budget: int = 150) -> list[Tensor]:
     """Return the trainer's log-probs of completions, with the approximation, on packs that share prompts."""
-    policy = Policy(model, kv_approximation=replayed_approximation(RolloutSettings(kv_cache=cache)))
+    policy = Policy(model, kv_approximation=replayed_approximation(RolloutSettings(kv_cache=cache), model))
     result: dict[int, Tensor] = {}
     for pack in pack_rollouts(rollouts, budget=budget):
         with torch.no_grad():
@@ -88,13 +95,37 @@ def test_a_deep_model_in_float32_needs_the_record(cache: str, make_engine: MakeE
         for weight in model.parameters():
             weight.mul_(1 + 3e-5 * torch.randn(weight.shape))
     kept, lost = (largest_gap(replayed(model, given, CACHES[cache]), rollouts) for given in (rollouts, without))
-    assert kept < 5e-3 and (lost > 4 * kept or CACHES[cache]["type"] == "window")
+    assert kept < 5e-3
+    if CACHES[cache]["type"] not in HAVE_NO_RECORD and "evict" not in cache:  # few choices, of which none is near here
+        assert lost > 4 * kept
 
 
-@pytest.mark.parametrize("cache", ["int8", "int4"])
+@pytest.mark.parametrize("cache", ["int8", "int4", "evict", "top_k", "low_rank"])
 def test_a_mixture_replays_experts_and_codes(cache: str, make_engine: MakeEngine, sparse: PreTrainedModel) -> None:
     rollouts = make_engine(sparse, kv_cache=CACHES[cache]).generate(make_prompts(9, 33, 16), SAMPLING)
     assert largest_gap(replayed(sparse, rollouts, CACHES[cache]), rollouts) < 1e-4
+
+
+@pytest.mark.parametrize("cache", ["evict", "top_k", "mass", "low_rank"])
+def test_the_cut_into_packs_does_not_change_the_replay(
+    cache: str, make_engine: MakeEngine, dense: PreTrainedModel
+) -> None:
+    """Packs with a prompt for each completion, and one pack of all."""
+    rollouts = make_engine(dense.double(), kv_cache=CACHES[cache]).generate(make_prompts(9, 33, 16), SAMPLING)
+    alone, together = (replayed(dense, rollouts, CACHES[cache], budget=budget) for budget in (40, 1000))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["evict", "top_k", "threshold", "low_rank"])
+def test_bfloat16_is_replayed_within_its_own_rounding(
+    cache: str, make_engine: MakeEngine, llama: PreTrainedModel
+) -> None:
+    """As far apart as engine and trainer are with an exact cache, which is 0.05 here; without a replay, over 1."""
+    model = llama.bfloat16()
+    rollouts = make_engine(model, kv_cache=CACHES[cache]).generate(make_prompts(9, 21, 40), SAMPLING)
+    assert largest_gap(replayed(model, rollouts, CACHES[cache]), rollouts) < 0.1
+    assert largest_gap(replayed(model, rollouts, {"type": "exact"}), rollouts) > 1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

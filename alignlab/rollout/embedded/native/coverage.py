@@ -20,7 +20,7 @@ from alignlab.models.merging import wrappers
 from alignlab.models.moe import Experts
 from alignlab.models.routers.topk import TopKRouter
 from alignlab.models.transformer import PolicyForCausalLM
-from alignlab.native.processor import NEEDED, missing_flags
+from alignlab.native.processor import INTEGER_PRODUCTS, NEEDED, missing_flags, processor_flags
 from alignlab.rollout.embedded.native.packing import ACTIVATIONS, SCORINGS
 from alignlab.rollout.embedded.rounding import Rounding, weights_of
 
@@ -110,6 +110,8 @@ def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
 
 def why_not_rounded(lm: PreTrainedModel, rounding: Rounding) -> str | None:
     """Return why the kernels cannot have weights rounded as they are; None if they can."""
+    if INTEGER_PRODUCTS not in processor_flags():
+        return f"the processor has no {INTEGER_PRODUCTS}"
     decoder: Any = lm.get_decoder()
     together = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for module in decoder.modules():

@@ -118,7 +118,7 @@ class Packer:
             biases = tuple(projection.bias for projection in projections)
         packed.hold(
             gate_up=self.interleaved(gate, up, biases, rounded=rounded),
-            down=self.stacked([down.weight], [down.bias], rounded=self.rounds(mlp.down_proj)),  # type: ignore[arg-type]
+            down=self.stacked([down.weight], [down.bias], rounded=self.rounds(mlp.down_proj)),
         )
         return packed
 

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import ConfigError, RolloutError
+from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.weight_rounding import BITS, from_codes, row_codes, to_codes, weight_scales
+from alignlab.native.processor import INTEGER_PRODUCTS, processor_flags
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.native.binding import kernels_of
 from alignlab.rollout.embedded.native.packing import Packer
@@ -21,12 +23,15 @@ from alignlab.rollout.embedded.rounding import Rounding
 from alignlab.rollout.memory import engine_bytes
 from alignlab.types import SamplingParams
 from tests.models.rounded_models import rounded_model
-from tests.rollout.conftest import flat, make_prompts
+from tests.rollout.conftest import SIZES, VOCAB, flat, make_prompts
 from tests.rollout.embedded.native.conftest import MIXTURE, model_of, needs_bfloat16, needs_kernels
 from tests.rollout.embedded.native.test_native_step import as_sampled
 from tests.rollout.embedded.test_weights import adapted
 
-pytestmark = needs_kernels
+pytestmark = [
+    needs_kernels,
+    pytest.mark.skipif(INTEGER_PRODUCTS not in processor_flags(), reason="needs AVX-512 VNNI"),
+]
 KINDS = ("int8", "int4", "int8_dynamic")
 SAMPLING = SamplingParams(n=2, max_new_tokens=6, seed=4, ignore_eos=True)
 PROMPTS = make_prompts(3, 14)
@@ -116,9 +121,7 @@ def native_engine(model: Any, tokenizer: PreTrainedTokenizerFast, kind: Any, **s
 
 
 def mixed_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    from alignlab.models.hub.checkpoints import new_model
-    from tests.rollout.conftest import SIZES, VOCAB
-
+    """A mixture behind a dense layer, with shared experts, all of sizes that groups divide."""
     torch.manual_seed(3)
     return new_model({**SIZES, **MIXED, "initializer_range": 0.2}, vocab_size=VOCAB).to(dtype)
 

@@ -14,7 +14,6 @@
 namespace alignlab {
 
 constexpr int64_t kTileRows = 12;    // 12 rows x 2 vectors of sums, 2 of weights and 1 of the row fill 27 of 32 registers
-constexpr int64_t kFewRows = 3;      // so few rows take two panels at once, to have enough sums in flight
 constexpr int64_t kBlockRows = 96;  // rows that pass over all panels together, and stay in the processor's cache
 
 // Add to sum[m][p] the products of row m of `a` with the 16 columns of vector p of `b`, over `words` words.
@@ -110,6 +109,7 @@ inline void product(
   switch (weight.format) {
     case kStored:
       return all_panels(StoredTile<S>{a, lda, weight}, rows, weight, finish);
+#ifdef __AVX512VNNI__
     case kInt8:
       round_rows<S, Int8>(a, lda, rows, weight, rounded);
       return all_panels(RoundedTile<S, Int8>{weight, rounded}, rows, weight, finish);
@@ -119,6 +119,7 @@ inline void product(
     case kInt8Dynamic:
       round_rows<S, Int8Dynamic>(a, lda, rows, weight, rounded);
       return all_panels(RoundedTile<S, Int8Dynamic>{weight, rounded}, rows, weight, finish);
+#endif
   }
 }
 

@@ -16,6 +16,8 @@ struct RoundedRows {  // the layout is `binding.RoundedRowsStruct`'s
   int32_t* sums;      // [rows, groups] of the codes that meet a group of 4-bit weights
 };
 
+#ifdef __AVX512VNNI__
+
 // Codes of a weight are in units: those that one vector reads of 16 outputs. The vectors of a unit are multiplied with as
 // many neighbouring words of a row.
 struct Int8 {  // 16-bit rows
@@ -164,7 +166,7 @@ struct RoundedTile {
       for (int p = 0; p < P; p++) {
         const uint8_t* at = columns[p] + i / F::kVectors * stride;
         F::load(at, b[p]);
-        if (M <= 3) _mm_prefetch((const char*)(at + 16 * stride), _MM_HINT_T0);
+        if (M <= kFewRows) _mm_prefetch((const char*)(at + 16 * stride), _MM_HINT_T0);
       }
       for (int m = 0; m < M; m++)
         for (int v = 0; v < F::kVectors; v++) {
@@ -179,5 +181,7 @@ struct RoundedTile {
     return _mm512_mul_ps(total, _mm512_set1_ps(rows.scales[row]));
   }
 };
+
+#endif  // without these instructions `coverage` refuses rounded weights
 
 }  // namespace alignlab

@@ -6,6 +6,7 @@
 namespace alignlab {
 
 constexpr int64_t kPanel = 32;
+constexpr int64_t kFewRows = 3;  // so few rows take two panels at once, to have enough sums in flight
 
 // Of a weight. Rounded weights are multiplied with rounded rows; see `rounded_rows.h`.
 enum Format : int64_t { kStored = 0, kInt8 = 1, kInt4 = 2, kInt8Dynamic = 3 };
