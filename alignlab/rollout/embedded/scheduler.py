@@ -333,7 +333,7 @@ class Scheduler:
 
     def _is_whole(self, sequence: TokenSequence) -> bool:
         """Return whether a sequence's blocks hold what it goes on from: no tokens are to be dropped or moved first."""
-        return self._budget is None or sequence not in self._moving and not self._budget.is_due(sequence)
+        return self._budget is None or (sequence not in self._moving and not self._budget.is_due(sequence))
 
     def _release(self, sequence: TokenSequence, *, forget: bool = True) -> None:
         """Free the blocks and the slot of a sequence; with `forget`, none of its tokens counts as computed then."""
