@@ -32,6 +32,7 @@ from alignlab.loop.forward import PolicyForward
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.models.kv_approximation.choice import replayed_approximation
 from alignlab.models.policy import Policy
+from alignlab.models.sink_window import KeptTokens, Window
 from alignlab.rollout.embedded.block_pools import most_blocks
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.types import Prompt, Rollout, SamplingParams
@@ -87,12 +88,19 @@ def _measured(
     [rollout], speed = _decoded(engine, prompt, args.new_tokens)
     length, kept = len(prompt.token_ids) + args.new_tokens, engine._runner.cache
     num_bytes = sum(
-        most_blocks(length, window, 1, kept.block_size) * size
+        _held_blocks(window, length, len(prompt.token_ids), kept.block_size) * size
         for window, size in kept.block_bytes(DTYPES[args.dtype]).items()
     )
     result = {"bytes": num_bytes / length, "speed": speed}
     result |= _distance("gap", torch.cat(exact.logprobs([rollout])), rollout)
     return result | (_replayed(model, settings, rollout) if len(prompt.token_ids) < args.replay else {})
+
+
+def _held_blocks(window: Window, length: int, num_prompt: int, block_size: int) -> int:
+    """Return the blocks of a pool that a sequence holds at the end of its completion."""
+    if isinstance(window, KeptTokens):
+        return -(-window.most_kept(length, num_prompt) // block_size)
+    return most_blocks(length, window, 1, block_size)
 
 
 def _decoded(engine: EmbeddedEngine, prompt: Prompt, new_tokens: int) -> tuple[list[Rollout], float]:

@@ -15,10 +15,16 @@ from alignlab.errors import NumericsError
 from alignlab.functional.reduction import moments
 from alignlab.functional.values import gae, token_rewards
 from alignlab.models.adapters import add_lora
+from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.finite import check_finite
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.policy import Policy
+from alignlab.rollout.embedded.block_pools import BlockPools
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.embedded.paged_cache import PagedCache
+from alignlab.rollout.embedded.sequence import Request, TokenSequence
+from alignlab.rollout.embedded.state_cache import StateCache
+from alignlab.rollout.embedded.swapping import SwapStore
 from alignlab.types import Completion, Experience, Prompt, Rollout, SamplingParams
 from tests.gpu.graph_stand_in import Rerun
 from tests.gpu.pretended import CUDA, PretendedGPU
@@ -75,6 +81,41 @@ def test_a_forward_and_backward_pass_never_waits(
         loss = output.logprobs.sum() + output.entropy.sum()
         (loss if output.router_loss is None else loss + output.router_loss.sum()).backward()
         assert not mode.num_waits, mode.report()
+
+
+def kinds(mode: PretendedGPU) -> list[str]:
+    """The transfers that were made, in the order of their names."""
+    return sorted(kind for (kind, _), times in mode.transfers.items() for _ in range(times))
+
+
+def test_a_sequence_leaves_the_gpu_and_comes_back_by_one_copy_each_without_a_wait(gpu: Callable[..., Any]) -> None:
+    """Beside the places of its blocks, which are a copy of their own."""
+    with gpu() as mode:
+        pools = BlockPools([None], 4)
+        pools.grow({None: 9})
+        cache = PagedCache({layer: LayerCacheSpec.of_heads(2, 8, 8) for layer in range(3)}, 4)
+        cache.resize({None: 9})
+        for layer in range(3):
+            numbers = torch.randn(36, 2, 8, device="cuda:0")
+            cache.write(layer, torch.arange(36, device="cuda:0"), {"key": numbers, "value": -numbers})
+        request = Request(Prompt((1,), ""), SamplingParams(), frozenset())
+        sequence = TokenSequence(request, 0, list(range(11)), num_computed=10)
+        sequence.tables = {None: [pools.managers[None].allocate() for _ in range(3)]}
+        before = [tensor.index_select(0, torch.tensor([0, 1, 2], device="cuda:0")) for tensor in cache.tensors_of(None)]
+        swap = SwapStore(cache, StateCache({}, torch.float32), 1 << 20)
+        mode.reset()
+        assert swap.take_out(sequence, pools)
+        assert kinds(mode) == ["device to host", "host to device"] and not mode.num_waits, mode.report()
+        pools.release(sequence.tables)
+        for tensor in cache.tensors_of(None):
+            tensor.zero_()
+        mode.reset()
+        assert swap.find(sequence, pools) == {None: 3}
+        swap.bring_back(sequence, pools, None)
+        assert kinds(mode) == ["host to device"] * 2 and not mode.num_waits, mode.report()
+        places = torch.tensor(sequence.tables[None], device="cuda:0")
+        for tensor, old in zip(cache.tensors_of(None), before, strict=True):
+            assert torch.equal(tensor.index_select(0, places), old)
 
 
 def test_a_check_of_many_weights_waits_once(gpu: Callable[..., Any]) -> None:

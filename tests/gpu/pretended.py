@@ -267,7 +267,7 @@ class PretendedGPU(TorchDispatchMode):
             return args[0]
         if func is aten.copy_.default:
             target, source = args[:2]
-            self._count_crossing(source, isinstance(target, GpuTensor), args[2] if len(args) > 2 else False)
+            self._count_crossing(source, isinstance(target, GpuTensor), args[2] if len(args) > 2 else False, target)
             func(*_real((target, source)))
             return target
         [source], device = args, kwargs.get("device")
@@ -279,11 +279,16 @@ class PretendedGPU(TorchDispatchMode):
         result = func(_real(source), **options)
         return GpuTensor(result) if on_gpu else result
 
-    def _count_crossing(self, source: Tensor, to_gpu: bool, non_blocking: bool) -> None:
-        """Count a copy between host and device; CUDA goes on without waiting for a pinned source alone."""
+    def _count_crossing(self, source: Tensor, to_gpu: bool, non_blocking: bool, target: Tensor | None = None) -> None:
+        """Count a copy between host and device; CUDA goes on without waiting where the host's memory is pinned alone.
+
+        Args:
+            target: of a copy into given memory.
+        """
         from_gpu = isinstance(source, GpuTensor)
         if from_gpu and not to_gpu:
-            self.crossed("device to host", source, waits=True)
+            pinned = target is not None and target.untyped_storage().data_ptr() in self._pinned
+            self.crossed("device to host", source, waits=not (non_blocking and pinned))
         elif to_gpu and not from_gpu and source.dim():
             pinned = source.untyped_storage().data_ptr() in self._pinned
             self.crossed("host to device", source, waits=not (non_blocking and pinned))

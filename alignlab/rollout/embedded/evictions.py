@@ -81,6 +81,10 @@ class TokenBudget:
         boundary = self._kept.next_boundary(sequence.num_computed, sequence.num_prompt)
         return sys.maxsize if boundary is None else boundary - sequence.num_computed
 
+    def is_due(self, sequence: TokenSequence) -> bool:
+        """Return whether a sequence is at a boundary at which tokens have yet to be dropped."""
+        return self._kept.num_dropped(sequence.num_computed, sequence.num_prompt) > sequence.num_dropped
+
     def shorten_drafts(self, sequence: TokenSequence) -> None:
         """Take off the drafts of a sequence that come after its next boundary."""
         if sequence.num_drafts:

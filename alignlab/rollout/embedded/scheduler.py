@@ -316,7 +316,8 @@ class Scheduler:
         self.num_preempted += 1
         sequence.take_drafts()
         self.pools.expire(sequence.tables, sequence.num_computed)
-        is_kept = self._swap is not None and self._swap.take_out(sequence, self.pools)
+        is_whole = self._budget is None or not self._budget.is_due(sequence)
+        is_kept = self._swap is not None and is_whole and self._swap.take_out(sequence, self.pools)
         if sequence.scored_ids and not is_kept:  # its given tokens are scored again, from the first
             sequence.raw_logprobs = []
         self.running.remove(sequence)

@@ -90,6 +90,26 @@ def test_every_kind_of_cache_comes_back(cache: str, make_engine: MakeEngine, den
     assert engine.num_computed == 3 * (sum(LENGTHS) + len(LENGTHS) * 15)
 
 
+@pytest.mark.parametrize(
+    "cache", [
+        {"type": "evict", "heavy": 6, "recent": 4, "sinks": 1, "interval": 4, "observed": 4},
+        {"type": "top_k", "tokens": 6},
+    ], ids=lambda cache: str(cache["type"]),
+)  # fmt: skip
+def test_what_was_dropped_or_left_out_stays_so(
+    cache: dict[str, Any], make_engine: MakeEngine, llama: PreTrainedModel
+) -> None:
+    """A sequence whose tokens are about to be dropped, or to move, when it gives way is computed again."""
+    llama.double()
+    prompts = make_prompts(*LENGTHS)
+    expected = make_engine(llama, kv_cache=cache, block_size=4).generate(prompts, SAMPLING)
+    engine = make_engine(llama, **SWAP, kv_cache=cache)
+    assert_same(flat(expected), flat(engine.generate(prompts, SAMPLING)), atol=2e-6)
+    metrics = engine.metrics()
+    assert engine.num_preempted >= metrics["engine/swapped_out"] == metrics["engine/swapped_in"] > 0
+    assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
+
+
 @pytest.mark.parametrize("kind", ["latent", "mixture-of-heads-and-experts", "shared-recurrent-and-latent"])
 def test_latents_and_states_come_back(kind: str, make_engine: MakeEngine) -> None:
     model, prompts = make_model(kind, vocab_size=VOCAB, initializer_range=0.1), make_prompts(*LENGTHS)
