@@ -1,6 +1,7 @@
 """Rounded weights of the embedded engine: speed, memory, error, and the time of rounding.
 
     python -m tests.bench.bench_weights [--steps native python] [--kinds NAME ...] [--batches 1 16 64] [--rounds 2]
+    python -m tests.bench.bench_weights --products
 
 For each rounding and step: seconds of rounding the policy after an update; bytes of the copies that the engine samples
 from; tokens a second of decoding 1, 16 and 64 completions after a prompt that is known already, by the process's CPU
@@ -22,7 +23,10 @@ import torch
 from alignlab.config.rollout import RolloutSettings
 from alignlab.models.hub.checkpoints import load_model, load_tokenizer
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.embedded.native.binding import kernels_of
+from alignlab.rollout.embedded.native.packing import Packer
 from alignlab.rollout.embedded.native.weights import NativeWeights
+from alignlab.rollout.embedded.rounding import Rounding
 from alignlab.rollout.verification import trainer_logprobs
 from alignlab.types import Prompt, SamplingParams
 
@@ -37,6 +41,10 @@ PROMPT, SCORED = 48, 16
 
 def main() -> None:
     args = _arguments()
+    if args.products:
+        for name, of_rows in time_products([1, 2, 4, 8, 16, 64, 256]).items():
+            print(f"{name:14}" + "".join(f"{count:>6}:{value:7.2f}" for count, value in of_rows.items()))
+        return
     model: Any = load_model(args.model, dtype=torch.bfloat16)
     tokenizer = load_tokenizer(args.model)
     pages = sorted(Path(__file__).parents[2].rglob("README.md"))
@@ -49,7 +57,8 @@ def main() -> None:
         for name in args.kinds:
             settings = RolloutSettings.model_validate({"quantization": KINDS[name], "native": STEPS[step]})
             engine = engines[f"{step}: {name}"] = EmbeddedEngine(model, tokenizer, settings)
-            results[f"{step}: {name}"] = _error(engine, model, prompts, args.new_tokens) | _copies(engine, model)
+            row = results[f"{step}: {name}"] = _error(engine, model, prompts, args.new_tokens) | _copies(engine, model)
+            print(f"{step}: {name}: {row}", flush=True)
     for _ in range(args.rounds):
         for batch in args.batches:
             for name, engine in engines.items():
@@ -62,6 +71,30 @@ def main() -> None:
         errors = f"{row['mean']:7.3f}{row['largest']:9.2f}{row['bias']:7.3f}"
         print(f"{name:34}{row['rounding_s']:11.2f}{row['bytes'] / 1e6:7.0f}{speeds}{errors}")
     print(json.dumps(results))
+
+
+PRODUCTS = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+"""Outputs and inputs of the products of a layer of SmolLM2-135M, of which there are 30."""
+
+
+def time_products(row_counts: list[int], rounds: int = 7) -> dict[str, dict[int, float]]:
+    """Return the milliseconds of CPU time of the kernels' products of all layers, by rounding and rows."""
+    kernels, seen = kernels_of(torch.bfloat16), {}
+    for name in ("bfloat16", "int8", "int4", "int8_dynamic"):
+        settings = RolloutSettings.model_validate({"quantization": KINDS[name]}).quantization
+        packer = Packer(kernels, lambda module: module, settings and Rounding(settings, frozenset()))
+        weights = [torch.randn(shape).mul_(0.02).bfloat16() for _ in range(30) for shape in PRODUCTS]
+        seen[name] = [packer.stacked([weight], rounded=settings is not None) for weight in weights]
+    times: dict[str, dict[int, float]] = {name: dict.fromkeys(row_counts, float("inf")) for name in seen}
+    for count in row_counts:
+        rows = {size: torch.randn(count, size).bfloat16() for size in (576, 1536)}
+        for _ in range(rounds):
+            for name, packed in seen.items():
+                start = time.process_time()
+                for weight, (_, size) in zip(packed, PRODUCTS * 30, strict=True):
+                    kernels.product(rows[size], weight)
+                times[name][count] = min(times[name][count], 1e3 * (time.process_time() - start))
+    return times
 
 
 def _error(engine: EmbeddedEngine, model: Any, prompts: list[Prompt], new_tokens: int) -> dict[str, float]:
@@ -100,6 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--products", action="store_true", help="time the kernels' products alone, in milliseconds")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     return parser.parse_args()
