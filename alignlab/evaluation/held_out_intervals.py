@@ -87,6 +87,6 @@ def likelihood_intervals(nats: Sequence[float], tokens: Sequence[float]) -> Inte
     """
     if len(nats) < 2:
         return {}
-    low, high = ratio_interval(nats, tokens)
+    low, high = ratio_interval(nats, [float(count) for count in tokens])
     bounds = {"loss": (low, high), "perplexity": (perplexity_of(low), perplexity_of(high))}
     return {name: of_figure for name, of_figure in bounds.items() if isfinite(of_figure[1])}
