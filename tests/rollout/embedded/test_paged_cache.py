@@ -83,6 +83,16 @@ def test_layers_of_different_heads_and_sizes_share_one_cache(sequences: list[Tok
         torch.testing.assert_close(torch.cat(parts), whole_attention(*tensors[place]), atol=1e-5, rtol=1e-5)
 
 
+def test_the_tokens_that_end_a_group_are_known_on_the_host(sequences: list[TokenSequence]) -> None:
+    """Groups of 3: of positions 0 to 4, 4 to 5 and 8, those are 2, 5 and 8."""
+    first, second, third = sequences
+    works = [Work(first, 0, 5, 0), Work(second, 4, 2, 0), Work(third, 8, 1, 0)]
+    plan = plan_step(works, BLOCK, tokens_of_group=3).on(torch.device("cpu"))[0]
+    assert plan.group_ends is not None
+    assert sorted(plan.positions[plan.group_ends].tolist()) == [2, 5, 8]
+    assert plan_step(works, BLOCK).on(torch.device("cpu"))[0].group_ends is None
+
+
 def first_slot(work: Work) -> int:
     return work.sequence.tables[None][work.start // BLOCK] * BLOCK + work.start % BLOCK
 
