@@ -104,7 +104,7 @@ def test_controls_give_the_completions_of_a_cpu(
         steps.check()
 
 
-@pytest.mark.parametrize(("cache", "name"), zip(CACHES, ("mixture", "dense", "dense", "mixture"), strict=True))
+@pytest.mark.parametrize(("cache", "name"), [*zip(CACHES, ("mixture", "dense", "dense", "mixture") * 2, strict=True)])
 def test_a_cache_that_approximates_has_the_completions_and_the_replay_of_a_cpu(
     cache: str, name: str, gpu: Context, cpu: Context, tokenizer: Any
 ) -> None:
