@@ -92,6 +92,18 @@ def name_of(kind: Kind) -> str:
     return f"{kind.name}-{'lora' if kind.lora else 'all'}-{'mixture' if kind.mixture else 'dense'}-{kind.dtype}"
 
 
+def test_every_two_factors_of_a_case_meet() -> None:
+    chosen = list(sampled())
+    assert len(set(chosen)) == 4 * len(CASES)
+    for name in CASES:
+        own = [kind for kind in chosen if kind.name == name]
+        assert {kind.dtype for kind in own} == set(DTYPES) and {kind.mixture for kind in own} == {True, False}
+        assert {kind.lora for kind in own} == ({True} if name in NEED_LORA else {True, False})
+    for first, second in (("lora", "mixture"), ("lora", "dtype"), ("mixture", "dtype")):
+        pairs = {(getattr(kind, first), getattr(kind, second)) for kind in chosen}
+        assert len(pairs) == 2 * (2 if second == "mixture" else len(DTYPES))
+
+
 @pytest.fixture(scope="session")
 def teacher(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(save_teacher(tmp_path_factory.mktemp("teacher"), tokenizer))
