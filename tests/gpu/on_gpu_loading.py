@@ -27,9 +27,9 @@ def test_weights_go_to_the_device_as_they_are_read(
     sizes: list[int] = []
     count = PretendedGPU._count_crossing
 
-    def watch(mode: PretendedGPU, source: torch.Tensor, to_gpu: bool, non_blocking: bool) -> None:
+    def watch(mode: PretendedGPU, source: torch.Tensor, to_gpu: bool, *others: Any) -> None:
         sizes.extend([source.numel()] if to_gpu else [])
-        count(mode, source, to_gpu, non_blocking)
+        count(mode, source, to_gpu, *others)
 
     with gpu():
         monkeypatch.setattr(PretendedGPU, "_count_crossing", watch)

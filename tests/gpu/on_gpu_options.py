@@ -70,7 +70,9 @@ def test_a_training_with_an_option_is_that_of_a_cpu(
         return make_case(kind, tmp_path / folder / "run", model(tokenizer), tokenizer, **settings)
 
     waits = train_on_both(make, gpu, cpu, monkeypatch, max_step_waits=2 if option == "drafts" else 1)
-    assert max(waits)[0] <= MAX_UPDATE_WAITS, max(waits)[1]
+    # Which completions have a record of dropped tokens is read once a pack, of which an update has one here.
+    most = MAX_UPDATE_WAITS + (option == "replay of a cache in evict")
+    assert max(waits)[0] <= most, max(waits)[1]
 
 
 def test_a_model_is_pruned_and_upcycled_where_it_is(gpu: Context, cpu: Context, tokenizer: Any) -> None:
