@@ -57,7 +57,9 @@ class Prefixes:
             self._states.publish(sequence, sequence.digests[-1])
 
     def publish_again(self, sequence: TokenSequence) -> None:
-        """Publish the blocks of a sequence that were copied back, under the digests that it has."""
+        """Publish the blocks of a sequence that were copied back, under the digests that it has; see `publish`."""
+        if sequence.num_dropped:
+            return
         for index, digest in enumerate(sequence.digests):
             self._pools.publish(sequence.tables, index, digest)
 
