@@ -159,6 +159,16 @@ def test_a_record_gives_back_what_was_dropped_and_when(interval: int | None) -> 
         assert (drops == NEVER).sum(1).min() >= kept.budget
 
 
+def test_a_record_of_one_token_is_read() -> None:
+    """Of a prompt of one token, and of a completion of one, in the layout that they have in a pack."""
+    kept = KeptTokens(heavy=1, recent=1, sinks=0, interval=1, observed=1)
+    record = torch.zeros(4, 3, 1 + 4 * 2, dtype=torch.uint8)
+    record[:3, 1:2] = record_of_evictions({2: {0: torch.tensor([[1], [0]])}}, kept, {0: 2}, 3, 1)
+    of_layer = record[:, 1]
+    assert recorded_drops(of_layer[:1], of_layer[1:3], 2, kept).tolist() == [[2, NEVER, NEVER], [NEVER, 2, NEVER]]
+    assert recorded_drops(of_layer[:1], of_layer[3:], 2, kept).tolist() == [[NEVER, NEVER]] * 2
+
+
 def test_the_record_decides_and_not_the_trainers_own_numbers() -> None:
     """A record that keeps the token at position 1, which received least."""
     kept = KeptTokens(heavy=1, recent=1, sinks=0, interval=None, observed=2)

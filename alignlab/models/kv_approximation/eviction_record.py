@@ -78,4 +78,5 @@ def recorded_drops(of_prompt: Tensor, of_completion: Tensor, num_heads: int, kep
 
 def _numbers(record: Tensor, num_heads: int) -> Tensor:
     """Return the whole numbers [tokens, K] of a layer's record [tokens, bytes]."""
-    return record[:, 1 : 1 + _BYTES * num_heads].contiguous().view(torch.int32)
+    # A copy, since one row counts as contiguous wherever it begins, and whole numbers begin at a multiple of 4.
+    return record[:, 1 : 1 + _BYTES * num_heads].clone(memory_format=torch.contiguous_format).view(torch.int32)

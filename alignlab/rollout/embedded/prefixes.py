@@ -57,11 +57,10 @@ class Prefixes:
             self._states.publish(sequence, sequence.digests[-1])
 
     def publish_again(self, sequence: TokenSequence) -> None:
-        """Publish the blocks of a sequence that were copied back, under the digests that it has.
-
-        Not of one of which tokens were dropped: its blocks hold others than its digests name.
-        """
-        for index, digest in enumerate(() if sequence.num_dropped else sequence.digests):
+        """Publish the blocks of a sequence that were copied back, under the digests that it has; see `publish`."""
+        if sequence.num_dropped:
+            return
+        for index, digest in enumerate(sequence.digests):
             self._pools.publish(sequence.tables, index, digest)
 
     def last_shared(self, sequence: TokenSequence) -> int:
