@@ -155,3 +155,12 @@ def test_fingerprints_tell_sets_of_equal_sums_apart() -> None:
     numbers = fingerprint(chosen, torch.arange(64))
     expected_collisions = math.comb(len(pairs), 2) / 2**16
     assert len(pairs) - len(numbers.unique()) < 2 * expected_collisions
+
+
+def test_a_record_of_one_token_is_read() -> None:
+    """In the layout that it has in a pack: whole numbers of one row begin anywhere."""
+    record = torch.zeros(1, 3, 1 + 4 * 2, dtype=torch.uint8)
+    numbers = torch.tensor([[3 | 7 << 16, 2 | 9 << 16]], dtype=torch.int32)
+    record[:, 1, 0], record[:, 1, 1:] = 1, numbers.view(torch.uint8)
+    choices = choices_of(record[:, 1], 2)
+    assert choices.counts.tolist() == [[3, 2]] and choices.fingerprints.tolist() == [[7, 9]]

@@ -74,7 +74,8 @@ def packed_choices(chosen: Tensor, positions: Tensor) -> Tensor:
 
 def choices_of(record: Tensor, num_heads: int) -> Choices:
     """Return the choices [N,H] of a layer's record [N, bytes]."""
-    numbers = record[:, 1 : 1 + 4 * num_heads].contiguous().view(torch.int32).long()
+    # A copy, since one row counts as contiguous wherever it begins, and whole numbers begin at a multiple of 4.
+    numbers = record[:, 1 : 1 + 4 * num_heads].clone(memory_format=torch.contiguous_format).view(torch.int32).long()
     counts = numbers & _MASK
     is_known = (record[:, :1] == 1) & (counts != _UNKNOWN)
     return Choices(*(x.masked_fill(~is_known, -1) for x in (counts, (numbers >> 16) & _MASK)))
