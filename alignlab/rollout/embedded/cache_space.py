@@ -10,6 +10,7 @@ import torch
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, check_room, shared_out
+from alignlab.rollout.embedded.evicting_cache import EvictingCache
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.scheduler import Scheduler, pool_needs
 from alignlab.rollout.embedded.sequence import TokenSequence
@@ -48,9 +49,11 @@ class CacheSpace:
 
     def scheduler(self, root: bytes | None) -> Scheduler:
         """Return a scheduler of these blocks, without sequences; `root` as of `Scheduler`."""
+        cache = self._runner.cache
         return Scheduler(
             self.blocks, root=root, max_running=self._settings.max_running,
             prefill_tokens=self._settings.prefill_tokens, states=self.states, swap=self.swap,
+            evict=cache.evict if isinstance(cache, EvictingCache) else None,
         )
 
     def reserve(self, sequences: Sequence[TokenSequence]) -> None:

@@ -86,8 +86,7 @@ class EvictingCache(PagedCache):
             first.request.kept_of_prompt = places
         for sequence in eviction.sequences:
             sequence.evictions[boundary] = places
-            if sequence.num_dropped:  # it was not pre-empted meanwhile
-                sequence.stayed, sequence.received = stayed, received
+            sequence.stayed, sequence.received = stayed, received
 
     def record(
         self, tables: Mapping[Window, list[int]], num_tokens: int, num_prompt: int, *, evictions: Evictions

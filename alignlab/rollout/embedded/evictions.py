@@ -1,6 +1,7 @@
 """A budget of tokens for each running sequence: no step goes beyond a boundary, and at each one tokens are dropped.
 
-Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`, before the step is computed.
+Here are the blocks alone: which tokens stay is chosen, and moved, by `evicting_cache`. That is done at once, since the
+blocks of a sequence may be copied to the host, or be filled from there, before the step is computed.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ class TokenBudget:
         pools: owners of the blocks.
         running: the sequences, the first to join first.
         preempt: takes a running sequence's blocks, and lets it wait.
+        evict: chooses and moves what stays.
     """
 
     def __init__(
         self, kept: KeptTokens, pools: BlockPools, running: list[TokenSequence],
-        preempt: Callable[[TokenSequence], None],
+        preempt: Callable[[TokenSequence], None], evict: Callable[[Eviction], None],
     ) -> None:
         self._kept, self._pools, self._running, self._preempt = kept, pools, running, preempt
+        self._evict = evict
         self._manager = pools.managers[kept]
 
     def most_tokens(self, sequence: TokenSequence) -> int:
@@ -62,13 +65,17 @@ class TokenBudget:
         boundary = self._kept.next_boundary(sequence.num_computed, sequence.num_prompt)
         return sys.maxsize if boundary is None else boundary - sequence.num_computed
 
+    def is_due(self, sequence: TokenSequence) -> bool:
+        """Return whether a sequence is at a boundary where tokens are still to be dropped."""
+        return self._num_dropped(sequence) > sequence.num_dropped
+
     def shorten_drafts(self, sequence: TokenSequence) -> None:
         """Take off the drafts of a sequence that come after its next boundary."""
         if sequence.num_drafts:
             drafts = sequence.take_drafts()
             sequence.add_drafts(drafts[: max(0, self.most_tokens(sequence) - sequence.num_pending)])
 
-    def evictions(self) -> list[Eviction]:
+    def drop(self) -> None:
         """Drop the tokens over the budget of the running sequences that are at a boundary.
 
         Sequences with the same blocks, as forks have after their prompt, share those of what stays.
@@ -77,7 +84,7 @@ class TokenBudget:
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
-            num_dropped = self._kept.num_dropped(sequence.num_computed, sequence.num_prompt)
+            num_dropped = self._num_dropped(sequence)
             if sequence.num_pending and num_dropped > sequence.num_dropped:
                 key = (sequence.num_computed, *sequence.tables[self._kept])
                 if key in found:
@@ -88,7 +95,12 @@ class TokenBudget:
                     found[key] = self._move(sequence, num_dropped)
                 sequence.num_dropped = num_dropped
             index += 1
-        return list(found.values())
+        for eviction in found.values():
+            self._evict(eviction)
+
+    def _num_dropped(self, sequence: TokenSequence) -> int:
+        """Return how many tokens of a sequence are dropped before its next one is computed."""
+        return self._kept.num_dropped(sequence.num_computed, sequence.num_prompt)
 
     def _join(self, eviction: Eviction, sequence: TokenSequence) -> None:
         """Give a sequence the blocks of another one with the same blocks."""
@@ -142,11 +154,15 @@ class TokenBudget:
 
 
 def make_budget(
-    pools: BlockPools, running: list[TokenSequence], preempt: Callable[[TokenSequence], None]
+    pools: BlockPools, running: list[TokenSequence], preempt: Callable[[TokenSequence], None],
+    evict: Callable[[Eviction], None] | None,
 ) -> TokenBudget | None:
     """Return the budget of the sequences whose blocks are in pools; None where none is dropped."""
     kept = next((window for window in pools.managers if isinstance(window, KeptTokens)), None)
-    return None if kept is None else TokenBudget(kept, pools, running, preempt)
+    if kept is None:
+        return None
+    assert evict is not None, "a cache with a budget moves what stays"
+    return TokenBudget(kept, pools, running, preempt, evict)
 
 
 def budget_need(

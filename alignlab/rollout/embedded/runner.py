@@ -23,7 +23,6 @@ from alignlab.models.routing import RoutingRecord
 from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.cache_kinds import make_batch, make_cache
-from alignlab.rollout.embedded.evicting_cache import EvictingCache
 from alignlab.rollout.embedded.replays import Replays
 from alignlab.rollout.embedded.sampler import Sampler
 from alignlab.rollout.embedded.scheduler import Step
@@ -176,9 +175,6 @@ class Runner:
             )
             plan, moved = steps.on(self.device, others)
             lengths = steps.run_lengths
-        for eviction in step.evictions:
-            assert isinstance(self.cache, EvictingCache)
-            self.cache.evict(eviction)
         for window in step.copies:
             self.cache.copy(window, moved.pop(0))
         return self._computed(plan, lengths).index_select(0, plan.logit_tokens), moved

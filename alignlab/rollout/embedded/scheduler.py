@@ -9,7 +9,7 @@ its blocks; it waits at the head of the queue, and is computed again from its to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from alignlab.models.sink_window import KeptTokens
@@ -46,12 +46,10 @@ class Step:
 
     Attributes:
         work: the tokens to compute.
-        evictions: what is dropped before, in order.
-        copies: (source, target) blocks to copy after that, by window.
+        copies: (source, target) blocks to copy before that, by window.
     """
 
     work: list[Work] = field(default_factory=list)
-    evictions: list[Eviction] = field(default_factory=list)
     copies: dict[Window, list[tuple[int, int]]] = field(default_factory=dict)
 
 
@@ -108,6 +106,7 @@ class Scheduler:
         max_running: sequences that run together.
         prefill_tokens: tokens of prompts (and of sequences computed again) in one step.
         swap: keeps what a sequence that gives way has computed; None computes it again.
+        evict: moves what stays of a sequence's tokens; needed where the cache has a budget.
 
     Attributes:
         num_preempted: sequences that had to free their blocks, so far.
@@ -116,6 +115,7 @@ class Scheduler:
     def __init__(
         self, pools: BlockPools, *, root: bytes | None, max_running: int, prefill_tokens: int,
         states: StateSlots | None = None, swap: SwapStore | None = None,
+        evict: Callable[[Eviction], None] | None = None,
     ) -> None:
         self.pools = pools
         self._swap = swap
@@ -126,7 +126,7 @@ class Scheduler:
         self._prefixes = Prefixes(pools, states, root)
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
-        self._budget = make_budget(pools, self.running, self._preempt)
+        self._budget = make_budget(pools, self.running, self._preempt, evict)
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Queue sequences; those of one request must be consecutive."""
@@ -141,13 +141,15 @@ class Scheduler:
         step = Step()
         num_preempted = self.num_preempted
         if self._budget is not None:
-            step.evictions = self._budget.evictions()
+            self._budget.drop()
         budget = self._continue_running(step)
         while budget > 0 and self.waiting and len(self.running) < self._max_running:
             # A sequence that just freed its blocks would be admitted again at once, and take them back.
             if self.num_preempted > num_preempted or not self._admit(self.waiting[0], budget):
                 break
             sequence = self.running[-1]
+            if not self._drop_due(sequence, budget, step):
+                break
             count = self._next_count(sequence, budget)
             step.work.append(self._work(sequence, count))
             budget -= count
@@ -287,6 +289,20 @@ class Scheduler:
             while self.waiting and _same_start(self.waiting[0], sequence):
                 sequence.followers.append(self.waiting.popleft())
         return True
+
+    def _drop_due(self, sequence: TokenSequence, count: int, step: Step) -> bool:
+        """Drop what the newest running sequence has over its budget; return False if it was pre-empted for that.
+
+        That is of one that gave way, or whose blocks were found, at a boundary. Blocks of its next tokens go too.
+
+        Args:
+            count: tokens that it may compute in this step.
+        """
+        if self._budget is None or not self._budget.is_due(sequence):
+            return True
+        self._budget.drop()
+        is_running = bool(self.running) and self.running[-1] is sequence
+        return is_running and self._make_room(sequence, self._next_count(sequence, count), step)
 
     def _computes_prompt(self, sequence: TokenSequence) -> bool:
         """Return True if others of the request should wait for what this sequence is about to compute."""
