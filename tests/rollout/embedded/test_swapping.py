@@ -110,6 +110,20 @@ def test_what_was_dropped_or_left_out_stays_so(
     assert engine._space.blocks.num_free == engine._space.blocks.num_blocks
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_that_share_prompts_come_back(cache: str, make_engine: MakeEngine, llama: PreTrainedModel) -> None:
+    """Also a sequence that drops tokens, or whose blocks are taken, in the step in which another one moves."""
+    llama.double()
+    prompts = make_prompts(13, 40, 3, 26)
+    sampling = SamplingParams(n=4, max_new_tokens=20, ignore_eos=True, seed=5)
+    expected = make_engine(llama, kv_cache=CACHES[cache], block_size=8).generate(prompts, sampling)
+    engine = make_engine(llama, **SWAP | {"kv_cache": CACHES[cache], "block_size": 8, "cache_tokens": 64})
+    for _ in range(2):  # the second call finds prompts that the first one published
+        assert_same(flat(expected), flat(engine.generate(prompts, sampling)), atol=2e-6)
+        metrics = engine.metrics()  # a sequence whose tokens are to be dropped next is computed again
+        assert metrics["engine/swapped_out"] == metrics["engine/swapped_in"] > 0
+
+
 @pytest.mark.parametrize("kind", ["latent", "mixture-of-heads-and-experts", "shared-recurrent-and-latent"])
 def test_latents_and_states_come_back(kind: str, make_engine: MakeEngine) -> None:
     model, prompts = make_model(kind, vocab_size=VOCAB, initializer_range=0.1), make_prompts(*LENGTHS)
