@@ -56,8 +56,8 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, budget: int, share_prefix: boo
 
     Returns:
         Packs with `rollout_logprobs`, and with `routing` and `kv_record` if the completions have them: the rows of a
-        shared prompt are those that its first completion in the pack recorded. Completions whose prompt was computed
-        with other experts dropped do not share it.
+        shared prompt are those that its first completion of several tokens in the pack recorded. Completions whose
+        prompt was computed with other experts dropped do not share it.
 
     Raises:
         DataError: a prompt has no tokens, so that nothing predicts a completion's first token.
@@ -221,9 +221,12 @@ class _Run:
 def _runs(units: Sequence[_Unit], share_prefix: bool) -> list[_Run]:
     runs: list[_Run] = []
     for unit in units:
+        # One of a single token ended before a cache with a budget dropped tokens of the prompt.
+        longer = (branch for branch in unit.branches if branch.num_tokens > 1)
+        first = next(longer, unit.branches[0])
         for position, branch in enumerate(unit.branches):
             if position == 0 or not share_prefix:
-                runs.append(_Run(unit.prompt, branch.completion, 0, None))
+                runs.append(_Run(unit.prompt, (first if share_prefix else branch).completion, 0, None))
             runs.append(_Run(branch.completion.token_ids, branch.completion, len(unit.prompt), branch))
     return runs
 

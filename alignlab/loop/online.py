@@ -257,7 +257,7 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
         super().load_state(state)
         self.algorithm.load_state(state["algorithm"])
         if self._kv_bases is not None:
-            self._kv_bases.load_state(state["kv_bases"])
+            self._kv_bases.load_state(state.get("kv_bases"))
         self.source.load_state(state)
         # An engine that has run already, as after an interruption in the same process, only counts upwards.
         self.source.update_weights(max(state["policy_version"], self.source.engine.policy_version + 1))

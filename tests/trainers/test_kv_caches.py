@@ -77,6 +77,21 @@ def test_the_reference_sees_the_same_cache(make_model: Make, make_config: Make, 
     assert trainer.train().metrics["kl"] == pytest.approx(0, abs=1e-7)
 
 
+def test_a_run_goes_on_with_another_cache(make_model: Make, make_config: Make, tokenizer: Any, rows: Any) -> None:
+    """With bases of its own, of the new rank: settings of a cache may change, and the log says so."""
+    first, *others = [
+        GRPOTrainer(
+            sharp(make_model()), even_ids, make_config(rollout={"kv_cache": cache}), rows, tokenizer=tokenizer
+        ) for cache in ({"type": "int8"}, {"type": "low_rank", "rank": 3}, {"type": "low_rank", "rank": 2})
+    ]  # fmt: skip
+    first.train_step(1)
+    for trainer, rank in zip(others, (3, 2), strict=True):
+        trainer.load_state(first.state())
+        assert trainer._kv_bases.ranks == {"key": rank, "value": rank}
+        assert trainer.train_step(2)["rollout_gap"] < 1e-5
+        first = trainer
+
+
 def test_a_resumed_run_has_the_bases_that_it_began_with(
     make_model: Make, make_config: Make, tokenizer: Any, rows: Any, tmp_path: Path
 ) -> None:

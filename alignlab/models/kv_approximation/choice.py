@@ -59,13 +59,13 @@ def replayed_approximation(settings: EngineSettings, model: nn.Module | None = N
 
 
 def measure_cache(model: nn.Module, settings: EngineSettings, prompts: Sequence[Prompt]) -> None:
-    """Measure what the cache's approximation needs to know of a model, on prompts, unless it is known.
+    """Measure what the cache's approximation needs to know of a model, on prompts, if any, unless it is known.
 
     Raises:
         ConfigError: see `LowRankBases.measure`.
     """
     bases = shared_bases(model, settings)
-    if bases is not None:
+    if bases is not None and prompts:
         bases.measure(model, [prompt.token_ids for prompt in prompts])
 
 

@@ -88,21 +88,26 @@ class LowRankBases:
         self._choose(moments)
 
     def state(self) -> dict[str, Any]:
-        """Return the bases as JSON, to the bit."""
+        """Return the settings, and the bases to the bit, as JSON."""
         if self._state is None:
             self._state = {
-                name: {
-                    str(layer_idx): {
-                        "shape": list(basis.shape),
-                        "numbers": base64.b64encode(basis.cpu().contiguous().numpy().tobytes()).decode(),
-                    } for layer_idx, basis in bases.items()
-                } for name, bases in self._bases.items()
+                "settings": _key_of(self.settings),
+                "bases": {
+                    name: {
+                        str(layer_idx): {
+                            "shape": list(basis.shape),
+                            "numbers": base64.b64encode(basis.cpu().contiguous().numpy().tobytes()).decode(),
+                        } for layer_idx, basis in bases.items()
+                    } for name, bases in self._bases.items()
+                },
             }  # fmt: skip
         return self._state
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
-        for name, bases in state.items():
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `state` gave; keep what is measured if that had other settings, or there was nothing."""
+        if state is None or state["settings"] != _key_of(self.settings):
+            return
+        for name, bases in state["bases"].items():
             self._bases[name] = {
                 int(layer_idx): torch.frombuffer(
                     bytearray(base64.b64decode(stored["numbers"])), dtype=torch.float32
@@ -158,8 +163,13 @@ def bases_of(model: nn.Module | None, settings: LowRankCache) -> LowRankBases:
     if model is None:
         return LowRankBases(settings)
     held = vars(causal_lm(model)).setdefault(_ATTRIBUTE, {})
-    bases: LowRankBases = held.setdefault(settings.model_dump_json(exclude={"replay"}), LowRankBases(settings))
+    bases: LowRankBases = held.setdefault(_key_of(settings), LowRankBases(settings))
     return bases
+
+
+def _key_of(settings: LowRankCache) -> str:
+    """Return what the bases depend on of a cache's settings."""
+    return settings.model_dump_json(exclude={"replay"})
 
 
 def _rank_for(energies: Sequence[Tensor], share: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,10 +73,11 @@ def test_a_prompt_that_begins_as_another_is_found(make_engine: MakeEngine) -> No
     assert torch.equal(found.kv_record, expected.kv_record)
 
 
+@pytest.mark.parametrize("lengths", [(9, 18, 13), (12, 20, 16)], ids=["between blocks", "whole blocks"])
 def test_a_sequence_that_is_computed_again_drops_the_same_tokens(
-    make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...], make_engine: MakeEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if what tokens received is another number the second time."""
+    """Even if what tokens received is another number the second time, and where a prompt is found up to its end."""
     exact, calls = evicted_tokens.attention_received, iter(range(10**6))
 
     def shaken(*args: Any) -> torch.Tensor:
@@ -86,8 +88,21 @@ def test_a_sequence_that_is_computed_again_drops_the_same_tokens(
     monkeypatch.setattr(evicted_tokens, "attention_received", shaken)
     engine = make_engine(llama.double(), kv_cache=CACHE, block_size=4, cache_tokens=48, prefill_tokens=9)
     sampling = SamplingParams(n=3, max_new_tokens=20, ignore_eos=True, seed=2)
-    rollouts = engine.generate(make_prompts(9, 18, 13), sampling)
+    rollouts = engine.generate(make_prompts(*lengths), sampling)
     assert engine.num_preempted > 0
+    assert largest_gap(replayed(llama, rollouts, CACHE), rollouts) < ALIKE
+
+
+def test_a_group_whose_first_completion_has_one_token_is_replayed(
+    make_engine: MakeEngine, llama: PreTrainedModel
+) -> None:
+    """That one ended before tokens of the prompt were dropped, and its record says nothing of them."""
+    engine, prompts = make_engine(llama.double(), kv_cache=CACHE), make_prompts(21)
+    short, long = (
+        engine.generate(prompts, SamplingParams(n=2, max_new_tokens=count, ignore_eos=True, seed=3))[0]
+        for count in (1, 9)
+    )
+    rollouts = [replace(long, completions=(*short.completions, *long.completions))]
     assert largest_gap(replayed(llama, rollouts, CACHE), rollouts) < ALIKE
 
 
@@ -101,6 +116,7 @@ def test_every_beam_has_its_own_record(make_engine: MakeEngine, llama: PreTraine
 def test_what_cannot_be_had_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"kv_cache\.rank is 9, and must be at most the size of a head.*is 8"):
         make_engine(kv_cache={"type": "low_rank", "rank": 9})
+    assert make_engine(kv_cache={"type": "low_rank", "rank": 2}).generate([], SamplingParams()) == []
     latent = {
         "layer_types": ["full_attention", "latent_attention"], "kv_lora_rank": 8, "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4, "v_head_dim": 8,
