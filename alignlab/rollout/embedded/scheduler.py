@@ -147,6 +147,8 @@ class Scheduler:
             if self.num_preempted > num_preempted or not self._admit(self.waiting[0], budget):
                 break
             sequence = self.running[-1]
+            if not self._drop_due(sequence, budget, step):
+                break
             count = self._next_count(sequence, budget)
             step.work.append(self._work(sequence, count))
             budget -= count
@@ -286,6 +288,20 @@ class Scheduler:
             while self.waiting and _same_start(self.waiting[0], sequence):
                 sequence.followers.append(self.waiting.popleft())
         return True
+
+    def _drop_due(self, sequence: TokenSequence, count: int, step: Step) -> bool:
+        """Drop what the newest running sequence has over its budget; return False if it was pre-empted for that.
+
+        That is one whose blocks were found up to a boundary. The blocks of its next tokens go with what is dropped.
+
+        Args:
+            count: tokens that it may compute in this step.
+        """
+        if self._budget is None or not self._budget.is_due(sequence):
+            return True
+        self._budget.drop()
+        is_running = bool(self.running) and self.running[-1] is sequence
+        return is_running and self._make_room(sequence, self._next_count(sequence, count), step)
 
     def _computes_prompt(self, sequence: TokenSequence) -> bool:
         """Return True if others of the request should wait for what this sequence is about to compute."""
