@@ -40,7 +40,10 @@ class DraftModel(TwinDrafter):
         self._model = model
         block_size = block_size_for(settings.block_size, causal_lm(model).device)
         # Its steps are native ones wherever an engine's of its own would be.
-        alone = {"speculation": None, "kv_cache": ExactCache(), "cuda_graphs": False, "merge_lora": None}
+        alone = {
+            "speculation": None, "kv_cache": ExactCache(), "quantization": None, "cuda_graphs": False,
+            "merge_lora": None,
+        }
         self._weights, runner = make_runner(model, settings.model_copy(update=alone), block_size)
         super().__init__(runner, settings, num_drafts, vocab_size)
 

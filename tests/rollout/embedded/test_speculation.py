@@ -258,6 +258,12 @@ def test_a_draft_model_forgets_what_was_not_kept(llama: PreTrainedModel, make_en
     assert gains[2::3] == [3] * len(gains[2::3]) and len(gains) > 20 and sum(gains) == 3 * len(gains[2::3])
 
 
+def test_a_draft_model_is_not_rounded(llama: PreTrainedModel) -> None:
+    """`exact` names layers of the policy, and a model in float64 could not be rounded at all."""
+    settings = RolloutSettings(quantization={"type": "int8", "exact": ["down_proj"]})
+    assert DraftModel(llama.double(), settings, 3, VOCAB)._weights.rounding is None
+
+
 def test_a_draft_model_computes_each_token_once(llama: PreTrainedModel, make_engine: MakeEngine) -> None:
     sampling = SamplingParams(seed=3, max_new_tokens=13, ignore_eos=True)
     engine = make_engine()
