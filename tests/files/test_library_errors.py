@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from alignlab.errors import AlignlabError, CheckpointError, ConfigError, DataError, DiskError, MemoryLimitError
+from alignlab.files.input_files import _LimitedLoader
 from alignlab.files.library_errors import disk_number, named, reading, writing
 
 FULL = Path("/dev/full")
@@ -108,7 +109,7 @@ READERS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
     "an attribute": (b"[]", lambda path: json.loads(path.read_text()).items()),
     "UTF-8": (b"\xff", lambda path: path.read_text("utf-8")),
     "YAML": (b"a: [", lambda path: yaml.safe_load(path.read_text())),
-    "YAML's date": (b"a: 2026-13-45", lambda path: yaml.safe_load(path.read_text())),
+    "YAML's date": (b"a: 2026-13-45", lambda path: yaml.load(path.read_text(), Loader=_LimitedLoader)),
     "safetensors": (b"x" * 100, load_file),
     "Parquet": (b"PAR1", pq.read_table),
     "numpy": (b"\x93NUMPY\x01\x00", lambda path: np.load(path, allow_pickle=False)),

@@ -194,11 +194,14 @@ def kimi_for_vllm(config: PolicyConfig) -> Fields:
         kind: [index + 1 for index, layer in enumerate(layers) if layer == kind]
         for kind in ("linear_attention", "full_attention")
     }
+    sizes = {
+        "num_heads": config.linear_num_key_heads, "head_dim": config.linear_key_head_dim,
+        "short_conv_kernel_size": config.linear_conv_kernel_dim,
+    }  # fmt: skip
     return {
         "linear_attn_config": {
             "kda_layers": by_kind["linear_attention"], "full_attn_layers": by_kind["full_attention"],
-            "num_heads": config.linear_num_key_heads, "head_dim": config.linear_key_head_dim,
-            "short_conv_kernel_size": config.linear_conv_kernel_dim,
+            **{name: size for name, size in sizes.items() if size is not None},
         },
         "mla_use_nope": True,
         "moe_router_activation_func": "sigmoid",
