@@ -14,6 +14,7 @@ from alignlab.models.config import PolicyConfig
 from alignlab.models.decoder import causal_lm
 from alignlab.models.hub.families import write_hub_config
 from alignlab.models.layout import ATTENTION
+from alignlab.models.served_attention import FAMILY_KINDS, check_served
 from alignlab.rollout.vllm.installation import require_vllm
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,12 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     if isinstance(lm.config, PolicyConfig):
         if write_hub_config(lm.config) is None:
             return "no Hub family has this architecture; rollout.engine: vllm runs it through a plug-in"
+        if set(lm.config.layer_types or ()).intersection(FAMILY_KINDS):
+            return "vLLM's latent, gated and recurrent layers were not tried on a GPU; rollout.engine: vllm takes them"
+        try:
+            check_served(lm.config)
+        except ConfigError as error:
+            return str(error)
     elif lm.config._attn_implementation == ATTENTION:
         return f"whether vLLM knows {type(lm).__name__} is not known before it starts; rollout.engine: vllm tries it"
     try:

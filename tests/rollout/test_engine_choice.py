@@ -18,10 +18,13 @@ from alignlab.config.rollout import AutoEngineSettings, RolloutSettings, VLLMSet
 from alignlab.errors import ConfigError
 from alignlab.loop import online, online_inputs
 from alignlab.models.hub.checkpoints import new_model
+from alignlab.models.hub.families import read_hub_config
+from alignlab.models.transformer import PolicyForCausalLM
 from alignlab.rollout import engine_choice
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.engine import make_engine
 from alignlab.rollout.engine_choice import chosen_engine
+from tests.models.test_parity import HUB
 from tests.rollout.conftest import SIZES, VOCAB
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -79,6 +82,20 @@ def test_whatever_keeps_vllm_from_running_here_takes_the_embedded_engine_and_is_
         chosen = chosen_engine(AUTO, model, CPU if obstacle == "cpu" else CUDA)
     assert chosen == RolloutSettings(max_running=9, block_size=32)
     assert "rollout.engine auto takes embedded: " in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("deepseek-v3", "latent, gated and recurrent layers were not"), ("gpt-oss", "expert_bias is true, and vLLM")],
+)
+def test_a_family_that_vllm_was_not_seen_to_run_takes_the_embedded_engine(
+    name: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_hub_config(HUB[name]())
+    assert config is not None
+    with caplog.at_level(logging.WARNING):
+        chosen = chosen_engine(AUTO, PolicyForCausalLM(config), CUDA)
+    assert chosen.engine == "embedded" and reason in caplog.text
 
 
 def test_a_model_that_the_embedded_engine_cannot_page_goes_to_vllm(llama: PreTrainedModel) -> None:
