@@ -23,7 +23,7 @@ import torch
 
 from alignlab.errors import ConfigError
 from alignlab.files.paths import cache_folder
-from alignlab.native.processor import INTEGER_PRODUCTS, NEEDED, processor_flags
+from alignlab.native.processor import INTEGER_PRODUCTS, NEEDED, has_fast_pairs, processor_flags
 
 logger = logging.getLogger(__name__)
 SHARED = Path(__file__).parent / "source"
@@ -111,7 +111,8 @@ def _arguments(dtype: torch.dtype) -> list[str]:
     """Return the compiler's arguments: the instructions that are used by name, and no others of the processor."""
     flags = [*NEEDED[dtype], *({INTEGER_PRODUCTS} & processor_flags())]
     instructions = [f"-m{flag.replace('_', '')}" for flag in flags]
-    return [*_FLAGS, f"-I{SHARED}", *instructions, f"-DALIGNLAB_STORAGE={STORAGE[dtype]}"]
+    pairs = ["-DALIGNLAB_PAIRED_PRODUCTS"] if has_fast_pairs() else []
+    return [*_FLAGS, f"-I{SHARED}", *instructions, *pairs, f"-DALIGNLAB_STORAGE={STORAGE[dtype]}"]
 
 
 def _compile(compiler: str, source: Path, dtype: torch.dtype, path: Path) -> None:

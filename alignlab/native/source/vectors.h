@@ -2,6 +2,9 @@
 //
 // Arithmetic is float32 throughout. A Word is 32 bits of storage: one float32, or two neighbouring bfloat16. Products read
 // their operands word by word, so that all kernels but the few functions below are the same for both types.
+//
+// A product takes a word in `kParts` parts, each of which is a vector for a row, the same in all lanes, and one for 16
+// columns. Where `Wide` is another type than Word, rows that meet many columns are widened to it first.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace alignlab {
 
@@ -60,9 +64,13 @@ struct Float32 {
   static constexpr int64_t kPerWord = 1;
   static __m512 load(const Number* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
   static void store(Number* to, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, values); }
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
+
+  using Wide = Word;
+  using Part = __m512;
+  static constexpr int kParts = 1;
+  template <int kPart> static Part row(const Word* word) { return _mm512_castsi512_ps(_mm512_set1_epi32((int)*word)); }
+  template <int kPart> static Part columns(__m512i words) { return _mm512_castsi512_ps(words); }
+  static __m512 multiply_add(__m512 sum, Part a, Part b) { return _mm512_fmadd_ps(a, b, sum); }
 };
 
 #ifdef __AVX512BF16__
@@ -80,11 +88,45 @@ struct BFloat16 {
   static void store(Number* to, __m512 values, __mmask16 lanes) {
     _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(values));
   }
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+
+#ifdef ALIGNLAB_PAIRED_PRODUCTS  // both numbers of a word by one instruction; see `processor.has_fast_pairs`
+  using Wide = Word;
+  using Part = __m512i;
+  static constexpr int kParts = 1;
+  template <int kPart> static Part row(const Word* word) { return _mm512_set1_epi32((int)*word); }
+  template <int kPart> static Part columns(__m512i words) { return words; }
+  static __m512 multiply_add(__m512 sum, Part a, Part b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#else  // each as float32
+  struct Wide { float parts[2]; };
+  using Part = __m512;
+  static constexpr int kParts = 2;
+  static Wide widened(Word word) {
+    const Word parts[2] = {word << 16, word & 0xffff0000u};
+    Wide wide;
+    std::memcpy(&wide, parts, sizeof(wide));
+    return wide;
   }
+  template <int kPart> static Part row(const Wide* wide) { return _mm512_set1_ps(wide->parts[kPart]); }
+  template <int kPart> static Part row(const Word* word) { return columns<kPart>(_mm512_set1_epi32((int)*word)); }
+  template <int kPart> static Part columns(__m512i words) {
+    return _mm512_castsi512_ps(
+        kPart ? _mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000u)) : _mm512_slli_epi32(words, 16));
+  }
+  static __m512 multiply_add(__m512 sum, Part a, Part b) { return _mm512_fmadd_ps(a, b, sum); }
+#endif
 };
 #endif
+
+// Call `use(part, i)` for each part of word i, the part as a constant. The compiler may not keep what it read of the word
+// for the next part: there are registers for sums alone, and it would store those instead.
+template <class S, class Use>
+inline void for_parts(int64_t i, const Use& use) {
+  use(std::integral_constant<int, 0>(), i);
+  if constexpr (S::kParts == 2) {
+    asm volatile("" : "+r"(i));
+    use(std::integral_constant<int, 1>(), i);
+  }
+}
 
 template <class S>
 inline int64_t words_of(int64_t count) { return (count + S::kPerWord - 1) / S::kPerWord; }

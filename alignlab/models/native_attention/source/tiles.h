@@ -16,14 +16,16 @@ inline void tile(const Word* a, int64_t lda, const Word* b, int64_t ldb, int64_t
   __m512 sum[M][P];
   for (int m = 0; m < M; m++)
     for (int p = 0; p < P; p++) sum[m][p] = kAdd ? _mm512_loadu_ps(c + m * ldc + p * kLanes) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < words; i++) {
-    __m512i right[P];
-    for (int p = 0; p < P; p++) right[p] = _mm512_loadu_si512(b + i * ldb + p * kLanes);
-    for (int m = 0; m < M; m++) {
-      const __m512i row = _mm512_set1_epi32((int)a[m * lda + i]);
-      for (int p = 0; p < P; p++) sum[m][p] = S::multiply_add(sum[m][p], row, right[p]);
-    }
-  }
+  for (int64_t word = 0; word < words; word++)
+    for_parts<S>(word, [&](auto part, int64_t i) {
+      typename S::Part right[P];
+      for (int p = 0; p < P; p++)
+        right[p] = S::template columns<decltype(part)::value>(_mm512_loadu_si512(b + i * ldb + p * kLanes));
+      for (int m = 0; m < M; m++) {
+        const typename S::Part row = S::template row<decltype(part)::value>(a + m * lda + i);
+        for (int p = 0; p < P; p++) sum[m][p] = S::multiply_add(sum[m][p], row, right[p]);
+      }
+    });
   for (int m = 0; m < M; m++)
     for (int p = 0; p < P; p++) _mm512_storeu_ps(c + m * ldc + p * kLanes, sum[m][p]);
 }

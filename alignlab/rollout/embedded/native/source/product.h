@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "rounded_rows.h"
 
@@ -16,47 +17,72 @@ namespace alignlab {
 constexpr int64_t kTileRows = 12;    // 12 rows x 2 vectors of sums, 2 of weights and 1 of the row fill 27 of 32 registers
 constexpr int64_t kBlockRows = 96;  // rows that pass over all panels together, and stay in the processor's cache
 
-// Add to sum[m][p] the products of row m of `a` with the 16 columns of vector p of `b`, over `words` words.
-// Vector p of word i is at columns[p] + i * ldb; lanes outside `lanes` are not read, and are 0.
-template <class S, int M, int P, bool kMasked>
+// Add to sum[m][p] the products of row m of `a`, words or wide ones, with the 16 columns of vector p of `b`, over `words`
+// words. Vector p of word i is at columns[p] + i * ldb; lanes outside `lanes` are not read, and are 0.
+template <class S, int M, int P, bool kMasked, class Row>
 inline void multiply(
-    const Word* a, int64_t lda, const Word* const (&columns)[P], int64_t ldb, int64_t words,
+    const Row* a, int64_t lda, const Word* const (&columns)[P], int64_t ldb, int64_t words,
     const __mmask16 (&lanes)[P], __m512 (&sum)[M][P]) {
-  for (int64_t i = 0; i < words; i++) {
-    __m512i b[P];
-    for (int p = 0; p < P; p++) {
-      const Word* at = columns[p] + i * ldb;
-      b[p] = kMasked ? _mm512_maskz_loadu_epi32(lanes[p], at) : _mm512_loadu_si512(at);
-      if (!kMasked && M <= kFewRows) _mm_prefetch((const char*)(at + 16 * ldb), _MM_HINT_T0);
-    }
-    for (int m = 0; m < M; m++) {
-      const __m512i row = _mm512_set1_epi32((int)a[m * lda + i]);
-      for (int p = 0; p < P; p++) sum[m][p] = S::multiply_add(sum[m][p], row, b[p]);
-    }
+  for (int64_t word = 0; word < words; word++) {
+    if (!kMasked)
+      for (int p = 0; p < P; p++) _mm_prefetch((const char*)(columns[p] + (word + 16) * ldb), _MM_HINT_T0);
+    for_parts<S>(word, [&](auto part, int64_t i) {
+      typename S::Part right[P];
+      for (int p = 0; p < P; p++) {
+        const Word* at = columns[p] + i * ldb;
+        const __m512i b = kMasked ? _mm512_maskz_loadu_epi32(lanes[p], at) : _mm512_loadu_si512(at);
+        right[p] = S::template columns<decltype(part)::value>(b);
+      }
+      for (int m = 0; m < M; m++) {
+        const typename S::Part row = S::template row<decltype(part)::value>(a + m * lda + i);
+        for (int p = 0; p < P; p++) sum[m][p] = S::multiply_add(sum[m][p], row, right[p]);
+      }
+    });
   }
 }
 
-// M rows of words times one panel of a weight in the type of storage, or two neighbouring ones: `finish` gets each row's
-// 32 results.
+// M rows times one panel of a weight in the type of storage, or two neighbouring ones: `finish` gets each row's 32 results.
 template <class S>
-struct StoredTile {
-  const Word* a;
-  int64_t lda;
-  const Weight& weight;
+class StoredTile {
+ public:
+  StoredTile(const Word* a, int64_t lda, const Weight& weight) : a_(a), lda_(lda), weight_(weight) {}
+
+  // Have rows `first` on as products read them; those of the block before are gone.
+  void begin(int64_t first, int64_t rows) {
+    first_ = first;
+    if constexpr (std::is_same_v<Row, Word>) {
+      rows_ = a_ + first * lda_, stride_ = lda_;
+    } else {
+      thread_local std::vector<Row> wide;
+      stride_ = weight_.words;
+      wide.resize(std::max<size_t>(wide.size(), rows * stride_));
+      for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < stride_; i++) wide[row * stride_ + i] = S::widened(a_[(first + row) * lda_ + i]);
+      rows_ = wide.data();
+    }
+  }
 
   template <int M, int kPanels, class Finish>
   void run(int64_t panel, int64_t row, const Finish& finish) const {
     constexpr int P = 2 * kPanels;
     const Word* columns[P];
-    for (int p = 0; p < P; p++) columns[p] = weight.panel(panel + p / 2) + p % 2 * kLanes;
+    for (int p = 0; p < P; p++) columns[p] = weight_.panel(panel + p / 2) + p % 2 * kLanes;
     const __mmask16 unused[P] = {};
     __m512 sum[M][P];
     for (int m = 0; m < M; m++)
       for (int p = 0; p < P; p++) sum[m][p] = _mm512_setzero_ps();
-    multiply<S, M, P, false>(a + row * lda, lda, columns, kPanel, weight.words, unused, sum);
+    multiply<S, M, P, false>(rows_ + (row - first_) * stride_, stride_, columns, kPanel, weight_.words, unused, sum);
     for (int m = 0; m < M; m++)
       for (int q = 0; q < kPanels; q++) finish(row + m, panel + q, sum[m][2 * q], sum[m][2 * q + 1]);
   }
+
+ private:
+  using Row = typename S::Wide;
+  const Word* a_;
+  int64_t lda_;
+  const Weight& weight_;
+  const Row* rows_ = nullptr;
+  int64_t first_ = 0, stride_ = 0;
 };
 
 template <int kPanels, class Tile, class Finish>
@@ -93,11 +119,14 @@ inline void panels_of(
 
 // Multiply all rows, shared out among the threads of the parallel region. Ends with a barrier.
 template <class Tile, class Finish>
-inline void all_panels(const Tile& tile, int64_t rows, const Weight& weight, const Finish& finish) {
+inline void all_panels(Tile tile, int64_t rows, const Weight& weight, const Finish& finish) {
   const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), panels = weight.num_panels();
   const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
-  for (int64_t row = 0; row < rows; row += kBlockRows)
-    panels_of(tile, row, std::min(kBlockRows, rows - row), first, last, finish);
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    const int64_t count = std::min(kBlockRows, rows - row);
+    tile.begin(row, count);
+    panels_of(tile, row, count, first, last, finish);
+  }
 #pragma omp barrier
 }
 
@@ -108,7 +137,7 @@ inline void product(
     const Word* a, int64_t lda, int64_t rows, const Weight& weight, const RoundedRows& rounded, const Finish& finish) {
   switch (weight.format) {
     case kStored:
-      return all_panels(StoredTile<S>{a, lda, weight}, rows, weight, finish);
+      return all_panels(StoredTile<S>(a, lda, weight), rows, weight, finish);
 #ifdef __AVX512VNNI__
     case kInt8:
       round_rows<S, Int8>(a, lda, rows, weight, rounded);

@@ -104,6 +104,8 @@ struct RoundedTile {
   const Weight& weight;
   const RoundedRows& rows;
 
+  void begin(int64_t, int64_t) {}  // rows are rounded by all threads together
+
   template <int M, int kPanels, class Finish>
   void run(int64_t panel, int64_t row, const Finish& finish) const {
     constexpr int P = 2 * kPanels;
