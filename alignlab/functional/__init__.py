@@ -17,6 +17,7 @@ float32 (float64 stays float64), and returns one value a token or a sequence. Av
     shaping          overlong_penalty
     statistics       pass_at_k, and tests of the difference between two policies; numbers, no tensors
     precision        float32 inside, the exponent's limit
+    products         products of many rows in the dtype that the processor multiplies fastest
 
 Shapes: N tokens of one pack, M tokens whose log-prob is wanted, B sequences of the optimizer step, P prompts, G group,
 V vocabulary, D hidden. A loss of a pack is `(loss * weights).sum()`; the step's loss is the sum over packs and ranks.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignlab.functional.precision import at_least_float32
+from alignlab.functional.products import by_inputs, by_outputs
 
 CPU_BLOCK_LOGITS = 2**18
 """Logits a thread works on at one time on a CPU: 1 MiB of float32, so that the passes over them stay in the cache."""
@@ -62,7 +63,7 @@ def head_logits(
 
     Reference: soft-capping: Gemma Team (2024), Gemma 2, arXiv:2408.00118, Sec. 2.
     """
-    return _finished(hidden @ weight.to(hidden.dtype).T, bias, softcap)
+    return _finished(by_inputs(hidden, weight.to(hidden.dtype)), bias, softcap)
 
 
 def chunked_logprobs(
@@ -247,7 +248,7 @@ class _TrainedHead(torch.autograd.Function):
             return [first.addcmul_(more, incoming[1][tokens, None]) for more in by_entropy] or [first]
 
         for chunk, (by_products,) in _chunks(hidden, head, bias, targets, ctx.options, weighted, num_outputs=1):
-            by_hidden[chunk] = by_products @ head
+            by_hidden[chunk] = by_outputs(by_products, head)
             if by_weight is not None:
                 _add_product(by_weight, by_products.T, hidden[chunk])
             if by_bias is not None:
@@ -286,7 +287,7 @@ def _measure(
 
     for chunk, by_products in _chunks(hidden, head, bias, targets, options, record, num_outputs=len(by_hidden)):
         for out, gradient in zip(by_hidden, by_products, strict=True):
-            out[chunk] = gradient @ head
+            out[chunk] = by_outputs(gradient, head)
     return measured, by_hidden
 
 
@@ -305,7 +306,7 @@ def _chunks(
     The first overwrites the chunk's logits, so that only one tensor of that size is held.
     """
     for chunk in _slices(len(targets), options.chunk_tokens):
-        products = hidden[chunk] @ head.T
+        products = by_inputs(hidden[chunk], head)
         outputs = [products if i == 0 else torch.empty_like(products) for i in range(num_outputs)]
         for rows in _blocks(products):
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)

@@ -1,9 +1,10 @@
-"""LoRA layers whose products are computed in the base model's dtype.
+"""LoRA layers whose products are computed from matrices in the base model's dtype.
 
 PEFT keeps an adapter's weights in float32, as an optimizer's small updates need, and then multiplies in float32 too,
-which is several times slower than bfloat16. `ComputeDtypeLinear` casts the two small matrices instead, in one autograd
-function that saves only the layer's input and the rank-sized product. Each matrix is cast once an update, where
-`keep_casts` allows it.
+which is several times slower than bfloat16 where a processor has instructions for it; where it has none, all of the
+product is computed in float32 (see `functional.products`). `ComputeDtypeLinear` casts the two small matrices instead,
+in one autograd function that saves only the layer's input and the rank-sized product. Each matrix is cast once an
+update, where `keep_casts` allows it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignlab.functional.products import product_dtype
 from alignlab.models.pieces import piece_of
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x W^T + bias + scale * (x A^T) B^T, products in the dtype of W; W and its bias are frozen."""
+    """y = x W^T + bias + scale * (x A^T) B^T, from matrices in the dtype of W; W and its bias are frozen."""
 
     @staticmethod
     def forward(
@@ -33,23 +35,27 @@ class _LoraProduct(torch.autograd.Function):
         """
         rows = x.reshape(-1, x.shape[-1])
         low_down, low_up = casts
-        inner = rows @ low_down.T
-        y = linear(rows, weight, bias).addmm_(inner, low_up.T, alpha=scale)
-        ctx.save_for_backward(rows, inner, weight, low_down, low_up)
+        compute = product_dtype(rows)
+        wide = rows.to(compute)
+        inner = wide @ low_down.T.to(compute)
+        y = linear(wide, weight.to(compute), None if bias is None else bias.to(compute))
+        y.addmm_(inner, low_up.T.to(compute), alpha=scale)
+        ctx.save_for_backward(rows, inner.to(x.dtype), weight, low_down, low_up)
         ctx.scale, ctx.dtype = scale, down.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients of x, down and up; the last two in float32, as the adapter's weights."""
-        rows, inner, weight, low_down, low_up = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
+        compute = product_dtype(ctx.saved_tensors[0])
+        rows, inner, weight, low_down, low_up = (tensor.to(compute) for tensor in ctx.saved_tensors)
+        grad_rows = grad.reshape(-1, grad.shape[-1]).to(compute)
         grad_inner = (grad_rows @ low_up).mul_(ctx.scale)
         grad_down = (grad_inner.T @ rows).to(ctx.dtype)
         grad_up = (grad_rows.T @ inner).to(ctx.dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_inner, low_down).view(*grad.shape[:-1], -1)
+            grad_x = (grad_rows @ weight).addmm_(grad_inner, low_down).to(grad.dtype).view(*grad.shape[:-1], -1)
         return grad_x, None, None, grad_down, grad_up, None, None
 
 

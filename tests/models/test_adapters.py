@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alignlab.config.model import LoraSettings
 from alignlab.config.trainers import SFTConfig
 from alignlab.errors import ConfigError
+from alignlab.functional import products
 from alignlab.loop.optim import make_optimizer
 from alignlab.models import lora_layers
 from alignlab.models.adapters import (
@@ -65,6 +66,10 @@ def run(model: PeftModel) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.T
     return logits, embedded.grad, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
+def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
 def test_equals_peft_in_float32(base):
     model = ours(base)
     assert sum(isinstance(m, ComputeDtypeLinear) for m in model.modules()) == 14
@@ -83,8 +88,20 @@ def test_bfloat16_base_has_float32_adapters_and_gradients(base):
     assert logits.dtype == torch.bfloat16
     assert (logits - logits_twin).norm() < 0.02 * logits_twin.norm()
     assert all(grad.dtype == torch.float32 for grad in grads.values())
-    flat, flat_twin = (torch.cat([g.flatten() for g in each.values()]) for each in (grads, grads_twin))
+    flat, flat_twin = _flat(grads), _flat(grads_twin)
     assert (flat - flat_twin).norm() < 0.02 * flat_twin.norm()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_as_near_to_exact_products_whichever_way_a_processor_multiplies(base, fast, monkeypatch):
+    monkeypatch.setattr(products, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(products, "LEAST_ROWS", 1)
+    model = ours(base.bfloat16())
+    runs = run(model), run(copy.deepcopy(model).double())
+    results = [(logits, grad_x, _flat(grads)) for logits, grad_x, grads in runs]
+    assert [found.dtype for found in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for found, twin in zip(*results, strict=True):
+        assert (found.double() - twin).norm() < 0.03 * twin.norm()
 
 
 def test_dropout_is_computed_by_peft(base):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from alignlab.models.cache_spec import LayerCacheSpec
-from alignlab.rollout.embedded.native.binding import StepStruct, address, kernels_of
+from alignlab.native import build
+from alignlab.rollout.embedded.native.binding import Kernels, StepStruct, address, kernels_of
 from alignlab.rollout.embedded.native.packing import Packer
 from alignlab.rollout.embedded.native.sampling import NativeSampling
 from alignlab.rollout.embedded.native.slabs import Slabs
@@ -34,6 +35,26 @@ def test_packed_products_are_those_of_torch(sizes: tuple[int, int], rows: int, d
     packed = Packer(kernels, lambda module: module).stacked([first, second], bias)
     expected = x.double() @ torch.cat([first, second]).double().T + torch.cat(bias).double()
     torch.testing.assert_close(kernels.product(x, packed).double(), expected, atol=3e-5, rtol=0)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("fast_pairs", [True, False])
+def test_both_kinds_of_products_of_bfloat16_are_right_whatever_the_rows_beside(
+    fast_pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "has_fast_pairs", lambda: fast_pairs)
+    kernels = Kernels(torch.bfloat16)  # one of the two is compiled for this test alone
+    torch.manual_seed(0)
+    weight, x = (torch.randint(-40, 40, size).bfloat16() for size in ((70, 38), (100, 38)))
+    packed = Packer(kernels, lambda module: module).stacked([weight])
+    exact = (x.double() @ weight.double().T).float()  # of integers: no sum is rounded
+    for rows in (1, 2, 3, 4, 7, 12, 13, 96, 100):
+        assert torch.equal(kernels.product(x[-rows:].contiguous(), packed), exact[-rows:])
+    weight, x = torch.randn(70, 38).bfloat16(), torch.randn(100, 38).bfloat16()
+    packed = Packer(kernels, lambda module: module).stacked([weight])
+    together = kernels.product(x, packed)
+    for rows in (1, 2, 5, 13):
+        assert torch.equal(kernels.product(x[-rows:].contiguous(), packed), together[-rows:])
 
 
 @pytest.mark.parametrize("vocab_size", [17, 256, 700])

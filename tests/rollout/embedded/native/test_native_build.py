@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from alignlab.config.rollout import RolloutSettings
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import new_model
-from alignlab.native import build
+from alignlab.native import build, processor
 from alignlab.native.build import BuildError, load_library, native_folder
 from alignlab.rollout.embedded.engine import EmbeddedEngine
 from alignlab.rollout.embedded.native import choice, coverage
@@ -218,3 +218,32 @@ def test_models_of_transformers_float32_and_other_processors_keep_the_python_ste
     assert reason(_own(), device="cuda") == "the engine runs on cuda"
     monkeypatch.setattr("alignlab.native.processor.processor_flags", lambda: frozenset(["avx2"]))
     assert reason(_own().bfloat16()).startswith("the processor has no fma, avx512f")
+
+
+_XEON = "avx2 fma avx512f avx512_bf16"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "pairs", "bfloat16"),
+    [
+        ("AuthenticAMD", "avx2 avx512_bf16", True, True), ("AuthenticAMD", "avx2", False, False),
+        ("GenuineIntel", _XEON, False, False), ("GenuineIntel", f"{_XEON} amx_bf16", False, True),
+        ("GenuineIntel", "avx2 avx512f", False, False), (None, "", False, True),
+    ],
+)  # fmt: skip
+def test_a_processors_faster_products_are_known_by_its_flags(
+    vendor: str | None, flags: str, pairs: bool, bfloat16: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if vendor is not None:
+        first = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n"
+        path.write_text(f"{first}\nprocessor\t: 1\nvendor_id\t: another\nflags\t\t: amx_bf16\n")
+    for cached in (processor._facts, processor.processor_flags):
+        cached.cache_clear()
+    monkeypatch.setattr(processor, "_CPU_INFO", path)
+    try:
+        assert processor.has_fast_pairs() == pairs
+        assert processor.has_fast_bfloat16() == bfloat16
+    finally:
+        for cached in (processor._facts, processor.processor_flags):
+            cached.cache_clear()
