@@ -168,7 +168,7 @@ struct RoundedTile {
       for (int p = 0; p < P; p++) {
         const uint8_t* at = columns[p] + i / F::kVectors * stride;
         F::load(at, b[p]);
-        if (M <= kFewRows) _mm_prefetch((const char*)(at + 16 * stride), _MM_HINT_T0);
+        _mm_prefetch((const char*)(at + 16 * stride), _MM_HINT_T0);
       }
       for (int m = 0; m < M; m++)
         for (int v = 0; v < F::kVectors; v++) {
