@@ -179,6 +179,15 @@ class BlockPools:
         for manager in self.managers.values():
             manager.reset()
 
+    def have_free(self, counts: Mapping[Window, int]) -> bool:
+        """Return whether so many blocks of each pool are free."""
+        return all(manager.num_free >= counts[window] for window, manager in self.managers.items())
+
+    def extend(self, tables: Tables, counts: Mapping[Window, int]) -> None:
+        """Allocate so many blocks of each pool at the ends of a sequence's tables."""
+        for window, manager in self.managers.items():
+            tables[window] += [manager.allocate() for _ in range(counts[window])]
+
     def expire(self, tables: Tables, position: int) -> None:
         """Release the blocks that no token from `position` on reads."""
         for window, table in tables.items():
