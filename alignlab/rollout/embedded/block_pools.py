@@ -234,6 +234,11 @@ class BlockPools:
         Returns:
             The digests of these blocks, and their tables, with a user more of each block.
         """
+        found = self._leading(digests, can_go_on)
+        return found, {window: self._taken(window, found) for window in self.managers}
+
+    def _leading(self, digests: Iterable[bytes], can_go_on: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the digests of the most leading blocks after which a sequence can go on; see `find`."""
         last_missing = dict.fromkeys(self.managers, -1)
         have_sinks = dict.fromkeys(self.managers, True)
         known: list[bytes] = []
@@ -253,12 +258,13 @@ class BlockPools:
             )
             if seen and can_go_on(digest):
                 count = index + 1
-        tables: Tables = {}
-        for window, manager in self.managers.items():
-            first = first_visible(count * self.block_size, window, self.block_size)
-            num_sinks = sink_blocks(window, self.block_size)
-            tables[window] = [
-                manager.take(digest) if index < num_sinks or index >= first else EXPIRED
-                for index, digest in enumerate(known[:count])
-            ]
-        return known[:count], tables
+        return known[:count]
+
+    def _taken(self, window: Window, digests: Sequence[bytes]) -> list[int]:
+        """Return the table of the blocks of these digests, with a user more of those that the next token sees."""
+        first = first_visible(len(digests) * self.block_size, window, self.block_size)
+        num_sinks = sink_blocks(window, self.block_size)
+        return [
+            self.managers[window].take(digest) if index < num_sinks or index >= first else EXPIRED
+            for index, digest in enumerate(digests)
+        ]
