@@ -234,14 +234,14 @@ class BlockPools:
         Returns:
             The digests of these blocks, and their tables, with a user more of each block.
         """
-        found = self._leading(digests, can_go_on)
-        return found, {window: self._taken(window, found) for window in self.managers}
+        leading = self._leading(digests, can_go_on)
+        return leading, {window: self._taken(window, leading) for window in self.managers}
 
     def _leading(self, digests: Iterable[bytes], can_go_on: Callable[[bytes], bool]) -> list[bytes]:
         """Return the digests of the most leading blocks after which a sequence can go on; see `find`."""
         last_missing = dict.fromkeys(self.managers, -1)
         have_sinks = dict.fromkeys(self.managers, True)
-        known: list[bytes] = []
+        published: list[bytes] = []
         count = 0
         for index, digest in enumerate(digests):
             for window, manager in self.managers.items():
@@ -250,15 +250,15 @@ class BlockPools:
                     have_sinks[window] &= index >= sink_blocks(window, self.block_size)
             if last_missing.get(None, -1) >= 0:
                 break
-            known.append(digest)
+            published.append(digest)
             next_token = (index + 1) * self.block_size
-            seen = all(
+            has_visible = all(
                 have_sinks[w] and last < first_visible(next_token, w, self.block_size)
                 for w, last in last_missing.items()
             )
-            if seen and can_go_on(digest):
+            if has_visible and can_go_on(digest):
                 count = index + 1
-        return known[:count]
+        return published[:count]
 
     def _taken(self, window: Window, digests: Sequence[bytes]) -> list[int]:
         """Return the table of the blocks of these digests, with a user more of those that the next token sees."""
