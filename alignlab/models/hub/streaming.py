@@ -38,8 +38,8 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
         files = WeightFiles(folder)
     except (SafetensorError, OSError, ValueError, KeyError):  # what is wrong is said by the other way of loading
         return False
-    wanted = _wanted(model, files)
-    plan = _plan(files, wanted, model.config)
+    to_read = _tensors_to_read(model, files)
+    plan = _plan(files, to_read, model.config)
     if plan is None:
         return False
     if is_of_family(model.config):
@@ -47,7 +47,7 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
     # Parameters are on the meta device, and get the dtype; buffers have values, and keep theirs.
     empty = {
         name: torch.empty(tensor.shape, dtype=dtype if tensor.is_meta else tensor.dtype, device="meta")
-        for name, tensor in wanted.items()
+        for name, tensor in to_read.items()
     }
     for name, values in _values(files, plan, empty, device):
         _put(model, name, values)
@@ -58,7 +58,7 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
     return True
 
 
-def _wanted(model: PolicyForCausalLM, files: WeightFiles) -> dict[str, Tensor]:
+def _tensors_to_read(model: PolicyForCausalLM, files: WeightFiles) -> dict[str, Tensor]:
     """Return the parameters and buffers to be read: tied ones once, and states of routers where the files have them.
     """
     tied = set(PolicyForCausalLM._tied_weights_keys) if model.config.tie_word_embeddings else set()
@@ -69,13 +69,13 @@ def _wanted(model: PolicyForCausalLM, files: WeightFiles) -> dict[str, Tensor]:
 
 
 def _plan(
-    files: WeightFiles, wanted: Mapping[str, Tensor], config: PolicyConfig
+    files: WeightFiles, to_read: Mapping[str, Tensor], config: PolicyConfig
 ) -> dict[str, tuple[Piece, ...]] | None:
     """Return the pieces of the files that each tensor of the model is made of; None if the files do not fit it."""
-    names = {name: file_name(name, config) if is_of_family(config) else name for name in wanted}
-    shapes = {names[name]: tensor.shape for name, tensor in wanted.items()}
+    names = {name: file_name(name, config) if is_of_family(config) else name for name in to_read}
+    shapes = {names[name]: tensor.shape for name, tensor in to_read.items()}
     pieces = plan_of(files, shapes, may_remain=_unread(config))
-    return None if pieces is None else {name: pieces[names[name]] for name in wanted}
+    return None if pieces is None else {name: pieces[names[name]] for name in to_read}
 
 
 def _check_mtp(
@@ -112,17 +112,17 @@ def _values(
     Args:
         empty: their shapes and dtypes.
     """
-    rest = {}
+    not_mapped = {}
     for name, shape in empty.items():
         if device.type == "cpu" and files.can_map(plan[name], shape.dtype):
             yield name, files.mapped(plan[name])
         else:
-            rest[name] = shape
-    made = _made(files, plan, rest, device)
-    yield from shared_copies(rest, made).items() if rest and is_shared() else made
+            not_mapped[name] = shape
+    values = _read_values(files, plan, not_mapped, device)
+    yield from shared_copies(not_mapped, values).items() if not_mapped and is_shared() else values
 
 
-def _made(
+def _read_values(
     files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], empty: Mapping[str, Tensor], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and values of parameters and buffers that are read from the files, one after another.
