@@ -14,7 +14,7 @@ from alignlab.rollout.embedded.state_cache import StepStates
 
 
 class LowRankCache(PagedCache):
-    """Of an entry it has the r numbers that are kept, under the entry's name."""
+    """Keeps r numbers of each entry, under the entry's name."""
 
     approximation: LowRank
     """With the bases."""

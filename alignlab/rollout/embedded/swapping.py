@@ -57,7 +57,7 @@ class HostRow:
 
 @dataclass(frozen=True)
 class SwappedOut:
-    """What the host keeps of a sequence.
+    """A sequence on the host.
 
     Attributes:
         tables: of each pool, the blocks of computed tokens; None for those that a window has left.
