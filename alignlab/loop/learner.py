@@ -19,16 +19,17 @@ from transformers import PreTrainedModel
 
 from alignlab.config.trainers import TrainerConfig
 from alignlab.cpu_threads import follow_free_cores
-from alignlab.errors import CheckpointError, NumericsError
+from alignlab.errors import CheckpointError
 from alignlab.loop.averaging import GROUP, make_average
 from alignlab.loop.forward import Forward, PolicyForward, model_losses
 from alignlab.loop.loss_scale import LossScale
 from alignlab.loop.loss_weights import LossWeights, StepTotals, count_step, token_mean
+from alignlab.loop.nonfinite import gradient_error
 from alignlab.loop.optim import load_schedule_state, make_optimizer, make_schedule, schedule_state
 from alignlab.loop.ranks import Ranks
 from alignlab.loop.sharding import make_strategy, shard_weights
 from alignlab.loop.supervised import SupervisedOutput
-from alignlab.loop.update_metrics import expert_load_metrics, not_finite, numbers
+from alignlab.loop.update_metrics import expert_load_metrics, numbers
 from alignlab.masked_tokens import is_known, remember_count
 from alignlab.models.adapters import has_adapters, is_of_adapter
 from alignlab.models.decoder import causal_lm
@@ -39,7 +40,7 @@ from alignlab.models.fingerprints import weights_fingerprint
 from alignlab.models.finite import TAKE_ANOTHER, check_finite
 from alignlab.models.lora_layers import keep_casts
 from alignlab.models.moe import expert_counts, forget_counts, move_biases, of_experts, routers, take_loads
-from alignlab.models.pieces import Held, held, whole_shape
+from alignlab.models.pieces import Held, whole_shape
 from alignlab.models.policy import PolicyOutput
 from alignlab.models.routers.reinforce import policy_losses
 from alignlab.models.shards import is_spread
@@ -355,7 +356,9 @@ class Learner:
         if not totals.is_empty and not math.isfinite(grad_norm):
             if self.loss_scale.shrink():
                 return None
-            self._nonfinite(packs)
+            self.num_skipped += 1
+            if self.config.optim.on_nonfinite == "stop":
+                raise gradient_error(self.trained, packs, self.outputs(packs))
         self.num_changes += 1  # counted before the change: after a failure in the middle the weights belong to no step
         if totals.is_empty:
             self.num_empty += 1  # no optimizer step: its momentum would move the weights
@@ -376,23 +379,6 @@ class Learner:
             "skipped_updates": (float(self.num_skipped), self.config.optim.on_nonfinite == "skip"),
         }
         return {name: value for name, (value, is_shown) in counters.items() if is_shown}
-
-    def _nonfinite(self, packs: Sequence[Experience]) -> None:
-        self.num_skipped += 1
-        if self.config.optim.on_nonfinite == "skip":
-            return
-        gradients = ((name, held(p.grad)) for name, p in self.trained.items() if p.grad is not None)
-        bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
-        sequences = [
-            f"sequence {int(pack.segments.sequence_of_token[i])} of pack {number}"
-            for number, (pack, output) in enumerate(zip(packs, self.outputs(packs), strict=True))
-            for i in not_finite(output).nonzero()[:1].flatten().tolist()
-        ]
-        raise NumericsError(
-            f"the gradient is not finite: first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors), "
-            f"outputs not finite in {sequences or 'no sequence'}; lower optim.learning_rate, or set "
-            "optim.on_nonfinite: skip"
-        )
 
     def _finish_routers(self, counts: Tensor) -> None:
         take_loads(self.module.model, counts)

@@ -31,7 +31,7 @@ def restore_newest(loop: TrainingLoop, folder: RunFolder) -> Checkpoint | None:
         if checkpoint is not None:
             _restore_learners(loop, checkpoint)
             if loop.is_main:  # a power cut may have undone a removal
-                remove_old(folder.checkpoints, loop.config.checkpoints.keep, loop.stopping.kept_steps)
+                remove_old(folder.checkpoints, loop.config.checkpoints.keep, loop.evaluations.stopping.kept_steps)
     if checkpoint is not None:
         loop.load_state(checkpoint.state["loop"])
         _restore_random_state(loop, checkpoint)
@@ -64,9 +64,9 @@ def _restore_learners(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     loop.identity.check(state.get("identity"), path=checkpoint.path, step=checkpoint.step, log=loop.is_main)
     loop.step, loop.train_seconds = checkpoint.step, state["train_seconds"]
     loop.before = state["before"] and evaluation_from_json(state["before"])
-    loop.evaluation_due = state["evaluation_due"]
+    loop.evaluations.is_due = state["evaluation_due"]
     loop.signal.load_state(state["signal"])
-    loop.stopping.load_state(state.get("early_stopping"))  # not in earlier checkpoints
+    loop.evaluations.stopping.load_state(state.get("early_stopping"))  # not in earlier checkpoints
     for role, learner in loop.learners.items():
         groups = {name.removeprefix(role): t for name, t in checkpoint.tensors.items() if name.startswith(role)}
         learner.load(groups, state["learners"][role])

@@ -78,7 +78,7 @@ def save_model_of_step(loop: TrainingLoop, folder: RunFolder) -> None:
     path = checkpoint_path(folder.models, loop.step)
     _save_model(loop, folder, path, f"saving the model of step {loop.step}")
     if loop.is_main:
-        remove_old(folder.models, loop.config.checkpoints.keep, loop.stopping.kept_steps)
+        remove_old(folder.models, loop.config.checkpoints.keep, loop.evaluations.stopping.kept_steps)
 
 
 def complete_models(loop: TrainingLoop, folder: RunFolder) -> None:

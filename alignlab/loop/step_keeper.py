@@ -195,8 +195,9 @@ class StepKeeper:
         state = completed.state | {
             "trainer": type(loop).__name__,
             "before": loop.before and loop.before.to_json(),
-            "evaluation_due": loop.evaluation_due,
-            "early_stopping": loop.stopping.state(),  # with the evaluation after the step, unless that is due
+            "evaluation_due": loop.evaluations.is_due,
+            # With the evaluation after the step, unless that is due.
+            "early_stopping": loop.evaluations.stopping.state(),
             "metrics": self._logger.state(),
             "identity": loop.identity.to_json(),
             "learners": {
@@ -207,7 +208,7 @@ class StepKeeper:
         save_checkpoint(
             self.folder.checkpoints, completed.step, tensors=_all_whole(tensors), state=state,
             keep=loop.config.checkpoints.keep, random=completed.random, run_id=self.folder.run_id, parts=parts,
-            kept_steps=loop.stopping.kept_steps,
+            kept_steps=loop.evaluations.stopping.kept_steps,
         )
         self.folder.saved(completed.step)
 

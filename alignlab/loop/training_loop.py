@@ -21,8 +21,9 @@ from alignlab.evaluation.learning_signal import SignalMonitor
 from alignlab.evaluation.report import write_report
 from alignlab.evaluation.results import Evaluation
 from alignlab.loop.averaging import Use, averaged
-from alignlab.loop.early_stopping import EarlyStopping, check_stopping
+from alignlab.loop.early_stopping import check_stopping
 from alignlab.loop.ending_check import check_ending, on_main_rank
+from alignlab.loop.evaluations import Evaluations
 from alignlab.loop.learner import Learner
 from alignlab.loop.memory import training_bytes
 from alignlab.loop.preflight import Preflight
@@ -67,8 +68,7 @@ class TrainingLoop(ABC):
     Attributes:
         ranks: this process among the processes of the run.
         agreed: context of a block of work that ends on every rank if it fails on one.
-        evaluation_due: whether held-out data still has to be evaluated after the last step.
-        stopping: the best evaluation so far, and whether the run has to end.
+        evaluations: on held-out data, and what early stopping makes of them.
         run: title of the run, its config as text, and what it is a part of; see `describe_run`.
         keeper: saves the run's checkpoints; None outside of `train`.
         phase_seconds: seconds of each phase of the last step.
@@ -95,8 +95,7 @@ class TrainingLoop(ABC):
         self.step = 0
         self.train_seconds = 0.0
         self.before: Evaluation | None = None
-        self.evaluation_due = False
-        self.stopping = EarlyStopping(config.early_stopping)
+        self.evaluations = Evaluations(self)
         self.agreed = RankAgreement(learner.accelerator)
         self.keeper: StepKeeper | None = None
         self.progress = TrainingProgress(config.num_steps, enabled=False)
@@ -134,23 +133,15 @@ class TrainingLoop(ABC):
         """Return a context in which `evaluate` measures the average of the weights, if that is wanted for the use."""
         return averaged(self.learner, use)
 
-    def evaluate_at(self, step: int) -> bool:
-        """Return whether held-out data, if there is any, is evaluated after this step: every `eval_every_steps`, and
-        after the last step where early stopping has to know it before the model is chosen."""
-        every = self.config.eval_every_steps
-        if step == self.config.num_steps:
-            return self.has_held_out and self.stopping.settings is not None
-        return self.has_held_out and every is not None and step % every == 0
-
     @property
     def is_finished(self) -> bool:
         """Return whether no step is left to do: the last one is done, or early stopping has ended the run."""
-        return self.step >= self.config.num_steps or self.stopping.ends_run
+        return self.step >= self.config.num_steps or self.evaluations.stopping.ends_run
 
     @property
     def model_step(self) -> int:
         """Return the step whose weights are the run's model: of an interrupted run, the present one."""
-        return self.stopping.model_step(self.step) if self.is_finished else self.step
+        return self.evaluations.stopping.model_step(self.step) if self.is_finished else self.step
 
     @property
     def has_held_out(self) -> bool:
@@ -234,15 +225,15 @@ class TrainingLoop(ABC):
         with catch_interrupts() as interrupt, self.progress, keeper.kept_on_failure():
             if self.step == 0:
                 check_all_weights(self.learners)
-                self.before = self._evaluate(logger)
+                self.before = self.evaluations.run(logger)
             keeper.mark()
             metrics = self._steps(keeper, logger, interrupt)
             interrupted = not self.is_finished
-            stopping = None if interrupted else self.stopping.outcome(self.step)
+            stopping = None if interrupted else self.evaluations.stopping.outcome(self.step)
             if stopping is not None and stopping.ended_run:
-                self.progress.note(self.stopping.line(stopping))
+                self.progress.note(self.evaluations.stopping.line(stopping))
             path = save_trained_model(self, folder)  # before the evaluation, whose failure must not lose the model
-            after = None if interrupted else self._evaluate_trained(logger, path)
+            after = None if interrupted else self.evaluations.of_trained_model(logger, path)
             signal = (interrupt.signal or "another rank") if self.ranks.any(interrupt.requested) else None
         return TrainResult(
             self.step, self.train_seconds, path, interrupted, signal, metrics, self.before, after,
@@ -260,37 +251,18 @@ class TrainingLoop(ABC):
         """Return a usage hint for the report; None means the `alignlab generate` command."""
         return None
 
-    def _evaluate(self, logger: MetricsLogger, use: Use = "evaluate") -> Evaluation | None:
-        evaluating = self.agreed(f"evaluating after step {self.step}")
-        with self.progress.phase("evaluate"), evaluating, self.evaluated_weights(use):
-            result = self.evaluate()
-        with self.agreed(f"writing the evaluation after step {self.step}"):  # reached only if no rank failed
-            if result is not None:
-                logger.log(self.step, result.metrics())
-        return result
-
-    def _evaluate_trained(self, logger: MetricsLogger, path: Path) -> Evaluation | None:
-        """Return the evaluation of the run's model; early stopping has made it already."""
-        if known := self.stopping.result_of(self.model_step):
-            return known
-        try:
-            return self._evaluate(logger, "export")
-        except Exception:
-            self.progress.note(f"the evaluation failed; the trained model is in {path}")
-            raise
-
     def _steps(self, keeper: StepKeeper, logger: MetricsLogger, interrupt: Interrupt) -> dict[str, float]:
         """Do the steps until the last or an interrupt; return the metrics of the last step done."""
         metrics: dict[str, float] = {}
-        self._evaluate_if_due(logger)  # it failed, or was cut short, before the run was resumed
+        self.evaluations.run_if_due(logger)  # it failed, or was cut short, before the run was resumed
         while not self.is_finished:
             metrics = self._step(keeper)
             messages = self.signal.observe(metrics)
             keeper.mark()
-            self.evaluation_due = self.evaluate_at(self.step)
+            self.evaluations.is_due = self.evaluations.evaluates_at(self.step)
             with self.agreed(f"writing the metrics of step {self.step}"):
                 self._publish_metrics(logger, metrics, messages)
-            is_best = self._evaluate_if_due(logger)
+            is_best = self.evaluations.run_if_due(logger)
             is_stopped = self.ranks.any(interrupt.requested)
             if is_stopped or is_best or self.is_finished or self._save_at(self.step):
                 self.save()
@@ -322,14 +294,6 @@ class TrainingLoop(ABC):
         if self.config.checkpoints.with_model:
             save_model_of_step(self, self.keeper.folder)
         return self.keeper.save()
-
-    def _evaluate_if_due(self, logger: MetricsLogger) -> bool:
-        """Return whether held-out data was evaluated and, by early stopping's metric, better than ever."""
-        if not self.evaluation_due:
-            return False
-        is_best = self.stopping.observe(self.step, self._evaluate(logger))
-        self.evaluation_due = False
-        return is_best
 
     def _publish_metrics(self, logger: MetricsLogger, metrics: Mapping[str, float], messages: Sequence[str]) -> None:
         """Give the metrics of the last step to the metrics file, the display and the callbacks."""

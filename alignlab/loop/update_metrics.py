@@ -38,9 +38,3 @@ def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float
         values = [update[name] for update in updates if name in update]
         means[name] = values[-1] if name.rpartition("/")[2] in _COUNTERS else sum(values) / len(values)
     return means
-
-
-def not_finite(output: Sequence[Tensor | None]) -> Tensor:
-    """Return a mask [N] of the tokens at which a number of the output is not finite."""
-    per_token = [values for values in output if values is not None and values.is_floating_point() and values.dim() == 1]
-    return torch.stack([~values.isfinite() for values in per_token]).any(dim=0)

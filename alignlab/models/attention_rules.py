@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from alignlab.models import latent_attention, mixture_of_heads
@@ -49,12 +49,7 @@ def check_attention(config: PolicyConfig) -> None:
     classes = _classes(config)
     for kind in classes:
         kind.check_config(config)
-    for name in _unread_fields(classes):
-        value, layers = getattr(config, name), _NAMES[name]
-        require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
-    for name in _OF_ATTENTION if _is_recurrent(classes) else ():
-        value = getattr(config, name)
-        require(not value, f"{name} is {value}, but all layers are recurrent, which have none; leave it out")
+    _check_fields_are_read(config, classes)
     base, windowed = config.rope_local_base_freq, any(kind.has_window for kind in classes)
     require(
         base is None or (base > 0 and windowed),
@@ -67,6 +62,16 @@ def check_attention(config: PolicyConfig) -> None:
         f"partial_rotary_factor is {factor}, but no layer rotates a part of its heads: of latent_attention, "
         "qk_rope_head_dim says how much is rotated, and recurrent layers rotate nothing; leave it out",
     )
+
+
+def _check_fields_are_read(config: PolicyConfig, classes: Sequence[type[MixingLayer]]) -> None:
+    """Raise a ConfigError if a field is given that no kind of layer of the config reads."""
+    for name in _unread_fields(classes):
+        value, layers = getattr(config, name), _NAMES[name]
+        require(value is None, f"{name} is {value}, but no layer is {layers}; make one so or leave it out")
+    for name in _OF_ATTENTION if _is_recurrent(classes) else ():
+        value = getattr(config, name)
+        require(not value, f"{name} is {value}, but all layers are recurrent, which have none; leave it out")
 
 
 def drop_unread_fields(config: PolicyConfig) -> None:

@@ -41,6 +41,11 @@ def check_blocks(config: PolicyConfig) -> None:
         config.qk_norm_scope == "head" or config.use_qk_norm,
         "qk_norm_scope is all_heads, and use_qk_norm is false; set it to true, or leave qk_norm_scope out",
     )
+    _check_mtp(config)
+    _check_feed_forward(config)
+
+
+def _check_mtp(config: PolicyConfig) -> None:
     require(
         config.num_mtp_layers in (0, 1),
         f"num_mtp_layers is {config.num_mtp_layers}, and must be 0 or 1: one token beyond the next is predicted",
@@ -59,7 +64,6 @@ def check_blocks(config: PolicyConfig) -> None:
             value, unset = getattr(config, name), getattr(type(config), name)
             fix = "use num_mtp_layers: 1, or leave it out"
             require(value == unset, f"{name} is {value}, and num_mtp_layers is 0; {fix}")
-    _check_feed_forward(config)
 
 
 def _check_feed_forward(config: PolicyConfig) -> None:

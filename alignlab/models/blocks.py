@@ -1,4 +1,4 @@
-"""Where a decoder layer has norms, and how attention and feed-forward are added to the residual stream."""
+"""The places of norms in a decoder layer, and how attention and feed-forward are added to the residual stream."""
 
 from __future__ import annotations
 

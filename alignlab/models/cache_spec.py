@@ -1,4 +1,4 @@
-"""What each layer keeps of the tokens before the present one: the engine's cache allocates by it.
+"""The entries that each layer keeps of earlier tokens, or of a sequence: the engine's cache allocates by them.
 
 A layer says what it keeps. A layer with keys and values keeps two tensors of each token, one with latent attention one
 of each token, and a recurrent layer a state of each sequence, whatever its length.

@@ -251,7 +251,7 @@ class PolicyConfig(PreTrainedConfig):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether a bias that balances the experts is added to the scores that choose."""
+        """True if a bias that balances the experts is added to the scores that choose."""
         return self.router_bias or self.router_bias_update_rate > 0
 
     @property
@@ -276,7 +276,7 @@ class PolicyConfig(PreTrainedConfig):
 
     @property
     def drops_choices(self) -> bool:
-        """Whether a chosen expert may not compute a token, see `routers.coded`."""
+        """True if a chosen expert may not compute a token; see `routers.coded`."""
         return self.capacity_factor is not None or self.router_type == "expert_choice"
 
 

@@ -1,4 +1,4 @@
-"""What the checks of a `PolicyConfig` have in common."""
+"""Rules that the checks of a `PolicyConfig` share."""
 
 from __future__ import annotations
 

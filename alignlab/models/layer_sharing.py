@@ -7,6 +7,7 @@ model repeats all of them, [0, 1, 0, 1], or one alone, [0, 0, 0, 0] (ALBERT: Lan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from alignlab.errors import ConfigError
@@ -39,13 +40,8 @@ def check_sharing(config: Any) -> None:
     )
     for name in PER_LAYER:
         values = getattr(config, name)
-        for index, block in enumerate(blocks) if values is not None else ():
-            first = blocks.index(block)
-            require(
-                values[index] == values[first],
-                f"shared_layers gives layers {first} and {index} the same weights, and {name} is {values[first]} for "
-                f"one and {values[index]} for the other; make them alike, or give them blocks of their own",
-            )
+        if values is not None:
+            _check_alike(name, values, blocks)
     routed = sorted({*config.sparse_layers, *config.routed_attention})
     shared = [index for index in routed if blocks.count(blocks[index]) > 1]
     require(
@@ -53,6 +49,18 @@ def check_sharing(config: Any) -> None:
         f"shared_layers gives layer {shared[0] if shared else 0} the weights of another, and it has a router, whose "
         "choices are counted and balanced for one layer; give it a block of its own",
     )
+
+
+def _check_alike(name: str, values: Sequence[Any], blocks: Sequence[int]) -> None:
+    """Raise a ConfigError if layers that share weights have different values of a field with an entry for each layer.
+    """
+    for index, block in enumerate(blocks):
+        first = blocks.index(block)
+        require(
+            values[index] == values[first],
+            f"shared_layers gives layers {first} and {index} the same weights, and {name} is {values[first]} for one "
+            f"and {values[index]} for the other; make them alike, or give them blocks of their own",
+        )
 
 
 def refuse_sharing(config: Any, *, what: str) -> None:

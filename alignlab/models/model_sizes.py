@@ -1,4 +1,4 @@
-"""What a model takes, from its shape: parameters, arithmetic and cache of a token, state of a sequence."""
+"""The costs of a model, from its shape: parameters, arithmetic and cache of a token, state of a sequence."""
 
 from __future__ import annotations
 

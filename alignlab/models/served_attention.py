@@ -1,4 +1,4 @@
-"""What of our models vLLM can compute: its own kernels take the place of the attention function there."""
+"""The parts of our models that vLLM can compute: its own kernels take the place of the attention function there."""
 
 from __future__ import annotations
 

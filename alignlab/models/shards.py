@@ -33,7 +33,7 @@ _ROOT = "_alignlab_shard_root"
 
 
 class Root(Protocol):
-    """What a model is computed within whose training is spread over ranks.
+    """The context within which a model is computed whose training is spread over ranks.
 
     Attributes:
         mesh: of the ranks.

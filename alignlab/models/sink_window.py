@@ -1,4 +1,4 @@
-"""Which of its tokens a sequence's queries see: the newest ones, the first ones beside them, or those that were kept.
+"""The tokens of a sequence that its queries see: the newest ones, the first ones beside them, or those that were kept.
 
 Reference: Xiao et al. (2024), StreamingLLM, arXiv:2309.17453, Section 3.2; here tokens keep their true positions.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class SinkWindow(NamedTuple):
-    """What a token sees: tokens at positions below `sinks`, and the last `size` tokens, itself included."""
+    """The tokens that a token sees: those at positions below `sinks`, and the last `size` tokens, itself included."""
 
     size: int
     sinks: int
@@ -22,7 +22,7 @@ class SinkWindow(NamedTuple):
 
 
 class KeptTokens(NamedTuple):
-    """What is left of a sequence's tokens at its boundaries: after its prompt, and after every `interval` tokens more.
+    """The tokens that a sequence has left at its boundaries: after its prompt, and after every `interval` tokens more.
 
     At a boundary with more than `budget` tokens, the `sinks` first ones, the `recent` last ones and `heavy` of the
     others stay. Queries up to a boundary see all that the boundary before it left, and what came since. The `observed`

@@ -99,12 +99,16 @@ def _check(
         raise ConfigError("mlp_bias is true, and experts have no biases; use a model without them")
     if not 0 <= drop_frac <= 1:
         raise ConfigError(f"drop_frac is {drop_frac}, and must be in [0, 1]; use 0.5")
-    if method != "virtual_groups":
-        if slices != 1:
-            raise ConfigError(f"slices is {slices}, and is of method virtual_groups; use that, or leave slices out")
-        return
+    if method == "virtual_groups":
+        _check_slices(dense, slices, num_experts, num_chosen)
+    elif slices != 1:
+        raise ConfigError(f"slices is {slices}, and is of method virtual_groups; use that, or leave slices out")
+
+
+def _check_slices(dense: PolicyForCausalLM, slices: int, num_experts: int, num_chosen: int) -> None:
+    """Raise a ConfigError unless experts can be slices of a dense layer, and a token takes whole replicas of it."""
     for name, value in (
-        ("intermediate_size", config.intermediate_size), ("num_experts", num_experts),
+        ("intermediate_size", dense.config.intermediate_size), ("num_experts", num_experts),
         ("num_experts_per_tok", num_chosen),
     ):
         if slices < 2 or value % slices:

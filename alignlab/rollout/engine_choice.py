@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignlab.config.rollout import AutoEngineSettings, EngineSettings, RolloutSettings, VLLMSettings
 from alignlab.errors import ConfigError
@@ -50,20 +52,27 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
         )
     if find_spec("vllm") is None:
         return "vLLM is not installed"
-    lm = causal_lm(model)
+    return _obstacle_of_model(causal_lm(model)) or _refusal(lambda: require_vllm("vllm"))
+
+
+def _obstacle_of_model(lm: PreTrainedModel) -> str | None:
+    """Return why vLLM cannot run a model on a GPU, or was not seen to; None if it can."""
     if isinstance(lm.config, PolicyConfig):
-        if write_hub_config(lm.config) is None:
+        config = lm.config
+        if write_hub_config(config) is None:
             return "no Hub family has this architecture; rollout.engine: vllm runs it through a plug-in"
-        if set(lm.config.layer_types or ()).intersection(FAMILY_KINDS):
+        if set(config.layer_types or ()).intersection(FAMILY_KINDS):
             return "vLLM's latent, gated and recurrent layers were not tried on a GPU; rollout.engine: vllm takes them"
-        try:
-            check_served(lm.config)
-        except ConfigError as error:
-            return str(error)
-    elif lm.config._attn_implementation == ATTENTION:
+        return _refusal(lambda: check_served(config))
+    if lm.config._attn_implementation == ATTENTION:
         return f"whether vLLM knows {type(lm).__name__} is not known before it starts; rollout.engine: vllm tries it"
+    return None
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    """Return the message of the ConfigError that a check raises; None if it raises none."""
     try:
-        require_vllm("vllm")
+        check()
     except ConfigError as error:
         return str(error)
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -77,34 +77,49 @@ def engine_bytes(
         num_sequences: sampled at one time.
         num_tokens: of a prompt and its completion, at most.
     """
-    lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    dtype, specs = model_dtype(lm), cache_specs(model).values()
-    itemsize, slot_bytes = dtype.itemsize, sum(spec.sequence_bytes(dtype) for spec in specs)
-    if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
-        weights = sum(parameter.numel() for parameter in lm.parameters())
-        entries = num_sequences * num_tokens * sum(spec.token_numel for spec in specs)
-        return itemsize * (entries + weights) + num_sequences * slot_bytes
-    size = block_size_for(settings.block_size, device, group=cache_group(settings))
     lengths = [num_tokens] * num_sequences
+    if not isinstance(settings, RolloutSettings):
+        return _vllm_bytes(model, lengths)
+    block_size = block_size_for(settings.block_size, device, group=cache_group(settings))
+    return _cache_bytes(model, settings, lengths, block_size) + _copied_bytes(model, settings, device, block_size)
+
+
+def _vllm_bytes(model: nn.Module, lengths: Sequence[int]) -> int:
+    """Return the bytes of vLLM's copy of all weights and of its cache, for sequences of these lengths, tokens."""
+    lm = causal_lm(model)
+    dtype, specs = model_dtype(lm), cache_specs(model).values()
+    num_weights = sum(parameter.numel() for parameter in lm.parameters())
+    num_entries = sum(lengths) * sum(spec.token_numel for spec in specs)
+    states = sum(spec.sequence_bytes(dtype) for spec in specs)
+    return dtype.itemsize * (num_entries + num_weights) + len(lengths) * states
+
+
+def _cache_bytes(model: nn.Module, settings: RolloutSettings, lengths: Sequence[int], block_size: int) -> int:
+    """Return the bytes of the embedded engine's cache in memory, for sequences of these lengths, tokens."""
+    dtype, specs = model_dtype(causal_lm(model)), cache_specs(model).values()
     approximate = approximate_cache(settings)
     approximation = None if approximate is None else approximation_of(approximate)
-    cache = sum(
-        num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
+    entries = sum(
+        num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, block_size)
         for spec in specs
-        for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
+        for window, num_bytes in block_bytes(spec, dtype, block_size, approximation).items()
     )
     if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
-        cache = min(cache, int(settings.kv_cache.resident_gib * 2**30))
-    cache += slot_bytes * slots_needed(num_sequences, num_sequences)
+        entries = min(entries, int(settings.kv_cache.resident_gib * 2**30))
+    states = sum(spec.sequence_bytes(dtype) for spec in specs)
+    return entries + states * slots_needed(len(lengths), len(lengths))
+
+
+def _copied_bytes(model: nn.Module, settings: RolloutSettings, device: torch.device, block_size: int) -> int:
+    """Return the bytes of the embedded engine's copies of weights: packed, rounded, or with adapters merged in."""
     merges = merges_adapters(model, settings.merge_lora, device)
     rounding = make_rounding(model, settings, device)
-    is_native = why_not_native(model, settings, device, block_size=size, merges=merges) is None
-    if is_native and (rounding is None or why_not_rounded(lm, rounding) is None):
-        return cache + packed_bytes(model, rounding)
-    rounded = 0 if rounding is None else rounding.total_bytes
-    return cache + rounded + (_merged_bytes(model) if merges else 0)
+    is_native = why_not_native(model, settings, device, block_size=block_size, merges=merges) is None
+    if is_native and (rounding is None or why_not_rounded(causal_lm(model), rounding) is None):
+        return packed_bytes(model, rounding)
+    return (0 if rounding is None else rounding.total_bytes) + (_merged_bytes(model) if merges else 0)
 
 
 def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) -> bool:

@@ -11,14 +11,10 @@ from alignlab.models.kv_approximation.eviction_record import NEVER, record_of_ev
 from alignlab.models.kv_approximation.heavy_hitters import ScoreOptions, attention_received, kept_places
 from alignlab.models.sink_window import KeptTokens
 from alignlab.types import Segments
+from tests.models.attention_twins import assert_equals_twin, inputs
 from tests.models.conftest import make_segments
 
 OPTIONS = {"scaling": 0.4, "sliding_window": None, "softcap": 1.5}
-
-
-def inputs(num_tokens: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, n, num_tokens, 8, generator=generator).double().requires_grad_() for n in (4, 2, 2)]
 
 
 def test_boundaries_by_hand() -> None:
@@ -111,12 +107,7 @@ def test_what_is_dropped_is_not_seen_again(sinks: int, interval: int | None, acc
     ours, twins = (inputs(segments.num_tokens) for _ in range(2))
     output = evicted.attend(*ours, segments, sinks=None, **OPTIONS).transpose(1, 2)
     expected = twin(*twins, segments, evicted)
-    torch.testing.assert_close(output, expected, atol=1e-9, rtol=0)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).double()
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for one, other in zip(ours, twins, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-9, rtol=0)
+    assert_equals_twin(output, ours, expected, twins)
 
 
 def test_a_layer_with_a_window_keeps_it() -> None:

@@ -17,6 +17,7 @@ from alignlab.models.kv_approximation.choice_record import (
 )
 from alignlab.models.kv_approximation.sparse_rows import SparseRows, row_blocks
 from alignlab.types import Segments
+from tests.models.attention_twins import assert_equals_twin, inputs
 from tests.models.conftest import make_segments
 from tests.reference.attention import visible
 
@@ -24,11 +25,6 @@ RULES = {
     "top_k": SparseRows(2, count=2), "one": SparseRows(1, count=1), "part": SparseRows(1, part=0.4),
     "mass": SparseRows(2, mass=0.8),
 }
-
-
-def inputs(num_tokens: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, n, num_tokens, 8, generator=generator).double().requires_grad_() for n in (4, 2, 2)]
 
 
 def test_rules_by_hand() -> None:
@@ -79,12 +75,7 @@ def test_rows_equal_one_query_at_a_time(rule: str) -> None:
     ours, twins = (inputs(segments.num_tokens) for _ in range(2))
     output = sparse.attend(*ours, segments, scaling=0.4, sliding_window=None, softcap=1.5, sinks=None).transpose(1, 2)
     expected = twin(*twins, segments, sparse)
-    torch.testing.assert_close(output, expected, atol=1e-9, rtol=0)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).double()
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for one, other in zip(ours, twins, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-9, rtol=0)
+    assert_equals_twin(output, ours, expected, twins)
 
 
 def test_a_long_sequence_is_cut_into_runs_that_meet_their_whole_prompt() -> None:

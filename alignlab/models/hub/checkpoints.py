@@ -49,7 +49,8 @@ from alignlab.models.hub.families import read_hub_config, write_hub_config
 from alignlab.models.hub.folder_limits import check_architecture
 from alignlab.models.hub.generation_defaults import check_generation_file, writable_generation_config
 from alignlab.models.hub.intact import check_folder, named_errors
-from alignlab.models.hub.mtp_files import FAMILY, add_layer, is_behind_layers, refuse_mtp
+from alignlab.models.hub.loading_report import check_loaded
+from alignlab.models.hub.mtp_files import add_layer, refuse_mtp
 from alignlab.models.hub.packaged import resolve_checkpoint
 from alignlab.models.hub.saving import save_adapter, save_adapter_without_weights, save_without_weights, unsaveable
 from alignlab.models.hub.streaming import fill
@@ -232,23 +233,7 @@ def _from_hub(
     with named_errors(f"{name} cannot be loaded", f"{NO_CHECKPOINT}, of an architecture that transformers knows"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, **attention)
     model, report = loaded
-    wrong = {
-        kind: sorted(
-            str(key)
-            for key in report[f"{kind}_keys"]
-            if not (
-                is_router_state(str(key)) or (headless and str(key) == "score.weight")
-                or (model.config.model_type == FAMILY and is_behind_layers(str(key), model.config.num_hidden_layers))
-            )
-        )
-        for kind in ("missing", "unexpected", "mismatched")
-    }
-    if any(wrong.values()):
-        problems = [f"{kind} {', '.join(keys[:3])} ({len(keys)} in all)" for kind, keys in wrong.items() if keys]
-        raise CheckpointError(
-            f"the weights of {name} do not fit its config: {'; '.join(problems)}; "
-            "the checkpoint is damaged, or of another architecture"
-        )
+    check_loaded(report, model.config, name, headless=headless)
     return model
 
 

@@ -283,16 +283,19 @@ def _written(config: PolicyConfig, name: str, fields: Fields) -> PreTrainedConfi
 
 def _shape(config: PolicyConfig) -> Fields:
     """Return the fields that decide which weights a model has and what it computes with them."""
-    kinds = config.mlp_layer_types or ()
-    names = _SHAPE + (_DENSE_SHAPE if "dense" in kinds else ()) + (_SPARSE_SHAPE if "sparse" in kinds else ())
-    if "sparse" in kinds and config.topk_method != "greedy":
-        names += _GROUP_SHAPE
-    fields = {name: getattr(config, name) for name in names}
-    biased = "sparse" in kinds and config.has_router_bias
+    fields = {name: getattr(config, name) for name in _read_fields(config)}
+    biased = bool(config.sparse_layers) and config.has_router_bias
     shared_bias = config.n_shared_experts > 0 and config.mlp_bias
     if all(kind in _RECURRENT or not config.rotates(i) for i, kind in enumerate(config.layer_types or ())):
         fields |= {"rope_parameters": None, "no_rope_layers": None}
     return {**fields, **_meant(config), "router_bias": biased, "shared_bias": shared_bias}
+
+
+def _read_fields(config: PolicyConfig) -> tuple[str, ...]:
+    """Return the fields that a model of a config reads, by the kinds of its feed-forwards."""
+    kinds = config.mlp_layer_types or ()
+    names = _SHAPE + (_DENSE_SHAPE if "dense" in kinds else ()) + (_SPARSE_SHAPE if "sparse" in kinds else ())
+    return names + (_GROUP_SHAPE if "sparse" in kinds and config.topk_method != "greedy" else ())
 
 
 def _meant(config: PolicyConfig) -> Fields:

@@ -1,4 +1,4 @@
-"""What the translations of Hub configs in `families` have in common."""
+"""Fields and steps that the translations of Hub configs in `families` share."""
 
 from __future__ import annotations
 

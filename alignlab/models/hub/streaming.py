@@ -38,28 +38,17 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
         files = WeightFiles(folder)
     except (SafetensorError, OSError, ValueError, KeyError):  # what is wrong is said by the other way of loading
         return False
-    tied = _tied(model)
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    optional = {name for name in wanted if is_router_state(name) and name not in files.shapes}
-    is_family = is_of_family(model.config)
-    names = {name: file_name(name, model.config) if is_family else name for name in wanted if name not in optional}
-    of_files = plan_of(
-        files, {named: wanted[name].shape for name, named in names.items()}, may_remain=_unread(model.config)
-    )
-    if of_files is None:
+    to_read = _tensors_to_read(model, files)
+    plan = _plan(files, to_read, model.config)
+    if plan is None:
         return False
-    plan = {name: of_files[named] for name, named in names.items()}
-    read = {piece.name for pieces in plan.values() for piece in pieces}
-    if is_family and not model.config.num_mtp_layers and files.shapes.keys() - read:
-        _log.warning(
-            "the layer for multi-token prediction in %s is left out, as model.mtp says, and will not be written back",
-            folder,
-        )
-    if is_family and model.config.num_mtp_layers:
-        check_copies(files, model.config)
+    if is_of_family(model.config):
+        _check_mtp(files, plan, model.config, folder)
     # Parameters are on the meta device, and get the dtype; buffers have values, and keep theirs.
-    dtypes = {name: dtype if wanted[name].is_meta else wanted[name].dtype for name in plan}
-    empty = {name: torch.empty(wanted[name].shape, dtype=dtypes[name], device="meta") for name in plan}
+    empty = {
+        name: torch.empty(tensor.shape, dtype=dtype if tensor.is_meta else tensor.dtype, device="meta")
+        for name, tensor in to_read.items()
+    }
     for name, values in _values(files, plan, empty, device):
         _put(model, name, values)
     for name, buffer in model.named_buffers():
@@ -67,6 +56,43 @@ def fill(model: PolicyForCausalLM, folder: Path, *, dtype: torch.dtype, device: 
             _put(model, name, buffer.to(device))
     model.tie_weights()
     return True
+
+
+def _tensors_to_read(model: PolicyForCausalLM, files: WeightFiles) -> dict[str, Tensor]:
+    """Return the parameters and buffers to be read: tied ones once, and states of routers where the files have them.
+    """
+    tied = set(PolicyForCausalLM._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    return {
+        name: tensor for name, tensor in model.state_dict().items()
+        if name not in tied and (name in files.shapes or not is_router_state(name))
+    }
+
+
+def _plan(
+    files: WeightFiles, to_read: Mapping[str, Tensor], config: PolicyConfig
+) -> dict[str, tuple[Piece, ...]] | None:
+    """Return the pieces of the files that each tensor of the model is made of; None if the files do not fit it."""
+    names = {name: file_name(name, config) if is_of_family(config) else name for name in to_read}
+    shapes = {names[name]: tensor.shape for name, tensor in to_read.items()}
+    pieces = plan_of(files, shapes, may_remain=_unread(config))
+    return None if pieces is None else {name: pieces[names[name]] for name in to_read}
+
+
+def _check_mtp(
+    files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], config: PolicyConfig, folder: Path
+) -> None:
+    """Check the copies that a layer for multi-token prediction has in the files, or warn that the layer is left out.
+
+    Raises:
+        CheckpointError: see `check_copies`.
+    """
+    if config.num_mtp_layers:
+        check_copies(files, config)
+    elif files.shapes.keys() - {piece.name for pieces in plan.values() for piece in pieces}:
+        _log.warning(
+            "the layer for multi-token prediction in %s is left out, as model.mtp says, and will not be written back",
+            folder,
+        )
 
 
 def _unread(config: PolicyConfig) -> Callable[[str], bool]:
@@ -78,11 +104,6 @@ def _unread(config: PolicyConfig) -> Callable[[str], bool]:
     return lambda name: is_behind_layers(name, config.num_hidden_layers)
 
 
-def _tied(model: PolicyForCausalLM) -> set[str]:
-    """Return the names of parameters that are another one's tensor."""
-    return set(PolicyForCausalLM._tied_weights_keys) if model.config.tie_word_embeddings else set()
-
-
 def _values(
     files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], empty: Mapping[str, Tensor], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
@@ -91,17 +112,17 @@ def _values(
     Args:
         empty: their shapes and dtypes.
     """
-    rest = {}
+    not_mapped = {}
     for name, shape in empty.items():
         if device.type == "cpu" and files.can_map(plan[name], shape.dtype):
             yield name, files.mapped(plan[name])
         else:
-            rest[name] = shape
-    made = _made(files, plan, rest, device)
-    yield from shared_copies(rest, made).items() if rest and is_shared() else made
+            not_mapped[name] = shape
+    values = _read_values(files, plan, not_mapped, device)
+    yield from shared_copies(not_mapped, values).items() if not_mapped and is_shared() else values
 
 
-def _made(
+def _read_values(
     files: WeightFiles, plan: Mapping[str, tuple[Piece, ...]], empty: Mapping[str, Tensor], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and values of parameters and buffers that are read from the files, one after another.

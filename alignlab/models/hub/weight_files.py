@@ -78,6 +78,10 @@ class WeightFiles:
                 return (Piece(renamed),)
         if name.endswith(_CONVOLUTION):
             return self._parts_below_each_other([name.replace(".conv1d.", f".{part}_conv1d.") for part in "qkv"], shape)
+        return self._experts(name, shape)
+
+    def _experts(self, name: str, shape: torch.Size) -> tuple[Piece, ...] | None:
+        """Return the matrices of single experts that make up a stacked parameter; None if the files lack one."""
         stacked = _STACKED.fullmatch(name)
         if stacked is None:
             return None

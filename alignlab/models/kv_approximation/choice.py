@@ -87,34 +87,39 @@ def check_cache(model: nn.Module, settings: EngineSettings) -> None:
     if cache is None:
         return
     specs = {layer_idx: spec for layer_idx, spec in cache_specs(model).items() if spec.per_token}
-    latent = [layer_idx for layer_idx, spec in specs.items() if spec.value_columns is not None]
-    fix = "use rollout.kv_cache: {type: exact}"
-    if latent:
-        raise ConfigError(
-            f"rollout.kv_cache is {cache.type}, and layer {latent[0]} keeps a latent, where keys and values are "
-            f"approximated; {fix}"
-        )
-    if not specs:
-        raise ConfigError(
-            f"rollout.kv_cache is {cache.type}, and the model keeps no keys and values, only states of sequences; {fix}"
-        )
-    if isinstance(cache, EvictCache | TopKCache | ThresholdCache) and all(spec.window for spec in specs.values()):
-        raise ConfigError(
-            f"rollout.kv_cache is {cache.type}, and all layers have windows of their own, which they keep: nothing "
-            f"would be approximated; {fix}"
-        )
+    obstacle = _obstacle_of_layers(cache, specs)
+    if obstacle is not None:
+        raise ConfigError(f"rollout.kv_cache is {cache.type}, and {obstacle}; use rollout.kv_cache: {{type: exact}}")
     if isinstance(cache, LowRankCache) and cache.rank is not None:
         _check_rank(cache.rank, specs)
-    sizes = {size for spec in specs.values() for _, size in spec.per_token.values()}
-    odd = sorted(size for size in sizes if size % 2)
-    if isinstance(cache, Int4Cache) and odd:
+    if isinstance(cache, Int4Cache):
+        _check_pairs(specs)
+
+
+def _obstacle_of_layers(cache: ApproximateCache, specs: Mapping[int, LayerCacheSpec]) -> str | None:
+    """Return why no layer can have the cache's approximation; None if some can."""
+    latent = [layer_idx for layer_idx, spec in specs.items() if spec.value_columns is not None]
+    if latent:
+        return f"layer {latent[0]} keeps a latent, where keys and values are approximated"
+    if not specs:
+        return "the model keeps no keys and values, only states of sequences"
+    if isinstance(cache, EvictCache | TopKCache | ThresholdCache) and all(spec.window for spec in specs.values()):
+        return "all layers have windows of their own, which they keep: nothing would be approximated"
+    return None
+
+
+def _check_pairs(specs: Mapping[int, LayerCacheSpec]) -> None:
+    """Raise a ConfigError if the numbers of a head cannot be paired, as 4-bit codes in a byte are."""
+    odd_sizes = {size for spec in specs.values() for _, size in spec.per_token.values() if size % 2}
+    if odd_sizes:
         raise ConfigError(
-            f"rollout.kv_cache is int4, which keeps two numbers in a byte, and heads have {odd[0]} numbers, an odd "
-            "count; use rollout.kv_cache: {type: int8}"
+            "rollout.kv_cache is int4, which keeps two numbers in a byte, and heads have "
+            f"{min(odd_sizes)} numbers, an odd count; use rollout.kv_cache: {{type: int8}}"
         )
 
 
 def _check_rank(rank: int, specs: Mapping[int, LayerCacheSpec]) -> None:
+    """Raise a ConfigError if a head has fewer dimensions than are to be kept."""
     for layer_idx, spec in specs.items():
         size = min(size for _, size in spec.per_token.values())
         if rank > size:

@@ -1,4 +1,4 @@
-"""Which keys a query chose: a count and a fingerprint of each row, recorded with the completion for the trainer.
+"""The keys that a query chose: a count and a fingerprint of each row, recorded with the completion for the trainer.
 
 A choice is a step. Engine and trainer compute the same score with other roundings of their own, and where two keys at
 the edge of a choice lie that near, they would choose differently. The engine records how many keys a row chose beside

@@ -24,7 +24,7 @@ from alignlab.models.sink_window import KeptTokens
 
 
 class ScoreOptions(NamedTuple):
-    """How a layer makes weights of products; see `packed_attention`."""
+    """The options by which a layer turns products into weights; see `packed_attention`."""
 
     scaling: float
     softcap: float | None = None

@@ -56,7 +56,7 @@ class LayeredApproximation(Protocol):
 
 
 class Replay(NamedTuple):
-    """What the attention of one forward pass applies to keys and values.
+    """The approximation of keys and values in one forward pass.
 
     Attributes:
         approximation: of the engine's cache.

@@ -1,4 +1,4 @@
-"""Which of two neighbouring codes the engine took: one bit a number, recorded with the completion for the trainer.
+"""The code that the engine took, of two neighbours: one bit a number, recorded with the completion for the trainer.
 
 Rounding is a step. Engine and trainer compute the same key with other roundings of their own, 1e-7 apart, and where the
 middle between two codes lies between them they would take different codes. A layer magnifies that: a distance d becomes

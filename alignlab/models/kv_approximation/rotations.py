@@ -5,10 +5,12 @@ Shapes: N tokens, K kv heads, D size of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
 from alignlab.models.config import PolicyConfig
@@ -75,30 +77,47 @@ def key_rotations(model: nn.Module) -> dict[int, KeyRotation]:
         ConfigError: a layer rotates its keys in another way.
     """
     lm = causal_lm(model)
-    rope = getattr(lm.config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type") if isinstance(rope, dict) else None
-    device = next(lm.parameters()).device
-    places = [p for p in _POSITIONS if p < num_positions(model)]
-    recorder, count = KeyRecorder(), len(places)
-    segments = Segments((1,) * count, (-1,) * count, tuple(range(count)), tuple(range(count)), device)
-    tokens, positions = torch.full((count,), _TOKEN, device=device), torch.tensor(places, device=device)
-    with evaluation_mode(lm.modules()):
-        hidden_states(model, tokens, positions, segments, kv_replay=recorder)
-    tried = [KeyRotation(None), *(KeyRotation(frequencies) for frequencies in _frequencies(lm))]
+    positions = [position for position in _POSITIONS if position < num_positions(model)]
+    candidates = [KeyRotation(None), *(KeyRotation(frequencies) for frequencies in _frequencies(lm))]
     rotations = {}
-    for layer_idx, keys in recorder.keys.items():
-        fitting = [r for r in tried if r.frequencies is None or 2 * len(r.frequencies) <= keys.shape[-1]]
-        errors = [_error(rotation, keys, positions) for rotation in fitting]
-        best = min(range(len(fitting)), key=errors.__getitem__)
-        changes = kind in _CHANGING and not isinstance(lm.config, PolicyConfig)
-        if changes or errors[best] > max(16 * torch.finfo(keys.dtype).eps, 1e-4):
+    for layer_idx, keys in _keys_of_one_state(model, positions).items():
+        best, error = _best_rotation(candidates, keys, torch.tensor(positions, device=keys.device))
+        if _changes_with_length(lm) or error > max(16 * torch.finfo(keys.dtype).eps, 1e-4):
             raise ConfigError(
                 f"rollout.kv_cache is low_rank, which undoes the rotation of keys, and layer {layer_idx} of "
                 f"{type(lm).__name__} rotates them in a way that it does not know; use another kv_cache, such as "
                 "{type: int8}"
             )
-        rotations[layer_idx] = fitting[best]
+        rotations[layer_idx] = best
     return rotations
+
+
+def _keys_of_one_state(model: nn.Module, positions: Sequence[int]) -> dict[int, Tensor]:
+    """Return each layer's keys [1,K,N,D] of one token that stands alone, at each of N positions."""
+    lm = causal_lm(model)
+    device, count = next(lm.parameters()).device, len(positions)
+    segments = Segments((1,) * count, (-1,) * count, tuple(range(count)), tuple(range(count)), device)
+    tokens, recorder = torch.full((count,), _TOKEN, device=device), KeyRecorder()
+    with evaluation_mode(lm.modules()):
+        hidden_states(model, tokens, torch.tensor(positions, device=device), segments, kv_replay=recorder)
+    return recorder.keys
+
+
+def _best_rotation(
+    candidates: Sequence[KeyRotation], keys: Tensor, positions: Tensor
+) -> tuple[KeyRotation, float]:
+    """Return the candidate that turns keys [1,K,N,D] of one state back best, with its error."""
+    fitting = [r for r in candidates if r.frequencies is None or 2 * len(r.frequencies) <= keys.shape[-1]]
+    errors = [_error(rotation, keys, positions) for rotation in fitting]
+    best = min(range(len(fitting)), key=errors.__getitem__)
+    return fitting[best], errors[best]
+
+
+def _changes_with_length(lm: PreTrainedModel) -> bool:
+    """Return whether `transformers` changes a model's frequencies by the length of what it reads."""
+    rope = getattr(lm.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    return kind in _CHANGING and not isinstance(lm.config, PolicyConfig)
 
 
 def _frequencies(lm: nn.Module) -> list[Tensor]:

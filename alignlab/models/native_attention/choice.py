@@ -1,4 +1,4 @@
-"""Whether packed attention is computed by the compiled kernels or by torch, with the reason in the log."""
+"""The choice between compiled kernels and torch for packed attention, with the reason in the log."""
 
 from __future__ import annotations
 

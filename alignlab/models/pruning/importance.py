@@ -1,4 +1,4 @@
-"""How much the neurons, heads and channels of a dense model of ours say on a text.
+"""The importance of the neurons, heads and channels of a dense model of ours, measured on a text.
 
 Reference: Muralidharan et al. (2024), Minitron, arXiv:2407.14679, Sec. 2.2, with means of magnitudes over tokens.
 """

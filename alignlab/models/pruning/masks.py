@@ -1,4 +1,4 @@
-"""Which weights of a matrix stay when the others are set to zero: scores, and choices among them.
+"""The weights of a matrix that stay when the others are set to zero: scores, and choices among them.
 
 Shapes: O outputs and I inputs of a linear layer. Among equal scores the later one stays.
 """

@@ -6,12 +6,13 @@ Reference: Muralidharan et al. (2024), Minitron, arXiv:2407.14679. Train it befo
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignlab.errors import ConfigError
@@ -67,16 +68,22 @@ def check_width(teacher: PreTrainedModel | PeftModel, width: Width) -> PolicyFor
             raise ConfigError(f"{name} is {value}, and must be from 1 to the teacher's {most}; change it")
     prefix, _ = list_of_layers(teacher)
     for layer in teacher.get_submodule(prefix).children():
-        parts = [module for name, module in layer.named_children() if not name.endswith("layernorm")]
-        for part in parts:
-            if type(part) not in _KINDS or getattr(part, "fused", False) or getattr(part, "norms_all_heads", False):
-                raise ConfigError(
-                    "widths are cut of attention and feed-forwards of separate matrices, whose heads are normed one by "
-                    f"one if at all, and the teacher has {type(part).__name__} of another form; use --num-layers"
-                )
+        _check_layer(layer)
     for name, _ in teacher.named_parameters():
         _axes_of(name)
     return teacher
+
+
+def _check_layer(layer: nn.Module) -> None:
+    """Raise a ConfigError if a layer has parts that are not cut."""
+    for name, part in layer.named_children():
+        if name.endswith("layernorm"):
+            continue
+        if type(part) not in _KINDS or getattr(part, "fused", False) or getattr(part, "norms_all_heads", False):
+            raise ConfigError(
+                "widths are cut of attention and feed-forwards of separate matrices, whose heads are normed one by one "
+                f"if at all, and the teacher has {type(part).__name__} of another form; use --num-layers"
+            )
 
 
 @torch.no_grad()
@@ -103,6 +110,15 @@ def narrowed(teacher: PolicyForCausalLM, width: Width, importance: Importance) -
     }
     student: Any = PolicyForCausalLM(config)
     student.to(teacher.dtype)
+    student.load_state_dict(_cut_weights(teacher, kept))
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    result: PolicyForCausalLM = student.to(teacher.device).eval()
+    return result
+
+
+def _cut_weights(teacher: PolicyForCausalLM, kept: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Return copies of a teacher's weights with the indices that stay; `kept` has those of each layer, by axis."""
     prefix, _ = list_of_layers(teacher)
     weights = {}
     for name, tensor in teacher.state_dict().items():
@@ -112,11 +128,7 @@ def narrowed(teacher: PolicyForCausalLM, width: Width, importance: Importance) -
             if axis is not None:
                 tensor = tensor.index_select(dim, kept[axis][layer].to(tensor.device))
         weights[name] = tensor.clone()
-    student.load_state_dict(weights)
-    student.tie_weights()
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    result: PolicyForCausalLM = student.to(teacher.device).eval()
-    return result
+    return weights
 
 
 def _narrow_config(teacher: PolicyConfig, width: Width) -> PolicyConfig:

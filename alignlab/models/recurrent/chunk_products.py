@@ -1,4 +1,4 @@
-"""What chunks of the gated delta rule compute on their own, batched over all chunks: the WY form of Yang et al. (2024).
+"""Products of single chunks of the gated delta rule, batched over all chunks: the WY form of Yang et al. (2024).
 
 The rule, with keys and queries of L2 norm 1, a log decay g <= 0 and a writing strength b of each token:
     S_t = Diag(e^g_t) S_{t-1} + b_t k_t (v_t - k_t^T Diag(e^g_t) S_{t-1})^T,   o_t = S_t^T q_t
@@ -23,7 +23,7 @@ _ROWS = 16
 
 
 class ChunkProducts(NamedTuple):
-    """What the scan over chunks reads; the symbols are those of the formulas above.
+    """The inputs of the scan over chunks; the symbols are those of the formulas above.
 
     Attributes:
         u: [M,H,C,V].

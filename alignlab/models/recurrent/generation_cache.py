@@ -1,4 +1,4 @@
-"""What recurrent layers keep in a cache of `transformers`, so that `generate` works with them."""
+"""The states of recurrent layers in a cache of `transformers`, so that `generate` works with them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _NORM_EPS = 1e-6
 
 
 class Projected(NamedTuple):
-    """What the projections of a layer compute of its tokens.
+    """The outputs of a layer's projections of its tokens.
 
     Attributes:
         channels: [N,C], queries, keys and values before the convolution.

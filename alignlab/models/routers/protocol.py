@@ -1,4 +1,4 @@
-"""What a router is asked, and what it may know of the tokens.
+"""The protocol of routers, and what they may know of the tokens.
 
 Shapes: N tokens, H hidden size, E experts, K experts a token, D groups of experts.
 """
@@ -33,7 +33,7 @@ class RouterScores(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """What a forward pass says of its N tokens beside their hidden states.
+    """The N tokens of a forward pass, beside their hidden states.
 
     Attributes:
         ids: [N] int64; None where the pass has embeddings alone.
@@ -119,7 +119,7 @@ class Router(Protocol):
 
 
 class RoutingPolicy(NamedTuple):
-    """What is needed to train a router by REINFORCE.
+    """The numbers by which REINFORCE trains a router.
 
     Attributes:
         logprobs: [N] float32, log-probability of the experts chosen for each token.

@@ -1,4 +1,4 @@
-"""Where a router cannot be used, refused by name before work is lost."""
+"""The uses that a router cannot have, refused by name before work is lost."""
 
 from __future__ import annotations
 

@@ -179,6 +179,15 @@ class BlockPools:
         for manager in self.managers.values():
             manager.reset()
 
+    def have_free(self, counts: Mapping[Window, int]) -> bool:
+        """Return whether so many blocks of each pool are free."""
+        return all(manager.num_free >= counts[window] for window, manager in self.managers.items())
+
+    def extend(self, tables: Tables, counts: Mapping[Window, int]) -> None:
+        """Allocate so many blocks of each pool at the ends of a sequence's tables."""
+        for window, manager in self.managers.items():
+            tables[window] += [manager.allocate() for _ in range(counts[window])]
+
     def expire(self, tables: Tables, position: int) -> None:
         """Release the blocks that no token from `position` on reads."""
         for window, table in tables.items():
@@ -225,9 +234,14 @@ class BlockPools:
         Returns:
             The digests of these blocks, and their tables, with a user more of each block.
         """
+        leading = self._leading(digests, can_go_on)
+        return leading, {window: self._taken(window, leading) for window in self.managers}
+
+    def _leading(self, digests: Iterable[bytes], can_go_on: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the digests of the most leading blocks after which a sequence can go on; see `find`."""
         last_missing = dict.fromkeys(self.managers, -1)
         have_sinks = dict.fromkeys(self.managers, True)
-        known: list[bytes] = []
+        published: list[bytes] = []
         count = 0
         for index, digest in enumerate(digests):
             for window, manager in self.managers.items():
@@ -236,20 +250,21 @@ class BlockPools:
                     have_sinks[window] &= index >= sink_blocks(window, self.block_size)
             if last_missing.get(None, -1) >= 0:
                 break
-            known.append(digest)
+            published.append(digest)
             next_token = (index + 1) * self.block_size
-            seen = all(
+            has_visible = all(
                 have_sinks[w] and last < first_visible(next_token, w, self.block_size)
                 for w, last in last_missing.items()
             )
-            if seen and can_go_on(digest):
+            if has_visible and can_go_on(digest):
                 count = index + 1
-        tables: Tables = {}
-        for window, manager in self.managers.items():
-            first = first_visible(count * self.block_size, window, self.block_size)
-            num_sinks = sink_blocks(window, self.block_size)
-            tables[window] = [
-                manager.take(digest) if index < num_sinks or index >= first else EXPIRED
-                for index, digest in enumerate(known[:count])
-            ]
-        return known[:count], tables
+        return published[:count]
+
+    def _taken(self, window: Window, digests: Sequence[bytes]) -> list[int]:
+        """Return the table of the blocks of these digests, with a user more of those that the next token sees."""
+        first = first_visible(len(digests) * self.block_size, window, self.block_size)
+        num_sinks = sink_blocks(window, self.block_size)
+        return [
+            self.managers[window].take(digest) if index < num_sinks or index >= first else EXPIRED
+            for index, digest in enumerate(digests)
+        ]

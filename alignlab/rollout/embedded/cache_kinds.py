@@ -9,6 +9,7 @@ import torch
 from alignlab.config.kv_cache import MmapCache
 from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.evicted_tokens import EvictedTokens
+from alignlab.models.kv_approximation.eviction import WindowedTokens
 from alignlab.models.kv_approximation.groups import GroupedRounding
 from alignlab.models.kv_approximation.low_rank import LowRank
 from alignlab.models.kv_approximation.protocol import KVApproximation
@@ -25,6 +26,18 @@ from alignlab.rollout.embedded.sparse_cache import SparseBatch, SparseCache
 from alignlab.rollout.embedded.state_cache import StepStates
 from alignlab.rollout.embedded.step_plan import StepTensors
 
+_CACHES: dict[type, type[PagedCache]] = {
+    Rounding: RoundedCache, GroupedRounding: GroupedCache, EvictedTokens: EvictingCache, SparseRows: SparseCache,
+    LowRank: LowRankCache,
+    WindowedTokens: PagedCache, type(None): PagedCache,  # exact: the tokens of a window, or all
+}  # fmt: skip
+"""The cache in memory of each approximation."""
+_BATCHES: dict[type[PagedCache], type[PagedBatch]] = {
+    PagedCache: PagedBatch, RoundedCache: RoundedBatch, EvictingCache: EvictingBatch, SparseCache: SparseBatch,
+    MappedCache: MappedBatch,
+}  # fmt: skip
+"""What reads a cache, where it needs nothing beside the blocks of a step."""
+
 
 def make_cache(
     specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: KVApproximation | None,
@@ -40,18 +53,8 @@ def make_cache(
     if mapped is not None:
         assert approximation is None, "what lies in a file is exact"
         return MappedCache(specs, block_size, mapped, dtype, records_routing=records_routing)
-    if isinstance(approximation, Rounding):
-        return RoundedCache(specs, block_size, approximation, records_routing=records_routing)
-    if isinstance(approximation, GroupedRounding):
-        return GroupedCache(specs, block_size, approximation, records_routing=records_routing)
-    if isinstance(approximation, EvictedTokens):
-        return EvictingCache(specs, block_size, approximation, records_routing=records_routing)
-    if isinstance(approximation, SparseRows):
-        return SparseCache(specs, block_size, approximation, records_routing=records_routing)
-    if isinstance(approximation, LowRank):
-        return LowRankCache(specs, block_size, approximation, records_routing=records_routing)
-    # What is kept is exact: all, or the tokens of a window.
-    return PagedCache(specs, block_size, approximation=approximation, records_routing=records_routing)
+    cache = _CACHES[type(approximation)]
+    return cache(specs, block_size, approximation, records_routing=records_routing)
 
 
 def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) -> PagedBatch:
@@ -59,13 +62,6 @@ def make_batch(cache: PagedCache, step: StepTensors, states: StepStates | None) 
     if isinstance(cache, GroupedCache):
         assert step.group_ends is not None, "the step was planned for groups"
         return GroupedBatch(cache, step.slots, step.groups, step.group_ends, states)
-    if isinstance(cache, MappedCache):
-        return MappedBatch(cache, step.slots, step.groups, states)
-    if isinstance(cache, EvictingCache):
-        return EvictingBatch(cache, step.slots, step.groups, states)
-    if isinstance(cache, SparseCache):
-        return SparseBatch(cache, step.slots, step.groups, states)
     if isinstance(cache, LowRankCache):
         return LowRankBatch(cache, step.slots, step.groups, step.positions, states)
-    kind = RoundedBatch if isinstance(cache, RoundedCache) else PagedBatch
-    return kind(cache, step.slots, step.groups, states)
+    return _BATCHES[type(cache)](cache, step.slots, step.groups, states)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from alignlab.rollout.embedded.beam_search import PromptBeams
 from alignlab.rollout.embedded.beams import BeamParams, BeamResult
 from alignlab.rollout.embedded.block_manager import block_size_for
 from alignlab.rollout.embedded.cache_space import CacheSpace
+from alignlab.rollout.embedded.call_guard import CallGuard
 from alignlab.rollout.embedded.contrastive import ContrastiveParams, ContrastiveSearch
 from alignlab.rollout.embedded.native.choice import make_runner
 from alignlab.rollout.embedded.runner import Records
@@ -36,7 +36,6 @@ from alignlab.rollout.memory import cache_may_stay
 from alignlab.rollout.policy_version import changed_weights, check_advances
 from alignlab.rollout.requests import (
     LengthLimit,
-    abandoned,
     check_completions,
     check_prompts,
     completion_keys,
@@ -90,9 +89,7 @@ class EmbeddedEngine:
         self._space = CacheSpace(self._runner, settings, self._block_size, share=share_prefixes, swaps=True)
         self._sampler = self._runner.sampler()
         self._speculation = make_speculation(settings, model, tokenizer, self._vocab_size, self._weights)
-        self._in_use = threading.Lock()
-        self._abandoned = False
-        self._closed = False
+        self._calls = CallGuard()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams],
@@ -199,20 +196,21 @@ class EmbeddedEngine:
         Raises:
             RolloutError: the version does not advance, or a call is in flight.
         """
-        self._require_no_call()
+        self._calls.require_idle()
         check_advances(policy_version, self.policy_version)
         if self._copy is not None:
             copy_whole(self._policy, self._copy)
         self._weights.refresh()
         self._space.forget_all()
-        self.policy_version, self._closed = policy_version, False
+        self._calls.open()
+        self.policy_version = policy_version
 
     def rest(self) -> None:
         """Forget all prefixes, and free the cache, which the next call allocates again.
 
         A cache that takes little of a GPU's memory stays, since recorded steps read it where it lies.
         """
-        self._require_no_call()
+        self._calls.require_idle()
         self._weights.rest()
         self._speculation.rest()
         if cache_may_stay(self._runner.cache_bytes, self._runner.device):
@@ -222,17 +220,17 @@ class EmbeddedEngine:
 
     def abandon(self) -> None:
         """Make the call in flight raise a RolloutError before its next step; may be called from any thread."""
-        self._abandoned = True
+        self._calls.abandon()
 
     def close(self) -> None:
         """Free the cache and the copies of weights; a call in flight is abandoned, and frees them at its end."""
-        self._closed = True
-        self.abandon()
-        if self._in_use.acquire(blocking=False):
-            self._space.free()
-            self._weights.release()
-            self._speculation.rest()
-            self._in_use.release()
+        self._calls.close(self._release)
+
+    def _release(self) -> None:
+        """Free the cache and the copies of weights."""
+        self._space.free()
+        self._weights.release()
+        self._speculation.rest()
 
     def metrics(self) -> dict[str, float]:
         """Return the counts of pre-empted sequences, of copies to the host and of accepted drafts,
@@ -244,7 +242,7 @@ class EmbeddedEngine:
 
     def _sequences(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[TokenSequence]:
         """Return the sequences to sample, in order, checked."""
-        self._require_idle()
+        self._calls.require_open()
         limits = self._limits(shorten="shorten the prompt or lower max_new_tokens")
         check_prompts(prompts, sampling, self._vocab_size, limits)
         measure_cache(self._policy, self._settings, prompts)
@@ -262,7 +260,7 @@ class EmbeddedEngine:
 
     def _scored_sequences(self, rollouts: Sequence[Rollout]) -> list[TokenSequence]:
         """Return a sequence for each completion, in order, checked."""
-        self._require_idle()
+        self._calls.require_open()
         check_completions(rollouts, self._vocab_size, self._limits(shorten="shorten the prompt or the completion"))
         measure_cache(self._policy, self._settings, [rollout.prompt for rollout in rollouts])
         return scored_sequences(rollouts)
@@ -288,41 +286,23 @@ class EmbeddedEngine:
         Raises:
             RolloutError: another call is in flight, the weights were changed, or the cache is too small.
         """
-        self._require_idle()
-        if not self._in_use.acquire(blocking=False):  # another thread was faster
-            raise _busy()
-        self._abandoned = False
-        scheduler = self._space.scheduler(str(self.policy_version).encode() if self._share else None)
-        try:
-            if self._weights.is_stale:
-                raise changed_weights(self.policy_version)
-            self._space.reserve([*sequences] * num_forks)
-            if samples:
-                self._speculation.begin(sequences)
-            scheduler.add(sequences)
-            yield scheduler
-        except BaseException:
-            self._space.reset()  # an interrupt may leave any count half done
-            raise
-        finally:
-            self.num_preempted += scheduler.num_preempted
-            self._speculation.end()
-            self._sampler = self._runner.sampler()
-            self._in_use.release()
-            if self._closed:
-                self.close()
-
-    def _require_idle(self) -> None:
-        """Raises:
-        RolloutError: the engine was closed, or a call is in flight.
-        """
-        if self._closed:
-            raise RolloutError("the rollout engine was closed; update its weights before generating")
-        self._require_no_call()
-
-    def _require_no_call(self) -> None:
-        if self._in_use.locked():
-            raise _busy()
+        with self._calls.call(self._release):
+            scheduler = self._space.scheduler(str(self.policy_version).encode() if self._share else None)
+            try:
+                if self._weights.is_stale:
+                    raise changed_weights(self.policy_version)
+                self._space.reserve([*sequences] * num_forks)
+                if samples:
+                    self._speculation.begin(sequences)
+                scheduler.add(sequences)
+                yield scheduler
+            except BaseException:
+                self._space.reset()  # an interrupt may leave any count half done
+                raise
+            finally:
+                self.num_preempted += scheduler.num_preempted
+                self._speculation.end()
+                self._sampler = self._runner.sampler()
 
     def _next_step(self, scheduler: Scheduler) -> tuple[Step, list[tuple[TokenSequence, slice]]]:
         """Choose the tokens of a step.
@@ -330,8 +310,7 @@ class EmbeddedEngine:
         Returns:
             The step; and the sequences that get logits, each with its rows among all logits of the step.
         """
-        if self._abandoned:
-            raise abandoned()
+        self._calls.require_wanted()
         if self._runner.device.type == "cpu":
             follow_free_cores()
         step = scheduler.schedule()
@@ -390,9 +369,3 @@ class EmbeddedEngine:
         end = self._completion(sequence, Records()).text[emitted:]
         if end:
             yield end
-
-
-def _busy() -> RolloutError:
-    return RolloutError(
-        "the engine is generating already, and does one call at a time; read the stream to its end or close it"
-    )

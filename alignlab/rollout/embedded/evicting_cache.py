@@ -47,12 +47,13 @@ class EvictingCache(PagedCache):
         specs, block_size, records_routing: see `PagedCache`.
     """
 
+    approximation: EvictedTokens
+
     def __init__(
         self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: EvictedTokens,
         *, records_routing: bool = False,
     ) -> None:
-        super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
-        self.evicted = approximation
+        super().__init__(specs, block_size, approximation, records_routing=records_routing)
         self.options: dict[int, ScoreOptions] = {}
         self.heads = {
             layer_idx: spec.per_token["key"][0]
@@ -92,13 +93,13 @@ class EvictingCache(PagedCache):
         """Return what was dropped of a sequence's tokens, and when; see `eviction_record`."""
         if not self.heads:
             return None
-        return record_of_evictions(evictions, self.evicted.kept, self.heads, num_tokens, num_prompt)
+        return record_of_evictions(evictions, self.approximation.kept, self.heads, num_tokens, num_prompt)
 
     def _choose(self, eviction: Eviction, slots: _Slots, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return the places [K,budget] of the tokens that stay in a layer, and what they have received."""
         shape = (len(slots.queries), -1, self.specs[layer_idx].key_size)
         query = self.layers[layer_idx][_QUERY].index_select(0, slots.queries).view(shape)
-        return self.evicted.choose(
+        return self.approximation.choose(
             query, self._rows_of_heads(slots, layer_idx, "key"), self._positions(eviction, layer_idx),
             eviction.sequence.received.get(layer_idx), self.options[layer_idx], end=eviction.boundary,
         )
@@ -126,7 +127,7 @@ class EvictingCache(PagedCache):
 
     def _slots(self, eviction: Eviction) -> _Slots:
         """Return the slots of an eviction, moved to the device by one copy."""
-        num_queries = min(self.evicted.kept.observed, eviction.boundary)
+        num_queries = min(self.approximation.kept.observed, eviction.boundary)
         device = self.layers[next(iter(self.heads))]["key"].device
         sources, targets, queries = (
             (torch.tensor(blocks)[:, None] * self.block_size + torch.arange(self.block_size)).flatten()
@@ -148,6 +149,6 @@ class EvictingBatch(PagedBatch):
         """Cache the queries of a layer that drops tokens, and attend; see `PagedBatch.attend`."""
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         if layer_idx in self._cache.heads:
-            slots = self._slots[self._cache.evicted.kept.query_window]
+            slots = self._slots[self._cache.approximation.kept.query_window]
             self._cache.write_queries(layer_idx, slots, query[0].transpose(0, 1), ScoreOptions(**options))
         return super().attend(layer_idx, query, key, value, sliding_window=sliding_window, **options)

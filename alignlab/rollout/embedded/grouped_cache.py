@@ -31,13 +31,14 @@ class GroupedCache(PagedCache):
         specs, block_size, records_routing: see `PagedCache`.
     """
 
+    approximation: GroupedRounding
+
     def __init__(
         self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: GroupedRounding,
         *, records_routing: bool = False,
     ) -> None:
         assert block_size % approximation.group == 0, "a group lies in one block"
-        self.groups = approximation
-        super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
+        super().__init__(specs, block_size, approximation, records_routing=records_routing)
         self.tokens_of_group = approximation.group
 
     def window_of(self, layer_idx: int, name: str) -> Window:
@@ -48,7 +49,7 @@ class GroupedCache(PagedCache):
         """Return the parts of a layer's rounded keys or values: the shape of each, and to how many tokens it belongs.
         """
         heads, size = self.specs[layer_idx].per_token[name]
-        scale = ((heads, size), self.groups.group) if name == "key" else ((heads, 1), 1)
+        scale = ((heads, size), self.approximation.group) if name == "key" else ((heads, 1), 1)
         return {
             f"{_ROUNDED}{name}_codes": ((heads, size // 2), 1), f"{_ROUNDED}{name}_scales": scale,
             f"{_ROUNDED}{name}_lows": scale,
@@ -61,12 +62,12 @@ class GroupedCache(PagedCache):
             ends: [M] int64, slots of the exact entries of their last tokens.
             places: [M] int64, slots of the rounded entries of their last tokens.
         """
-        tensors, size = self.layers[layer_idx], self.groups.group
+        tensors, size = self.layers[layer_idx], self.approximation.group
         before = torch.arange(1 - size, 1, device=ends.device)
         slots, of_tokens = ((last[:, None] + before).flatten() for last in (ends, places))
         for name, shape in self.specs[layer_idx].per_token.items():
             whole = tensors[name].index_select(0, slots).view(len(ends), size, *shape)
-            rounded = self.groups.keys(whole) if name == "key" else self.groups.values(whole)
+            rounded = self.approximation.keys(whole) if name == "key" else self.approximation.values(whole)
             for (part, (_, num_tokens)), numbers in zip(self.parts(layer_idx, name).items(), rounded, strict=True):
                 where = of_tokens if num_tokens == 1 else places // size
                 self._store(layer_idx, part, where, numbers.flatten(0, 1), num_tokens)
@@ -81,7 +82,7 @@ class GroupedCache(PagedCache):
         """
         parities: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         on_device = self.tables_on_device(tables)
-        size, places = self.groups.group, torch.arange(num_tokens, device=on_device[self.windows[0]].device)
+        size, places = self.approximation.group, torch.arange(num_tokens, device=on_device[self.windows[0]].device)
         is_own = (places < num_tokens // size * size) & ((places < num_prompt // size * size) | (places >= num_prompt))
         for layer_idx in self.layers:
             if len(self.windows_of(layer_idx)) == 1:
@@ -120,7 +121,7 @@ class GroupedBatch(PagedBatch):
     def update(self, layer_idx: int, entries: Mapping[str, Tensor]) -> Iterator[tuple[RowGroup, dict[str, Tensor]]]:
         """Cache a layer's entries, and yield each group with all entries of its rows: rounded ones, then exact ones."""
         spec, cache = self._cache.specs[layer_idx], self._cache
-        if not cache.groups.rounds_window(spec.window):
+        if not cache.approximation.rounds_window(spec.window):
             yield from super().update(layer_idx, entries)
             return
         window, exact_window = cache.windows_of(layer_idx)
@@ -142,7 +143,7 @@ class GroupedBatch(PagedBatch):
 
     def _read_rounded(self, layer_idx: int, name: str, blocks: Tensor, out: Tensor) -> None:
         """Write the rounded entries of blocks [R,B] into `out` [R, tokens of B blocks, K, D]."""
-        size = self._cache.groups.group
+        size = self._cache.approximation.group
         numbers = out.unflatten(1, (-1, size))  # [R, groups, G, K, D]
         parts = [
             self._gather(part, self._cache.in_blocks(layer_idx, part), blocks.flatten())
@@ -158,14 +159,14 @@ class GroupedBatch(PagedBatch):
             group, cache = self._groups[index], self._cache
             blocks = group.blocks[window].view(group.positions.shape[0], -1)
             if window not in group.first_keys:  # the last query is in the last block, and `recent` groups are exact
-                newest = (1 + cache.groups.recent) * cache.groups.group
+                newest = (1 + cache.approximation.recent) * cache.approximation.group
                 blocks = blocks[:, : max(0, -(-(blocks.shape[1] * cache.block_size - newest) // cache.block_size))]
             self._old_blocks[key] = blocks.contiguous()
         return self._old_blocks[key]
 
     def _visible(self, index: int, window: Window) -> Tensor:
         """Return whether queries see keys, [R,1,Q,L]: first the rounded ones, then the exact ones."""
-        groups, block_size = self._cache.groups, self._cache.block_size
+        groups, block_size = self._cache.approximation, self._cache.block_size
         assert window is None or isinstance(window, int), "groups are of layers that see all tokens, or the last ones"
         if not groups.rounds_window(window):
             return super()._visible(index, window)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.low_rank import LowRank
 from alignlab.rollout.embedded.block_pools import Window
 from alignlab.rollout.embedded.paged_attention import PagedBatch, RowGroup
@@ -15,19 +14,10 @@ from alignlab.rollout.embedded.state_cache import StepStates
 
 
 class LowRankCache(PagedCache):
-    """Of an entry it has the r numbers that are kept, under the entry's name.
+    """Keeps r numbers of each entry, under the entry's name."""
 
-    Args:
-        approximation: with the bases.
-        specs, block_size, records_routing: see `PagedCache`.
-    """
-
-    def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: LowRank,
-        *, records_routing: bool = False,
-    ) -> None:
-        super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
-        self.low_rank = approximation
+    approximation: LowRank
+    """With the bases."""
 
     def write_at(
         self, layer_idx: int, slots: Tensor, positions: Tensor, entries: Mapping[str, Tensor]
@@ -40,7 +30,7 @@ class LowRankCache(PagedCache):
         self.check(layer_idx, entries)
         return {
             name: self._store(
-                layer_idx, name, slots, self.low_rank.encode(layer_idx, name, entry, positions[:, None])
+                layer_idx, name, slots, self.approximation.encode(layer_idx, name, entry, positions[:, None])
             )
             for name, entry in entries.items()
         }
@@ -70,8 +60,8 @@ class LowRankBatch(PagedBatch):
         for group in self._groups:
             rows, read = group.positions.shape[0], {}
             for name, entry in entries.items():
-                rank = cache.low_rank.bases.rank_of(name, entry.shape[-1])
+                rank = cache.approximation.bases.rank_of(name, entry.shape[-1])
                 kept = self._gather(name, stored[name], group.blocks[window]).view(rows, -1, entry.shape[1], rank)
                 positions = self._key_positions(group, window, kept.shape[1])[:, 0, 0, :, None]  # [R or 1,L,1]
-                read[name] = cache.low_rank.decode(layer_idx, name, kept, positions)
+                read[name] = cache.approximation.decode(layer_idx, name, kept, positions)
             yield group, read

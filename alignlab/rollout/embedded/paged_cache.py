@@ -25,7 +25,7 @@ class PagedCache:
     Args:
         specs: shapes that each layer keeps of a token, by `layer_idx`; layers that keep none are left out.
         block_size: tokens in a block.
-        approximation: what is kept of keys and values; None keeps them as they are.
+        approximation: what is kept of keys and values; None keeps them as they are. A subclass names its own kind.
         records_routing: expert choices of every token are kept beside what the layers keep.
 
     Attributes:
@@ -40,8 +40,8 @@ class PagedCache:
     """
 
     def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, *,
-        approximation: KVApproximation | None = None, records_routing: bool = False,
+        self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: KVApproximation | None = None,
+        *, records_routing: bool = False,
     ) -> None:
         self.block_size = block_size
         self.tokens_of_group = 1

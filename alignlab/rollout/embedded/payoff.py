@@ -1,4 +1,4 @@
-"""Where drafts pay: what a step costs by the tokens that it computes, and how often a sequence's drafts are right."""
+"""The gain of drafts: the cost of a step by its number of tokens, and how often a sequence's drafts are right."""
 
 from __future__ import annotations
 

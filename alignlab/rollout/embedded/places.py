@@ -63,7 +63,7 @@ class Place(NamedTuple):
 
     @property
     def charges(self) -> Mapping[int, float]:
-        """What is added to the logits of the completion's tokens, by token."""
+        """The number added to the logit of each of the completion's tokens."""
         presence, frequency = self.sampling.presence_penalty, self.sampling.frequency_penalty
         if presence == frequency == 0:
             return {}

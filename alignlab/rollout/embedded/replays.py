@@ -68,7 +68,7 @@ def new_pool() -> Any:
 
 @dataclass
 class _Shape:
-    """What is known of one shape of steps: how often it came, its buffers, and the replay of its record."""
+    """A shape of steps: how often it came, its buffers, and the replay of its record."""
 
     times: int = 0
     buffers: list[Tensor] = field(default_factory=list)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.record import record_of_layers
 from alignlab.models.kv_approximation.rounding import Rounding
@@ -16,19 +15,9 @@ from alignlab.rollout.embedded.paged_cache import PagedCache
 
 
 class RoundedCache(PagedCache):
-    """Beside the codes of an entry it has their scales, under `scales_name`.
+    """Beside the codes of an entry it has their scales, under `scales_name`."""
 
-    Args:
-        approximation: of keys and values.
-        specs, block_size, records_routing: see `PagedCache`.
-    """
-
-    def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: Rounding,
-        *, records_routing: bool = False,
-    ) -> None:
-        super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
-        self.rounding = approximation
+    approximation: Rounding
 
     def write(self, layer_idx: int, slots: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Round a layer's entries and store them; see `PagedCache.write`. The tensors returned hold codes and scales.
@@ -36,7 +25,7 @@ class RoundedCache(PagedCache):
         self.check(layer_idx, entries)
         stored: dict[str, Tensor] = {}
         for name, entry in entries.items():
-            codes, scales = self.rounding.encode(entry)
+            codes, scales = self.approximation.encode(entry)
             stored[name] = self._store(layer_idx, name, slots, codes)
             stored[scales_name(name)] = self._store(layer_idx, scales_name(name), slots, scales)
         return stored
@@ -66,7 +55,7 @@ class RoundedBatch(PagedBatch):
         """Return the rounded entries of a name in `blocks`, [blocks, numbers of a block]."""
         codes, scales = (self._gather(part, stored[part], blocks) for part in (name, scales_name(name)))
         out, size = self._memory(f"{name}_read", codes.shape, entry), entry.shape[-1]
-        self._cache.rounding.decode(codes.view(-1, size), scales.view(-1), out.view(-1, size))
+        self._cache.approximation.decode(codes.view(-1, size), scales.view(-1), out.view(-1, size))
         return out
 
 

@@ -95,18 +95,18 @@ def make_rounding(model: nn.Module, settings: EngineSettings, device: torch.devi
 def _roundable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield names and layers, with any adapters around them: the decoder's linear layers and experts, and the head."""
     lm = causal_lm(model)
-    wrapped = wrappers(model)
-    read = layers_read(lm.modules())
     decoder: Any = lm.get_decoder()
     head = lm.get_output_embeddings()
-    inside = {module for layer in decoder.layers for module in layer.modules()} | {head}
-    seen = ""
+    candidates = {module for layer in decoder.layers for module in layer.modules()} | {head}
+    candidates -= layers_read(lm.modules())
+    adapted = wrappers(model)
+    wrapper = ""  # name of the last layer with adapters around it, whose inner modules are not looked at
     for name, module in lm.named_modules():
-        if module not in inside or module in read or (seen and name.startswith(f"{seen}.")):
+        if module not in candidates or (wrapper and name.startswith(f"{wrapper}.")):
             continue
-        base = base_module(module) if name in wrapped else module
-        if name in wrapped:
-            seen = name
+        if name in adapted:
+            wrapper = name
+        base = base_module(module) if name in adapted else module
         if type(base) in (nn.Linear, Experts) and name.rpartition(".")[2] not in _ROUTER_PARTS:
             yield name, module
 

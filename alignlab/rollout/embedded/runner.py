@@ -58,7 +58,7 @@ def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
 
 
 class Records(NamedTuple):
-    """What the engine chose for a sequence; see `Completion`."""
+    """The engine's choices for a sequence, which the trainer replays; see `Completion`."""
 
     routing: Tensor | None = None
     kv_record: Tensor | None = None
@@ -110,7 +110,7 @@ class Runner:
 
     @property
     def _in_place(self) -> bool:
-        """Whether attention reads the cache where it lies."""
+        """True if attention reads the cache where it lies."""
         return self.cache.approximation is None and reads_in_place(self.device)
 
     @property

@@ -41,17 +41,20 @@ def sample_outputs(
     observe(outputs, hidden)
     if not places:
         return 0, 0
-    if chosen == list(range(hidden.shape[0])):
-        logits = runner.logits(hidden)
-    elif len(chosen) > hidden.shape[0]:
-        logits = runner.logits(hidden).index_select(0, rows)
-    else:
-        logits = runner.logits(hidden.index_select(0, rows))
+    is_every_row = chosen == list(range(hidden.shape[0]))
+    logits = runner.logits(hidden) if is_every_row else _logits_of(hidden, rows, runner)
     draws = iter(sampler.draw(logits, places, inputs))
     num_kept = 0
     for sequence, _ in sampled:
         num_kept += keep(sequence, [next(draws) for _ in range(1 + sequence.num_drafts)], version)
     return len(sampled) + num_kept, num_kept
+
+
+def _logits_of(hidden: Tensor, rows: Tensor, runner: Runner) -> Tensor:
+    """Return the logits [R,V] after some rows [R] of `hidden` [M,D], computed once for rows that come several times."""
+    if len(rows) > hidden.shape[0]:
+        return runner.logits(hidden).index_select(0, rows)
+    return runner.logits(hidden.index_select(0, rows))
 
 
 def keep(sequence: TokenSequence, draws: Sequence[Draw], version: int) -> int:

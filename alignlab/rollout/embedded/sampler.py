@@ -58,12 +58,7 @@ class Sampler:
         if self._has_columns:
             params, keys = [s.request.sampling for s in sequences], [s.key for s in sequences]
             tensors += SamplingTable.columns(params, keys, vocab_size)
-        if not any(sequence.request.has_controls for sequence in sequences):
-            return tensors
-        controls = Controls.build(
-            [dict(place.sampling.logit_bias) for place in places], [place.charges for place in places],
-            [place.allowed(vocab_size) for place in places],
-        )
+        controls = _controls(places, vocab_size)
         return tensors if controls is None else [*tensors, *controls.tensors()]
 
     def draw(self, logits: Tensor, places: Sequence[Place], inputs: Sequence[Tensor]) -> list[Draw]:
@@ -90,13 +85,26 @@ class Sampler:
         sampled = _on_host(draw(num_likeliest=self._table.num_likeliest))
         if not all(sampled[3]):  # seldom: a nucleus of more than `num_likeliest` tokens
             sampled = _on_host(draw())
-        draws = []
-        for place, token, logprob, raw_logprob, _ in zip(places, *sampled, strict=True):
-            require_number(raw_logprob, place.end)
-            if not place.is_drafted:  # other draws are perhaps not kept
-                require_choice(logprob, place.number)
-            draws.append(Draw(int(token), logprob, raw_logprob))
-        return draws
+        rows = zip(places, *sampled, strict=True)
+        return [_checked(place, Draw(int(token), logprob, raw)) for place, token, logprob, raw, _ in rows]
+
+
+def _controls(places: Sequence[Place], vocab_size: int) -> Controls | None:
+    """Return the changes of the logits of these places; None if no request asks for any."""
+    if not any(place.sequence.request.has_controls for place in places):
+        return None
+    return Controls.build(
+        [dict(place.sampling.logit_bias) for place in places], [place.charges for place in places],
+        [place.allowed(vocab_size) for place in places],
+    )
+
+
+def _checked(place: Place, draw: Draw) -> Draw:
+    """Return a draw; see `Sampler.draw` for the errors."""
+    require_number(draw.raw_logprob, place.end)
+    if not place.is_drafted:  # other draws are perhaps not kept
+        require_choice(draw.logprob, place.number)
+    return draw
 
 
 def _on_host(sampled: Sampled) -> list[list[float]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.controls import Controls, added, most_typical, only, penalised_repetition, without
+from alignlab.rollout.embedded.random_numbers import exponentials, row_keys
 from alignlab.rollout.embedded.truncation import at_least, floor_by_bisection, floors_among
 from alignlab.transfer import to_device
 from alignlab.types import SamplingParams
@@ -30,7 +31,6 @@ _CHUNK = 256  # tokens of the vocabulary reduced together where a row is searche
 _COLDEST = 1e-4  # logits divided by less overflow
 _BLOCK_ELEMENTS = 1 << 20  # on a CPU rows are sampled in blocks of this many logits, which stay in its cache
 _NUCLEUS = 1024  # likeliest tokens among which a GPU looks for the floor of top-p
-_INCREMENT, _MIX_1, _MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -71,43 +71,6 @@ def stream_key(seed: int, token_ids: Sequence[int], index: int) -> int:
     """Return the key of a completion's random numbers: a signed 64-bit hash of seed, prompt and completion index."""
     text = ",".join(map(str, (seed, index, *token_ids)))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def row_keys(keys: Tensor, positions: Tensor) -> Tensor:
-    """Return a key of random numbers for each token of a completion, by SplitMix64.
-
-    Args:
-        keys: [B] int64, keys of the completions.
-        positions: [B] int64, number of the token in its completion.
-
-    Returns:
-        [B] int64.
-
-    Reference: Steele, Lea, Flood (2014), "Fast splittable pseudorandom number generators".
-    """
-    state = keys + (positions + 1) * _INCREMENT
-    state = (state ^ _shift_right(state, 30)) * _MIX_1
-    state = (state ^ _shift_right(state, 27)) * _MIX_2
-    return state ^ _shift_right(state, 31)
-
-
-def exponentials(keys: Tensor, first: int, count: int) -> Tensor:
-    """Return `count` exponentially distributed numbers for each key, from number `first` of its stream on.
-
-    Args:
-        keys: [B] int64.
-
-    Returns:
-        [B, count] float64, > 0.
-    """
-    numbers = torch.arange(first, first + count, device=keys.device)
-    uniform = (_shift_right(row_keys(keys[:, None], numbers), 12).double() + 0.5) * 2.0**-52  # within (0, 1)
-    return -torch.log1p(-uniform)
-
-
-def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Return a logical shift; torch's own shift copies the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True)
@@ -239,8 +202,11 @@ def sample(
         )
         for block in (slice(start, start + step) for start in range(0, count, step))
     ]
-    if len(blocks) == 1:
-        return blocks[0]
+    return blocks[0] if len(blocks) == 1 else _joined(blocks)
+
+
+def _joined(blocks: Sequence[Sampled]) -> Sampled:
+    """Return blocks of rows as one; all of them were truncated alike, so that `is_exact` is there in all or in none."""
     is_exact = [block.is_exact for block in blocks if block.is_exact is not None]
     return Sampled(
         torch.cat([block.tokens for block in blocks]), torch.cat([block.logprobs for block in blocks]),

@@ -9,7 +9,7 @@ its blocks; it waits at the head of the queue, and is computed again from its to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from alignlab.models.sink_window import KeptTokens
@@ -224,24 +224,20 @@ class Scheduler:
         self.pools.expire(sequence.tables, sequence.num_computed)
         for window, manager in self.pools.managers.items():
             while manager.num_free < self._missing(sequence, window, count) + self._is_shared(sequence, window):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is sequence:
+                if self._preempt_newest() is sequence:
                     return False
         while not self._has_slot(sequence):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
+            if self._preempt_newest() is sequence:
                 return False
         for window, manager in self.pools.managers.items():
-            table, missing = sequence.tables[window], self._missing(sequence, window, count)
+            table = sequence.tables[window]
             if self._is_shared(sequence, window):
                 first = self._place(sequence, window) // manager.block_size
                 copy = manager.allocate()
                 step.copies.setdefault(window, []).append((table[first], copy))
                 manager.release(table[first])
                 table[first] = copy
-            table += [manager.allocate() for _ in range(missing)]
+        self.pools.extend(sequence.tables, self._all_missing(sequence, count))
         return True
 
     def _missing(self, sequence: TokenSequence, window: Window, count: int) -> int:
@@ -251,6 +247,10 @@ class Scheduler:
         """
         end = len(sequence.token_ids) if window is None else self._place(sequence, window) + count
         return max(0, self.pools.blocks_for(end) - len(sequence.tables[window]))
+
+    def _all_missing(self, sequence: TokenSequence, count: int) -> dict[Window, int]:
+        """Return how many blocks a sequence needs before its next `count` tokens, by window."""
+        return {window: self._missing(sequence, window, count) for window in self.pools.managers}
 
     def _is_shared(self, sequence: TokenSequence, window: Window) -> bool:
         """Return whether the block that is written next is read by other sequences; it is copied before."""
@@ -264,30 +264,29 @@ class Scheduler:
             budget: tokens that it may compute in this step.
         """
         swap = self._swap if self._swap is not None and sequence in self._swap else None
-        absent = {}
+        on_host: Mapping[Window, int] = {}
         if swap is None:
             self._prefixes.find(sequence)
         else:
-            absent = swap.find(sequence, self.pools)
-        count = self._next_count(sequence, budget)
-        missing = {window: self._missing(sequence, window, count) for window in self.pools.managers}
-        is_full = any(
-            manager.num_free < missing[window] + absent.get(window, 0)
-            for window, manager in self.pools.managers.items()
-        )
-        if is_full or not self._has_slot(sequence):
+            on_host = swap.find(sequence, self.pools)
+        missing = self._all_missing(sequence, self._next_count(sequence, budget))
+        needed = {window: count + on_host.get(window, 0) for window, count in missing.items()}
+        if not self.pools.have_free(needed) or not self._has_slot(sequence):
             self._release(sequence, forget=swap is None)
             return False
         if swap is not None:
             swap.bring_back(sequence, self.pools, self._states)
             self._prefixes.publish_again(sequence)
-        for window, manager in self.pools.managers.items():
-            sequence.tables[window] += [manager.allocate() for _ in range(missing[window])]
+        self.pools.extend(sequence.tables, missing)
         self.running.append(self.waiting.popleft())
-        if self._prefixes.is_shared and self._computes_prompt(sequence):
-            while self.waiting and _same_start(self.waiting[0], sequence):
-                sequence.followers.append(self.waiting.popleft())
+        self._collect_followers(sequence)
         return True
+
+    def _collect_followers(self, leader: TokenSequence) -> None:
+        """Take the next waiting sequences out of the queue that can fork from a prompt which `leader` computes."""
+        if self._prefixes.is_shared and self._computes_prompt(leader):
+            while self.waiting and _same_start(self.waiting[0], leader):
+                leader.followers.append(self.waiting.popleft())
 
     def _drop_due(self, sequence: TokenSequence, count: int, step: Step) -> bool:
         """Drop what the newest running sequence has over its budget; return False if it was pre-empted for that.
@@ -326,6 +325,12 @@ class Scheduler:
             self.fork(leader, fork)
         self.waiting.extendleft(reversed(still_waiting))
         return forks
+
+    def _preempt_newest(self) -> TokenSequence:
+        """Pre-empt the running sequence that joined last, and return it."""
+        newest = self.running[-1]
+        self._preempt(newest)
+        return newest
 
     def _preempt(self, sequence: TokenSequence) -> None:
         """Free the blocks of a running sequence, which waits again at the head of the queue."""

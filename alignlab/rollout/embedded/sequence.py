@@ -39,7 +39,7 @@ class Request:
 
     @cached_property
     def has_controls(self) -> bool:
-        """Whether logits are changed by more than the repetition penalty and banned tokens."""
+        """True if logits are changed by more than the repetition penalty and banned tokens."""
         sampling = self.sampling
         changes = (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias, sampling.forced_tokens)
         return self.grammar is not None or any(changes)

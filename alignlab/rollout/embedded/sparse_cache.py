@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from alignlab.models.cache_spec import LayerCacheSpec
 from alignlab.models.kv_approximation.choice_record import packed_choices
 from alignlab.models.kv_approximation.eviction_record import Evictions
 from alignlab.models.kv_approximation.sparse_rows import SparseRows
@@ -22,23 +21,14 @@ _CHOICES = "choices"
 
 
 class SparseCache(PagedCache):
-    """Beside the entries of a token it has the choices of its query in each head, under "choices".
+    """Beside the entries of a token it has the choices of its query in each head, under "choices"."""
 
-    Args:
-        approximation: the rule of the choice.
-        specs, block_size, records_routing: see `PagedCache`.
-    """
-
-    def __init__(
-        self, specs: Mapping[int, LayerCacheSpec], block_size: int, approximation: SparseRows,
-        *, records_routing: bool = False,
-    ) -> None:
-        super().__init__(specs, block_size, approximation=approximation, records_routing=records_routing)
-        self.sparse = approximation
+    approximation: SparseRows
+    """The rule of the choice."""
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Return whether the queries of a layer read few tokens."""
-        return self.sparse.is_sparse(self.specs[layer_idx])
+        return self.approximation.is_sparse(self.specs[layer_idx])
 
     def write_choices(self, layer_idx: int, slots: Tensor, choices: Tensor) -> None:
         """Store the choices [N,H] int32 of the queries of a layer."""
@@ -118,5 +108,6 @@ class SparseBatch(PagedBatch):
         """Return which keys beside the recent ones are chosen, and which are recent, [R,K,G,Q,L]."""
         keys = torch.arange(scores.shape[-1], device=scores.device)
         distances = group.positions[..., None] - keys  # [R,Q,L]
-        is_recent = ((distances >= 0) & (distances < self._cache.sparse.recent))[:, None, None].expand(scores.shape)
-        return self._cache.sparse.chosen(scores, is_recent), is_recent
+        rule = self._cache.approximation
+        is_recent = ((distances >= 0) & (distances < rule.recent))[:, None, None].expand(scores.shape)
+        return rule.chosen(scores, is_recent), is_recent

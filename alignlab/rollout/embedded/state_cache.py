@@ -1,4 +1,4 @@
-"""What layers keep of each sequence, whatever its length: tensors with a place, a slot, for each."""
+"""The states that layers keep of each sequence, whatever its length: tensors with a slot for each sequence."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class StateCache:
 
 @dataclass(frozen=True)
 class StepStates:
-    """What the sequences of one step have kept.
+    """The states of the sequences of one step.
 
     Attributes:
         cache: entries of all layers.

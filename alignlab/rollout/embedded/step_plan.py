@@ -126,20 +126,15 @@ def plan_step(
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(len(ordered)), counts)
     positions = np.arange(len(rows)) + (starts - (ends - counts))[rows]
-    slots = {}
-    for window, table in tables.items():
-        places = positions - dropped[window][rows]
-        slots[window] = table[rows, places // block_size] * block_size + places % block_size
+    slots = {
+        window: _slots(table, rows, positions - dropped[window][rows], block_size) for window, table in tables.items()
+    }
     tokens = np.fromiter(
         chain.from_iterable(w.sequence.token_ids[w.start : w.start + w.count] for w in ordered), np.int64, len(rows)
     )
-    groups, row = [], 0
-    for _, members in groupby(ordered, key=_size_class):
-        end = row + len(list(members))
-        first = int(ends[row] - counts[row])
-        of_rows = {window: (table[row:end], dropped[window][row:end]) for window, table in tables.items()}
-        groups.append(_plan_group(counts[row:end], starts[row:end], of_rows, first, block_size))
-        row = end
+    groups = _plan_groups(
+        ordered, counts, starts, {window: (table, dropped[window]) for window, table in tables.items()}, block_size
+    )
     ends_as_given = np.empty(len(order), np.int64)
     ends_as_given[order] = ends
     return StepPlan(
@@ -185,6 +180,25 @@ def block_table(work: Sequence[Work], block_size: int, window: Window, filler: i
     if window is not None:
         table[table == EXPIRED] = filler
     return table
+
+
+def _slots(table: _Ints, rows: _Ints, places: _Ints, block_size: int) -> _Ints:
+    """Return the slots [N] of tokens at places [N] of the sequences in rows [N] of a block table."""
+    return table[rows, places // block_size] * block_size + places % block_size
+
+
+def _plan_groups(
+    work: Sequence[Work], counts: _Ints, starts: _Ints, tables: Mapping[Window, tuple[_Ints, _Ints]], block_size: int
+) -> list[GroupPlan]:
+    """Return a group of each run of works of one size class; arguments as in `_plan_group`, of all works."""
+    groups: list[GroupPlan] = []
+    row = first = 0
+    for _, members in groupby(work, key=_size_class):
+        rows = slice(row, row + len(list(members)))
+        of_rows = {window: (table[rows], dropped[rows]) for window, (table, dropped) in tables.items()}
+        groups.append(_plan_group(counts[rows], starts[rows], of_rows, first, block_size))
+        row, first = rows.stop, groups[-1].end
+    return groups
 
 
 def _plan_group(

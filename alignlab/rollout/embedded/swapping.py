@@ -57,7 +57,7 @@ class HostRow:
 
 @dataclass(frozen=True)
 class SwappedOut:
-    """What the host keeps of a sequence.
+    """A sequence on the host.
 
     Attributes:
         tables: of each pool, the blocks of computed tokens; None for those that a window has left.
@@ -114,23 +114,16 @@ class SwapStore:
         count = pools.blocks_for(sequence.num_computed)
         if not count:
             return False
-        tables: dict[Window, list[HostRow | None]] = {}
-        new: dict[Area, list[tuple[int, HostRow]]] = {}
         parcel = Parcel(torch.empty(0, dtype=torch.uint8))
+        new: dict[Area, list[tuple[int, HostRow]]] = {}
+        tables: dict[Window, list[HostRow | None]] = {}
         for window, table in sequence.tables.items():
-            manager = pools.managers[window]
-            tables[window] = [None if block == EXPIRED else HostRow(parcel, 0) for block in table[:count]]
-            for index, block in enumerate(table[:count]):
-                if block == EXPIRED:
-                    continue
-                key = (window, block, manager.stamp(block)) if manager.is_published(block) else None
-                row = None if key is None else self._rows.get(key)
-                if row is None:
-                    row = HostRow(parcel, 0, key)
-                    new.setdefault(window, []).append((block, row))
-                tables[window][index] = row
-        state = None if sequence.state is None else HostRow(parcel, 0)
-        if state is not None and sequence.state is not None:
+            tables[window], to_copy = self._rows_of(table[:count], window, pools, parcel)
+            if to_copy:
+                new[window] = to_copy
+        state = None
+        if sequence.state is not None:
+            state = HostRow(parcel, 0)
             new[_STATES] = [(sequence.state, state)]
         if not self._fill(parcel, new):
             return False
@@ -139,6 +132,32 @@ class SwapStore:
             row.num_users += 1
         self.num_out += 1
         return True
+
+    def _rows_of(
+        self, blocks: Sequence[int], window: Window, pools: BlockPools, parcel: Parcel
+    ) -> tuple[list[HostRow | None], list[tuple[int, HostRow]]]:
+        """Return the rows of a sequence's blocks in a pool, those of published blocks where the host has them already.
+
+        Args:
+            parcel: of new rows.
+
+        Returns:
+            A row of each block, None for those that a window has left; and (block, row) of those to be copied.
+        """
+        manager = pools.managers[window]
+        rows: list[HostRow | None] = []
+        to_copy: list[tuple[int, HostRow]] = []
+        for block in blocks:
+            if block == EXPIRED:
+                rows.append(None)
+                continue
+            key = (window, block, manager.stamp(block)) if manager.is_published(block) else None
+            row = None if key is None else self._rows.get(key)
+            if row is None:
+                row = HostRow(parcel, 0, key)
+                to_copy.append((block, row))
+            rows.append(row)
+        return rows, to_copy
 
     def find(self, sequence: TokenSequence, pools: BlockPools) -> dict[Window, int]:
         """Give a sequence those of its blocks that still lie in the cache as they were.
@@ -240,25 +259,33 @@ class SwapStore:
         places = {area: rows for area, rows in places.items() if self._row_bytes(area)}
         if not places:
             return
-        device = self._device(places)
-        spans: dict[Parcel, tuple[int, int]] = {}
-        sizes = {area: self._row_bytes(area) for area in places}
-        for area, rows in places.items():
-            for _, row in rows:
-                first, end = spans.get(row.parcel, (row.start, 0))
-                spans[row.parcel] = min(first, row.start), max(end, row.start + sizes[area])
+        device, spans = self._device(places), self._spans(places)
         moved = {
             parcel: parcel.memory[first:end].to(device, non_blocking=True) for parcel, (first, end) in spans.items()
         }
         self.bytes_back += sum(memory.nbytes for memory in moved.values())
         indices = to_device([torch.tensor([place for place, _ in rows]) for rows in places.values()], device)
         for (area, rows), index in zip(places.items(), indices, strict=True):
+            size = self._row_bytes(area)
             pieces = [(moved[row.parcel], row.start - spans[row.parcel][0]) for _, row in rows]
-            stacked = torch.stack([memory[start : start + sizes[area]] for memory, start in pieces])
-            for tensor, part in zip(
-                tensors := self._tensors(area), stacked.split([t[0].nbytes for t in tensors], dim=1), strict=True
-            ):
-                _bytes(tensor).index_copy_(0, index, part)
+            self._put(area, index, torch.stack([memory[start : start + size] for memory, start in pieces]))
+
+    def _spans(self, places: Mapping[Area, Sequence[tuple[int, HostRow]]]) -> dict[Parcel, tuple[int, int]]:
+        """Return where the first of the rows begins in each parcel, and where the last of them ends."""
+        spans: dict[Parcel, tuple[int, int]] = {}
+        for area, rows in places.items():
+            size = self._row_bytes(area)
+            for _, row in rows:
+                first, end = spans.get(row.parcel, (row.start, 0))
+                spans[row.parcel] = min(first, row.start), max(end, row.start + size)
+        return spans
+
+    def _put(self, area: Area, index: Tensor, rows: Tensor) -> None:
+        """Write rows [n, bytes of a row] to the places `index` [n] of an area."""
+        tensors = self._tensors(area)
+        parts = rows.split([tensor[0].nbytes for tensor in tensors], dim=1)
+        for tensor, part in zip(tensors, parts, strict=True):
+            _bytes(tensor).index_copy_(0, index, part)
 
     def _tensors(self, area: Area) -> list[Tensor]:
         """Return all that is kept in an area, [blocks or slots, numbers]."""

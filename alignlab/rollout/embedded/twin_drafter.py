@@ -120,12 +120,21 @@ class TwinDrafter:
         inputs = self._sampler.inputs(places, self._vocab_size) if places else []
         last = torch.tensor([rows.stop - 1 for _, rows in outputs], dtype=torch.int64)
         hidden, (last, *inputs) = self._hidden(step, [last, *inputs])
-        if not places:
-            return
-        logits = self._runner.logits(hidden.index_select(0, last))
+        if places:
+            self._add_drafts(hidden.index_select(0, last), places, inputs)
+
+    def _add_drafts(self, hidden: Tensor, places: Sequence[Place], inputs: Sequence[Tensor]) -> None:
+        """Draw a token after each final state [B, hidden size], and add it to its twin, where there is room for it.
+
+        Args:
+            places: of these tokens.
+            inputs: of the sampler for these places, on the device.
+        """
+        logits = self._runner.logits(hidden)
         # Models pad one vocabulary to different sizes.
         logits = pad(logits, (0, self._vocab_size - logits.shape[1]), value=-torch.inf)
-        for (twin, _), draw in zip(outputs, self._sampler.draw(logits, places, inputs), strict=True):
+        for place, draw in zip(places, self._sampler.draw(logits, places, inputs), strict=True):
+            twin = place.sequence
             if twin.num_drafts < twin.num_left - 1 and isfinite(draw.logprob):
                 twin.add_drafts([draw.token])
 

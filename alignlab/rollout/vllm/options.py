@@ -81,15 +81,17 @@ def engine_options(
         options["enable_return_routed_experts"] = True
     if settings.tensor_parallel > 1:
         options |= {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "mp"}
-    if settings.quantization is not None:
-        options["quantization"] = VLLM_QUANTIZATIONS[settings.quantization]
-    if settings.kv_cache is not None:
-        options["kv_cache_dtype"] = settings.kv_cache
-    if settings.block_size is not None:
-        options["block_size"] = settings.block_size
-    if settings.cache_gib is not None:
-        options["kv_cache_memory_bytes"] = int(settings.cache_gib * 2**30)
-    return options | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
+    return options | _given_options(settings) | _sync_options(adapter_rank, num_adapters=max_staleness(settings) + 1)
+
+
+def _given_options(settings: VLLMSettings | VLLMServerSettings) -> dict[str, Any]:
+    """Return the options that a user gives; vLLM's own defaults stand for the others."""
+    given = {
+        "quantization": None if settings.quantization is None else VLLM_QUANTIZATIONS[settings.quantization],
+        "kv_cache_dtype": settings.kv_cache, "block_size": settings.block_size,
+        "kv_cache_memory_bytes": None if settings.cache_gib is None else int(settings.cache_gib * 2**30),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_model(
@@ -244,9 +246,10 @@ def _obstacle(model: Model) -> str | None:
         )
     if set(getattr(causal_lm(model).config, "layer_types", None) or ()).intersection(FAMILY_KINDS):
         return "is of a model with latent attention or recurrent layers, whose products vLLM keeps merged with others"
-    layers: dict[str, Any] = dict(wrappers(model))
-    for name, layer in layers.items():
-        is_linear = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)
-        if not is_linear or layer.lora_variant or any(layer.lora_bias.values()):
-            return f"is more than plain LoRA on linear layers, in {name}"
-    return None
+    name = next((name for name, layer in wrappers(model).items() if not _is_plain_lora(layer)), None)
+    return None if name is None else f"is more than plain LoRA on linear layers, in {name}"
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    is_linear = isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), nn.Linear)
+    return is_linear and not layer.lora_variant and not any(layer.lora_bias.values())

@@ -144,6 +144,7 @@ class WeightBroadcast:
             next_rank += len(about["cards"])
 
         async def take(server: VLLMServer) -> str:
+            """Have a server take the broadcast, and return the version that it has then."""
             announcement = common | {"first_rank": first_ranks[server]}
             try:
                 answer = server.take_broadcast(version, announcement, num_bytes)

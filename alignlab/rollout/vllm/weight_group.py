@@ -47,7 +47,7 @@ class BroadcastBroken(RolloutError):
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """How to find the other processes of a group; all of it is secret.
+    """The way to the other processes of a group; all of it is secret.
 
     Attributes:
         name: random, unique name of the group.

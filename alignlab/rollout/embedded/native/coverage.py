@@ -65,24 +65,38 @@ def why_not_native(
     if not isinstance(lm, PolicyForCausalLM):
         return f"{type(lm).__name__} is not one of our own models"
     dtype = model_dtype(lm)
+    reason = _why_not_dtype(dtype, settings) or _why_not_cache(settings) or _why_not_weights(model, dtype, merges)
+    if reason is None and dtype == torch.bfloat16 and block_size % 2:
+        reason = f"blocks of {block_size} tokens are odd"
+    return reason or _why_not_config(lm.config, dtype)
+
+
+def _why_not_dtype(dtype: torch.dtype, settings: RolloutSettings) -> str | None:
+    """Return why there are no kernels for weights of a dtype on this processor, or none that would gain anything."""
     if dtype not in NEEDED:
         return f"the weights are {dtype}"
     if dtype == torch.float32 and settings.native != "required":
         return "the weights are float32, whose products torch computes as fast"
-    if missing := missing_flags(dtype):
-        return f"the processor has no {', '.join(missing)}"
-    if (cache := approximate_cache(settings)) is not None:
+    missing = missing_flags(dtype)
+    return f"the processor has no {', '.join(missing)}" if missing else None
+
+
+def _why_not_cache(settings: RolloutSettings) -> str | None:
+    """Return why the kernels cannot read the cache that the settings name."""
+    cache = approximate_cache(settings)
+    if cache is not None:
         return f"the cache approximates keys and values (kv_cache: {cache.type})"
     if isinstance(settings.kv_cache, MmapCache):
         return "the cache lies in a file (kv_cache: mmap), which the kernels would read whole"
+    return None
+
+
+def _why_not_weights(model: nn.Module, dtype: torch.dtype, merges: bool) -> str | None:
+    """Return why a policy's weights cannot be packed: adapters stay apart, or not all weights have the dtype."""
     if wrappers(model) and not merges:
         return "the adapter is applied as it is (merge_lora: false)"
-    others = sorted({str(dtype_of(weight)) for weight in _weights(lm)} - {str(dtype)})
-    if others:
-        return f"some weights are {', '.join(others)} beside {dtype}"
-    if dtype == torch.bfloat16 and block_size % 2:
-        return f"blocks of {block_size} tokens are odd"
-    return _why_not_config(lm.config, dtype)
+    others = sorted({str(dtype_of(weight)) for weight in _weights(causal_lm(model))} - {str(dtype)})
+    return f"some weights are {', '.join(others)} beside {dtype}" if others else None
 
 
 def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
@@ -97,15 +111,23 @@ def _why_not_config(config: PolicyConfig, dtype: torch.dtype) -> str | None:
         "the model routes attention heads": bool(config.routed_attention),
     }
     if dtype == torch.bfloat16:
-        inner = (config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
-        odd = [size for size in (config.hidden_size, config.head_dim or 0, *inner) if size % 2]
-        problems[f"a size of the model, {odd[0] if odd else 0}, is odd"] = bool(odd)
+        odd = _odd_size(config)
+        problems[f"a size of the model, {odd}, is odd"] = odd is not None
     for name in sorted(set(PolicyConfig.__annotations__) - set(_REVIEWED.split())):
         problems[f"the config has {name}"] = getattr(config, name) != getattr(PolicyConfig, name)
-    if config.sparse_layers:
-        is_plain = config.router_type == "topk" and config.topk_method == "greedy" and config.capacity_factor is None
-        problems["the router is not a plain top-k"] = not is_plain or config.scoring_func not in SCORINGS
+    problems["the router is not a plain top-k"] = bool(config.sparse_layers) and not _has_plain_router(config)
     return next((reason for reason, holds in problems.items() if holds), None)
+
+
+def _odd_size(config: PolicyConfig) -> int | None:
+    """Return the first odd size of a model, whose numbers cannot be paired; None if all are even."""
+    inner = (config.intermediate_size, config.moe_intermediate_size or 0, config.shared_expert_size)
+    return next((size for size in (config.hidden_size, config.head_dim or 0, *inner) if size % 2), None)
+
+
+def _has_plain_router(config: PolicyConfig) -> bool:
+    is_plain = config.router_type == "topk" and config.topk_method == "greedy" and config.capacity_factor is None
+    return is_plain and config.scoring_func in SCORINGS
 
 
 def why_not_rounded(lm: PreTrainedModel, rounding: Rounding) -> str | None:

@@ -63,12 +63,24 @@ class NativeModel:
 
     def _layer(self, packer: Packer, layer: DecoderLayer, index: int) -> LayerStruct:
         """Return a layer without its rotation and its cache."""
-        attention: Any = packer.plain(layer.self_attn)  # type: ignore[arg-type]
+        packed = LayerStruct()
+        self._hold_attention(packed, packer, packer.plain(layer.self_attn))  # type: ignore[arg-type]
+        fields = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+        for field, name in zip(fields, layer.norms, strict=True):  # of `NormPlaces`, in its order
+            packed.hold(**{field: norm_scale(None if name is None else packer.plain(getattr(layer, name)))})
+        mlp: Any = packer.plain(layer.mlp)
+        if layer.sparse:
+            packed.hold(sparse=packer.mixture(mlp, self.config))
+        else:
+            packed.hold(mlp=packer.feed_forward(mlp))
+        return packed
+
+    def _hold_attention(self, packed: LayerStruct, packer: Packer, attention: Any) -> None:
+        """Put the projections, norms and numbers of a layer's attention into its structure."""
         names = ["qkv_proj"] if attention.fused else ["q_proj", "k_proj", "v_proj"]
         own = [getattr(attention, name) for name in names]
         projections = [packer.plain(projection) for projection in own]
         out = packer.plain(attention.o_proj)
-        packed = LayerStruct()
         packed.hold(
             qkv=packer.stacked(
                 [p.weight for p in projections], [p.bias for p in projections], rounded=packer.rounds(*own)
@@ -81,15 +93,6 @@ class NativeModel:
         if attention.use_qk_norm:
             norms = packer.plain(attention.q_norm), packer.plain(attention.k_norm)
             packed.hold(query_norm=norm_scale(norms[0]), key_norm=norm_scale(norms[1]))
-        fields = ("before_attention", "after_attention", "before_mlp", "after_mlp")
-        for field, name in zip(fields, layer.norms, strict=True):  # of `NormPlaces`, in its order
-            packed.hold(**{field: norm_scale(None if name is None else packer.plain(getattr(layer, name)))})
-        mlp: Any = packer.plain(layer.mlp)
-        if layer.sparse:
-            packed.hold(sparse=packer.mixture(mlp, self.config))
-        else:
-            packed.hold(mlp=packer.feed_forward(mlp))
-        return packed
 
     def _model(self, embeddings: Tensor, norm: nn.Module) -> ModelStruct:
         config, dtype = self.config, self.kernels.dtype

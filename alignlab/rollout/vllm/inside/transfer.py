@@ -75,7 +75,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Where the tensors come from: either of the two.
+    """The source of the tensors: either of the two.
 
     Attributes:
         key: under which they are offered, or the path of a file.

@@ -111,6 +111,18 @@ def parse_broadcast(body: bytes, *, num_workers: int, max_bytes: int) -> dict[st
         shapes = shapes_from_json(message["tensors"])
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise Refusal(400, f"the body must announce a broadcast: {type(error).__name__} {error}") from error
+    _check_announced(rendezvous, first_rank, buffer_bytes)
+    if first_rank + num_workers > rendezvous.world_size:
+        raise Refusal(400, f"the group must have room for this server's {num_workers} workers from rank {first_rank}")
+    size = sum(shape.num_bytes for shape in shapes)
+    if size > max_bytes:
+        raise Refusal(413, f"weights of this model have at most {max_bytes:,} bytes, and {size:,} are announced")
+    known = {"rendezvous": asdict(rendezvous), "tensors": message["tensors"]}
+    return known | {"first_rank": first_rank, "buffer_bytes": buffer_bytes}
+
+
+def _check_announced(rendezvous: Rendezvous, first_rank: Any, buffer_bytes: Any) -> None:
+    """Raise a Refusal if what another process has sent is of another type, or out of range."""
     texts = (rendezvous.name, rendezvous.host, rendezvous.nccl_id)
     if not all(isinstance(text, str) and len(text) <= _MAX_NAME for text in texts) or not rendezvous.name:
         raise Refusal(400, f"name, host and nccl_id of the rendezvous must have at most {_MAX_NAME} characters")
@@ -122,13 +134,6 @@ def parse_broadcast(body: bytes, *, num_workers: int, max_bytes: int) -> dict[st
         raise Refusal(400, "port, world_size, first_rank and buffer_bytes must be whole numbers from 1, not huge")
     if not isinstance(rendezvous.join_s, int | float) or not 0 < rendezvous.join_s <= _MAX_JOIN_S:
         raise Refusal(400, f"join_s must be a number of seconds, at most {_MAX_JOIN_S:g}")
-    if first_rank + num_workers > rendezvous.world_size:
-        raise Refusal(400, f"the group must have room for this server's {num_workers} workers from rank {first_rank}")
-    size = sum(shape.num_bytes for shape in shapes)
-    if size > max_bytes:
-        raise Refusal(413, f"weights of this model have at most {max_bytes:,} bytes, and {size:,} are announced")
-    known = {"rendezvous": asdict(rendezvous), "tensors": message["tensors"]}
-    return known | {"first_rank": first_rank, "buffer_bytes": buffer_bytes}
 
 
 def parse_routing_question(body: bytes) -> tuple[str, list[int]]:
