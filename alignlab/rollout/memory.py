@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from alignlab.config.rollout import (
     VLLMServerSettings,
     approximate_cache,
     cache_group,
+    step_tokens,
 )
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
@@ -80,24 +82,14 @@ def engine_bytes(
     lm = causal_lm(model)
     if isinstance(settings, VLLMServerSettings):
         return 0
-    dtype, specs = model_dtype(lm), cache_specs(model).values()
-    itemsize, slot_bytes = dtype.itemsize, sum(spec.sequence_bytes(dtype) for spec in specs)
     if not isinstance(settings, RolloutSettings):  # vLLM holds a copy of all weights
+        dtype, specs = model_dtype(lm), cache_specs(model).values()
         weights = sum(parameter.numel() for parameter in lm.parameters())
         entries = num_sequences * num_tokens * sum(spec.token_numel for spec in specs)
-        return itemsize * (entries + weights) + num_sequences * slot_bytes
+        slots = num_sequences * sum(spec.sequence_bytes(dtype) for spec in specs)
+        return dtype.itemsize * (entries + weights) + slots
     size = block_size_for(settings.block_size, device, group=cache_group(settings))
-    lengths = [num_tokens] * num_sequences
-    approximate = approximate_cache(settings)
-    approximation = None if approximate is None else approximation_of(approximate)
-    cache = sum(
-        num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, size)
-        for spec in specs
-        for window, num_bytes in block_bytes(spec, dtype, size, approximation).items()
-    )
-    if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
-        cache = min(cache, int(settings.kv_cache.resident_gib * 2**30))
-    cache += slot_bytes * slots_needed(num_sequences, num_sequences)
+    cache = _cache_bytes(model, settings, device, size, num_sequences=num_sequences, num_tokens=num_tokens)
     merges = merges_adapters(model, settings.merge_lora, device)
     rounding = make_rounding(model, settings, device)
     is_native = why_not_native(model, settings, device, block_size=size, merges=merges) is None
@@ -105,6 +97,35 @@ def engine_bytes(
         return cache + packed_bytes(model, rounding)
     rounded = 0 if rounding is None else rounding.total_bytes
     return cache + rounded + (_merged_bytes(model) if merges else 0)
+
+
+def _cache_bytes(
+    model: nn.Module, settings: RolloutSettings, device: torch.device, block_size: int,
+    *, num_sequences: int, num_tokens: int,
+) -> int:
+    """Return the bytes of the embedded engine's cache, its slots of states, and what it swaps into the same memory.
+
+    Args:
+        device, num_sequences, num_tokens: as of `engine_bytes`.
+        block_size: tokens in a block.
+    """
+    dtype, specs = model_dtype(causal_lm(model)), cache_specs(model).values()
+    approximate = approximate_cache(settings)
+    approximation = None if approximate is None else approximation_of(approximate)
+    num_running = min(num_sequences, settings.max_running)
+    limit = sys.maxsize if settings.cache_tokens is None else -(-settings.cache_tokens // block_size)
+    wanted = held = 0
+    for spec in specs:
+        for window, num_bytes in block_bytes(spec, dtype, block_size, approximation).items():
+            blocks = pool_blocks([num_tokens] * num_running, window, step_tokens(settings), block_size)
+            wanted, held = wanted + num_bytes * blocks, held + num_bytes * min(blocks, limit)
+    slot_bytes = sum(spec.sequence_bytes(dtype) for spec in specs)
+    swapped = 0
+    if settings.preemption == "swap" and held < wanted and device.type == "cpu":  # a GPU's cache is not the host's
+        swapped = min(int(settings.swap_gib * 2**30), wanted + num_running * slot_bytes)
+    if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
+        held = min(held, int(settings.kv_cache.resident_gib * 2**30))
+    return held + swapped + slot_bytes * slots_needed(num_running, num_running)
 
 
 def merges_adapters(model: nn.Module, merge: bool | None, device: torch.device) -> bool:
