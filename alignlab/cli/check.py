@@ -35,7 +35,8 @@ SMALLER = {
     "gradients and optimizer": "train an adapter (model.lora)",
     "average of weights": "leave trainer.ema out",
     "activations": "set trainer.memory.gradient_checkpointing to true, or lower trainer.memory.tokens_per_microbatch",
-    "rollouts": "lower trainer.num_prompts or sampling.max_new_tokens, or use rollout.engine vllm_server on other GPUs",
+    "rollouts": "lower trainer.num_prompts or sampling.max_new_tokens; with the embedded engine rollout.max_running, "
+    "rollout.cache_tokens or rollout.swap_gib; or use rollout.engine vllm_server on other GPUs",
 }
 """By part of the predicted memory: what makes it smaller."""
 

@@ -33,10 +33,14 @@ class Sampler:
         candidate: the model.
         dtype: of its weights.
         folder: of the pools; None keeps them in memory.
+        problems: prompts on which a cache in few dimensions is measured, for all pools alike.
     """
 
-    def __init__(self, plan: Plan, candidate: Candidate, dtype: str, folder: Path | None) -> None:
+    def __init__(
+        self, plan: Plan, candidate: Candidate, dtype: str, folder: Path | None, problems: Sequence[Prompt]
+    ) -> None:
         self._plan, self._candidate, self._dtype, self._folder = plan, candidate, dtype, folder
+        self._problems = problems
         self._engine: RolloutEngine | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weights = {
@@ -73,8 +77,8 @@ class Sampler:
 
         plan = self._plan
         facts = as_facts(
-            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed, **engine_facts(plan.rollout),
-            **how,
+            **self._weights, dtype=self._dtype, sampling=plan.sampling, seed=plan.seed,
+            **engine_facts(plan.rollout, self._problems), **how,
         )
         file = None if self._folder is None else self._folder / folder_name(self._candidate.name) / f"{name}.jsonl"
         return draw_pool(prompts, facts, lambda batch: draw(*self._loaded(), batch), file)
@@ -84,6 +88,7 @@ class Sampler:
 
         import torch
 
+        from alignlab.models.kv_approximation.choice import measure_cache
         from alignlab.rollout.engine import make_engine
 
         if self._engine is None or self._tokenizer is None:
@@ -92,6 +97,7 @@ class Sampler:
             candidate = self._candidate
             print(f"{candidate.name}: sampling, {self._dtype}", file=sys.stderr, flush=True)
             policy, self._tokenizer = load_policy(candidate.model, candidate.adapter, self._dtype)
+            measure_cache(policy, self._plan.rollout, self._problems)
             self._engine = make_engine(policy, self._tokenizer, self._plan.rollout)
         return self._engine, self._tokenizer
 
@@ -102,15 +108,24 @@ class Sampler:
             self._engine = None
 
 
-def engine_facts(rollout: EngineSettings) -> dict[str, Any]:
-    """Return what of an engine's settings changes the distribution that is sampled from; None for what does not."""
+def engine_facts(rollout: EngineSettings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what of an engine changes the distribution that is sampled from; None for what does not.
+
+    Args:
+        rollout: settings of the engine.
+        prompts: on which a cache in few dimensions is measured.
+    """
+    from alignlab.config.kv_cache import LowRankCache
     from alignlab.config.rollout import approximate_cache, quantization, rounded_weights, served_cache
+    from alignlab.models.kv_approximation.low_rank_bases import calibration_digest
 
     cache, rounding = approximate_cache(rollout), rounded_weights(rollout)
+    is_measured = isinstance(cache, LowRankCache)
     return {
         "engine": rollout.engine,
         "quantization": quantization(rollout) if rounding is None else rounding.model_dump(mode="json"),
         "kv_cache": served_cache(rollout) if cache is None else cache.model_dump(mode="json", exclude={"replay"}),
+        "measured_on": calibration_digest(cache, [prompt.token_ids for prompt in prompts]) if is_measured else None,
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from alignlab.cli.places import new_file
 from alignlab.cli.policy import add_policy_arguments, add_sampling_arguments, load_policy, sampling_settings
+from alignlab.cli.pools import as_facts, engine_facts
 from alignlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from alignlab.data.rendering import PromptRenderer
     from alignlab.loop.preflight import SampledBy, with_room
     from alignlab.models.fingerprints import model_fingerprint
+    from alignlab.models.kv_approximation.choice import measure_cache
     from alignlab.rollout.engine import make_engine
     from alignlab.scoring.columns import check_columns, reward_columns
     from alignlab.scoring.loading import load_reward
@@ -89,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
     rewards.columns = reward_columns(prompts)
     identity = {
         "model": model_fingerprint(policy),
+        **as_facts(**engine_facts(rollout, prompts)),
         "data": config.data.model_dump_json(),
         "rewards": [reward.model_dump_json() for reward in config.rewards],
     }
     bind_rewards(rewards.rewards, policy, tokenizer, share=True)
+    measure_cache(policy, rollout, prompts)
     try:
         counts = sample_teacher(
             make_engine(policy, tokenizer, rollout),

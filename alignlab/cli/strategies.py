@@ -264,7 +264,7 @@ def measure_model(work: Work, candidate: Candidate, prompts: ModelPrompts) -> Me
     from alignlab.evaluation.strategies.measured import measure_strategies
     from alignlab.evaluation.strategies.settings import Augment, Budget
 
-    sampler = Sampler(work.plan, candidate, work.dtype, work.folder)
+    sampler = Sampler(work.plan, candidate, work.dtype, work.folder, prompts.plain)
     try:
         problems = work.judges.grade(sampler.pool(prompts.plain), work.plan, by_rewards=True)
         measured = measure_strategies(candidate.name, problems, work.strategies, work.ks, seed=work.plan.seed)

@@ -338,6 +338,12 @@ def approximate_cache(settings: EngineSettings) -> ApproximateCache | None:
     return None if cache is None or isinstance(cache, ExactCache | MmapCache) else cache
 
 
+def step_tokens(settings: RolloutSettings) -> int:
+    """Return how many tokens of prompts and drafts the embedded engine computes in one step, at most."""
+    drafts = 0 if settings.speculation is None else settings.speculation.num_drafts * settings.max_running
+    return settings.prefill_tokens + drafts
+
+
 def cache_group(settings: EngineSettings) -> int:
     """Return how many tokens the engine's cache keeps together; 1 where each is for itself."""
     cache = approximate_cache(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from alignlab.config.rollout import (
     VLLMServerSettings,
     approximate_cache,
     cache_group,
+    step_tokens,
 )
 from alignlab.models.cache_spec import cache_specs
 from alignlab.models.decoder import causal_lm
@@ -79,11 +81,11 @@ def engine_bytes(
     """
     if isinstance(settings, VLLMServerSettings):
         return 0
-    lengths = [num_tokens] * num_sequences
     if not isinstance(settings, RolloutSettings):
-        return _vllm_bytes(model, lengths)
+        return _vllm_bytes(model, [num_tokens] * num_sequences)
     block_size = block_size_for(settings.block_size, device, group=cache_group(settings))
-    return _cache_bytes(model, settings, lengths, block_size) + _copied_bytes(model, settings, device, block_size)
+    cache = _cache_bytes(model, settings, device, block_size, num_sequences=num_sequences, num_tokens=num_tokens)
+    return cache + _copied_bytes(model, settings, device, block_size)
 
 
 def _vllm_bytes(model: nn.Module, lengths: Sequence[int]) -> int:
@@ -96,20 +98,33 @@ def _vllm_bytes(model: nn.Module, lengths: Sequence[int]) -> int:
     return dtype.itemsize * (num_entries + num_weights) + len(lengths) * states
 
 
-def _cache_bytes(model: nn.Module, settings: RolloutSettings, lengths: Sequence[int], block_size: int) -> int:
-    """Return the bytes of the embedded engine's cache in memory, for sequences of these lengths, tokens."""
+def _cache_bytes(
+    model: nn.Module, settings: RolloutSettings, device: torch.device, block_size: int,
+    *, num_sequences: int, num_tokens: int,
+) -> int:
+    """Return the bytes of the embedded engine's cache, its slots of states, and what it swaps into the same memory.
+
+    Args:
+        device, num_sequences, num_tokens: as of `engine_bytes`.
+        block_size: tokens in a block.
+    """
     dtype, specs = model_dtype(causal_lm(model)), cache_specs(model).values()
     approximate = approximate_cache(settings)
     approximation = None if approximate is None else approximation_of(approximate)
-    entries = sum(
-        num_bytes * pool_blocks(lengths, window, settings.prefill_tokens, block_size)
-        for spec in specs
-        for window, num_bytes in block_bytes(spec, dtype, block_size, approximation).items()
-    )
+    num_running = min(num_sequences, settings.max_running)
+    limit = sys.maxsize if settings.cache_tokens is None else -(-settings.cache_tokens // block_size)
+    wanted = held = 0
+    for spec in specs:
+        for window, num_bytes in block_bytes(spec, dtype, block_size, approximation).items():
+            blocks = pool_blocks([num_tokens] * num_running, window, step_tokens(settings), block_size)
+            wanted, held = wanted + num_bytes * blocks, held + num_bytes * min(blocks, limit)
+    slot_bytes = sum(spec.sequence_bytes(dtype) for spec in specs)
+    swapped = 0
+    if settings.preemption == "swap" and held < wanted and device.type == "cpu":  # a GPU's cache is not the host's
+        swapped = min(int(settings.swap_gib * 2**30), wanted + num_running * slot_bytes)
     if isinstance(settings.kv_cache, MmapCache):  # the rest lies on a disk
-        entries = min(entries, int(settings.kv_cache.resident_gib * 2**30))
-    states = sum(spec.sequence_bytes(dtype) for spec in specs)
-    return entries + states * slots_needed(len(lengths), len(lengths))
+        held = min(held, int(settings.kv_cache.resident_gib * 2**30))
+    return held + swapped + slot_bytes * slots_needed(num_running, num_running)
 
 
 def _copied_bytes(model: nn.Module, settings: RolloutSettings, device: torch.device, block_size: int) -> int:

@@ -124,6 +124,57 @@ def test_samples_of_an_approximate_cache_are_not_taken_for_exact_ones(folder, tm
               "--set", "trainer.mismatch.correction=token_tis")
 
 
+LOW_RANK = ["--set", "trainer.rollout.kv_cache.type=low_rank", "--set", "trainer.rollout.kv_cache.rank=2"]
+
+
+@pytest.fixture
+def measured_bases(monkeypatch) -> list[dict]:
+    """Bases in the order in which they are measured."""
+    from alignlab.models.kv_approximation.low_rank_bases import LowRankBases
+
+    bases, choose = [], LowRankBases._choose
+    monkeypatch.setattr(
+        LowRankBases, "_choose", lambda self, moments: (choose(self, moments), bases.append(self.state()["bases"]))
+    )
+    return bases
+
+
+def test_a_pool_is_continued_with_the_bases_that_it_began_with(folder, tmp_path, capsys, measured_bases):
+    words = ["--config", str(folder / "run.yaml"), "--pool", str(tmp_path), "--strategy", "majority", *LOW_RANK]
+    evaluated(capsys, *words)
+    [pool] = tmp_path.rglob("*.jsonl")
+    lines = pool.read_bytes().splitlines(keepends=True)
+    pool.write_bytes(b"".join(lines[:-2]))  # of the missing problems alone the bases would be others
+    evaluated(capsys, *words)
+    assert len(pool.read_bytes().splitlines()) == len(lines)
+    assert len(measured_bases) == 2 and measured_bases[0] == measured_bases[1]
+    fewer = ["--set", "eval_data.size=5"]
+    assert "samples whose measured_on differ" in refused(capsys, *words, *fewer)
+
+
+def test_samples_are_continued_with_the_cache_that_they_began_with(
+    folder, tmp_path, capsys, monkeypatch, measured_bases
+):
+    def sample(name: str, *more: str) -> int:
+        words = ["--config", str(folder / "run.yaml"), "--prompts-at-once", "2", "--max-new-tokens", "16"]
+        words += ["--regex", "[a-z]{2,4}"]
+        return main(["sample", str(folder / "model"), "--output", str(tmp_path / name), *words, *more])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    assert sample("whole.jsonl", *LOW_RANK) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("alignlab.synthesis.teacher_samples._show_progress", stop)
+        assert sample("stopped.jsonl", *LOW_RANK) == 130
+    higher = ["--set", "trainer.rollout.kv_cache.rank=3"]
+    assert sample("stopped.jsonl") == sample("stopped.jsonl", *LOW_RANK, *higher) == 2
+    assert "was begun with another model, other data or other settings" in capsys.readouterr().err
+    assert sample("stopped.jsonl", *LOW_RANK) == 0
+    assert measured_bases[0] == measured_bases[1] == measured_bases[-1] != measured_bases[-2]
+    assert (tmp_path / "stopped.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_reward_model_chooses_and_its_sigmoid_weighs(folder, reward_model, capsys):
     words = ["--config", str(folder / "run.yaml"), "--strategy", f"best_of_n:reward={reward_model}"]
     result, _ = evaluated(capsys, *words, "--strategy", f"weighted:weight={reward_model},link=sigmoid")

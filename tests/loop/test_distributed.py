@@ -43,6 +43,16 @@ def test_ranks_have_equal_weights_and_different_prompts(tmp_path: Path) -> None:
     assert [line["reward_failures"] for line in metrics] == [1, 2, 3], "failures of the second rank alone"
 
 
+def test_ranks_have_the_bases_of_the_first_for_a_cache_in_few_dimensions(tmp_path: Path) -> None:
+    """Where each would measure others: engine and trainer of both agree, and the bases stay."""
+    done = run_ranks(str(ROOT / "tests/loop/rank_low_rank.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["own"] != second["own"]
+    assert first["own"] == first["used"] == second["used"] == first["after"] == second["after"]
+    assert first["gap"] == second["gap"] < 1e-5
+
+
 def test_ranks_with_unlike_work_have_equal_weights(tmp_path: Path) -> None:
     """Online DPO, where only the first rank has a pair; GKD, where the dataset completes some prompts of each rank."""
     save_teacher(tmp_path / "teacher", train_tokenizer(["abc abd ab ba 123"], vocab_size=262))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignlab.config.kv_cache import LowRankCache
 from alignlab.errors import ConfigError
+from alignlab.files.digests import digest_of_values
 from alignlab.models.decoder import causal_lm, hidden_states
 from alignlab.models.evaluation_mode import evaluation_mode
 from alignlab.models.kv_approximation.rotations import KeyRotation, key_rotations
@@ -170,6 +171,11 @@ def bases_of(model: nn.Module | None, settings: LowRankCache) -> LowRankBases:
 def _key_of(settings: LowRankCache) -> str:
     """Return what the bases depend on of a cache's settings."""
     return settings.model_dump_json(exclude={"replay"})
+
+
+def calibration_digest(settings: LowRankCache, prompts: Sequence[Sequence[int]]) -> str:
+    """Return a digest of the tokens of prompts on which bases are measured."""
+    return digest_of_values(_first_tokens(prompts, settings.calibration_tokens))
 
 
 def _rank_for(energies: Sequence[Tensor], share: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 import torch
 
-from alignlab.config.rollout import RolloutSettings
+from alignlab.config.rollout import RolloutSettings, step_tokens
 from alignlab.errors import RolloutError
 from alignlab.rollout.embedded.block_pools import BlockPools, PoolNeed, Window, check_room, shared_out
 from alignlab.rollout.embedded.runner import Runner
@@ -62,7 +62,7 @@ class CacheSpace:
         """
         needs = pool_needs(
             sequences, self.blocks.sizes, self._block_size, max_running=self._settings.max_running,
-            chunk=self._chunk, share=self._share,
+            chunk=step_tokens(self._settings), share=self._share,
         )
         num_slots = self._num_slots(sequences)
         limits = self._block_limits(needs, num_slots)
@@ -83,7 +83,7 @@ class CacheSpace:
             RolloutError: not even one slot for states has room.
         """
         needs = pool_needs(
-            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences), chunk=self._chunk,
+            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences), chunk=step_tokens(self._settings),
             share=self._share,
         )
         num_slots = self._num_slots(sequences)
@@ -111,13 +111,6 @@ class CacheSpace:
         self.blocks = BlockPools(self._runner.cache.windows, self._block_size)
         self.states = None if self.states is None else StateSlots()
         self._runner.resize(self.blocks.sizes, 0)
-
-    @property
-    def _chunk(self) -> int:
-        """Most tokens of prompts and drafts in one step."""
-        speculation = self._settings.speculation
-        drafts = 0 if speculation is None else speculation.num_drafts * self._settings.max_running
-        return self._settings.prefill_tokens + drafts
 
     @property
     def _held_slots(self) -> int:

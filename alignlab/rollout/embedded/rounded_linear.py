@@ -13,6 +13,9 @@ from alignlab.models.weight_rounding import row_codes, to_codes, weight_scales
 from alignlab.rollout.embedded.rounding import Rounding
 
 _INT4_OUTPUTS = 16  # torch's packing takes so many together
+_INT8_INPUTS = 32
+"""Torch's products of 8 bits take so many inputs together. Of bfloat16 rows that are no multiple of 16 they read beyond
+the end, and of one input the product of two integers is wrong."""
 
 
 class _RoundedLinear(nn.Module):
@@ -39,10 +42,10 @@ class Int8Linear(_RoundedLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__(bias)
-        self._codes, self._scales = codes, scales[:, 0].contiguous()
+        self._codes, self._scales = _filled(codes), scales[:, 0].contiguous()
 
     def _product(self, rows: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(rows, self._codes, self._scales)
+        return torch._weight_int8pack_mm(_filled(rows), self._codes, self._scales)
 
 
 class Int8DynamicLinear(_RoundedLinear):
@@ -50,11 +53,11 @@ class Int8DynamicLinear(_RoundedLinear):
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__(bias)
-        self._codes, self._scales = codes.T, scales[:, 0]
+        self._codes, self._scales = _filled(codes).T, scales[:, 0]
 
     def _product(self, rows: Tensor) -> Tensor:
         codes, scales = row_codes(rows)
-        return torch._int_mm(codes, self._codes) * scales * self._scales
+        return torch._int_mm(_filled(codes), self._codes) * scales * self._scales
 
 
 class Int4Linear(_RoundedLinear):
@@ -72,6 +75,12 @@ class Int4Linear(_RoundedLinear):
     def _product(self, rows: Tensor) -> Tensor:
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._codes, self._group, self._scales)
         return product[:, : self._num_outputs]
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Return rows [N,I] with zeros behind them, up to a multiple of `_INT8_INPUTS`."""
+    missing = -rows.shape[1] % _INT8_INPUTS
+    return F.pad(rows, (0, missing)) if missing else rows
 
 
 _LINEAR = {"int8": Int8Linear, "int4": Int4Linear, "int8_dynamic": Int8DynamicLinear}

@@ -193,3 +193,34 @@ def test_the_prediction_of_memory_knows_windows(make_engine: MakeEngine) -> None
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == predicted
     token = 2 * 2 * 8 * 4  # key and value of 2 kv heads of 8 numbers
     assert predicted == token * 4 * (2 * 20 + 2 * (3 + 1) + 2)
+
+
+@pytest.mark.parametrize("limits", [
+    {"cache_tokens": 100}, {"max_running": 3}, {"cache_tokens": 90, "max_running": 2},
+    {"speculation": {"type": "ngram", "num_drafts": 5}}, {"cache_tokens": 100, "kv_cache": {"type": "int4", "group": 4}},
+], ids=str)  # fmt: skip
+def test_the_prediction_of_memory_knows_the_limits_of_the_cache(limits: dict[str, Any], make_engine: MakeEngine) -> None:
+    model, prompts = windowed(), make_prompts(20, 20, 20, 20, 20, 20)
+    options = {"block_size": 4, "prefill_tokens": 8, **limits}
+    engine = make_engine(model, **options, share_prefixes=False)
+    engine.generate(prompts, SamplingParams(max_new_tokens=60, ignore_eos=True))
+    settings, sizes = RolloutSettings.model_validate(options), {"num_sequences": 6, "num_tokens": 80}
+    predicted = engine_bytes(model, settings, torch.device("cpu"), **sizes)
+    assert predicted == engine._runner.cache_bytes
+    assert predicted <= engine_bytes(model, RolloutSettings(block_size=4), torch.device("cpu"), **sizes)
+
+
+def test_the_prediction_of_memory_has_what_is_swapped_into_it() -> None:
+    """As much as the store may take, at most what all sequences need, and nothing where none of them gives way."""
+    model, sizes = windowed(), {"num_sequences": 4, "num_tokens": 80}
+    cpu, gpu, every = torch.device("cpu"), torch.device("cuda"), {"block_size": 4, "merge_lora": False}
+
+    def predicted(device: torch.device, **settings: Any) -> int:
+        return engine_bytes(model, RolloutSettings.model_validate(every | settings), device, **sizes)
+
+    limited = predicted(cpu, cache_tokens=100)
+    assert predicted(cpu, cache_tokens=100, preemption="swap", swap_gib=2**-20) == limited + 1024
+    assert predicted(cpu, cache_tokens=100, preemption="swap") == limited + predicted(cpu)
+    assert predicted(cpu, preemption="swap") == predicted(cpu)
+    on_gpu = {"cache_tokens": 256, "block_size": 128}
+    assert predicted(gpu, **on_gpu, preemption="swap") == predicted(gpu, **on_gpu), "a store on the host"

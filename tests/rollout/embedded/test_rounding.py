@@ -14,8 +14,9 @@ from alignlab.config.rollout import RolloutSettings, rounded_weights
 from alignlab.errors import ConfigError
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.models.merging import merge_adapter
-from alignlab.models.weight_rounding import row_codes
+from alignlab.models.weight_rounding import row_codes, to_codes, weight_scales
 from alignlab.rollout.embedded.engine import EmbeddedEngine
+from alignlab.rollout.embedded.rounded_linear import rounded_linear
 from alignlab.rollout.embedded.rounding import make_rounding
 from alignlab.rollout.memory import engine_bytes
 from alignlab.types import SamplingParams
@@ -145,3 +146,22 @@ def test_predicted_memory_has_codes_and_scales() -> None:
     assert engine_bytes(model, settings, device, **sizes) - plain == 2 * (layer + 4 * outputs)
     rounding = rounded_weights(settings)
     assert rounding is not None and rounding.exact == ("lm_head",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("inputs", [1, 6, 33, 40, 48])
+def test_products_of_any_number_of_inputs_are_those_of_the_rounded_weight(
+    inputs: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Torch's product of 8 bits in bfloat16 reads beyond a row whose length is no multiple of 16."""
+    torch.manual_seed(inputs)
+    layer, rows = nn.Linear(inputs, 24).to(dtype), torch.randn(5, inputs).to(dtype)
+    model = model_of()
+    rounding = make_rounding(model, RolloutSettings.model_validate({"quantization": kind}), torch.device("cpu"))
+    assert rounding is not None
+    scales = weight_scales(layer.weight.detach(), 8)
+    weight = to_codes(layer.weight.detach(), scales, 8).double() * scales.double()
+    expected = rows.double() @ weight.T + layer.bias.double()
+    product = rounded_linear(layer, rounding)(rows)
+    assert (product.double() - expected).norm() < 0.03 * expected.norm()
