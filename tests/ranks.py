@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 LOCALHOST = "127.0.0.1"
 TIMEOUT_S = 240
 # All that the ranks of the tests import, also in the middle of their work: accelerate does so with deepspeed, if it is
-# installed, deepspeed with its optimizers and torch's compiler, and the check of a run's end with what draws curves. Two
-# servers, so that two ranks have hashes of their own, as the ranks of torchrun do.
+# installed, deepspeed with its optimizers and torch's compiler, and the check of a run's end with what draws curves.
+# Two servers, so that two ranks have hashes of their own, as the ranks of torchrun do.
 _SERVERS = tuple(
     ForkServer(
         "alignlab.cli", "alignlab.run_from_config", "tests.loop.rank_faults", "tests.loop.rank_gradients",
