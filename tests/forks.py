@@ -6,6 +6,7 @@ A fork has the seed of its parent's string hashes, so all forks of a server iter
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing.forkserver
 import os
 import runpy
@@ -128,6 +129,7 @@ def _run(
     """Be the program, in the forked process."""
     missing = [name for name in preloaded if name not in sys.modules]
     assert not missing, f"the fork server could not import {missing}"  # it says nothing about that
+    gc.freeze()  # no collection looks through what was imported
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

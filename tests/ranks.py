@@ -20,12 +20,18 @@ ROOT = Path(__file__).parents[1]
 LOCALHOST = "127.0.0.1"
 TIMEOUT_S = 240
 # All that the ranks of the tests import, also in the middle of their work: accelerate does so with deepspeed, if it is
-# installed. Two servers, so that two ranks have hashes of their own, as the ranks of torchrun do.
+# installed, deepspeed with its optimizers and torch's compiler, and the check of a run's end with what draws curves.
+# Two servers, so that two ranks have hashes of their own, as the ranks of torchrun do.
 _SERVERS = tuple(
     ForkServer(
         "alignlab.cli", "alignlab.run_from_config", "tests.loop.rank_faults", "tests.loop.rank_gradients",
         "tests.loop.rank_held_out", "tests.loop.rank_resuming", "tests.loop.rank_training", "tests.loop.rank_uneven",
-        "tests.trainers.rank_cases", optional=["deepspeed"],
+        "tests.trainers.rank_cases", "matplotlib.figure", "numpy.ctypeslib",
+        "torch.distributed.algorithms.ddp_comm_hooks",
+        optional=[
+            "deepspeed", "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer",
+            "deepspeed.module_inject.auto_ep_layer",
+        ],
     )
     for _ in range(2)
 )  # fmt: skip

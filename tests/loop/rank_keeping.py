@@ -19,6 +19,7 @@ from alignlab.config.run import EvaluationSettings
 from alignlab.config.trainers import GRPOConfig
 from alignlab.data.tokenizer_training import train_tokenizer
 from alignlab.errors import NumericsError
+from alignlab.loop import rank_watchdog
 from alignlab.models.hub.checkpoints import new_model
 from alignlab.trainers.grpo import GRPOTrainer
 from tests.settings import merged
@@ -113,6 +114,7 @@ def spoil_gradient(trainer: GRPOTrainer, rank: int) -> None:
 
 
 def main() -> None:
+    rank_watchdog.BEAT_S = 0.2  # after a failure a rank waits for the first one's checkpoint by whole beats
     folder = Path(sys.argv[1])
     make_trainer(folder / "straight", checkpoints={"every_steps": 1, "keep": 9}).train()
     for fail, rank in ((fail_in_callback, 1), (fail_in_evaluation, 1), (fail_in_collecting, 0)):
