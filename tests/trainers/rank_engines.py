@@ -7,6 +7,7 @@ The JSON holds a list of runs: {"name", "model", "strategy", "rollout"}.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -65,6 +66,7 @@ def train(folder: Path, model: str, strategy: str, rollout: dict[str, Any]) -> A
 
 
 def main() -> None:
+    gc.unfreeze = lambda: None  # by which vLLM, at the end of an engine, has all imports looked through
     folder = Path(sys.argv[1])
     for run in json.loads(sys.argv[2]):
         trainer = train(folder / run["name"], run["model"], run["strategy"], run["rollout"])

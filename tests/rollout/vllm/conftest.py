@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -103,6 +104,8 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
 
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             warnings.simplefilter("ignore")  # vLLM's own, when it is imported and started
+            importlib.import_module("alignlab.rollout.vllm.in_process")
+            gc.freeze()  # the start and the end of an engine collect, again and again
             if settings.get("tensor_parallel", 1) > 1:
                 from vllm.v1.executor import multiproc_executor
 
@@ -111,8 +114,15 @@ def make_vllm(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., Any]
             return engines[-1]
 
     yield make
-    for engine in engines:
-        engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        for engine in engines:
+            engine.close()
+    if engines:  # collect them, once, and leave out of collections what was imported
+        engines.clear()
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 SMALL: dict[str, Any] = {
