@@ -83,8 +83,8 @@ class CacheSpace:
             RolloutError: not even one slot for states has room.
         """
         needs = pool_needs(
-            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences), chunk=step_tokens(self._settings),
-            share=self._share,
+            sequences, self.blocks.sizes, self._block_size, max_running=len(sequences),
+            chunk=step_tokens(self._settings), share=self._share,
         )
         num_slots = self._num_slots(sequences)
         num_requests = len({id(sequence.request) for sequence in sequences}) if self._share else 0

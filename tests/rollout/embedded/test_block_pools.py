@@ -197,9 +197,12 @@ def test_the_prediction_of_memory_knows_windows(make_engine: MakeEngine) -> None
 
 @pytest.mark.parametrize("limits", [
     {"cache_tokens": 100}, {"max_running": 3}, {"cache_tokens": 90, "max_running": 2},
-    {"speculation": {"type": "ngram", "num_drafts": 5}}, {"cache_tokens": 100, "kv_cache": {"type": "int4", "group": 4}},
+    {"speculation": {"type": "ngram", "num_drafts": 5}},
+    {"cache_tokens": 100, "kv_cache": {"type": "int4", "group": 4}},
 ], ids=str)  # fmt: skip
-def test_the_prediction_of_memory_knows_the_limits_of_the_cache(limits: dict[str, Any], make_engine: MakeEngine) -> None:
+def test_the_prediction_of_memory_knows_the_limits_of_the_cache(
+    limits: dict[str, Any], make_engine: MakeEngine
+) -> None:
     model, prompts = windowed(), make_prompts(20, 20, 20, 20, 20, 20)
     options = {"block_size": 4, "prefill_tokens": 8, **limits}
     engine = make_engine(model, **options, share_prefixes=False)
