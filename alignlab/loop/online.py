@@ -158,9 +158,13 @@ class OnlineTrainer(TrainingLoop, metaclass=NamedArguments):
 
     def _measure_cache(self, model: nn.Module) -> None:
         """Measure the bases of the engine's cache on the first prompts of the run, the same on every rank."""
-        if self._kv_bases is None or is_empty(model):
+        if self._kv_bases is None:
             return
-        self._kv_bases.measure(model, [prompt.token_ids for prompt in self.algorithm.prompts])
+        tokens = [prompt.token_ids for prompt in self.algorithm.prompts]
+        if is_empty(model):
+            self._kv_bases.chosen_tokens(tokens)  # raises if they are too few
+            return
+        self._kv_bases.measure(model, tokens)
         if self.ranks.count > 1:
             self._kv_bases.load_state(json.loads(self.ranks.of_main(json.dumps(self._kv_bases.state()))))
 

@@ -64,6 +64,14 @@ def planned_device(device: torch.device) -> torch.device:
     return _PLANNED.get() or device
 
 
+def engine_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's engine; of a model without weights, the one that its training would have."""
+    device: torch.device = causal_lm(model).device
+    if device.type != "meta":
+        return device
+    return planned_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def planned_ranks() -> int:
     """Return the number of ranks that memory is predicted for; 1 outside `predicted_for`."""
     return _PLANNED_RANKS.get()

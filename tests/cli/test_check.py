@@ -272,3 +272,29 @@ def test_check_predicts_the_memory_of_an_average(
     assert main(["check", write(rows_for("sft", "blue"), type="sft", ema={"decay": 0.9})]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
     assert "'average of weights': 110720" in line
+
+
+@pytest.mark.parametrize("rollout", [
+    {"kv_cache": {"type": "mmap", "folder": "."}}, {"quantization": "int8"}, {"quantization": "int8_dynamic"},
+], ids=str)  # fmt: skip
+def test_check_takes_what_the_embedded_engine_does_on_a_cpu_alone(
+    rollout: dict[str, Any], write: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model that is checked has no weights, and is on no device."""
+    monkeypatch.chdir(tmp_path)
+    config = write(rows_for("grpo", "blue"), {"rewards": [{"name": "exact_match"}]}, type="grpo", rollout=rollout)
+    assert main(["check", config, "--device", "cpu"]) == 0
+    assert main(["check", config, "--device", "cuda"]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_check_counts_the_tokens_that_a_cache_in_few_dimensions_is_measured_on(
+    write: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout = {"kv_cache": {"type": "low_rank", "rank": 8}}
+    settings = {"rewards": [{"name": "exact_match"}]}
+    options = {"type": "grpo", "num_prompts": 2, "rollout": rollout}
+    assert main(["check", write(rows_for("grpo", "red blue " * 4), settings, **options)]) == 0
+    assert main(["check", write(rows_for("grpo", "red"), settings, **options)]) == 2
+    assert "must have at least 8 tokens" in capsys.readouterr().err

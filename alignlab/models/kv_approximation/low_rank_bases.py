@@ -73,6 +73,20 @@ class LowRankBases:
                 "rollout.kv_cache is low_rank, which is measured on the whole model, and the model is spread over "
                 "ranks; use another kv_cache, or a strategy that keeps it whole"
             )
+        chosen = self.chosen_tokens(prompts)
+        self.rotations = key_rotations(model)
+        moments = _Moments(self.rotations)
+        with torch.inference_mode(False), torch.no_grad(), evaluation_mode(causal_lm(model).modules()):
+            for tokens in _passes(chosen):
+                moments.add(model, tokens)
+        self._choose(moments)
+
+    def chosen_tokens(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the tokens of prompts on which bases are measured.
+
+        Raises:
+            ConfigError: there are too few.
+        """
         chosen = _first_tokens(prompts, self.settings.calibration_tokens)
         least = self.settings.rank or 1
         if sum(map(len, chosen)) < least:
@@ -81,12 +95,7 @@ class LowRankBases:
                 f"them, but {len(prompts)} prompts have {sum(map(len, chosen))}; give more prompts, or lower "
                 "kv_cache.rank"
             )
-        self.rotations = key_rotations(model)
-        moments = _Moments(self.rotations)
-        with torch.inference_mode(False), torch.no_grad(), evaluation_mode(causal_lm(model).modules()):
-            for tokens in _passes(chosen):
-                moments.add(model, tokens)
-        self._choose(moments)
+        return chosen
 
     def state(self) -> dict[str, Any]:
         """Return the settings, and the bases to the bit, as JSON."""

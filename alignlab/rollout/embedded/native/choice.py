@@ -21,7 +21,7 @@ from alignlab.rollout.embedded.native.weights import NativeWeights
 from alignlab.rollout.embedded.rounding import Rounding, check_torch_rounds, make_rounding
 from alignlab.rollout.embedded.runner import Runner
 from alignlab.rollout.embedded.weights import EngineWeights
-from alignlab.rollout.memory import merges_adapters
+from alignlab.rollout.memory import engine_device, merges_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ def make_runner(model: nn.Module, settings: RolloutSettings, block_size: int) ->
         ConfigError: the settings require the native step, and it cannot be; an adapter cannot be merged; weights cannot
             be rounded as the settings ask; or the cache cannot lie in the file that they ask for.
     """
+    device = engine_device(model)
     if isinstance(settings.kv_cache, MmapCache):
-        check_mapped_cache(settings.kv_cache, causal_lm(model).device)
-    rounding = make_rounding(model, settings, causal_lm(model).device)
+        check_mapped_cache(settings.kv_cache, device)
+    rounding = make_rounding(model, settings, device)
     kernels, reason = _kernels(model, settings, block_size, rounding)
     if kernels is not None:
         native = NativeWeights(model, kernels, merge=settings.merge_lora, rounding=rounding)
@@ -59,8 +60,9 @@ def _kernels(
 ) -> tuple[Kernels | None, str]:
     """Return the kernels of the native step; None where the Python step computes, and the reason."""
     lm = causal_lm(model)
-    merges = merges_adapters(model, settings.merge_lora, lm.device)
-    reason = why_not_native(model, settings, lm.device, block_size=block_size, merges=merges)
+    device = engine_device(model)
+    merges = merges_adapters(model, settings.merge_lora, device)
+    reason = why_not_native(model, settings, device, block_size=block_size, merges=merges)
     if reason is None and rounding is not None:
         reason = why_not_rounded(lm, rounding)
     if reason is None:
