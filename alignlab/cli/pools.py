@@ -120,12 +120,14 @@ def engine_facts(rollout: EngineSettings, prompts: Sequence[Prompt]) -> dict[str
     from alignlab.models.kv_approximation.low_rank_bases import calibration_digest
 
     cache, rounding = approximate_cache(rollout), rounded_weights(rollout)
-    is_measured = isinstance(cache, LowRankCache)
+    measured_on = None
+    if isinstance(cache, LowRankCache):
+        measured_on = calibration_digest(cache, [prompt.token_ids for prompt in prompts])
     return {
         "engine": rollout.engine,
         "quantization": quantization(rollout) if rounding is None else rounding.model_dump(mode="json"),
         "kv_cache": served_cache(rollout) if cache is None else cache.model_dump(mode="json", exclude={"replay"}),
-        "measured_on": calibration_digest(cache, [prompt.token_ids for prompt in prompts]) if is_measured else None,
+        "measured_on": measured_on,
     }
 
 
