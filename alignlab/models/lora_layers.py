@@ -47,8 +47,9 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients of x, down and up; the last two in float32, as the adapter's weights."""
-        compute = product_dtype(ctx.saved_tensors[0])
-        rows, inner, weight, low_down, low_up = (tensor.to(compute) for tensor in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        compute = product_dtype(saved[0])
+        rows, inner, weight, low_down, low_up = (tensor.to(compute) for tensor in saved)
         grad_rows = grad.reshape(-1, grad.shape[-1]).to(compute)
         grad_inner = (grad_rows @ low_up).mul_(ctx.scale)
         grad_down = (grad_inner.T @ rows).to(ctx.dtype)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from alignlab.data.tokenizer_training import train_tokenizer
-from alignlab.functional import logprobs
+from alignlab.functional import logprobs, products
 from alignlab.models import flex_attention, layers, layout, paged_flex
 from alignlab.models.kv_approximation import (
     evicted_tokens,
@@ -76,6 +76,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[
         AcceleratorState._reset_state(reset_partial_state=True)
         with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):  # which the pretended GPU takes
             approximations = (rounding, eviction, evicted_tokens, sparse_rows, low_rank, low_rank_bases, rotations)
+            patch.setattr(products, "has_fast_bfloat16", lambda: True)
             for module in (layout, *approximations):
                 patch.setattr(module, "packed_attention", as_on_a_gpu)
             patch.setattr(layers, "_CPUNorm", TorchNorm)
