@@ -63,7 +63,7 @@ def head_logits(
 
     Reference: soft-capping: Gemma Team (2024), Gemma 2, arXiv:2408.00118, Sec. 2.
     """
-    return _finished(by_inputs(hidden, weight.to(hidden.dtype)), bias, softcap)
+    return _finished(hidden @ weight.to(hidden.dtype).T, bias, softcap)
 
 
 def chunked_logprobs(

@@ -3,7 +3,7 @@
 Many processors multiply bfloat16 slower than float32: those without instructions for it, and Intel's that have
 AVX-512's but not AMX (see `processor.has_fast_bfloat16`). There a product of many rows is computed from float32 copies,
 block by block, and its result rounded once, so that it is no less exact: products of two bfloat16 are exact in float32,
-and both ways add them up in float32.
+and both ways add them up in float32. They are for numbers, not for autograd, which would keep the copies.
 
 Shapes: M rows, I inputs, O outputs.
 """

@@ -30,10 +30,10 @@ def processor_flags() -> frozenset[str]:
 
 
 def has_fast_pairs() -> bool:
-    """Return True if instructions that multiply pairs of bfloat16 are faster than those for float32.
+    """Return True if instructions that multiply pairs of bfloat16 are there, and not known to be slower than float32's.
 
-    AMD's do twice as many products in a cycle. Intel's do half as many: `vdpbf16ps` of 32 products takes two cycles,
-    and `vfmadd` of 16 half a cycle (measured on a Xeon with AVX-512 BF16).
+    Intel's are: `vdpbf16ps` of 32 products takes two cycles, and `vfmadd` of 16 half a cycle (measured on a Xeon with
+    AVX-512 BF16).
     """
     return "avx512_bf16" in processor_flags() and _facts().get("vendor_id") != "GenuineIntel"
 
@@ -46,8 +46,8 @@ def missing_flags(dtype: torch.dtype) -> list[str]:
 def has_fast_bfloat16() -> bool:
     """Return True unless the processor is known to multiply matrices of float32 faster than those of bfloat16.
 
-    Those of x86 with AMX, and AMD's with AVX-512 BF16, have bfloat16 faster. Without such instructions torch's products
-    of bfloat16 take 4 to 10 times as long as those of float32, and on Intel's without AMX 1.8 times (measured).
+    Known are those of x86 that lack AMX and fast pairs: torch's products of bfloat16 take 1.8 times as long as those of
+    float32 on a Xeon with AVX-512 BF16, and 4 to 10 times with oneDNN held to AVX-512 or AVX2 there (measured).
     """
     flags = processor_flags()
     return "avx2" not in flags or "amx_bf16" in flags or has_fast_pairs()
