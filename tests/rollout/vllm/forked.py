@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 import multiprocessing
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -41,10 +41,9 @@ SERVERS = (
 RANKS = (
     "tests.trainers.rank_engines", "tests.rollout.vllm.rank_shared_vllm", "alignlab.rollout.vllm.in_process",
     "vllm.entrypoints.llm", "matplotlib.figure", "peft.utils.transformers_weight_conversion",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
 )  # fmt: skip
-OPTIONAL = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
-"""What accelerate imports if it is installed."""
+"""What ranks import beside it; the last two by accelerate, if deepspeed is installed."""
 
 
 def prepare_once() -> None:
@@ -66,8 +65,6 @@ def prepare_once() -> None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's own
     for _name in (*SERVERS, *RANKS):
-        importlib.import_module(_name)
-    if importlib.util.find_spec("deepspeed") is not None:
-        for _name in OPTIONAL:
+        with suppress(ModuleNotFoundError):  # another version may lack it; what is needed is imported where it is
             importlib.import_module(_name)
     prepare_once()
